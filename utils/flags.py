@@ -1,0 +1,140 @@
+"""Flag conventions shared by the three commands.
+
+Flags are spelled with underscores, as in the reference; the dashed spelling works too. Booleans take `--x`, `--no-x`,
+`--x True` and `--x False` (and False means false). A flag given twice with different values, an abbreviation and an
+unknown flag are errors; unknown flags get the nearest known one.
+"""
+
+import argparse
+import difflib
+import math
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+TRUE_WORDS = {"true", "yes", "on", "1"}
+FALSE_WORDS = {"false", "no", "off", "0"}
+
+
+def boolean(text: str) -> bool:
+    """Read a boolean flag's value; raise `argparse.ArgumentTypeError` for anything that is not plainly one."""
+    word = text.strip().lower()
+    if word in TRUE_WORDS:
+        return True
+    if word in FALSE_WORDS:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, low_open: bool = False) -> Callable[[str], float]:
+    """Return a flag type: a finite float within [low, high], or (low, high] with `low_open`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            hint = " (write the decimal point as '.')" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        if value < low or value > high or (low_open and value == low):
+            bracket = "(" if low_open else "["
+            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low:g}, {high:g}]")
+        return value
+
+    return parse
+
+
+def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return a flag type: an integer within [low, high]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is outside [{low}, {high}]")
+        return value
+
+    return parse
+
+
+class _StoreOnce(argparse.Action):
+    """Store a value; a second, different value for the same flag (in any spelling) is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string and option_string.startswith(("--no-", "--no_")):
+            if values is not None:
+                parser.error(f"{option_string} takes no value")
+            values = False
+        elif values is None:
+            values = True
+        given = namespace.__dict__.setdefault("_given", {})
+        if self.dest in given and given[self.dest] != values:
+            parser.error(f"--{self.dest} is given twice, as {given[self.dest]!r} and as {values!r}")
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An `ArgumentParser` with this project's conventions. Declare flags with `flag` and `switch`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def flag(self, name: str, help: str, **kwargs: Any) -> None:
+        """Declare `--name` (underscored) and its dashed alias; keyword arguments as in `add_argument`."""
+        default = kwargs.get("default")
+        if default is not None and default != "":
+            help = f"{help} [default: {str(default).replace('%', '%%')}]"
+        self.add_argument(*_spellings("--", name), dest=name, action=_StoreOnce, help=help, **kwargs)
+
+    def switch(self, name: str, help: str, default: bool | None = False) -> None:
+        """Declare a boolean flag: `--name`, `--no-name`, `--name True|False`."""
+        spellings = [*_spellings("--", name), *_spellings("--no-", name), *_spellings("--no_", name)]
+        shown = "" if default is None else f" [default: {default}]"
+        self.add_argument(
+            *dict.fromkeys(spellings),
+            dest=name,
+            action=_StoreOnce,
+            nargs="?",
+            type=boolean,
+            default=default,
+            metavar="True|False",
+            help=help + shown,
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line; unknown flags end the process with the nearest known flag in the message."""
+        stop_cleanly_on_termination()
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        namespace.__dict__.pop("_given", None)
+        return namespace
+
+    def _unknown(self, word: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+        return f"unknown argument {word!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and the way to the help text; exit code 2."""
+        print(f"error: {message}\n(`{self.prog} --help` explains every flag)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _spellings(prefix: str, name: str) -> list[str]:
+    return list(dict.fromkeys([prefix + name, prefix + name.replace("_", "-")]))
+
+
+def stop_cleanly_on_termination() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files are removed."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,360 @@
+"""The pair config: one YAML per base model and its experts, as a frozen value.
+
+Every problem in the file is collected and reported at once. The keys are the reference's, plus `parity`, `seed`,
+`seqlen`, a per-model `revision`, and `dataset` as a mapping (see `utils/calibration.py` for what it loads).
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import raise_collected
+from utils.safe_yaml import read_yaml_mapping
+
+CONFIG_KEYS = (
+    "model_info",
+    "dataset",
+    "sparsity_ratio",
+    "nsamples",
+    "components",
+    "base_model_type",
+    "base_model_name",
+    "target_model_names",
+    "global_parameters",
+    "prefix_mapping",
+    "parity",
+    "seed",
+    "seqlen",
+)
+DATASET_NAMES = ("gsm8k", "mbpp")
+DATASET_KEYS = ("name", "path", "subset", "split", "text", "messages", "seed", "seqlen")
+MODEL_KEYS = ("name", "type", "revision")
+MAX_SAMPLES = 1_000_000
+MAX_SEQLEN = 1_048_576
+_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of `model_info`: a hub id or local folder, and the type it is called by in columns and file names."""
+
+    name: str
+    type: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """Where calibration text comes from. `name` selects built-in defaults; the other fields override them."""
+
+    name: str | None = None
+    path: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    text: str | None = None
+    messages: str | None = None
+    seed: int = 42
+    seqlen: int = 512
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """A validated pair config. `components` is None for `auto`; `parity` is True for `parity: reference`."""
+
+    path: Path
+    model_info: tuple[ModelEntry, ...]
+    dataset: CalibrationSource
+    sparsity_ratio: float
+    nsamples: int
+    components: tuple[str, ...] | None
+    base_model_type: str
+    base_model_name: str
+    target_model_names: Mapping[str, str]
+    global_parameters: Mapping[str, Any]
+    prefix_mapping: Mapping[str, str]
+    parity: bool
+
+    @property
+    def base(self) -> ModelEntry:
+        """The model that every expert is compared with."""
+        return next(entry for entry in self.model_info if entry.type == self.base_model_type)
+
+    @property
+    def experts(self) -> tuple[ModelEntry, ...]:
+        """Every model but the base, in the order of `model_info`."""
+        return tuple(entry for entry in self.model_info if entry.type != self.base_model_type)
+
+    def options(self) -> dict[str, Any]:
+        """The settings that decide what is measured, as plain data (for manifests)."""
+        return {
+            "model_info": [dataclasses.asdict(entry) for entry in self.model_info],
+            "dataset": dataclasses.asdict(self.dataset),
+            "sparsity_ratio": self.sparsity_ratio,
+            "nsamples": self.nsamples,
+            "components": "auto" if self.components is None else list(self.components),
+            "base_model_type": self.base_model_type,
+            "prefix_mapping": dict(self.prefix_mapping),
+            "parity": "reference" if self.parity else None,
+        }
+
+
+def read_pair_config(path: str | Path) -> PairConfig:
+    """Read and check a pair config.
+
+    Raises:
+        UserError: the file cannot be read, or holds problems; all of them are in the one message.
+    """
+    path = Path(path).expanduser()
+    raw = read_yaml_mapping(path, "pair config")
+    return _Reader(path, raw).read()
+
+
+class _Reader:
+    """Walks the raw mapping once and collects a problem per mistake."""
+
+    def __init__(self, path: Path, raw: dict[Any, Any]) -> None:
+        self.path, self.raw = path, raw
+        self.problems: list[str] = []
+
+    def read(self) -> PairConfig:
+        self._unknown_keys(self.raw, CONFIG_KEYS, "")
+        models = self._models()
+        base_type = self._text("base_model_type", "base")
+        base_name = self._base_name(models, base_type)
+        config = PairConfig(
+            path=self.path,
+            model_info=models,
+            dataset=self._dataset(),
+            sparsity_ratio=self._real("sparsity_ratio", 0.0),
+            nsamples=self._whole(self.raw, "nsamples", 15, 1, MAX_SAMPLES),
+            components=self._components(),
+            base_model_type=base_type,
+            base_model_name=base_name,
+            target_model_names=self._targets(models, base_type),
+            global_parameters=self._global_parameters(),
+            prefix_mapping=self._prefix_mapping(),
+            parity=self._parity(),
+        )
+        self._prefixes_cover_components(config)
+        raise_collected(self.problems, f"pair config {self.path}")
+        return config
+
+    def _unknown_keys(self, mapping: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+        for key in mapping:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+                self.problems.append(f"unknown key {where}{key!r}; {hint}")
+
+    def _models(self) -> tuple[ModelEntry, ...]:
+        raw = self.raw.get("model_info")
+        if not isinstance(raw, list) or not raw:
+            self.problems.append("model_info must list the models: one {name, type} for the base and one per expert")
+            return ()
+        entries = [entry for i, item in enumerate(raw) if (entry := self._model(item, f"model_info[{i}]"))]
+        seen: dict[str, str] = {}
+        for entry in entries:
+            folded = entry.type.casefold()  # two types that differ in case share a file on some file systems
+            if folded in seen:
+                self.problems.append(f"model_info: type {entry.type!r} is given twice ({seen[folded]!r} before)")
+            seen[folded] = entry.type
+        if len(raw) < 2:
+            self.problems.append("model_info names only one model; a pair needs the base and at least one expert")
+        return tuple(entries)
+
+    def _model(self, item: Any, where: str) -> ModelEntry | None:
+        if not isinstance(item, dict):
+            self.problems.append(f"{where} must be a mapping with name and type, got {_show(item)}")
+            return None
+        self._unknown_keys(item, MODEL_KEYS, f"{where}.")
+        texts = {}
+        for key in ("name", "type"):
+            value = item.get(key)
+            if not _is_text(value):
+                self.problems.append(f"{where}.{key} must be text{_quote_hint(value)}, got {_show(value)}")
+            else:
+                texts[key] = value
+        revision = item.get("revision")
+        if revision is not None and not _is_text(revision):
+            self.problems.append(f"{where}.revision must be text{_quote_hint(revision)}, got {_show(revision)}")
+            revision = None
+        if "type" in texts and not _TYPE.fullmatch(texts["type"]):
+            self.problems.append(
+                f"{where}.type {_show(texts['type'])} becomes part of file names: use at most 64 letters, digits, "
+                "'_', '-' and '.', beginning with a letter or digit"
+            )
+        return ModelEntry(revision=revision, **texts) if len(texts) == 2 else None
+
+    def _base_name(self, models: tuple[ModelEntry, ...], base_type: str) -> str:
+        entry = next((entry for entry in models if entry.type == base_type), None)
+        if models and entry is None:
+            types = ", ".join(model.type for model in models)
+            self.problems.append(f"base_model_type {base_type!r} is not a type in model_info (types there: {types})")
+        name = self._text("base_model_name", entry.name if entry else "")
+        if entry and name != entry.name:
+            self.problems.append(
+                f"base_model_name {name!r} differs from the {base_type!r} entry of model_info, {entry.name!r}"
+            )
+        for model in models:
+            if entry and model is not entry and (model.name, model.revision) == (entry.name, entry.revision):
+                self.problems.append(
+                    f"model_info: {model.name!r} is both the base and the expert {model.type!r}; every delta would be 0"
+                )
+        return name
+
+    def _targets(self, models: tuple[ModelEntry, ...], base_type: str) -> dict[str, str]:
+        experts = {entry.type: entry.name for entry in models if entry.type != base_type}
+        raw = self.raw.get("target_model_names")
+        if raw is None:
+            return experts
+        if not isinstance(raw, dict) or not raw:
+            self.problems.append("target_model_names must map each expert's type to its model name")
+            return experts
+        for key, name in raw.items():
+            if not _is_text(key) or not _is_text(name):
+                self.problems.append(f"target_model_names: {_show(key)}: {_show(name)} must be text: text")
+            elif key == base_type:
+                self.problems.append(f"target_model_names names the base type {key!r}; it lists experts only")
+            elif key not in experts:
+                near = difflib.get_close_matches(key, experts, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                self.problems.append(f"target_model_names: type {key!r} is not an expert in model_info{hint}")
+            elif name != experts[key]:
+                self.problems.append(
+                    f"target_model_names: {key!r} is {name!r} here but {experts[key]!r} in model_info; "
+                    "the model that is measured must be the one that is merged"
+                )
+        return {key: name for key, name in raw.items() if _is_text(key) and _is_text(name)}
+
+    def _dataset(self) -> CalibrationSource:
+        seed = self._whole(self.raw, "seed", 42, 0, 2**32 - 1)
+        seqlen = self._whole(self.raw, "seqlen", 512, 2, MAX_SEQLEN)
+        raw = self.raw.get("dataset", "mbpp")
+        if _is_text(raw):
+            raw = {"name": raw}
+        if not isinstance(raw, dict):
+            self.problems.append(f"dataset must be a name ({', '.join(DATASET_NAMES)}) or a mapping, got {_show(raw)}")
+            return CalibrationSource(name="mbpp")
+        self._unknown_keys(raw, DATASET_KEYS, "dataset.")
+        texts: dict[str, str | None] = {}
+        for key in ("name", "path", "subset", "split", "text", "messages"):
+            value = raw.get(key)
+            if value is not None and not _is_text(value):
+                self.problems.append(f"dataset.{key} must be text{_quote_hint(value)}, got {_show(value)}")
+                value = None
+            texts[key] = value
+        if texts["name"] is not None and texts["name"] not in DATASET_NAMES:
+            near = difflib.get_close_matches(texts["name"], DATASET_NAMES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "for text of your own write dataset: {path: …, text: …}"
+            self.problems.append(f"dataset {texts['name']!r} is unknown (known: {', '.join(DATASET_NAMES)}); {hint}")
+        if texts["name"] is None and texts["path"] is None:
+            self.problems.append("dataset needs a name or a path")
+        if texts["text"] is not None and texts["messages"] is not None:
+            self.problems.append("dataset: give text (a template) or messages (a chat column), not both")
+        return CalibrationSource(
+            seed=self._whole(raw, "seed", seed, 0, 2**32 - 1, "dataset."),
+            seqlen=self._whole(raw, "seqlen", seqlen, 2, MAX_SEQLEN, "dataset."),
+            **texts,
+        )
+
+    def _components(self) -> tuple[str, ...] | None:
+        raw = self.raw.get("components", "auto")
+        if raw == "auto":
+            return None
+        if not isinstance(raw, list) or not raw:
+            self.problems.append(f"components must be 'auto' or a list of names such as q_proj, got {_show(raw)}")
+            return None
+        for item in raw:
+            if not _is_text(item):
+                self.problems.append(f"components: {_show(item)} must be text{_quote_hint(item)}")
+        names = [item for item in raw if _is_text(item)]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self.problems.append(f"components: {name!r} is listed twice")
+        return tuple(names)
+
+    def _prefix_mapping(self) -> dict[str, str]:
+        raw = self.raw.get("prefix_mapping")
+        if raw is None:
+            return {}
+        if not isinstance(raw, dict):
+            self.problems.append(f"prefix_mapping must map component to module path, got {_show(raw)}")
+            return {}
+        for key, value in raw.items():
+            if not _is_text(key) or not _is_text(value):
+                self.problems.append(f"prefix_mapping: {_show(key)}: {_show(value)} must be text: text")
+            elif not re.fullmatch(r"\w+(\.\w+)*", value):
+                self.problems.append(
+                    f"prefix_mapping.{key}: {value!r} must be a module path inside a block, such as self_attn.q_proj"
+                )
+        return {key: value for key, value in raw.items() if _is_text(key) and _is_text(value)}
+
+    def _prefixes_cover_components(self, config: PairConfig) -> None:
+        if config.components and config.prefix_mapping:
+            for name in config.components:
+                if name not in config.prefix_mapping:
+                    self.problems.append(f"prefix_mapping has no entry for component {name!r}")
+
+    def _global_parameters(self) -> dict[str, Any]:
+        raw = self.raw.get("global_parameters")
+        if raw is None:
+            return {}
+        if not isinstance(raw, dict):
+            self.problems.append(f"global_parameters must be a mapping of merge parameters, got {_show(raw)}")
+            return {}
+        for key, value in raw.items():
+            if not _is_text(key):
+                self.problems.append(f"global_parameters: key {_show(key)} must be text")
+            elif isinstance(value, float) and not math.isfinite(value):
+                self.problems.append(f"global_parameters.{key} must be finite, got {value}")
+        return dict(raw)
+
+    def _parity(self) -> bool:
+        raw = self.raw.get("parity")
+        if raw in (None, False):
+            return False
+        if raw != "reference":
+            self.problems.append(f"parity must be 'reference' or left out, got {_show(raw)}")
+        return True
+
+    def _text(self, key: str, default: str) -> str:
+        value = self.raw.get(key, default)
+        if not _is_text(value) and not (key not in self.raw):
+            self.problems.append(f"{key} must be text{_quote_hint(value)}, got {_show(value)}")
+            return default
+        return value
+
+    def _whole(self, mapping: Mapping[Any, Any], key: str, default: int, low: int, high: int, where: str = "") -> int:
+        value = mapping.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.problems.append(f"{where}{key} must be a whole number from {low} to {high}, got {_show(value)}")
+            return default
+        return value
+
+    def _real(self, key: str, default: float) -> float:
+        value = self.raw.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            hint = f"; {value}% is {value / 100:g}" if isinstance(value, int) and 1 < value <= 99 else ""
+            hint = "; write it with a point, such as 0.001" if isinstance(value, str) else hint
+            self.problems.append(f"{key} must be a number of at least 0 and below 1, got {_show(value)}{hint}")
+            return default
+        return float(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _quote_hint(value: Any) -> str:
+    if isinstance(value, bool):
+        return " (YAML reads yes/no/on/off as booleans: put it in quotes)"
+    return " (put it in quotes)" if isinstance(value, (int, float)) else ""
+
+
+def _show(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,187 @@
+"""All-or-nothing output: temporary names, then renames; nothing overwritten unasked.
+
+Two shapes of output exist. Commands 1 and 2 put a few files beside others in a folder (`publish_files`); command 3
+makes a folder of its own (`staged_folder`). Temporary names are siblings of the final ones, so that a rename never
+crosses a file system.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+MANIFEST = "manifest.json"
+_CHUNK = 8 * 2**20
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Serialize a manifest: stable order, two-space indent, trailing newline; NaN and infinity are refused."""
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def prepare_folder(folder: Path, flag: str) -> None:
+    """Check that `folder` exists as a writable folder or can be made; nothing is created.
+
+    Raises:
+        UserError: it, or one of its parents, is a file, or is not writable.
+    """
+    try:
+        nearest = folder
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise UserError(f"{flag} {folder}: {nearest} is a file, not a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {folder}: {nearest} is not writable")
+        limit = os.pathconf(nearest, "PC_NAME_MAX")
+        for part in folder.parts:
+            if len(os.fsencode(part)) > limit:
+                raise UserError(f"{flag}: the name {part[:40]!r}... is longer than {limit} bytes")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {str(folder)!r} cannot be used: {error}") from None
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` if needed and hold it against a second run of this project; no lock file is left behind.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being written by another run; wait for it or choose another folder") from None
+        yield
+    except BaseException:
+        for parent in made:  # leave no empty folders behind a run that published nothing
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def publish_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Write `files` (name to content) into `folder`, the last one of the mapping last.
+
+    All content reaches the disk under temporary names before the first rename; a failure before that leaves the
+    folder as it was. Files already there are replaced only with `overwrite`.
+
+    Raises:
+        UserError: a file of that name exists and `overwrite` is false.
+        OSError: the disk is full, the folder vanished, and so on; the temporary files are removed.
+    """
+    if not overwrite:
+        refuse_existing(folder, files)
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for name, content in files.items():
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:64]}.", suffix=".part", dir=folder)
+            staged.append((Path(temporary), folder / name))
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary, final in staged:
+            os.replace(temporary, final)
+        _fsync_folder(folder)
+    finally:
+        for temporary, _ in staged:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str]) -> None:
+    """Raise a `UserError` if `folder` already holds a file of one of these names."""
+    present = [name for name in names if (folder / name).exists()]
+    if present:
+        raise UserError(f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder")
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, replaceable: Mapping[str, Any] | list[str] = ()) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `target`; when the block ends well, it becomes `target`.
+
+    Args:
+        target: the folder to publish. It may exist if it is empty, or if it holds nothing but `replaceable`.
+        replaceable: relative paths of files, listed by an earlier run's manifest, that may be removed.
+
+    Raises:
+        UserError: `target` holds a file that is not `replaceable` by the time of the rename.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".part", dir=target.parent))
+    try:
+        yield stage
+        os.chmod(stage, 0o777 & ~_umask())
+        _fsync_folder(stage)
+        _swap_in(stage, target, set(replaceable))
+        _fsync_folder(target.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def foreign_files(folder: Path, known: set[str]) -> list[str]:
+    """Relative paths of the files in `folder` that are not in `known`; empty if the folder does not exist."""
+    if not folder.exists():
+        return []
+    found = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
+    return sorted(name for name in found if name not in known)
+
+
+def _swap_in(stage: Path, target: Path, replaceable: set[str]) -> None:
+    if not target.exists():
+        os.rename(stage, target)
+        return
+    foreign = foreign_files(target, replaceable)
+    if foreign:
+        raise UserError(f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first")
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".old", dir=target.parent))
+    os.rename(target, retired / "old")
+    try:
+        os.rename(stage, target)
+    except OSError:
+        os.rename(retired / "old", target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

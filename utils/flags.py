@@ -78,11 +78,22 @@ class _StoreOnce(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _FirstSpelling(argparse.RawDescriptionHelpFormatter):
+    """Help that shows the first spelling of each flag only."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            return action.option_strings[0]
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
 class FlagParser(argparse.ArgumentParser):
     """An `ArgumentParser` with this project's conventions. Declare flags with `flag` and `switch`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", _FirstSpelling)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def flag(self, name: str, help: str, **kwargs: Any) -> None:

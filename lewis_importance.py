@@ -1,0 +1,56 @@
+"""Command 1: measure which layers of each expert carry its skill.
+
+    python3 lewis_importance.py --config configs/gemma_2b.yaml --out_dir output/gemma_2b/delta_dfs
+
+Runs the base and every expert of a pair config over a little calibration text, one decoder block in memory at a time,
+and writes `<type>_delta.csv` per expert, `norms.csv` and `manifest.json` into the folder. The offline example:
+
+    python3 lewis_importance.py --config configs/demo.yaml --out_dir output/demo/delta_dfs
+"""
+
+from pathlib import Path
+
+from utils.errors import run_command
+from utils.flags import FlagParser, whole_number
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main() -> None:
+    """Parse the flags into one checked value and make one call."""
+    parser = FlagParser(prog="lewis_importance.py", description=__doc__)
+    parser.flag("config", "pair config: the YAML that names the models, the text and the settings", required=True)
+    parser.flag("out_dir", "folder to write the dataframes into; made if needed", required=True)
+    parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
+    parser.flag("dtype", "precision of the forward pass; auto: the checkpoint's own", choices=DTYPES, default="auto")
+    parser.flag(
+        "micro_batch_tokens",
+        "tokens that go through a block together; lower it if memory is short [default: 2048 on the CPU, 16384 on a "
+        "GPU]",
+        type=whole_number(1, 2**24),
+    )
+    parser.switch("trust_remote_code", "run Python code that comes with a model")
+    parser.switch("overwrite", "replace files of the same names in --out_dir")
+    flags = parser.parse()
+
+    from utils.pair_config import read_pair_config
+
+    config = read_pair_config(flags.config)
+
+    from utils.measurement import MeasureOptions, measure_pair
+
+    measure_pair(
+        MeasureOptions(
+            config=config,
+            out_dir=Path(flags.out_dir).expanduser(),
+            device=flags.device,
+            dtype=flags.dtype,
+            micro_batch_tokens=flags.micro_batch_tokens,
+            trust_remote_code=flags.trust_remote_code,
+            overwrite=flags.overwrite,
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,249 @@
+"""Command 1's one job: measure every model of a pair on the calibration text and publish the dataframe folder."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.calibration import Sample, choose_samples, token_digest, with_defaults
+from utils.checkpoints import weight_file_record
+from utils.errors import UserError
+from utils.frames import NORMS, delta_file, measurement_files, read_manifest
+from utils.pair_config import PairConfig
+from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
+from utils.runtime import available_bytes, choose_device, device_name, gigabytes, versions
+from utils.subjects import Precision, Subject, memory_estimate, prepare_subjects
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What command 1 was asked to do."""
+
+    config: PairConfig
+    out_dir: Path
+    device: str
+    dtype: str
+    micro_batch_tokens: int | None
+    trust_remote_code: bool
+    overwrite: bool
+
+
+def measure_pair(options: MeasureOptions) -> None:
+    """Check everything that can be known without weights, measure every model, publish the dataframe folder.
+
+    Raises:
+        UserError: anything the user can mend; nothing is written then.
+    """
+    config = options.config
+    prepare_folder(options.out_dir, "--out_dir")
+    quiet_libraries()
+    device, reason = choose_device(options.device)
+    print(_versions_line())
+    print(f"device: {device_name(device)}, {reason}")
+    samples = choose_samples(config.dataset, config.nsamples)
+    precision = Precision(device, options.dtype, options.micro_batch_tokens)
+    subjects = prepare_subjects(config, samples, precision, options.trust_remote_code)
+    request = _request(options, subjects, samples, device)
+    names = [*(delta_file(entry.type) for entry in config.experts), NORMS, MANIFEST]
+    with locked_folder(options.out_dir):
+        if not options.overwrite:
+            if _already_there(options.out_dir, request):
+                print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
+                _say_next(options)
+                return
+            refuse_existing(options.out_dir, names)
+        _say_choices(options, subjects, samples, device)
+        norms = _measure_all(subjects, device, options)
+        files = _files(config, norms, request)
+        publish_files(options.out_dir, files, overwrite=options.overwrite)
+    print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
+    _say_next(options)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and chatter off the screen; their errors still show."""
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bar()
+
+
+def _measure_all(subjects: Sequence[Subject], device: "torch.device", options: MeasureOptions) -> "pd.DataFrame":
+    import pandas as pd
+    from tqdm import tqdm
+
+    total = sum(len(subject.decoder.blocks) for subject in subjects)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar:
+        for subject in subjects:
+            bar.set_postfix_str(subject.entry.type)
+            rows += _measure(subject, device, options, lambda layer: bar.update())
+    return pd.DataFrame(rows)
+
+
+def _measure(subject: Subject, device: "torch.device", options: MeasureOptions, on_block) -> list[dict[str, Any]]:
+    import torch
+
+    from utils.block_runner import run_blocks
+    from utils.guidance.lewis_measure import LewisVisitor
+    from utils.weight_source import ResidentWeights, StreamedWeights
+
+    config = options.config
+    if subject.headers is None:
+        weights = ResidentWeights(subject.checkpoint, device, subject.dtype, options.trust_remote_code)
+    else:
+        weights = StreamedWeights(subject.headers, device, subject.dtype)
+    divisor = len(subject.encoded) if config.parity else subject.tokens
+    visitor = LewisVisitor(subject.decoder, subject.tokens, divisor, config.sparsity_ratio)
+    try:
+        run_blocks(subject.decoder, weights, subject.batches, visitor, device, on_block=on_block)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"model {subject.entry.name}: the GPU ran out of memory; lower --micro_batch_tokens, nsamples or seqlen, "
+            "or use --device cpu"
+        ) from None
+    rows = []
+    for (layer, name), norm in visitor.norms.items():
+        component = next(part for part in subject.decoder.components if part.name == name)
+        weight = subject.decoder.weight_name(layer, component)
+        value = float(norm)
+        if not value < float("inf"):
+            raise UserError(
+                f"model {subject.entry.name}: the norm of {weight} is {value}: its weights or its inputs are not "
+                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16"
+            )
+        module = subject.decoder.blocks[layer].get_submodule(component.path)
+        tensor = weight if subject.headers is None else subject.headers[weight].name
+        rows.append(
+            {
+                "model": subject.entry.type,
+                "layer": layer,
+                "component": name,
+                "tensor": tensor,
+                "norm": value,
+                "params": module.weight.numel(),
+            }
+        )
+    return rows
+
+
+def _files(config: PairConfig, norms: "pd.DataFrame", request: Mapping[str, Any]) -> dict[str, bytes]:
+    from utils.guidance.lewis import delta_table
+
+    components = list(dict.fromkeys(norms["component"]))
+    deltas = {
+        entry.type: delta_table(norms, entry.type, config.base_model_type, components) for entry in config.experts
+    }
+    for entry in config.experts:
+        if not deltas[entry.type].to_numpy().any():
+            print(
+                f"warning: {entry.name} has exactly the base's norms everywhere; is it the same model?",
+                file=sys.stderr,
+            )
+    return measurement_files(deltas, norms, config.base_model_type, request)
+
+
+def _request(
+    options: MeasureOptions, subjects: Sequence[Subject], samples: Sequence[Sample], device: "torch.device"
+) -> dict[str, Any]:
+    """Everything the result depends on, as the manifest records it."""
+    source = with_defaults(options.config.dataset)
+    return {
+        "command": "lewis_importance",
+        "guidance": "lewis",
+        "versions": versions(),
+        "options": options.config.options(),
+        "device": device.type,
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "samples": {
+            "path": source.path,
+            "subset": source.subset,
+            "split": source.split,
+            "seed": source.seed,
+            "rows": [sample.row for sample in samples],
+        },
+        "models": [
+            {
+                "type": subject.entry.type,
+                **weight_file_record(subject.checkpoint),
+                "dtype": str(subject.dtype).removeprefix("torch."),
+                "tokens": subject.tokens,
+                "token_sha256": token_digest(subject.encoded),
+            }
+            for subject in subjects
+        ],
+    }
+
+
+def _already_there(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Whether the folder's manifest records this very request and its files are as it recorded them."""
+    manifest = read_manifest(folder)
+    if not manifest or {key: value for key, value in manifest.items() if key != "files"} != request:
+        return False
+    recorded = manifest.get("files", {})
+    return bool(recorded) and all(
+        (folder / name).exists() and file_sha256(folder / name) == digest for name, digest in recorded.items()
+    )
+
+
+def _versions_line() -> str:
+    found = versions()
+    return "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
+
+
+def _say_choices(
+    options: MeasureOptions, subjects: Sequence[Subject], samples: Sequence[Sample], device: "torch.device"
+) -> None:
+    config, source = options.config, with_defaults(options.config.dataset)
+    split = f", split {source.split}" if source.split and not options.config.dataset.path else ""
+    print(f"text: {len(samples)} samples of {source.path}{split}, seed {source.seed}, at most {source.seqlen} tokens")
+    decoder = subjects[0].decoder
+    names = ", ".join(part.name for part in decoder.components)
+    print(f"components: {names} ({'as configured' if config.components else 'every linear part of a block'})")
+    if config.parity:
+        print("parity: reference (samples padded with EOS, pads attended and counted, means over samples)")
+    if config.sparsity_ratio:
+        print(f"pruning while measuring: {config.sparsity_ratio:g} of each row, by the Wanda metric")
+    for subject in subjects:
+        why = "the checkpoint's own" if options.dtype == "auto" else "asked for"
+        print(
+            f"{subject.entry.type}: {subject.entry.name}, {subject.checkpoint.architecture}, "
+            f"{len(subject.decoder.blocks)} blocks, {gigabytes(subject.checkpoint.total_bytes)}, "
+            f"{str(subject.dtype).removeprefix('torch.')} ({why}), {subject.tokens} tokens in "
+            f"{len(subject.batches)} micro-batches, first ids {subject.encoded[0][:5]}"
+        )
+    _say_memory(subjects, device)
+
+
+def _say_memory(subjects: Sequence[Subject], device: "torch.device") -> None:
+    need = max(memory_estimate(subject) for subject in subjects)
+    free = available_bytes(device)
+    print(f"memory: about {gigabytes(need)} on {device.type} beside the runtime; {gigabytes(free)} are free")
+    if need > free:
+        print(
+            "warning: that may not fit; lower nsamples, seqlen or --micro_batch_tokens, or use --device cpu",
+            file=sys.stderr,
+        )
+    for subject in subjects:
+        if subject.headers is None:
+            print(
+                f"warning: transformers converts the names of {subject.entry.name} while loading, so all of it "
+                f"({gigabytes(subject.checkpoint.total_bytes)}) is loaded into memory",
+                file=sys.stderr,
+            )
+
+
+def _say_next(options: MeasureOptions) -> None:
+    recipes = options.out_dir.parent / "merge_configs"
+    print(
+        "next:\n"
+        f"  python3 lewis_merge.py --delta_dfs_in_dir {options.out_dir} --config_file {options.config.path} \\\n"
+        f"    --out_dir {recipes} --gamma 0.3 --epsilon 0.8 --merge_method ties"
+    )

@@ -1,0 +1,82 @@
+"""The machine a command runs on: device and dtype choices with their reasons, library versions, memory."""
+
+import os
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "mergekit", "safetensors", "tokenizers", "datasets", "pandas", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the libraries' versions."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def choose_device(asked: str) -> tuple["torch.device", str]:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:n` into a device and the reason for it.
+
+    Raises:
+        UserError: anything else, or a GPU that is not there.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        return (torch.device("cuda:0"), "a GPU is there") if count else (torch.device("cpu"), "no GPU is there")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"--device {asked!r} is unknown; use auto, cpu, cuda or cuda:n") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {asked!r} is not supported; use auto, cpu, cuda or cuda:n")
+    if device.type == "cuda":
+        if not count:
+            raise UserError(f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
+            raise UserError(f"--device {asked}: there are {count} GPUs, numbered from 0")
+    return device, "asked for"
+
+
+def available_bytes(device: "torch.device") -> int:
+    """Memory that a process could still take on the device: free GPU memory, or the host's available memory."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_name(device: "torch.device") -> str:
+    """What to call a device in a printout."""
+    if device.type == "cuda":
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    import torch
+
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def gigabytes(count: float) -> str:
+    """A byte count for people: `1.25 GB`, or MB below 0.1 GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,163 @@
+"""The models of a pair, made ready to be measured: everything that can be known and refused without weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.calibration import Sample, encode, micro_batches, reference_batches
+from utils.checkpoints import Checkpoint, find_small_files, open_checkpoint, read_model_config
+from utils.errors import UserError
+from utils.pair_config import ModelEntry, PairConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.block_runner import MicroBatch
+    from utils.checkpoints import TensorHeader
+    from utils.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How to compute: the device, `auto` or a torch dtype's name, and tokens per micro-batch (None: by device)."""
+
+    device: "torch.device"
+    dtype: str
+    micro_batch_tokens: int | None
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens per micro-batch: enough to keep the device busy, few enough to bound activations."""
+        return self.micro_batch_tokens or (16384 if self.device.type == "cuda" else 2048)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, ready to be measured: nothing of its weights is in memory yet.
+
+    `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint.
+    """
+
+    entry: ModelEntry
+    checkpoint: Checkpoint
+    decoder: "Decoder"
+    headers: "Mapping[str, TensorHeader] | None"
+    dtype: "torch.dtype"
+    encoded: list[list[int]]
+    batches: "list[MicroBatch]"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed and counted."""
+        return sum(batch.tokens for batch in self.batches)
+
+
+def prepare_subjects(
+    config: PairConfig, samples: Sequence[Sample], precision: Precision, trust_remote_code: bool
+) -> list[Subject]:
+    """Open every model's checkpoint, build its skeleton, find its blocks and tokenize the samples for it.
+
+    Raises:
+        UserError: a model that is missing, malformed, of an unsupported kind, or not shaped like the base; a tokenizer
+            that is missing or does not belong to the weights; samples longer than the model's positions.
+    """
+    encoded = {}
+    for entry in config.model_info:  # small files of every model before the weights of any
+        folder = find_small_files(entry.name, entry.revision)
+        read_model_config(folder, entry.name)
+        tokenizer = _tokenizer(folder, entry, trust_remote_code)
+        encoded[entry.type] = (
+            tokenizer,
+            encode(samples, tokenizer, config.dataset.seqlen, f"model {entry.name}"),
+        )
+    subjects = [
+        _subject(entry, *encoded[entry.type], config, precision, trust_remote_code) for entry in config.model_info
+    ]
+    base = next(subject for subject in subjects if subject.entry == config.base)
+    for subject in subjects:
+        _same_structure(base, subject)
+    return subjects
+
+
+def _subject(
+    entry: ModelEntry,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    config: PairConfig,
+    precision: Precision,
+    trust_remote_code: bool,
+) -> Subject:
+    import torch
+
+    from utils.decoder import find_decoder
+    from utils.weight_source import build_skeleton, match_names
+
+    where = f"model {entry.name}"
+    checkpoint = open_checkpoint(entry.name, entry.revision)
+    dtype = getattr(torch, checkpoint.float_dtype if precision.dtype == "auto" else precision.dtype)
+    model = build_skeleton(checkpoint, dtype, trust_remote_code)
+    decoder = find_decoder(model, config.components, config.prefix_mapping, where)
+    headers = match_names(model, checkpoint)
+    seqlen = config.dataset.seqlen
+    longest = seqlen if config.parity else max(map(len, encoded))
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
+    rows = model.get_input_embeddings().weight.shape[0]
+    top = max(max(ids) for ids in encoded)
+    if top >= rows:
+        raise UserError(
+            f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
+            "belong to these weights"
+        )
+    if config.parity:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token")
+        left = tokenizer.padding_side == "left"
+        batches = reference_batches(encoded, seqlen, precision.tokens_at_once, tokenizer.eos_token_id, left)
+    else:
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
+        batches = micro_batches(encoded, precision.tokens_at_once, pad)
+    return Subject(entry, checkpoint, decoder, headers, dtype, encoded, batches)
+
+
+def _tokenizer(folder: Path, entry: ModelEntry, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {entry.name}: its tokenizer cannot be loaded from {folder}: {first}") from None
+
+
+def _same_structure(base: Subject, expert: Subject) -> None:
+    """Refuse an expert whose blocks are not shaped like the base's: the norms could not be compared nor merged."""
+    where = f"model {expert.entry.name} cannot be compared with the base {base.entry.name}"
+    ours, theirs = len(base.decoder.blocks), len(expert.decoder.blocks)
+    if ours != theirs:
+        raise UserError(f"{where}: {theirs} decoder blocks against {ours}")
+    for component in base.decoder.components:
+        name = base.decoder.weight_name(0, component)
+        shapes = []
+        for subject in (base, expert):
+            try:
+                module = subject.decoder.blocks[0].get_submodule(component.path)
+            except AttributeError:
+                raise UserError(f"{where}: it has no {component.path} ({expert.checkpoint.architecture})") from None
+            shapes.append(tuple(module.weight.shape))
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}")
+
+
+def memory_estimate(subject: Subject) -> int:
+    """Bytes: what lies outside the blocks, two blocks, all hidden states, one micro-batch's widest activations."""
+    model, decoder, size = subject.decoder.model, subject.decoder, subject.dtype.itemsize
+    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
+    body = sum(value.numel() for value in decoder.body.parameters()) - sum(blocks)
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    widest = max(max(decoder.blocks[0].get_submodule(path).weight.shape) for path in decoder.linear_paths)
+    slots = [batch.input_ids.numel() for batch in subject.batches]
+    activations = max(slots) * (widest * (3 * size + 4) + 4 * hidden * size)
+    return size * (body + 2 * max(blocks) + sum(slots) * hidden) + activations

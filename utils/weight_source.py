@@ -1,0 +1,173 @@
+"""Weights on their way from a checkpoint to the device, a group of modules at a time.
+
+The usual way is a skeleton on the meta device whose tensors are read from the safetensors files when a block's turn
+comes: on the CPU they stay memory-mapped (reclaimable), on a GPU one block's worth is copied. Where the names in the
+checkpoint are not the names in the model (transformers converts some architectures while loading), the model is
+loaded by transformers as a whole, on the CPU, and its blocks are copied to the device in turn.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.checkpoints import Checkpoint, TensorHeader
+from utils.errors import UserError
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """Build the checkpoint's causal language model with parameters on the meta device and real buffers.
+
+    Raises:
+        UserError: the config needs remote code that was not allowed, or transformers cannot build the model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+        remote = "" if trust_remote_code or "auto_map" not in checkpoint.config else " (try --trust_remote_code)"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {checkpoint.name}: transformers cannot build {checkpoint.architecture}{remote}: {first}"
+        ) from None
+    return model.eval()
+
+
+def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorHeader] | None:
+    """Map the model's parameter and stored-buffer names (language-model head aside) to the checkpoint's tensors.
+
+    A checkpoint of the bare body lacks the body's prefix, and one of a causal model has it; both are matched. None if
+    a parameter is not found under its own name, that is, if transformers would convert the checkpoint.
+
+    Raises:
+        UserError: a tensor's shape is not what config.json makes of the model.
+    """
+    prefix = model.base_model_prefix + "."
+    body = {id(value) for value in [*model.base_model.parameters(), *model.base_model.buffers()]}
+    found = {}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if id(value) not in body:
+            continue
+        header = next(
+            (checkpoint.tensors[key] for key in (name, name.removeprefix(prefix)) if key in checkpoint.tensors), None
+        )
+        if header is None:
+            if isinstance(value, nn.Parameter):
+                return None
+            continue
+        if header.shape != tuple(value.shape):
+            raise UserError(
+                f"model {checkpoint.name}: tensor {header.name} is {list(header.shape)} in the checkpoint but "
+                f"config.json makes it {list(value.shape)}"
+            )
+        found[name] = header
+    return found
+
+
+class StreamedWeights:
+    """Reads tensors by name from safetensors files onto a device in a dtype; holds the open files."""
+
+    def __init__(self, headers: Mapping[str, TensorHeader], device: torch.device, dtype: torch.dtype) -> None:
+        self.headers, self.device, self.dtype = dict(headers), device, dtype
+        self.files = ExitStack()
+        self.handles: dict[Path, object] = {}
+
+    def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Read tensors onto the device. On the CPU in the stored dtype they are views of the file's pages."""
+        tensors = {}
+        for name in names:
+            header = self.headers.get(name)
+            if header is not None:
+                tensor = self._handle(header.file).get_tensor(header.name)
+                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                tensors[name] = tensor.to(self.device, dtype)
+        return tensors
+
+    def read_ahead(self, names: list[str]) -> None:
+        """Ask the system to have these tensors' pages in memory soon; returns at once."""
+        for name in names:
+            header = self.headers.get(name)
+            if header is not None and hasattr(os, "posix_fadvise"):
+                with open(header.file, "rb") as file:
+                    os.posix_fadvise(file.fileno(), header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the files; mapped pages go when the last tensor does."""
+        self.handles.clear()
+        self.files.close()
+
+    def _handle(self, file: Path):
+        from safetensors import safe_open
+
+        if file not in self.handles:
+            self.handles[file] = self.files.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return self.handles[file]
+
+
+class ResidentWeights:
+    """The same service from a model that transformers has loaded on the CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool):
+        from transformers import AutoModelForCausalLM
+
+        self.device, self.dtype = device, dtype
+        loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        self.tensors = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+
+    def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Copy tensors to the device."""
+        return {name: self.tensors[name].detach().to(self.device) for name in names if name in self.tensors}
+
+    def read_ahead(self, names: list[str]) -> None:
+        """Nothing to do: the weights are in memory."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.tensors.clear()
+
+
+WeightSource = StreamedWeights | ResidentWeights
+
+
+def tensor_names(module: nn.Module, path: str) -> list[str]:
+    """The full names of a module's parameters and buffers, given its path in the model."""
+    return [f"{path}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+
+
+@contextmanager
+def placed(module: nn.Module, path: str, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Put fetched tensors into a module (buffers that no file stores are moved along), and take them out at the end.
+
+    Args:
+        module: the module, with parameters on the meta device.
+        path: its path in the model, the prefix of the names in `tensors`.
+        tensors: parameters and buffers by full name, on `device`.
+        device: where buffers that are not in `tensors` go.
+    """
+    before = []
+    for owner_path, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, value in table.items():
+                if value is None:
+                    continue
+                full = ".".join(part for part in (path, owner_path, name) if part)
+                before.append((table, name, value))
+                if full in tensors:
+                    new = tensors[full]
+                    table[name] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
+                elif value.device.type != "meta":
+                    table[name] = value.to(device)
+    try:
+        yield
+    finally:
+        for table, name, value in before:
+            table[name] = value

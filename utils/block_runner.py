@@ -24,27 +24,34 @@ from utils.weight_source import WeightSource, placed, tensor_names
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that go through a block together.
+    """Right-padded samples that go through a block together.
 
-    `input_ids` [samples, length] are token ids (int64); `mask` (bool, same shape) says which are real, None that all
-    are; `tokens` counts the real ones.
+    `input_ids` [samples, length] are token ids (int64), `lengths` how many of each sample's are real (the first ones),
+    `mask` (bool, as `input_ids`) says which, None that all are.
     """
 
     input_ids: torch.Tensor
+    lengths: tuple[int, ...]
     mask: torch.Tensor | None
-    tokens: int
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> "MicroBatch":
-        """A micro-batch with its tokens counted; a mask without pads is dropped."""
-        if mask is None or bool(mask.all()):
-            return cls(input_ids, None, input_ids.numel())
-        return cls(input_ids, mask, int(mask.sum()))
+    def of(cls, samples: Sequence[Sequence[int]], pad_id: int = 0) -> "MicroBatch":
+        """Pad token lists to the longest of them."""
+        lengths = tuple(len(ids) for ids in samples)
+        longest = max(lengths)
+        padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in samples])
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        return cls(padded, lengths, None if min(lengths) == longest else mask)
+
+    @property
+    def tokens(self) -> int:
+        """How many real tokens there are."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return MicroBatch(self.input_ids.to(device), mask, self.tokens)
+        return MicroBatch(self.input_ids.to(device), self.lengths, mask)
 
 
 class Visitor(Protocol):
@@ -106,17 +113,35 @@ def run_blocks(
         stack.callback(lambda: [flow.close() for flow in flows])
         for flow in flows:
             flow.advance()
+        computed = _marker(device)
         for layer, block in enumerate(decoder.blocks):
             tensors = coming.result()
             if layer + 1 < len(names):
-                coming = fetcher.submit(weights.fetch, names[layer + 1])
+                coming = fetcher.submit(_fetch_after, computed, weights, names[layer + 1])
                 if layer + 2 < len(names):
                     weights.read_ahead(names[layer + 2])
             with placed(block, f"{decoder.blocks_path}.{layer}", tensors, device):
                 del tensors
                 _through_block(layer, block, flows, visitor)
+            computed = _marker(device)
             on_block(layer)
         return [flow.result() for flow in flows]
+
+
+def _marker(device: torch.device) -> torch.cuda.Event | None:
+    """A mark at the end of what a GPU has been told to compute so far; None on the CPU, which computes at once."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _fetch_after(computed: torch.cuda.Event | None, weights: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
+    """Fetch once the block before the current one is computed, so that no more than two blocks are on the device."""
+    if computed is not None:
+        computed.synchronize()
+    return weights.fetch(names)
 
 
 def _through_block(layer: int, block: nn.Module, flows: list["_Flow"], visitor: Visitor) -> None:

@@ -89,8 +89,6 @@ def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id:
 
     A sample longer than that is a micro-batch of its own. Pads are masked.
     """
-    import torch
-
     from utils.block_runner import MicroBatch
 
     groups: list[list[Sequence[int]]] = []
@@ -99,28 +97,21 @@ def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id:
             groups[-1].append(ids)
         else:
             groups.append([ids])
-    batches = []
-    for group in groups:
-        length = len(group[0])
-        ids = torch.tensor([[*ids, *[pad_id] * (length - len(ids))] for ids in group])
-        mask = torch.tensor([[True] * len(ids) + [False] * (length - len(ids)) for ids in group])
-        batches.append(MicroBatch.of(ids, mask))
-    return batches
+    return [MicroBatch.of(group, pad_id) for group in groups]
 
 
 def reference_batches(
     encoded: Sequence[Sequence[int]], seqlen: int, tokens_at_once: int, pad_id: int, left: bool
 ) -> list["MicroBatch"]:
     """Micro-batches as the reference makes them: every sample padded to `seqlen`, pads attended and counted."""
-    import torch
-
     from utils.block_runner import MicroBatch
 
     rows = []
     for ids in encoded:
         pads = [pad_id] * (seqlen - len(ids))
         rows.append([*pads, *ids] if left else [*ids, *pads])
-    return [MicroBatch.of(part) for part in torch.tensor(rows).split(max(1, tokens_at_once // seqlen))]
+    at_once = max(1, tokens_at_once // seqlen)
+    return [MicroBatch.of(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
 
 
 def token_digest(encoded: Sequence[Sequence[int]]) -> str:

@@ -1,6 +1,7 @@
 """Command 1's one job: measure every model of a pair on the calibration text and publish the dataframe folder."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from utils.errors import UserError
 from utils.frames import NORMS, delta_file, measurement_files, read_manifest
 from utils.pair_config import PairConfig
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
-from utils.runtime import available_bytes, choose_device, device_name, gigabytes, versions
+from utils.runtime import available_bytes, choose_device, device_name, gigabytes, return_freed_memory, versions
 from utils.subjects import Precision, Subject, memory_estimate, prepare_subjects
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def measure_pair(options: MeasureOptions) -> None:
                 return
             refuse_existing(options.out_dir, names)
         _say_choices(options, subjects, samples, device)
+        start = time.perf_counter()
         norms = _measure_all(subjects, device, options)
+        print(f"measured in {time.perf_counter() - start:.2f} s")
         files = _files(config, norms, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
@@ -82,9 +85,14 @@ def _measure_all(subjects: Sequence[Subject], device: "torch.device", options: M
     total = sum(len(subject.decoder.blocks) for subject in subjects)
     rows: list[dict[str, Any]] = []
     with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar:
+
+        def on_block(layer: int) -> None:
+            return_freed_memory()  # else the freed temporaries of block after block pile up
+            bar.update()
+
         for subject in subjects:
             bar.set_postfix_str(subject.entry.type)
-            rows += _measure(subject, device, options, lambda layer: bar.update())
+            rows += _measure(subject, device, options, on_block)
     return pd.DataFrame(rows)
 
 

@@ -1,5 +1,6 @@
 """The machine a command runs on: device and dtype choices with their reasons, library versions, memory."""
 
+import ctypes
 import os
 import platform
 from importlib import metadata
@@ -64,6 +65,13 @@ def available_bytes(device: "torch.device") -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system, where the C library can (glibc keeps much of it otherwise)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def device_name(device: "torch.device") -> str:

@@ -9,10 +9,22 @@ from torch import nn
 from utils.block_runner import MicroBatch
 from utils.errors import UserError
 
+ENTRIES_AT_ONCE = {"cpu": 2**17}  # float32 temporaries that stay in a core's cache; elsewhere the whole input
+ANYWHERE_ELSE = 2**26
+
 
 def column_square_sums(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each column of x [rows, columns], in float32 within the call, returned in float64 [columns]."""
-    return x.float().square().sum(dim=0).double()
+    """Sum of squares of each column of x [rows, columns], any float dtype.
+
+    Squares and sums are float32 within a chunk of rows; the chunks are added up in float64. Returns float64 [columns]
+    on x's device, without synchronization.
+    """
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    rows_at_once = max(1, ENTRIES_AT_ONCE.get(x.device.type, ANYWHERE_ELSE) // max(1, x.shape[1]))
+    for rows in x.split(rows_at_once):
+        values = rows.float()
+        total += (values * values).sum(dim=0)
+    return total
 
 
 class SecondMoments:
@@ -69,18 +81,22 @@ class SecondMoments:
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if self._last is None or self._last[0] is not x:
-                self._last = (x, column_square_sums(self._real_rows(x, path)))
+                self._last = (x, self._sums_over_real_tokens(x, path))
             sums = self._last[1]
             self.sums[path] = self.sums[path] + sums if path in self.sums else sums
             self.tokens[path] += self.batch.tokens
 
         return observe
 
-    def _real_rows(self, x: torch.Tensor, path: str) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] != self.batch.input_ids.numel():
+    def _sums_over_real_tokens(self, x: torch.Tensor, path: str) -> torch.Tensor:
+        samples, length = self.batch.input_ids.shape
+        if x.numel() != samples * length * x.shape[-1]:
             raise UserError(
-                f"{path} is given {rows.shape[0]} rows for {self.batch.input_ids.numel()} tokens; it does not process "
+                f"{path} is given {x.numel() // x.shape[-1]} rows for {samples * length} tokens; it does not process "
                 "each token once and cannot be measured (leave it out of components)"
             )
-        return rows if self.batch.mask is None else rows[self.batch.mask.reshape(-1)]
+        if self.batch.mask is None:
+            return column_square_sums(x.reshape(-1, x.shape[-1]))
+        x = x.reshape(samples, length, x.shape[-1])  # right-padded: real tokens are the first ones of each sample
+        parts = [column_square_sums(row[:real]) for row, real in zip(x, self.batch.lengths, strict=True)]
+        return torch.stack(parts).sum(dim=0)

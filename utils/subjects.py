@@ -1,5 +1,6 @@
 """The models of a pair, made ready to be measured: everything that can be known and refused without weights."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,15 +63,15 @@ def prepare_subjects(
         UserError: a model that is missing, malformed, of an unsupported kind, or not shaped like the base; a tokenizer
             that is missing or does not belong to the weights; samples longer than the model's positions.
     """
+    read: dict[str, tuple[Any, list[list[int]]]] = {}  # models with the very same tokenizer share its work
     encoded = {}
     for entry in config.model_info:  # small files of every model before the weights of any
         folder = find_small_files(entry.name, entry.revision)
-        read_model_config(folder, entry.name)
-        tokenizer = _tokenizer(folder, entry, trust_remote_code)
-        encoded[entry.type] = (
-            tokenizer,
-            encode(samples, tokenizer, config.dataset.seqlen, f"model {entry.name}"),
-        )
+        key = tokenizer_digest(folder, read_model_config(folder, entry.name))
+        if key not in read:
+            tokenizer = _tokenizer(folder, entry, trust_remote_code)
+            read[key] = (tokenizer, encode(samples, tokenizer, config.dataset.seqlen, f"model {entry.name}"))
+        encoded[entry.type] = read[key]
     subjects = [
         _subject(entry, *encoded[entry.type], config, precision, trust_remote_code) for entry in config.model_info
     ]
@@ -120,6 +121,30 @@ def _subject(
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
         batches = micro_batches(encoded, precision.tokens_at_once, pad)
     return Subject(entry, checkpoint, decoder, headers, dtype, encoded, batches)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def tokenizer_digest(folder: Path, config: Mapping[str, Any]) -> str:
+    """SHA-256 over what makes a model's tokenizer: equal digests mean equal tokenizers.
+
+    That is its files, and what `config.json` says where they do not name its class.
+    """
+    digest = hashlib.sha256(f"{config.get('model_type')}:{config.get('tokenizer_class')}".encode())
+    for name in TOKENIZER_FILES:
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        digest.update(f"{name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
 
 
 def _tokenizer(folder: Path, entry: ModelEntry, trust_remote_code: bool) -> Any:

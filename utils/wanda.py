@@ -5,22 +5,22 @@ Pure tensor functions. W is [out, in]; s [in] is the second moment of each input
 
 import torch
 
-ROWS_AT_ONCE = 2**22  # weight entries turned to float32 at a time: bounds the temporaries to 16 MiB
+from utils.second_moments import column_square_sums
+
+ENTRIES_AT_ONCE = 2**22  # weight entries turned to float32 at a time: bounds the temporaries to some 16 MiB
 
 
 def metric_norm(weight: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
     """Frobenius norm of the Wanda metric, || |W| * sqrt(s) ||_F = sqrt(sum_ij W_ij^2 s_j).
 
     Args:
-        weight: [out, in], any float dtype; squares are float32 within a chunk of rows.
+        weight: [out, in], any float dtype; squares are summed as `column_square_sums` does.
         second_moment: [in], at least 0; used in float64.
 
     Returns:
         A float64 scalar tensor on the weight's device (no synchronization).
     """
-    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in weight.split(max(1, ROWS_AT_ONCE // max(1, weight.shape[1]))):
-        squares += rows.float().square().sum(dim=0).double()
+    squares = column_square_sums(weight)
     return (squares * second_moment.double()).sum().sqrt()
 
 
@@ -39,6 +39,6 @@ def pruned(weight: torch.Tensor, second_moment: torch.Tensor, ratio: float) -> t
     count = int(weight.shape[1] * ratio)
     scale = second_moment.float().sqrt()
     result = weight.clone(memory_format=torch.contiguous_format)
-    for rows in result.split(max(1, ROWS_AT_ONCE // max(1, weight.shape[1]))):
+    for rows in result.split(max(1, ENTRIES_AT_ONCE // max(1, weight.shape[1]))):
         rows.masked_fill_(smallest_per_row_mask(rows.abs().float() * scale, count), 0)
     return result

@@ -1,0 +1,47 @@
+"""Fixtures that several test files share. No test reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """What the released code computed for a tiny Llama and two fine-tunes; model paths are relative to this folder."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real texts and further golden files; skips where it is not set."""
+    folder = os.environ.get("LEWIS_TEST_DATA")
+    if not folder:
+        pytest.skip("LEWIS_TEST_DATA is not set: it names a folder with data/ and golden/ of real text")
+    return Path(folder)
+
+
+@pytest.fixture
+def run_command_line() -> Callable[..., subprocess.CompletedProcess]:
+    """Run one of the commands as a user does: `run("lewis_merge.py", "--gamma", "0.3", ..., cwd=folder)`."""
+
+    def run(script: str, *arguments: object, cwd: Path = ROOT, timeout: float = 300, **environment: str):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,136 @@
+"""Run whole commands in turn, several times, and keep what each cost: time, unreclaimable memory, bytes moved."""
+
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A command line to time. `bytes_moved` is what it cannot avoid reading and writing, once each."""
+
+    name: str
+    command: tuple[str, ...]
+    bytes_moved: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: whole-process seconds, the job's own seconds (start-up apart), peak memory in bytes.
+
+    `anonymous` is the peak of memory that the system could not reclaim (resident pages that no file backs);
+    `gpu` what the process itself reports as its peak on the GPU, 0 without one.
+    """
+
+    contender: str
+    seconds: float
+    job_seconds: float
+    anonymous: int
+    gpu: int
+
+
+_JOB = re.compile(r"(?:measured|merged) in ([\d.]+) s")
+_GPU = re.compile(r"peak GPU memory ([\d.]+) (MB|GB)")
+
+
+def run_once(contender: Contender) -> Run:
+    """Run a contender as a whole process; raises with its output if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(contender.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    peak = [0]
+    watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
+    watcher.start()
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{contender.name} failed:\n{output[-3000:]}")
+    job, gpu = _JOB.search(output), _GPU.search(output)
+    held = float(gpu[1]) * (1e9 if gpu[2] == "GB" else 1e6) if gpu else 0
+    return Run(contender.name, seconds, float(job[1]) if job else seconds, peak[0], int(held))
+
+
+def alternate(contenders: Sequence[Contender], runs: int) -> list[Run]:
+    """Run all contenders in turn, `runs` times, after one uncounted round that warms the page cache."""
+    for contender in contenders:
+        run_once(contender)
+    done = []
+    for number in range(runs):
+        for contender in contenders:
+            done.append(run_once(contender))
+            print(f"  run {number + 1}/{runs} {contender.name}: {done[-1].seconds:.1f} s", file=sys.stderr)
+    return done
+
+
+def table(contenders: Sequence[Contender], runs: Sequence[Run], baseline: str) -> str:
+    """Medians per contender and how many times faster than the baseline, as Markdown."""
+    medians = {name: _medians([run for run in runs if run.contender == name]) for name in {r.contender for r in runs}}
+    lines = [
+        "| contender | process s | job s | job: baseline / this | process: baseline / this | unreclaimable MB | GPU MB | "
+        "moved GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    base = medians[baseline]
+    for contender in contenders:
+        m = medians[contender.name]
+        lines.append(
+            f"| {contender.name} | {m.seconds:.2f} | {m.job_seconds:.2f} | {base.job_seconds / m.job_seconds:.2f} | "
+            f"{base.seconds / m.seconds:.2f} | {m.anonymous / 1e6:.0f} | {m.gpu / 1e6:.0f} | "
+            f"{contender.bytes_moved / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, runs: Sequence[Run], **columns: object) -> None:
+    """Append every run, with further constant columns (shape, machine ...), to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *(field.name for field in fields(Run))])
+        if new:
+            writer.writeheader()
+        writer.writerows({**columns, **asdict(run)} for run in runs)
+
+
+def machine() -> str:
+    """The machine in a few words: processor, cores, memory, GPU if torch sees one."""
+    import torch
+
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB{gpu}, torch {torch.__version__}"
+
+
+def _medians(runs: Sequence[Run]) -> Run:
+    return Run(
+        runs[0].contender,
+        *(
+            statistics.median(getattr(run, name) for run in runs)
+            for name in ("seconds", "job_seconds", "anonymous", "gpu")
+        ),
+    )
+
+
+def _watch(process: subprocess.Popen, peak: list[int]) -> None:
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            return
+        found = re.search(r"RssAnon:\s+(\d+) kB", status)
+        if found:
+            peak[0] = max(peak[0], int(found[1]) * 1024)
+        time.sleep(0.02)

@@ -1,0 +1,75 @@
+"""What measuring a pair costs, against the published procedure.
+
+    python3 benchmarks/measuring.py --shape llama-365m --data FOLDER --runs 3
+    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --nsamples 15,60,240 --contenders ours
+
+Runs each contender as a whole process, in turn, `--runs` times after one warm-up round, and prints medians, ratios and
+peak memory; every run goes into `benchmarks/results/measuring.csv`. Contenders: `ours` (default settings), `parity`
+(ours with `parity: reference`, pruning 0.5, in float32) and `parity-fast` (the same in bfloat16); `published` and
+`published-fp32` are the procedure as published (`benchmarks/published_scoring.py`), in bfloat16 and float32.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+
+from benchmarks.contenders import Contender, alternate, machine, table, write_csv
+from benchmarks.shapes import ROOT, SHAPES, build_pair, rows_files
+
+NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32")
+
+
+def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsamples: int, device: str) -> Contender:
+    """The command line of one contender on one text."""
+    base, expert = str(places["base"]), str(places["one"])
+    weights = [file for place in (base, expert) for file in Path(place).glob("*.safetensors")]
+    moved = sum(file.stat().st_size for file in weights)
+    if name.startswith("published"):
+        dtype = "float32" if name.endswith("fp32") else "bfloat16"
+        script = str(ROOT / "benchmarks" / "published_scoring.py")
+        options = ["--base", base, "--expert", expert, "--rows", str(rows), "--dtype", dtype]
+        options += ["--nsamples", str(nsamples), "--device", device]
+        return Contender(name, (sys.executable, script, *options), moved)
+    config = places["base"].parent / f"{name}_{text}_{nsamples}.yaml"
+    parity = {"parity": "reference", "sparsity_ratio": 0.5} if name.startswith("parity") else {}
+    models = [{"name": base, "type": "base"}, {"name": expert, "type": "one"}]
+    dataset = {"name": text, "path": str(rows)}
+    config.write_text(yaml.safe_dump({"model_info": models, "dataset": dataset, "nsamples": nsamples, **parity}))
+    out = places["base"].parent / f"dfs_{name}"
+    options = ["--config", str(config), "--out_dir", str(out), "--overwrite", "--device", device]
+    options += ["--dtype", "float32" if name == "parity" else "bfloat16"]
+    return Contender(name, (sys.executable, str(ROOT / "lewis_importance.py"), *options), moved)
+
+
+def main() -> None:
+    """Time the contenders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", required=True, help=f"one or more of {', '.join(SHAPES)}, separated by commas")
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/train.jsonl and mbpp/train.jsonl")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--nsamples", default="15", help="one or more numbers, separated by commas")
+    parser.add_argument("--contenders", default=",".join(NAMES[:1] + NAMES[3:4]))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=ROOT / "output" / "bench", help="where models are made")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "measuring.csv")
+    args = parser.parse_args()
+    print(f"machine: {machine()}")
+    for shape in args.shape.split(","):
+        places = build_pair(shape, args.work / shape, args.data)
+        for text, rows in rows_files(args.data).items():
+            for nsamples in map(int, args.nsamples.split(",")):
+                names = args.contenders.split(",")
+                contenders = [contender(name, places, text, rows, nsamples, args.device) for name in names]
+                runs = alternate(contenders, args.runs)
+                columns = {"shape": shape, "text": text, "nsamples": nsamples, "machine": machine()}
+                write_csv(args.results, runs, **columns)
+                print(f"\n{shape}, {nsamples} samples of {text}, medians of {args.runs} runs:\n")
+                print(table(contenders, runs, names[-1]))
+
+
+if __name__ == "__main__":
+    main()

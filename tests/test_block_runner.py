@@ -12,7 +12,7 @@ from utils.calibration import micro_batches
 from utils.checkpoints import open_checkpoint
 from utils.decoder import find_decoder, weight_matrix
 from utils.errors import UserError
-from utils.guidance.lewis_measure import LewisVisitor
+from utils.guidance.lewis import LewisVisitor
 from utils.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_pruning_while_measuring_equals_the_plain_procedure(family, tmp_path):
         inputs = {}
         handles = [
             model.get_submodule(path).register_forward_hook(
-                lambda module, args, output, path=path: inputs.setdefault(path, []).append(
+                lambda module, args, output, path=path, inputs=inputs: inputs.setdefault(path, []).append(
                     args[0].reshape(-1, args[0].shape[-1])
                 )
             )

@@ -12,6 +12,7 @@ A folder that holds only delta CSVs (from the reference, or edited by hand) can 
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,10 @@ def _read_csv(path: Path) -> "pd.DataFrame":
             raise UserError(f"{path}: a column is given twice")
         if any(not line.strip() for line in lines):
             raise UserError(f"{path}: a line is blank; every layer needs its row")
-        frame = pd.read_csv(path, encoding="utf-8-sig", index_col=False, float_precision="round_trip")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pandas 3.1 makes round_trip the default and deprecates naming it
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with too many fields
+            frame = pd.read_csv(path, encoding="utf-8-sig", index_col=False, float_precision="round_trip")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as error:

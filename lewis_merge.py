@@ -1,0 +1,85 @@
+"""Command 2: turn what was measured into a merge recipe for mergekit.
+
+    python3 lewis_merge.py --delta_dfs_in_dir output/gemma_2b/delta_dfs --config_file configs/gemma_2b.yaml \\
+        --out_dir output/gemma_2b/merge_configs --gamma 0.3 --epsilon 0.8 --merge_method ties
+
+Reads the delta tables, gives each measured tensor a density between gamma and epsilon, proves that every filter hits
+its tensor and nothing else, and writes `<config>_<gamma>_<epsilon>_generated_<method>_merge_config.yaml`, which runs
+unchanged in stock mergekit-yaml too. The offline example, with a uniform recipe to compare with and a heatmap:
+
+    python3 lewis_merge.py --delta_dfs_in_dir output/demo/delta_dfs --config_file configs/demo.yaml \\
+        --out_dir output/demo/merge_configs --control uniform --plot
+"""
+
+from utils.errors import run_command
+from utils.flags import FlagParser, number, path
+
+
+def main() -> None:
+    """Parse the flags into one checked value and make one call."""
+    parser = FlagParser(prog="lewis_merge.py", description=__doc__)
+    parser.flag(
+        "delta_dfs_in_dir",
+        "folder that lewis_importance.py wrote, or one of *_delta.csv files",
+        type=path,
+        required=True,
+    )
+    parser.flag("config_file", "the pair config that was measured with", type=path, required=True)
+    parser.flag("out_dir", "folder to write the recipe into; made if needed", type=path, required=True)
+    parser.flag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3)
+    parser.flag("epsilon", "density of what changed most, gamma to 1", type=number(0, 1, low_open=True), default=0.8)
+    parser.flag(
+        "merge_method",
+        "ties, dare_ties, dare_linear, della, della_linear, breadcrumbs or breadcrumbs_ties",
+        default="ties",
+    )
+    parser.switch("apply_lewis_to_weights", "use the densities as merging weights too")
+    parser.flag(
+        "bound",
+        "how deltas become densities; minmax: scaled from gamma to epsilon; clip: relative to the largest, clipped",
+        choices=("minmax", "clip"),
+        default="minmax",
+    )
+    parser.flag(
+        "mean_density",
+        "scale each expert's densities to this mean over the measured parameters; gamma and epsilon then only shape "
+        "them (and stay in the file name)",
+        type=number(0, 1, low_open=True),
+    )
+    parser.flag("control", "also write the unguided recipe with the same mean density everywhere", choices=("uniform",))
+    parser.flag("lambda", "factor on the merged delta, above 0", type=number(0, low_open=True))
+    parser.flag("out_dtype", "precision of the merged weights", choices=("float32", "bfloat16", "float16"))
+    parser.switch("plot", "also draw each expert's densities as a heatmap (PNG)")
+    parser.switch("overwrite", "replace files of the same names in --out_dir")
+    parser.switch("trust_remote_code", "run Python code that comes with a model's config")
+    flags = parser.parse()
+
+    from utils.pair_config import read_pair_config
+
+    config = read_pair_config(flags.config_file)
+
+    from utils.decision import DecideOptions, decide
+
+    decide(
+        DecideOptions(
+            config=config,
+            delta_dfs_in_dir=flags.delta_dfs_in_dir,
+            out_dir=flags.out_dir,
+            gamma=flags.gamma + 0.0,  # -0 is 0, in the file name too
+            epsilon=flags.epsilon,
+            merge_method=flags.merge_method,
+            apply_lewis_to_weights=flags.apply_lewis_to_weights,
+            bound=flags.bound,
+            mean_density=flags.mean_density,
+            control=flags.control,
+            lambda_=getattr(flags, "lambda"),
+            out_dtype=flags.out_dtype,
+            plot=flags.plot,
+            overwrite=flags.overwrite,
+            trust_remote_code=flags.trust_remote_code,
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,72 @@
+"""Tiny random checkpoints of real architectures, saved by transformers itself. Built in a second, no network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 96
+LAYERS = 3
+HIDDEN = 32
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_LLAMA_PATHS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+# family: (model_type of transformers, config overrides, linear module paths inside a block)
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
+    "llama": ("llama", {}, _LLAMA_PATHS),
+    "llama_bias": ("llama", {"attention_bias": True}, _LLAMA_PATHS),
+    "mistral": ("mistral", {}, _LLAMA_PATHS),
+    "qwen2": ("qwen2", {}, _LLAMA_PATHS),
+    "qwen3": ("qwen3", {"head_dim": 8}, _LLAMA_PATHS),
+    "gemma": ("gemma", {"head_dim": 8, "tie_word_embeddings": True}, _LLAMA_PATHS),
+    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": True}, _LLAMA_PATHS),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": True}, _LLAMA_PATHS),
+    "phi3": ("phi3", {}, ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+    "phi3_tied": (
+        "phi3",
+        {"tie_word_embeddings": True},
+        ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    ),
+    "gpt2": ("gpt2", {}, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    "gpt_neox": (
+        "gpt_neox",
+        {},
+        ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+    "olmo2": ("olmo2", {}, _LLAMA_PATHS),
+}
+
+
+def block_prefix(family: str) -> str:
+    """What stands before the layer number in a tensor name."""
+    return {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(family, "model.layers")
+
+
+def save_tiny(family: str, folder: Path, seed: int = 0, layers: int = LAYERS, **overrides: Any) -> Path:
+    """Save a random model of `family` into `folder` (bfloat16 safetensors) and return the folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, own, _ = FAMILIES[family]
+    settings = {**_COMMON, "num_hidden_layers": layers, **own, **overrides}
+    if model_type == "gpt2":
+        settings |= {"n_embd": HIDDEN, "n_layer": layers, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start out constant: make every tensor differ
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -8,10 +8,8 @@ and writes `<type>_delta.csv` per expert, `norms.csv` and `manifest.json` into t
     python3 lewis_importance.py --config configs/demo.yaml --out_dir output/demo/delta_dfs
 """
 
-from pathlib import Path
-
 from utils.errors import run_command
-from utils.flags import FlagParser, whole_number
+from utils.flags import FlagParser, path, whole_number
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,9 +17,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
     parser = FlagParser(prog="lewis_importance.py", description=__doc__)
-    parser.flag("config", "pair config: the YAML that names the models, the text and the settings", required=True)
-    parser.flag("out_dir", "folder to write the dataframes into; made if needed", required=True)
+    parser.flag(
+        "config", "pair config: the YAML that names the models, the text and the settings", type=path, required=True
+    )
+    parser.flag("out_dir", "folder to write the dataframes into; made if needed", type=path, required=True)
     parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
+    parser.flag(
+        "devices",
+        "several of one kind, such as cuda:0,cuda:1 or cpu,cpu: models are measured side by side; replaces --device",
+    )
     parser.flag("dtype", "precision of the forward pass; auto: the checkpoint's own", choices=DTYPES, default="auto")
     parser.flag(
         "micro_batch_tokens",
@@ -42,12 +46,13 @@ def main() -> None:
     measure_pair(
         MeasureOptions(
             config=config,
-            out_dir=Path(flags.out_dir).expanduser(),
+            out_dir=flags.out_dir,
             device=flags.device,
             dtype=flags.dtype,
             micro_batch_tokens=flags.micro_batch_tokens,
             trust_remote_code=flags.trust_remote_code,
             overwrite=flags.overwrite,
+            devices=flags.devices,
         )
     )
 

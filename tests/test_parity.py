@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 needs_data = pytest.mark.skipif(not DATA, reason="LEWIS_TEST_DATA names no folder with golden/ and data/")
 
 
-def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, **changes) -> Path:
+def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devices=None, **changes) -> Path:
     """Measure a golden pair from the folder its model names are relative to, in this process."""
     from utils.measurement import MeasureOptions, measure_pair
     from utils.pair_config import read_pair_config
@@ -28,7 +28,7 @@ def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, **ch
     (workdir / "pair.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.chdir(golden)
     config = read_pair_config(workdir / "pair.yaml")
-    measure_pair(MeasureOptions(config, workdir / "dfs", "cpu", "float32", None, False, False))
+    measure_pair(MeasureOptions(config, workdir / "dfs", "cpu", "float32", None, False, False, devices))
     return workdir / "dfs"
 
 
@@ -99,3 +99,19 @@ def test_the_plain_published_procedure_gives_the_same_numbers(tmp_path, monkeypa
     assert len(norms) == len(expected)
     for (layer, name), norm in norms.items():
         assert norm == pytest.approx(expected[f"Layer_{name}_{layer}"], rel=TOLERANCE)
+
+
+def test_models_measured_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = measure(PORTABLE, "sparsity50", PORTABLE / "rows.jsonl", tmp_path / "one", monkeypatch)
+        other = measure(
+            PORTABLE, "sparsity50", PORTABLE / "rows.jsonl", tmp_path / "two", monkeypatch, devices="cpu,cpu"
+        )
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("norms.csv", "math_delta.csv", "code_delta.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()

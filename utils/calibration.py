@@ -5,12 +5,13 @@ Rows come from a hub data set or a local file; `nsamples` of them are chosen by 
 """
 
 import hashlib
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
+from utils.errors import UserError, brief
 from utils.pair_config import CalibrationSource
 from utils.rows import local_rows, looks_like_file
 
@@ -23,6 +24,11 @@ BUILT_IN = {
     "mbpp": CalibrationSource(path="google-research-datasets/mbpp", subset="full", split="train", text="{text} {code}"),
 }
 
+# No tokenizer's tokens are this long on average: characters further on cannot reach the first `seqlen` tokens, and a
+# row that holds a whole book need not be tokenized to its end.
+_CHARACTERS_PER_TOKEN = 1024
+_SHORT = 10
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -34,15 +40,23 @@ class Sample:
 
 
 def with_defaults(source: CalibrationSource) -> CalibrationSource:
-    """Fill what the built-in data set `source.name` defines and the user left out."""
+    """Fill what the built-in data set `source.name` defines and the user left out.
+
+    Raises:
+        UserError: a subset or split of a local file.
+    """
     built_in = BUILT_IN.get(source.name or "", CalibrationSource(split="train"))
     own_path = source.path is not None
+    is_file = own_path and looks_like_file(source.path)
+    for key in ("subset", "split"):
+        if is_file and getattr(source, key):
+            raise UserError(f"dataset.{key}: {source.path} is a file, which has no {key}; remove the key")
     return replace(
         source,
         path=source.path or built_in.path,
         # Subset and split belong to the hub's data set; a path of the user's own has its own.
         subset=source.subset or (None if own_path else built_in.subset),
-        split=source.split or built_in.split,
+        split=source.split or (None if is_file else built_in.split),
         text=source.text or (None if source.messages else built_in.text),
     )
 
@@ -56,6 +70,7 @@ def choose_samples(source: CalibrationSource, nsamples: int) -> list[Sample]:
     import numpy
 
     source = with_defaults(source)
+    _check_template(source)
     rows = local_rows(source.path) if looks_like_file(source.path) else _hub_rows(source)
     if len(rows) < nsamples:
         raise UserError(f"dataset {source.path} has {len(rows)} rows, but nsamples is {nsamples}; lower nsamples")
@@ -69,7 +84,8 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
     Chat messages are rendered with the tokenizer's chat template, which writes its own special tokens.
 
     Raises:
-        UserError: a chat column without a chat template, messages the template refuses, or a sample without tokens.
+        UserError: a chat column without a chat template, messages the template refuses, text the tokenizer cannot
+            encode, or a sample without tokens.
     """
     encoded = []
     for sample in samples:
@@ -77,11 +93,31 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
             text, special = sample.text, True
         else:
             text, special = _render_chat(sample, tokenizer, where), False
-        ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
+        if getattr(tokenizer, "truncation_side", "right") == "right":
+            text = text[: _CHARACTERS_PER_TOKEN * seqlen]
+        try:
+            ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
+        except Exception as error:  # tokenizers raise errors of their own kinds, plain Exception among them
+            raise UserError(
+                f"{where}: its tokenizer cannot encode row {sample.row} of the data set: {brief(error)}"
+            ) from None
         if not ids:
             raise UserError(f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}")
         encoded.append(ids)
     return encoded
+
+
+def text_doubts(source: CalibrationSource, encoded: Sequence[Sequence[int]]) -> list[str]:
+    """Sentences about calibration text that is allowed but unlikely to be meant."""
+    found = []
+    if "test" in (source.split or "").lower():
+        found.append(f"calibrating on the {source.split} split: scores on it later will not be held-out scores")
+    if len(encoded) > 1 and len({tuple(ids) for ids in encoded}) == 1:
+        found.append(f"all {len(encoded)} samples are the same {len(encoded[0])} tokens")
+    longest = max(map(len, encoded))
+    if longest < _SHORT:
+        found.append(f"the longest sample has {longest} tokens; so little text says little about a model")
+    return found
 
 
 def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id: int) -> list["MicroBatch"]:
@@ -123,9 +159,7 @@ def _sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> S
     where = f"dataset {source.path}, row {row}"
     if source.messages is not None:
         messages = _column(values, source.messages, where)
-        if not isinstance(messages, (list, tuple)) or not all(isinstance(item, Mapping) for item in messages):
-            raise UserError(f"{where}: column {source.messages!r} is not a list of chat messages")
-        return Sample(row, None, [dict(item) for item in messages])
+        return Sample(row, None, _checked_messages(messages, f"{where}: column {source.messages!r}"))
     template = source.text
     if template is None:
         if "text" not in values:
@@ -134,28 +168,58 @@ def _sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> S
     text = "".join(_template_parts(template, values, where))
     if not text.strip():
         raise UserError(f"{where} is empty; remove the row or choose another seed")
+    if not _is_unicode(text):
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character; mend the file")
     return Sample(row, text)
 
 
-def _template_parts(template: str, values: Mapping[str, Any], where: str) -> list[str]:
+def _check_template(source: CalibrationSource) -> None:
+    if source.text is None:
+        return
     try:
-        pieces = list(string.Formatter().parse(template))
+        pieces = list(string.Formatter().parse(source.text))
     except ValueError as error:
-        raise UserError(f"dataset.text {template!r} is not a template: {error}") from None
+        raise UserError(f"dataset.text {source.text!r} is not a template: {error}") from None
+    names = [name for _, name, _, _ in pieces if name is not None]
+    if any(not name or form or conversion for _, name, form, conversion in pieces if name is not None):
+        raise UserError(f"dataset.text {source.text!r}: write columns as {{column}}, nothing else in the braces")
+    if not names:
+        raise UserError(f"dataset.text {source.text!r} names no column; write for example {{question}}")
+
+
+def _template_parts(template: str, values: Mapping[str, Any], where: str) -> list[str]:
     parts = []
-    for literal, name, form, conversion in pieces:
+    for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if name is None:
             continue
-        if not name or form or conversion:
-            raise UserError(f"dataset.text {template!r}: write columns as {{column}}, nothing else in the braces")
         value = _column(values, name, where)
-        if not isinstance(value, (str, int, float)):
+        if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{where}: column {name!r} holds {_kind(value)}, not text")
         parts.append(str(value))
-    if not any(name for _, name, _, _ in pieces):
-        raise UserError(f"dataset.text {template!r} names no column; write for example {{question}}")
     return parts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked_messages(messages: Any, where: str) -> list[Mapping[str, Any]]:
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(item, Mapping) for item in messages):
+        raise UserError(f"{where} is not a list of chat messages")
+    if not messages:
+        raise UserError(f"{where} holds no messages; remove the row or choose another seed")
+    for number, item in enumerate(messages, 1):
+        content = item.get("content")
+        if not isinstance(item.get("role"), str) or not (isinstance(content, (str, list)) or item.get("tool_calls")):
+            raise UserError(
+                f"{where}, message {number} must have a role and a content, both text; it has {', '.join(map(str, item))}"
+            )
+    return [dict(item) for item in messages]
 
 
 def _column(values: Mapping[str, Any], name: str, where: str) -> Any:
@@ -165,6 +229,8 @@ def _column(values: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
     return "nothing (null)" if value is None else f"a {type(value).__name__}"
 
 
@@ -172,9 +238,12 @@ def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{where}: its tokenizer has no chat template; use dataset.text instead of dataset.messages")
     try:
-        return tokenizer.apply_chat_template(sample.messages, tokenize=False)
+        text = tokenizer.apply_chat_template(sample.messages, tokenize=False)
     except Exception as error:  # templates raise errors of their own kinds
-        raise UserError(f"{where}: the chat template refuses row {sample.row}: {error}") from None
+        raise UserError(f"{where}: the chat template refuses row {sample.row}: {brief(error)}") from None
+    if not _is_unicode(text):
+        raise UserError(f"{where}: row {sample.row} holds half of a surrogate pair, which is no character")
+    return text
 
 
 def _hub_rows(source: CalibrationSource) -> Sequence[Mapping[str, Any]]:
@@ -184,7 +253,6 @@ def _hub_rows(source: CalibrationSource) -> Sequence[Mapping[str, Any]]:
     try:
         return load_dataset(source.path, name=source.subset, split=source.split)
     except Exception as error:  # the hub, the network, the cache and the builders raise errors of many kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{shown}, split {source.split}: cannot be loaded: {first}. For a local file give dataset.path its name"
+            f"{shown}, split {source.split}: cannot be loaded: {brief(error)}. For a local file give dataset.path its name"
         ) from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.hub import download
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,6 +27,15 @@ DTYPE_BYTES = {
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PICKLED = (
+    "pickled weights can run code: load them once with transformers and save_pretrained() them, which writes "
+    "safetensors"
+)
+_OTHER_WEIGHTS = {
+    ".safetensors": f"a sharded model needs its {INDEX}, a single file must be called {SINGLE}",
+    ".gguf": "give the checkpoint that the GGUF file was made from",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLED),
+}
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
 
 
@@ -83,9 +93,8 @@ class Checkpoint:
 
 def is_local(name: str) -> bool:
     """Whether `name` means a folder on this machine rather than a hub id."""
-    path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    return looks_local or path.exists()
+    return looks_local or os.path.exists(name)
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -97,8 +106,26 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     folder = find_small_files(name, revision)
     config = read_model_config(folder, name)
     if not is_local(name):
-        folder = _download(name, revision, ["*.safetensors", INDEX, *SMALL_FILES])
+        folder = download(name, revision, ["*.safetensors", INDEX, *SMALL_FILES])
     return Checkpoint(name, revision, folder, config, read_headers(folder, name))
+
+
+def open_without_download(name: str, revision: str | None = None) -> Checkpoint | None:
+    """Open a model that already lies on this machine, weights included; None if it does not. Nothing is fetched.
+
+    Raises:
+        UserError: a local folder exists but is malformed, as in `open_checkpoint`.
+    """
+    if is_local(name):
+        return open_checkpoint(name, revision) if Path(name).expanduser().exists() else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True)).resolve()
+        return Checkpoint(name, revision, folder, read_model_config(folder, name), read_headers(folder, name))
+    except (HFValidationError, LocalEntryNotFoundError, OSError, UserError):
+        return None  # not in the hub cache, or only in part: the next download completes it
 
 
 def find_small_files(name: str, revision: str | None = None) -> Path:
@@ -108,10 +135,11 @@ def find_small_files(name: str, revision: str | None = None) -> Path:
         UserError: no such folder; or the hub does not have it, refuses it, or cannot be reached.
     """
     if not is_local(name):
-        return _download(name, revision, list(SMALL_FILES))
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(f"model folder {name} does not exist (looked in {Path.cwd()})")
+        return download(name, revision, list(SMALL_FILES))
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):
+        state = "is a broken symbolic link" if os.path.islink(path) else f"does not exist (looked in {Path.cwd()})"
+        raise UserError(f"model folder {name} {state}")
     if not path.is_dir():
         raise UserError(f"model {name} is a file; give the folder that holds config.json and the weights")
     if revision:
@@ -128,8 +156,7 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        if (folder / "adapter_config.json").exists():
-            raise UserError(f"model {name} is a LoRA adapter: merge it into its base model first, give the result")
+        _refuse_other_formats(folder, name)
         raise UserError(f"model {name}: {folder} has no config.json; is it a model folder?")
     config = read_json(path, f"model {name}: config.json")
     architectures = config.get("architectures")
@@ -137,9 +164,9 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f'model {name}: config.json names no model class; add "architectures": ["...ForCausalLM"]')
     if config.get("is_encoder_decoder"):
         raise UserError(f"model {name} is an encoder-decoder ({architectures[0]}); only decoders are supported")
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
-        raise UserError(f"model {name} is quantized ({method}); give the unquantized checkpoint")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UserError(f"model {name} is quantized ({method or 'unknown method'}); give the unquantized checkpoint")
     return config
 
 
@@ -164,21 +191,33 @@ def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
             that are not there; a truncated or malformed file; both an index and a single file.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
+    if os.path.lexists(single) and os.path.lexists(index):
         raise UserError(
             f"model {name}: {folder} holds both {SINGLE} and {INDEX}, two sets of weights; remove the stale one"
         )
-    if index.exists():
-        return _indexed_headers(folder, index, name)
-    if single.exists():
-        return {header.name: header for header in _file_headers(single, name)}
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
-    if others:
-        raise UserError(
-            f"model {name}: no safetensors weights, only {others[0]}; load it once with transformers and "
-            "save_pretrained() it, which writes safetensors"
-        )
-    raise UserError(f"model {name}: {folder} holds no {SINGLE} and no {INDEX}")
+    if os.path.lexists(index):
+        headers = _indexed_headers(folder, index, name)
+    elif os.path.lexists(single):
+        headers = {header.name: header for header in _file_headers(single, name)}
+    else:
+        _refuse_other_formats(folder, name)
+        raise UserError(f"model {name}: {folder} holds no {SINGLE} and no {INDEX}")
+    if not headers:
+        raise UserError(f"model {name}: the weight files in {folder} hold no tensors")
+    return headers
+
+
+def _refuse_other_formats(folder: Path, name: str) -> None:
+    """Say what a folder without the usual files holds instead, if it is something known."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"model {name} is a LoRA adapter: merge it into its base model first, give the result")
+    if os.path.lexists(folder / SINGLE) or os.path.lexists(folder / INDEX):
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
+    for suffix, what in _OTHER_WEIGHTS.items():
+        for other in others:
+            if other.endswith(suffix):
+                raise UserError(f"model {name}: no {SINGLE} and no {INDEX}, only {other}; {what}")
 
 
 def header_hash(headers: Iterable[TensorHeader]) -> str:
@@ -212,9 +251,9 @@ def _indexed_headers(folder: Path, index: Path, name: str) -> dict[str, TensorHe
         raise UserError(f"model {name}: {INDEX} has no weight_map")
     headers: dict[str, TensorHeader] = {}
     for shard in sorted({str(value) for value in weight_map.values()}):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
             raise UserError(f"model {name}: {INDEX} names {shard!r}, which is not a plain file name in the folder")
-        if not (folder / shard).exists():
+        if not os.path.lexists(folder / shard):
             raise UserError(f"model {name}: {INDEX} names {shard}, which is missing from {folder}")
         for header in _file_headers(folder / shard, name):
             if weight_map.get(header.name) == shard:
@@ -227,6 +266,8 @@ def _indexed_headers(folder: Path, index: Path, name: str) -> dict[str, TensorHe
 
 def _file_headers(file: Path, name: str) -> list[TensorHeader]:
     where = f"model {name}: {file.name}"
+    if not os.path.isfile(file):
+        raise UserError(f"{where} is a folder or a broken link, not a file; copy or download it again")
     size = file.stat().st_size
     if size < 8:
         raise UserError(f"{where} is truncated ({size} bytes); copy or download it again")
@@ -236,8 +277,10 @@ def _file_headers(file: Path, name: str) -> list[TensorHeader]:
             raise UserError(f"{where} is truncated or not a safetensors file (header of {length} bytes)")
         raw = stream.read(length)
     try:
-        table = json.loads(raw)
-        table.pop("__metadata__", None)
+        table = json.loads(raw, object_pairs_hook=_without_duplicates)
+        metadata = table.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must be text")
         headers = [_tensor_header(tensor, entry, file, 8 + length) for tensor, entry in table.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} has a malformed safetensors header: {error}") from None
@@ -253,41 +296,19 @@ def _file_headers(file: Path, name: str) -> list[TensorHeader]:
 
 
 def _tensor_header(tensor: str, entry: Mapping[str, Any], file: Path, data_start: int) -> TensorHeader:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(size) for size in entry["shape"])
-    dtype = str(entry["dtype"])
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    if len(shape) > 16 or any(type(count) is not int or not 0 <= count < 2**63 for count in (begin, end, *shape)):
+        raise ValueError(f"{tensor}: shape and offsets must be whole numbers of at least 0")
+    if begin > end or not isinstance(dtype, str) or not tensor.isprintable():
+        raise ValueError(f"{tensor!r}: offsets, dtype or name are not valid")
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ValueError(f"{tensor}: {end - begin} bytes do not hold {dtype} {list(shape)}")
     return TensorHeader(tensor, dtype, shape, file, data_start + begin, end - begin)
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    shown = f"model {name}" + (f" at revision {revision}" if revision else "")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns)).resolve()
-    except HFValidationError:
-        raise UserError(f"{shown}: neither a folder here (in {Path.cwd()}) nor a valid hub id") from None
-    except GatedRepoError:
-        raise UserError(f"{shown} is gated: accept its terms on the hub and run `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{shown}: the hub has no such revision") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{shown}: no such folder here (in {Path.cwd()}) and no such public repository on the hub; for a private "
-            "one run `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
-        raise UserError(
-            f"{shown}: no such folder here (in {Path.cwd()}), not in the local hub cache, and {why}"
-        ) from None
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name is given twice")
+    return table

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
@@ -55,9 +56,11 @@ def find_decoder(
         where: what to call the model in messages.
 
     Raises:
-        UserError: no list of decoder blocks; a component that is missing, ambiguous, not linear, or only in some
-            blocks; with `components` None, a block with matrices that are not linear modules (mixture of experts).
+        UserError: an encoder; no list of decoder blocks; a component that is missing, ambiguous, not linear, or only
+            in some blocks; with `components` None, a block with matrices that are not linear modules (mixture of
+            experts).
     """
+    _refuse_encoder(model, where)
     body = model.base_model
     blocks_path, blocks = _find_blocks(model, where)
     in_each = [_linear_paths(block) for block in blocks]
@@ -92,13 +95,19 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         parts = path.split(".")
         suffixes = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-        names[path] = next(name for name in suffixes if len(matching_paths(name, paths)) == 1 or name == path)
+        names[path] = next(name for name in suffixes if matching_paths(name, paths) == [path])
     return names
 
 
 def matching_paths(name: str, paths: Sequence[str]) -> list[str]:
     """The module paths that a component name may mean: the path itself, else every path that ends with it."""
     return [path for path in paths if path == name] or [path for path in paths if path.endswith("." + name)]
+
+
+def _refuse_encoder(model: nn.Module, where: str) -> None:
+    config = model.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise UserError(f"{where} is an encoder ({config.model_type}); only decoders are supported")
 
 
 def _find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:

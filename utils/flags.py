@@ -8,9 +8,12 @@ unknown flag are errors; unknown flags get the nearest known one.
 import argparse
 import difflib
 import math
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 TRUE_WORDS = {"true", "yes", "on", "1"}
@@ -25,6 +28,16 @@ def boolean(text: str) -> bool:
     if word in FALSE_WORDS:
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def path(text: str) -> Path:
+    """Read a path flag: not empty, `~` expanded."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such user's home folder; write the full path")
+    return Path(expanded)
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, low_open: bool = False) -> Callable[[str], float]:
@@ -73,7 +86,7 @@ class _StoreOnce(argparse.Action):
             values = True
         given = namespace.__dict__.setdefault("_given", {})
         if self.dest in given and given[self.dest] != values:
-            parser.error(f"--{self.dest} is given twice, as {given[self.dest]!r} and as {values!r}")
+            parser.error(f"--{self.dest} is given twice, as '{given[self.dest]}' and as '{values}'")
         given[self.dest] = values
         setattr(namespace, self.dest, values)
 
@@ -121,11 +134,19 @@ class FlagParser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; unknown flags end the process with the nearest known flag in the message."""
         stop_cleanly_on_termination()
-        namespace, unknown = self.parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        self._refuse_unknown_flags(words)  # before argparse misses the required flag that is misspelled
+        namespace, unknown = self.parse_known_args(words)
         if unknown:
             self.error(self._unknown(unknown[0]))
         namespace.__dict__.pop("_given", None)
         return namespace
+
+    def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
+        known = {option for action in self._actions for option in action.option_strings}
+        for word in words:
+            if word.startswith("--") and word.split("=")[0] not in known:
+                self.error(self._unknown(word))
 
     def _unknown(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
@@ -134,6 +155,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and the way to the help text; exit code 2."""
+        message = re.sub(r"(--[\w-]+)(?:/--[\w-]+)+", r"\1", message)  # one spelling of each flag is enough
         print(f"error: {message}\n(`{self.prog} --help` explains every flag)", file=sys.stderr)
         sys.exit(2)
 
@@ -143,9 +165,14 @@ def _spellings(prefix: str, name: str) -> list[str]:
 
 
 def stop_cleanly_on_termination() -> None:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files are removed."""
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that temporary files are removed.
+
+    A signal that the caller had set to be ignored (`nohup`) stays ignored.
+    """
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, interrupt)

@@ -1,20 +1,33 @@
 """Command 1's one job: measure every model of a pair on the calibration text and publish the dataframe folder."""
 
+import concurrent.futures
+import os
+import queue
+import shlex
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.calibration import Sample, choose_samples, token_digest, with_defaults
+from utils.calibration import Sample, choose_samples, text_doubts, token_digest, with_defaults
 from utils.checkpoints import weight_file_record
 from utils.errors import UserError
 from utils.frames import NORMS, delta_file, measurement_files, read_manifest
 from utils.pair_config import PairConfig
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
-from utils.runtime import available_bytes, choose_device, device_name, gigabytes, return_freed_memory, versions
-from utils.subjects import Precision, Subject, memory_estimate, prepare_subjects
+from utils.runtime import (
+    available_bytes,
+    choose_device,
+    device_name,
+    gigabytes,
+    peak_gpu_memory,
+    return_freed_memory,
+    versions,
+)
+from utils.subjects import Precision, Subject, memory_estimate, model_doubts, prepare_subjects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +45,7 @@ class MeasureOptions:
     micro_batch_tokens: int | None
     trust_remote_code: bool
     overwrite: bool
+    devices: str | None = None
 
 
 def measure_pair(options: MeasureOptions) -> None:
@@ -41,16 +55,17 @@ def measure_pair(options: MeasureOptions) -> None:
         UserError: anything the user can mend; nothing is written then.
     """
     config = options.config
+    names = [*(delta_file(entry.type) for entry in config.experts), NORMS, MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
+    _refuse_out_dir(options, names)
     quiet_libraries()
-    device, reason = choose_device(options.device)
     print(_versions_line())
-    print(f"device: {device_name(device)}, {reason}")
+    devices = _choose_devices(options)
+    device = devices[0]
     samples = choose_samples(config.dataset, config.nsamples)
     precision = Precision(device, options.dtype, options.micro_batch_tokens)
     subjects = prepare_subjects(config, samples, precision, options.trust_remote_code)
     request = _request(options, subjects, samples, device)
-    names = [*(delta_file(entry.type) for entry in config.experts), NORMS, MANIFEST]
     with locked_folder(options.out_dir):
         if not options.overwrite:
             if _already_there(options.out_dir, request):
@@ -60,12 +75,34 @@ def measure_pair(options: MeasureOptions) -> None:
             refuse_existing(options.out_dir, names)
         _say_choices(options, subjects, samples, device)
         start = time.perf_counter()
-        norms = _measure_all(subjects, device, options)
-        print(f"measured in {time.perf_counter() - start:.2f} s")
+        norms = _measure_all(subjects, devices, options)
+        _refuse_changed(subjects, request)
+        print(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices)}")
         files = _files(config, norms, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
     _say_next(options)
+
+
+def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
+    """Refuse what can be known of the output folder before any work: an input, or results that would be in the way."""
+    for entry in options.config.model_info:
+        folder = os.path.expanduser(entry.name)
+        if os.path.isdir(folder) and options.out_dir.exists() and os.path.samefile(folder, options.out_dir):
+            raise UserError(f"--out_dir {options.out_dir} is the folder of model {entry.name}; choose another folder")
+    replace = options.overwrite
+    if not replace:  # files of the very same measurement are kept; whether they are is known once the models are read
+        manifest = read_manifest(options.out_dir) or {}
+        replace = manifest.get("options") == options.config.options()
+    refuse_existing(options.out_dir, names, overwrite=replace)
+
+
+def _refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> None:
+    for subject, recorded in zip(subjects, request["models"], strict=True):
+        if any(recorded[key] != value for key, value in weight_file_record(subject.checkpoint).items()):
+            raise UserError(
+                f"model {subject.entry.name}: its weight files changed while they were measured; measure again"
+            )
 
 
 def quiet_libraries() -> None:
@@ -78,29 +115,70 @@ def quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def _measure_all(subjects: Sequence[Subject], device: "torch.device", options: MeasureOptions) -> "pd.DataFrame":
+def _measure_all(
+    subjects: Sequence[Subject], devices: Sequence["torch.device"], options: MeasureOptions
+) -> "pd.DataFrame":
+    """Tidy norms of every model, in order; models are measured side by side if there are several devices."""
     import pandas as pd
     from tqdm import tqdm
 
     total = sum(len(subject.decoder.blocks) for subject in subjects)
-    rows: list[dict[str, Any]] = []
+    free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    given_up = threading.Event()
     with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar:
 
         def on_block(layer: int) -> None:
             return_freed_memory()  # else the freed temporaries of block after block pile up
             bar.update()
+            if given_up.is_set():
+                raise concurrent.futures.CancelledError
 
-        for subject in subjects:
+        def measure(subject: Subject) -> list[dict[str, Any]]:
+            device = free.get()
             bar.set_postfix_str(subject.entry.type)
-            rows += _measure(subject, device, options, on_block)
-    return pd.DataFrame(rows)
+            try:
+                return _measure(subject, device, options, on_block)
+            finally:
+                free.put(device)
+
+        if len(devices) == 1:
+            return pd.DataFrame([row for subject in subjects for row in measure(subject)])
+        with concurrent.futures.ThreadPoolExecutor(len(devices), thread_name_prefix="measure") as pool:
+            try:
+                return pd.DataFrame([row for rows in pool.map(measure, subjects) for row in rows])
+            except BaseException:
+                given_up.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _choose_devices(options: MeasureOptions) -> list["torch.device"]:
+    """The devices asked for, printed with the reason; CPU workers share its threads.
+
+    Raises:
+        UserError: a device that is not there, or devices of different kinds.
+    """
+    import torch
+
+    chosen = [choose_device(asked.strip()) for asked in (options.devices or options.device).split(",")]
+    devices = [device for device, _ in chosen]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"--devices {options.devices}: CPU and GPU give different roundings; name devices of one kind")
+    if devices[0].type == "cpu" and len(devices) > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
+    listed = ", ".join(device_name(device) for device in devices)
+    side = f"; {len(devices)} models side by side" if len(devices) > 1 else ""
+    print(f"device: {listed}, {chosen[0][1]}{side}")
+    return devices
 
 
 def _measure(subject: Subject, device: "torch.device", options: MeasureOptions, on_block) -> list[dict[str, Any]]:
     import torch
 
     from utils.block_runner import run_blocks
-    from utils.guidance.lewis_measure import LewisVisitor
+    from utils.guidance.lewis import LewisVisitor
     from utils.weight_source import ResidentWeights, StreamedWeights
 
     config = options.config
@@ -195,9 +273,11 @@ def _already_there(folder: Path, request: Mapping[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if not manifest or {key: value for key, value in manifest.items() if key != "files"} != request:
         return False
-    recorded = manifest.get("files", {})
-    return bool(recorded) and all(
-        (folder / name).exists() and file_sha256(folder / name) == digest for name, digest in recorded.items()
+    recorded = manifest.get("files")
+    return (
+        isinstance(recorded, dict)
+        and bool(recorded)
+        and all((folder / name).exists() and file_sha256(folder / name) == digest for name, digest in recorded.items())
     )
 
 
@@ -227,6 +307,10 @@ def _say_choices(
             f"{str(subject.dtype).removeprefix('torch.')} ({why}), {subject.tokens} tokens in "
             f"{len(subject.batches)} micro-batches, first ids {subject.encoded[0][:5]}"
         )
+    base = next(subject for subject in subjects if subject.entry == config.base)
+    questions = text_doubts(source, base.encoded)
+    for question in [*questions, *(line for subject in subjects for line in model_doubts(base, subject))]:
+        print(f"warning: {question}", file=sys.stderr)
     _say_memory(subjects, device)
 
 
@@ -249,9 +333,10 @@ def _say_memory(subjects: Sequence[Subject], device: "torch.device") -> None:
 
 
 def _say_next(options: MeasureOptions) -> None:
-    recipes = options.out_dir.parent / "merge_configs"
+    paths = (options.out_dir, options.config.path, options.out_dir.parent / "merge_configs")
+    out_dir, config, recipes = (shlex.quote(str(path)) for path in paths)
     print(
         "next:\n"
-        f"  python3 lewis_merge.py --delta_dfs_in_dir {options.out_dir} --config_file {options.config.path} \\\n"
+        f"  python3 lewis_merge.py --delta_dfs_in_dir {out_dir} --config_file {config} \\\n"
         f"    --out_dir {recipes} --gamma 0.3 --epsilon 0.8 --merge_method ties"
     )

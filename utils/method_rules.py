@@ -89,9 +89,13 @@ def extra_value(method: DensityMethod, density: float, wanted: float) -> float:
     (0, 1); at density 0 and 1 it draws nothing and any epsilon is accepted. breadcrumbs leaves out the `gamma` largest
     entries, which cannot be more than the share that is dropped.
     """
-    room = min(density, 1 - density) * _DELLA_ROOM if method.extra == "epsilon" else 1 - density
-    value = wanted if density in (0.0, 1.0) else min(wanted, room)
-    return value if density in (0.0, 1.0) or density + value < 1 or method.extra == "gamma" else 0.0
+    if density in (0.0, 1.0):
+        return wanted
+    if method.extra == "gamma":
+        return min(wanted, 1 - density)
+    value = min(wanted, min(density, 1 - density) * _DELLA_ROOM)
+    inside = density - value > 0 and density + value < 1  # not so where rounding leaves no room, next to 0 and 1
+    return value if inside else 0.0
 
 
 def check_global_parameters(method: DensityMethod, parameters: Mapping[str, Any], source: str) -> None:

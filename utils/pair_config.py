@@ -6,14 +6,16 @@ Every problem in the file is collected and reported at once. The keys are the re
 
 import dataclasses
 import difflib
-import math
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.errors import raise_collected
+from utils.plain_values import is_homeless, is_plain_data, is_text, quote_hint, show
 from utils.safe_yaml import read_yaml_mapping
 
 CONFIG_KEYS = (
@@ -34,9 +36,11 @@ CONFIG_KEYS = (
 DATASET_NAMES = ("gsm8k", "mbpp")
 DATASET_KEYS = ("name", "path", "subset", "split", "text", "messages", "seed", "seqlen")
 MODEL_KEYS = ("name", "type", "revision")
+MAX_CONFIG_BYTES = 2**20
 MAX_SAMPLES = 1_000_000
 MAX_SEQLEN = 1_048_576
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ def read_pair_config(path: str | Path) -> PairConfig:
     Raises:
         UserError: the file cannot be read, or holds problems; all of them are in the one message.
     """
-    path = Path(path).expanduser()
-    raw = read_yaml_mapping(path, "pair config")
+    path = Path(os.path.expanduser(path))
+    raw = read_yaml_mapping(path, "pair config", MAX_CONFIG_BYTES)
     return _Reader(path, raw).read()
 
 
@@ -147,9 +151,9 @@ class _Reader:
     def _unknown_keys(self, mapping: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
         for key in mapping:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                near = difflib.get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
                 hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-                self.problems.append(f"unknown key {where}{key!r}; {hint}")
+                self.problems.append(f"unknown key {where}{show(key)}; {hint}")
 
     def _models(self) -> tuple[ModelEntry, ...]:
         raw = self.raw.get("model_info")
@@ -163,29 +167,34 @@ class _Reader:
             if folded in seen:
                 self.problems.append(f"model_info: type {entry.type!r} is given twice ({seen[folded]!r} before)")
             seen[folded] = entry.type
+        for (name, _), count in Counter((entry.name, entry.revision) for entry in entries).items():
+            if count > 1:
+                self.problems.append(f"model_info: model {name!r} is listed twice; each model is measured once")
         if len(raw) < 2:
             self.problems.append("model_info names only one model; a pair needs the base and at least one expert")
         return tuple(entries)
 
     def _model(self, item: Any, where: str) -> ModelEntry | None:
         if not isinstance(item, dict):
-            self.problems.append(f"{where} must be a mapping with name and type, got {_show(item)}")
+            self.problems.append(f"{where} must be a mapping with name and type, got {show(item)}")
             return None
         self._unknown_keys(item, MODEL_KEYS, f"{where}.")
         texts = {}
         for key in ("name", "type"):
             value = item.get(key)
-            if not _is_text(value):
-                self.problems.append(f"{where}.{key} must be text{_quote_hint(value)}, got {_show(value)}")
+            if not is_text(value):
+                self.problems.append(f"{where}.{key} must be text{quote_hint(value)}, got {show(value)}")
             else:
                 texts[key] = value
         revision = item.get("revision")
-        if revision is not None and not _is_text(revision):
-            self.problems.append(f"{where}.revision must be text{_quote_hint(revision)}, got {_show(revision)}")
+        if revision is not None and not is_text(revision):
+            self.problems.append(f"{where}.revision must be text{quote_hint(revision)}, got {show(revision)}")
             revision = None
+        if "name" in texts and is_homeless(texts["name"]):
+            self.problems.append(f"{where}.name {show(texts['name'])}: no such user's home folder; write the full path")
         if "type" in texts and not _TYPE.fullmatch(texts["type"]):
             self.problems.append(
-                f"{where}.type {_show(texts['type'])} becomes part of file names: use at most 64 letters, digits, "
+                f"{where}.type {show(texts['type'])} becomes part of file names: use at most 64 letters, digits, "
                 "'_', '-' and '.', beginning with a letter or digit"
             )
         return ModelEntry(revision=revision, **texts) if len(texts) == 2 else None
@@ -200,11 +209,6 @@ class _Reader:
             self.problems.append(
                 f"base_model_name {name!r} differs from the {base_type!r} entry of model_info, {entry.name!r}"
             )
-        for model in models:
-            if entry and model is not entry and (model.name, model.revision) == (entry.name, entry.revision):
-                self.problems.append(
-                    f"model_info: {model.name!r} is both the base and the expert {model.type!r}; every delta would be 0"
-                )
         return name
 
     def _targets(self, models: tuple[ModelEntry, ...], base_type: str) -> dict[str, str]:
@@ -216,8 +220,8 @@ class _Reader:
             self.problems.append("target_model_names must map each expert's type to its model name")
             return experts
         for key, name in raw.items():
-            if not _is_text(key) or not _is_text(name):
-                self.problems.append(f"target_model_names: {_show(key)}: {_show(name)} must be text: text")
+            if not is_text(key) or not is_text(name):
+                self.problems.append(f"target_model_names: {show(key)}: {show(name)} must be text: text")
             elif key == base_type:
                 self.problems.append(f"target_model_names names the base type {key!r}; it lists experts only")
             elif key not in experts:
@@ -229,30 +233,35 @@ class _Reader:
                     f"target_model_names: {key!r} is {name!r} here but {experts[key]!r} in model_info; "
                     "the model that is measured must be the one that is merged"
                 )
-        return {key: name for key, name in raw.items() if _is_text(key) and _is_text(name)}
+        return {key: name for key, name in raw.items() if is_text(key) and is_text(name)}
 
     def _dataset(self) -> CalibrationSource:
         seed = self._whole(self.raw, "seed", 42, 0, 2**32 - 1)
         seqlen = self._whole(self.raw, "seqlen", 512, 2, MAX_SEQLEN)
         raw = self.raw.get("dataset", "mbpp")
-        if _is_text(raw):
+        if is_text(raw):
             raw = {"name": raw}
         if not isinstance(raw, dict):
-            self.problems.append(f"dataset must be a name ({', '.join(DATASET_NAMES)}) or a mapping, got {_show(raw)}")
+            self.problems.append(f"dataset must be a name ({', '.join(DATASET_NAMES)}) or a mapping, got {show(raw)}")
             return CalibrationSource(name="mbpp")
         self._unknown_keys(raw, DATASET_KEYS, "dataset.")
         texts: dict[str, str | None] = {}
         for key in ("name", "path", "subset", "split", "text", "messages"):
             value = raw.get(key)
-            if value is not None and not _is_text(value):
-                self.problems.append(f"dataset.{key} must be text{_quote_hint(value)}, got {_show(value)}")
+            plain = re.sub(r"[\n\t]", " ", value) if key == "text" and isinstance(value, str) else value
+            if value is not None and not is_text(plain):
+                self.problems.append(f"dataset.{key} must be text{quote_hint(value)}, got {show(value)}")
                 value = None
             texts[key] = value
+        if texts["path"] and is_homeless(texts["path"]):
+            self.problems.append(f"dataset.path {texts['path']!r}: no such user's home folder; write the full path")
         if texts["name"] is not None and texts["name"] not in DATASET_NAMES:
             near = difflib.get_close_matches(texts["name"], DATASET_NAMES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "for text of your own write dataset: {path: …, text: …}"
+            hint = (
+                f"did you mean {near[0]!r}?" if near else "for text of your own write dataset: {path: ..., text: ...}"
+            )
             self.problems.append(f"dataset {texts['name']!r} is unknown (known: {', '.join(DATASET_NAMES)}); {hint}")
-        if texts["name"] is None and texts["path"] is None:
+        if raw.get("name") is None and raw.get("path") is None:
             self.problems.append("dataset needs a name or a path")
         if texts["text"] is not None and texts["messages"] is not None:
             self.problems.append("dataset: give text (a template) or messages (a chat column), not both")
@@ -267,14 +276,15 @@ class _Reader:
         if raw == "auto":
             return None
         if not isinstance(raw, list) or not raw:
-            self.problems.append(f"components must be 'auto' or a list of names such as q_proj, got {_show(raw)}")
+            self.problems.append(f"components must be 'auto' or a list of names such as q_proj, got {show(raw)}")
             return None
         for item in raw:
-            if not _is_text(item):
-                self.problems.append(f"components: {_show(item)} must be text{_quote_hint(item)}")
-        names = [item for item in raw if _is_text(item)]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            self.problems.append(f"components: {name!r} is listed twice")
+            if not is_text(item):
+                self.problems.append(f"components: {show(item)} must be text{quote_hint(item)}")
+            elif not _MODULE_PATH.fullmatch(item):
+                self.problems.append(f"components: {show(item)} must be a name such as q_proj or mlp.c_proj")
+        names = [item for item in raw if is_text(item)]
+        self.problems += [f"components: {name!r} is listed twice" for name, n in Counter(names).items() if n > 1]
         return tuple(names)
 
     def _prefix_mapping(self) -> dict[str, str]:
@@ -282,16 +292,16 @@ class _Reader:
         if raw is None:
             return {}
         if not isinstance(raw, dict):
-            self.problems.append(f"prefix_mapping must map component to module path, got {_show(raw)}")
+            self.problems.append(f"prefix_mapping must map component to module path, got {show(raw)}")
             return {}
         for key, value in raw.items():
-            if not _is_text(key) or not _is_text(value):
-                self.problems.append(f"prefix_mapping: {_show(key)}: {_show(value)} must be text: text")
-            elif not re.fullmatch(r"\w+(\.\w+)*", value):
+            if not is_text(key) or not is_text(value):
+                self.problems.append(f"prefix_mapping: {show(key)}: {show(value)} must be text: text")
+            elif not _MODULE_PATH.fullmatch(value):
                 self.problems.append(
                     f"prefix_mapping.{key}: {value!r} must be a module path inside a block, such as self_attn.q_proj"
                 )
-        return {key: value for key, value in raw.items() if _is_text(key) and _is_text(value)}
+        return {key: value for key, value in raw.items() if is_text(key) and is_text(value)}
 
     def _prefixes_cover_components(self, config: PairConfig) -> None:
         if config.components and config.prefix_mapping:
@@ -304,13 +314,16 @@ class _Reader:
         if raw is None:
             return {}
         if not isinstance(raw, dict):
-            self.problems.append(f"global_parameters must be a mapping of merge parameters, got {_show(raw)}")
+            self.problems.append(f"global_parameters must be a mapping of merge parameters, got {show(raw)}")
             return {}
         for key, value in raw.items():
-            if not _is_text(key):
-                self.problems.append(f"global_parameters: key {_show(key)} must be text")
-            elif isinstance(value, float) and not math.isfinite(value):
-                self.problems.append(f"global_parameters.{key} must be finite, got {value}")
+            if not is_text(key):
+                self.problems.append(f"global_parameters: key {show(key)} must be text")
+            elif not is_plain_data(value):
+                self.problems.append(
+                    f"global_parameters.{key} must be a finite number, true, false, text, or a list of these, got "
+                    f"{show(value)}"
+                )
         return dict(raw)
 
     def _parity(self) -> bool:
@@ -318,20 +331,20 @@ class _Reader:
         if raw in (None, False):
             return False
         if raw != "reference":
-            self.problems.append(f"parity must be 'reference' or left out, got {_show(raw)}")
+            self.problems.append(f"parity must be 'reference' or left out, got {show(raw)}")
         return True
 
     def _text(self, key: str, default: str) -> str:
         value = self.raw.get(key, default)
-        if not _is_text(value) and not (key not in self.raw):
-            self.problems.append(f"{key} must be text{_quote_hint(value)}, got {_show(value)}")
+        if not is_text(value) and not (key not in self.raw):
+            self.problems.append(f"{key} must be text{quote_hint(value)}, got {show(value)}")
             return default
         return value
 
     def _whole(self, mapping: Mapping[Any, Any], key: str, default: int, low: int, high: int, where: str = "") -> int:
         value = mapping.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.problems.append(f"{where}{key} must be a whole number from {low} to {high}, got {_show(value)}")
+            self.problems.append(f"{where}{key} must be a whole number from {low} to {high}, got {show(value)}")
             return default
         return value
 
@@ -340,21 +353,6 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             hint = f"; {value}% is {value / 100:g}" if isinstance(value, int) and 1 < value <= 99 else ""
             hint = "; write it with a point, such as 0.001" if isinstance(value, str) else hint
-            self.problems.append(f"{key} must be a number of at least 0 and below 1, got {_show(value)}{hint}")
+            self.problems.append(f"{key} must be a number of at least 0 and below 1, got {show(value)}{hint}")
             return default
         return float(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
-
-
-def _quote_hint(value: Any) -> str:
-    if isinstance(value, bool):
-        return " (YAML reads yes/no/on/off as booleans: put it in quotes)"
-    return " (put it in quotes)" if isinstance(value, (int, float)) else ""
-
-
-def _show(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ def prepare_folder(folder: Path, flag: str) -> None:
     try:
         nearest = folder
         while not nearest.exists():
+            if nearest.is_symlink():
+                raise UserError(f"{flag} {folder}: {nearest} is a broken symbolic link")
             nearest = nearest.parent
         if not nearest.is_dir():
             raise UserError(f"{flag} {folder}: {nearest} is a file, not a folder")
@@ -55,7 +59,8 @@ def prepare_folder(folder: Path, flag: str) -> None:
             if len(os.fsencode(part)) > limit:
                 raise UserError(f"{flag}: the name {part[:40]!r}... is longer than {limit} bytes")
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {str(folder)!r} cannot be used: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {str(folder)[:200]!r} cannot be used: {why}") from None
 
 
 @contextlib.contextmanager
@@ -66,58 +71,60 @@ def locked_folder(folder: Path) -> Iterator[None]:
         UserError: another run is writing there.
     """
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being written by another run; wait for it or choose another folder") from None
-        yield
-    except BaseException:
-        for parent in made:  # leave no empty folders behind a run that published nothing
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    finally:
-        os.close(descriptor)
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                made = []  # whoever holds the lock uses them
+                raise UserError(
+                    f"{folder} is being written by another run; wait for it or choose another folder"
+                ) from None
+            yield
+        except BaseException:
+            for parent in made:  # leave no empty folders behind a run that published nothing
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
 
 
 def publish_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
     """Write `files` (name to content) into `folder`, the last one of the mapping last.
 
-    All content reaches the disk under temporary names before the first rename; a failure before that leaves the
-    folder as it was. Files already there are replaced only with `overwrite`.
+    All content reaches the disk in a temporary folder before the first rename; a failure leaves the folder as it was,
+    also one between renames. (A kill between renames leaves some of the files, but never the last one alone.) Signals
+    wait until the renames are done. Files already there are replaced only with `overwrite`.
 
     Raises:
         UserError: a file of that name exists and `overwrite` is false.
-        OSError: the disk is full, the folder vanished, and so on; the temporary files are removed.
+        OSError: the disk is full, and so on.
     """
-    if not overwrite:
-        refuse_existing(folder, files)
-    staged: list[tuple[Path, Path]] = []
-    try:
+    refuse_existing(folder, files, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it while the work was done
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True) as stage:
         for name, content in files.items():
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:64]}.", suffix=".part", dir=folder)
-            staged.append((Path(temporary), folder / name))
-            with os.fdopen(descriptor, "wb") as file:
+            with open(Path(stage, name), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-        for temporary, final in staged:
-            os.replace(temporary, final)
+        with _signals_held():
+            _move_files(Path(stage), folder, list(files))
         _fsync_folder(folder)
-    finally:
-        for temporary, _ in staged:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
-def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str]) -> None:
-    """Raise a `UserError` if `folder` already holds a file of one of these names."""
-    present = [name for name in names if (folder / name).exists()]
-    if present:
+def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overwrite: bool = False) -> None:
+    """Raise a `UserError` if `folder` already holds a file of one of these names that must not be replaced.
+
+    Something that is not a file (a folder of that name) is never replaced; a file only with `overwrite`.
+    """
+    present = [name for name in names if os.path.lexists(folder / name)]
+    for name in present:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is in the way and is not a file: move it, or choose another folder")
+    if present and not overwrite:
         raise UserError(f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder")
 
 
@@ -132,13 +139,15 @@ def staged_folder(target: Path, *, replaceable: Mapping[str, Any] | list[str] = 
     Raises:
         UserError: `target` holds a file that is not `replaceable` by the time of the rename.
     """
+    target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".part", dir=target.parent))
     try:
         yield stage
         os.chmod(stage, 0o777 & ~_umask())
         _fsync_folder(stage)
-        _swap_in(stage, target, set(replaceable))
+        with _signals_held():
+            _swap_in(stage, target, set(replaceable))
         _fsync_folder(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -154,23 +163,74 @@ def foreign_files(folder: Path, known: set[str]) -> list[str]:
     return sorted(name for name in found if name not in known)
 
 
+def _move_files(stage: Path, folder: Path, names: list[str]) -> None:
+    """Rename files from `stage` into `folder`; on an error, put back what was there."""
+    placed: list[tuple[Path, Path]] = []
+    try:
+        for name in names:
+            final, old = folder / name, stage / f"{name}.old"
+            if final.exists():
+                _keep(final, old)
+            placed.append((final, old))
+            os.replace(stage / name, final)
+    except BaseException:
+        for final, old in reversed(placed):
+            with contextlib.suppress(OSError):
+                if old.exists():
+                    os.replace(old, final)
+                elif not (stage / final.name).exists():
+                    final.unlink()
+        raise
+
+
+def _keep(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, copy)
+
+
 def _swap_in(stage: Path, target: Path, replaceable: set[str]) -> None:
     if not target.exists():
         os.rename(stage, target)
         return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; choose another folder")
     foreign = foreign_files(target, replaceable)
     if foreign:
         raise UserError(f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first")
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".old", dir=target.parent))
-    os.rename(target, retired / "old")
     try:
-        os.rename(stage, target)
-    except OSError:
-        os.rename(retired / "old", target)
-        raise
+        os.rename(target, retired / "old")
+        try:
+            os.rename(stage, target)
+        except OSError:
+            os.rename(retired / "old", target)
+            raise
     finally:
-        if target.exists():
+        if target.exists():  # else the old folder is all there is: keep it
             shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C, termination and hang-up wait until the block is done."""
+    if threading.current_thread() is not threading.main_thread():  # signals never interrupt other threads
+        yield
+        return
+    held: list[int] = []
+    previous = {
+        signum: signal.signal(signum, lambda number, frame: held.append(number))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(signal.getsignal(signum))
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -3,37 +3,55 @@
 Every line of a file is checked; only chosen rows are kept in memory for the line formats.
 """
 
+import csv
+import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, brief
 
 Rows = Sequence[Mapping[str, Any]]
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zX": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 
 
 def looks_like_file(path: str) -> bool:
     """Whether a `dataset.path` means a local file rather than a hub id."""
-    expanded = Path(path).expanduser()
-    return path.startswith((".", "/", "~")) or expanded.suffix.lower() in READERS or expanded.exists()
+    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in READERS or os.path.exists(path)
 
 
 def local_rows(path: str) -> Rows:
     """Open a local data file as a sequence of rows (column name to value).
 
     Raises:
-        UserError: the file is missing, a folder, of an unknown kind, or malformed (with the line).
+        UserError: the file is missing, a folder, of an unknown kind, compressed, or malformed (with the line).
     """
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise UserError(f"dataset.path {path} does not exist (looked in {Path.cwd()})")
+    file = Path(os.path.expanduser(path))
+    if not os.path.exists(file):
+        if "://" in path:
+            raise UserError(f"dataset.path {path} is a URL; download the file and give its name")
+        state = "is a broken symbolic link" if os.path.islink(file) else f"does not exist (looked in {Path.cwd()})"
+        raise UserError(f"dataset.path {path} {state}")
     if file.is_dir():
         raise UserError(f"dataset.path {path} is a folder; give the file")
+    if not file.is_file():
+        raise UserError(f"dataset.path {path} is not a plain file: it is read more than once")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"dataset.path {path}: unknown kind of file; known: {', '.join(READERS)}")
     try:
+        with open(file, "rb") as stream:
+            start = stream.read(4)
+        if packed := next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None):
+            raise UserError(f"dataset.path {path} is compressed ({packed}), whatever its name says; unpack it first")
         return reader(file)
     except UnicodeDecodeError as error:
         raise UserError(f"dataset.path {path} is not UTF-8 text (byte {error.start})") from None
@@ -96,56 +114,69 @@ def _json(file: Path) -> Rows:
             return _json_lines(file)  # data sets often name JSON lines .json
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"dataset.path {file} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"dataset.path {file} must hold a list of objects")
     return rows
 
 
-def _table(file: Path) -> Rows:
-    import pandas as pd
+def _csv(file: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a long text
+    text = file.read_bytes().decode("utf-8-sig")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, fields) for fields in reader if fields]
+    except csv.Error as error:
+        raise UserError(f"dataset.path {file}, line {reader.line_num}: not valid CSV: {error}") from None
+    names = lines[0][1] if lines else []
+    if len(set(names)) < len(names):
+        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})")
+    for number, fields in lines[1:]:
+        if len(fields) != len(names):
+            raise UserError(
+                f"dataset.path {file}, line {number}: {len(fields)} fields where the first line has {len(names)} "
+                "(fields are separated by commas; quote a field that holds one)"
+            )
+    return [dict(zip(names, fields, strict=True)) for _, fields in lines[1:]]
+
+
+def _parquet(file: Path) -> Rows:
+    from pyarrow.parquet import ParquetFile
 
     try:
-        if file.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(file)
-        else:
-            frame = pd.read_csv(file, keep_default_na=False, dtype=str, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OSError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise UserError(f"dataset.path {file} cannot be read: {str(error).splitlines()[0]}") from None
-    return _Table(frame)
+        with ParquetFile(file) as opened:
+            table = opened.read()
+        table.validate(full=True)
+    except Exception as error:  # pyarrow raises errors of many kinds for a file that is damaged or not Parquet
+        raise UserError(f"dataset.path {file} is not a readable Parquet file: {brief(error)}") from None
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})")
+    return _Table(table)
 
 
 class _Table(Sequence):
-    """Rows of a pandas frame, with arrays as lists and missing values as None."""
+    """Rows of a pyarrow table as plain Python values, nulls as None."""
 
-    def __init__(self, frame: Any) -> None:
-        self.frame = frame
+    def __init__(self, table: Any) -> None:
+        self.table = table
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return self.table.num_rows
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self.frame.iloc[index].to_dict()
-        return {str(key): _plain(value) for key, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy arrays and scalars
-        value = value.tolist()
-    if isinstance(value, float) and value != value:
-        return None
-    return value
+        return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _table,
-    ".parquet": _table,
+    ".csv": _csv,
+    ".parquet": _parquet,
     ".txt": _text_lines,
     ".md": _text_lines,
 }

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ def choose_device(asked: str) -> tuple["torch.device", str]:
         raise UserError(f"--device {asked!r} is unknown; use auto, cpu, cuda or cuda:n") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {asked!r} is not supported; use auto, cpu, cuda or cuda:n")
+    if device.type == "cpu":
+        device = torch.device("cpu")  # cpu:1 is the same place
     if device.type == "cuda":
         if not count:
             raise UserError(f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
@@ -83,6 +86,14 @@ def device_name(device: "torch.device") -> str:
     import torch
 
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_gpu_memory(devices: "Sequence[torch.device]") -> str:
+    """A clause with the most memory that this process held on one of the GPUs; empty on the CPU."""
+    import torch
+
+    peaks = [torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"]
+    return f", peak GPU memory {gigabytes(max(peaks))}" if peaks else ""
 
 
 def gigabytes(count: float) -> str:

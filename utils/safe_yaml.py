@@ -1,5 +1,6 @@
 """Reading a YAML file that somebody else wrote: plain data only, bounded, duplicate keys refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from utils.errors import UserError
 
 MAX_BYTES = 8 * 2**20
 MAX_ALIASES = 100
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses duplicate keys (PyYAML keeps the last one silently) and alias bombs."""
+    """`yaml.SafeLoader` that refuses alias bombs and what YAML 1.1 would quietly read as something else.
+
+    These are duplicate keys (the last one wins) and numbers such as 010 (octal, 8) or 1:30 (base 60, 90).
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -27,30 +32,54 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = {}
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            line = key_node.start_mark.line + 1
+            if key_node.tag == _MERGE_TAG:
+                raise UserError(f"line {line}: merge keys (<<) are not supported: write the keys out")
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"line {line}: a key must be plain text")
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
-                raise UserError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
             if key in seen:
-                raise UserError(
-                    f"line {key_node.start_mark.line + 1}: key {key!r} is given twice (first in line {seen[key]})"
-                )
-            seen[key] = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: key {key!r} is given twice (first in line {seen[key]})")
+            seen[key] = line
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            # PyYAML lets bare errors out where a value contradicts its form or its tag (2026-13-01, `!!bool x`).
+            kind = node.tag.rpartition(":")[2]
+            shown = node.value[:60] if isinstance(node, yaml.ScalarNode) else node.id
+            raise UserError(f"line {node.start_mark.line + 1}: {shown!r} is not a valid {kind}") from None
 
-def read_yaml_mapping(path: Path, what: str) -> dict[Any, Any]:
+    def construct_plain_number(self, node):
+        text = self.construct_scalar(node)
+        if re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", text):
+            raise UserError(
+                f"line {node.start_mark.line + 1}: {text} is read as octal or base 60: write a plain number"
+            )
+        is_int = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_plain_number)
+
+
+def read_yaml_mapping(path: Path, what: str, max_bytes: int = MAX_BYTES) -> dict[Any, Any]:
     """Read a YAML file that must hold one mapping.
 
     Args:
         path: the file.
         what: what the file is to the user ("pair config", "merge recipe"), for messages.
+        max_bytes: what a file of this kind never exceeds (parsing takes seconds per MiB).
 
     Raises:
         UserError: the file is missing, not a file, unreadable, too large, not UTF-8, not YAML, holds tags that would
             run code, duplicate keys or too many aliases, or is not a mapping.
     """
-    text = read_text(path, what)
+    text = read_text(path, what, max_bytes)
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except UserError as error:
@@ -71,9 +100,11 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
     try:
         if path.is_dir():
             raise UserError(f"{what} {path} is a folder; give the file")
-        if path.stat().st_size > max_bytes:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)  # not by the size it claims: devices and pipes claim 0
+        if len(content) > max_bytes:
             raise UserError(f"{what} {path} is larger than {max_bytes >> 20} MiB: is it the right file?")
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
     except PermissionError:
@@ -81,10 +112,11 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what} {str(path)!r} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {str(path)!r} cannot be read: {why}") from None
 
 
 def _one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(problem)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.calibration import Sample, encode, micro_batches, reference_batches
-from utils.checkpoints import Checkpoint, find_small_files, open_checkpoint, read_model_config
-from utils.errors import UserError
+from utils.checkpoints import FLOAT_DTYPES, INDEX, Checkpoint, find_small_files, open_checkpoint, read_model_config
+from utils.errors import UserError, brief
 from utils.pair_config import ModelEntry, PairConfig
+from utils.publish import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,7 @@ def _subject(
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
     headers = match_names(model, checkpoint)
+    _refuse_integer_weights(checkpoint, headers, model)
     seqlen = config.dataset.seqlen
     longest = seqlen if config.parity else max(map(len, encoded))
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -123,27 +125,24 @@ def _subject(
     return Subject(entry, checkpoint, decoder, headers, dtype, encoded, batches)
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+_TOKENIZER_REMEDY = (
+    "put the tokenizer.json and tokenizer_config.json it was trained with there; if it needs code of its own, give "
+    "--trust_remote_code"
 )
+_TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken"}
+_NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 
 
 def tokenizer_digest(folder: Path, config: Mapping[str, Any]) -> str:
     """SHA-256 over what makes a model's tokenizer: equal digests mean equal tokenizers.
 
-    That is its files, and what `config.json` says where they do not name its class.
+    That is every small file that is not known to be something else, and what `config.json` says where they do not
+    name its class.
     """
     digest = hashlib.sha256(f"{config.get('model_type')}:{config.get('tokenizer_class')}".encode())
-    for name in TOKENIZER_FILES:
-        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
-        digest.update(f"{name}:{len(content)}:".encode() + content)
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if path.suffix in _TOKENIZER_SUFFIXES and path.name not in _NOT_TOKENIZER and path.is_file():
+            digest.update(f"{path.relative_to(folder)}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -151,15 +150,50 @@ def _tokenizer(folder: Path, entry: ModelEntry, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {entry.name}: its tokenizer cannot be loaded from {folder}: {first}") from None
+        raise UserError(
+            f"model {entry.name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})"
+        ) from None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where files are missing
+        raise UserError(f"model {entry.name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}")
+    return tokenizer
+
+
+def _refuse_integer_weights(checkpoint: Checkpoint, headers: "Mapping[str, TensorHeader] | None", model: Any) -> None:
+    """Refuse weights that are not floating-point numbers that torch computes with: they are quantized."""
+    if headers is None:
+        weights = [header for header in checkpoint.tensors.values() if len(header.shape) == 2]
+    else:
+        weights = [headers[name] for name, _ in model.named_parameters() if name in headers]
+    for header in weights:
+        if header.dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
+                f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint"
+            )
+
+
+def model_doubts(base: Subject, subject: Subject) -> list[str]:
+    """Sentences about differences from the base that are allowed but change what the norms are taken of."""
+    found = []
+    if subject.encoded != base.encoded:
+        found.append(f"{subject.entry.name} and the base split the text into different tokens")
+    ours, theirs = (getattr(one.decoder.model.config, "rope_parameters", None) for one in (base, subject))
+    if ours != theirs:
+        found.append(f"{subject.entry.name} rotates positions differently from the base (rope_parameters): {theirs}")
+    return found
 
 
 def _same_structure(base: Subject, expert: Subject) -> None:
     """Refuse an expert whose blocks are not shaped like the base's: the norms could not be compared nor merged."""
-    where = f"model {expert.entry.name} cannot be compared with the base {base.entry.name}"
+    where = f"model {expert.entry.name} is no fine-tune of the base {base.entry.name}, so they cannot be compared"
+    if expert is not base and expert.checkpoint.folder == base.checkpoint.folder:
+        raise UserError(f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0")
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
+        values = [getattr(one.decoder.model.config, key, None) for one in (expert, base)]
+        if values[0] != values[1]:
+            raise UserError(f"{where}: {key} is {values[0]} against {values[1]}")
     ours, theirs = len(base.decoder.blocks), len(expert.decoder.blocks)
     if ours != theirs:
         raise UserError(f"{where}: {theirs} decoder blocks against {ours}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.checkpoints import Checkpoint, TensorHeader
-from utils.errors import UserError
+from utils.errors import UserError, brief
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -29,13 +29,17 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        if layers > len(checkpoint.tensors):  # a slip that would build modules for minutes
+            raise ValueError(
+                f"config.json asks for {layers} layers, the weights hold {len(checkpoint.tensors)} tensors"
+            )
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+    except Exception as error:  # whatever a wrong number in config.json leads to: a zero division, an assertion ...
         remote = "" if trust_remote_code or "auto_map" not in checkpoint.config else " (try --trust_remote_code)"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model {checkpoint.name}: transformers cannot build {checkpoint.architecture}{remote}: {first}"
+            f"model {checkpoint.name}: transformers cannot build {checkpoint.architecture}{remote}: {brief(error)}"
         ) from None
     return model.eval()
 

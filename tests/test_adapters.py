@@ -1,0 +1,100 @@
+"""LoRA adapters in a recipe: explained, merged once, never half."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors
+from tests.tiny_pairs import contents
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A base, and `adapter`, a LoRA adapter on it with weights that are not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = save_models(tmp_path_factory.mktemp("lora"), names=("base", "code"))
+    torch.manual_seed(9)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def room(models, tmp_path) -> Path:
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def with_adapter(room: Path, **keys):
+    data = recipe(room, "task_arithmetic", **keys)
+    data["models"][2]["model"] = f"{room / 'base'}+{room / 'adapter'}"
+    return data
+
+
+def test_an_adapter_needs_a_cache(room):
+    with pytest.raises(UserError, match=r"means a model with a LoRA adapter\. Give --lora_merge_cache"):
+        merge_here(room, with_adapter(room))
+
+
+def test_an_adapter_alone_is_explained(room):
+    data = recipe(room, experts=("code", "adapter"))
+    with pytest.raises(UserError, match="adapter is a LoRA adapter: merge it into its base model first"):
+        merge_here(room, data)
+
+
+def test_the_adapter_is_merged_as_stock_mergekit_does(room):
+    data = with_adapter(room, dtype="float32", tokenizer_source="union")
+    ours = merge_here(room, data, lora_merge_cache=room / "cache", lora_merge_dtype="float32")
+    stock = merge_stock(room, data, lora_merge_cache=str(room / "stock_cache"), lora_merge_dtype="float32")
+    assert_same_tensors(ours, stock)
+    names = [entry["name"] for entry in json.loads((ours / "manifest.json").read_text())["inputs"]]
+    assert names == ["base", "code", "base+adapter"]
+    assert str(room) not in (ours / "README.md").read_text() + (ours / "mergekit_config.yml").read_text()
+    # and the oracle: base + code + B A scale on an adapted tensor
+    name = "model.layers.0.self_attn.q_proj"
+    low = {key: value for key, value in tensors(room / "adapter").items() if f"{name[6:]}.lora" in key}
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    product = next(v for k, v in low.items() if "lora_B" in k) @ next(v for k, v in low.items() if "lora_A" in k)
+    delta = product * config["lora_alpha"] / config["r"]
+    base, code = (tensors(room / key)[f"{name}.weight"].float() for key in ("base", "code"))
+    expected = base + (code - base) + 0.75 * delta
+    torch.testing.assert_close(tensors(ours)[f"{name}.weight"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_is_used_again_until_the_adapter_changes(room, monkeypatch):
+    data = with_adapter(room)
+    merge_here(room, data, "first", lora_merge_cache=room / "cache")
+    (cached,) = (room / "cache").iterdir()
+    stamp = (cached / "model.safetensors").stat().st_mtime_ns
+    merge_here(room, data, "second", lora_merge_cache=room / "cache")
+    assert (cached / "model.safetensors").stat().st_mtime_ns == stamp
+    assert_same_tensors(room / "first", room / "second")
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    (room / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    merge_here(room, data, "third", lora_merge_cache=room / "cache")
+    assert len(list((room / "cache").iterdir())) == 2
+
+
+def test_a_failure_leaves_no_cache_entry(room, monkeypatch):
+    import peft
+
+    def fail(*_arguments, **_keywords):
+        raise ValueError("does not fit")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"cannot be merged into .*base: does not fit"):
+        merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")
+    assert not contents(room / "cache")
+
+
+def test_an_adapter_without_safetensors(room):
+    (room / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
+        merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")

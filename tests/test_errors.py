@@ -1,0 +1,119 @@
+"""How a command ends: one message and an exit code, never a traceback for what a user can mend.
+
+python -m pytest tests/test_errors.py
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError, brief, raise_collected, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def end_of(error: BaseException, capsys) -> tuple[int, str]:
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("pair.yaml: nsamples is 0"), 2, "error: pair.yaml: nsamples is 0\n"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing unfinished was left behind\n"),
+        (
+            OSError(28, "No space left on device", "/x/norms.csv"),
+            2,
+            "error: No space left on device (/x/norms.csv); nothing unfinished was left behind\n",
+        ),
+        (OSError("odd"), 2, "error: odd; nothing unfinished was left behind\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "error: No module named 'torch'; install the requirements: pip install -r requirements.txt\n",
+        ),
+    ],
+)
+def test_exit_code_and_message(capsys, error, code, message):
+    assert end_of(error, capsys) == (code, message)
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), ModuleNotFoundError("no utils.x", name="utils.x")])
+def test_a_defect_of_ours_keeps_its_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_command(main)
+    assert caught.value is error
+
+
+def test_what_a_library_says_fits_on_a_line():
+    assert brief(ValueError("first:\n\n  second")) == "first: second"
+    assert brief(ValueError()) == "ValueError"
+    assert brief(ValueError("x" * 500), 10) == "xxxxxxx..."
+
+
+def test_problems_are_collected():
+    raise_collected([], "config")
+    with pytest.raises(UserError) as one:
+        raise_collected(["a is 0", "a is 0"], "config")
+    assert str(one.value) == "config: a is 0"
+    with pytest.raises(UserError) as two:
+        raise_collected(["a is 0", "b is 1"], "config")
+    assert str(two.value) == "config: 2 problems\n  - a is 0\n  - b is 1"
+
+
+SCRIPT = """
+import sys
+from utils.errors import run_command
+
+def main():
+    {body}
+
+run_command(main)
+"""
+
+
+def run(body: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
+    command = f'"$0" -c "$1" {redirect}'
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command, sys.executable, SCRIPT.format(body=body)],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    ended = run("[print('x' * 1000) for _ in range(100000)]", "| head -n 1")
+    assert ended.stdout == "x" * 1000 + "\n"
+    assert ended.stderr == ""
+    assert ended.returncode == 2
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_failure(redirect):
+    ended = run("print('out'); print('err', file=sys.stderr); sys.stderr.write('more')", redirect)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+def test_a_full_device_behind_stdout_is_told():
+    ended = run("print('out')", "> /dev/full")
+    assert ended.returncode == 2
+    assert ended.stderr == "error: No space left on device; nothing unfinished was left behind\n"
+
+
+def test_a_locale_without_the_character_is_no_failure():
+    ended = run("print('caf\\u00e9 \\udc80')", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (ended.returncode, ended.stdout) == (0, "caf\\xe9 \\udc80\n")

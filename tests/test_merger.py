@@ -1,0 +1,460 @@
+"""Command 3 from recipe to published folder: bits equal to stock mergekit's, every family, and what goes wrong."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT
+from tests.tiny_checkpoints import FAMILIES, VOCABULARY
+from tests.tiny_merges import (
+    assert_same_tensors,
+    merge_here,
+    merge_stock,
+    plain_recipe,
+    recipe,
+    save_models,
+    tensors,
+    write_recipe,
+)
+from tests.tiny_pairs import contents
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Path:
+    """Three tiny Llamas with equal tokenizers; read only."""
+    return save_models(tmp_path_factory.mktemp("llamas"))
+
+
+@pytest.fixture
+def room(llamas, tmp_path) -> Path:
+    """A folder of its own with copies of the three."""
+    for name in ("base", "code", "math"):
+        shutil.copytree(llamas / name, tmp_path / name)
+    return tmp_path
+
+
+# --- the same bits as stock mergekit ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "task_arithmetic", "linear", "breadcrumbs"])
+def test_tensors_equal_stock_mergekits(room, method, dtype):
+    data = recipe(room, method, dtype=dtype)
+    assert_same_tensors(merge_here(room, data, random_seed=7), merge_stock(room, data, seed=7))
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties"])
+def test_the_skipped_tokenizer_block_changes_no_bit(room, method, capsys):
+    data = recipe(room, method, tokenizer_source="union")
+    ours = merge_here(room, data, random_seed=3, quiet=False)
+    assert "byte-identical" in capsys.readouterr().out
+    assert_same_tensors(ours, merge_stock(room, data, seed=3))
+    assert (ours / "tokenizer.json").read_bytes() == (room / "base" / "tokenizer.json").read_bytes()
+
+
+def test_out_dtype_and_shards_equal_stock_mergekits(room):
+    data = recipe(room, dtype="float32", out_dtype="float16")
+    ours = merge_here(room, data, out_shard_size=20_000, async_write=True, write_threads=2)
+    stock = merge_stock(room, data, out_shard_size=20_000)
+    assert len(list(ours.glob("model-*-of-*.safetensors"))) > 3
+    assert {path.name for path in ours.glob("model*")} == {path.name for path in stock.glob("model*")}
+    assert_same_tensors(ours, stock)
+
+
+def test_one_seed_gives_one_result_and_another_gives_another(room):
+    data = recipe(room, "dare_ties")
+    first = tensors(merge_here(room, data, "a", random_seed=1))
+    again = tensors(merge_here(room, data, "b", random_seed=1))
+    other = tensors(merge_here(room, data, "c", random_seed=2))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first[name], other[name])
+
+
+def test_slices_and_gradients_go_through(room):
+    data = {
+        "slices": [
+            {"sources": [{"model": str(room / "base"), "layer_range": [0, 2]}]},
+            {"sources": [{"model": str(room / "code"), "layer_range": [1, 3]}]},
+        ],
+        "merge_method": "passthrough",
+        "parameters": {"scale": [{"filter": "down_proj", "value": 0.5}, {"value": 1.0}]},
+        "dtype": "bfloat16",
+        "base_model": str(room / "base"),
+    }
+    ours = merge_here(room, data)
+    assert json.loads((ours / "config.json").read_text())["num_hidden_layers"] == 4
+    assert_same_tensors(ours, merge_stock(room, data))
+
+
+# --- every family -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_merges_whole(tmp_path, family, capsys):
+    save_models(tmp_path, family, ("base", "code"))
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("base", "code")]
+    data = {"models": models, "merge_method": "linear", "dtype": "float32", "base_model": str(tmp_path / "base")}
+    ours = tensors(merge_here(tmp_path, data, quiet=False))
+    base, code = tensors(tmp_path / "base"), tensors(tmp_path / "code")
+    assert sorted(ours) == sorted(base)
+    for name in base:
+        torch.testing.assert_close(ours[name], (base[name].float() + code[name].float()) / 2)
+    total = 2 * len(base)
+    assert f"coverage: {total} of {total} tensors of the inputs are read" in capsys.readouterr().out
+    _generates(tmp_path / "merged", base)
+
+
+def _generates(folder: Path, like: dict) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and like
+    logits = model(torch.arange(3, 13)[None]).logits
+    assert logits.shape == (1, 10, VOCABULARY) and torch.isfinite(logits).all()
+
+
+# Where mergekit's own reading of an architecture works, the bits are its own.
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "phi3", "gpt2"])
+def test_families_equal_stock_mergekit(tmp_path, family):
+    save_models(tmp_path, family, ("base", "code"))
+    data = plain_recipe(tmp_path, family)
+    assert_same_tensors(merge_here(tmp_path, data), merge_stock(tmp_path, data))
+
+
+def test_a_tied_base_and_an_expert_with_a_head_of_its_own(tmp_path):
+    save_models(tmp_path, names=("base",), tie_word_embeddings=True)
+    save_models(tmp_path, names=("code",))
+    data = recipe(tmp_path, experts=("code",))
+    assert_same_tensors(merge_here(tmp_path, data), merge_stock(tmp_path, data))
+
+
+# --- what goes wrong while it merges ----------------------------------------------------------------------------------
+
+
+def refused(room: Path, data: dict, match: str, output: str = "merged", **settings) -> None:
+    """Merging stops with a message, and the folder is as it was but for the recipe."""
+    write_recipe(room / f"{output}.yaml", data)
+    before = contents(room)
+    with pytest.raises(UserError, match=match):
+        merge_here(room, data, output, **settings)
+    assert contents(room) == before
+
+
+def change(folder: Path, name: str, edit) -> None:
+    """Edit one tensor of a single-file model."""
+    found = load_file(folder / "model.safetensors")
+    found[name] = edit(found[name].clone())
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("async_write", [False, True])
+def test_a_value_that_is_not_finite_stops_the_merge(room, value, async_write):
+    name = "model.layers.1.self_attn.v_proj.weight"
+
+    def spoil(tensor):
+        tensor[3, 5] = value
+        return tensor
+
+    change(room / "math", name, spoil)
+    refused(room, recipe(room, "task_arithmetic"), name, async_write=async_write, out_shard_size=10_000)
+
+
+def test_overflow_of_the_saved_dtype_is_noticed(room):
+    change(room / "code", "model.norm.weight", lambda tensor: tensor + 1e6)
+    refused(room, recipe(room, "task_arithmetic", dtype="float32", out_dtype="float16"), "model.norm.weight")
+
+
+@pytest.mark.parametrize("error", ["full", "memory", "gpu"])
+def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    failures = {
+        "full": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "memory": MemoryError(),
+        "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    }
+    written = []
+    save = safetensors.torch.save_file
+
+    def fail_third(*arguments, **keywords):
+        written.append(1)
+        if len(written) == 3:
+            raise failures[error]
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail_third)
+    refused(
+        room,
+        recipe(room),
+        {"full": "No space left.*make room", "memory": "memory ran out", "gpu": "--device cpu"}[error],
+        out_shard_size=10_000,
+    )
+
+
+@pytest.mark.parametrize("step", ["write_small_files", "describe_result"])
+def test_a_full_disk_after_the_weights_leaves_nothing(room, monkeypatch, step):
+    from utils import result_files
+
+    def fail(*_arguments):
+        raise OSError(28, "No space left on device", "config.json")
+
+    monkeypatch.setattr(result_files, step, fail)
+    write_recipe(room / "merged.yaml", recipe(room))
+    before = contents(room)
+    with pytest.raises(OSError, match="No space left"):
+        merge_here(room, recipe(room))
+    assert contents(room) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot load it"),
+        (lambda folder: _edit_json(folder / "config.json", hidden_size=64), "do not fit config.json"),
+        (lambda folder: _edit_json(folder / "config.json", num_hidden_layers=4), "missing for the model class"),
+        (lambda folder: _edit_json(folder / "config.json", vocab_size=90), "vocab_size 90"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer of the base is missing"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json of the base is missing"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor[:5]), "has shape \\[5\\]"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor.float()), "planned was bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_result_that_fails_its_checks_is_not_published(room, monkeypatch, spoil, match):
+    from utils import result_files
+
+    write = result_files.write_small_files
+
+    def write_and_spoil(ready, folder):
+        write(ready, folder)
+        spoil(folder)
+
+    monkeypatch.setattr(result_files, "write_small_files", write_and_spoil)
+    refused(room, recipe(room), match)
+
+
+def _edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- overwriting ------------------------------------------------------------------------------------------------------
+
+
+def test_smaller_shards_leave_no_stale_file(room):
+    merge_here(room, recipe(room))
+    target = merge_here(room, recipe(room, "task_arithmetic"), overwrite=True, out_shard_size=20_000)
+    assert not (target / "model.safetensors").exists()
+    assert set(contents(target)) == {*json.loads((target / "manifest.json").read_text())["files"], "manifest.json"}
+    assert_same_tensors(target, merge_stock(room, recipe(room, "task_arithmetic")))
+
+
+def test_an_earlier_merge_is_kept_unless_asked_and_if_the_new_one_fails(room):
+    target = merge_here(room, recipe(room))
+    refused(room, recipe(room), "holds the result of an earlier merge; give --overwrite")
+    change(room / "code", "model.norm.weight", lambda tensor: tensor * float("nan"))
+    refused(room, recipe(room), "model.norm.weight", overwrite=True)
+    (target / "notes.txt").write_text("mine")
+    refused(room, recipe(room), "notes.txt is not of the earlier merge", overwrite=True)
+
+
+def test_a_file_that_appears_during_the_merge_survives(room, monkeypatch):
+    from utils import result_files
+
+    target = merge_here(room, recipe(room))
+    describe = result_files.describe_result
+
+    def meanwhile(ready, folder):
+        (target / "notes.txt").write_text("mine")
+        return describe(ready, folder)
+
+    monkeypatch.setattr(result_files, "describe_result", meanwhile)
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        merge_here(room, recipe(room), overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "model.safetensors").exists()
+    assert not list(room.glob(".*"))
+
+
+# --- the command as a user types it -----------------------------------------------------------------------------------
+
+
+def test_the_command_of_the_reference(room, run_command_line, monkeypatch):
+    for name in ("base", "code", "math"):
+        (room / "m").mkdir(exist_ok=True)
+        (room / name).rename(room / "m" / name)
+    data = recipe(Path("m"), tokenizer_source="union", parameters={"normalize": True, "int8_mask": True})
+    write_recipe(room / "recipe.yaml", data)
+    done = run_command_line(
+        "utils/merger.py", "--output_path", "output/merged_models", "--merge_config", "recipe.yaml",
+        "--copy_tokenizer", "True", "--lazy_unpickle", "False", "--low_cpu_memory", "False",
+        "--trust_remote_code", "True", "--allow_crimes", "True", cwd=room,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "merging: 100%" in done.stderr
+    assert "mergekit 0.1" in done.stdout and "seed 0" in done.stdout
+    target = room / "output" / "merged_models"
+    absolute = recipe(room / "m", tokenizer_source="union", parameters={"normalize": True, "int8_mask": True})
+    assert_same_tensors(target, merge_stock(room, absolute))
+    # the last lines load it
+    lines = [line.strip() for line in done.stdout.splitlines()[-2:]]
+    monkeypatch.chdir(room)
+    loaded: dict = {}
+    exec("\n".join(lines), loaded)
+    assert loaded["model"].config.architectures == ["LlamaForCausalLM"]
+
+
+def test_help_and_wrong_input_answer_at_once(room, run_command_line):
+    bad = recipe(room)
+    bad["models"][1]["parameters"]["density"] = 1.5
+    write_recipe(room / "bad.yaml", bad)
+    start = time.perf_counter()
+    assert run_command_line("utils/merger.py", "--help").returncode == 0
+    done = run_command_line("utils/merger.py", "--output_path", room / "out", "--merge_config", room / "bad.yaml")
+    assert time.perf_counter() - start < 3  # both; importing mergekit alone takes longer
+    assert done.returncode == 2 and "1.5 is outside [0, 1]" in done.stderr and "Traceback" not in done.stderr
+    assert not (room / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "--output_path"),
+        (["--merge_config", "x.yaml"], "--output_path"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--allow_crime", "True"], "--allow_crimes"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--copy_tokenizer", "maybe"], "neither True nor False"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--out_shard_size", "many"], "not a size"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--random_seed", "-1"], "outside"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--safe_serialization", "False"], "pickles"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--cuda", "--device", "cpu"], "contradicts --cuda"),
+        (["--output_path", "o", "--merge_config", "x.yaml", "--multi_gpu", "--device", "cuda:1"], "every GPU"),
+        (["--output_path", "o", "--merge_config", "x.yaml"], "x.yaml does not exist"),
+        (["--output_path", "o", "--output-path", "p", "--merge_config", "x.yaml"], "given twice"),
+    ],
+)
+def test_wrong_flags(tmp_path, run_command_line, arguments, match):
+    done = run_command_line("utils/merger.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert match in done.stderr and "Traceback" not in done.stderr
+    assert contents(tmp_path) == {}
+
+
+def test_dry_run_writes_nothing(room, capsys):
+    from utils.merger import main
+
+    write_recipe(room / "recipe.yaml", recipe(room))
+    before = contents(room)
+    sys_argv = ["merger.py", "--output-path", room / "new" / "out", "--merge-config", room / "recipe.yaml", "--dry-run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in sys_argv])
+        main()
+    printed = capsys.readouterr().out
+    assert "nothing was written" in printed and "disk:" in printed and "memory:" in printed
+    assert contents(room) == before
+
+
+def start_merge(room: Path, *arguments: str) -> subprocess.Popen:
+    """The command with a merge that lasts: it waits before every shard until killed."""
+    program = (
+        "import sys, time, runpy, safetensors.torch as s\n"
+        "save = s.save_file\n"
+        "def slow(*a, **k):\n    save(*a, **k)\n    print('SHARD', flush=True)\n    time.sleep(30)\n"
+        "s.save_file = slow\n"
+        f"sys.argv = ['merger.py', *{[str(a) for a in arguments]!r}]\n"
+        f"sys.path[0] = {str(ROOT / 'utils')!r}\n"
+        f"runpy.run_path({str(ROOT / 'utils' / 'merger.py')!r}, run_name='__main__')\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
+def test_killed_in_the_middle(room, signum, capsys):
+    write_recipe(room / "recipe.yaml", recipe(room))
+    before = contents(room)
+    process = start_merge(
+        room, "--output_path", "out/model", "--merge_config", "recipe.yaml", "--out_shard_size", "10000"
+    )
+    for line in process.stdout:
+        if line.startswith("SHARD"):
+            break
+    if signum == signal.SIGKILL:  # meanwhile a second run of the same output is refused
+        with pytest.raises(UserError, match="written by another run"):
+            merge_here(room, recipe(room), "out/model")
+        (room / "out" / "model.yaml").unlink()
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    if signum == signal.SIGKILL:
+        (stage,) = (room / "out").iterdir()
+        assert stage.name.startswith(".model.") and stage.name.endswith(".part")
+        target = merge_here(room, recipe(room), "out/model")
+        assert f"a killed run has left {stage}" in capsys.readouterr().err
+        assert (target / "manifest.json").exists()
+    else:
+        assert process.returncode == 130 and "Traceback" not in errors
+        assert contents(room) == before
+
+
+def test_manifest_and_hashes_of_inputs(room):
+    target = merge_here(room, recipe(room), hash_inputs=True, random_seed=5)
+    data = json.loads((target / "manifest.json").read_text())
+    assert data["seed"] == 5 and data["versions"]["mergekit"] == "0.1.5"
+    assert data["recipe"]["sha256"] == hashlib.sha256((room / "merged.yaml").read_bytes()).hexdigest()
+    for entry, name in zip(data["inputs"], ("base", "code", "math"), strict=True):
+        weights = room / name / "model.safetensors"
+        assert entry["name"] == name and entry["files"] == {"model.safetensors": weights.stat().st_size}
+        assert entry["sha256"] == {"model.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert data["files"] == {
+        path.name: path.stat().st_size for path in target.iterdir() if path.name != "manifest.json"
+    }
+    assert all((path.stat().st_mode & 0o777) == 0o644 for path in target.iterdir())
+
+
+def test_the_folder_mergekit_at_the_top_shadows_nothing():
+    """Our data folder and the installed package share a name; a folder without __init__.py gives way."""
+    assert not [path for path in (ROOT / "mergekit").rglob("*") if path.suffix in (".py", ".pyc", ".so")]
+    program = "import importlib.util as u; print(u.find_spec('mergekit.merge').origin)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "site-packages" in done.stdout and str(ROOT / "mergekit") not in done.stdout, done.stderr
+
+
+def test_no_room_shadows_a_package():
+    """Scripts in utils/ put that folder first on the path for a moment."""
+    from importlib.metadata import packages_distributions
+
+    rooms = {path.stem for path in (ROOT / "utils").iterdir()} - {"__init__", "__pycache__"}
+    assert not rooms & (set(packages_distributions()) | set(sys.stdlib_module_names))
+
+
+def test_only_the_script_itself_changes_the_path():
+    program = "import sys; before = list(sys.path); import utils.merger; assert sys.path == before"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    script = (
+        "import sys, runpy, pathlib\n"
+        f"root = {str(ROOT)!r}\n"
+        "sys.path[0], sys.argv = root + '/utils', ['merger.py', '--help']\n"
+        "try: runpy.run_path(root + '/utils/merger.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert sys.path[0] == root and root + '/utils' not in sys.path, sys.path\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]
+    changing = [path for path in files if "sys.path" in path.read_text()]
+    assert changing == [ROOT / "utils" / "merger.py"]

@@ -1,0 +1,451 @@
+"""Output is complete or absent, whatever fails and whenever; nothing else in the folder is touched.
+
+python -m pytest tests/test_publish.py
+"""
+
+import builtins
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_pairs import contents
+from utils import publish
+from utils.errors import UserError
+from utils.publish import (
+    file_sha256,
+    foreign_files,
+    locked_folder,
+    prepare_folder,
+    publish_files,
+    refuse_existing,
+    staged_folder,
+    to_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NEW = {"a.csv": b"new a", "b.csv": b"new b" * 1000, "manifest.json": b"{}"}
+OLD = {"a.csv": b"old a", "manifest.json": b"{1}"}
+OTHERS = {"recipe.yml": b"somebody's", "sub/deep.txt": b"somebody's too"}
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+# --- publish_files ----------------------------------------------------------------------------------------------------
+
+
+def test_files_appear_beside_others(tmp_path):
+    fill(tmp_path, OTHERS)
+    publish_files(tmp_path, NEW, overwrite=False)
+    assert contents(tmp_path) == {**NEW, **OTHERS, "sub": None}
+
+
+def test_the_last_file_is_renamed_last(tmp_path, monkeypatch):
+    order = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, final: (order.append(Path(final).name), replace(source, final)))
+    publish_files(tmp_path, NEW, overwrite=False)
+    assert order == list(NEW)
+
+
+def test_everything_is_on_disk_before_the_first_rename(tmp_path, monkeypatch):
+    synced, renamed = [], []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(len(renamed)), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda source, final: (renamed.append(final), replace(source, final)))
+    publish_files(tmp_path, NEW, overwrite=False)
+    assert synced == [0] * len(NEW) + [len(NEW)]  # the files, then the folder
+
+
+def test_an_existing_file_needs_overwrite(tmp_path):
+    before = contents(fill(tmp_path, {**OLD, **OTHERS}))
+    with pytest.raises(UserError, match=r"already holds a\.csv, manifest\.json: give --overwrite to replace"):
+        publish_files(tmp_path, NEW, overwrite=False)
+    assert contents(tmp_path) == before
+    publish_files(tmp_path, NEW, overwrite=True)
+    assert contents(tmp_path) == {**NEW, **OTHERS, "sub": None}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_that_name_is_never_replaced(tmp_path, overwrite):
+    before = contents(fill(tmp_path, {"a.csv/inside": b"x"}))
+    with pytest.raises(UserError, match=r"a\.csv is in the way and is not a file"):
+        publish_files(tmp_path, NEW, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_broken_link_of_that_name_is_in_the_way(tmp_path):
+    (tmp_path / "a.csv").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is in the way"):
+        refuse_existing(tmp_path, ["a.csv"])
+
+
+def test_a_folder_that_vanished_is_made_again(tmp_path):
+    publish_files(tmp_path / "gone" / "out", NEW, overwrite=False)
+    assert contents(tmp_path / "gone" / "out") == NEW
+
+
+def test_the_umask_decides_who_may_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        publish_files(tmp_path, NEW, overwrite=False)
+    finally:
+        os.umask(before)
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in NEW} == {"0o640"}
+
+
+class Failing:
+    """Calls through until the n-th call, which raises; `forever`: so do all later ones."""
+
+    def __init__(self, function, at: int, error: BaseException, forever: bool = False) -> None:
+        self.function, self.at, self.error, self.forever, self.calls = function, at, error, forever, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at or (self.forever and self.calls > self.at):
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+class FailingFile:
+    """A file whose writes count towards one `Failing`."""
+
+    def __init__(self, file, write: Failing) -> None:
+        self.file, self.failing = file, write
+
+    def write(self, content):
+        self.failing.function = self.file.write
+        return self.failing(content)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        self.file.close()
+
+
+def inject(monkeypatch, where: str, failing: Failing) -> None:
+    if where == "write":
+        real = builtins.open
+        monkeypatch.setattr(publish, "open", lambda *args: FailingFile(real(*args), failing), raising=False)
+    elif where == "open":
+        failing.function = builtins.open
+        monkeypatch.setattr(publish, "open", failing, raising=False)
+    else:
+        failing.function = getattr(os, where)
+        monkeypatch.setattr(os, where, failing)
+
+
+def full(code: int = errno.ENOSPC) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize("forever", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EXDEV, errno.EMFILE])
+@pytest.mark.parametrize("old", [{}, OLD], ids=["fresh", "overwrite"])
+@pytest.mark.parametrize(
+    ("where", "at"), [(where, at) for where in ("open", "write", "fsync", "replace") for at in range(1, 6)]
+)
+def test_a_disk_that_fails_leaves_the_old_or_the_new(tmp_path, monkeypatch, where, at, old, code, forever):
+    before = contents(fill(tmp_path, {**old, **OTHERS}))
+    failing = Failing(None, at, full(code), forever=forever and where != "replace")
+    with monkeypatch.context() as patch:
+        inject(patch, where, failing)
+        try:
+            publish_files(tmp_path, NEW, overwrite=True)
+            failed = False
+        except OSError as error:
+            failed = error.errno == code
+    complete = {**NEW, **OTHERS, "sub": None}
+    assert failed == (failing.calls >= at)
+    # Once every rename is done the result stays, also where flushing the folder itself fails.
+    expected = complete if not failed or (where == "fsync" and at > len(NEW)) else before
+    assert contents(tmp_path) == expected
+
+
+def test_a_file_system_without_hard_links_still_restores(tmp_path, monkeypatch):
+    before = contents(fill(tmp_path, {**OLD, **OTHERS}))
+    monkeypatch.setattr(os, "link", Failing(None, 1, full(errno.EPERM), forever=True))
+    monkeypatch.setattr(os, "replace", Failing(os.replace, 3, full()))
+    with pytest.raises(OSError, match="No space left"):
+        publish_files(tmp_path, NEW, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch, where, at):
+    before = contents(fill(tmp_path, OTHERS))
+    with monkeypatch.context() as patch:
+        inject(patch, where, Failing(None, at, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            publish_files(tmp_path, NEW, overwrite=False)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_signal_between_renames_waits_for_the_last_one(tmp_path, monkeypatch, signum, at):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signum, interrupt)
+    replace, calls = os.replace, []
+
+    def replace_and_signal(source, final):
+        replace(source, final)
+        calls.append(final)
+        if len(calls) == at:
+            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signum)  # an impatient user
+
+    monkeypatch.setattr(os, "replace", replace_and_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            publish_files(tmp_path, NEW, overwrite=False)
+        assert signal.getsignal(signum) is interrupt
+    finally:
+        signal.signal(signum, before)
+    assert contents(tmp_path) == NEW
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.publish import publish_files
+at, calls, replace = int(sys.argv[2]), [], os.replace
+
+def replace_then_die(source, final):
+    replace(source, final)
+    calls.append(final)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace_then_die
+publish_files(Path(sys.argv[1]), {"a.csv": b"new a", "manifest.json": b"{}"}, overwrite=False)
+"""
+
+
+def test_a_kill_between_renames_never_leaves_a_manifest_without_its_files(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path, "1"], cwd=ROOT, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    visible = {name for name in contents(tmp_path) if not name.startswith(".")}
+    assert visible == {"a.csv"}  # usable with a warning, as a folder without a manifest is
+    publish_files(tmp_path, {"a.csv": b"new a", "manifest.json": b"{}"}, overwrite=True)
+    assert (tmp_path / "manifest.json").read_bytes() == b"{}"
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_folder_accepts_and_makes_nothing(tmp_path):
+    for folder in (tmp_path, tmp_path / "new" / "deep", tmp_path / "with space ", tmp_path / "caf\u00e9" / ".." / "x"):
+        prepare_folder(folder, "--out_dir")
+    assert contents(tmp_path) == {}
+
+
+def test_prepare_folder_refuses(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("nowhere")
+    before = contents(tmp_path)
+    for folder, words in {
+        tmp_path / "file": "file is a file, not a folder",
+        tmp_path / "file" / "below": "file is a file, not a folder",
+        tmp_path / "loop": "is a broken symbolic link",
+        tmp_path / "broken" / "x": "is a broken symbolic link",
+        tmp_path / ("n" * 256): "cannot be used|longer than 255 bytes",
+        tmp_path / "new" / ("\u00e9" * 128): "cannot be used|longer than 255 bytes",
+        tmp_path / ("a/" * 3000): "cannot be used",
+        Path("/proc/1/new"): "cannot be used|is not writable",
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            prepare_folder(folder, "--out_dir")
+        assert str(caught.value).startswith("--out_dir")
+    assert contents(tmp_path) == before
+
+
+def test_prepare_folder_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=f"--out_dir {tmp_path / 'x'}: {tmp_path} is not writable"):
+        prepare_folder(tmp_path / "x", "--out_dir")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    with locked_folder(folder):
+        with pytest.raises(UserError, match="is being written by another run"), locked_folder(folder):
+            pass
+        assert folder.is_dir()  # the refused run took nothing away
+        publish_files(folder, NEW, overwrite=False)
+    with locked_folder(folder):
+        assert contents(folder) == NEW  # no lock file
+
+
+def test_a_refused_run_that_saw_no_folder_yet_leaves_it_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    with locked_folder(folder):
+        monkeypatch.setattr(Path, "exists", lambda path: path == tmp_path)  # as it was a moment before the first run
+        with pytest.raises(UserError, match="another run"), locked_folder(folder):
+            pass
+        monkeypatch.undo()
+        assert folder.is_dir()
+
+
+def test_a_run_that_fails_leaves_no_empty_folders(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked_folder(tmp_path / "a" / "b" / "c"):
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {}
+    fill(tmp_path, {"a/other": b"x"})
+    with pytest.raises(KeyboardInterrupt), locked_folder(tmp_path / "a" / "b" / "c"):
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"a": None, "a/other": b"x"}
+
+
+def test_a_disk_without_room_for_the_folder_leaves_nothing(tmp_path, monkeypatch):
+    failing = Failing(os.mkdir, 3, full())  # the parents are made after the first attempt fails
+    monkeypatch.setattr(os, "mkdir", failing)
+    with pytest.raises(OSError, match="No space left"), locked_folder(tmp_path / "a" / "b"):
+        pass
+    assert failing.calls >= 3
+    assert contents(tmp_path) == {}
+
+
+# --- staged_folder ----------------------------------------------------------------------------------------------------
+
+
+def stage(target: Path, files: dict[str, bytes], replaceable=()) -> None:
+    with staged_folder(target, replaceable=replaceable) as folder:
+        assert folder.parent == Path(os.path.realpath(target)).parent  # a rename must not cross file systems
+        fill(folder, files)
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with staged_folder(tmp_path / "new" / "model") as folder:
+        fill(folder, NEW)
+        assert not (tmp_path / "new" / "model").exists()
+    assert contents(tmp_path) == {"new": None, "new/model": None, **{f"new/model/{k}": v for k, v in NEW.items()}}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_block_that_fails_leaves_the_old_folder(tmp_path, error):
+    before = contents(fill(tmp_path, {"model/x": b"old"}))
+    with pytest.raises(error), staged_folder(tmp_path / "model", replaceable=["x"]) as folder:
+        fill(folder, NEW)
+        raise error
+    assert contents(tmp_path) == before
+
+
+def test_only_listed_files_are_replaced(tmp_path):
+    before = contents(fill(tmp_path, {"model/x": b"old", "model/sub/y": b"old"}))
+    with pytest.raises(UserError, match=r"holds files this project did not write: sub/y\. Move them first"):
+        stage(tmp_path / "model", NEW, ["x"])
+    assert contents(tmp_path) == before
+    stage(tmp_path / "model", NEW, ["x", "sub/y"])
+    assert contents(tmp_path / "model") == NEW
+    assert foreign_files(tmp_path / "model", set(NEW)) == foreign_files(tmp_path / "none", set()) == []
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "model").mkdir()
+    stage(tmp_path / "model", NEW)
+    assert contents(tmp_path) == {"model": None, **{f"model/{k}": v for k, v in NEW.items()}}
+
+
+def test_a_file_of_that_name_is_kept(tmp_path):
+    before = contents(fill(tmp_path, {"model": b"a file"}))
+    with pytest.raises(UserError, match="is a file"):
+        stage(tmp_path / "model", NEW, ["model"])
+    assert contents(tmp_path) == before
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    fill(tmp_path, {"real/x": b"old"})
+    (tmp_path / "model").symlink_to("real")
+    stage(tmp_path / "model", NEW, ["x"])
+    assert contents(tmp_path / "real") == NEW
+    assert (tmp_path / "model").is_symlink()
+
+
+@pytest.mark.parametrize("forever", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("where", ["rename", "fsync", "chmod"])
+def test_a_failing_swap_loses_neither_folder(tmp_path, monkeypatch, where, at, forever):
+    before = contents(fill(tmp_path, {"model/x": b"old"}))
+    failing = Failing(getattr(os, where), at, full(errno.EIO), forever)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, failing)
+        try:
+            stage(tmp_path / "model", NEW, ["x"])
+            failed = False
+        except OSError:
+            failed = True
+    after = contents(tmp_path)
+    new = {"model": None, **{f"model/{k}": v for k, v in NEW.items()}}
+    if forever and where == "rename" and at == 2:  # moved away, and neither can be moved in: the old one is still there
+        assert b"old" in after.values()
+    else:
+        assert after == (before if failed and not (where == "fsync" and at == 2) else new)
+
+
+def test_a_signal_during_the_swap_waits(tmp_path, monkeypatch):
+    fill(tmp_path, {"model/x": b"old"})
+    rename = os.rename
+
+    def rename_and_signal(source, final):
+        rename(source, final)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "rename", rename_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "model", NEW, ["x"])
+    assert contents(tmp_path / "model") == NEW
+
+
+# --- hashes and JSON --------------------------------------------------------------------------------------------------
+
+
+def test_file_sha256(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "_CHUNK", 7)
+    content = os.urandom(1000)
+    (tmp_path / "x").write_bytes(content)
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_stable_and_finite():
+    assert to_json({"b": 1, "a": "caf\u00e9"}) == b'{\n  "b": 1,\n  "a": "caf\xc3\xa9"\n}\n'
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            to_json({"a": value})
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A small file system of its own, where the system lets us mount one."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    try:
+        fill(tmp_path, OLD)
+        before = contents(tmp_path)
+        with pytest.raises(OSError, match="No space left"):
+            publish_files(
+                tmp_path, {"a.csv": b"x" * 40_000, "b.csv": b"x" * 40_000, "manifest.json": b"{}"}, overwrite=True
+            )
+        assert contents(tmp_path) == before
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""YAML from strangers: plain data or one clear message, never code, never a hang.
+
+python -m pytest tests/test_safe_yaml.py
+"""
+
+import builtins
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from utils import safe_yaml
+from utils.errors import UserError
+from utils.safe_yaml import read_text, read_yaml_mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+VALID = (ROOT / "configs" / "gemma_2b.yaml").read_bytes()
+
+
+def read(folder: Path, content: bytes | str) -> dict:
+    path = folder / "some.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_yaml_mapping(path, "pair config")
+
+
+def refusal(folder: Path, content: bytes | str) -> str:
+    with pytest.raises(UserError) as caught:
+        read(folder, content)
+    message = str(caught.value)
+    assert "pair config" in message and "some.yaml" in message
+    return message
+
+
+def test_a_shipped_config_reads_as_plain_yaml_does(tmp_path):
+    assert read(tmp_path, VALID) == yaml.safe_load(VALID)
+
+
+@pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
+def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, change):
+    assert read(tmp_path, change(VALID)) == yaml.safe_load(VALID)
+
+
+BAD = {
+    "empty": (b"", "is empty"),
+    "only a comment": (b"# nothing\n", "is empty"),
+    "a list": (b"- a\n- b\n", "must be a mapping of keys to values, but holds a list"),
+    "a string": (b"hello", "but holds a str"),
+    "invalid UTF-8": (b"a: \xff\xfe", "not UTF-8 text (byte 3)"),
+    "UTF-16": ("a: 1".encode("utf-16"), "not UTF-8 text (byte 0)"),
+    "tab indent": (b"a:\n\tb: 1\n", "line 2, column 1"),
+    "NUL": (b"a: 'x\0'", "special characters are not allowed"),
+    "unclosed": (b"a: [1, 2\nb: 3\n", "line 2"),
+    "two documents": (b"a: 1\n---\na: 2\n", "another document"),
+    "duplicate key": (b"a: 1\nb: 2\na: 3\n", "line 3: key 'a' is given twice (first in line 1)"),
+    "nested duplicate key": (b"m:\n  - {x: 1, x: 2}\n", "line 2: key 'x' is given twice"),
+    "key that is a list": (b"? [a]\n: 1\n", "a key must be plain text"),
+    "key that is a set": (b"? !!set {a, b}\n: 1\n", "a key must be plain text"),
+    "merge key": (b"a: &x {k: 1}\nb:\n  <<: *x\n", "line 3: merge keys (<<) are not supported"),
+    "octal": (b"nsamples: 010\n", "line 1: 010 is read as octal or base 60"),
+    "base 60": (b"nsamples: 1:30\n", "line 1: 1:30 is read as octal or base 60"),
+    "date that is none": (b"a: 2024-13-45\n", "line 1: '2024-13-45' is not a valid timestamp"),
+    "tag that does not fit": (b"a: !!bool maybe\n", "line 1: 'maybe' is not a valid bool"),
+    "tag on nothing": (b"a: !!int ''\n", "line 1: '' is not a valid int"),
+    "mapping tag on a list": (b"a: 1\nb: !!map [1]\n", "expected a mapping node"),
+    "number of many digits": (b"a: " + b"9" * 5000, "is not a valid int"),
+    "undefined alias": (b"a: *b\n", "undefined alias 'b'"),
+    "nested too deeply": (b"a: " + b"[" * 5000, "nested too deeply"),
+    "alias bomb": (
+        b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 13)),
+        "more than 100 YAML aliases",
+    ),
+    "endless line of brackets": (b"{" * 200_000, "nested too deeply"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_with_the_place(tmp_path, case):
+    content, words = BAD[case]
+    start = time.perf_counter()
+    assert words in refusal(tmp_path, content)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir", "python/object/new:os.mkdir", "python/name:os.mkdir"])
+def test_no_tag_runs_code(tmp_path, tag):
+    made = tmp_path / "made"
+    assert "could not determine a constructor" in refusal(
+        tmp_path, f"a: !!{tag} [{made}]\n" if "name" not in tag else f"a: !!{tag} ''\n"
+    )
+    assert not made.exists()
+
+
+def test_missing_file_folder_and_broken_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    for path, words in (
+        (tmp_path / "no.yaml", "does not exist"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "link", "symbolic link"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            read_yaml_mapping(path, "pair config")
+        assert str(path) in str(caught.value)
+
+
+def test_permission_denied_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "some.yaml"
+    path.write_text("a: 1")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(builtins, "open", denied)
+    with pytest.raises(UserError, match=r"some\.yaml cannot be read: permission denied"):
+        read_yaml_mapping(path, "pair config")
+
+
+def test_a_path_with_a_nul_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_yaml_mapping(tmp_path / "a\0b", "pair config")
+
+
+def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "large.yaml"
+    with open(path, "wb") as file:
+        file.truncate(100 * 2**30)  # sparse: reading it all would not fit into memory
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        read_text(path, "pair config", max_bytes=2**20)
+    with pytest.raises(UserError, match="larger than 8 MiB"):
+        read_yaml_mapping(Path("/dev/zero"), "pair config")  # claims a size of 0
+
+
+def test_few_aliases_are_allowed(tmp_path):
+    assert read(tmp_path, "a: &x [1]\nb: *x\n") == {"a": [1], "b": [1]}
+    most = safe_yaml.MAX_ALIASES
+    assert read(tmp_path, "a: &x 1\nb: [" + ", ".join(["*x"] * most) + "]\n")["b"] == [1] * most
+    assert "aliases" in refusal(tmp_path, "a: &x 1\nb: [" + ", ".join(["*x"] * (most + 1)) + "]\n")
+
+
+def read_or_refuse(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_yaml_mapping(path, "pair config"), dict)
+    except UserError as error:
+        assert len(str(error)) < 1000
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_fuzz_mutated_config(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    content = bytearray(VALID)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(
+            st.binary(max_size=3)
+            | st.sampled_from([b"\n", b": ", b"- ", b"&a ", b"*a", b"!!int ", b"{", b"]", b"<<: ", b"? ", b"\t"])
+        )
+        content[at : at + data.draw(st.integers(0, 3))] = piece
+    read_or_refuse(path, bytes(content))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "a",
+                "b",
+                ": ",
+                "\n",
+                "  ",
+                "- ",
+                "? ",
+                "[",
+                "]",
+                "{",
+                "}",
+                ", ",
+                "&x ",
+                "*x",
+                "!!int ",
+                "!!bool ",
+                "!!float ",
+                "!!timestamp ",
+                "!!binary ",
+                "!!set ",
+                "!!omap ",
+                "!!map ",
+                "!!str ",
+                "!!null ",
+                "0",
+                "1",
+                ":",
+                ".",
+                "-",
+                "_",
+                "e",
+                "'",
+                '"',
+                "|\n",
+                ">\n",
+                "#",
+                "<<",
+                "=",
+                "%",
+            ]
+        ),
+        max_size=14,
+    ).map("".join)
+)
+@example("a: !!binary '@'")
+@example("? a\n: - b\n")
+def test_fuzz_small_grammar(tmp_path_factory, text):
+    read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", text.encode())

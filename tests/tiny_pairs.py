@@ -1,0 +1,73 @@
+"""A tiny pair of models with tokenizers, text and a pair config in one folder; and what a folder holds, to compare."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny_checkpoints import VOCABULARY, save_tiny
+
+CHATML = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+BOS_CHAT = "{{ bos_token }}" + CHATML
+
+
+def save_tokenizer(folder: Path, *, chat_template: str | None = None, bos: bool = True, size: int = VOCABULARY) -> Path:
+    """Save a tokenizer with one token per printable ASCII character, which writes BOS itself unless told not to."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *map(chr, range(32, 32 + size - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def save_pair(folder: Path, family: str = "llama", layers: int = 2) -> Path:
+    """Make `folder` with models `base`, `code` and `math`, text `rows.jsonl` and a config `pair.yaml`; paths are
+    relative to the folder."""
+    for seed, name in enumerate(("base", "code", "math")):
+        save_tokenizer(save_tiny(family, folder / name, seed=seed, layers=layers))
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {i + i}."} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config(folder)
+    return folder
+
+
+def pair_settings() -> dict[str, Any]:
+    """The pair config of `save_pair` as plain data."""
+    return {
+        "model_info": [
+            {"name": "./base", "type": "base"},
+            {"name": "./code", "type": "code"},
+            {"name": "./math", "type": "math"},
+        ],
+        "dataset": {"path": "rows.jsonl", "text": "{question} {answer}", "seqlen": 32},
+        "nsamples": 4,
+    }
+
+
+def write_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write `pair.yaml` with some keys replaced."""
+    path = folder / "pair.yaml"
+    path.write_text(yaml.safe_dump({**pair_settings(), **(changes or {})}, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything below a folder: file contents, link targets, None for folders, by relative path."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = path.readlink()
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found

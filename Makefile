@@ -10,11 +10,12 @@ RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 demo: $(VENV)/demo-ready
 	$(RUN) demo/run.py
 
+# One thread per worker: short parallel regions of several processes on the same cores wait for each other.
 test: $(VENV)/test-ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 test-slow: $(VENV)/test-ready
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow
 
 $(VENV)/demo-ready: requirements.txt requirements-plots.txt
 	$(PYTHON) -m venv $(VENV)

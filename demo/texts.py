@@ -32,7 +32,9 @@ SKIPPED_FOLDERS = {
 CHARACTERS = (120, 800)
 # One file in this many gives held-out code, another one calibration code, the others training text.
 FILES_PER_SPLIT = 10
-ROWS_PER_FILE = 20
+# Few rows of one file, so that no author's style fills a part; prose is scarcer than code.
+CODE_PER_FILE = 6
+PROSE_PER_FILE = 20
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,10 @@ def build_texts(sizes: Sizes = Sizes(), seed: int = 0, library: Path | None = No
 
     # The order matters for rows that several files share: the held-out part is filled first and keeps them.
     pool = _Pool(rng, library)
-    code_heldout = pool.take(code_chunks, paths[0::FILES_PER_SPLIT], sizes.heldout)
-    code_calibration = pool.take(code_chunks, paths[1::FILES_PER_SPLIT], sizes.calibration)
-    code_training = pool.take(code_chunks, training, sizes.base_code + sizes.train)
-    prose = pool.take(prose_chunks, training[::-1], sizes.base_prose)
+    code_heldout = pool.take(code_chunks, CODE_PER_FILE, paths[0::FILES_PER_SPLIT], sizes.heldout)
+    code_calibration = pool.take(code_chunks, CODE_PER_FILE, paths[1::FILES_PER_SPLIT], sizes.calibration)
+    code_training = pool.take(code_chunks, CODE_PER_FILE, training, sizes.base_code + sizes.train)
+    prose = pool.take(prose_chunks, PROSE_PER_FILE, training[::-1], sizes.base_prose)
 
     arithmetic = iter(arithmetic_rows(sizes.heldout + sizes.calibration + sizes.train + sizes.base_math, seed))
     base = [*prose, *code_training[: sizes.base_code], *islice(arithmetic, sizes.base_math)]
@@ -160,8 +162,10 @@ class _Pool:
         self._library = library
         self._given: set[str] = set()
 
-    def take(self, chunks_of: Callable[[str], list[str]], paths: Sequence[Path], count: int) -> tuple[str, ...]:
-        """Return `count` new rows, at most `ROWS_PER_FILE` of each file; reads no more files than it needs."""
+    def take(
+        self, chunks_of: Callable[[str], list[str]], per_file: int, paths: Sequence[Path], count: int
+    ) -> tuple[str, ...]:
+        """Return `count` new rows, at most `per_file` of each file; reads no more files than it needs."""
         drawn: list[str] = []
         for path in paths:
             if len(drawn) >= count:
@@ -171,7 +175,7 @@ class _Pool:
             except (UnicodeDecodeError, SyntaxError, ValueError):  # samples in other encodings or for other versions
                 continue
             fresh = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self._given]
-            fresh = self._rng.sample(fresh, min(ROWS_PER_FILE, len(fresh), count - len(drawn)))
+            fresh = self._rng.sample(fresh, min(per_file, len(fresh), count - len(drawn)))
             self._given.update(fresh)
             drawn += fresh
         if len(drawn) < count:

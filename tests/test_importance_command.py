@@ -223,6 +223,22 @@ def test_text_from_chat(pair, command):
     assert "first ids [0, 31," in measure(command).out  # one BOS, then '<'
 
 
+def test_differences_that_do_not_matter(pair, command):
+    """Another vocabulary size, dtype and tied head; a tokenizer without special tokens; a layer of zeros."""
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("llama", pair / "code", seed=1, layers=2, vocab_size=100, tie_word_embeddings=True)
+    tensors = {name: tensor.float() for name, tensor in load_file(pair / "code/model.safetensors").items()}
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, pair / "code/model.safetensors", metadata={"format": "pt"})
+    for name in ("base", "code", "math"):
+        edit_json(pair / name / "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None)
+    ended = measure(command)
+    assert "code: ./code, LlamaForCausalLM, 2 blocks, " in ended.out and "float32 (the checkpoint's own)" in ended.out
+    norms = (pair / "out/deltas/norms.csv").read_text()
+    assert "code,1,up_proj,model.layers.1.mlp.up_proj.weight,0.0,1536" in norms
+
+
 # --- refused: the config file -----------------------------------------------------------------------------------------
 
 
@@ -645,12 +661,13 @@ socket.socket.connect = socket.getaddrinfo = refuse
 {PLAIN}"""
 
 
-def start(pair: Path, code: str, out: str, shell: str = 'exec "$0" -c "$@"', **environment: str) -> subprocess.Popen:
+def start(pair: Path, code: str, out: str, shell: str = 'exec "$0" -c "$@"', **changes: str | None) -> subprocess.Popen:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LC_", "LANG"))}
+    environment = {key: value for key, value in {**kept, **changes}.items() if value is not None}
     return subprocess.Popen(
         ["bash", "-c", shell, sys.executable, code, "--config", "pair.yaml", "--out_dir", out],
         cwd=pair,
-        env={**kept, **environment},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -684,7 +701,7 @@ def test_interrupted_killed_crowded_and_bare(pair, command):
     interrupted = start(pair, WAITING, "interrupted/deep")
     killed = start(pair, WAITING, "killed/deep")
     bare = start(
-        pair, BARE, "bare", HOME="", HF_HOME="/proc/1/nowhere", PYTHONHASHSEED="7",
+        pair, BARE, "bare", HOME=None, HF_HOME="/proc/1/nowhere", PYTHONHASHSEED="7",
         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
     )  # fmt: skip
     try:

@@ -1,0 +1,57 @@
+"""Devices by name, byte counts for people.
+
+python -m pytest tests/test_runtime.py
+"""
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.runtime import available_bytes, choose_device, gigabytes, versions
+
+
+def gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "device"),
+    [
+        ("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cpu", 2, "cpu"), ("cpu:1", 0, "cpu"), ("cuda", 2, "cuda:0"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
+)  # fmt: skip
+def test_devices(monkeypatch, asked, count, device):
+    gpus(monkeypatch, count)
+    assert choose_device(asked)[0] == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "words"),
+    [
+        ("cuda", 0, "sees no CUDA GPU; use --device cpu"),
+        ("cuda:2", 2, "there are 2 GPUs, numbered from 0"),
+        ("cuda:-1", 2, "is unknown; use auto, cpu, cuda or cuda:n"),
+        ("CUDA", 2, "is unknown"),
+        ("", 0, "is unknown"),
+        ("meta", 0, "is not supported"),
+        ("mps", 0, "is not supported"),
+    ],
+)
+def test_devices_refused(monkeypatch, asked, count, words):
+    gpus(monkeypatch, count)
+    with pytest.raises(UserError) as caught:
+        choose_device(asked)
+    assert words in str(caught.value) and f"--device {asked}" in str(caught.value).replace("'", "")
+
+
+def test_memory_and_versions():
+    assert 0 < available_bytes(torch.device("cpu")) < 2**60
+    assert versions()["torch"] == torch.__version__.partition("+")[0] or versions()["torch"] == torch.__version__
+    assert [gigabytes(count) for count in (0, 99_000_000, 100_000_000, 1.5e12)] == [
+        "0.0 MB",
+        "99.0 MB",
+        "0.10 GB",
+        "1500.00 GB",
+    ]

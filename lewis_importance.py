@@ -41,6 +41,10 @@ def main() -> None:
 
     config = read_pair_config(flags.config)
 
+    from utils.runtime import let_waiting_threads_sleep
+
+    let_waiting_threads_sleep()
+
     from utils.measurement import MeasureOptions, measure_pair
 
     measure_pair(

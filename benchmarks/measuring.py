@@ -3,8 +3,8 @@
     python3 benchmarks/measuring.py --shape llama-365m --data FOLDER --runs 3
     python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --nsamples 15,60,240 --contenders ours
 
-Runs each contender as a whole process, in turn, `--runs` times after one warm-up round, and prints medians, ratios and
-peak memory; every run goes into `benchmarks/results/measuring.csv`. Contenders: `ours` (default settings), `parity`
+Runs each contender as a whole process, in turn, `--runs` times with the weights in the page cache, and prints medians,
+ratios and peak memory; every run goes into `benchmarks/results/measuring.csv`. Contenders: `ours` (default settings), `parity`
 (ours with `parity: reference`, pruning 0.5, in float32) and `parity-fast` (the same in bfloat16); `published` and
 `published-fp32` are the procedure as published (`benchmarks/published_scoring.py`), in bfloat16 and float32.
 """
@@ -45,6 +45,14 @@ def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsample
     return Contender(name, (sys.executable, str(ROOT / "lewis_importance.py"), *options), moved)
 
 
+def read_weights(places: dict[str, Path]) -> None:
+    """Bring the weights into the page cache, so that every run finds them there."""
+    for file in (file for place in places.values() for file in place.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            while stream.read(2**24):
+                pass
+
+
 def main() -> None:
     """Time the contenders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +72,7 @@ def main() -> None:
             for nsamples in map(int, args.nsamples.split(",")):
                 names = args.contenders.split(",")
                 contenders = [contender(name, places, text, rows, nsamples, args.device) for name in names]
-                runs = alternate(contenders, args.runs)
+                runs = alternate(contenders, args.runs, lambda places=places: read_weights(places), uncounted=0)
                 columns = {"shape": shape, "text": text, "nsamples": nsamples, "machine": machine()}
                 write_csv(args.results, runs, **columns)
                 print(f"\n{shape}, {nsamples} samples of {text}, medians of {args.runs} runs:\n")

@@ -186,6 +186,15 @@ def test_a_parquet_file_with_a_column_twice(tmp_path):
     assert "a column is given twice (a, a)" in refusal(tmp_path / "x.parquet")
 
 
+def test_a_parquet_file_whose_text_is_no_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    broken = pyarrow.array([b"caf\xe9", b"fine"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"a": broken}), tmp_path / "x.parquet")
+    assert "is not a readable Parquet file" in refusal(tmp_path / "x.parquet")
+
+
 def test_a_parquet_file_below_a_folder_with_an_equals_sign_gains_no_column(tmp_path):
     (tmp_path / "split=train").mkdir()
     assert dict(local_rows(str(write(tmp_path / "split=train", ".parquet")))[0]) == ROWS[0]

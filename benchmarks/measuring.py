@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help=f"one or more of {', '.join(SHAPES)}, separated by commas")
     parser.add_argument("--data", type=Path, help="folder with gsm8k/train.jsonl and mbpp/train.jsonl")
+    parser.add_argument("--text", default="gsm8k,mbpp", help="data sets, separated by commas")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--nsamples", default="15", help="one or more numbers, separated by commas")
     parser.add_argument("--contenders", default=",".join(NAMES[:1] + NAMES[3:4]))
@@ -68,7 +69,8 @@ def main() -> None:
     print(f"machine: {machine()}")
     for shape in args.shape.split(","):
         places = build_pair(shape, args.work / shape, args.data)
-        for text, rows in rows_files(args.data).items():
+        texts = {name: rows for name, rows in rows_files(args.data).items() if name in args.text.split(",")}
+        for text, rows in texts.items():
             for nsamples in map(int, args.nsamples.split(",")):
                 names = args.contenders.split(",")
                 contenders = [contender(name, places, text, rows, nsamples, args.device) for name in names]

@@ -21,9 +21,10 @@ def column_square_sums(x: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     rows_at_once = max(1, ENTRIES_AT_ONCE.get(x.device.type, ANYWHERE_ELSE) // max(1, x.shape[1]))
+    buffer = torch.empty(min(rows_at_once, x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
     for rows in x.split(rows_at_once):
-        values = rows.float()
-        total += (values * values).sum(dim=0)
+        values = buffer[: rows.shape[0]].copy_(rows)  # one buffer for all: new ones would cost more than the squares
+        total += values.mul_(values).sum(dim=0)
     return total
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -58,13 +58,17 @@ def run_once(contender: Contender) -> Run:
     return Run(contender.name, seconds, float(job[1]) if job else seconds, peak[0], int(held))
 
 
-def alternate(contenders: Sequence[Contender], runs: int) -> list[Run]:
-    """Run all contenders in turn, `runs` times, after one uncounted round that warms the page cache."""
-    for contender in contenders:
+def alternate(
+    contenders: Sequence[Contender], runs: int, before: Callable[[], None] = lambda: None, *, uncounted: int = 1
+) -> list[Run]:
+    """Run all contenders in turn, `runs` times, after `uncounted` rounds; `before` is called before every run."""
+    for contender in [*contenders] * uncounted:
+        before()
         run_once(contender)
     done = []
     for number in range(runs):
         for contender in contenders:
+            before()
             done.append(run_once(contender))
             print(f"  run {number + 1}/{runs} {contender.name}: {done[-1].seconds:.1f} s", file=sys.stderr)
     return done

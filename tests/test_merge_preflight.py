@@ -124,8 +124,10 @@ def test_different_architectures_need_a_flag(room):
     shutil.rmtree(room / "math")
     save_tiny("mistral", room / "math", seed=5)
     refused(room, recipe(room), "MistralForCausalLM")
+    # these two models have changes of equal magnitude, which exact selection resolves by its own rule
     assert_same_tensors(
-        merge_here(room, recipe(room), allow_crimes=True), merge_stock(room, recipe(room), allow_crimes=True)
+        merge_here(room, recipe(room), allow_crimes=True, fast_selection=False),
+        merge_stock(room, recipe(room), allow_crimes=True),
     )
 
 
@@ -220,8 +222,9 @@ def test_a_filter_hidden_behind_another(room, no_weights):
     refused(room, data, "parameters.lambda: the filter 'down_proj' is hidden")
 
 
-def test_a_head_that_is_tied_is_no_tensor(tmp_path, no_weights):
+def test_a_head_that_is_tied_is_no_tensor(tmp_path, request):
     save_models(tmp_path, names=("base", "code"), tie_word_embeddings=True)
+    request.getfixturevalue("no_weights")  # only now: making the models reads them
     data = recipe(tmp_path, experts=("code",))
     data["models"][1]["parameters"]["density"].insert(0, {"filter": "lm_head", "value": 0.2})
     refused(tmp_path, data, "'lm_head' matches no tensor")
@@ -404,6 +407,6 @@ def watched(plan, settings, *rest):
 merge_run.run_merge = watched
 folder = Path({folder!r})
 merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", device="cpu", quiet=True,
-                    out_shard_size=10**6, overwrite=True))
+                    out_shard_size=10**6, overwrite=True, fast_selection=False))
 print(seen["need"], seen["used"])
 """

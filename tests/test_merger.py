@@ -136,7 +136,7 @@ def test_a_tied_base_and_an_expert_with_a_head_of_its_own(tmp_path):
     save_models(tmp_path, names=("base",), tie_word_embeddings=True)
     save_models(tmp_path, names=("code",))
     data = recipe(tmp_path, experts=("code",))
-    assert_same_tensors(merge_here(tmp_path, data), merge_stock(tmp_path, data))
+    assert_same_tensors(merge_here(tmp_path, data, fast_selection=False), merge_stock(tmp_path, data))
 
 
 # --- what goes wrong while it merges ----------------------------------------------------------------------------------
@@ -201,6 +201,7 @@ def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error):
         recipe(room),
         {"full": "No space left.*make room", "memory": "memory ran out", "gpu": "--device cpu"}[error],
         out_shard_size=10_000,
+        fast_selection=False,
     )
 
 
@@ -388,8 +389,9 @@ def test_killed_in_the_middle(room, signum, capsys):
     write_recipe(room / "recipe.yaml", recipe(room))
     before = contents(room)
     process = start_merge(
-        room, "--output_path", "out/model", "--merge_config", "recipe.yaml", "--out_shard_size", "10000"
-    )
+        room, "--output_path", "out/model", "--merge_config", "recipe.yaml", "--out_shard_size", "10000",
+        "--fast_selection", "False",
+    )  # fmt: skip
     for line in process.stdout:
         if line.startswith("SHARD"):
             break

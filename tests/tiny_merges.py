@@ -10,14 +10,45 @@ import yaml
 from tests.tiny_checkpoints import block_prefix, save_tiny
 from tests.tiny_pairs import save_tokenizer
 
+_LARGE = 10**6  # entries: ties of larger tensors are left alone, which only takes time
 NAMES = ("base", "code", "math")
 
 
 def save_models(folder: Path, family: str = "llama", names: tuple[str, ...] = NAMES, **overrides: Any) -> Path:
-    """Save `names` as models of one family with equal tokenizers; their weights differ."""
+    """Save `names` as models of one family with equal tokenizers; their weights differ, and no changes tie.
+
+    Which of several equal magnitudes is kept is the one thing that merging in pieces does not share with mergekit.
+    """
     for seed, name in enumerate(names):
         save_tokenizer(save_tiny(family, folder / name, seed=seed, **overrides))
+        _part_ties(folder / names[0], folder / name)
     return folder
+
+
+def without_ties(base: Any, other: Any, dtype: Any) -> Any:
+    """`other`, but equal to `base` where a change has, in `dtype`, the magnitude of an earlier entry's change."""
+    import torch
+
+    change = (other.to(dtype) - base.to(dtype)).float().abs().reshape(-1)
+    places = torch.arange(change.numel())
+    _, group = change.unique(return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), change.numel()).scatter_reduce(0, group, places, "amin")
+    return torch.where((first[group] < places).view(other.shape), base.to(other.dtype), other)
+
+
+def _part_ties(base: Path, changed: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    before = tensors(base)
+    for file in sorted(changed.glob("*.safetensors")):
+        parted = {
+            name: without_ties(before[name], value, torch.bfloat16)
+            if name in before and before[name].shape == value.shape and value.numel() < _LARGE
+            else value
+            for name, value in load_file(file).items()
+        }
+        save_file(parted, file, metadata={"format": "pt"})
 
 
 def recipe(

@@ -1,12 +1,15 @@
-"""How much memory a merge takes: the largest tensor's arithmetic and the weight file in the making."""
+"""How much memory a merge takes: the largest tensor's arithmetic and the weight file in the making, or a few pieces."""
 
 import math
 
+import torch
 from mergekit import merge_methods
 from mergekit.sparsify import SparsificationMethod
 
+from utils.direct_tensors import divide
 from utils.merge_plan import MergePlan, OutputTensor
 from utils.merge_settings import MergeSettings
+from utils.tensor_merge import buffer_bytes, table_bytes
 
 _ITEM = {"float64": 8, "float32": 4}
 _SORT = 24  # bytes per entry: a float32 copy, the sorted copy, int64 indices and their exchange buffer
@@ -23,8 +26,16 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
         2 w + 24 | 7 w | w      a mask by magnitude, which sorts everything; by chance; none
         n (2 w + 2) + 3 w | 3 w the sign vote, with the sum; the sum alone
 
-    where the last two are not there at the same time.
+    where the last two are not there at the same time. For tensors merged in pieces, the buffers of every thread and the
+    tables of the tensors that can be under way at once, one a thread, count instead, and no weight file.
     """
+    division = divide(plan, settings)
+    if not isinstance(division, str):
+        threads = torch.get_num_threads()
+        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
+        buffers = max(buffer_bytes(tensor) for tensor in division.direct)
+        left = (_per_entry(plan, tensor) * tensor.params + tensor.nbytes for tensor, _ in division.left)
+        return max(threads * buffers + sum(tables), *left, 0)
     largest = max((_per_entry(plan, tensor) * tensor.params for tensor in plan.tensors), default=0)
     shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
     return largest + shard * (2 if settings.async_write else 1)

@@ -1,13 +1,14 @@
-"""Carry out a planned merge: mergekit's executor, our writer, one progress bar.
+"""Carry out a planned merge: in pieces where that gives the same bits, else by mergekit's executor; one progress bar.
 
-The tasks are mergekit's own, in its own order, so that the tensors equal those of stock mergekit with the same seed bit
-for bit. Only the writer differs: it looks at every tensor on its way to the disk.
+In the latter case the tasks are mergekit's own, in its own order, so that the tensors equal those of stock mergekit with
+the same seed bit for bit. Only the writer differs: it looks at every tensor on its way to the disk.
 """
 
 import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import set_seed
 
+from utils.direct_merge import run_directly
+from utils.direct_tensors import divide
 from utils.errors import UserError
+from utils.finiteness import is_finite, not_finite
 from utils.merge_plan import MergePlan, forget_inputs
 from utils.merge_settings import MergeSettings
 from utils.runtime import gigabytes
@@ -45,10 +49,7 @@ class CheckedWriter(TensorWriter):
             UserError: it holds a NaN or an infinity.
         """
         if not is_finite(tensor):
-            raise UserError(
-                f"the merged tensor {name} holds NaN or infinity, so nothing was published. Check that tensor in the "
-                "inputs; with float16, compute in float32 (dtype: float32, out_dtype: float16)"
-            )
+            raise not_finite(name)
         super().save_tensor(name, tensor, clone)
         with self._counting:  # several GPUs write from threads of their own
             self.taken.add(name)
@@ -71,14 +72,6 @@ class CheckedWriterTask(TensorWriterTask, arbitrary_types_allowed=True):
         return self.writer
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite. Exact in every dtype; needs no memory of the tensor's size."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN as soon as one entry is
-    return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
 def run_merge(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
     """Merge all tensors of a plan into safetensors shards in `folder`.
 
@@ -92,6 +85,16 @@ def run_merge(plan: MergePlan, settings: MergeSettings, device: str, folder: Pat
         UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
     """
     forget_inputs(plan.options)
+    division = divide(plan, settings)
+    if not settings.quiet:
+        summary = f"all tensors by mergekit: {division}" if isinstance(division, str) else division.summary
+        print(f"path: {summary}", flush=True)
+    if not isinstance(division, str):
+        with _progress_bar(plan, settings) as progress, _readable_failures():
+            shown = partial(_show, progress, {}, len(plan.tensors))
+            run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown)
+        forget_inputs(plan.options)
+        return
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
     with _progress_bar(plan, settings) as progress:
@@ -136,6 +139,13 @@ def _execute(plan: MergePlan, settings: MergeSettings, device: str, writer: Chec
         results = executor.run(quiet=True)
     for _ in results:
         pass
+
+
+def _show(progress: tqdm, seen: dict[str, None], tensors: int, name: str, nbytes: int) -> None:
+    """Tell the progress bar of bytes more of a tensor."""
+    seen[name] = None
+    progress.set_postfix_str(f"tensor {len(seen)} of {tensors}", refresh=False)
+    progress.update(nbytes)
 
 
 @contextlib.contextmanager

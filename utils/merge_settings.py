@@ -15,7 +15,7 @@ _PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cach
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for the last three.
+    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for the last four.
 
     `device` is what was asked for (`auto`, `cpu`, `cuda`, `cuda:1`); `out_shard_size` is in bytes, 0 for one file.
     """
@@ -46,6 +46,7 @@ class MergeSettings:
     overwrite: bool = False
     dry_run: bool = False
     hash_inputs: bool = False
+    fast_selection: bool = True
 
     def options(self) -> dict[str, Any]:
         """The settings for a manifest; folders of this machine are left out."""

@@ -26,7 +26,7 @@ CHUNK_ENTRIES = {"cpu": 1 << 18, "default": 1 << 24}
 
 
 @dataclass(frozen=True)
-class _Pattern:
+class Pattern:
     """How a floating-point type shows its magnitude as an integer."""
 
     integer: torch.dtype  # of the same width
@@ -36,9 +36,9 @@ class _Pattern:
 
 
 _PATTERNS = {
-    torch.float32: _Pattern(torch.int32, 31, 16, 0x7F800000),
-    torch.bfloat16: _Pattern(torch.int16, 15, 0, 0x7F80),
-    torch.float16: _Pattern(torch.int16, 15, 0, 0x7C00),
+    torch.float32: Pattern(torch.int32, 31, 16, 0x7F800000),
+    torch.bfloat16: Pattern(torch.int16, 15, 0, 0x7F80),
+    torch.float16: Pattern(torch.int16, 15, 0, 0x7C00),
 }
 
 
@@ -78,7 +78,7 @@ def band_mask(x: Tensor, skip: int, k: int) -> Tensor:
     Equals top_k_mask(x, skip + k) & ~top_k_mask(x, skip), with the ties that those two resolve; arguments, result and errors
     as there. A band that runs past the smallest entry holds only the entries there are.
     """
-    kind = _pattern_of(x)
+    kind = pattern_of(x.dtype)
     mask = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     inner = min(max(skip, 0), x.numel())
     outer = min(max(skip + k, inner), x.numel())
@@ -112,7 +112,7 @@ def smallest_per_row_mask(metric: Tensor, k: int) -> Tensor:
         TypeError: another dtype.
         ValueError: not two dimensions.
     """
-    kind = _pattern_of(metric)
+    kind = pattern_of(metric.dtype)
     if metric.dim() != 2:
         raise ValueError(f"a metric must have 2 dimensions [rows, columns], not {metric.dim()}")
     columns = metric.shape[1]
@@ -132,11 +132,12 @@ def smallest_per_row_mask(metric: Tensor, k: int) -> Tensor:
 # --- patterns -------------------------------------------------------------------------------------------------------------
 
 
-def _pattern_of(x: Tensor) -> _Pattern:
-    if x.dtype not in _PATTERNS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PATTERNS)
-        raise TypeError(f"selection is for {names}, not {str(x.dtype).removeprefix('torch.')}")
-    return _PATTERNS[x.dtype]
+def pattern_of(dtype: torch.dtype) -> Pattern:
+    """The layout of a floating-point type; a TypeError for any but float32, bfloat16 and float16."""
+    if dtype not in _PATTERNS:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _PATTERNS)
+        raise TypeError(f"selection is for {names}, not {str(dtype).removeprefix('torch.')}")
+    return _PATTERNS[dtype]
 
 
 def _counts_patterns(device: torch.device) -> bool:
@@ -148,7 +149,7 @@ def _chunk_entries(x: Tensor) -> int:
     return CHUNK_ENTRIES.get(x.device.type, CHUNK_ENTRIES["default"])
 
 
-def _patterns(piece: Tensor, kind: _Pattern) -> Tensor:
+def _patterns(piece: Tensor, kind: Pattern) -> Tensor:
     """The magnitude patterns of a contiguous piece, as a new integer tensor; every NaN is infinity + 1."""
     bits = piece.view(kind.integer).bitwise_and((1 << kind.bits) - 1)
     return bits.clamp_(max=kind.infinity + 1)
@@ -168,7 +169,7 @@ def _flat_pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
             yield part.reshape(-1)
 
 
-def _flat_patterns(x: Tensor, kind: _Pattern) -> Iterator[Tensor]:
+def _flat_patterns(x: Tensor, kind: Pattern) -> Iterator[Tensor]:
     for piece in _flat_pieces(x, _chunk_entries(x)):
         yield _patterns(piece, kind)
 
@@ -176,7 +177,7 @@ def _flat_patterns(x: Tensor, kind: _Pattern) -> Iterator[Tensor]:
 # --- whole tensors --------------------------------------------------------------------------------------------------------
 
 
-def _cuts_by_counting(x: Tensor, kind: _Pattern, ranks: list[int]) -> list[_Cut]:
+def _cuts_by_counting(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), from tables of how often each pattern occurs. CPU."""
     counts = torch.zeros(1 << (kind.bits - kind.low_bits), dtype=torch.int64)
     for patterns in _flat_patterns(x, kind):
@@ -184,9 +185,9 @@ def _cuts_by_counting(x: Tensor, kind: _Pattern, ranks: list[int]) -> list[_Cut]
         counts += torch.bincount(digits, minlength=len(counts))
     cuts = []
     for rank in ranks:
-        pattern, above, ties = _entry_of_rank(counts, rank)
+        pattern, above, ties = entry_of_rank(counts, rank)
         if kind.low_bits:
-            low, low_above, ties = _entry_of_rank(_low_digit_counts(x, kind, pattern), rank - above)
+            low, low_above, ties = entry_of_rank(_low_digit_counts(x, kind, pattern), rank - above)
             pattern, above = (pattern << kind.low_bits) | low, above + low_above
         # If every tie is kept, the same set lies above the next lower pattern, and no tie needs a look.
         all_ties = rank - above == ties
@@ -194,7 +195,7 @@ def _cuts_by_counting(x: Tensor, kind: _Pattern, ranks: list[int]) -> list[_Cut]
     return cuts
 
 
-def _low_digit_counts(x: Tensor, kind: _Pattern, high: int) -> Tensor:
+def _low_digit_counts(x: Tensor, kind: Pattern, high: int) -> Tensor:
     """How often each low digit occurs among the patterns whose high digit is `high`."""
     counts = torch.zeros(1 << kind.low_bits, dtype=torch.int64)
     for patterns in _flat_patterns(x, kind):
@@ -205,7 +206,7 @@ def _low_digit_counts(x: Tensor, kind: _Pattern, high: int) -> Tensor:
     return counts
 
 
-def _entry_of_rank(counts: Tensor, rank: int) -> tuple[int, int, int]:
+def entry_of_rank(counts: Tensor, rank: int) -> tuple[int, int, int]:
     """The value at a rank (1 = largest) of the entries a table counts; how many are larger, and how many equal it."""
     from_top = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, rank))
@@ -213,7 +214,7 @@ def _entry_of_rank(counts: Tensor, rank: int) -> tuple[int, int, int]:
     return len(counts) - 1 - position, int(from_top[position]) - ties, ties
 
 
-def _cuts_by_bits(x: Tensor, kind: _Pattern, ranks: list[int]) -> list[_Cut]:
+def _cuts_by_bits(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), by a search over the bits of the pattern. Any device, no synchronization."""
 
     def count_from(pattern: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def _pattern_of_rank(count_from: Callable[[Tensor], Tensor], start: Tensor, bits
     return pattern
 
 
-def _toggle(mask: Tensor, x: Tensor, kind: _Pattern, cut: _Cut) -> None:
+def _toggle(mask: Tensor, x: Tensor, kind: Pattern, cut: _Cut) -> None:
     """Flip the mask wherever the cut selects."""
     flat_mask = mask.view(-1)
     ties_left = cut.ties_kept

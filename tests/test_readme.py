@@ -1,0 +1,116 @@
+"""The README keeps its word: every command in it runs, every flag and config key is in it."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_checkpoints import save_tiny
+from tests.tiny_pairs import save_tokenizer
+from utils.pair_config import CONFIG_KEYS, DATASET_KEYS, read_pair_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def fenced(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def shell_commands() -> list[list[str]]:
+    """Every command of every ```sh block as words, as a shell reads it: continued lines joined, comments dropped."""
+    lines = "\n".join(fenced("sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with the shipped Gemma config, its hub names and text replaced by local ones and nothing else."""
+    for seed, name in enumerate(("gemma-2-2b", "gemma-2-2b-it")):
+        save_tokenizer(save_tiny("gemma2", tmp_path / "google" / name, seed=seed, layers=2))
+    rows = [{"text": f"Add {i} to {i}.", "code": f"def f():\n    return {i} + {i}", "task_id": i} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = (ROOT / "configs" / "gemma_2b.yaml").read_text()
+    local = re.sub(r"^dataset: mbpp.*$", "dataset: {name: mbpp, path: rows.jsonl, seqlen: 48}", config, flags=re.M)
+    assert local != config
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "gemma_2b.yaml").write_text(local)
+    return tmp_path
+
+
+def test_every_command_runs(workplace):
+    ran = []
+    for words in shell_commands():
+        if words[0] == "make":
+            # `.ci/run` is `make test`, and the demo has tests of its own: here, that the targets are there.
+            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            continue
+        assert words[0] == "python3", words
+        command = [sys.executable, str(ROOT / words[1]), *words[2:]]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        ran.append(words[1])
+    assert ran[:3] == ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"]
+    assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
+
+
+def test_the_two_first_commands_do_all_set_up():
+    assert [words[:2] for words in shell_commands()[:2]] == [["make", "demo"], ["make", "test"]]
+
+
+def parser_flags(script: str) -> set[str]:
+    """Every flag that a command's `--help` shows, in its first spelling."""
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"^  (--\w+)", done.stdout, flags=re.M))
+
+
+@pytest.mark.parametrize("script", ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"])
+def test_every_flag_is_explained(script):
+    section = README.split(f"**`{script}`**")[1].split("\n**`")[0].split("\n## ")[0]
+    explained = set(re.findall(r"`(--\w+)`", section))
+    assert explained == parser_flags(script)
+
+
+def test_every_config_key_is_explained():
+    for key in CONFIG_KEYS:
+        assert f"| `{key}` |" in README
+    for key in DATASET_KEYS:
+        assert f"`{key}`" in README
+
+
+def test_the_yaml_in_it_is_valid(tmp_path):
+    whole, dataset = fenced("yaml")
+    path = tmp_path / "pair.yaml"
+    path.write_text(whole)
+    assert read_pair_config(path).experts[0].revision == "main"
+    path.write_text(yaml.safe_dump(yaml.safe_load(whole) | yaml.safe_load(dataset)))
+    assert read_pair_config(path).dataset.path == "data/my_task.jsonl"
+
+
+def test_paths_in_it_exist():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"^\| `([\w./]+/)`", README, flags=re.M):
+        assert (ROOT / path).is_dir(), path
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_each_config_says_the_command_that_uses_it_and_is_valid(config):
+    first = (ROOT / "configs" / config).read_text().splitlines()[0]
+    assert first.startswith(f"# python3 lewis_importance.py --config configs/{config} --out_dir output/")
+    assert read_pair_config(ROOT / "configs" / config).experts
+
+
+def test_the_top_level_mergekit_folder_does_not_shadow_the_package():
+    assert not list((ROOT / "mergekit").rglob("*.py"))
+    assert Path(importlib.import_module("mergekit").__file__).parent != ROOT / "mergekit"

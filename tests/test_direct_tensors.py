@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from tests.test_merge_preflight import MEASURED
-from tests.tiny_merges import merge_here, merge_stock, recipe, save_models, tensors, write_recipe
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors, write_recipe
 from tests.tiny_pairs import contents
 from utils import direct_tensors
 from utils.direct_tensors import REPLACED, replaced_code
@@ -148,6 +148,23 @@ def test_inputs_in_several_dtypes_and_shards(room):
         data = recipe(room, **keys)
         ours, stock = merge_here(room, data, f"a{len(keys)}"), merge_stock(room, data, f"b{len(keys)}")
         assert_same_files(ours, stock)
+
+
+@pytest.mark.parametrize("size", [0, 10_000])
+def test_slices_that_move_and_repeat_layers(room, size, capsys):
+    """In several files, tensors made from the same input may lie in another order than mergekit's."""
+    slices = []
+    for first, stop in ((0, 2), (1, 3), (0, 1)):
+        sources = [{"model": str(room / "base"), "layer_range": [first, stop]}]
+        for name in ("code", "math"):
+            parameters = {"density": [{"filter": f"layers.{first}.", "value": 0.3}, {"value": 0.8}], "weight": 0.5}
+            sources.append({"model": str(room / name), "layer_range": [first, stop], "parameters": parameters})
+        slices.append({"sources": sources})
+    data = {"slices": slices, "merge_method": "ties", "base_model": str(room / "base"), "dtype": "bfloat16"}
+    ours = merge_here(room, data, out_shard_size=size, quiet=False)
+    assert "48 of 48 tensors by exact selection" in path_line(capsys.readouterr().out)
+    stock = merge_stock(room, data, out_shard_size=size)
+    (assert_same_tensors if size else assert_same_files)(ours, stock)
 
 
 def test_without_the_switch_the_result_is_stock_mergekits(room, capsys):

@@ -32,7 +32,7 @@ Report = Callable[[str, int], None]
 def run_directly(
     plan: MergePlan, division: Division, folder: Path, shard_bytes: int, threads: int, report: Report
 ) -> None:
-    """Merge all tensors of a plan into safetensors files in `folder`: its own tensors first mergekit, then the rest here.
+    """Merge all tensors of a plan into safetensors files in `folder`, those left to mergekit first.
 
     Args:
         plan: the planned merge.
@@ -45,7 +45,8 @@ def run_directly(
     Raises:
         UserError: a merged tensor is not finite, an input changed, or writing failed.
     """
-    in_order = sorted(plan.tensors, key=lambda tensor: tensor.task.group_label() or "")  # mergekit's, of finishing
+    # the order in which mergekit finishes, and so fills files (but for recipes that use an input tensor twice)
+    in_order = sorted(plan.tensors, key=lambda tensor: tensor.task.group_label() or "")
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in in_order]
     place = {spec.name: number for number, spec in enumerate(specs)}
     with ShardFiles(folder, specs, shard_bytes) as output:

@@ -97,6 +97,6 @@ def _warn(warnings: Iterable[str]) -> None:
 
 def _say_where(ready: "Preflight", written: int, seconds: float) -> None:
     folder = str(ready.settings.output_path)
-    print(f"\nmerged in {seconds:.1f} s; wrote {gigabytes(written)} to {folder}\nload it with\n")
+    print(f"\nmerged in {seconds:.2f} s; wrote {gigabytes(written)} to {folder}\nload it with\n")
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained({folder!r})")

@@ -48,7 +48,9 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("overwrite", "replace an earlier merge in --output_path: the files its manifest lists, no others")
     parser.switch("dry_run", "stop after the checks; writes nothing but downloads and --lora_merge_cache")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
-    parser.switch("fast_selection", "merge in pieces, without sorting, what that gives the same bits for", default=True)
+    parser.switch(
+        "fast_selection", "merge in pieces, without sorting, where mergekit would give the same", default=True
+    )
     parser.switch("hash_inputs", "also record the SHA-256 of the inputs' weight files, which reads them all")
     parser.switch("write_model_card", "write README.md", default=True)
     parser.flag(

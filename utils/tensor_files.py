@@ -4,6 +4,7 @@ Unlike memory-mapped views, this costs no page tables and no page faults, needs 
 while it is read is an error, not a crash. Reading from several threads at once is safe.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,7 +67,8 @@ class TensorFiles:
     def read_ahead(self, header: TensorHeader) -> None:
         """Ask the system to have a tensor's bytes in memory soon; returns at once where the system can do that."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._files[header.file], header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
+            with contextlib.suppress(OSError):  # a file system that cannot; it was only a hint
+                os.posix_fadvise(self._files[header.file], header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def as_bytes(values: Tensor) -> memoryview:

@@ -42,8 +42,8 @@ class Settings:
     seed: int = 0
     window: int = 128
     batch: int = 4
-    base_steps: int = 420
-    expert_steps: int = 160
+    base_steps: int = 340
+    expert_steps: int = 130
     base_rate: float = 3e-3
     expert_rate: float = 8e-4
     # Rows of the base's mixture an expert sees again, per row of its own. Without them models this small forget the

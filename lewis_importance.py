@@ -10,6 +10,7 @@ and writes `<type>_delta.csv` per expert, `norms.csv` and `manifest.json` into t
 
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
+from utils.guidance_method import chosen_method, declare_flags, own_options
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -35,11 +36,14 @@ def main() -> None:
     )
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
+    declare_flags(parser, "measure")
     flags = parser.parse()
 
     from utils.pair_config import read_pair_config
 
     config = read_pair_config(flags.config)
+    method = chosen_method(flags.guidance, config)
+    method_options = own_options(method, "measure", flags)
 
     from utils.runtime import let_waiting_threads_sleep
 
@@ -50,6 +54,8 @@ def main() -> None:
     measure_pair(
         MeasureOptions(
             config=config,
+            method=method,
+            method_options=method_options,
             out_dir=flags.out_dir,
             device=flags.device,
             dtype=flags.dtype,

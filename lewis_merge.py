@@ -13,6 +13,7 @@ unchanged in stock mergekit-yaml too. The offline example, with a uniform recipe
 
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
+from utils.guidance_method import chosen_method, declare_flags, own_options
 
 
 def main() -> None:
@@ -26,50 +27,46 @@ def main() -> None:
     )
     parser.flag("config_file", "the pair config that was measured with", type=path, required=True)
     parser.flag("out_dir", "folder to write the recipe into; made if needed", type=path, required=True)
-    parser.flag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3)
-    parser.flag("epsilon", "density of what changed most, gamma to 1", type=number(0, 1, low_open=True), default=0.8)
     parser.flag(
         "merge_method",
-        "ties, dare_ties, dare_linear, della, della_linear, breadcrumbs or breadcrumbs_ties",
-        default="ties",
-    )
-    parser.switch("apply_lewis_to_weights", "use the densities as merging weights too")
-    parser.flag(
-        "bound",
-        "how deltas become densities; minmax: scaled from gamma to epsilon; clip: relative to the largest, clipped",
-        choices=("minmax", "clip"),
-        default="minmax",
+        "for densities: ties, dare_ties, dare_linear, della, della_linear, breadcrumbs or breadcrumbs_ties; for weights: "
+        "task_arithmetic, ties, dare_ties or dare_linear [default: ties for densities, task_arithmetic for weights]",
     )
     parser.flag(
         "mean_density",
-        "scale each expert's densities to this mean over the measured parameters; gamma and epsilon then only shape "
-        "them (and stay in the file name)",
+        "share of the measured parameters to keep, per expert: lewis's densities are scaled to it (gamma and epsilon "
+        "then only shape them and stay in the file name), saliency_budget shares it out, weights go with it",
         type=number(0, 1, low_open=True),
     )
-    parser.flag("control", "also write the unguided recipe with the same mean density everywhere", choices=("uniform",))
+    parser.flag(
+        "control",
+        "also write an unguided recipe to compare with; uniform: the same mean density and mean weight everywhere; "
+        "lines: weights that grow with depth (LiNeS), with the same means",
+        choices=("uniform", "lines"),
+    )
     parser.flag("lambda", "factor on the merged delta, above 0", type=number(0, low_open=True))
     parser.flag("out_dtype", "precision of the merged weights", choices=("float32", "bfloat16", "float16"))
-    parser.switch("plot", "also draw each expert's densities as a heatmap (PNG)")
+    parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
+    declare_flags(parser, "decide")
     flags = parser.parse()
 
     from utils.pair_config import read_pair_config
 
     config = read_pair_config(flags.config_file)
+    method = chosen_method(flags.guidance, config)
 
     from utils.decision import DecideOptions, decide
 
     decide(
         DecideOptions(
             config=config,
+            method=method,
+            method_options=own_options(method, "decide", flags),
             delta_dfs_in_dir=flags.delta_dfs_in_dir,
             out_dir=flags.out_dir,
-            gamma=flags.gamma + 0.0,  # -0 is 0, in the file name too
-            epsilon=flags.epsilon,
-            merge_method=flags.merge_method,
-            apply_lewis_to_weights=flags.apply_lewis_to_weights,
-            bound=flags.bound,
+            merge_method=method.merge_method if flags.merge_method is None else flags.merge_method,
             mean_density=flags.mean_density,
             control=flags.control,
             lambda_=getattr(flags, "lambda"),

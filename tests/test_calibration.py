@@ -22,7 +22,7 @@ from utils.calibration import (
     with_defaults,
 )
 from utils.errors import UserError
-from utils.pair_config import CalibrationSource
+from utils.calibration_source import CalibrationSource
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}

@@ -121,8 +121,9 @@ def test_measures_says_what_it_chose_and_what_comes_next(pair, command):
     lines = ended.out.splitlines()
     assert lines[0].startswith("versions: python 3")
     assert lines[1].startswith("device: ")
-    assert lines[2] == "text: 4 samples of rows.jsonl, seed 42, at most 32 tokens"
-    assert lines[3] == f"components: {', '.join(COMPONENTS)} (every linear part of a block)"
+    assert lines[2].startswith("guidance: lewis, ")
+    assert lines[3] == "text: 4 samples of rows.jsonl, seed 42, at most 32 tokens"
+    assert lines[4] == f"components: {', '.join(COMPONENTS)} (every linear part of a block)"
     assert "4 samples" in ended.out and "bfloat16 (the checkpoint's own)" in ended.out and "memory: about" in ended.out
     assert lines[-3:] == [
         "next:",
@@ -472,16 +473,16 @@ def test_an_overflow_names_the_dtype(pair, refused):
 
 
 def test_a_model_that_changes_while_it_is_measured(pair, refused, monkeypatch):
-    import utils.measurement
+    from utils.measure_job import MeasureJob
 
-    measure_all = utils.measurement._measure_all
+    run = MeasureJob.run
 
-    def measure_and_touch(*args):
-        norms = measure_all(*args)
+    def run_and_touch(*args):
+        results = run(*args)
         os.utime(pair / "math/model.safetensors", ns=(1, 1))
-        return norms
+        return results
 
-    monkeypatch.setattr("utils.measurement._measure_all", measure_and_touch)
+    monkeypatch.setattr(MeasureJob, "run", run_and_touch)
     assert "model ./math: its weight files changed while they were measured" in refused(*ARGUMENTS, weights=True)
 
 
@@ -604,7 +605,7 @@ def test_fuzz_the_small_files_of_a_model(pair, name):
             break
         path.write_text(json.dumps(data))
         try:
-            prepare_subjects(config, [Sample(0, "What is 3 and 4?")], precision, False)
+            prepare_subjects(config, {config.dataset: [Sample(0, "What is 3 and 4?")]}, precision, False)
             outcomes.add("fine")
         except UserError as error:
             assert len(str(error)) < 3000

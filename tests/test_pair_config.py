@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_pairs import pair_settings, write_config
 from utils.errors import UserError
-from utils.pair_config import CONFIG_KEYS, CalibrationSource, ModelEntry, PairConfig, read_pair_config
+from utils.calibration_source import CalibrationSource
+from utils.pair_config import CONFIG_KEYS, ModelEntry, PairConfig, read_pair_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,49 @@ def refusal(folder: Path, **changes) -> str:
 def read_text(folder: Path, text: str) -> PairConfig:
     (folder / "pair.yaml").write_text(text)
     return read_pair_config(folder / "pair.yaml")
+
+
+MATH_TEXT = {"path": "m.jsonl", "text": "{a}", "seed": 7}
+
+
+def test_experts_may_have_texts_of_their_own(tmp_path):
+    config = read(tmp_path, calibration={"math": "gsm8k"}, dataset="mbpp", seqlen=64)
+    assert config.text_of("math") == CalibrationSource(name="gsm8k", seqlen=64)
+    assert config.text_of("code") == config.dataset == CalibrationSource(name="mbpp", seqlen=64)
+    assert set(config.texts) == {config.dataset, config.text_of("math")}
+    every = read(tmp_path, calibration={"math": MATH_TEXT, "code": MATH_TEXT})
+    assert every.texts == (CalibrationSource(path="m.jsonl", text="{a}", seed=7),)
+    assert read(tmp_path).texts == (read(tmp_path).dataset,)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        ({}, "calibration must map"),
+        ("gsm8k", "calibration must map"),
+        ({"base": "gsm8k"}, "names the base type 'base'"),
+        ({"mathh": "gsm8k"}, "type 'mathh' is not an expert in model_info; did you mean 'math'?"),
+        ({1: "gsm8k"}, "type 1 is not an expert"),
+        ({"math": "gsm9k"}, "calibration.math 'gsm9k' is unknown"),
+        ({"math": 3}, "calibration.math must be a name"),
+        ({"math": {"paht": "x"}}, "unknown key calibration.math.'paht'; did you mean 'path'?"),
+        ({"math": {"name": "gsm8k", "seqlen": 1}}, "calibration.math.seqlen must be a whole number"),
+    ],
+)
+def test_texts_that_cannot_be_meant(tmp_path, calibration, words):
+    assert words in refusal(tmp_path, calibration=calibration)
+
+
+def test_an_expert_without_text(tmp_path):
+    assert "calibration has no text for type 'code', and there is no dataset for it" in refusal(
+        tmp_path, calibration={"math": "gsm8k"}, dataset=None
+    )
+
+
+def test_guidance_is_a_name(tmp_path):
+    assert read(tmp_path).guidance is None
+    assert read(tmp_path, guidance="sens_merging").guidance == "sens_merging"
+    assert "guidance must be the name of a method" in refusal(tmp_path, guidance=3)
 
 
 # --- what is accepted -------------------------------------------------------------------------------------------------
@@ -342,6 +386,8 @@ FULL = {
     "parity": "reference",
     "seed": 1,
     "seqlen": 32,
+    "guidance": "lewis",
+    "calibration": {"math": {"path": "rows.jsonl", "text": "{question}"}},
 }
 
 

@@ -19,6 +19,7 @@ needs_data = pytest.mark.skipif(not DATA, reason="LEWIS_TEST_DATA names no folde
 
 def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devices=None, **changes) -> Path:
     """Measure a golden pair from the folder its model names are relative to, in this process."""
+    from utils.guidance_method import chosen_method
     from utils.measurement import MeasureOptions, measure_pair
     from utils.pair_config import read_pair_config
 
@@ -28,7 +29,9 @@ def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devi
     (workdir / "pair.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.chdir(golden)
     config = read_pair_config(workdir / "pair.yaml")
-    measure_pair(MeasureOptions(config, workdir / "dfs", "cpu", "float32", None, False, False, devices))
+    method = chosen_method("lewis", config)
+    options = MeasureOptions(config, method, {}, workdir / "dfs", device="cpu", dtype="float32", devices=devices)
+    measure_pair(options)
     return workdir / "dfs"
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from utils.errors import UserError
-from utils.plots import density_heatmap, require_matplotlib
+from utils.plots import heatmap, require_matplotlib
 
 pytest.importorskip("matplotlib")
 
@@ -24,10 +24,10 @@ def _size(png):
 
 
 def test_equal_input_gives_equal_bytes_without_dates_or_versions():
-    first, second = (density_heatmap(_frame(4), "math", 0.3, 0.8) for _ in range(2))
+    first, second = (heatmap(_frame(4), "math", 0.3, 0.8) for _ in range(2))
     assert first == second
     assert b"tEXt" not in first and b"tIME" not in first
-    assert first != density_heatmap(_frame(4) * 0.9, "math", 0.3, 0.8)
+    assert first != heatmap(_frame(4) * 0.9, "math", 0.3, 0.8)
 
 
 def _texts(monkeypatch, layers, title="math"):
@@ -37,7 +37,7 @@ def _texts(monkeypatch, layers, title="math"):
     drawn = []
     original = Axes.text
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **more: drawn.append(s) or original(self, x, y, s, **more))
-    density_heatmap(_frame(layers), title, 0.3, 0.8)
+    heatmap(_frame(layers), title, 0.3, 0.8)
     return drawn
 
 
@@ -52,7 +52,7 @@ def test_deep_models_get_the_color_bar_alone(monkeypatch):
 
 @pytest.mark.parametrize("layers", [1, 3, 40, 80, 126])
 def test_pictures_grow_with_the_model_but_stay_handy(layers):
-    width, height = _size(density_heatmap(_frame(layers), "math\nbounds", 0.3, 0.8))
+    width, height = _size(heatmap(_frame(layers), "math\nbounds", 0.3, 0.8))
     assert 500 <= width <= 2000 and 300 <= height <= 2500
 
 
@@ -69,7 +69,7 @@ def test_cell_texts_do_not_overlap():
 
     Figure.savefig = keep
     try:
-        density_heatmap(_frame(40, ("attention.query_key_value", "mlp.dense_4h_to_h", "q")), "math", 0.3, 0.8)
+        heatmap(_frame(40, ("attention.query_key_value", "mlp.dense_4h_to_h", "q")), "math", 0.3, 0.8)
     finally:
         Figure.savefig = original
     figure = saved[0]
@@ -82,7 +82,7 @@ def test_cell_texts_do_not_overlap():
 
 
 def test_a_constant_table_can_be_drawn():
-    _size(density_heatmap(pd.DataFrame({"q": [0.5, 0.5]}), "math", 0.5, 0.5))
+    _size(heatmap(pd.DataFrame({"q": [0.5, 0.5]}), "math", 0.5, 0.5))
 
 
 def test_a_missing_matplotlib_is_told(monkeypatch):

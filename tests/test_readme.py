@@ -14,7 +14,8 @@ import yaml
 
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import save_tokenizer
-from utils.pair_config import CONFIG_KEYS, DATASET_KEYS, read_pair_config
+from utils.calibration_source import DATASET_KEYS
+from utils.pair_config import CONFIG_KEYS, read_pair_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

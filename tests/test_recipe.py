@@ -9,6 +9,7 @@ import yaml
 from utils.coefficients import COLUMNS
 from utils.errors import UserError
 from utils.method_rules import DENSITY_METHODS
+from utils.naming import Naming
 from utils.pair_config import ModelEntry
 from utils.recipe import RecipeSettings, check_file_names, model_key, recipe, recipe_bytes, recipe_name, weights_cancel
 
@@ -24,14 +25,15 @@ def _table(densities, weight=1.0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _filters(table):
-    return {name: name.removesuffix(".weight") for name in table["tensor"]}
+def _naming(table) -> Naming:
+    filters = {name: name.removesuffix(".weight") for name in table["tensor"]}
+    return Naming({}, filters, {}, None, "")
 
 
 def _recipe(method="ties", densities=(0.25, 0.5, 0.75), experts=(MATH, CODE), **settings):
     table = _table(densities)
     values = RecipeSettings(DENSITY_METHODS[method], BASE, experts, settings.pop("parameters", {}), **settings)
-    return recipe(table, _filters(table), values)
+    return recipe(table, _naming(table), values)
 
 
 def test_keys_come_in_the_released_codes_order():
@@ -63,7 +65,7 @@ def test_lambda_and_out_dtype_have_their_places():
 def test_weights_are_written_only_if_asked_for():
     table = _table((0.25, 0.5), weight=0.5)
     settings = RecipeSettings(DENSITY_METHODS["ties"], BASE, (MATH,), {}, as_weights=True)
-    entry = recipe(table, _filters(table), settings)["models"][1]["parameters"]
+    entry = recipe(table, _naming(table), settings)["models"][1]["parameters"]
     assert [item["value"] for item in entry["weight"]] == [0.5, 0.5, 1]
 
 
@@ -105,12 +107,12 @@ def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
 
 def test_file_names():
     config = Path("configs/gemma_2b.yaml")
-    assert recipe_name(config, 0.3, 0.8, "ties") == "gemma_2b_0.3_0.8_generated_ties_merge_config.yaml"
-    name = recipe_name(config, 0.0, 1.0, "dare_ties", ("clip", "mean0.1", "uniform"))
+    assert recipe_name(config, (0.3, 0.8), "ties") == "gemma_2b_0.3_0.8_generated_ties_merge_config.yaml"
+    name = recipe_name(config, (0.0, 1.0), "dare_ties", ("clip", "mean0.1", "uniform"))
     assert name == "gemma_2b_0.0_1.0_generated_dare_ties_clip_mean0.1_uniform_merge_config.yaml"
     check_file_names([name], config)
     with pytest.raises(UserError, match="too long"):
-        check_file_names([recipe_name(Path("x" * 240 + ".yaml"), 0.3, 0.8, "ties")], config)
+        check_file_names([recipe_name(Path("x" * 240 + ".yaml"), (0.3, 0.8), "ties")], config)
 
 
 @pytest.mark.parametrize(

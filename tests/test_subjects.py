@@ -31,7 +31,7 @@ def pair(pristine, tmp_path, monkeypatch) -> Path:
 
 def prepared(pair: Path, dtype: str = "auto", **changes):
     config = read_pair_config(write_config(pair, changes))
-    samples = choose_samples(config.dataset, config.nsamples)
+    samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
     return prepare_subjects(config, samples, Precision(torch.device("cpu"), dtype, None), False)
 
 
@@ -39,7 +39,8 @@ def test_subjects_stand_in_the_order_of_the_config(pair):
     subjects = prepared(pair)
     assert [subject.entry.type for subject in subjects] == ["base", "code", "math"]
     for subject in subjects:
-        assert subject.tokens == sum(map(len, subject.encoded)) > 0
+        (text,) = subject.texts.values()
+        assert text.tokens == sum(map(len, text.encoded)) > 0
         assert all(parameter.is_meta for parameter in subject.decoder.model.parameters())
         assert subject.dtype == torch.bfloat16
     assert model_doubts(subjects[0], subjects[1]) == []
@@ -47,7 +48,8 @@ def test_subjects_stand_in_the_order_of_the_config(pair):
 
 def test_parity_counts_the_pads(pair):
     subjects = prepared(pair, parity="reference")
-    assert subjects[0].tokens == 4 * 32
+    (text,) = subjects[0].texts.values()
+    assert text.tokens == 4 * 32
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from utils.calibration_source import CalibrationSource
 from utils.errors import UserError, brief
-from utils.pair_config import CalibrationSource
 from utils.rows import local_rows, looks_like_file
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@
 |---|---|
 | `model` | the expert's type |
 | `tensor` | the weight's name, as mergekit plans it |
-| `layer`, `component` | where it came from |
+| `layer`, `component` | where it came from; -1 before the first block, the number of blocks behind the last; component "" for |
+| | what no component is (norms, embeddings ...) |
 | `density` | share of the tensor's delta that is kept, 0 to 1 |
 | `weight` | factor on the delta |
 | `params` | number of parameters of the tensor; 0 where it is not known |
@@ -101,8 +102,38 @@ def _scale_for(density: "np.ndarray", weights: "np.ndarray", budget: float) -> f
     return min((low, high), key=lambda scale: abs(excess(scale)))
 
 
+CONTROLS = ("uniform", "lines")
+
+
+def control_table(kind: str, table: "pd.DataFrame") -> "pd.DataFrame":
+    """The unguided table of a kind (`uniform` or `lines`) to compare a guided one with; see the two functions."""
+    return uniform_control(table) if kind == "uniform" else lines_control(table)
+
+
+def lines_control(table: "pd.DataFrame") -> "pd.DataFrame":
+    """LiNeS (arXiv 2410.17146): weights that grow linearly with depth, threefold from the first layer to the last.
+
+    Each expert keeps its mean density and its mean weight m: the weight of layer l of L is c (1/2 + l / (L - 1)) m, with
+    c so that the mean over parameters is m. What lies before the first layer counts as the first, what lies behind the
+    last as the last.
+
+    Raises:
+        UserError: tensor sizes are not known.
+    """
+    import pandas as pd
+
+    parts = []
+    for _, part in uniform_control(table).groupby("model", sort=False):
+        depth = part["layer"].clip(0, None)
+        last = part.loc[part["component"] != "", "layer"].max()
+        slope = 0.5 + depth.clip(0, last) / max(1, last)
+        line = part.assign(weight=slope)
+        parts.append(line.assign(weight=slope * (part["weight"].iloc[0] / mean_density(line, "weight"))))
+    return pd.concat(parts)
+
+
 def uniform_control(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The unguided table to compare with: each expert's tensors all at its mean density (and mean weight).
+    """Each expert's components all at their mean density, and all its tensors at their mean weight.
 
     Raises:
         UserError: tensor sizes are not known.
@@ -111,10 +142,11 @@ def uniform_control(table: "pd.DataFrame") -> "pd.DataFrame":
 
     parts = []
     for _, part in table.groupby("model", sort=False):
-        density, weight = mean_density(part), mean_density(part, "weight")
-        if density is None:
-            raise UserError(_NO_SIZES.format(flag="--control uniform"))
-        parts.append(part.assign(density=density, weight=weight))
+        measured = part["component"] != ""
+        density, weight = mean_density(part[measured]), mean_density(part, "weight")
+        if density is None or weight is None:
+            raise UserError(_NO_SIZES.format(flag="--control"))
+        parts.append(part.assign(density=part["density"].where(~measured, density), weight=weight))
     return pd.concat(parts)
 
 
@@ -124,8 +156,8 @@ _NO_SIZES = (
 )
 
 
-def by_depth(table: "pd.DataFrame") -> list[tuple[str, float]]:
-    """(label, mean density) per layer, or per third of the depth in deeper models."""
+def by_depth(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, float]]:
+    """(label, mean of a column) per layer, or per third of the depth in deeper models."""
     layers = sorted(set(table["layer"]))
     if len(layers) <= _PER_LAYER:
         groups = [[layer] for layer in layers]
@@ -133,14 +165,16 @@ def by_depth(table: "pd.DataFrame") -> list[tuple[str, float]]:
         cuts = [round(len(layers) * part / 3) for part in range(4)]
         groups = [layers[start:end] for start, end in itertools.pairwise(cuts)]
     labels = [f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups]
-    return [(label, _mean(table[table["layer"].isin(group)])) for label, group in zip(labels, groups, strict=True)]
+    return [
+        (label, _mean(table[table["layer"].isin(group)], column)) for label, group in zip(labels, groups, strict=True)
+    ]
 
 
-def by_component(table: "pd.DataFrame") -> list[tuple[str, float]]:
-    """(component, mean density) in the table's order."""
-    return [(str(name), _mean(part)) for name, part in table.groupby("component", sort=False)]
+def by_component(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, float]]:
+    """(component, mean of a column) in the table's order."""
+    return [(str(name), _mean(part, column)) for name, part in table.groupby("component", sort=False)]
 
 
-def _mean(table: "pd.DataFrame") -> float:
-    mean = mean_density(table)
-    return float(table["density"].mean()) if mean is None else mean
+def _mean(table: "pd.DataFrame", column: str) -> float:
+    mean = mean_density(table, column)
+    return float(table[column].mean()) if mean is None else mean

@@ -1,14 +1,17 @@
-"""Command 2's one job: delta tables -> densities -> a recipe that mergekit runs, proven and published."""
+"""Command 2's one job: what was measured -> densities or weights -> a recipe that mergekit runs, proven and published."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from utils.coefficients import control_table
+from utils.decide_job import DecideJob, Decision
 from utils.errors import UserError
-from utils.frames import Measurements, delta_file, read_measurements
-from utils.method_rules import DensityMethod, check_global_parameters, density_method
-from utils.naming import Naming, name_tensors, open_local_models
+from utils.frames import check_folder, hash_warnings, read_manifest
+from utils.guidance_method import DEFAULT, GuidanceMethod
+from utils.method_rules import GUIDED_TIES, DeltaMethod, check_global_parameters, density_method, weight_method
+from utils.naming import open_local_models
 from utils.pair_config import ModelEntry, PairConfig
 from utils.plots import require_matplotlib
 from utils.provenance import changed_checkpoints, compare_with_manifest
@@ -18,19 +21,19 @@ from utils.recipe import RecipeSettings, check_file_names, recipe, recipe_bytes,
 if TYPE_CHECKING:
     import pandas as pd
 
+_USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density
+
 
 @dataclass(frozen=True)
 class DecideOptions:
-    """What command 2 was asked to do."""
+    """What command 2 was asked to do. `method_options` are the values of the guidance method's own flags."""
 
     config: PairConfig
+    method: GuidanceMethod
+    method_options: Mapping[str, Any]
     delta_dfs_in_dir: Path
     out_dir: Path
-    gamma: float
-    epsilon: float
     merge_method: str
-    apply_lewis_to_weights: bool = False
-    bound: str = "minmax"
     mean_density: float | None = None
     control: str | None = None
     lambda_: float | None = None
@@ -45,48 +48,64 @@ class DecideOptions:
         by_type = {entry.type: entry for entry in self.config.experts}
         return tuple(by_type[name] for name in self.config.target_model_names)
 
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """What the recipe's file name says beside the released code's parts."""
-        clip = ("clip",) if self.bound == "clip" else ()
-        mean = () if self.mean_density is None else (f"mean{self.mean_density}",)
-        return (*clip, *mean)
+
+@dataclass(frozen=True)
+class Result:
+    """What was decided, and the files it makes: recipes by name (the guided one first), vectors and pictures."""
+
+    decision: Decision
+    control: "pd.DataFrame | None"
+    recipes: tuple[str, ...]
+    files: Mapping[str, bytes] = field(repr=False)
 
 
-def decide(options: DecideOptions) -> None:
+def decide(options: DecideOptions) -> tuple[str, ...]:
     """Check, compute, prove and publish; print what was decided.
+
+    Returns:
+        The file names of the recipes in `out_dir`, the guided one first.
 
     Raises:
         UserError: anything the user can mend; nothing is written then.
     """
     from utils import decision_report as report
 
-    method = _check_options(options)
-    guided, uniform, pictures = _file_names(options)
-    measured = _measurements(options)
-    warnings = [*measured.warnings, *compare_with_manifest(options.config, options.experts, measured.manifest)]
-    report.say_choices(options, method, measured)
+    rule = _check_options(options)
+    manifest = read_manifest(options.delta_dfs_in_dir) if options.delta_dfs_in_dir.is_dir() else None
+    check_folder(options.delta_dfs_in_dir, manifest, options.method.name)
+    warnings = compare_with_manifest(options.config, options.experts, manifest)
+    warnings += hash_warnings(options.delta_dfs_in_dir, manifest, options.method.files(options.config))
     local = open_local_models(options.config, options.experts)
-    warnings += changed_checkpoints(measured.manifest, local)
-    naming = name_tensors(options.config, measured, local, trust_remote_code=options.trust_remote_code)
-    table, control = _coefficients(options, measured, naming)
-    settings = _settings(options, method)
-    recipes = {guided: table} if control is None else {guided: table, uniform: control}
-    files = {name: recipe_bytes(recipe(rows, naming.filters, settings)) for name, rows in recipes.items()}
-    if options.plot:
-        drawn = report.heatmaps(options, table)
-        files |= {name: drawn[model_type] for model_type, name in pictures.items()}
+    warnings += changed_checkpoints(manifest, local)
+    job = DecideJob(
+        config=options.config,
+        experts=options.experts,
+        folder=options.delta_dfs_in_dir,
+        manifest=manifest,
+        local=local,
+        merge_method=options.merge_method,
+        options=options.method_options,
+        mean_density=_density(options, rule),
+        trust_remote_code=options.trust_remote_code,
+    )
+    decision = options.method.decide(job)
+    settings = _settings(options, rule, decision)
+    report.say_choices(options, settings, decision, manifest)
+    result = _result(options, decision, settings)
     if weights_cancel(settings):
-        warnings.append(_WEIGHTS_CANCEL)
-    report.warn([*warnings, *naming.warnings])
-    written = publish_changed(options.out_dir, files, overwrite=options.overwrite)
-    report.say_result(options, table, control, naming)
-    report.say_files(options, list(recipes), list(files), written)
+        warnings.append(_WEIGHTS_CANCEL.format(what="weights"))
+    elif options.control == "lines" and weights_cancel(replace(settings, as_weights=True)):
+        warnings.append(_WEIGHTS_CANCEL.format(what="the control's weights"))
+    report.warn([*warnings, *decision.warnings, *decision.naming.warnings])
+    written = publish_changed(options.out_dir, result.files, overwrite=options.overwrite)
+    report.say_result(options, settings, result)
+    report.say_files(options, result.recipes, list(result.files), written)
+    return result.recipes
 
 
 _WEIGHTS_CANCEL = (
-    "--apply_lewis_to_weights has no effect here: with one expert and normalize: true the merge divides each delta by "
-    "the very weight it was multiplied with; set normalize: false in global_parameters"
+    "{what} have no effect here: with one expert and normalize: true the merge divides each delta by the very weight it "
+    "was multiplied with; set normalize: false in global_parameters"
 )
 
 
@@ -106,79 +125,89 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-def _check_options(options: DecideOptions) -> DensityMethod:
-    method = density_method(options.merge_method)
-    if options.gamma > options.epsilon:
+def _check_options(options: DecideOptions) -> DeltaMethod:
+    weights = options.method.gives == "weights"
+    rule = weight_method(options.merge_method) if weights else density_method(options.merge_method)
+    if options.mean_density is not None and not rule.keeps:
         raise UserError(
-            f"--gamma {options.gamma} is above --epsilon {options.epsilon}: gamma is the density of what changed "
-            "least, epsilon of what changed most; swap them"
+            f"--mean_density {options.mean_density} has no effect with --merge_method {rule.name}, which adds whole "
+            "deltas; leave it out, or use ties, dare_ties or dare_linear"
         )
-    check_global_parameters(method, options.config.global_parameters, f"pair config {options.config.path}")
+    options.method.check_experts(options.config, len(options.experts))
+    check_global_parameters(rule, _parameters(options), f"pair config {options.config.path}")
     if options.plot:
         require_matplotlib("--plot")
     prepare_folder(options.out_dir, "--out_dir")
-    return method
+    return rule
 
 
-def _file_names(options: DecideOptions) -> tuple[str, str, dict[str, str]]:
-    """The names of the guided recipe, of its uniform control, and of each expert's heatmap by type."""
-    parts = (options.config.path, options.gamma, options.epsilon, options.merge_method)
-    guided = recipe_name(*parts, options.tags)
-    uniform = recipe_name(*parts, (*options.tags, "uniform"))
-    stem = guided.removesuffix(".yaml")
-    pictures = {entry.type: f"{stem}_{entry.type}_density.png" for entry in options.experts}
-    check_file_names([guided, uniform, *(pictures.values() if options.plot else ())], options.config.path)
-    return guided, uniform, pictures
+def _parameters(options: DecideOptions) -> dict[str, Any]:
+    """The config's `global_parameters`; weights are never divided by their sum, which would undo them."""
+    parameters = dict(options.config.global_parameters)
+    if options.method.gives == "weights":
+        for name in ("density", "weight"):  # in a config that was made for another kind of guidance
+            parameters.pop(name, None)
+        parameters["normalize"] = False
+    return parameters
 
 
-def _measurements(options: DecideOptions) -> Measurements:
-    config, folder = options.config, options.delta_dfs_in_dir
-    merged = [entry.type for entry in options.experts]
-    # A table of an expert that the config measures but does not merge may lie there; it is checked and left out.
-    spare = [
-        entry.type
-        for entry in config.experts
-        if entry.type not in merged and (folder / delta_file(entry.type)).exists()
-    ]
-    measured = read_measurements(folder, [*merged, *spare], config.base_model_type, config.components)
-    first = measured.deltas[merged[0]]
-    for model_type in merged[1:]:
-        if set(measured.deltas[model_type].columns) != set(first.columns):
-            raise UserError(
-                f"dataframe folder {folder}: {delta_file(merged[0])} and {delta_file(model_type)} hold different "
-                "components; measure both experts with the same config"
-            )
-    return measured
+def _density(options: DecideOptions, rule: DeltaMethod) -> float | None:
+    if options.mean_density is None and options.method.gives == "weights" and rule.keeps:
+        return _USUAL_DENSITY
+    return options.mean_density
 
 
-def _settings(options: DecideOptions, method: DensityMethod) -> RecipeSettings:
+def _settings(options: DecideOptions, rule: DeltaMethod, decision: Decision) -> RecipeSettings:
+    parameters = _parameters(options)
+    if decision.merge_method == GUIDED_TIES.name:
+        rule = GUIDED_TIES
+        parameters = {name: value for name, value in parameters.items() if name in (*rule.switches, "lambda")}
+    parameters |= decision.parameters
     return RecipeSettings(
-        method=method,
+        method=rule,
         base=options.config.base,
         experts=options.experts,
-        parameters=options.config.global_parameters,
-        as_weights=options.apply_lewis_to_weights,
-        lambda_=options.lambda_,
+        parameters=parameters,
+        as_weights=decision.writes_weights,
+        lambda_=options.lambda_ if options.lambda_ is not None else _usual_lambda(parameters, decision),
         out_dtype=options.out_dtype,
     )
 
 
-def _coefficients(
-    options: DecideOptions, measured: Measurements, naming: Naming
-) -> "tuple[pd.DataFrame, pd.DataFrame | None]":
-    """The guided table, and its uniform control if asked for."""
-    import pandas as pd
+def _usual_lambda(parameters: Mapping[str, Any], decision: Decision) -> float | None:
+    return None if "lambda" in parameters else decision.lambda_
 
-    from utils.coefficients import coefficient_table, uniform_control, with_mean_density
-    from utils.guidance.lewis import densities
 
-    as_weights = options.apply_lewis_to_weights
-    columns = list(measured.deltas[options.experts[0].type].columns)
-    parts = []
-    for entry in options.experts:
-        density = densities(measured.deltas[entry.type][columns], options.gamma, options.epsilon, options.bound)
-        parts.append(coefficient_table(entry.type, density, naming.tensors, naming.params, as_weights=as_weights))
-    table = pd.concat(parts, ignore_index=True)
-    if options.mean_density is not None:
-        table = with_mean_density(table, options.mean_density, as_weights=as_weights)
-    return table, uniform_control(table) if options.control else None
+def _result(options: DecideOptions, decision: Decision, settings: RecipeSettings) -> Result:
+    guided, control_name, stem = _file_names(options, decision)
+    vectors = {key: f"{stem}_{key}_saliency.safetensors" for key in decision.vectors}
+    saliency = {key: str(options.out_dir / name) for key, name in vectors.items()}
+    table, naming = decision.table, decision.naming
+    recipes = {guided: recipe(table, naming, replace(settings, saliency=saliency))}
+    control = None
+    if options.control is not None:
+        control = control_table(options.control, table)
+        weighted = settings.as_weights or options.control == "lines"
+        rule = density_method(options.merge_method) if decision.vectors else settings.method
+        parameters = _parameters(options) if decision.vectors else settings.parameters
+        plain = replace(settings, as_weights=weighted, method=rule, parameters=parameters)
+        recipes[control_name] = recipe(control, naming, plain)
+    files = {name: recipe_bytes(data) for name, data in recipes.items()}
+    files |= {vectors[key]: content for key, content in decision.vectors.items()}
+    if options.plot:
+        from utils.decision_report import heatmaps
+
+        pictures = heatmaps(options, settings, decision) | dict(decision.pictures())
+        files |= {f"{stem}_{end}": content for end, content in pictures.items()}
+    check_file_names(list(files), options.config.path)
+    return Result(decision, control, tuple(recipes), files)
+
+
+def _file_names(options: DecideOptions, decision: Decision) -> tuple[str, str, str]:
+    """The names of the guided recipe and of its control, and what the names of the other files begin with."""
+    mean = () if options.mean_density is None else (f"mean{options.mean_density}",)
+    guidance = () if options.method.name == DEFAULT else (options.method.name,)
+    tags = (*decision.tags, *mean, *guidance)
+    guided = recipe_name(options.config.path, decision.numbers, options.merge_method, tags)
+    control = recipe_name(options.config.path, decision.numbers, options.merge_method, (*tags, str(options.control)))
+    return guided, control, guided.removesuffix(".yaml")

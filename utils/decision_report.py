@@ -3,20 +3,19 @@
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.coefficients import by_component, by_depth, mean_density
+from utils.decide_job import Decision
 from utils.filters import Coverage, NamedTensor, name_template
-from utils.frames import Measurements
-from utils.guidance.lewis import share_at_bounds
-from utils.method_rules import DensityMethod, normalizes
-from utils.naming import Naming
+from utils.method_rules import normalizes
+from utils.recipe import RecipeSettings
 from utils.runtime import versions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from utils.decision import DecideOptions
+    from utils.decision import DecideOptions, Result
 
 _PER_LINE = 6
 
@@ -27,29 +26,34 @@ def warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def say_choices(options: "DecideOptions", method: DensityMethod, measured: Measurements) -> None:
-    """Print what the recipe will be made from, and how."""
+def say_choices(
+    options: "DecideOptions", settings: RecipeSettings, decision: Decision, manifest: Mapping[str, Any] | None
+) -> None:
+    """Print what the recipe is made from, and how."""
     found = versions()
     print(
         "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "mergekit", "transformers", "pandas"))
     )
-    frame = next(iter(measured.deltas.values()))
     experts = ", ".join(entry.type for entry in options.experts)
-    print(f"measured: {len(frame)} layers x {frame.shape[1]} components, experts {experts}{_samples(measured)}")
-    divides = "true" if normalizes(method, options.config.global_parameters) else "false"
-    print(f"method:   {method.name}, keeps {method.keeps}; normalize {divides}")
-    print(f"density:  {_bounds(options)}")
-    if options.mean_density is not None:
-        print(
-            f"          then min(1, c x density) with a mean of {options.mean_density} per expert; gamma and epsilon "
-            "shape the densities but no longer bind them"
-        )
-    print(f"weight:   {'the same numbers' if options.apply_lewis_to_weights else '1'}")
-    if options.lambda_ is not None:
-        replaced = options.config.global_parameters.get("lambda")
-        print(f"lambda:   {options.lambda_}" + (f" (replaces the config's {replaced})" if replaced is not None else ""))
+    print(f"guidance: {options.method.name}, {options.method.summary}")
+    places = decision.table[decision.table["component"] != ""]
+    size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
+    print(f"measured: {size}, experts {experts}{_samples(manifest)}")
+    method = settings.method
+    keeps = f"keeps {method.keeps}" if method.keeps else "adds whole deltas"
+    divides = "true" if normalizes(method, settings.parameters) else "false"
+    asked = options.config.global_parameters.get("normalize")
+    replaced = (
+        " (weights per layer need that; the config's true is for densities)" if asked and divides != "true" else ""
+    )
+    print(f"method:   {method.name}, {keeps}; normalize {divides}{replaced}")
+    for label, text in decision.how:
+        print(f"{label + ':' if label else '':<9} {text}")
+    if settings.lambda_ is not None:
+        before = options.config.global_parameters.get("lambda")
+        print(f"lambda:   {settings.lambda_}" + (f" (replaces the config's {before})" if before is not None else ""))
     if method.extra:
-        wanted = options.config.global_parameters.get(method.extra, method.extra_default)
+        wanted = settings.parameters.get(method.extra, method.extra_default)
         print(
             f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
         )
@@ -57,28 +61,45 @@ def say_choices(options: "DecideOptions", method: DensityMethod, measured: Measu
         print(f"written:  in {options.out_dtype}")
 
 
-def say_result(options: "DecideOptions", table: "pd.DataFrame", control: "pd.DataFrame | None", naming: Naming) -> None:
-    """Print each expert's densities, what the filters cover, and the control's densities."""
+def say_result(options: "DecideOptions", settings: RecipeSettings, result: "Result") -> None:
+    """Print each expert's densities and weights, what the filters cover, and the control's."""
+    columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
+    naming = result.decision.naming
     for entry in options.experts:
-        part = table[table["model"] == entry.type]
-        density, mean = part["density"], mean_density(part)
-        kind = "mean over parameters" if mean is not None else "mean over tensors, sizes are not known"
-        shown = mean if mean is not None else float(density.mean())
+        part = result.decision.table[result.decision.table["model"] == entry.type]
         print(f"\n{entry.type} ({entry.name})")
-        print(f"  density       min {density.min():.4f}, mean {shown:.4f}, max {density.max():.4f} ({kind})")
-        _say_pairs("by layer", by_depth(part))
-        components = by_component(part)
-        if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
-            components = [("each", components[0][1])]
-        _say_pairs("by component", components)
-        if options.bound == "clip" and options.mean_density is None:
-            low, high = share_at_bounds(part[["density"]], options.gamma, options.epsilon)
-            print(f"  at the bounds {low:.0%} of the tensors at {options.gamma}, {high:.0%} at {options.epsilon}")
-        if control is not None:
-            print(f"  control       {control[control['model'] == entry.type]['density'].iloc[0]:.6f} everywhere")
-    print(f"\nfilters: {len(naming.filters)} per expert; {naming.evidence}")
+        for column in columns:
+            _say_column(part if column == "weight" else part[part["component"] != ""], column)
+        if result.control is not None:
+            own = result.control[result.control["model"] == entry.type]
+            _say_control(own[own["component"] != ""], columns, str(options.control))
+    for line in result.decision.after:
+        print(line)
+    count = len(set((naming.group_filters or naming.filters).values()))
+    print(f"\nfilters: {count} per expert; {naming.evidence}")
     if naming.coverage is not None:
         _say_coverage(naming.coverage)
+
+
+def _say_column(part: "pd.DataFrame", column: str) -> None:
+    values, mean = part[column], mean_density(part, column)
+    kind = "mean over parameters" if mean is not None else "mean over tensors, sizes are not known"
+    shown = mean if mean is not None else float(values.mean())
+    print(f"  {column:<13} min {values.min():.4f}, mean {shown:.4f}, max {values.max():.4f} ({kind})")
+    _say_pairs("by layer", by_depth(part, column))
+    components = by_component(part[part["component"] != ""], column)
+    if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
+        components = [("each", components[0][1])]
+    _say_pairs("by component", components)
+
+
+def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> None:
+    density, weight = part["density"].iloc[0], part["weight"]
+    if "density" in columns:
+        print(f"  control       {density:.6f} everywhere")
+    if kind == "lines" or "weight" in columns:
+        spread = f"{weight.min():.6f}" if weight.min() == weight.max() else f"{weight.min():.4f} to {weight.max():.4f}"
+        print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
 
 
 def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
@@ -95,7 +116,7 @@ def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[
         path = options.out_dir / name
         print(f"wrote {path}" if name in written else f"{path} already holds exactly this; left as it is")
     print("next:")
-    for recipe, suffix in zip(recipes, ("", "_uniform"), strict=False):
+    for recipe, suffix in zip(recipes, ("", f"_{options.control}"), strict=False):
         target = options.out_dir.parent / f"merged_models{suffix}"
         print(
             f"  python3 utils/merger.py --output_path {shlex.quote(str(target))} \\\n"
@@ -103,41 +124,35 @@ def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[
         )
 
 
-def heatmaps(options: "DecideOptions", table: "pd.DataFrame") -> dict[str, bytes]:
-    """A PNG per expert type; all on one color scale."""
-    from utils.plots import density_heatmap
+def heatmaps(options: "DecideOptions", settings: RecipeSettings, decision: Decision) -> dict[str, bytes]:
+    """A PNG per expert by the end of its file name; all on one color scale."""
+    from utils.plots import heatmap
 
-    low, high = options.gamma, options.epsilon
-    if options.mean_density is not None:
-        low, high = float(table["density"].min()), float(table["density"].max())
+    column = "weight" if options.method.gives == "weights" else "density"
+    table = decision.table[decision.table["component"] != ""]
+    low, high = decision.scale or (float(table[column].min()), float(table[column].max()))
+    how = "\n".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
     pictures = {}
     for entry in options.experts:
         part = table[table["model"] == entry.type]
-        wide = part.pivot(index="layer", columns="component", values="density")[list(dict.fromkeys(part["component"]))]
-        mean = mean_density(part)
-        shown = f"mean {mean:.4f}" if mean is not None else f"mean over tensors {part['density'].mean():.4f}"
-        scaled = "" if options.mean_density is None else f", scaled to mean {options.mean_density}"
-        bounds = f"{options.bound} {options.gamma} to {options.epsilon}{scaled}"
-        pictures[entry.type] = density_heatmap(
-            wide, f"{entry.type}: {options.merge_method} density\n{bounds}; {shown}", low, high
-        )
+        wide = part.pivot(index="layer", columns="component", values=column)[list(dict.fromkeys(part["component"]))]
+        mean = mean_density(part, column)
+        shown = f"mean {mean:.4f}" if mean is not None else f"mean over tensors {part[column].mean():.4f}"
+        title = f"{entry.type}: {settings.method.name} {column}, {options.method.name}\n{how}; {shown}"
+        pictures[f"{entry.type}_{column}.png"] = heatmap(wide, title, low, high, column)
     return pictures
 
 
-def _samples(measured: Measurements) -> str:
-    options = (measured.manifest or {}).get("options")
+def _samples(manifest: Mapping[str, Any] | None) -> str:
+    options = (manifest or {}).get("options")
     if not isinstance(options, dict):
         return ""
-    dataset = options.get("dataset")
-    source = (dataset.get("path") or dataset.get("name")) if isinstance(dataset, dict) else None
-    return f"; {options.get('nsamples')} samples of {source}, sparsity_ratio {options.get('sparsity_ratio')}"
-
-
-def _bounds(options: "DecideOptions") -> str:
-    gamma, epsilon = options.gamma, options.epsilon
-    if options.bound == "clip":
-        return f"clip: delta / largest delta of the expert, clipped to [{gamma}, {epsilon}]"
-    return f"minmax: {gamma} for the smallest delta of the expert to {epsilon} for the largest"
+    texts = [options.get("dataset")]
+    if isinstance(calibration := options.get("calibration"), dict) and calibration:
+        texts = list(calibration.values())
+    sources = [text.get("path") or text.get("name") for text in texts if isinstance(text, dict)]
+    named = ", ".join(dict.fromkeys(map(str, sources)))
+    return f"; {options.get('nsamples')} samples of {named}, sparsity_ratio {options.get('sparsity_ratio')}"
 
 
 def _say_pairs(label: str, pairs: Sequence[tuple[str, float]]) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from utils.checkpoints import Checkpoint, TensorHeader
 from utils.errors import raise_collected
@@ -23,6 +23,7 @@ _WEIGHT = ".weight"
 _BLOCK_TENSOR = re.compile(r"(?P<prefix>.+?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
 
 Place = tuple[int, str]  # layer, component
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def measured_names(
         UserError: a place is missing or given twice, a name is not text, or a layer or size not a whole number.
     """
     own = norms[norms["model"].astype(str) == base]
+    if "text" in own.columns:  # the base was measured on several texts
+        own = own[own["text"] == own["text"].iloc[0]] if len(own) else own
     names: dict[Place, str] = {}
     params: dict[str, int] = {}
     problems = []
@@ -147,14 +150,14 @@ def assumed_names(layers: int, components: Sequence[str], prefixes: Mapping[str,
     }
 
 
-def as_planned(names: Mapping[Place, str], plan: "ArchitecturePlan", where: str) -> dict[Place, str]:
+def as_planned(names: Mapping[Key, str], plan: "ArchitecturePlan", where: str) -> dict[Key, str]:
     """Replace each name by the one mergekit plans the tensor under (they differ where a checkpoint uses an alias).
 
     Raises:
         UserError: mergekit plans no such tensor.
     """
     absent = [name for name in names.values() if name not in plan.spellings]
-    raise_collected([f"norms.csv names {name!r}, which the model does not have" for name in absent[:5]], where)
+    raise_collected([f"{name!r} was measured, but the model does not have it" for name in absent[:5]], where)
     return {place: plan.spellings[name] for place, name in names.items()}
 
 

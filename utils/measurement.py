@@ -1,21 +1,21 @@
 """Command 1's one job: measure every model of a pair on the calibration text and publish the dataframe folder."""
 
-import concurrent.futures
 import os
-import queue
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.calibration import Sample, choose_samples, text_doubts, token_digest, with_defaults
+from utils.calibration import choose_samples, text_doubts, token_digest, with_defaults
+from utils.calibration_source import CalibrationSource
 from utils.checkpoints import weight_file_record
 from utils.errors import UserError
-from utils.frames import NORMS, delta_file, measurement_files, read_manifest
+from utils.frames import folder_files, read_manifest
+from utils.guidance_method import DEFAULT, GuidanceMethod
+from utils.measure_job import MeasureJob
 from utils.pair_config import PairConfig
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
 from utils.runtime import (
@@ -24,27 +24,27 @@ from utils.runtime import (
     device_name,
     gigabytes,
     peak_gpu_memory,
-    return_freed_memory,
     versions,
 )
-from utils.subjects import Precision, Subject, memory_estimate, model_doubts, prepare_subjects
+from utils.subjects import Precision, Samples, Subject, memory_estimate, model_doubts, prepare_subjects
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What command 1 was asked to do."""
+    """What command 1 was asked to do. `method_options` are the values of the guidance method's own flags."""
 
     config: PairConfig
+    method: GuidanceMethod
+    method_options: Mapping[str, Any]
     out_dir: Path
-    device: str
-    dtype: str
-    micro_batch_tokens: int | None
-    trust_remote_code: bool
-    overwrite: bool
+    device: str = "auto"
+    dtype: str = "auto"
+    micro_batch_tokens: int | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
     devices: str | None = None
 
 
@@ -54,18 +54,19 @@ def measure_pair(options: MeasureOptions) -> None:
     Raises:
         UserError: anything the user can mend; nothing is written then.
     """
-    config = options.config
-    names = [*(delta_file(entry.type) for entry in config.experts), NORMS, MANIFEST]
+    config, method = options.config, options.method
+    method.check_experts(config, len(config.experts))
+    names = [*method.files(config), MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
     _refuse_out_dir(options, names)
     quiet_libraries()
     print(_versions_line())
     devices = _choose_devices(options)
-    device = devices[0]
-    samples = choose_samples(config.dataset, config.nsamples)
-    precision = Precision(device, options.dtype, options.micro_batch_tokens)
-    subjects = prepare_subjects(config, samples, precision, options.trust_remote_code)
-    request = _request(options, subjects, samples, device)
+    samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
+    precision = Precision(devices[0], options.dtype, options.micro_batch_tokens)
+    subjects = tuple(prepare_subjects(_used(config, method), samples, precision, options.trust_remote_code))
+    job = MeasureJob(config, subjects, tuple(devices), options.method_options, options.trust_remote_code)
+    request = _request(options, job, samples)
     with locked_folder(options.out_dir):
         if not options.overwrite:
             if _already_there(options.out_dir, request):
@@ -73,15 +74,32 @@ def measure_pair(options: MeasureOptions) -> None:
                 _say_next(options)
                 return
             refuse_existing(options.out_dir, names)
-        _say_choices(options, subjects, samples, device)
+        _say_choices(options, job, samples)
         start = time.perf_counter()
-        norms = _measure_all(subjects, devices, options)
+        measured = method.measure(job)
         _refuse_changed(subjects, request)
         print(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices)}")
-        files = _files(config, norms, request)
+        for note in measured.notes:
+            print(note)
+        for warning in measured.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        files = folder_files(measured.files, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
     _say_next(options)
+
+
+_ONLY_SOME_USE = {
+    "sparsity_ratio": 0.0,
+    "parity": False,
+    "components": None,
+}  # keys, with the value that asks for nothing
+
+
+def _used(config: PairConfig, method: GuidanceMethod) -> PairConfig:
+    """The config without what the method has no use for."""
+    idle = {key: value for key, value in _ONLY_SOME_USE.items() if key not in method.config_keys}
+    return replace(config, **idle)
 
 
 def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
@@ -90,11 +108,12 @@ def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
         folder = os.path.expanduser(entry.name)
         if os.path.isdir(folder) and options.out_dir.exists() and os.path.samefile(folder, options.out_dir):
             raise UserError(f"--out_dir {options.out_dir} is the folder of model {entry.name}; choose another folder")
-    replace = options.overwrite
-    if not replace:  # files of the very same measurement are kept; whether they are is known once the models are read
+    again = options.overwrite
+    if not again:  # files of the very same measurement are kept; whether they are is known once the models are read
         manifest = read_manifest(options.out_dir) or {}
-        replace = manifest.get("options") == options.config.options()
-    refuse_existing(options.out_dir, names, overwrite=replace)
+        asked = (options.config.options(), options.method.name)
+        again = (manifest.get("options"), manifest.get("guidance")) == asked
+    refuse_existing(options.out_dir, names, overwrite=again)
 
 
 def _refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> None:
@@ -113,45 +132,6 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bar()
-
-
-def _measure_all(
-    subjects: Sequence[Subject], devices: Sequence["torch.device"], options: MeasureOptions
-) -> "pd.DataFrame":
-    """Tidy norms of every model, in order; models are measured side by side if there are several devices."""
-    import pandas as pd
-    from tqdm import tqdm
-
-    total = sum(len(subject.decoder.blocks) for subject in subjects)
-    free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-    given_up = threading.Event()
-    with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar:
-
-        def on_block(layer: int) -> None:
-            return_freed_memory()  # else the freed temporaries of block after block pile up
-            bar.update()
-            if given_up.is_set():
-                raise concurrent.futures.CancelledError
-
-        def measure(subject: Subject) -> list[dict[str, Any]]:
-            device = free.get()
-            bar.set_postfix_str(subject.entry.type)
-            try:
-                return _measure(subject, device, options, on_block)
-            finally:
-                free.put(device)
-
-        if len(devices) == 1:
-            return pd.DataFrame([row for subject in subjects for row in measure(subject)])
-        with concurrent.futures.ThreadPoolExecutor(len(devices), thread_name_prefix="measure") as pool:
-            try:
-                return pd.DataFrame([row for rows in pool.map(measure, subjects) for row in rows])
-            except BaseException:
-                given_up.set()
-                pool.shutdown(cancel_futures=True)
-                raise
 
 
 def _choose_devices(options: MeasureOptions) -> list["torch.device"]:
@@ -174,98 +154,34 @@ def _choose_devices(options: MeasureOptions) -> list["torch.device"]:
     return devices
 
 
-def _measure(subject: Subject, device: "torch.device", options: MeasureOptions, on_block) -> list[dict[str, Any]]:
-    import torch
-
-    from utils.block_runner import run_blocks
-    from utils.guidance.lewis import LewisVisitor
-    from utils.weight_source import ResidentWeights, StreamedWeights
-
-    config = options.config
-    if subject.headers is None:
-        weights = ResidentWeights(subject.checkpoint, device, subject.dtype, options.trust_remote_code)
-    else:
-        weights = StreamedWeights(subject.headers, device, subject.dtype)
-    divisor = len(subject.encoded) if config.parity else subject.tokens
-    visitor = LewisVisitor(subject.decoder, subject.tokens, divisor, config.sparsity_ratio)
-    try:
-        run_blocks(subject.decoder, weights, subject.batches, visitor, device, on_block=on_block)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            f"model {subject.entry.name}: the GPU ran out of memory; lower --micro_batch_tokens, nsamples or seqlen, "
-            "or use --device cpu"
-        ) from None
-    rows = []
-    for (layer, name), norm in visitor.norms.items():
-        component = next(part for part in subject.decoder.components if part.name == name)
-        weight = subject.decoder.weight_name(layer, component)
-        value = float(norm)
-        if not value < float("inf"):
-            raise UserError(
-                f"model {subject.entry.name}: the norm of {weight} is {value}: its weights or its inputs are not "
-                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16"
-            )
-        module = subject.decoder.blocks[layer].get_submodule(component.path)
-        tensor = weight if subject.headers is None else subject.headers[weight].name
-        rows.append(
-            {
-                "model": subject.entry.type,
-                "layer": layer,
-                "component": name,
-                "tensor": tensor,
-                "norm": value,
-                "params": module.weight.numel(),
-            }
-        )
-    return rows
-
-
-def _files(config: PairConfig, norms: "pd.DataFrame", request: Mapping[str, Any]) -> dict[str, bytes]:
-    from utils.guidance.lewis import delta_table
-
-    components = list(dict.fromkeys(norms["component"]))
-    deltas = {
-        entry.type: delta_table(norms, entry.type, config.base_model_type, components) for entry in config.experts
-    }
-    for entry in config.experts:
-        if not deltas[entry.type].to_numpy().any():
-            print(
-                f"warning: {entry.name} has exactly the base's norms everywhere; is it the same model?",
-                file=sys.stderr,
-            )
-    return measurement_files(deltas, norms, config.base_model_type, request)
-
-
-def _request(
-    options: MeasureOptions, subjects: Sequence[Subject], samples: Sequence[Sample], device: "torch.device"
-) -> dict[str, Any]:
+def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict[str, Any]:
     """Everything the result depends on, as the manifest records it."""
-    source = with_defaults(options.config.dataset)
+    texts = [_text_record(source, [sample.row for sample in chosen]) for source, chosen in samples.items()]
     return {
         "command": "lewis_importance",
-        "guidance": "lewis",
+        "guidance": options.method.name,
+        "guidance_options": dict(options.method_options),
         "versions": versions(),
         "options": options.config.options(),
-        "device": device.type,
+        "device": job.devices[0].type,
         "micro_batch_tokens": options.micro_batch_tokens,
-        "samples": {
-            "path": source.path,
-            "subset": source.subset,
-            "split": source.split,
-            "seed": source.seed,
-            "rows": [sample.row for sample in samples],
-        },
+        "samples": texts[0] if len(texts) == 1 else texts,
         "models": [
             {
                 "type": subject.entry.type,
                 **weight_file_record(subject.checkpoint),
                 "dtype": str(subject.dtype).removeprefix("torch."),
-                "tokens": subject.tokens,
-                "token_sha256": token_digest(subject.encoded),
+                "tokens": sum(text.tokens for text in subject.texts.values()),
+                "token_sha256": token_digest([ids for text in subject.texts.values() for ids in text.encoded]),
             }
-            for subject in subjects
+            for subject in job.subjects
         ],
     }
+
+
+def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:
+    full = with_defaults(source)
+    return {"path": full.path, "subset": full.subset, "split": full.split, "seed": full.seed, "rows": list(rows)}
 
 
 def _already_there(folder: Path, request: Mapping[str, Any]) -> bool:
@@ -286,32 +202,48 @@ def _versions_line() -> str:
     return "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
 
 
-def _say_choices(
-    options: MeasureOptions, subjects: Sequence[Subject], samples: Sequence[Sample], device: "torch.device"
-) -> None:
-    config, source = options.config, with_defaults(options.config.dataset)
-    split = f", split {source.split}" if source.split and not options.config.dataset.path else ""
-    print(f"text: {len(samples)} samples of {source.path}{split}, seed {source.seed}, at most {source.seqlen} tokens")
-    decoder = subjects[0].decoder
-    names = ", ".join(part.name for part in decoder.components)
-    print(f"components: {names} ({'as configured' if config.components else 'every linear part of a block'})")
-    if config.parity:
-        print("parity: reference (samples padded with EOS, pads attended and counted, means over samples)")
-    if config.sparsity_ratio:
-        print(f"pruning while measuring: {config.sparsity_ratio:g} of each row, by the Wanda metric")
-    for subject in subjects:
+def _say_choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> None:
+    config, method = options.config, options.method
+    print(f"guidance: {method.name}, {method.summary}")
+    for source, chosen in samples.items():
+        full = with_defaults(source)
+        split = f", split {full.split}" if full.split and not source.path else ""
+        users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
+        whose = f" for {', '.join(users)}" if config.calibration else ""
+        print(
+            f"text{whose}: {len(chosen)} samples of {full.path}{split}, seed {full.seed}, at most {full.seqlen} tokens"
+        )
+    for line in method.choices(job):
+        print(line)
+    for subject in job.subjects:
         why = "the checkpoint's own" if options.dtype == "auto" else "asked for"
+        texts = subject.texts.values()
         print(
             f"{subject.entry.type}: {subject.entry.name}, {subject.checkpoint.architecture}, "
             f"{len(subject.decoder.blocks)} blocks, {gigabytes(subject.checkpoint.total_bytes)}, "
-            f"{str(subject.dtype).removeprefix('torch.')} ({why}), {subject.tokens} tokens in "
-            f"{len(subject.batches)} micro-batches, first ids {subject.encoded[0][:5]}"
+            f"{str(subject.dtype).removeprefix('torch.')} ({why}), {sum(text.tokens for text in texts)} tokens in "
+            f"{sum(len(text.batches) for text in texts)} micro-batches, first ids {next(iter(texts)).encoded[0][:5]}"
         )
-    base = next(subject for subject in subjects if subject.entry == config.base)
-    questions = text_doubts(source, base.encoded)
-    for question in [*questions, *(line for subject in subjects for line in model_doubts(base, subject))]:
-        print(f"warning: {question}", file=sys.stderr)
-    _say_memory(subjects, device)
+    for doubt in _doubts(method, job):
+        print(f"warning: {doubt}", file=sys.stderr)
+    _say_memory(job.subjects, job.devices[0])
+
+
+def _doubts(method: GuidanceMethod, job: MeasureJob) -> list[str]:
+    config = job.config
+    found = [
+        line for source, text in job.base.texts.items() for line in text_doubts(with_defaults(source), text.encoded)
+    ]
+    found += [line for subject in job.subjects for line in model_doubts(job.base, subject)]
+    for key, nothing in _ONLY_SOME_USE.items():
+        if key not in method.config_keys and getattr(config, key) != nothing:
+            found.append(f"{key} in the pair config has no effect with guidance {method.name}")
+    if method.text_per_task and len(config.texts) < len(config.experts):
+        found.append(
+            f"guidance {method.name} means each expert to be measured on text of its own task, but several share one; "
+            "give calibration: {type: text} in the pair config"
+        )
+    return found
 
 
 def _say_memory(subjects: Sequence[Subject], device: "torch.device") -> None:
@@ -338,5 +270,11 @@ def _say_next(options: MeasureOptions) -> None:
     print(
         "next:\n"
         f"  python3 lewis_merge.py --delta_dfs_in_dir {out_dir} --config_file {config} \\\n"
-        f"    --out_dir {recipes} --gamma 0.3 --epsilon 0.8 --merge_method ties"
+        f"    --out_dir {recipes} {_next_flags(options.method)}"
     )
+
+
+def _next_flags(method: GuidanceMethod) -> str:
+    if method.name == DEFAULT:
+        return f"--gamma 0.3 --epsilon 0.8 --merge_method {method.merge_method}"
+    return f"--guidance {method.name} --merge_method {method.merge_method}"

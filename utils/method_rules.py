@@ -12,16 +12,16 @@ from typing import Any
 
 from utils.errors import UserError, raise_collected
 
-_SHARED_SWITCHES = ("normalize", "int8_mask", "rescale")
 _SHARED_NUMBERS = ("lambda",)
 
 
 @dataclass(frozen=True)
-class DensityMethod:
-    """A mergekit method that keeps a share `density` of each tensor's delta.
+class DeltaMethod:
+    """A merge method that adds up weighted deltas, of each of which it keeps a share `density` (or all: `keeps` is "").
 
     `normalize` is its default: whether the sum of weighted deltas is divided by the sum of the weights. `extra` is the
-    one further per-tensor parameter it has ("" for none), `extra_default` mergekit's value for it.
+    one further per-tensor parameter it has ("" for none), `extra_default` mergekit's value for it. `switches` are its
+    shared parameters that are true or false.
     """
 
     name: str
@@ -29,20 +29,32 @@ class DensityMethod:
     normalize: bool
     extra: str = ""
     extra_default: float = 0.0
+    switches: tuple[str, ...] = ("normalize", "int8_mask", "rescale")
 
 
-DENSITY_METHODS: Mapping[str, DensityMethod] = {
+DENSITY_METHODS: Mapping[str, DeltaMethod] = {
     method.name: method
     for method in (
-        DensityMethod("ties", "the largest entries", normalize=True),
-        DensityMethod("dare_ties", "random entries", normalize=False),
-        DensityMethod("dare_linear", "random entries", normalize=False),
-        DensityMethod("della", "random entries, larger ones more often", True, "epsilon", 0.15),
-        DensityMethod("della_linear", "random entries, larger ones more often", False, "epsilon", 0.15),
-        DensityMethod("breadcrumbs", "the largest entries but the very largest", False, "gamma", 0.01),
-        DensityMethod("breadcrumbs_ties", "the largest entries but the very largest", False, "gamma", 0.01),
+        DeltaMethod("ties", "the largest entries", normalize=True),
+        DeltaMethod("dare_ties", "random entries", normalize=False),
+        DeltaMethod("dare_linear", "random entries", normalize=False),
+        DeltaMethod("della", "random entries, larger ones more often", True, "epsilon", 0.15),
+        DeltaMethod("della_linear", "random entries, larger ones more often", False, "epsilon", 0.15),
+        DeltaMethod("breadcrumbs", "the largest entries but the very largest", False, "gamma", 0.01),
+        DeltaMethod("breadcrumbs_ties", "the largest entries but the very largest", False, "gamma", 0.01),
     )
 }
+
+TASK_ARITHMETIC = DeltaMethod("task_arithmetic", "", normalize=False)
+
+# Methods that merge with weights per layer. Without `normalize`: dividing by their sum would undo them.
+WEIGHT_METHODS: Mapping[str, DeltaMethod] = {
+    "task_arithmetic": TASK_ARITHMETIC,
+    **{name: DENSITY_METHODS[name] for name in ("ties", "dare_ties", "dare_linear")},
+}
+
+# This project's own: the entries of largest saliency, by vectors that a file holds (`utils/merge_methods.py`).
+GUIDED_TIES = DeltaMethod("guided_ties", "the entries of largest saliency", True, switches=("normalize", "vote"))
 
 # Methods of mergekit that have no use for a density, with what they do instead.
 OTHER_METHODS: Mapping[str, str] = {
@@ -64,8 +76,21 @@ OTHER_METHODS: Mapping[str, str] = {
 _DELLA_ROOM = 0.99  # della's epsilon takes at most this share of the room between a density and 0 or 1
 
 
-def density_method(name: str) -> DensityMethod:
-    """Look up `--merge_method`.
+def weight_method(name: str) -> DeltaMethod:
+    """Look up `--merge_method` for guidance that gives weights.
+
+    Raises:
+        UserError: no such method, or it would not use the weights as they are meant.
+    """
+    if name in WEIGHT_METHODS:
+        return WEIGHT_METHODS[name]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), WEIGHT_METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(WEIGHT_METHODS)}"
+    raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}")
+
+
+def density_method(name: str) -> DeltaMethod:
+    """Look up `--merge_method` for guidance that gives densities.
 
     Raises:
         UserError: mergekit has no such method (the nearest is named), or it would ignore the densities.
@@ -82,7 +107,7 @@ def density_method(name: str) -> DensityMethod:
     raise UserError(f"--merge_method {name!r} is unknown; {hint}")
 
 
-def extra_value(method: DensityMethod, density: float, wanted: float) -> float:
+def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
     """The value of the method's extra parameter at a density: `wanted`, or as near to it as the density allows.
 
     della draws entries with probabilities from `density - epsilon` to `density + epsilon`, which must stay inside
@@ -98,7 +123,7 @@ def extra_value(method: DensityMethod, density: float, wanted: float) -> float:
     return value if inside else 0.0
 
 
-def check_global_parameters(method: DensityMethod, parameters: Mapping[str, Any], source: str) -> None:
+def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], source: str) -> None:
     """Check the pair config's `global_parameters` against what the method knows (mergekit would ignore the rest).
 
     Raises:
@@ -106,7 +131,7 @@ def check_global_parameters(method: DensityMethod, parameters: Mapping[str, Any]
             per tensor; all of them in one message.
     """
     numbers = (*_SHARED_NUMBERS, *([method.extra] if method.extra else []))
-    known = (*_SHARED_SWITCHES, *numbers)
+    known = (*method.switches, *numbers)
     problems = []
     for name, value in parameters.items():
         if name in ("density", "weight"):
@@ -115,7 +140,7 @@ def check_global_parameters(method: DensityMethod, parameters: Mapping[str, Any]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
             problems.append(f"{name!r} is unknown to the merge method {method.name}; {hint}")
-        elif name in _SHARED_SWITCHES and not _holds(value, _is_switch):
+        elif name in method.switches and not _holds(value, _is_switch):
             problems.append(f"{name} must be true or false, got {value!r}")
         elif name in _SHARED_NUMBERS and not _holds(value, _is_number):
             problems.append(f"{name} must be a number, got {value!r}")
@@ -141,7 +166,7 @@ def _holds(value: Any, fits: Callable[[Any], bool]) -> bool:
     return fits(value)
 
 
-def normalizes(method: DensityMethod, parameters: Mapping[str, Any]) -> bool:
+def normalizes(method: DeltaMethod, parameters: Mapping[str, Any]) -> bool:
     """Whether the merge divides by the sum of the weights: the config's `normalize`, else the method's default."""
     value = parameters.get("normalize", method.normalize)
     return value is True or isinstance(value, (list, dict))

@@ -1,12 +1,14 @@
 """How the measured places are called in the merge: as recorded, as in the checkpoint, or by assumption."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from utils import filters
 from utils.checkpoints import Checkpoint, open_without_download
-from utils.filters import Coverage, Place
-from utils.frames import Measurements
+from utils.delta_tables import Measurements
+from utils.filters import Coverage, NamedTensor, Place
+from utils.group_filters import group_filters
 from utils.pair_config import ModelEntry, PairConfig
 
 
@@ -14,17 +16,21 @@ from utils.pair_config import ModelEntry, PairConfig
 class Naming:
     """Names, filters and sizes of the measured tensors, and how far they are proven.
 
-    `tensors` is by (layer, component), `filters` and `params` are by tensor name. `coverage` is None without a base
-    checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings` are
-    sentences for the user.
+    `names` is by what was measured: (layer, component), or the name in the checkpoint. `filters` and `params` are by
+    name; `group_filters` too, where tensors that share their weight share filters. `twins` are names that the merge may
+    write beside (a head that is tied in the base), with the name whose weight they take. `coverage` is None without a
+    base checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings`
+    are sentences for the user.
     """
 
-    tensors: Mapping[Place, str]
+    names: Mapping[Any, str]
     filters: Mapping[str, str]
     params: Mapping[str, int]
     coverage: Coverage | None
     evidence: str
     warnings: tuple[str, ...] = ()
+    group_filters: Mapping[str, str] | None = None
+    twins: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_local_models(config: PairConfig, experts: Sequence[ModelEntry]) -> dict[str, Checkpoint]:
@@ -80,14 +86,91 @@ def name_tensors(
     return Naming(names, proof, sizes, filters.coverage(proof, tensors), evidence)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A tensor that command 1 measured, by its name in the checkpoint: its size, whether it may get a density of its own,
+    and, where weights are given to groups, its group (tensors of one group are merged with one weight)."""
+
+    params: int
+    has_density: bool
+    group: Hashable = None
+
+
+def name_recorded(
+    config: PairConfig,
+    recorded: Mapping[str, Recorded],
+    local: Mapping[str, Checkpoint],
+    *,
+    grouped: bool,
+    trust_remote_code: bool = False,
+) -> Naming:
+    """Name tensors that were recorded one by one as mergekit will see them, and prove their filters.
+
+    Args:
+        config: the pair config.
+        recorded: what was recorded, by name in the base's checkpoint.
+        local: the checkpoints on this machine, by type.
+        grouped: whether groups get filters too.
+        trust_remote_code: let a checkpoint's config load code from its folder.
+
+    Raises:
+        UserError: a tensor is not in the base, a filter hits something else, or the models cannot be merged.
+    """
+    base = local.get(config.base_model_type)
+    if base is None:
+        names = {name: name for name in recorded}
+        return _with_filters(recorded, names, {}, list(names), _NOT_HERE, _RECORDED_EVIDENCE, None, grouped)
+
+    from utils.architecture import DEFINITION, plan_architecture
+
+    others = [checkpoint for checkpoint in local.values() if checkpoint is not base]
+    plan = plan_architecture(base, others, trust_remote_code=trust_remote_code)
+    where = f"base model {base.name}"
+    tensors = filters.planned_tensors(plan, base)
+    names = filters.as_planned({name: name for name in recorded}, plan, where)
+    own = set(names.values())
+    twins = {
+        planned.name: names[stored]
+        for planned in plan.tensors
+        if planned.name not in own and (stored := planned.stored_name(base.tensors)) in names
+    }
+    why = "" if plan.origin == DEFINITION else f" ({plan.reason})"
+    evidence = f"each hits its own tensors and nothing else in {base.name}, by {plan.origin}{why}"
+    written = [tensor.name for tensor in tensors]
+    return _with_filters(recorded, names, twins, written, where, evidence, tensors, grouped)
+
+
+def _with_filters(
+    recorded: Mapping[str, Recorded],
+    names: Mapping[str, str],
+    twins: Mapping[str, str],
+    written: Sequence[str],
+    where: str,
+    evidence: str,
+    tensors: Sequence[NamedTensor] | None,
+    grouped: bool,
+) -> Naming:
+    dense = [names[name] for name, one in recorded.items() if one.has_density]
+    proof = filters.exact_filters(dense, written, where)
+    params = {names[name]: one.params for name, one in recorded.items()}
+    shared = None
+    if grouped:
+        groups = {names[name]: one.group for name, one in recorded.items()}
+        shared = group_filters(groups | {twin: groups[name] for twin, name in twins.items()}, written, where)
+    covered = None if tensors is None else filters.coverage(shared or proof, tensors)
+    return Naming(names, proof, params, covered, evidence, group_filters=shared, twins=twins)
+
+
+_NOT_HERE = "the base model is not on this machine"
+_RECORDED_EVIDENCE = f"{_NOT_HERE}; proven only against each other, with the names recorded while measuring"
+
+
 def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
-    where = "the base model is not on this machine"
-    proof = filters.exact_filters(list(names.values()), list(names.values()), where)
+    proof = filters.exact_filters(list(names.values()), list(names.values()), _NOT_HERE)
     if params:
-        evidence = f"{where}; proven only against each other, with the names recorded while measuring"
-        return Naming(names, proof, params, None, evidence)
+        return Naming(names, proof, params, None, _RECORDED_EVIDENCE)
     warning = (
-        f"nothing could be proven: {where} and the dataframe folder records no tensor names, so the filters are "
+        f"nothing could be proven: {_NOT_HERE} and the dataframe folder records no tensor names, so the filters are "
         "model.layers.<layer>.<path>; one that matches nothing leaves its tensor at density 1"
     )
     return Naming(names, proof, {}, None, "assumed, not proven", (warning,))

@@ -1,7 +1,8 @@
 """The pair config: one YAML per base model and its experts, as a frozen value.
 
 Every problem in the file is collected and reported at once. The keys are the reference's, plus `parity`, `seed`,
-`seqlen`, a per-model `revision`, and `dataset` as a mapping (see `utils/calibration.py` for what it loads).
+`seqlen`, a per-model `revision`, `dataset` as a mapping (see `utils/calibration.py` for what it loads), `calibration`
+(text per expert) and `guidance`.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.calibration_source import MAX_SEED, MAX_SEQLEN, CalibrationSource, read_source, read_whole, unknown_keys
 from utils.errors import raise_collected
 from utils.plain_values import is_homeless, is_plain_data, is_text, quote_hint, show
 from utils.safe_yaml import read_yaml_mapping
@@ -32,13 +34,12 @@ CONFIG_KEYS = (
     "parity",
     "seed",
     "seqlen",
+    "guidance",
+    "calibration",
 )
-DATASET_NAMES = ("gsm8k", "mbpp")
-DATASET_KEYS = ("name", "path", "subset", "split", "text", "messages", "seed", "seqlen")
 MODEL_KEYS = ("name", "type", "revision")
 MAX_CONFIG_BYTES = 2**20
 MAX_SAMPLES = 1_000_000
-MAX_SEQLEN = 1_048_576
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")
 
@@ -53,22 +54,12 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class CalibrationSource:
-    """Where calibration text comes from. `name` selects built-in defaults; the other fields override them."""
-
-    name: str | None = None
-    path: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    text: str | None = None
-    messages: str | None = None
-    seed: int = 42
-    seqlen: int = 512
-
-
-@dataclass(frozen=True)
 class PairConfig:
-    """A validated pair config. `components` is None for `auto`; `parity` is True for `parity: reference`."""
+    """A validated pair config.
+
+    `components` is None for `auto`; `parity` is True for `parity: reference`. `calibration` holds the text of the
+    experts (by type) that have their own; the others share `dataset`. `guidance` is a method's name, None for the default.
+    """
 
     path: Path
     model_info: tuple[ModelEntry, ...]
@@ -82,6 +73,8 @@ class PairConfig:
     global_parameters: Mapping[str, Any]
     prefix_mapping: Mapping[str, str]
     parity: bool
+    guidance: str | None = None
+    calibration: Mapping[str, CalibrationSource] = dataclasses.field(default_factory=dict)
 
     @property
     def base(self) -> ModelEntry:
@@ -92,6 +85,15 @@ class PairConfig:
     def experts(self) -> tuple[ModelEntry, ...]:
         """Every model but the base, in the order of `model_info`."""
         return tuple(entry for entry in self.model_info if entry.type != self.base_model_type)
+
+    def text_of(self, expert: str) -> CalibrationSource:
+        """The calibration text of an expert, by type."""
+        return self.calibration.get(expert, self.dataset)
+
+    @property
+    def texts(self) -> tuple[CalibrationSource, ...]:
+        """Every text that experts are measured on, each once, in the order of the experts."""
+        return tuple(dict.fromkeys(self.text_of(entry.type) for entry in self.experts))
 
     def options(self) -> dict[str, Any]:
         """The settings that decide what is measured, as plain data (for manifests)."""
@@ -104,6 +106,7 @@ class PairConfig:
             "base_model_type": self.base_model_type,
             "prefix_mapping": dict(self.prefix_mapping),
             "parity": "reference" if self.parity else None,
+            "calibration": {key: dataclasses.asdict(source) for key, source in self.calibration.items()},
         }
 
 
@@ -126,16 +129,17 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(self) -> PairConfig:
-        self._unknown_keys(self.raw, CONFIG_KEYS, "")
+        self.problems += unknown_keys(self.raw, CONFIG_KEYS, "")
         models = self._models()
         base_type = self._text("base_model_type", "base")
         base_name = self._base_name(models, base_type)
+        seed, seqlen = self._defaults()
         config = PairConfig(
             path=self.path,
             model_info=models,
-            dataset=self._dataset(),
+            dataset=read_source(self.raw.get("dataset", "mbpp"), "dataset", seed, seqlen, self.problems),
             sparsity_ratio=self._real("sparsity_ratio", 0.0),
-            nsamples=self._whole(self.raw, "nsamples", 15, 1, MAX_SAMPLES),
+            nsamples=read_whole(self.raw, "nsamples", 15, 1, MAX_SAMPLES, self.problems),
             components=self._components(),
             base_model_type=base_type,
             base_model_name=base_name,
@@ -143,17 +147,12 @@ class _Reader:
             global_parameters=self._global_parameters(),
             prefix_mapping=self._prefix_mapping(),
             parity=self._parity(),
+            guidance=self._guidance(),
+            calibration=self._calibration(seed, seqlen, models, base_type),
         )
         self._prefixes_cover_components(config)
         raise_collected(self.problems, f"pair config {self.path}")
         return config
-
-    def _unknown_keys(self, mapping: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
-        for key in mapping:
-            if key not in known:
-                near = difflib.get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-                self.problems.append(f"unknown key {where}{show(key)}; {hint}")
 
     def _models(self) -> tuple[ModelEntry, ...]:
         raw = self.raw.get("model_info")
@@ -178,7 +177,7 @@ class _Reader:
         if not isinstance(item, dict):
             self.problems.append(f"{where} must be a mapping with name and type, got {show(item)}")
             return None
-        self._unknown_keys(item, MODEL_KEYS, f"{where}.")
+        self.problems += unknown_keys(item, MODEL_KEYS, f"{where}.")
         texts = {}
         for key in ("name", "type"):
             value = item.get(key)
@@ -235,41 +234,48 @@ class _Reader:
                 )
         return {key: name for key, name in raw.items() if is_text(key) and is_text(name)}
 
-    def _dataset(self) -> CalibrationSource:
-        seed = self._whole(self.raw, "seed", 42, 0, 2**32 - 1)
-        seqlen = self._whole(self.raw, "seqlen", 512, 2, MAX_SEQLEN)
-        raw = self.raw.get("dataset", "mbpp")
-        if is_text(raw):
-            raw = {"name": raw}
-        if not isinstance(raw, dict):
-            self.problems.append(f"dataset must be a name ({', '.join(DATASET_NAMES)}) or a mapping, got {show(raw)}")
-            return CalibrationSource(name="mbpp")
-        self._unknown_keys(raw, DATASET_KEYS, "dataset.")
-        texts: dict[str, str | None] = {}
-        for key in ("name", "path", "subset", "split", "text", "messages"):
-            value = raw.get(key)
-            plain = re.sub(r"[\n\t]", " ", value) if key == "text" and isinstance(value, str) else value
-            if value is not None and not is_text(plain):
-                self.problems.append(f"dataset.{key} must be text{quote_hint(value)}, got {show(value)}")
-                value = None
-            texts[key] = value
-        if texts["path"] and is_homeless(texts["path"]):
-            self.problems.append(f"dataset.path {texts['path']!r}: no such user's home folder; write the full path")
-        if texts["name"] is not None and texts["name"] not in DATASET_NAMES:
-            near = difflib.get_close_matches(texts["name"], DATASET_NAMES, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else "for text of your own write dataset: {path: ..., text: ...}"
-            )
-            self.problems.append(f"dataset {texts['name']!r} is unknown (known: {', '.join(DATASET_NAMES)}); {hint}")
-        if raw.get("name") is None and raw.get("path") is None:
-            self.problems.append("dataset needs a name or a path")
-        if texts["text"] is not None and texts["messages"] is not None:
-            self.problems.append("dataset: give text (a template) or messages (a chat column), not both")
-        return CalibrationSource(
-            seed=self._whole(raw, "seed", seed, 0, 2**32 - 1, "dataset."),
-            seqlen=self._whole(raw, "seqlen", seqlen, 2, MAX_SEQLEN, "dataset."),
-            **texts,
+    def _defaults(self) -> tuple[int, int]:
+        """`seed` and `seqlen` of texts that do not say their own."""
+        return (
+            read_whole(self.raw, "seed", CalibrationSource.seed, 0, MAX_SEED, self.problems),
+            read_whole(self.raw, "seqlen", CalibrationSource.seqlen, 2, MAX_SEQLEN, self.problems),
         )
+
+    def _calibration(
+        self, seed: int, seqlen: int, models: tuple[ModelEntry, ...], base_type: str
+    ) -> dict[str, CalibrationSource]:
+        raw = self.raw.get("calibration")
+        if raw is None:
+            return {}
+        if not isinstance(raw, dict) or not raw:
+            self.problems.append(
+                f"calibration must map an expert's type to its text, such as {{math: gsm8k}}, got {show(raw)}"
+            )
+            return {}
+        experts = [entry.type for entry in models if entry.type != base_type]
+        for key in raw:
+            if key == base_type:
+                self.problems.append(f"calibration names the base type {key!r}; it lists experts only")
+            elif key not in experts:
+                near = difflib.get_close_matches(str(key)[:80], experts, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"experts: {', '.join(experts)}"
+                self.problems.append(f"calibration: type {show(key)} is not an expert in model_info; {hint}")
+        absent = [] if self.raw.get("dataset") is not None else [name for name in experts if name not in raw]
+        for name in absent:
+            self.problems.append(
+                f"calibration has no text for type {name!r}, and there is no dataset for it; add either"
+            )
+        return {
+            str(key): read_source(value, f"calibration.{key}", seed, seqlen, self.problems)
+            for key, value in raw.items()
+        }
+
+    def _guidance(self) -> str | None:
+        raw = self.raw.get("guidance")
+        if raw is not None and not is_text(raw):
+            self.problems.append(f"guidance must be the name of a method, such as lewis, got {show(raw)}")
+            return None
+        return raw
 
     def _components(self) -> tuple[str, ...] | None:
         raw = self.raw.get("components", "auto")
@@ -338,13 +344,6 @@ class _Reader:
         value = self.raw.get(key, default)
         if not is_text(value) and not (key not in self.raw):
             self.problems.append(f"{key} must be text{quote_hint(value)}, got {show(value)}")
-            return default
-        return value
-
-    def _whole(self, mapping: Mapping[Any, Any], key: str, default: int, low: int, high: int, where: str = "") -> int:
-        value = mapping.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.problems.append(f"{where}{key} must be a whole number from {low} to {high}, got {show(value)}")
             return default
         return value
 

@@ -5,13 +5,14 @@ merge_method, base_model, parameters (the pair config's global_parameters), dtyp
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints import is_local
 from utils.errors import UserError
-from utils.method_rules import DensityMethod, extra_value, normalizes
+from utils.method_rules import DeltaMethod, extra_value, normalizes
+from utils.naming import Naming
 from utils.pair_config import ModelEntry
 
 if TYPE_CHECKING:
@@ -28,34 +29,39 @@ class RecipeSettings:
     """What a recipe says beside the coefficients.
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
-    coefficients' weights per tensor; otherwise every weight is 1.
+    coefficients' weights per tensor; otherwise every weight is 1. `saliency` names the file of saliency vectors by
+    expert type, for the method that reads them.
     """
 
-    method: DensityMethod
+    method: DeltaMethod
     base: ModelEntry
     experts: tuple[ModelEntry, ...]
     parameters: Mapping[str, Any]
     as_weights: bool = False
     lambda_: float | None = None
     out_dtype: str | None = None
+    saliency: Mapping[str, str] = field(default_factory=dict)
 
 
-def recipe(coefficients: "pd.DataFrame", filters: Mapping[str, str], settings: RecipeSettings) -> dict[str, Any]:
+def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSettings) -> dict[str, Any]:
     """The recipe as plain data, keys in order.
 
     Args:
-        coefficients: the table of `utils/coefficients.py`; its row order is the order of the filters.
-        filters: filter by tensor name.
+        coefficients: the table of `utils/coefficients.py`; its row order is the order of the filters of densities.
+        naming: the filters by tensor name.
         settings: everything else.
     """
     models: list[dict[str, Any]] = [{"model": model_key(settings.base)}]
     for expert in settings.experts:
         rows = coefficients[coefficients["model"] == expert.type]
-        texts = [filters[tensor] for tensor in rows["tensor"]]
-        density = [float(value) for value in rows["density"]]
-        parameters = {"density": [*_conditional(texts, density), {"value": 1}]}
-        weights = _conditional(texts, rows["weight"]) if settings.as_weights else []
+        dense = rows[rows["tensor"].isin(naming.filters)]
+        texts = [naming.filters[tensor] for tensor in dense["tensor"]]
+        density = [float(value) for value in dense["density"]]
+        parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
+        weights = _weights(rows, naming) if settings.as_weights else []
         parameters["weight"] = [*weights, {"value": 1}]
+        if expert.type in settings.saliency:
+            parameters["saliency"] = settings.saliency[expert.type]
         if settings.method.extra:
             name = settings.method.extra
             wanted = float(settings.parameters.get(name, settings.method.extra_default))
@@ -96,9 +102,9 @@ def model_key(entry: ModelEntry) -> str | dict[str, Any]:
     return f"{name}@{entry.revision}" if entry.revision else name
 
 
-def recipe_name(config: Path, gamma: float, epsilon: float, method: str, tags: Sequence[str] = ()) -> str:
-    """The recipe's file name: the released code's, with tags (`clip`, `mean0.1`, `uniform`) before `_merge_config`."""
-    return "_".join([config.stem, str(gamma), str(epsilon), "generated", method, *tags, "merge_config.yaml"])
+def recipe_name(config: Path, numbers: Sequence[float], method: str, tags: Sequence[str] = ()) -> str:
+    """The recipe's file name: the released code's (`numbers`: gamma and epsilon), with tags before `_merge_config`."""
+    return "_".join([config.stem, *map(str, numbers), "generated", method, *tags, "merge_config.yaml"])
 
 
 def check_file_names(names: Sequence[str], config: Path) -> None:
@@ -111,6 +117,19 @@ def check_file_names(names: Sequence[str], config: Path) -> None:
 def weights_cancel(settings: RecipeSettings) -> bool:
     """Whether weights have no effect: one expert, and the merge divides by the sum of the weights."""
     return settings.as_weights and len(settings.experts) == 1 and normalizes(settings.method, settings.parameters)
+
+
+def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:
+    """The weights under their filters, each filter once. Raises ValueError if tensors of a group differ in weight."""
+    by_tensor = dict(zip(rows["tensor"], map(float, rows["weight"]), strict=True))
+    if naming.group_filters is None:
+        return _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
+    found: dict[str, float] = {}
+    for tensor, text in naming.group_filters.items():
+        weight = by_tensor[naming.twins.get(tensor, tensor)]
+        if found.setdefault(text, weight) != weight:
+            raise ValueError(f"{tensor} has another weight than the rest of its group")
+    return _conditional(list(found), list(found.values()))
 
 
 def _conditional(texts: Sequence[str], values: Sequence[float]) -> list[dict[str, Any]]:

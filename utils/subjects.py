@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.calibration import Sample, encode, micro_batches, reference_batches
+from utils.calibration_source import CalibrationSource
 from utils.checkpoints import FLOAT_DTYPES, INDEX, Checkpoint, find_small_files, open_checkpoint, read_model_config
 from utils.errors import UserError, brief
 from utils.pair_config import ModelEntry, PairConfig
@@ -35,17 +36,9 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One model, ready to be measured: nothing of its weights is in memory yet.
+class EncodedText:
+    """A text in one model's tokens: token ids per sample, and the micro-batches made of them."""
 
-    `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint.
-    """
-
-    entry: ModelEntry
-    checkpoint: Checkpoint
-    decoder: "Decoder"
-    headers: "Mapping[str, TensorHeader] | None"
-    dtype: "torch.dtype"
     encoded: list[list[int]]
     batches: "list[MicroBatch]"
 
@@ -55,23 +48,55 @@ class Subject:
         return sum(batch.tokens for batch in self.batches)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One model, ready to be measured: nothing of its weights is in memory yet.
+
+    `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint. `texts`
+    holds every text of the pair config in the model's tokens.
+    """
+
+    entry: ModelEntry
+    checkpoint: Checkpoint
+    decoder: "Decoder"
+    headers: "Mapping[str, TensorHeader] | None"
+    dtype: "torch.dtype"
+    texts: Mapping[CalibrationSource, EncodedText]
+
+    def stored_name(self, parameter: str) -> str:
+        """The name in the checkpoint of a parameter of the model."""
+        return parameter if self.headers is None else self.headers[parameter].name
+
+
+Samples = Mapping[CalibrationSource, Sequence[Sample]]
+Encoded = dict[CalibrationSource, list[list[int]]]
+
+
 def prepare_subjects(
-    config: PairConfig, samples: Sequence[Sample], precision: Precision, trust_remote_code: bool
+    config: PairConfig, samples: Samples, precision: Precision, trust_remote_code: bool
 ) -> list[Subject]:
     """Open every model's checkpoint, build its skeleton, find its blocks and tokenize the samples for it.
+
+    Args:
+        config: the pair config.
+        samples: the samples of each of its texts.
+        precision: how to compute.
+        trust_remote_code: run code that comes with a model.
 
     Raises:
         UserError: a model that is missing, malformed, of an unsupported kind, or not shaped like the base; a tokenizer
             that is missing or does not belong to the weights; samples longer than the model's positions.
     """
-    read: dict[str, tuple[Any, list[list[int]]]] = {}  # models with the very same tokenizer share its work
+    read: dict[str, tuple[Any, Encoded]] = {}  # models with the very same tokenizer share its work
     encoded = {}
     for entry in config.model_info:  # small files of every model before the weights of any
         folder = find_small_files(entry.name, entry.revision)
         key = tokenizer_digest(folder, read_model_config(folder, entry.name))
         if key not in read:
             tokenizer = _tokenizer(folder, entry, trust_remote_code)
-            read[key] = (tokenizer, encode(samples, tokenizer, config.dataset.seqlen, f"model {entry.name}"))
+            where = f"model {entry.name}"
+            ids = {source: encode(chosen, tokenizer, source.seqlen, where) for source, chosen in samples.items()}
+            read[key] = (tokenizer, ids)
         encoded[entry.type] = read[key]
     subjects = [
         _subject(entry, *encoded[entry.type], config, precision, trust_remote_code) for entry in config.model_info
@@ -85,7 +110,7 @@ def prepare_subjects(
 def _subject(
     entry: ModelEntry,
     tokenizer: Any,
-    encoded: list[list[int]],
+    encoded: Encoded,
     config: PairConfig,
     precision: Precision,
     trust_remote_code: bool,
@@ -102,8 +127,17 @@ def _subject(
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
     headers = match_names(model, checkpoint)
     _refuse_integer_weights(checkpoint, headers, model)
-    seqlen = config.dataset.seqlen
-    longest = seqlen if config.parity else max(map(len, encoded))
+    texts = {
+        source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)
+        for source, ids in encoded.items()
+    }
+    return Subject(entry, checkpoint, decoder, headers, dtype, texts)
+
+
+def _batched(
+    encoded: list[list[int]], seqlen: int, parity: bool, tokenizer: Any, model: Any, tokens_at_once: int, where: str
+) -> EncodedText:
+    longest = seqlen if parity else max(map(len, encoded))
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and longest > positions:
         raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
@@ -114,15 +148,13 @@ def _subject(
             f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
             "belong to these weights"
         )
-    if config.parity:
+    if parity:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token")
         left = tokenizer.padding_side == "left"
-        batches = reference_batches(encoded, seqlen, precision.tokens_at_once, tokenizer.eos_token_id, left)
-    else:
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-        batches = micro_batches(encoded, precision.tokens_at_once, pad)
-    return Subject(entry, checkpoint, decoder, headers, dtype, encoded, batches)
+        return EncodedText(encoded, reference_batches(encoded, seqlen, tokens_at_once, tokenizer.eos_token_id, left))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
+    return EncodedText(encoded, micro_batches(encoded, tokens_at_once, pad))
 
 
 _TOKENIZER_REMEDY = (
@@ -177,7 +209,7 @@ def _refuse_integer_weights(checkpoint: Checkpoint, headers: "Mapping[str, Tenso
 def model_doubts(base: Subject, subject: Subject) -> list[str]:
     """Sentences about differences from the base that are allowed but change what the norms are taken of."""
     found = []
-    if subject.encoded != base.encoded:
+    if any(text.encoded != base.texts[source].encoded for source, text in subject.texts.items()):
         found.append(f"{subject.entry.name} and the base split the text into different tokens")
     ours, theirs = (getattr(one.decoder.model.config, "rope_parameters", None) for one in (base, subject))
     if ours != theirs:
@@ -217,6 +249,6 @@ def memory_estimate(subject: Subject) -> int:
     body = sum(value.numel() for value in decoder.body.parameters()) - sum(blocks)
     hidden = model.config.get_text_config(decoder=True).hidden_size
     widest = max(max(decoder.blocks[0].get_submodule(path).weight.shape) for path in decoder.linear_paths)
-    slots = [batch.input_ids.numel() for batch in subject.batches]
-    activations = max(slots) * (widest * (3 * size + 4) + 4 * hidden * size)
-    return size * (body + 2 * max(blocks) + sum(slots) * hidden) + activations
+    slots = [[batch.input_ids.numel() for batch in text.batches] for text in subject.texts.values()]
+    activations = max(map(max, slots)) * (widest * (3 * size + 4) + 4 * hidden * size)
+    return size * (body + 2 * max(blocks) + max(map(sum, slots)) * hidden) + activations

@@ -6,12 +6,24 @@
     density = gamma + (epsilon - gamma) * (d - min d) / (max d - min d)      over the whole table of one expert
 
 The *measure* half (`LewisVisitor`, `delta_table`) turns a model's blocks into norms and norms into delta tables, the
-*decide* half (`densities`) turns delta tables into densities; it needs no torch, which is imported late for that.
+*decide* half (`densities`) turns delta tables into densities.
 """
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from utils.coefficients import coefficient_table, with_mean_density
+from utils.decide_job import DecideJob, Decision
+from utils.delta_tables import NORMS, TEXT, Measurements, delta_file, read_measurements, table_files
+from utils.errors import UserError
+from utils.flags import number
+from utils.guidance_method import GuidanceMethod, Measured, MethodFlag
+from utils.measure_job import MeasureJob, OnBlock, Work
+from utils.naming import name_tensors
+from utils.pair_config import PairConfig
+from utils.subjects import EncodedText, Subject
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +33,6 @@ if TYPE_CHECKING:
     from utils.block_runner import MicroBatch
     from utils.decoder import Decoder
 
-METHOD = "lewis"
 BOUNDS = ("minmax", "clip")
 _DECIMALS = 5  # the released code rounds the deltas before it scales them
 
@@ -147,3 +158,187 @@ def densities(deltas: "pd.DataFrame", gamma: float, epsilon: float, bound: str =
 def share_at_bounds(density: "pd.DataFrame", gamma: float, epsilon: float) -> tuple[float, float]:
     """The shares of a density table's entries that are exactly `gamma`, and exactly `epsilon`."""
     return float((density == gamma).to_numpy().mean()), float((density == epsilon).to_numpy().mean())
+
+
+def _files(config: PairConfig) -> tuple[str, ...]:
+    return (*(delta_file(entry.type) for entry in config.experts), NORMS)
+
+
+def _choices(job: MeasureJob) -> list[str]:
+    config = job.config
+    names = ", ".join(part.name for part in job.base.decoder.components)
+    lines = [f"components: {names} ({'as configured' if config.components else 'every linear part of a block'})"]
+    if config.parity:
+        lines.append("parity: reference (samples padded with EOS, pads attended and counted, means over samples)")
+    if config.sparsity_ratio:
+        lines.append(f"pruning while measuring: {config.sparsity_ratio:g} of each row, by the Wanda metric")
+    return lines
+
+
+def _measure(job: MeasureJob) -> Measured:
+    """Norms of the base on every text and of each expert on its own."""
+    import pandas as pd
+
+    config = job.config
+    works, labels = [], {}
+    for source in config.texts:
+        users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
+        labels |= dict.fromkeys(users, users[0])
+        for subject in job.subjects:
+            if subject.entry.type in (config.base_model_type, *users):
+                do = partial(_norms, job, subject, subject.texts[source], users[0])
+                works.append(Work(subject.entry.type, len(subject.decoder.blocks), do))
+    norms = pd.DataFrame([row for rows in job.run(works) for row in rows])
+    components = list(dict.fromkeys(norms["component"]))
+    deltas, warnings = {}, []
+    for entry in config.experts:
+        own = norms[norms[TEXT] == labels[entry.type]]
+        deltas[entry.type] = delta_table(own, entry.type, config.base_model_type, components)
+        if not deltas[entry.type].to_numpy().any():
+            warnings.append(f"{entry.name} has exactly the base's norms everywhere; is it the same model?")
+    if len(config.texts) == 1:
+        norms = norms.drop(columns=TEXT)
+    return Measured(table_files(deltas, norms, config.base_model_type), warnings=tuple(warnings))
+
+
+def _norms(
+    job: MeasureJob, subject: Subject, text: EncodedText, label: str, device: "torch.device", on_block: OnBlock
+) -> list[dict[str, Any]]:
+    from utils.block_runner import run_blocks
+
+    divisor = len(text.encoded) if job.config.parity else text.tokens
+    visitor = LewisVisitor(subject.decoder, text.tokens, divisor, job.config.sparsity_ratio)
+    weights = job.open_weights(subject, device)
+    run_blocks(subject.decoder, weights, text.batches, visitor, device, on_block=on_block)
+    rows = []
+    for (layer, name), norm in visitor.norms.items():
+        component = next(part for part in subject.decoder.components if part.name == name)
+        weight = subject.decoder.weight_name(layer, component)
+        value = float(norm)
+        if not value < float("inf"):
+            raise UserError(
+                f"model {subject.entry.name}: the norm of {weight} is {value}: its weights or its inputs are not "
+                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16"
+            )
+        rows.append(
+            {
+                "model": subject.entry.type,
+                "layer": layer,
+                "component": name,
+                "tensor": subject.stored_name(weight),
+                "norm": value,
+                "params": subject.decoder.blocks[layer].get_submodule(component.path).weight.numel(),
+                TEXT: label,
+            }
+        )
+    return rows
+
+
+def _decide(job: DecideJob) -> Decision:
+    """Densities from the delta tables, scaled to a mean if one is asked for."""
+    import pandas as pd
+
+    gamma, epsilon = job.options["gamma"] + 0.0, job.options["epsilon"]  # -0 is 0, in the file name too
+    bound = job.options["bound"]
+    as_weights = bool(job.options["apply_lewis_to_weights"])
+    if gamma > epsilon:
+        raise UserError(
+            f"--gamma {gamma} is above --epsilon {epsilon}: gamma is the density of what changed "
+            "least, epsilon of what changed most; swap them"
+        )
+    measured = _read(job)
+    naming = name_tensors(job.config, measured, job.local, trust_remote_code=job.trust_remote_code)
+    columns = list(measured.deltas[job.experts[0].type].columns)
+    parts = []
+    for entry in job.experts:
+        density = densities(measured.deltas[entry.type][columns], gamma, epsilon, bound)
+        parts.append(coefficient_table(entry.type, density, naming.names, naming.params, as_weights=as_weights))
+    table = pd.concat(parts, ignore_index=True)
+    if job.mean_density is not None:
+        table = with_mean_density(table, job.mean_density, as_weights=as_weights)
+    clip = ("clip",) if bound == "clip" else ()
+    return Decision(
+        table=table,
+        naming=naming,
+        writes_weights=as_weights,
+        how=tuple(_how(job)),
+        after=tuple(_at_bounds(table, job)) if clip and job.mean_density is None else (),
+        warnings=measured.warnings,
+        numbers=(gamma, epsilon),
+        tags=clip,
+        scale=(gamma, epsilon) if job.mean_density is None else None,
+    )
+
+
+def _read(job: DecideJob) -> Measurements:
+    config, folder = job.config, job.folder
+    merged = [entry.type for entry in job.experts]
+    # A table of an expert that the config measures but does not merge may lie there; it is checked and left out.
+    spare = [
+        entry.type
+        for entry in config.experts
+        if entry.type not in merged and (folder / delta_file(entry.type)).exists()
+    ]
+    measured = read_measurements(folder, [*merged, *spare], config.base_model_type, config.components)
+    first = measured.deltas[merged[0]]
+    for model_type in merged[1:]:
+        if set(measured.deltas[model_type].columns) != set(first.columns):
+            raise UserError(
+                f"dataframe folder {folder}: {delta_file(merged[0])} and {delta_file(model_type)} hold different "
+                "components; measure both experts with the same config"
+            )
+    return measured
+
+
+def _how(job: DecideJob) -> list[tuple[str, str]]:
+    gamma, epsilon = job.options["gamma"], job.options["epsilon"]
+    if job.options["bound"] == "clip":
+        text = f"clip: delta / largest delta of the expert, clipped to [{gamma}, {epsilon}]"
+    else:
+        text = f"minmax: {gamma} for the smallest delta of the expert to {epsilon} for the largest"
+    lines = [("density", text)]
+    if job.mean_density is not None:
+        lines.append(
+            (
+                "",
+                f"then min(1, c x density) with a mean of {job.mean_density} per expert; gamma and epsilon shape the "
+                "densities but no longer bind them",
+            )
+        )
+    lines.append(("weight", "the same numbers" if job.options["apply_lewis_to_weights"] else "1"))
+    return lines
+
+
+def _at_bounds(table: "pd.DataFrame", job: DecideJob) -> list[str]:
+    gamma, epsilon = job.options["gamma"], job.options["epsilon"]
+    lines = []
+    for entry in job.experts:
+        low, high = share_at_bounds(table[table["model"] == entry.type][["density"]], gamma, epsilon)
+        lines.append(f"{entry.type}: at the bounds {low:.0%} of the tensors at {gamma}, {high:.0%} at {epsilon}")
+    return lines
+
+
+METHOD = GuidanceMethod(
+    name="lewis",
+    summary="densities from the change of each layer's activation-weighted norm (arXiv 2503.03874)",
+    gives="densities",
+    merge_method="ties",
+    files=_files,
+    choices=_choices,
+    measure=_measure,
+    decide=_decide,
+    decide_flags=(
+        MethodFlag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3),
+        MethodFlag(
+            "epsilon", "density of what changed most, gamma to 1", type=number(0, 1, low_open=True), default=0.8
+        ),
+        MethodFlag("apply_lewis_to_weights", "use the densities as merging weights too", switch=True, default=False),
+        MethodFlag(
+            "bound",
+            "how deltas become densities; minmax: scaled from gamma to epsilon; clip: relative to the largest, clipped",
+            choices=BOUNDS,
+            default="minmax",
+        ),
+    ),
+    config_keys=("sparsity_ratio", "parity", "components"),
+)

@@ -100,32 +100,73 @@ def run_blocks(
     Raises:
         UserError: the model does not visit its blocks once each and in order.
     """
-    names = [tensor_names(block, f"{decoder.blocks_path}.{i}") for i, block in enumerate(decoder.blocks)]
-    in_blocks = {name for group in names for name in group}
+    in_blocks = block_tensor_names(decoder)
     outside = [name for name in _body_names(decoder) if name not in in_blocks]
+    layers = range(len(decoder.blocks))
     with contextlib.ExitStack() as stack:
         stack.callback(weights.close)
-        fetcher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="fetch"))
         stack.enter_context(placed(decoder.model, "", weights.fetch(outside), device))
-        coming = fetcher.submit(weights.fetch, names[0])
-        stack.enter_context(_stops(decoder.blocks))
-        flows = [_Flow(decoder.body, batch, device) for batch in batches]
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
+        stack.enter_context(stops(decoder.blocks))
+        flows = [Flow(decoder.body, batch, device) for batch in batches]
         stack.callback(lambda: [flow.close() for flow in flows])
         for flow in flows:
             flow.advance()
-        computed = _marker(device)
-        for layer, block in enumerate(decoder.blocks):
-            tensors = coming.result()
-            if layer + 1 < len(names):
-                coming = fetcher.submit(_fetch_after, computed, weights, names[layer + 1])
-                if layer + 2 < len(names):
-                    weights.read_ahead(names[layer + 2])
-            with placed(block, f"{decoder.blocks_path}.{layer}", tensors, device):
-                del tensors
+        for layer in layers:
+            with turn.next_block() as block:
                 _through_block(layer, block, flows, visitor)
-            computed = _marker(device)
             on_block(layer)
         return [flow.result() for flow in flows]
+
+
+def block_tensor_names(decoder: Decoder) -> set[str]:
+    """The names, in the model, of all parameters and buffers inside the decoder blocks."""
+    return {name for layer in range(len(decoder.blocks)) for name in _names_in_block(decoder, layer)}
+
+
+def _names_in_block(decoder: Decoder, layer: int) -> list[str]:
+    return tensor_names(decoder.blocks[layer], f"{decoder.blocks_path}.{layer}")
+
+
+class BlocksInTurn:
+    """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
+
+    No more than two blocks are in fast memory: the present one and the one being fetched.
+    """
+
+    def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
+        self.decoder, self.weights, self.order, self.device = decoder, weights, list(order), device
+        self.place = 0
+
+    def __enter__(self) -> "BlocksInTurn":
+        self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self.coming = self.fetcher.submit(self.weights.fetch, self._names(0))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.fetcher.shutdown()
+        del self.coming
+
+    @contextlib.contextmanager
+    def next_block(self) -> Iterator[nn.Module]:
+        """The next block in the order, with its weights for as long as the context lasts."""
+        computed = _marker(self.device)
+        layer = self.order[self.place]
+        self.place += 1
+        tensors = self.coming.result()
+        if self.place < len(self.order):
+            self.coming = self.fetcher.submit(_fetch_after, computed, self.weights, self._names(self.place))
+            if self.place + 1 < len(self.order):
+                self.weights.read_ahead(self._names(self.place + 1))
+        else:
+            self.coming = None
+        block = self.decoder.blocks[layer]
+        with placed(block, f"{self.decoder.blocks_path}.{layer}", tensors, self.device):
+            del tensors
+            yield block
+
+    def _names(self, place: int) -> list[str]:
+        return _names_in_block(self.decoder, self.order[place])
 
 
 def _marker(device: torch.device) -> torch.cuda.Event | None:
@@ -144,7 +185,7 @@ def _fetch_after(computed: torch.cuda.Event | None, weights: WeightSource, names
     return weights.fetch(names)
 
 
-def _through_block(layer: int, block: nn.Module, flows: list["_Flow"], visitor: Visitor) -> None:
+def _through_block(layer: int, block: nn.Module, flows: list["Flow"], visitor: Visitor) -> None:
     with visitor.observing(layer, block):
         for flow in flows:
             flow.expect(layer)
@@ -166,23 +207,31 @@ def _body_names(decoder: Decoder) -> list[str]:
 
 
 @dataclass
-class _Arrival:
-    """A micro-batch standing at the entrance of a block: the block's own forward and the call it is about to make."""
+class Arrival:
+    """A micro-batch standing at the entrance of a block: the block's own forward and the call it is about to make.
+
+    `output` is what the block shall seem to have returned; None to make the call.
+    """
 
     layer: int
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: Any = None
 
 
-class _Flow:
-    """One micro-batch's forward pass, which stops at the entrance of every block."""
+class Flow:
+    """One micro-batch's forward pass through a model, which stops at the entrance of every block (see `stops`).
+
+    `body` is what is run: with the body of a causal language model the pass ends in final hidden states, with the
+    whole model in logits.
+    """
 
     def __init__(self, body: nn.Module, batch: MicroBatch, device: torch.device) -> None:
         self.batch = batch.to(device)
         self.body = body
         self.greenlet = greenlet.greenlet(self._forward)
-        self.arrival: _Arrival | None = None
+        self.arrival: Arrival | None = None
         self.final: torch.Tensor | None = None
 
     def _forward(self) -> None:
@@ -194,6 +243,11 @@ class _Flow:
         """Run until the entrance of the next block, or to the end."""
         self.arrival = None
         self.arrival = self.greenlet.switch()
+
+    def advance_with(self, output: Any) -> None:
+        """Run on as if the block this flow stands at had returned `output`."""
+        self.arrival.output = output
+        self.advance()
 
     def rehearse(self) -> None:
         """Run the block this flow stands at and drop the output; the flow stays where it is."""
@@ -209,7 +263,7 @@ class _Flow:
             )
 
     def result(self) -> torch.Tensor:
-        """The final hidden states; raises if the forward pass has not ended."""
+        """The first output (final hidden states, or logits); raises if the forward pass has not ended."""
         if self.final is None:
             self.expect(-1)
         return self.final
@@ -221,14 +275,15 @@ class _Flow:
 
 
 @contextlib.contextmanager
-def _stops(blocks: nn.ModuleList) -> Iterator[None]:
-    """Make each block's forward hand control to the runner before it runs."""
+def stops(blocks: nn.ModuleList) -> Iterator[None]:
+    """Make each block's forward hand control back before it runs, to whoever has entered this context."""
     runner = greenlet.getcurrent()
 
     def stopping(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def stop_then_forward(*args: Any, **kwargs: Any) -> Any:
-            runner.switch(_Arrival(layer, forward, args, kwargs))
-            return forward(*args, **kwargs)
+            arrival = Arrival(layer, forward, args, kwargs)
+            runner.switch(arrival)
+            return forward(*args, **kwargs) if arrival.output is None else arrival.output
 
         return stop_then_forward
 

@@ -44,26 +44,33 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     return model.eval()
 
 
-def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorHeader] | None:
-    """Map the model's parameter and stored-buffer names (language-model head aside) to the checkpoint's tensors.
+def match_names(model: nn.Module, checkpoint: Checkpoint, head: bool = False) -> dict[str, TensorHeader] | None:
+    """Map the model's parameter and stored-buffer names to the checkpoint's tensors.
 
     A checkpoint of the bare body lacks the body's prefix, and one of a causal model has it; both are matched. None if
-    a parameter is not found under its own name, that is, if transformers would convert the checkpoint.
+    a parameter is not found under its own name, that is, if transformers would convert the checkpoint. A head that
+    is tied to the embedding may be absent.
+
+    Args:
+        model: the skeleton.
+        checkpoint: its checkpoint.
+        head: include the language-model head, which is not needed for hidden states.
 
     Raises:
         UserError: a tensor's shape is not what config.json makes of the model.
     """
     prefix = model.base_model_prefix + "."
     body = {id(value) for value in [*model.base_model.parameters(), *model.base_model.buffers()]}
+    tied = tied_names(model)
     found = {}
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if id(value) not in body:
+        if id(value) not in body and not head:
             continue
         header = next(
             (checkpoint.tensors[key] for key in (name, name.removeprefix(prefix)) if key in checkpoint.tensors), None
         )
         if header is None:
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter) and (id(value) in body or name not in tied):
                 return None
             continue
         if header.shape != tuple(value.shape):
@@ -140,10 +147,16 @@ class ResidentWeights:
         from transformers import AutoModelForCausalLM
 
         self.device, self.dtype = device, dtype
-        loaded = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
         )
-        self.tensors = dict([*loaded.named_parameters(), *loaded.named_buffers()])
+        invented = set(report["missing_keys"])  # random numbers: a head that the checkpoint of a bare body lacks
+        named = [*loaded.named_parameters(), *loaded.named_buffers()]
+        self.tensors = {name: value for name, value in named if name not in invented}
 
     def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Copy tensors to the device."""
@@ -163,6 +176,28 @@ WeightSource = StreamedWeights | ResidentWeights
 def tensor_names(module: nn.Module, path: str) -> list[str]:
     """The full names of a module's parameters and buffers, given its path in the model."""
     return [f"{path}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """The parameters that share another one's values by the model's config: name to the other's name."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def share_tied(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make tied parameters one and the same, so that they have one gradient, as transformers does when it loads.
+
+    Where both are stored and differ, they stay two, which is also what transformers makes of them.
+
+    Args:
+        model: the model, with `tensors` placed in it.
+        tensors: the parameters that were fetched, by full name.
+    """
+    for name, other in tied_names(model).items():
+        if name in tensors and other in tensors and not torch.equal(tensors[name], tensors[other]):
+            continue
+        absent, present = (name, other) if other in tensors else (other, name)
+        owner, _, slot = absent.rpartition(".")
+        model.get_submodule(owner)._parameters[slot] = model.get_parameter(present)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.growth import ENOUGH, fit
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -26,8 +28,9 @@ class Contender:
 class Run:
     """One finished run: whole-process seconds, the job's own seconds (start-up apart), peak memory in bytes.
 
-    `anonymous` is the peak of memory that the system could not reclaim (resident pages that no file backs);
-    `gpu` what the process itself reports as its peak on the GPU, 0 without one.
+    `anonymous` is the peak of memory that the system could not reclaim (resident pages that no file backs; what a GPU's
+    driver pins is not in it); `gpu` what the process itself reports as its peak on the GPU, 0 without one; `tokens` how
+    many it says each model computed, 0 if that is not its work.
     """
 
     contender: str
@@ -35,10 +38,20 @@ class Run:
     job_seconds: float
     anonymous: int
     gpu: int
+    tokens: int = 0
 
 
 _JOB = re.compile(r"(?:measured|merged) in ([\d.]+) s")
+_TOKENS = re.compile(r"(\d+) tokens in ")
 _GPU = re.compile(r"peak GPU memory ([\d.]+) (MB|GB)")
+
+
+def chosen(names: str, known: Sequence[str]) -> list[str]:
+    """Contenders by name, separated by commas; ends the program if one is unknown."""
+    found = names.split(",")
+    if unknown := [name for name in found if name not in known]:
+        raise SystemExit(f"unknown contender {unknown[0]!r}; known: {', '.join(known)}")
+    return found
 
 
 def run_once(contender: Contender) -> Run:
@@ -53,9 +66,16 @@ def run_once(contender: Contender) -> Run:
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{contender.name} failed:\n{output[-3000:]}")
-    job, gpu = _JOB.search(output), _GPU.search(output)
+    return read_output(contender.name, output, seconds, peak[0])
+
+
+def read_output(name: str, output: str, seconds: float, anonymous: int) -> Run:
+    """What a process says of itself, beside what was seen from outside."""
+    job, gpu, tokens = _JOB.search(output), _GPU.search(output), _TOKENS.search(output)
     held = float(gpu[1]) * (1e9 if gpu[2] == "GB" else 1e6) if gpu else 0
-    return Run(contender.name, seconds, float(job[1]) if job else seconds, peak[0], int(held))
+    return Run(
+        name, seconds, float(job[1]) if job else seconds, anonymous, round(held), int(tokens[1]) if tokens else 0
+    )
 
 
 def alternate(
@@ -94,14 +114,34 @@ def table(contenders: Sequence[Contender], runs: Sequence[Run], baseline: str) -
 
 
 def write_csv(path: Path, runs: Sequence[Run], **columns: object) -> None:
-    """Append every run, with further constant columns (shape, machine ...), to a CSV file."""
+    """Add every run, with further constant columns (shape, machine ...), to a CSV file; older rows keep blanks in columns
+    that are new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *(field.name for field in fields(Run))])
-        if new:
-            writer.writeheader()
-        writer.writerows({**columns, **asdict(run)} for run in runs)
+    rows: list[dict[str, object]] = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows += csv.DictReader(file)
+    rows += [{**columns, **asdict(run)} for run in runs]
+    names = dict.fromkeys([*columns, *(field.name for field in fields(Run)), *(name for row in rows for name in row)])
+    unfinished = path.with_name(f".{path.name}.part")
+    with open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(names), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
+def growth_lines(points: Sequence[tuple[Run, float]], unit: str, per: float) -> list[str]:
+    """A sentence per contender on how its job grows with a size, where there are three sizes or more."""
+    by_size: dict[str, dict[float, list[float]]] = {}
+    for run, size in points:
+        by_size.setdefault(run.contender, {}).setdefault(size, []).append(run.job_seconds)
+    lines = []
+    for name, sizes in by_size.items():
+        if len(sizes) >= ENOUGH:
+            line = fit(list(sizes), [statistics.median(seconds) for seconds in sizes.values()])
+            lines.append(f"{name}: job {line.sentence(unit, per)}")
+    return lines
 
 
 def machine() -> str:
@@ -123,7 +163,7 @@ def _medians(runs: Sequence[Run]) -> Run:
         runs[0].contender,
         *(
             statistics.median(getattr(run, name) for run in runs)
-            for name in ("seconds", "job_seconds", "anonymous", "gpu")
+            for name in ("seconds", "job_seconds", "anonymous", "gpu", "tokens")
         ),
     )
 

@@ -1,12 +1,16 @@
 """What measuring a pair costs, against the published procedure.
 
     python3 benchmarks/measuring.py --shape llama-365m --data FOLDER --runs 3
-    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --nsamples 15,60,240 --contenders ours
+    python3 benchmarks/measuring.py --shape llama-78m,llama-160m,llama-365m --data FOLDER --text gsm8k --contenders ours
+    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --nsamples 15,60,240 --contenders ours
+    python3 benchmarks/measuring.py --shape llama-3.1-8b --data FOLDER --device cuda --contenders ours,published,read-floor
 
 Runs each contender as a whole process, in turn, `--runs` times with the weights in the page cache, and prints medians,
-ratios and peak memory; every run goes into `benchmarks/results/measuring.csv`. Contenders: `ours` (default settings), `parity`
+ratios and peak memory; every run goes into `benchmarks/results/measuring.csv`. Over three shapes or numbers of samples or
+more, it also prints how cost grows with parameters and with tokens. Contenders: `ours` (default settings), `parity`
 (ours with `parity: reference`, pruning 0.5, in float32) and `parity-fast` (the same in bfloat16); `published` and
-`published-fp32` are the procedure as published (`benchmarks/published_scoring.py`), in bfloat16 and float32.
+`published-fp32` are the procedure as published (`benchmarks/published_scoring.py`), in bfloat16 and float32; `read-floor`
+brings the weights of both models to the device and computes nothing (`benchmarks/read_floor.py`).
 """
 
 import argparse
@@ -17,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from benchmarks.contenders import Contender, alternate, machine, table, write_csv
-from benchmarks.shapes import ROOT, SHAPES, build_pair, rows_files
+from benchmarks.contenders import Contender, Run, alternate, chosen, growth_lines, machine, table, write_csv
+from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
 
-NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32")
+NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor")
 
 
 def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsamples: int, device: str) -> Contender:
@@ -28,6 +32,9 @@ def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsample
     base, expert = str(places["base"]), str(places["one"])
     weights = [file for place in (base, expert) for file in Path(place).glob("*.safetensors")]
     moved = sum(file.stat().st_size for file in weights)
+    if name == "read-floor":
+        script = str(ROOT / "benchmarks" / "read_floor.py")
+        return Contender(name, (sys.executable, script, device, *map(str, sorted(weights))), moved)
     if name.startswith("published"):
         dtype = "float32" if name.endswith("fp32") else "bfloat16"
         script = str(ROOT / "benchmarks" / "published_scoring.py")
@@ -67,18 +74,35 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "measuring.csv")
     args = parser.parse_args()
     print(f"machine: {machine()}")
+    names = chosen(args.contenders, NAMES)
+    everything: list[tuple[Run, str, int, int]] = []
     for shape in args.shape.split(","):
         places = build_pair(shape, args.work / shape, args.data)
+        params = parameter_count(places["base"])
         texts = {name: rows for name, rows in rows_files(args.data).items() if name in args.text.split(",")}
         for text, rows in texts.items():
             for nsamples in map(int, args.nsamples.split(",")):
-                names = args.contenders.split(",")
                 contenders = [contender(name, places, text, rows, nsamples, args.device) for name in names]
                 runs = alternate(contenders, args.runs, lambda places=places: read_weights(places), uncounted=0)
-                columns = {"shape": shape, "text": text, "nsamples": nsamples, "machine": machine()}
-                write_csv(args.results, runs, **columns)
+                columns = {"shape": shape, "params": params, "text": text, "nsamples": nsamples, "device": args.device}
+                write_csv(args.results, runs, **columns, machine=machine())
+                everything += [(run, text, params, nsamples) for run in runs]
                 print(f"\n{shape}, {nsamples} samples of {text}, medians of {args.runs} runs:\n")
                 print(table(contenders, runs, names[-1]))
+    for line in growth(everything):
+        print(line)
+
+
+def growth(runs: list[tuple[Run, str, int, int]]) -> list[str]:
+    """How cost grows: with parameters at each text and number of samples, with tokens at each text and size."""
+    lines = []
+    for text, nsamples in dict.fromkeys((text, nsamples) for _, text, _, nsamples in runs):
+        points = [(run, params) for run, t, params, n in runs if (t, n) == (text, nsamples)]
+        lines += [f"\n{nsamples} samples of {text}, {one}" for one in growth_lines(points, "100 M parameters", 1e8)]
+    for text, params in dict.fromkeys((text, params) for _, text, params, _ in runs):
+        points = [(run, run.tokens) for run, t, p, _ in runs if (t, p) == (text, params) and run.tokens]
+        lines += [f"\n{params / 1e6:.0f} M, {text}, {one}" for one in growth_lines(points, "1000 tokens", 1e3)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """What merging two experts costs, against stock mergekit and against reading and writing alone.
 
     python3 benchmarks/merging.py --shape llama-365m --runs 3
-    python3 benchmarks/merging.py --shape llama-78m,llama-160m,llama-365m --runs 3 --contenders ours,floor --cold
+    python3 benchmarks/merging.py --shape llama-78m,llama-160m,llama-365m --runs 3 --contenders ours,floor
+    python3 benchmarks/merging.py --shape llama-365m --runs 3 --contenders ours,floor --cold
+    python3 benchmarks/merging.py --shape llama-3.2-3b --runs 3 --device cuda
 
 Every contender merges the same three models by the same YAML, `ties` with a density for each linear weight of each
 layer, as a whole process, in turn, `--runs` times after one warm-up round. Medians, ratios and peak memory are printed;
 every run goes into `benchmarks/results/merging.csv`. Contenders: `ours`; `ours-stock` (the same command, mergekit's own
-executor); `mergekit-yaml`; `mergekit-fast-options` (with those of its options that make it faster on this machine);
+executor); `ours-cpu` (on the CPU, whatever `--device`); `mergekit-yaml`; `mergekit-fast-options` (with those of its options that make it faster on this machine);
 `floor` (the inputs read, one output written, nothing computed). `--cold` drops the inputs from the page cache before
-every run. "job" is the merge itself: for mergekit its executor's run, which includes writing.
+every run. Over three shapes or more it also prints how cost grows with parameters. "job" is the merge itself: for mergekit its executor's run, which includes writing.
 """
 
 import argparse
@@ -22,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from benchmarks.contenders import Contender, alternate, machine, table, write_csv
-from benchmarks.shapes import ROOT, SHAPES, build_pair
+from benchmarks.contenders import Contender, Run, alternate, chosen, growth_lines, machine, table, write_csv
+from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count
 from utils.checkpoints import read_headers
 
-NAMES = ("ours", "ours-stock", "mergekit-yaml", "mergekit-fast-options", "floor")
+NAMES = ("ours", "ours-stock", "ours-cpu", "mergekit-yaml", "mergekit-fast-options", "floor")
 STOCK = str(ROOT / "benchmarks" / "timed_mergekit.py")
 FAST_OPTIONS = {"cpu": ("--async-write", "--write-threads", "2", "--out-shard-size", "1B"), "cuda": ("--gpu-rich",)}
 
@@ -66,7 +68,7 @@ def contender(name: str, recipe: Path, output: Path, weights: list[Path], device
         command = (STOCK, str(recipe), str(output), "--random-seed", "0", *options)
     else:
         command = (str(ROOT / "utils" / "merger.py"), "--output_path", str(output), "--merge_config", str(recipe))
-        command += ("--device", device, "--fast_selection", str(name == "ours"))
+        command += ("--device", "cpu" if name == "ours-cpu" else device, "--fast_selection", str(name != "ours-stock"))
     return Contender(name, (sys.executable, *command), moved)
 
 
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help=f"one or more of {', '.join(SHAPES)}, separated by commas")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--contenders", default=",".join(NAMES))
+    parser.add_argument("--contenders", default="ours,ours-stock,mergekit-yaml,mergekit-fast-options,floor")
     parser.add_argument("--method", default="ties", choices=["ties", "breadcrumbs", "breadcrumbs_ties"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before every run")
@@ -94,22 +96,28 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "merging.csv")
     args = parser.parse_args()
     print(f"machine: {machine()}")
-    names = args.contenders.split(",")
+    names = chosen(args.contenders, NAMES)
+    sized: list[tuple[Run, float]] = []
     baseline = "mergekit-yaml" if "mergekit-yaml" in names else names[-1]
     for shape in args.shape.split(","):
         places = build_pair(shape, (args.work / shape).resolve(), args.data)
         weights = [file for place in places.values() for file in sorted(place.glob("*.safetensors"))]
+        params = parameter_count(places["base"])
         output = places["base"].parent / "merged"
         recipe = write_recipe(places, output.with_name(f"{args.method}_{args.dtype}.yaml"), args.method, args.dtype)
         contenders = [contender(name, recipe, output, weights, args.device) for name in names]
         cold = weights if args.cold else []
         runs = alternate(contenders, args.runs, before=lambda output=output, cold=cold: prepare(output, cold))
         cache = "cold" if args.cold else "warm"
-        columns = {"shape": shape, "method": args.method, "dtype": args.dtype, "device": args.device, "cache": cache}
+        sized += [(run, params) for run in runs]
+        columns = {"shape": shape, "params": params, "method": args.method, "dtype": args.dtype}
+        columns |= {"device": args.device, "cache": cache}
         write_csv(args.results, runs, **columns, machine=machine())
         shutil.rmtree(output, ignore_errors=True)
         print(f"\n{shape}, {args.method} in {args.dtype}, page cache {cache}, medians of {args.runs} runs:\n")
         print(table(contenders, runs, baseline))
+    for line in growth_lines(sized, "100 M parameters", 1e8):
+        print(f"\n{line}")
 
 
 if __name__ == "__main__":

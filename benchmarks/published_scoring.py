@@ -103,7 +103,12 @@ def main() -> None:
         samples = padded_samples(folder, args.rows, args.nsamples)
         norms = score(folder, samples, getattr(torch, args.dtype), args.device, args.sparsity_ratio)
         result[folder] = {f"{layer} {name}": norm for (layer, name), norm in norms.items()}
-    print(f"measured in {time.perf_counter() - start:.2f} s")
+    peak = ""
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize(args.device)
+        peak = f", peak GPU memory {torch.cuda.max_memory_allocated(args.device) / 1e9:.3f} GB"
+    print(f"{sum(sample.numel() for sample in samples)} tokens in {len(samples)} samples")
+    print(f"measured in {time.perf_counter() - start:.2f} s{peak}")
     if args.out:
         args.out.write_text(json.dumps(result))
 

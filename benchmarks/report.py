@@ -1,121 +1,184 @@
-"""Medians, ratios and plots from the runs that the benchmarks wrote.
+"""Tables and plots from the runs that the benchmarks wrote.
 
     python3 benchmarks/report.py
 
-Reads `benchmarks/results/measuring.csv` and `merging.csv`, prints one Markdown table per file, and draws cost against
-model size and against samples into `benchmarks/results/*.png`.
+Reads `measuring.csv` and `merging.csv` in `benchmarks/results/` (`--results` for another folder). Prints Markdown tables
+ready for a README: every contender with its baselines, and how cost grows. Writes the same into `summary.md` beside the
+CSVs, and draws cost against model size and against tokens (`cost_by_size.png`, `cost_by_samples.png`; those of a GPU have
+`_cuda` in the name).
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 
+from benchmarks.growth import ENOUGH, Growth, fit
+
 RESULTS = Path(__file__).resolve().parent / "results"
-BASELINES = {"ours": "published", "parity-fast": "published", "parity": "published-fp32"}
-PARAMETERS = {"llama-78m": 84e6, "llama-160m": 162e6, "llama-365m": 349e6}
+FIGURES = ["seconds", "job_seconds", "anonymous", "gpu", "tokens"]
+# what each contender is compared with, by benchmark
+BASELINES = {
+    "measuring": {
+        "ours": ("published", "read-floor"),
+        "parity": ("published-fp32",),
+        "parity-fast": ("published",),
+    },
+    "merging": {
+        "ours": ("mergekit-yaml", "mergekit-fast-options", "floor"),
+        "ours-stock": ("mergekit-yaml",),
+        "ours-cpu": ("mergekit-yaml", "mergekit-fast-options", "floor"),
+    },
+}
+NAMES = {
+    "ours": "defaults",
+    "parity": "`parity: reference`, float32",
+    "parity-fast": "`parity: reference`, bfloat16",
+    "published": "published procedure, bfloat16",
+    "published-fp32": "published procedure, float32",
+    "read-floor": "reading the weights to the device",
+    "ours-stock": "`--fast_selection False`",
+    "ours-cpu": "`--device cpu`",
+    "mergekit-yaml": "stock `mergekit-yaml`",
+    "mergekit-fast-options": "stock, its fastest options",
+    "floor": "reading the inputs, writing the output",
+}
+HEADING = ["what", "baseline", "job s, ours / baseline", "job, times faster", "process s, ours / baseline"]
+HEADING += ["process, times faster", "unreclaimable MB, ours / baseline"]
+ON_GPU = "GPU MB, ours / baseline"
 
 
 def medians(frame: pd.DataFrame) -> pd.DataFrame:
     """Median of every figure per machine, what was run on, and contender; with the number of runs."""
-    figures = ["seconds", "job_seconds", "anonymous", "gpu"]
+    figures = [name for name in FIGURES if name in frame]
     keys = [column for column in frame.columns if column not in figures]
     grouped = frame.groupby(keys, sort=False, dropna=False)[figures]
     return grouped.median().assign(runs=grouped.size()).reset_index()
 
 
-def with_ratios(table: pd.DataFrame, baselines: dict[str, str]) -> pd.DataFrame:
-    """Add how many times less time each contender took than its baseline (job, start-up apart; and whole process)."""
-    keys = [column for column in ("machine", "shape", "text", "nsamples", "cache", "recipe") if column in table]
-    rows = []
-    for row in table.to_dict("records"):
-        same = (table[keys] == pd.Series({key: row[key] for key in keys})).all(axis=1)
-        base = table[same & (table["contender"] == baselines.get(row["contender"]))]
+def compared(table: pd.DataFrame, baselines: dict[str, tuple[str, ...]]) -> Iterator[tuple[pd.Series, pd.Series]]:
+    """Every contender with each of its baselines that ran on the same machine on the same work."""
+    work = [column for column in table.columns if column not in (*FIGURES, "runs", "contender")]
+    for _, same in table.groupby(work, sort=False, dropna=False):
+        rows = {row["contender"]: row for _, row in same.iterrows()}
+        for name, others in baselines.items():
+            yield from ((rows[name], rows[other]) for other in others if name in rows and other in rows)
+
+
+def comparison(kind: str, table: pd.DataFrame) -> str:
+    """A Markdown table of ours against the baselines: medians and how many times faster."""
+    memory = {"anonymous": HEADING[-1]} | ({"gpu": ON_GPU} if table["gpu"].any() else {})
+    heading = [*HEADING[:-1], *memory.values(), "runs"]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    for ours, base in compared(table, BASELINES[kind]):
+        cells = [what(kind, ours), NAMES[base["contender"]]]
         for name in ("job_seconds", "seconds"):
-            row[f"{name}_ratio"] = float(base[name].iloc[0]) / row[name] if len(base) else None
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def markdown(table: pd.DataFrame, columns: dict[str, str]) -> str:
-    """A Markdown table of some columns under new names."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-    for row in table.to_dict("records"):
-        lines.append("| " + " | ".join(_cell(key, row[key]) for key in columns) + " |")
+            cells += [f"{ours[name]:.1f} / {base[name]:.1f}", f"{base[name] / ours[name]:.1f}"]
+        cells += [f"{ours[name] / 1e6:.0f} / {base[name] / 1e6:.0f}" for name in memory]
+        lines.append("| " + " | ".join([*cells, f"{min(ours['runs'], base['runs'])}"]) + " |")
     return "\n".join(lines)
 
 
-def draw(table: pd.DataFrame) -> list[Path]:
-    """Job seconds of `ours` against parameters and against samples; the line is proportional cost."""
+def what(kind: str, row: pd.Series) -> str:
+    """What was measured or merged, in a few words."""
+    name, size = NAMES[row["contender"]], f"{row['params'] / 1e6:.0f} M"
+    if kind == "measuring":
+        return f"measuring a pair, {size}, {row['nsamples']} {str(row['text']).upper()} samples, {name}"
+    cache = "" if row["cache"] == "warm" else f", {row['cache']} page cache"
+    return f"merging two experts, {size}, `{row['method']}` in {row['dtype']}{cache}, {name}"
+
+
+def series(kind: str, table: pd.DataFrame, against: str) -> dict[str, pd.DataFrame]:
+    """The series of one contender over at least three sizes (`params` or `tokens`), by what is the same in them."""
+    figures = {*FIGURES, "runs", "machine", against}
+    paired = {"params": {"shape"}, "tokens": {"nsamples", "tokens"}}[against]
+    keys = [column for column in table.columns if column not in figures | paired]
+    found = {}
+    for _, rows in table.groupby(keys, sort=False, dropna=False):
+        rows = rows[rows[against] > 0].sort_values(against)
+        if rows[against].nunique() >= ENOUGH:
+            found[label(kind, rows.iloc[0], against)] = rows
+    return found
+
+
+def label(kind: str, row: pd.Series, against: str) -> str:
+    """What to call a series."""
+    if kind == "merging":
+        return f"merging two experts, {row['method']}, cache {row['cache']}: {row['contender']}"
+    same = (
+        f"{row['nsamples']} {row['text']} samples"
+        if against == "params"
+        else f"{row['params'] / 1e6:.0f} M, {row['text']}"
+    )
+    return f"measuring a pair, {same}: {row['contender']}"
+
+
+def growth(rows: pd.DataFrame, against: str) -> Growth:
+    """The line through a series."""
+    return fit(list(rows[against].astype(float)), list(rows["job_seconds"].astype(float)))
+
+
+def draw(path: Path, found: dict[str, pd.DataFrame], against: str) -> None:
+    """Job seconds of several series against a size, each with its line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    ours = table[(table["contender"] == "ours") & (table["text"] == "gsm8k")]
-    sizes = ours[ours["nsamples"] == 15].assign(x=lambda rows: rows["shape"].map(PARAMETERS) / 1e6)
-    most_sampled = ours.groupby("shape")["nsamples"].nunique().idxmax()
-    samples = ours[ours["shape"] == most_sampled].assign(x=lambda rows: rows["nsamples"])
-    written = []
-    for name, rows, label in (
-        ("cost_by_size", sizes, "million parameters (15 samples)"),
-        ("cost_by_samples", samples, f"samples ({most_sampled})"),
-    ):
-        rows = rows.dropna(subset="x").sort_values("x")
-        figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-        axes.plot(rows["x"], rows["job_seconds"], "o-", label="measuring a pair")
-        last = rows.iloc[-1]
-        line = [0, last["x"]], [0, last["job_seconds"]]
-        axes.plot(*line, "--", color="gray", label="proportional to the largest")
-        axes.set(xlabel=label, ylabel="seconds, start-up apart", ylim=(0, None))
-        axes.legend(loc="upper left")
-        path = RESULTS / f"{name}.png"
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        plt.close(figure)
-        written.append(path)
-    return written
+    unit, title = {"params": (1e6, "million parameters"), "tokens": (1e3, "thousand tokens")}[against]
+    figure, panels = plt.subplots(1, len(found), figsize=(4.8 * len(found), 3.6), layout="constrained", squeeze=False)
+    for axes, (name, rows) in zip(panels[0], found.items(), strict=True):
+        line, end = growth(rows, against), float(rows[against].max())
+        axes.plot(rows[against] / unit, rows["job_seconds"], "o", color="tab:blue", label="median")
+        text = f"{line.fixed:.2f} s + {line.slope * unit:.3g} s per {title.split()[0]}, R² {line.r_squared:.3f}"
+        axes.plot([0, end / unit], [line.at(0), line.at(end)], "--", color="gray", label=text)
+        axes.set(xlabel=title, ylabel="seconds, start-up apart", xlim=(0, None), ylim=(0, None))
+        axes.set_title(name, fontsize=9)
+        axes.legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
-def _cell(name: str, value: object) -> str:
-    if value is None or value != value:
-        return "-"
-    if name == "anonymous" or name == "gpu":
-        return f"{float(value) / 1e6:.0f}"
-    if name.endswith("_ratio"):
-        return f"{float(value):.1f}x"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+def report(results: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write `summary.md` and the pictures; `say` gets every line of the summary."""
+    lines: list[str] = []
+    pictures: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    for kind in BASELINES:
+        path = results / f"{kind}.csv"
+        if not path.exists():
+            print(f"{path} is not there; run benchmarks/{kind}.py first", file=sys.stderr)
+            continue
+        for (machine, device), table in medians(pd.read_csv(path)).groupby(["machine", "device"], sort=False):
+            lines += [f"\n{kind.capitalize()} on {machine}, device {device}:\n", comparison(kind, table), ""]
+            for against, unit, per in (("params", "100 M parameters", 1e8), ("tokens", "1000 tokens", 1e3)):
+                if against not in table or (kind, against) == ("merging", "tokens"):
+                    continue
+                found = series(kind, table, against)
+                lines += [f"- {name}: {growth(rows, against).sentence(unit, per)}." for name, rows in found.items()]
+                ours = {name: rows for name, rows in found.items() if rows["contender"].iloc[0] == "ours"}
+                picture = {"params": "cost_by_size", "tokens": "cost_by_samples"}[against]
+                place = "" if str(device) == "cpu" else f"_{str(device).partition(':')[0]}"
+                pictures.setdefault((f"{picture}{place}.png", against), {}).update(ours)
+    summary = results / "summary.md"
+    summary.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
+    for line in lines:
+        say(line)
+    for (name, against), found in pictures.items():
+        if found:
+            draw(results / name, found, against)
+    return [summary, *(results / name for (name, _), found in pictures.items() if found)]
 
 
 def main() -> None:
     """Print the tables and draw the plots."""
-    shown = {
-        "shape": "shape",
-        "text": "text",
-        "nsamples": "samples",
-        "cache": "page cache",
-        "contender": "contender",
-        "job_seconds": "job s",
-        "seconds": "process s",
-        "job_seconds_ratio": "job, times faster",
-        "seconds_ratio": "process, times faster",
-        "anonymous": "unreclaimable MB",
-        "runs": "runs",
-    }
-    baselines = {
-        "measuring": BASELINES,
-        "merging": {"ours": "mergekit-yaml", "ours-stock": "mergekit-yaml", "mergekit-fast-options": "mergekit-yaml"},
-    }
-    for name, chosen in baselines.items():
-        path = RESULTS / f"{name}.csv"
-        if not path.exists():
-            print(f"{path} is not there; run benchmarks/{name}.py first", file=sys.stderr)
-            continue
-        table = with_ratios(medians(pd.read_csv(path)), chosen)
-        for machine, part in table.groupby("machine", sort=False):
-            print(f"\n{name} on {machine}:\n")
-            print(markdown(part, {key: title for key, title in shown.items() if key in part}))
-        if name == "measuring":
-            print("\n" + ", ".join(str(picture) for picture in draw(table)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    for path in report(parser.parse_args().results, print):
+        print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

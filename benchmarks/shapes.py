@@ -9,6 +9,8 @@ byte-level tokenizer trained on the text that will be measured. `--data` is a fo
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
 VOCABULARY = 8192  # of the trained tokenizer; the embedding has the shape's own rows
 SHARD_BYTES = 2_000_000_000
 
@@ -71,6 +75,13 @@ def build_pair(shape: str, folder: Path, data: Path | None) -> dict[str, Path]:
         write_tokenizer(place, rows_files(data).values())
         config.save_pretrained(place)
     return places
+
+
+def parameter_count(place: Path) -> int:
+    """Stored parameters of a model folder, from its headers."""
+    from utils.checkpoints import read_headers
+
+    return sum(math.prod(header.shape) for header in read_headers(place, place.name).values())
 
 
 def rows_files(data: Path | None) -> dict[str, Path]:

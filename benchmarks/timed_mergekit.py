@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.scripts.run_yaml import main
@@ -19,7 +20,11 @@ def time_runs(executor: type) -> None:
     def timed(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         start = time.perf_counter()
         yield from run(*arguments, **keywords)
-        print(f"merged in {time.perf_counter() - start:.2f} s", flush=True)
+        peak = ""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            held = max(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
+            peak = f", peak GPU memory {held / 1e9:.3f} GB" if held else ""
+        print(f"merged in {time.perf_counter() - start:.2f} s{peak}", flush=True)
 
     executor.run = timed
 

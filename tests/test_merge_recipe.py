@@ -122,12 +122,13 @@ def test_known_names_come_from_mergekit_itself(tmp_path):
     from mergekit.merge_methods import registered_methods
     from mergekit.merge_methods.base import ParameterScope
 
-    from utils.recipe_schema import _unknown_keys
+    from utils.recipe_names import unknown_keys
 
     data = dict.fromkeys(MergeConfiguration.model_fields)
-    assert not list(_unknown_keys(MergeConfiguration, data, ""))
+    assert not list(unknown_keys(MergeConfiguration, data, ""))
     for method in registered_methods():
-        values = {one.name: 0.5 if one.value_type is float else 1 for one in method.spec.parameters}
+        samples = {float: 0.5, str: "text"}
+        values = {one.name: samples.get(one.value_type, 1) for one in method.spec.parameters}
         own = {one.name for one in method.spec.parameters if one.scope != ParameterScope.SHARED}
         models = [{"model": "a"}, {"model": "b", "parameters": {name: values[name] for name in own}}]
         shared = {name: value for name, value in values.items() if name not in own}

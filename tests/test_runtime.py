@@ -3,11 +3,16 @@
 python -m pytest tests/test_runtime.py
 """
 
+import gc
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils.errors import UserError
-from utils.runtime import available_bytes, choose_device, gigabytes, versions
+from utils.runtime import available_bytes, choose_device, gigabytes, import_libraries, versions
 
 
 def gpus(monkeypatch, count: int) -> None:
@@ -55,3 +60,37 @@ def test_memory_and_versions():
         "0.10 GB",
         "1500.00 GB",
     ]
+
+
+def probe(code: str) -> list[str]:
+    """The words that a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+    return done.stdout.split()
+
+
+def test_libraries_are_imported_with_the_collector_at_rest_and_out_of_its_sight():
+    code = (
+        "import gc; from utils.runtime import import_libraries\n"
+        "runs = []; gc.callbacks.append(lambda phase, info: runs.append(phase))\n"
+        "import_libraries('pydantic', 'numpy')\n"
+        "print(len(runs), gc.get_freeze_count() > 10_000, gc.isenabled())\n"
+        "import pydantic, numpy; loop = []; loop.append(loop); del loop; print(gc.collect() >= 1)"
+    )
+    assert probe(code) == ["0", "True", "True", "True"]
+
+
+def test_what_a_program_drops_later_stays_collectable():
+    code = (
+        "import gc; from utils.runtime import import_libraries\n"
+        "import_libraries('json'); before = gc.get_freeze_count()\n"
+        "import_libraries('json'); print(gc.get_freeze_count() == before)\n"
+        "gc.disable(); import_libraries('pydantic'); print(gc.isenabled())"
+    )
+    assert probe(code) == ["True", "False"]
+
+
+def test_a_library_that_is_missing_is_told_and_the_collector_runs_on():
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        import_libraries("no_such_library")
+    assert gc.isenabled()

@@ -23,6 +23,7 @@ from utils.runtime import (
     choose_device,
     device_name,
     gigabytes,
+    import_libraries,
     peak_gpu_memory,
     versions,
 )
@@ -125,7 +126,9 @@ def _refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> 
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and chatter off the screen; their errors still show."""
+    """Import the libraries, and keep their own progress bars and chatter off the screen; their errors still show."""
+    import_libraries("torch", "transformers", "transformers.modeling_utils", "accelerate", "pandas")
+
     import transformers
     from datasets.utils.logging import disable_progress_bar
 

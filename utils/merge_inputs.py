@@ -12,10 +12,11 @@ from typing import Any
 from mergekit.common import ModelPath, ModelReference
 from pydantic import BaseModel
 
-from utils.adapters import check_adapter, merged_folder
-from utils.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
-from utils.errors import UserError, raise_collected
+from utils.adapters import merged_folder
+from utils.checkpoints import Checkpoint, is_local, open_checkpoint
+from utils.errors import raise_collected
 from utils.merge_settings import MergeSettings
+from utils.quick_check import find_folders, open_named
 from utils.recipe_schema import OrderedConfiguration
 
 
@@ -64,14 +65,7 @@ def open_inputs(config: OrderedConfiguration, settings: MergeSettings) -> MergeI
     """
     merged = config.referenced_models()
     others = [reference for reference in dict.fromkeys(_references(config)) if reference not in merged]
-    folders = {}
-    for reference in (*merged, *others):
-        if reference.override_architecture:
-            raise UserError(f"model {reference}: override_architecture is not supported here; use mergekit-yaml")
-        if reference.lora:
-            check_adapter(str(reference), settings.lora_merge_cache)
-        folders[reference] = find_small_files(reference.model.path, reference.model.revision)
-        read_model_config(folders[reference], str(reference))
+    folders = find_folders((*merged, *others), settings.lora_merge_cache)
     places, inputs = {}, {}
     for reference in others:  # tokenizer donors: no weights needed
         places[reference] = ModelReference(model=ModelPath(path=str(folders[reference])))
@@ -139,12 +133,7 @@ def _references(value: Any) -> Iterator[ModelReference]:
 
 def _open(reference: ModelReference, settings: MergeSettings) -> Checkpoint:
     path, revision = reference.model.path, reference.model.revision
-    try:
-        checkpoint = open_checkpoint(path, revision)
-    except UserError as error:
-        if "@" in str(reference) and is_local(path):
-            raise UserError(f"{error} (mergekit reads '@' as 'model@revision')") from None
-        raise
+    checkpoint = open_named(path, revision, str(reference))
     if not reference.lora:
         return checkpoint
     assert settings.lora_merge_cache is not None

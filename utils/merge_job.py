@@ -12,7 +12,9 @@ from utils.errors import UserError
 from utils.merge_recipe import read_recipe
 from utils.merge_settings import MergeSettings
 from utils.output_folder import check_apart, check_output, left_over, open_stage
-from utils.runtime import gigabytes
+from utils.page_cache import AHEAD, read_ahead
+from utils.quick_check import check_quickly
+from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
     from utils.merge_preflight import Preflight
@@ -31,6 +33,9 @@ def merge(settings: MergeSettings) -> None:
     check_apart(settings.output_path, recipe.local_folders())
     output = check_output(settings.output_path, overwrite=settings.overwrite)
     _check_mergekit()
+    checkpoints = check_quickly(recipe, settings.lora_merge_cache)
+    if not settings.dry_run:
+        read_ahead(checkpoints, min(AHEAD, available_host_bytes() // 4))
     _set_up_libraries(settings)
 
     from utils.merge_preflight import preflight
@@ -75,6 +80,8 @@ def _set_up_libraries(settings: MergeSettings) -> None:
         os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
 
+    import_libraries("torch", "transformers", "mergekit.merge", "mergekit.merge_methods")
+
     import torch
     import transformers
 
@@ -97,6 +104,7 @@ def _warn(warnings: Iterable[str]) -> None:
 
 def _say_where(ready: "Preflight", written: int, seconds: float) -> None:
     folder = str(ready.settings.output_path)
-    print(f"\nmerged in {seconds:.2f} s; wrote {gigabytes(written)} to {folder}\nload it with\n")
+    peak = peak_gpu_memory(devices_used(ready.device, all_of_them=ready.settings.multi_gpu))
+    print(f"\nmerged in {seconds:.2f} s{peak}; wrote {gigabytes(written)} to {folder}\nload it with\n")
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained({folder!r})")

@@ -7,6 +7,7 @@ from mergekit import merge_methods
 from mergekit.sparsify import SparsificationMethod
 
 from utils.direct_tensors import divide
+from utils.merge_methods import is_own
 from utils.merge_plan import MergePlan, OutputTensor
 from utils.merge_settings import MergeSettings
 from utils.tensor_merge import buffer_bytes, table_bytes
@@ -28,6 +29,8 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
 
     where the last two are not there at the same time. For tensors merged in pieces, the buffers of every thread and the
     tables of the tensors that can be under way at once, one a thread, count instead, and no weight file.
+
+    `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
     """
     division = divide(plan, settings)
     if not isinstance(division, str):
@@ -46,6 +49,8 @@ def _per_entry(plan: MergePlan, tensor: OutputTensor) -> int:
     item = _ITEM.get(plan.dtype or tensor.dtype or "", 2)
     stored = {header.nbytes // max(1, math.prod(header.shape)) for header in tensor.sources.values()}
     converted = len(tensor.sources) * item if stored - {item} else 0
+    if is_own(method):
+        return converted + _guided_per_entry(tensor, item)
     if not hasattr(method, "sparsification_method"):  # the others work in float32, on all inputs at once
         return converted + (len(tensor.sources) + 2) * 4
     models = max(1, len(tensor.sources) - 1)
@@ -56,3 +61,11 @@ def _per_entry(plan: MergePlan, tensor: OutputTensor) -> int:
         mask = 7 * item if method.sparsification_method == SparsificationMethod.random else 2 * item + _SORT
     total = models * (2 * item + 2) + 3 * item if method.consensus_method else 3 * item
     return models * item + converted + max(mask, total)
+
+
+def _guided_per_entry(tensor: OutputTensor, item: int) -> int:
+    densities = [values.get("density", 1.0) for _, values in tensor.task.input_parameters.items()]
+    models, cut = max(1, len(tensor.sources) - 1), sum(0 < density < 1 for density in densities)
+    vote = dict(tensor.task.parameters.items())["vote"]
+    total = models * (2 * item + 2) + 3 * item if vote else 3 * item
+    return cut * item + max(item + 5 if cut else 0, models * item + max(item, total))

@@ -22,6 +22,7 @@ from utils.output_folder import OutputFolder, check_apart, check_space
 from utils.planned_parameters import DensitySummary, check_parameters, density_summaries
 from utils.recipe_schema import OrderedConfiguration, parse_recipe
 from utils.runtime import available_bytes, choose_device, device_name, gigabytes, versions
+from utils.saliency_plan import SaliencyFile, bind_saliency
 from utils.tokenizer_files import small_bytes
 from utils.vocabulary import plan_vocabulary
 
@@ -36,7 +37,8 @@ class Preflight:
     """A merge that is known to fit together.
 
     `recipe` is the file, `config` the recipe as mergekit's value with the names the user wrote. `device` is torch's
-    name. `warnings` are sentences. `stamps` are sizes and times of the inputs' weight files.
+    name. `saliency` are the files of vectors that a guided method reads. `warnings` are sentences. `stamps` are sizes
+    and times of the inputs' weight files and of those.
     """
 
     settings: MergeSettings
@@ -46,11 +48,12 @@ class Preflight:
     output: OutputFolder
     device: str
     densities: tuple[DensitySummary, ...]
+    saliency: tuple[SaliencyFile, ...]
     warnings: tuple[str, ...]
     stamps: Mapping[Path, tuple[int, int] | None] = field(repr=False)
 
     def check_unchanged(self) -> None:
-        """Raise a `UserError` if a weight file of an input has changed since the preflight."""
+        """Raise a `UserError` if a file that was read for the merge has changed since the preflight."""
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
                 raise UserError(f"{path} changed while it was merged, so nothing was published; merge again")
@@ -84,12 +87,15 @@ def preflight(
     plan = _plan(inputs, settings, device)
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan, method)]
     warnings += _idle_flags(settings, device)
+    plan, saliency, idle = bind_saliency(plan, method)
+    stamps |= {file.path: _stamp(file.path) for file in saliency}
+    warnings += idle
     densities = tuple(density_summaries(plan, method))
     tell(
         f"merge: {config.merge_method} by {recipe.path.name}, seed {settings.random_seed}; computed in "
         f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
     )
-    for line in _plan_lines(plan, densities):
+    for line in _plan_lines(plan, densities, saliency):
         tell(line)
     warnings += _check_room(plan, settings, output, device, tell)
     return Preflight(
@@ -100,6 +106,7 @@ def preflight(
         output=output,
         device=str(device),
         densities=densities,
+        saliency=saliency,
         warnings=tuple(dict.fromkeys(warnings)),
         stamps=stamps,
     )
@@ -163,7 +170,9 @@ def _input_lines(inputs: MergeInputs) -> Iterator[str]:
         )
 
 
-def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Iterator[str]:
+def _plan_lines(
+    plan: MergePlan, densities: tuple[DensitySummary, ...], saliency: tuple[SaliencyFile, ...]
+) -> Iterator[str]:
     origin = plan.architecture.origin
     why = "" if origin == DEFINITION else f" ({plan.architecture.reason})"
     sizes = math.fsum(tensor.params for tensor in plan.tensors) / 1e6
@@ -175,3 +184,6 @@ def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Itera
             f"density of {one.label}: mean {one.mean:.3f} over all parameters, {one.low:.3f} to {one.high:.3f}; below "
             f"1 in {one.guided} of {one.tensors} tensors"
         )
+    for file in saliency:
+        for label, count in file.tensors.items():
+            yield f"saliency of {label}: {count} tensors are cut by the vectors in {file.written}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.checkpoints import weight_file_record
 from utils.merge_inputs import absolute_paths
+from utils.merge_methods import GUIDED_TIES
 from utils.merge_preflight import Preflight
 from utils.output_folder import COMMAND
 from utils.publish import MANIFEST, file_sha256
@@ -23,7 +24,9 @@ _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
 def recipe_text(done: Preflight) -> str:
     """The recipe as the user wrote it, with absolute paths cut down to their last part."""
     text = done.recipe.text
-    for path, name in sorted(absolute_paths(done.config).items(), key=lambda pair: -len(pair[0])):
+    paths = absolute_paths(done.config)
+    paths |= {file.written: file.label for file in done.saliency if file.label != file.written}
+    for path, name in sorted(paths.items(), key=lambda pair: -len(pair[0])):
         text = text.replace(path, name)
     return text if text.endswith("\n") else text + "\n"
 
@@ -46,10 +49,11 @@ def card_text(done: Preflight) -> str:
         "---",
         f"# {done.output.target.name}",
         "",
-        f"A merge of {_listed(experts)}{onto} by mergekit's `{done.config.merge_method}`, computed in "
+        f"A merge of {_listed(experts)}{onto} by {_method(done)}, computed in "
         f"{plan.dtype or 'the dtype of the inputs'} and saved in {plan.out_dtype}.",
         "",
         *_density_table(done),
+        *_saliency_lines(done),
         "## Recipe",
         "",
         "```yaml",
@@ -87,6 +91,7 @@ def manifest(done: Preflight, folder: Path) -> dict[str, Any]:
         "recipe": {"name": done.recipe.path.name, "sha256": done.recipe.sha256},
         "options": done.settings.options(),
         "inputs": inputs,
+        **({"saliency": _saliency_record(done)} if done.saliency else {}),
         "warnings": list(done.warnings),
         "files": file_sizes(folder),
     }
@@ -120,6 +125,29 @@ def _density_table(done: Preflight) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
+    ]
+
+
+def _method(done: Preflight) -> str:
+    if done.config.merge_method == GUIDED_TIES:
+        return f"`{GUIDED_TIES}` (mergekit's `ties`, with the entries to keep chosen by saliency)"
+    return f"mergekit's `{done.config.merge_method}`"
+
+
+def _saliency_lines(done: Preflight) -> list[str]:
+    lines = [
+        f"- `{label}`: the entries of largest saliency (change squared, times squared gradient) in {count} tensors, by "
+        f"`{file.label}`"
+        for file in done.saliency
+        for label, count in file.tensors.items()
+    ]
+    return ["What was kept of a change:", "", *lines, ""] if lines else []
+
+
+def _saliency_record(done: Preflight) -> list[dict[str, Any]]:
+    return [
+        {"name": file.label, "bytes": file.nbytes, "sha256": file.sha256, "tensors": dict(file.tensors)}
+        for file in done.saliency
     ]
 
 

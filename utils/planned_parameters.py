@@ -16,7 +16,8 @@ from mergekit.merge_methods.base import ParameterScope
 
 from utils.errors import raise_collected
 from utils.merge_plan import MergePlan, OutputTensor, gathered
-from utils.recipe_schema import settings_blocks
+from utils.recipe_names import settings_blocks
+from utils.recipe_schema import uses_density
 
 _ANY = (None, "", "*")
 _SHOWN = 5
@@ -46,21 +47,21 @@ def check_parameters(plan: MergePlan, method: MergeMethod) -> list[str]:
     Raises:
         UserError: a filter decides nothing, or a value would stop the method in the middle of the merge.
     """
-    raise_collected(_shortened(list(_idle_filters(plan, method))), "merge recipe: filters")
-    raise_collected(_shortened(list(_bad_values(plan))), "merge recipe: values")
+    raise_collected(shortened(list(_idle_filters(plan, method))), "merge recipe: filters")
+    raise_collected(shortened(list(_bad_values(plan))), "merge recipe: values")
     return list(_cancelling_weights(plan))
 
 
 def density_summaries(plan: MergePlan, method: MergeMethod) -> list[DensitySummary]:
     """Densities by model, for methods that use them; parameters of unknown shape count as one."""
-    if getattr(method, "sparsification_method", None) is None:
+    if not uses_density(method):
         return []
     summaries = []
     for model in plan.inputs.models:
         found = [
             (values["density"], max(tensor.params, 1))
             for tensor in plan.tensors
-            if "density" in (values := _of_input(tensor, model.reference))
+            if "density" in (values := input_values(tensor, model.reference))
         ]
         if found:
             total = sum(params for _, params in found)
@@ -113,7 +114,7 @@ def _idle_filters(plan: MergePlan, method: MergeMethod) -> Iterator[str]:
                 yield f"{where}.{name}: the filter {text!r} {why}; tensors are called like {names[len(names) // 2]}"
 
 
-def _of_input(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, Any]:
+def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, Any]:
     """A model's own parameters for one tensor, resolved; empty for the base and for models that lack the tensor."""
     task = tensor.task
     if reference not in tensor.sources or reference not in dict(task.input_parameters.items()):
@@ -124,7 +125,7 @@ def _of_input(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, A
 def _bad_values(plan: MergePlan) -> Iterator[str]:
     for tensor in plan.tensors:
         for model in plan.inputs.models:
-            values = _of_input(tensor, model.reference)
+            values = input_values(tensor, model.reference)
             density, epsilon = values.get("density"), values.get("epsilon")
             at = f"{model.label}, {tensor.name}"
             for name, value in values.items():
@@ -154,7 +155,7 @@ def _cancelling_weights(plan: MergePlan) -> Iterator[str]:
     weights = set()
     for tensor in plan.tensors:
         shared = dict(tensor.task.parameters.items())
-        values = _of_input(tensor, experts[0].reference)
+        values = input_values(tensor, experts[0].reference)
         if shared.get("normalize") is True and "density" in values:
             weights.add(values.get("weight"))
     if weights - {None, 1.0}:
@@ -164,6 +165,7 @@ def _cancelling_weights(plan: MergePlan) -> Iterator[str]:
         )
 
 
-def _shortened(problems: list[str]) -> list[str]:
+def shortened(problems: list[str]) -> list[str]:
+    """The first few problems, and how many more there are."""
     more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return problems[:_SHOWN] + more

@@ -1,0 +1,162 @@
+"""The file of saliency vectors: one vector per axis of each weight matrix of an expert; their outer product is about F.
+
+F_ij ~ axis0_i * axis1_j stands for the squared gradient of the loss at entry (i, j) of a weight W [a, b] as the
+checkpoint stores it, so that delta_ij^2 F_ij is what the change to that entry is worth. Layers that store a weight
+transposed (GPT-2) are no special case: the axes are those of the stored tensor.
+
+The format is safetensors, float32: under `TENSOR.axis0` a vector of length a, under `TENSOR.axis1` one of length b, and
+`{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor names and never taken apart. Entries are finite
+and at least 0; only their ratios within a vector matter.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, brief
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+FORMAT = "lewis saliency 1"
+AXES = ("axis0", "axis1")
+_REMEDY = "write it with lewis_importance.py --guidance saliency_budget, or correct `saliency` in the recipe"
+_OPEN_AT_ONCE = 16  # files; more than any recipe has experts, few enough to leave open
+
+
+@dataclass(frozen=True)
+class VectorKey:
+    """Where the two vectors of one tensor are: the file, and the name of the tensor in it."""
+
+    file: Path
+    tensor: str
+
+
+@dataclass(frozen=True)
+class SaliencyVectors:
+    """An open file of vectors. Nothing but its header has been read; vectors are, one tensor at a time.
+
+    `keys` are the names in the file, two per tensor.
+    """
+
+    path: Path
+    keys: frozenset[str] = field(repr=False)
+    _file: Any = field(repr=False)
+
+    def __contains__(self, tensor: object) -> bool:
+        """Whether the file has both vectors of a tensor."""
+        return isinstance(tensor, str) and self.keys.issuperset(_keys(tensor))
+
+    def of_these(self, tensors: Iterable[str]) -> list[str]:
+        """Those of the tensors that the file has both vectors of, in their order."""
+        return [tensor for tensor in tensors if tensor in self]
+
+    def shape(self, tensor: str) -> tuple[int, int]:
+        """The shape of the matrix that a tensor's vectors belong to, from the header.
+
+        Raises:
+            UserError: the file lacks one of them, or it is not a vector of float32.
+        """
+        lengths = []
+        for key in _keys(tensor):
+            if key not in self.keys:
+                raise UserError(f"saliency file {self.path} has no {key}; {_REMEDY}")
+            header = self._file.get_slice(key)
+            shape, dtype = header.get_shape(), header.get_dtype()
+            if len(shape) != 1 or dtype != "F32":
+                raise UserError(f"saliency file {self.path}: {key} is {dtype} {shape}, not a vector of F32")
+            lengths.append(shape[0])
+        return lengths[0], lengths[1]
+
+    def vectors(self, tensor: str) -> "tuple[Tensor, Tensor]":
+        """Read the vectors of a tensor: float32 of lengths a and b, on the CPU, entries finite and at least 0.
+
+        Raises:
+            UserError: as `shape`; an entry is negative or not finite.
+        """
+        import torch
+
+        self.shape(tensor)
+        axis0, axis1 = (torch.tensor(self._file.get_tensor(key)) for key in _keys(tensor))
+        for key, axis in zip(_keys(tensor), (axis0, axis1), strict=True):
+            if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
+                what = f"{key} holds negative numbers or numbers that are not finite"
+                raise UserError(f"saliency file {self.path}: {what}; measure again")
+        return axis0, axis1
+
+
+def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, Tensor]]") -> bytes:
+    """Serialize vectors; the same vectors always give the same bytes.
+
+    Args:
+        vectors: by tensor name, axis0 [a] and axis1 [b] of any floating-point dtype and device; saved in float32.
+
+    Raises:
+        ValueError: not one-dimensional; or, in float32, negative or not finite.
+    """
+    from safetensors.numpy import save
+
+    content = {}
+    for tensor in sorted(vectors):
+        for key, axis in zip(_keys(tensor), vectors[tensor], strict=True):
+            content[key] = _checked(key, axis)
+    return save(content, metadata={"format": FORMAT})
+
+
+def open_vectors(path: Path) -> SaliencyVectors:
+    """Open a file of vectors; reads the header.
+
+    Raises:
+        UserError: the file is missing, cannot be read, is not safetensors, or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else f"does not exist (looked in {Path.cwd()})"
+        raise UserError(f"saliency file {path} {state}; {_REMEDY}")
+    try:
+        file = safe_open(path, "numpy")
+        found, keys = (file.metadata() or {}).get("format"), frozenset(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"saliency file {path} is truncated or not safetensors: {brief(error)}; {_REMEDY}") from None
+    except OSError as error:
+        raise UserError(f"saliency file {path} cannot be read: {error.strerror or brief(error)}") from None
+    if found != FORMAT:
+        raise UserError(f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}")
+    return SaliencyVectors(path, keys, file)
+
+
+def read_vectors(key: VectorKey) -> "tuple[Tensor, Tensor]":
+    """Read the vectors of one tensor, as `SaliencyVectors.vectors`; the file stays open until it changes.
+
+    Raises:
+        UserError: as `open_vectors` and `SaliencyVectors.vectors`.
+    """
+    try:
+        found = key.file.stat()
+    except OSError:
+        return open_vectors(key.file).vectors(key.tensor)  # says what is wrong
+    return _opened(key.file, (found.st_ino, found.st_size, found.st_mtime_ns)).vectors(key.tensor)
+
+
+@lru_cache(maxsize=_OPEN_AT_ONCE)
+def _opened(path: Path, _stamp: tuple[int, int, int]) -> SaliencyVectors:
+    return open_vectors(path)
+
+
+def _keys(tensor: str) -> tuple[str, str]:
+    return f"{tensor}.{AXES[0]}", f"{tensor}.{AXES[1]}"
+
+
+def _checked(key: str, axis: "Tensor") -> "numpy.ndarray":
+    import torch
+
+    values = axis.detach().to("cpu", torch.float32).contiguous()
+    if values.dim() != 1 or not values.isfinite().all() or (values < 0).any():
+        raise ValueError(f"{key} must be a vector of finite numbers of at least 0, got shape {list(values.shape)}")
+    return values.numpy()

@@ -125,7 +125,7 @@ def _subject(
     dtype = getattr(torch, checkpoint.float_dtype if precision.dtype == "auto" else precision.dtype)
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
-    headers = match_names(model, checkpoint)
+    headers = match_names(model, checkpoint, head=True) or match_names(model, checkpoint)  # a body alone has no head
     _refuse_integer_weights(checkpoint, headers, model)
     texts = {
         source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)

@@ -1,0 +1,70 @@
+"""Sens-Merging's weights (arXiv 2502.12420) from sensitivities and logit distances. Float64 arrays in and out.
+
+alpha_t(l) = S_t(l) / || S_t(.) ||_2                                over the layers of one expert
+tau_t      = sum_u g(t,u) / sum_t sum_u g(t,u)                      over the other experts u
+sigma_t(l) = softmax over t of ( tau_t alpha_t(l) / temperature )
+weight     = T sigma_t(l)                                           the mean over the T experts is 1
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ALIGNMENTS = ("distance", "similarity")
+
+
+def normalized_sensitivities(sensitivities: "np.ndarray") -> "np.ndarray":
+    """alpha: each expert's sensitivities [experts, layers] divided by their Euclidean norm; zeros stay zeros."""
+    import numpy as np
+
+    largest = sensitivities.max(axis=1, keepdims=True)
+    scaled = sensitivities / np.where(largest > 0, largest, 1.0)  # first, so that squares neither over- nor underflow
+    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return scaled / np.where(norms > 0, norms, 1.0)
+
+
+def alignment_factors(distances: "np.ndarray", alignment: str = "distance") -> "np.ndarray":
+    """tau: one factor per expert, not negative, summing to 1.
+
+    `distance` is the published formula, which favors the expert that differs most from the others:
+    d_t = sum over u of g(t,u), tau_t = d_t / sum d. `similarity` mirrors it, so that the expert that agrees most with the
+    others gets the largest factor: tau_t = (1 - d_t / sum d) / (T - 1); two experts just swap their factors. Where all
+    distances are 0, all factors are 1 / T.
+
+    Args:
+        distances: g(t,u), [experts, experts], what is on the diagonal is ignored; at least two experts.
+        alignment: one of `ALIGNMENTS`.
+    """
+    import numpy as np
+
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment {alignment!r} is not one of {ALIGNMENTS}")
+    count = len(distances)
+    largest = np.where(np.eye(count, dtype=bool), 0.0, distances).max()
+    if largest == 0:
+        return np.full(count, 1 / count)
+    sums = np.where(np.eye(count, dtype=bool), 0.0, distances / largest).sum(axis=1)
+    shares = sums / sums.sum()
+    return shares if alignment == "distance" else (1 - shares) / (count - 1)
+
+
+def layer_weights(alphas: "np.ndarray", factors: "np.ndarray", temperature: float) -> "np.ndarray":
+    """T sigma: the weight of each expert in each layer; over the experts, weights of a layer have a mean of 1.
+
+    Args:
+        alphas: [experts, layers].
+        factors: tau, [experts].
+        temperature: above 0; the larger, the closer all weights are to 1.
+
+    Returns:
+        [experts, layers]; exactly 1 everywhere where the experts do not differ.
+    """
+    import numpy as np
+
+    scores = factors[:, None] * alphas
+    with np.errstate(
+        over="ignore"
+    ):  # a difference over a tiny temperature may be minus infinity, whose exponential is 0
+        powers = np.exp((scores - scores.max(axis=0)) / temperature)
+    return powers * len(alphas) / powers.sum(axis=0)

@@ -1,0 +1,313 @@
+"""Saliency budget from text to merged model: against plain autograd and dense merges, and how it refuses.
+
+python -m pytest tests/test_saliency_budget.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.test_squared_gradients import plain
+from tests.tiny_merges import tensors, without_ties
+from tests.tiny_pairs import contents, save_pair, write_config
+from utils.decision import DecideOptions, decide
+from utils.guidance_method import guidance_methods
+from utils.measurement import MeasureOptions, measure_pair
+from utils.merge_job import merge
+from utils.merge_settings import MergeSettings
+from utils.pair_config import read_pair_config
+from utils.saliency_vectors import open_vectors, vector_file_bytes
+
+METHOD = guidance_methods()["saliency_budget"]
+FAMILIES = ("llama", "gemma3", "phi3", "gpt2")
+TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
+STEM = "pair_generated_ties{}_saliency_budget_merge_config.yaml"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """Pairs by family, each expert with a text of its own."""
+    made = {}
+
+    def pair(family: str) -> Path:
+        if family not in made:
+            folder = made[family] = save_pair(tmp_path_factory.mktemp(family), family)
+            texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
+            write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True}})
+        return made[family]
+
+    return pair
+
+
+@pytest.fixture
+def pair(pristine, tmp_path, monkeypatch):
+    """A pair of one's own, as the current folder; if asked, no two changes in a tensor are of one magnitude."""
+
+    def enter(family: str = "llama", ties: bool = True) -> Path:
+        folder = shutil.copytree(pristine(family), tmp_path / "pair")
+        monkeypatch.chdir(folder)
+        before = tensors(folder / "base")
+        for file in () if ties else [folder / name / "model.safetensors" for name in TEXTS]:
+            own = load_file(file)
+            parted = {key: without_ties(before[key], value, torch.bfloat16) for key, value in own.items()}
+            save_file(parted, file, metadata={"format": "pt"})
+        return folder
+
+    return enter
+
+
+def measured(point="both", out="dfs", **settings):
+    options = {"dtype": "float32", "device": "cpu", **settings}
+    config = read_pair_config(Path("pair.yaml"))
+    measure_pair(MeasureOptions(config, METHOD, {"gradient_at": point}, Path(out), **options))
+    return Path(out)
+
+
+def decided(mask="magnitude", out="out", **settings):
+    options = {"merge_method": "ties", **settings}
+    config = read_pair_config(Path("pair.yaml"))
+    names = decide(DecideOptions(config, METHOD, {"mask": mask}, Path("dfs"), Path(out), **options))
+    return yaml.safe_load((Path(out) / names[0]).read_text())
+
+
+def merged(recipe, name, **keys):
+    Path(f"{name}.yaml").write_text(yaml.safe_dump({**recipe, **keys}, sort_keys=False))
+    merge(MergeSettings(output_path=Path(name), merge_config=Path(f"{name}.yaml"), device="cpu", quiet=True))
+    return tensors(Path(name))
+
+
+def samples(expert):
+    """Token ids of an expert's samples: the tiny tokenizer has BOS, and one token per character."""
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    manifest = json.loads(Path("dfs/manifest.json").read_text())["samples"]
+    return [[0, *(ord(c) - 29 for c in TEXTS[expert].format(**rows[row]))] for row in manifest[0]["rows"]]
+
+
+def fisher(expert, point):
+    """F of every parameter, with all gradients of the whole model held."""
+    models = {"base": ["base"], "expert": [expert], "both": ["base", expert]}[point]
+    found = [plain(Path(model), samples(expert))[1] for model in models]
+    return {name: sum(squares[name] for squares in found) for name in found[0]}
+
+
+def densities(recipe, expert=0):
+    return {item["filter"]: item["value"] for item in recipe["models"][1 + expert]["parameters"]["density"][:-1]}
+
+
+# --- measured and decided, family by family ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "point"), [*((family, "both") for family in FAMILIES), ("llama", "base"), ("llama", "expert")])  # fmt: skip
+def test_what_is_measured_and_decided_is_what_plain_autograd_gives(family, point, pair):
+    pair(family)
+    measured(point)
+    rows = pd.read_csv("dfs/saliency_budget_tensors.csv")
+    base = tensors(Path("base"))
+    budget = 0.23
+    recipe = decided(mean_density=budget)
+    for place, expert in enumerate(TEXTS):
+        squares, own = fisher(expert, point), tensors(Path(expert))
+        table = rows[rows["model"] == expert].set_index("tensor")
+        linear = [name for name in base if base[name].ndim == 2 and any(part in name for part in ("layers.", ".h."))]
+        assert sorted(table.index) == sorted(linear)
+        vectors = open_vectors(Path(f"dfs/{expert}_saliency.safetensors"))
+        saliency = {}
+        for name in linear:
+            change = own[name].double() - base[name].double()
+            saliency[name] = (change**2 * squares[name].double()).numpy().ravel()
+            assert table.loc[name, "delta_norm"] == pytest.approx(float(change.norm()), rel=1e-6)
+            assert table.loc[name, "params"] == change.numel()
+            assert table.loc[name, "changed"] == int(change.count_nonzero())
+            axis0, axis1 = vectors.vectors(name)  # axes as stored: GPT-2 stores [in, out]
+            assert (len(axis0), len(axis1)) == base[name].shape
+            assert axis0.numpy() == pytest.approx(squares[name].sum(1).numpy(), rel=2e-3)
+            share = squares[name].sum(0) / squares[name].sum()
+            assert axis1.numpy() == pytest.approx(share.numpy(), rel=2e-3, abs=1e-9)
+        everything = np.sort(np.concatenate(list(saliency.values())))[::-1]
+        threshold = everything[round(budget * len(everything)) - 1]
+        found = densities(recipe, place)
+        assert len(found) == len(linear)
+        for name in linear:
+            expected = (saliency[name] >= threshold).mean()
+            assert found[name.removesuffix(".weight")] == pytest.approx(expected, abs=0.02)
+        sizes = [table.loc[f"{text}.weight", "params"] for text in found]
+        assert np.average(list(found.values()), weights=sizes) == pytest.approx(budget, abs=1e-9)
+        assert max(found.values()) > 1.5 * budget  # there is something to tell apart
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_by_saliency_is_the_dense_one_and_the_plain_recipe_is_for_stock_mergekit(family, pair):
+    pair(family, ties=False)
+    measured()
+    recipe = decided("saliency", mean_density=0.1, lambda_=0.8)
+    assert recipe["merge_method"] == "guided_ties" and recipe["parameters"] == {"normalize": True, "lambda": 0.8}
+    result = merged(recipe, "by_saliency", dtype="float32")
+    base, experts = tensors(Path("base")), [tensors(Path(name)) for name in TEXTS]
+    files = [load_file(model["parameters"]["saliency"]) for model in recipe["models"][1:]]
+    for name, before in base.items():
+        if f"{name}.axis0" not in files[0]:
+            continue
+        kept = []
+        for place, (expert, file) in enumerate(zip(experts, files, strict=True)):
+            change = expert[name].float() - before.float()
+            worth = change.double() ** 2 * torch.outer(file[f"{name}.axis0"], file[f"{name}.axis1"]).double()
+            k = int(densities(recipe, place)[name.removesuffix(".weight")] * worth.numel())
+            mask = torch.zeros(worth.numel()).index_fill_(0, worth.flatten().topk(k).indices, 1)
+            kept.append(change * mask.view_as(change))
+        agree = [one.sign() == torch.where(sum(kept) >= 0, 1.0, -1.0) for one in kept]
+        mixed = sum(one * where for one, where in zip(kept, agree, strict=True))
+        expected = before.float() + 0.8 * mixed / sum(agree).clamp(min=1)
+        torch.testing.assert_close(result[name].float(), expected, rtol=1e-5, atol=1e-6)
+    assert any(float((result[name] - base[name].float()).abs().max()) > 0.01 for name in base)
+    plain_recipe = decided(mean_density=0.1)
+    assert plain_recipe["merge_method"] == "ties" and densities(plain_recipe) == densities(recipe)
+    assert "saliency" not in plain_recipe["models"][1]["parameters"]
+    ours, theirs = merged(plain_recipe, "plain"), stock(plain_recipe)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def stock(recipe):
+    from tests.tiny_merges import merge_stock
+
+    return tensors(merge_stock(Path(), recipe))
+
+
+def test_with_constant_vectors_the_merge_is_that_by_magnitude(pair):
+    pair("gpt2", ties=False)
+    measured()
+    for name in TEXTS:
+        file = Path(f"dfs/{name}_saliency.safetensors")
+        found = open_vectors(file)
+        names = {key.rpartition(".")[0] for key in found.keys}
+        ones = {key: tuple(torch.full_like(axis, 3e-7) for axis in found.vectors(key)) for key in names}
+        file.write_bytes(vector_file_bytes(ones))
+    ours, theirs = (merged(decided(mask, mean_density=0.1), mask) for mask in ("saliency", "magnitude"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_expert_equal_to_the_base_gets_the_budget_everywhere(pair, capfd):
+    folder = pair()
+    shutil.copy(folder / "base/model.safetensors", folder / "code/model.safetensors")
+    measured()
+    assert "./code has exactly the base's weights in all that was measured" in capfd.readouterr().err
+    for mask in ("magnitude", "saliency"):
+        recipe = decided(mask, out=mask, mean_density=0.25)
+        assert list(densities(recipe, 0).values()) == pytest.approx([0.25] * 14)
+        assert max(densities(recipe, 1).values()) > 0.4
+
+
+def test_more_budget_never_means_less(pair):
+    pair()
+    measured("base")
+    before = dict.fromkeys(densities(decided()), 0.0)
+    for budget in (0.01, 0.1, 0.4, 0.75, 1.0):
+        now = densities(decided(out=f"out{budget}", mean_density=budget))
+        assert all(now[name] >= before[name] for name in now)
+        before = now
+    assert set(before.values()) == {1.0}
+
+
+def test_side_by_side_gives_the_same(pair):
+    pair()
+    alone, together = measured(out="dfs"), measured(out="dfs2", device="cpu", devices="cpu,cpu")
+    ours, theirs = (load_file(folder / "math_saliency.safetensors") for folder in (alone, together))
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-4) for key in ours)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+DECIDE = (
+    "--delta_dfs_in_dir",
+    "dfs",
+    "--config_file",
+    "pair.yaml",
+    "--out_dir",
+    "out",
+    "--guidance",
+    "saliency_budget",
+)
+
+
+def test_the_three_commands(pair, run_command_line):
+    folder = pair("gpt2")
+    write_config(folder)  # one text for both experts
+
+    def run(script, *arguments):
+        ended = run_command_line(script, *arguments, cwd=folder)
+        assert ended.returncode == 0, ended.stderr
+        return ended
+
+    ended = run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget")
+    assert "gradients: at the base and at each expert, added up" in ended.stdout
+    assert "code: loss" in ended.stdout and "of the variance of log F" in ended.stdout
+    assert "means each expert to be measured on text of its own" in ended.stderr
+    assert json.loads((folder / "dfs/manifest.json").read_text())["guidance_options"] == {"gradient_at": "both"}
+    ended = run("lewis_merge.py", *DECIDE, "--mask", "saliency", "--control", "uniform", "--plot")
+    assert "mean 0.4; --mean_density sets another" in ended.stdout
+    assert "needs this project's utils/merger.py" in ended.stdout
+    names = {path.name for path in (folder / "out").iterdir()}
+    guided = STEM.format("_saliency_mask")
+    stem = guided.removesuffix(".yaml")
+    assert names == {
+        guided,
+        STEM.format("_saliency_mask").replace("_merge_config", "_uniform_merge_config"),
+        *(f"{stem}_{name}_saliency.safetensors" for name in TEXTS),
+        *(f"{stem}_{name}_density.png" for name in TEXTS),
+    }
+    run("utils/merger.py", "--output_path", "merged", "--merge_config", f"out/{guided}", "--device", "cpu")
+    assert len(tensors(folder / "merged")) == len(tensors(folder / "base"))
+    run("lewis_merge.py", *DECIDE, "--mean_density", "0.1")
+    assert (folder / "out" / STEM.format("_mean0.1")).exists()
+
+
+def refused(run_command_line, folder, *arguments, script="lewis_merge.py"):
+    before = contents(folder)
+    ended = run_command_line(script, *arguments, cwd=folder)
+    assert ended.returncode == 2, ended.stderr
+    assert contents(folder) == before
+    assert ended.stderr.count("error: ") == 1 and "Traceback" not in ended.stderr
+    return ended.stderr[ended.stderr.index("error: ") :]
+
+
+def test_refusals(pair, run_command_line):
+    folder = pair()
+    measured()
+    said = refused(run_command_line, folder, *DECIDE, "--mask", "saliency", "--merge_method", "dare_ties")
+    assert "--mask saliency cannot be used with --merge_method dare_ties" in said and "--merge_method ties" in said
+    said = refused(run_command_line, folder, *DECIDE[:-1], "lewis")
+    assert "holds what guidance saliency_budget measured, not lewis" in said
+    (folder / "dfs/math_saliency.safetensors").unlink()
+    said = refused(run_command_line, folder, *DECIDE, "--mask", "saliency")
+    assert "math_saliency.safetensors does not exist" in said and "lewis_importance.py" in said
+    text = (folder / "dfs/saliency_budget_histogram.csv").read_text().splitlines()
+    (folder / "dfs/saliency_budget_histogram.csv").write_text("\n".join(text[:-1]) + "\n")
+    assert "rows are missing" in refused(run_command_line, folder, *DECIDE)
+    write_config(folder, {"components": ["q_proj"]})
+    assert "but the config asks for q_proj" in refused(run_command_line, folder, *DECIDE)
+
+
+def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair, run_command_line):
+    folder = pair()
+    body = {key: value for key, value in load_file("base/model.safetensors").items() if key != "lm_head.weight"}
+    save_file(body, "base/model.safetensors", metadata={"format": "pt"})
+    flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget")
+    said = refused(run_command_line, folder, *flags, "--gradient_at", "base", script="lewis_importance.py")
+    assert "its checkpoint holds no lm_head.weight" in said
+    measured("expert")  # which needs the base's blocks only
+
+
+def test_weights_that_are_not_finite_are_refused(pair, run_command_line):
+    folder = pair()
+    own = load_file("code/model.safetensors")
+    own["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(own, "code/model.safetensors", metadata={"format": "pt"})
+    flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget", "--gradient_at", "base")
+    said = refused(run_command_line, folder, *flags, script="lewis_importance.py")
+    assert "model.layers.1.mlp.up_proj.weight: the weights of ./base or ./code" in said and "finite" in said

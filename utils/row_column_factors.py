@@ -1,0 +1,65 @@
+"""A matrix of squared gradients as the outer product of one vector per axis: pure tensors in, tensors out.
+
+    F_ij ~ r_i c_j / sum of F,       r, c: the sums of F over its rows and columns
+
+the factors of Adafactor (arXiv 1804.04235), which have the smallest generalized Kullback-Leibler divergence from F of all
+outer products. Axes are those of the matrix as it is stored.
+"""
+
+import torch
+from torch import Tensor
+
+_AT_ONCE = 2**22  # entries in temporaries together
+
+
+def row_column_factors(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The two vectors whose outer product stands for F: r, and c divided by the sum of F.
+
+    Args:
+        squares: F [a, b], float32, at least 0, any device.
+
+    Returns:
+        float64 [a] and [b] on the CPU; all zeros where F is.
+    """
+    rows = torch.zeros(squares.shape[0], dtype=torch.float64, device=squares.device)
+    columns = torch.zeros(squares.shape[1], dtype=torch.float64, device=squares.device)
+    for start, part in _row_parts(squares):
+        rows[start : start + len(part)] = part.sum(1, dtype=torch.float64)
+        columns += part.sum(0, dtype=torch.float64)
+    total = rows.sum()
+    return rows.cpu(), torch.where(total > 0, columns / total, columns).cpu()
+
+
+def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:
+    """How much of the variance of log F an outer product explains, over the entries above 0.
+
+    A constant factor does not count, since it changes no order. 1 is all of it, also where log F does not vary; an
+    outer product that is worse than a constant has less than 0.
+
+    Args:
+        squares: F [a, b], float32, at least 0.
+        rows: [a], columns: [b]: above 0 wherever F has an entry above 0 in that row or column.
+    """
+    device = squares.device
+    across, down = (axis.to(device).log2().float() for axis in (columns, rows))
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # entries, y, y^2, residual, residual^2
+    for start, part in _row_parts(squares):
+        there = part > 0
+        logs = part.log2()
+        residual = logs - down[start : start + len(part), None] - across
+        logs, residual = (torch.where(there, values, 0.0).double() for values in (logs, residual))
+        terms = (there, logs, logs * logs, residual, residual * residual)
+        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
+    entries, *moments = sums.tolist()
+    if not entries:
+        return 1.0
+    mean, square, rest, rest_square = (moment / entries for moment in moments)
+    variance, left = square - mean**2, rest_square - rest**2
+    return 1.0 - left / variance if variance > 1e-9 * square else 1.0
+
+
+def _row_parts(matrix: Tensor):
+    """(first row, rows) of a matrix, few enough at a time."""
+    at_once = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], at_once):
+        yield start, matrix[start : start + at_once]

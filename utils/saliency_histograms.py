@@ -1,0 +1,66 @@
+"""Histograms of the saliency of a weight matrix: pure tensors in, counts out.
+
+    saliency_ij = (expert_ij - base_ij)^2 F_ij,      F_ij = sum over samples of (dL/dW_ij)^2
+
+F is around 1e-12 and a change around 1e-5, so the product would not fit float32. Its root, |change| sqrt(F), does, and is
+what is counted. A bin is what roots have in common in the leading bits of their float32 pattern, exponent and 4 bits of
+the fraction: 16 bins per factor of 2 of the root, 8 per factor of 2 of the saliency, the same ones for every tensor on
+every device. Bin b holds the roots from e(b) up to e(b + 1), e(b) being the float32 whose pattern is b 2^19.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHIFT = 19  # bits of the pattern that do not tell bins apart: 23 of the fraction less 4
+BINS = 0x7F800000 >> _SHIFT  # the pattern of infinity: all bins of finite numbers lie below
+_AT_ONCE = 2**22  # entries in temporaries together
+
+
+@dataclass(frozen=True)
+class SaliencyHistogram:
+    """The saliencies of one tensor.
+
+    `counts` (int64 [BINS], CPU) are its entries by bin without those of saliency 0, which are `zeros`; `changed` are the
+    entries in which expert and base differ; `norm` is the Euclidean norm of the change.
+    """
+
+    counts: Tensor
+    zeros: int
+    changed: int
+    norm: float
+
+
+def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor) -> SaliencyHistogram:
+    """Count the saliencies of a tensor; temporaries are bounded, whatever its size.
+
+    Args:
+        base, expert: the weights, of one shape, any floating-point dtype; the change is taken in float32.
+        squares: F, float32, of that shape and on that device.
+
+    Raises:
+        ValueError: a saliency is not finite.
+    """
+    parts = [tensor.reshape(-1).split(_AT_ONCE) for tensor in (base, expert, squares)]
+    counts = torch.zeros(BINS, dtype=torch.int64, device=squares.device)
+    changed = torch.zeros((), dtype=torch.int64, device=squares.device)
+    norm = torch.zeros((), dtype=torch.float64, device=squares.device)
+    zeros = torch.zeros_like(changed)
+    for before, after, fisher in zip(*parts, strict=True):
+        change = after.float().sub(before)
+        changed += change.count_nonzero()
+        norm += torch.linalg.vector_norm(change, dtype=torch.float64) ** 2
+        root = change.mul_(fisher.sqrt()).abs_()  # last: what is no number has a sign, too
+        zeros += len(root) - root.count_nonzero()
+        found = torch.bincount(root.view(torch.int32) >> _SHIFT, minlength=BINS)
+        if len(found) > BINS:  # infinity's bin, and those of what is no number
+            raise ValueError("a change or a gradient is not finite")
+        counts += found
+    counts[0] -= zeros
+    return SaliencyHistogram(counts.cpu(), int(zeros), int(changed), float(norm.sqrt()))
+
+
+def bin_edges() -> Tensor:
+    """The roots at which bins begin and end, e(0) to e(BINS): float32 [BINS + 1], the last one infinite."""
+    return (torch.arange(BINS + 1, dtype=torch.int32) << _SHIFT).view(torch.float32)

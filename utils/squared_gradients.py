@@ -1,0 +1,146 @@
+"""The blocks of base and expert side by side, from the last to the first, with the squared gradients of their weights.
+
+    F_ij = sum over samples of (dL/dW_ij)^2
+
+a diagonal empirical Fisher information, per sample, at the base's weights, at the expert's, or the sum of both. Models
+whose gradients are taken go back in lock-step; a model whose gradients are not taken only has its blocks fetched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.block_gradients import backward_pass
+from utils.block_runner import BlocksInTurn
+from utils.decoder import Component, Decoder
+from utils.weight_source import WeightSource
+
+OnBlock = Callable[[int], None]
+
+
+class SquaredGradients:
+    """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
+
+    `sums` has them by parameter name, on the device, until they are taken.
+    """
+
+    def __init__(self, wanted: frozenset[str]) -> None:
+        self.wanted = wanted
+        self.sums: dict[str, Tensor] = {}
+
+    def wants(self, name: str) -> bool:
+        """The weights asked for."""
+        return name in self.wanted
+
+    def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
+        """Add one sample's gradient of one parameter."""
+        exact = gradient.float()
+        if name in self.sums:
+            self.sums[name].addcmul_(exact, exact)
+        else:
+            self.sums[name] = exact * exact
+
+    def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
+        """Sums stay until they are taken."""
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
+        found = self.sums.pop(name, None)
+        return torch.zeros_like(like, dtype=torch.float32) if found is None else found
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, and where its weights come from. With `samples` (token ids), its gradients on them count."""
+
+    decoder: Decoder
+    weights: WeightSource
+    samples: Sequence[Sequence[int]] | None
+
+
+@dataclass
+class ComponentSquares:
+    """One linear part of one block: the stored weights of both models, and F, of their shape and float32."""
+
+    layer: int
+    component: Component
+    base: Tensor
+    expert: Tensor
+    squares: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SquaresPass:
+    """Both models on their way back.
+
+    `losses` are each sample's (nats per token), by side, () where no gradients are taken. `parts` is computed as it is
+    iterated; tensors are in memory until the next one is asked for.
+    """
+
+    losses: tuple[tuple[float, ...], tuple[float, ...]]
+    parts: Iterator[ComponentSquares]
+
+
+@contextmanager
+def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlock) -> Iterator[SquaresPass]:
+    """Take base and expert through their blocks, and give each linear part with its squared gradients.
+
+    Memory: that of `backward_pass` for each side with gradients, two blocks of weights for one without, and one block's
+    F in float32. Enter, iterate and leave in one thread. Closes the weight sources.
+
+    Args:
+        base, expert: models of one architecture; decoders that no other thread uses meanwhile.
+        device: where to compute.
+        on_block: called twice per block and side with gradients.
+
+    Raises:
+        UserError: as `backward_pass`.
+    """
+    layers = range(len(base.decoder.blocks))
+    components = base.decoder.components
+    observer = SquaredGradients(
+        frozenset(base.decoder.weight_name(layer, component) for layer in layers for component in components)
+    )
+    with ExitStack() as stack:
+        sides = [stack.enter_context(_side(side, observer, device, on_block)) for side in (base, expert)]
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer)
+        stack.enter_context(closing(parts))
+        yield SquaresPass((sides[0][0], sides[1][0]), parts)
+
+
+_Blocks = Iterator[Mapping[str, Tensor]]
+
+
+@contextmanager
+def _side(
+    side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock
+) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
+    """Losses, and the parameters of each block by name, from the last block to the first."""
+    decoder, weights = side.decoder, side.weights
+    if side.samples is not None:
+        with backward_pass(decoder, weights, side.samples, observer, device, on_block=on_block) as passed:
+            yield passed.losses, (done.parameters for done in passed.blocks)
+        return
+    layers = list(reversed(range(len(decoder.blocks))))
+    with ExitStack() as stack:
+        stack.enter_context(closing(weights))
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
+        yield (), stack.enter_context(closing(_fetched(decoder, turn, layers)))
+
+
+def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Blocks:
+    for layer in layers:
+        with turn.next_block() as block:
+            path = f"{decoder.blocks_path}.{layer}"
+            yield {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+
+
+def _parts(decoder: Decoder, sides: Sequence[_Blocks], observer: SquaredGradients) -> Iterator[ComponentSquares]:
+    for layer, ours, theirs in zip(reversed(range(len(decoder.blocks))), *sides, strict=True):
+        for component in decoder.components:
+            name = decoder.weight_name(layer, component)
+            squares = observer.take(name, ours[name])
+            yield ComponentSquares(layer, component, ours[name], theirs[name], squares)

@@ -1,0 +1,64 @@
+"""The quality benchmark's training: cached by what made it, complete or absent, the same each time."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import quality_models
+from benchmarks.quality_models import MADE, Training, is_trained, train_or_find
+from benchmarks.quality_texts import TaskTexts, Texts
+from demo.small_model import Shape
+
+TINY = Training(Shape(300, 16, 32, 1, 2), window=16, base_steps=3, expert_steps=2)
+
+
+def texts(word: str = "seven") -> Texts:
+    rows = {name: tuple(f"{name} has {word} {number} of them" for number in range(12)) for name in ("one", "two")}
+    tasks = {name: TaskTexts(own, ("cal",), ("val",), ("test",)) for name, own in rows.items()}
+    return Texts(rows["one"] + rows["two"], tasks, "a test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_is_trained_is_found_and_never_trained_again(tmp_path, monkeypatch):
+    assert not is_trained(TINY, texts(), 0, tmp_path)
+    first = train_or_find(TINY, texts(), 0, tmp_path)
+    assert is_trained(TINY, texts(), 0, tmp_path)
+    monkeypatch.setattr(quality_models, "_train_all", lambda *args: pytest.fail("trained again"))
+    assert train_or_find(TINY, texts(), 0, tmp_path) == first
+    assert set(first.experts) == {"one", "two"}
+    base, expert = weights(first.base), weights(first.experts["one"])
+    assert {tensor.dtype for tensor in base.values()} == {torch.float32}
+    assert any(not torch.equal(base[name], expert[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (replace(TINY, expert_rate=1e-4), texts(), 0),
+        (replace(TINY, shape=replace(TINY.shape, blocks=2)), texts(), 0),
+        (TINY, texts("eight"), 0),
+        (TINY, texts(), 1),
+    ],
+)
+def test_whatever_decides_the_models_decides_the_folder(tmp_path, changed):
+    train_or_find(TINY, texts(), 0, tmp_path)
+    assert not is_trained(*changed, tmp_path)
+
+
+def test_training_again_gives_the_same_bits(tmp_path):
+    one, two = (train_or_find(TINY, texts(), 0, tmp_path / name).experts["two"] for name in "ab")
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_models, "fit", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_or_find(TINY, texts(), 0, tmp_path)
+    assert not list(tmp_path.rglob(MADE)) and not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""The quality benchmark's comparisons, tables, rows and picture."""
+
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.quality_report import ONE, TWO, Figure, compare, draw, markdown, write_figures
+
+CONTROLS = {ONE: "uniform", TWO: "uniform"}
+
+
+def figures(experiment=TWO, budget=None):
+    """Three seeds, two tasks; `guided` keeps 0.1, 0.2 and 0.3 more of the mean than the control."""
+    rows = []
+    for seed in range(3):
+        for task, share in (("a", 0.2), ("b", 0.6)):
+            row = Figure(experiment, "small", seed, "uniform", budget, task, share + seed, 3.0, None, "0.3")
+            rows += [
+                row,
+                replace(row, contender="guided", kept=row.kept + 0.1 * (seed + 1) + (0.05 if task == "a" else -0.05)),
+            ]
+    return rows
+
+
+def test_pairs_are_seeds_and_tasks_are_averaged_first():
+    control, guided = compare(figures(), CONTROLS)
+    assert control.interval is None and control.words == "the control"
+    assert (control.kept, control.least) == (pytest.approx(1.4), pytest.approx(1.2))
+    assert (guided.kept, guided.least) == (pytest.approx(1.6), pytest.approx(1.45))
+    half = 4.302652729 * 0.1 / math.sqrt(3)
+    assert (guided.interval.low, guided.interval.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+    assert guided.interval.seeds == 3
+
+
+def test_budgets_and_sizes_are_kept_apart():
+    rows = [*figures(ONE, 0.1), *(replace(row, budget=0.4) for row in figures(ONE, 0.1))]
+    rows += [replace(row, size="medium") for row in rows]
+    assert len(compare(rows, CONTROLS)) == 8
+
+
+def test_unpaired_and_repeated_rows_are_refused():
+    with pytest.raises(ValueError, match="same seeds and tasks"):
+        compare(figures()[:-1], CONTROLS)
+    with pytest.raises(ValueError, match="twice"):
+        compare([*figures(), figures()[0]], CONTROLS)
+
+
+def test_tables_say_the_verdict():
+    text = markdown(compare([*figures(), *figures(ONE, 0.1)], CONTROLS))
+    assert "**two experts, small**" in text and "| density |" in text
+    assert "| 0.1 | guided | 160.0% | 145.0% | no difference seen: +20.0 points" in text
+
+
+def test_rows_come_back_from_the_file(tmp_path):
+    write_figures(tmp_path / "deep" / "rows.csv", figures())
+    with open(tmp_path / "deep" / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and rows[1]["contender"] == "guided" and float(rows[1]["kept"]) == figures()[1].kept
+
+
+def test_the_picture_is_a_png(tmp_path):
+    rows = [row for budget in (0.05, 0.1) for row in figures(ONE, budget)]
+    path = draw(compare([*rows, *figures()], CONTROLS), tmp_path / "quality.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -116,7 +116,8 @@ def test_norms_of_whole_tensors_are_left_to_mergekit(room, capsys):
     data = recipe(room, parameters={"rescale": True})
     assert_same_files(merge_here(room, data, "a", quiet=False), merge_stock(room, data, "b"))
     reason = "rescale: true takes norms of whole tensors"
-    assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {reason}"
+    counting = "mergekit's executor selects by counting, without sorting"
+    assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {reason}; {counting}"
     for model in data["models"][1:]:
         model["parameters"]["density"][-1]["value"] = 1
     assert_same_files(merge_here(room, data, "c", quiet=False), merge_stock(room, data, "d"))

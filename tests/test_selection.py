@@ -1,5 +1,8 @@
 """utils/selection.py against an oracle that sorts: numpy's lexsort by (magnitude, index), in float64."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -288,6 +291,61 @@ def test_temporaries_of_rows_are_bounded_by_the_chunk():
     largest, peak = allocations(lambda: smallest_per_row_mask(metric, 1000))
     assert largest == metric.numel()
     assert peak - metric.numel() <= 16 * chunk
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_search_over_bits_needs_4_bytes_an_entry_at_most(dtype, rows, monkeypatch):
+    """One chunk, in the way of other devices: the sum of a mask must not make an int64 copy of it."""
+    monkeypatch.setattr(selection, "_counts_patterns", lambda device: False)
+    x = torch.rand(512, selection.CHUNK_ENTRIES["cpu"] // 512).to(dtype)
+    work = (lambda: smallest_per_row_mask(x, 100)) if rows else (lambda: band_mask(x, 1000, 50_000))
+    largest, _ = allocations(work)
+    assert largest <= 4 * x.numel()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_the_cpu_one_thread_of_torchs_selects_and_the_setting_is_put_back(monkeypatch, fails):
+    toggle, seen = selection._toggle, []
+
+    def watched(*given):
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise MemoryError
+        toggle(*given)
+
+    monkeypatch.setattr(selection, "_toggle", watched)
+    before, x = torch.get_num_threads(), torch.randn(50)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+            band_mask(x, 3, 20)
+        assert torch.get_num_threads() == 3 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_selecting_in_several_threads_leaves_their_setting(monkeypatch):
+    inputs = [torch.randn(3000, generator=torch.Generator().manual_seed(seed)) for seed in range(24)]
+    monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"cpu": 64, "default": 64})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            masks = list(pool.map(lambda x: top_k_mask(x, 1000), inputs))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for x, mask in zip(inputs, masks, strict=True):
+        assert_mask(mask, top_k_oracle(x, 1000), x)
+
+
+def test_the_default_device_does_not_matter():
+    """mergekit's executor for several GPUs sets one in its threads."""
+    x = torch.randn(50)
+    with torch.device("meta"):
+        mask = top_k_mask(x, 20)
+    assert_mask(mask, top_k_oracle(x, 20), x)
 
 
 @needs_cuda

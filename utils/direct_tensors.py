@@ -86,13 +86,13 @@ def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
     """Divide a plan's tensors between this project and mergekit, or say why all are mergekit's."""
     if not settings.fast_selection:
         return "--fast_selection is off"
-    if plan.options.device != "cpu" or settings.multi_gpu:
-        return "selection in pieces is for the CPU"
     method = merge_methods.get(plan.inputs.config.merge_method)
     if (reason := _unsuitable_method(method)) is not None:
         return reason
-    if (digest := replaced_code()) not in REPLACED:
-        return f"this mergekit computes {method.spec.name} by other code than the one compared with ({digest[:12]})"
+    if (reason := unknown_code(method)) is not None:
+        return reason
+    if plan.options.device != "cpu" or settings.multi_gpu:
+        return "merging in pieces is for the CPU"
     if any(tensor.shape is None or tensor.dtype is None for tensor in plan.tensors):
         return "some tensors are converted while loading or are not floating-point numbers"
     if len({tensor.name for tensor in plan.tensors}) < len(plan.tensors):
@@ -107,9 +107,19 @@ def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
     return Division(tuple(direct), tuple(left)) if direct else left[0][1]
 
 
+def unknown_code(method: MergeMethod) -> str | None:
+    """Why none of mergekit's code for a method may be replaced, as a clause; None if it is the code compared with."""
+    if (digest := replaced_code()) in REPLACED:
+        return None
+    return f"this mergekit computes {method.spec.name} by other code than the one compared with ({digest[:12]})"
+
+
 @cache
 def replaced_code() -> str:
-    """A digest of the code of mergekit's that is not run for tensors merged here; "unreadable" without its source."""
+    """A digest of the code of mergekit's that is not run for tensors merged here; "unreadable" without its source.
+
+    It is also what `utils/fast_sparsifiers.py` relies on. To be asked for the first time while nothing is replaced.
+    """
     try:
         text = "\n".join(inspect.getsource(part) for part in _replaced_code())
     except (OSError, TypeError):

@@ -1,7 +1,8 @@
 """Carry out a planned merge: in pieces where that gives the same bits, else by mergekit's executor; one progress bar.
 
 In the latter case the tasks are mergekit's own, in its own order, so that the tensors equal those of stock mergekit with
-the same seed bit for bit. Only the writer differs: it looks at every tensor on its way to the disk.
+the same seed bit for bit. Only the writer differs, it looks at every tensor on its way to the disk; and entries are
+selected by magnitude without sorting (`utils/fast_sparsifiers.py`), unless that is switched off.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from transformers import set_seed
 from utils.direct_merge import run_directly
 from utils.direct_tensors import divide
 from utils.errors import UserError
+from utils.fast_sparsifiers import path_taken, selecting_exactly, selects_exactly
 from utils.finiteness import is_finite, not_finite
 from utils.merge_plan import MergePlan, forget_inputs
 from utils.merge_settings import MergeSettings
@@ -87,14 +89,18 @@ def run_merge(plan: MergePlan, settings: MergeSettings, device: str, folder: Pat
     forget_inputs(plan.options)
     division = divide(plan, settings)
     if not settings.quiet:
-        summary = f"all tensors by mergekit: {division}" if isinstance(division, str) else division.summary
-        print(f"path: {summary}", flush=True)
-    if not isinstance(division, str):
+        print(f"path: {path_taken(plan, settings, division)}", flush=True)
+    with selecting_exactly(selects_exactly(plan, settings)):
+        if isinstance(division, str):
+            _run_by_mergekit(plan, settings, device, folder)
+            return
         with _progress_bar(plan, settings) as progress, _readable_failures():
             shown = partial(_show, progress, {}, len(plan.tensors))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown)
-        forget_inputs(plan.options)
-        return
+    forget_inputs(plan.options)
+
+
+def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
     with _progress_bar(plan, settings) as progress:

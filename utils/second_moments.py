@@ -28,6 +28,23 @@ def column_square_sums(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def real_rows(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The places of the true entries of a mask, in row-major order, int64 [tokens], on its device.
+
+    `tokens` is how many there are. It is known on the host, so that nothing waits for a GPU, as `mask.nonzero()` would.
+    """
+    padding = mask.logical_not().view(torch.uint8).reshape(-1)
+    return padding.argsort(stable=True)[:tokens]
+
+
+def _gathers_rows(device: torch.device) -> bool:
+    """Whether the real rows of a padded input are copied together first: one kernel instead of some a sample.
+
+    On the CPU a view of each sample costs nothing.
+    """
+    return device.type != "cpu"
+
+
 class SecondMoments:
     """Sums x_j^2 over real tokens for each input channel j of some linear parts of one block.
 
@@ -44,6 +61,7 @@ class SecondMoments:
         self.tokens: dict[str, int] = {}
         self.batch: MicroBatch | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._real_rows: torch.Tensor | None = None  # of a padded micro-batch, where rows are gathered
 
     @contextlib.contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
@@ -56,13 +74,13 @@ class SecondMoments:
         try:
             yield
         finally:
-            self._last = None
+            self._last = self._real_rows = None
             for handle in handles:
                 handle.remove()
 
     def begin(self, batch: MicroBatch) -> None:
         """Say which micro-batch comes next (on the block's device)."""
-        self.batch, self._last = batch, None
+        self.batch, self._last, self._real_rows = batch, None, None
 
     def checked(self, layer: int, expected_tokens: int) -> dict[str, torch.Tensor]:
         """The sums by path, each [in] float64, after a check that each part saw every token once.
@@ -98,6 +116,10 @@ class SecondMoments:
             )
         if self.batch.mask is None:
             return column_square_sums(x.reshape(-1, x.shape[-1]))
+        if _gathers_rows(x.device):
+            if self._real_rows is None:
+                self._real_rows = real_rows(self.batch.mask, self.batch.tokens)
+            return column_square_sums(x.reshape(-1, x.shape[-1]).index_select(0, self._real_rows))
         x = x.reshape(samples, length, x.shape[-1])  # right-padded: real tokens are the first ones of each sample
         parts = [column_square_sums(row[:real]) for row, real in zip(x, self.batch.lengths, strict=True)]
         return torch.stack(parts).sum(dim=0)

@@ -14,6 +14,8 @@ up: with a table, thousands of threads would wait for one counter wherever many 
 difference of two bfloat16 models. That path leaves every number on the device; nothing in this module waits for a GPU.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,9 +91,9 @@ def band_mask(x: Tensor, skip: int, k: int) -> Tensor:
     partial = [rank for rank in (inner, outer) if 0 < rank < x.numel()]
     if not partial:
         return mask
-    cuts = (_cuts_by_counting if _counts_patterns(x.device) else _cuts_by_bits)(x, kind, partial)
-    for cut in cuts:
-        _toggle(mask, x, kind, cut)
+    with _one_torch_thread(x.device):
+        for cut in (_cuts_by_counting if _counts_patterns(x.device) else _cuts_by_bits)(x, kind, partial):
+            _toggle(mask, x, kind, cut)
     return mask
 
 
@@ -145,6 +147,28 @@ def _counts_patterns(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+_setting_threads = threading.Lock()
+
+
+@contextlib.contextmanager
+def _one_torch_thread(device: torch.device) -> Iterator[None]:
+    """Work through the chunks of a tensor on the CPU on one core.
+
+    torch's threads would wait for each other after every short step. Where they outnumber the free cores, a wait is a
+    time slice of the system's, and a selection takes longer than the sort it replaces.
+    """
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        yield
+        return
+    with _setting_threads:  # of two threads at a time, one would take the other's setting for the one to put back
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 def _chunk_entries(x: Tensor) -> int:
     return CHUNK_ENTRIES.get(x.device.type, CHUNK_ENTRIES["default"])
 
@@ -179,7 +203,7 @@ def _flat_patterns(x: Tensor, kind: Pattern) -> Iterator[Tensor]:
 
 def _cuts_by_counting(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), from tables of how often each pattern occurs. CPU."""
-    counts = torch.zeros(1 << (kind.bits - kind.low_bits), dtype=torch.int64)
+    counts = torch.zeros(1 << (kind.bits - kind.low_bits), dtype=torch.int64, device=x.device)
     for patterns in _flat_patterns(x, kind):
         digits = patterns.bitwise_right_shift_(kind.low_bits) if kind.low_bits else patterns
         counts += torch.bincount(digits, minlength=len(counts))
@@ -197,7 +221,7 @@ def _cuts_by_counting(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
 
 def _low_digit_counts(x: Tensor, kind: Pattern, high: int) -> Tensor:
     """How often each low digit occurs among the patterns whose high digit is `high`."""
-    counts = torch.zeros(1 << kind.low_bits, dtype=torch.int64)
+    counts = torch.zeros(1 << kind.low_bits, dtype=torch.int64, device=x.device)
     for patterns in _flat_patterns(x, kind):
         offsets = patterns.sub_(high << kind.low_bits)
         inside = offsets[offsets.bitwise_right_shift(kind.low_bits) == 0]
@@ -217,9 +241,13 @@ def entry_of_rank(counts: Tensor, rank: int) -> tuple[int, int, int]:
 def _cuts_by_bits(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), by a search over the bits of the pattern. Any device, no synchronization."""
 
+    # A tensor of one chunk is turned into patterns once, a longer one anew for every bit.
+    held = tuple(_flat_patterns(x, kind)) if x.numel() <= _chunk_entries(x) else None
+
     def count_from(pattern: Tensor) -> Tensor:
+        # torch sums booleans by way of a copy in the sum's dtype: int32 holds the count of a chunk.
         return sum(
-            ((patterns >= pattern).sum() for patterns in _flat_patterns(x, kind)),
+            ((patterns >= pattern).sum(dtype=torch.int32) for patterns in held or _flat_patterns(x, kind)),
             pattern.new_zeros((), dtype=torch.int64),
         )
 
@@ -285,7 +313,7 @@ def _smallest_on_device(patterns: Tensor, k: int, bits: int, out: Tensor) -> Non
     rows, columns = patterns.shape
 
     def count_from(pattern: Tensor) -> Tensor:
-        return (patterns >= pattern).sum(dim=1, keepdim=True)
+        return (patterns >= pattern).sum(dim=1, keepdim=True, dtype=torch.int32)
 
     threshold = _pattern_of_rank(count_from, patterns.new_zeros((rows, 1)), bits, columns - k + 1)
     out.copy_(_first_k(patterns, threshold, k))
@@ -295,5 +323,5 @@ def _first_k(patterns: Tensor, threshold: Tensor, k: int) -> Tensor:
     """The k entries of each row that lie below its threshold [rows, 1] or, leftmost first, equal it."""
     below = patterns < threshold
     tied = patterns == threshold
-    places = k - below.sum(dim=1, keepdim=True)
+    places = k - below.sum(dim=1, keepdim=True, dtype=torch.int32)
     return below.logical_or_(tied.logical_and_(tied.cumsum(dim=1, dtype=torch.int32) <= places))

@@ -1,0 +1,146 @@
+"""Does guidance help, and which? Trains small models, merges them in many ways, judges them on held-out text.
+
+    python3 benchmarks/quality.py --data DATA
+    python3 benchmarks/quality.py --data DATA --preset gpu
+    python3 benchmarks/quality.py --sizes small --seeds 2          # a look; the offline example's text
+
+`DATA` holds `gsm8k/{train,test}.jsonl` and `mbpp/{train,validation,test,prompt}.jsonl`; without it the offline example's
+text is used. Per seed a base and an expert per task are trained from nothing (cached by a hash of what made them), every
+method measures them on calibration text from the train split, settings are chosen on validation, and figures are taken on
+test. The unit is the seed: differences to the control are paired, with 95 % intervals. Recipes are made and merged by the
+functions behind the three commands; one recipe per method also goes through the commands themselves and must agree bit for
+bit. Writes `quality.csv`, `quality.md` and `quality.png` (with `_gpu`: of that preset) into `benchmarks/results/`.
+"""
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.quality_models import MEDIUM, SMALL, Training
+from demo.small_model import Shape
+from utils.errors import run_command
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROWS = {"validation": 40, "test": 80}
+LARGE = Training(
+    Shape(vocabulary=8192, hidden=768, intermediate=2048, blocks=12, heads=12),
+    batch=32,
+    base_steps=4000,
+    expert_steps=800,
+    base_rate=1e-3,
+    expert_rate=2e-4,
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size, its training, and how many seeds of it are run."""
+
+    name: str
+    training: Training
+    seeds: int
+
+
+PRESETS = {
+    "cpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3)),
+    "gpu": (Size("large", LARGE, 5),),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one size, and where it is done."""
+
+    size: Size
+    seed: int
+    data: Path | None
+    work: Path
+    device: str
+
+
+def main() -> None:
+    """Train, merge and judge all seeds, then report."""
+    asked = _flags()
+    sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
+    device = "cpu" if asked.preset == "cpu" else "cuda"
+    runs = [
+        Run(size, seed, asked.data, asked.work, device)
+        for size in reversed(sizes)  # the longest first, so that no core waits in the end
+        for seed in range(min(size.seeds, asked.seeds or size.seeds))
+    ]
+    start = time.perf_counter()
+    workers = asked.workers or (os.cpu_count() or 1 if device == "cpu" else 1)
+    figures = []
+    if workers == 1:
+        for run in runs:
+            figures += _one_seed(run)
+    else:
+        with ProcessPoolExecutor(min(workers, len(runs)), initializer=_one_thread) as pool:
+            for found in pool.map(_one_seed, runs):
+                figures += found
+    if not asked.skip_commands:
+        from benchmarks.quality_commands import check_commands
+        from benchmarks.quality_seed import prepare
+
+        first = min(runs, key=lambda run: (run.size.training.shape.hidden, run.seed))
+        _one_thread()  # as the processes that measured before: sums depend on the number of threads
+        pair, _ = prepare(first.size.training, first.seed, first.data, first.work, first.device)
+        check_commands(pair, first.device)
+    _report(figures, asked, time.perf_counter() - start)
+
+
+def _flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mbpp/; default: the offline example's text")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="cpu", help="gpu: one size of about 100 M parameters"
+    )
+    parser.add_argument("--sizes", help="only these, by comma: small,medium,large")
+    parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
+    parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
+    parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models, recipes and what was judged")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the CSV, the tables and the plot go")
+    parser.add_argument(
+        "--skip_commands", action="store_true", help="do not repeat a recipe per method by the commands"
+    )
+    return parser.parse_args()
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _one_seed(run: Run) -> list:
+    from benchmarks.quality_seed import judge_seed
+
+    start = time.perf_counter()
+    figures = judge_seed(run.size.name, run.size.training, run.seed, run.data, run.work, run.device, ROWS)
+    print(f"{run.size.name}, seed {run.seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return figures
+
+
+def _report(figures: list, asked: argparse.Namespace, seconds: float) -> None:
+    from benchmarks.quality_contenders import CONTROLS
+    from benchmarks.quality_report import compare, draw, markdown, write_figures
+
+    end = "" if asked.preset == "cpu" else f"_{asked.preset}"
+    figures.sort(key=lambda one: (one.experiment, one.size, one.seed))
+    comparisons = compare(figures, CONTROLS)
+    tables = markdown(comparisons)
+    write_figures(asked.results / f"quality{end}.csv", figures)
+    (asked.results / f"quality{end}.md").write_text(tables + "\n", encoding="utf-8")
+    draw(comparisons, asked.results / f"quality{end}.png")
+    print(tables)
+    print(f"\n{seconds / 60:.0f} minutes; wrote {asked.results}/quality{end}.csv, .md and .png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,148 @@
+"""What the quality benchmark compares: for each contender, the recipes among which validation chooses.
+
+A guided recipe comes from command 2's own function. An unguided one is written here, with one value for all tensors, or
+values that depend on depth alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.quality_pairs import Pair, recipe_of
+
+BUDGETS = (0.05, 0.1, 0.2, 0.4)
+UNIFORM_ONE = "uniform"
+UNIFORM_TWO = "uniform task arithmetic"
+CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of a contender; `recipe` makes its recipe for a pair, measuring on `device` if need be."""
+
+    setting: str
+    recipe: Callable[[Pair, str], Path]
+
+
+def guided(guidance: str, config: str = "both", number: int = 0, **flags: Any) -> Variant:
+    """What command 2 makes of a method and flags; `number` 1 is the control it writes beside."""
+
+    def recipe(pair: Pair, device: str) -> Path:
+        place = pair.both if config == "both" else pair.alone[config]
+        return recipe_of(pair, place, guidance, flags, device)[number]
+
+    setting = ", ".join(f"{key} {value}" for key, value in flags.items() if key not in ("merge_method", "control"))
+    return Variant(setting, recipe)
+
+
+def one_expert(task: str, budget: float) -> dict[str, Variant]:
+    """The contenders at a budget: the share of the entries of the measured tensors that are kept."""
+    keep = {"config": task, "mean_density": budget}
+    return {
+        UNIFORM_ONE: guided("lewis", number=1, control="uniform", **keep),
+        "LEWIS minmax": guided("lewis", control="uniform", **keep),
+        "LEWIS clip": guided("lewis", bound="clip", **keep),
+        "saliency budget": guided("saliency_budget", **keep),
+        "saliency mask": guided("saliency_budget", mask="saliency", **keep),
+    }
+
+
+def two_experts() -> dict[str, list[Variant]]:
+    """The contenders, each with the settings among which validation chooses."""
+    cuts = list(product((0.2, 0.5), (0.5, 0.8, 1.1)))
+    cut = [{"mean_density": density, "lambda": scale} for density, scale in cuts]
+    linearity = {
+        f"submodule linearity, {level}": [
+            guided("submodule_linearity", level=level, ridge=ridge) for ridge in (1e-6, 0.1)
+        ]
+        for level in ("block", "attention_mlp", "tensor")
+    }
+    return {
+        UNIFORM_TWO: [plain("task_arithmetic", weight=weight) for weight in (0.2, 0.3, 0.4, 0.5, 0.6)],
+        "uniform TIES": [plain("ties", weight=1.0, density=d, scale=s, normalize=True) for d, s in cuts],
+        "uniform DARE-TIES": [plain("dare_ties", weight=w, density=d) for w in (0.2, 0.35, 0.5) for d in (0.5, 0.8)],
+        "LiNeS": [lines(first, growth) for first in (0.1, 0.2, 0.3) for growth in (0.2, 0.4)],
+        "Sens-Merging": [
+            guided("sens_merging", **{"lambda": scale, "temperature": temperature})
+            for scale in (0.2, 0.3, 0.4)
+            for temperature in (1.0, 0.2)
+        ],
+        **linearity,
+        "LEWIS": [guided("lewis", **flags) for flags in cut],
+        "saliency budget": [guided("saliency_budget", **flags) for flags in cut],
+        "saliency mask": [guided("saliency_budget", mask="saliency", **flags) for flags in cut],
+        "saliency mean": [
+            guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.85, 1.0)
+        ],
+    }
+
+
+def plain(
+    method: str, *, weight: float, density: float | None = None, scale: float | None = None, normalize: bool = False
+) -> Variant:
+    """An unguided recipe: one weight and one density for all tensors of all experts."""
+
+    def parameters(layers: int) -> Mapping[str, Any]:
+        # As in guided recipes the density holds in the linear parts of the blocks; all else keeps everything.
+        cut = {} if density is None else {"density": [*_everywhere("proj", density), {"value": 1}]}
+        return {**cut, "weight": weight}
+
+    shown = {"weight": weight, "density": density, "lambda": scale}
+    setting = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+    shared = {"normalize": normalize, **({} if scale is None else {"lambda": scale})}
+    return Variant(setting, lambda pair, device: _written(pair, method, setting, parameters, shared))
+
+
+def lines(first: float, growth: float) -> Variant:
+    """LiNeS (arXiv 2410.17146): task arithmetic whose weight grows from `first` by `growth` over the depth."""
+
+    def parameters(layers: int) -> Mapping[str, Any]:
+        weights = [first + growth * layer / (layers - 1) for layer in range(layers)]
+        filters = [{"filter": f"model.layers.{layer}.", "value": weight} for layer, weight in enumerate(weights)]
+        return {"weight": [*filters, {"filter": "model.norm", "value": first + growth}, {"value": first}]}
+
+    setting = f"weight {first} to {first + growth:g}"
+    return Variant(
+        setting,
+        lambda pair, device: _written(pair, "task_arithmetic", f"lines {setting}", parameters, {"normalize": False}),
+    )
+
+
+def _everywhere(text: str, value: float) -> Sequence[Mapping[str, Any]]:
+    return [{"filter": text, "value": value}]
+
+
+def _written(
+    pair: Pair,
+    method: str,
+    setting: str,
+    parameters: Callable[[int], Mapping[str, Any]],
+    shared: Mapping[str, Any],
+) -> Path:
+    from transformers import AutoConfig
+
+    layers = AutoConfig.from_pretrained(pair.trained.base).num_hidden_layers
+    experts = [{"model": str(path), "parameters": dict(parameters(layers))} for path in pair.trained.experts.values()]
+    recipe = {
+        "models": [{"model": str(pair.trained.base)}, *experts],
+        "merge_method": method,
+        "base_model": str(pair.trained.base),
+        "parameters": dict(shared),
+        "dtype": "bfloat16",
+    }
+    path = pair.folder / "recipes" / f"{method} {setting}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def every_variant(tasks: Sequence[str]) -> Iterator[Variant]:
+    """All variants of all contenders."""
+    for task, budget in product(tasks, BUDGETS):
+        yield from one_expert(task, budget).values()
+    for variants in two_experts().values():
+        yield from variants

@@ -1,0 +1,122 @@
+"""One seed of the quality benchmark: train or find its models, merge them in every way, judge them."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.quality_contenders import BUDGETS, Variant, one_expert, two_experts
+from benchmarks.quality_losses import share_kept
+from benchmarks.quality_merges import TEST, VALIDATION, Judge
+from benchmarks.quality_models import Trained, Training, train_or_find
+from benchmarks.quality_pairs import Pair, lay_out
+from benchmarks.quality_report import ONE, TWO, Figure
+from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
+
+
+def prepare(size: str, training: Training, seed: int, data: Path | None, work: Path, device: str) -> tuple[Pair, Texts]:
+    """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint."""
+    texts = texts_of_seed(data, TextSizes(), seed)
+    assert_disjoint(texts)
+    trained: Trained = train_or_find(training, texts, seed, work / "models", device)
+    # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
+    return lay_out(trained, texts, work / "pairs" / trained.base.parent.name), texts
+
+
+def judge_seed(
+    size: str,
+    training: Training,
+    seed: int,
+    data: Path | None,
+    work: Path,
+    device: str,
+    rows: Mapping[str, int],
+) -> list[Figure]:
+    """All figures of a seed.
+
+    Args:
+        size: its name in the figures.
+        training: what the models are made by.
+        seed: of training, and of the choice of training and calibration text.
+        data: folder of the published data sets, or None.
+        work: folder for models, recipes and what was judged.
+        device: where to train, measure, merge and judge.
+        rows: how many rows of each split are read per task.
+    """
+    from utils.merge_methods import register_methods
+
+    register_methods()
+    pair, texts = prepare(training, seed, data, work, device)
+    judge = Judge(pair, texts, rows, device)
+    say = _Progress(f"{size}, seed {seed}")
+    figures = []
+    for task in texts.tasks:
+        for budget in BUDGETS:
+            for contender, variant in one_expert(task, budget).items():
+                say(f"{task} {budget} {contender}")
+                losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
+                figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))
+    for contender, variants in two_experts().items():
+        say(contender)
+        best = _chosen(judge, pair, variants, device)
+        losses = judge.recipe_losses(best.recipe(pair, device), TEST)
+        figures += [
+            _figure(judge, TWO, size, seed, contender, None, task, losses, best.setting) for task in texts.tasks
+        ]
+    return figures
+
+
+class _Progress:
+    """Says on stderr what is being done."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def __call__(self, what: str) -> None:
+        print(f"{self.label}: {what}", file=sys.stderr, flush=True)
+
+
+def _chosen(judge: Judge, pair: Pair, variants: Sequence[Variant], device: str) -> Variant:
+    """The variant with the largest mean share kept on validation; the test split is not looked at."""
+    if len(variants) == 1:
+        return variants[0]
+
+    def kept(variant: Variant) -> float:
+        losses = judge.recipe_losses(variant.recipe(pair, device), VALIDATION)
+        return sum(_shares(judge, losses, VALIDATION).values()) / len(losses)
+
+    return max(variants, key=kept)
+
+
+def _shares(judge: Judge, losses: Mapping[str, float], split: str) -> dict[str, float]:
+    trained = judge.pair.trained
+    base = judge.model_losses(trained.base, split)
+    return {
+        task: share_kept(base[task], losses[task], judge.model_losses(expert, split)[task])
+        for task, expert in trained.experts.items()
+    }
+
+
+def _figure(
+    judge: Judge,
+    experiment: str,
+    size: str,
+    seed: int,
+    contender: str,
+    budget: float | None,
+    task: str,
+    losses: Mapping[str, float],
+    setting: str,
+) -> Figure:
+    others = [loss for name, loss in losses.items() if name != task]
+    return Figure(
+        experiment=experiment,
+        size=size,
+        seed=seed,
+        contender=contender,
+        budget=budget,
+        task=task,
+        kept=_shares(judge, losses, TEST)[task],
+        own_loss=losses[task],
+        other_loss=sum(others) / len(others) if others else None,
+        setting=setting,
+    )

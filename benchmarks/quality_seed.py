@@ -13,7 +13,7 @@ from benchmarks.quality_report import ONE, TWO, Figure
 from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
 
 
-def prepare(size: str, training: Training, seed: int, data: Path | None, work: Path, device: str) -> tuple[Pair, Texts]:
+def prepare(training: Training, seed: int, data: Path | None, work: Path, device: str) -> tuple[Pair, Texts]:
     """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint."""
     texts = texts_of_seed(data, TextSizes(), seed)
     assert_disjoint(texts)

@@ -83,6 +83,15 @@ def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measur
         )
 
 
+def test_texts_measured_side_by_side_give_the_same_bytes(pair, measure):
+    write_config(pair, {"calibration": {"math": MATH, "code": CODE}})
+    measure(out="one")
+    measure("--devices", "cpu,cpu,cpu", out="many")
+    for name in ("math_delta.csv", "code_delta.csv"):
+        one, many = (pd.read_csv(pair / folder / name) for folder in ("one", "many"))
+        assert np.allclose(one, many, rtol=1e-3, atol=1e-6)  # other numbers of threads round otherwise
+
+
 def test_a_recipe_comes_out_of_texts_per_expert(pair, measure, decide):
     write_config(pair, {"calibration": {"math": MATH}, "dataset": CODE})
     measure()

@@ -10,7 +10,9 @@ The *measure* half (`LewisVisitor`, `delta_table`) turns a model's blocks into n
 """
 
 import contextlib
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +188,9 @@ def _measure(job: MeasureJob) -> Measured:
         labels |= dict.fromkeys(users, users[0])
         for subject in job.subjects:
             if subject.entry.type in (config.base_model_type, *users):
-                do = partial(_norms, job, subject, subject.texts[source], users[0])
+                # A skeleton of its own: the base is measured on several texts, perhaps on several devices at once.
+                own = replace(subject, decoder=copy.deepcopy(subject.decoder)) if len(config.texts) > 1 else subject
+                do = partial(_norms, job, own, subject.texts[source], users[0])
                 works.append(Work(subject.entry.type, len(subject.decoder.blocks), do))
     norms = pd.DataFrame([row for rows in job.run(works) for row in rows])
     components = list(dict.fromkeys(norms["component"]))

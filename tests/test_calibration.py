@@ -21,8 +21,8 @@ from utils.calibration import (
     token_digest,
     with_defaults,
 )
-from utils.errors import UserError
 from utils.calibration_source import CalibrationSource
+from utils.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}

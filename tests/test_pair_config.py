@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_pairs import pair_settings, write_config
-from utils.errors import UserError
 from utils.calibration_source import CalibrationSource
+from utils.errors import UserError
 from utils.pair_config import CONFIG_KEYS, ModelEntry, PairConfig, read_pair_config
 
 ROOT = Path(__file__).resolve().parent.parent

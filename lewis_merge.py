@@ -30,7 +30,8 @@ def main() -> None:
     parser.flag(
         "merge_method",
         "for densities: ties, dare_ties, dare_linear, della, della_linear, breadcrumbs or breadcrumbs_ties; for weights: "
-        "task_arithmetic, ties, dare_ties or dare_linear [default: ties for densities, task_arithmetic for weights]",
+        "task_arithmetic, ties, dare_ties or dare_linear; with saliency_budget also guided_mean, this project's own "
+        "[default: ties for densities, task_arithmetic for weights]",
     )
     parser.flag(
         "mean_density",

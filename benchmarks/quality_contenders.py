@@ -76,7 +76,7 @@ def two_experts() -> dict[str, list[Variant]]:
         "saliency budget": [guided("saliency_budget", **flags) for flags in cut],
         "saliency mask": [guided("saliency_budget", mask="saliency", **flags) for flags in cut],
         "saliency mean": [
-            guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.85, 1.0)
+            guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.7, 0.85, 1.0)
         ],
     }
 

@@ -7,11 +7,18 @@ from hypothesis import strategies as st
 from utils.errors import UserError
 from utils.method_rules import (
     DENSITY_METHODS,
+    GUIDED_MEAN,
+    GUIDED_TIES,
     OTHER_METHODS,
+    OWN_METHODS,
+    TASK_ARITHMETIC,
     check_global_parameters,
+    counterpart,
     density_method,
     extra_value,
+    known_parameters,
     normalizes,
+    weight_method,
 )
 
 
@@ -120,3 +127,62 @@ def test_what_mergekit_knows_is_accepted():
 ])  # fmt: skip
 def test_normalize_falls_back_to_the_methods_default(name, parameters, expected):
     assert normalizes(DENSITY_METHODS[name], parameters) is expected
+
+
+# --- this project's own -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_own_methods_is_what_is_registered():
+    from utils.merge_methods import own_method, register_methods
+
+    register_methods()
+    for name, rule in OWN_METHODS.items():
+        specs = {one.name: one for one in own_method(name).spec.parameters}
+        assert {*rule.shared, "weight", "density", "saliency"} <= set(specs) <= {
+            *rule.shared, "weight", "density", "saliency", "int8_mask"
+        }  # fmt: skip
+        assert all(specs[number.name].default == number.default for number in rule.numbers)
+        assert all(number.allows(number.default) for number in rule.numbers)
+        assert "normalize" not in specs or specs["normalize"].default == rule.normalize
+
+
+@pytest.mark.parametrize("look_up", [density_method, weight_method])
+@pytest.mark.parametrize(("name", "words"), [("guided_mean", "vectors that --guidance saliency_budget measures"),
+                                             ("guided_ties", "--mask saliency")])  # fmt: skip
+def test_own_methods_are_for_the_guidance_that_has_vectors(look_up, name, words):
+    with pytest.raises(UserError, match=words):
+        look_up(name)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"power": 0}, "power must be a number above 0 and at most 1, got 0"),
+        ({"power": 1.01}, "power must be a number above 0 and at most 1"),
+        ({"power": True}, "power must be a number above 0"),
+        ({"floor": -1}, "floor must be a number of at least 0, got -1"),
+        ({"floor": float("inf")}, "floor must be a number of at least 0"),
+        ({"flor": 0.1}, "did you mean 'floor'"),
+        ({"normalize": True}, "'normalize' is unknown to the merge method guided_mean"),
+        ({"lambda": float("nan")}, "lambda must be a number, got nan"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(parameters, message):
+    with pytest.raises(UserError, match=message):
+        check_global_parameters(GUIDED_MEAN, parameters, "pair.yaml")
+
+
+def test_only_switches_that_are_mergekits_are_left_out():
+    given = {"normalize": True, "int8_mask": True, "rescale": False, "lambda": 0.5, "power": 1, "flor": 2}
+    assert known_parameters(GUIDED_MEAN, given) == {"lambda": 0.5, "power": 1, "flor": 2}
+    assert known_parameters(GUIDED_TIES, {"normalize": True, "int8_mask": True}) == {"normalize": True}
+    check_global_parameters(GUIDED_MEAN, {"lambda": 0.5, "power": 1, "floor": [0.1, 0.2]}, "pair.yaml")
+
+
+def test_counterparts_are_mergekits():
+    from dataclasses import replace
+
+    assert counterpart(replace(GUIDED_MEAN, keeps=""), "guided_mean") is TASK_ARITHMETIC
+    assert counterpart(GUIDED_MEAN, "guided_mean").name == "breadcrumbs"
+    assert counterpart(GUIDED_TIES, "ties") is DENSITY_METHODS["ties"]
+    assert counterpart(TASK_ARITHMETIC, "task_arithmetic") is TASK_ARITHMETIC

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import row_column_factors as room
-from utils.row_column_factors import explained_share, row_column_factors
+from utils.row_column_factors import AxisSums, explained_share, row_column_factors
 
 
 def drawn(seed: int, shape: tuple[int, int], noise: float) -> torch.Tensor:
@@ -73,3 +73,34 @@ def test_constants(value):
         [0.25 * (value > 0)] * 4
     )
     assert explained_share(torch.full((3, 4), value), rows, columns) == 1
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.one_of(st.just(()), st.tuples(st.integers(1, 30)), st.tuples(st.integers(1, 30), st.integers(1, 30))),
+    count=st.integers(1, 4),
+    at_once=st.sampled_from([1, 50, 2**22]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_sums_of_squares_that_come_in_parts(seed, shape, count, at_once, dtype):
+    gradients = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    sums = AxisSums(shape, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_AT_ONCE", at_once)
+        for gradient in gradients:
+            sums.add_squares(gradient)
+    dense = (gradients.double().numpy() ** 2).sum(axis=0)
+    found = [axis.numpy() for axis in sums.factors()]
+    if len(shape) < 2:
+        assert len(found) == 1 and found[0] == pytest.approx(dense.reshape(-1), rel=1e-6)
+        return
+    assert found[0] == pytest.approx(dense.sum(axis=1), rel=1e-6)
+    assert found[1] == pytest.approx(dense.sum(axis=0) / dense.sum(), rel=1e-6)
+
+
+def test_rows_may_come_to_be_more():
+    sums = AxisSums((2, 3), torch.device("cpu"))
+    for squares in (torch.ones(2, 3), torch.ones(4, 3), torch.ones(3, 3)):
+        sums.add(squares)
+    rows, columns = sums.factors()
+    assert rows.tolist() == [9, 9, 6, 3] and columns.tolist() == pytest.approx([1 / 3] * 3)

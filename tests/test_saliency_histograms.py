@@ -19,15 +19,21 @@ def drawn(seed: int, shape: tuple[int, ...], zeros: float = 0.2) -> tuple[torch.
     return base, torch.where(drop, base, base + 1e-3 * change), squares
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), at_once=st.sampled_from([1, 7, 2**22]))
-def test_bins_are_those_of_the_sorted_roots(seed, rows, at_once):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    at_once=st.sampled_from([1, 7, 2**22]),
+    power=st.sampled_from([1.0, 0.5, 0.3]),
+)
+def test_bins_are_those_of_the_sorted_roots(seed, rows, at_once, power):
     base, expert, squares = drawn(seed, (rows, 9))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saliency_histograms, "_AT_ONCE", at_once)
-        found = saliency_histogram(base, expert, squares)
+        found = saliency_histogram(base, expert, squares, power)
     change = expert.numpy() - base.numpy()
-    roots = (np.abs(change) * np.sqrt(squares.numpy())).ravel()
-    saliency = (change.astype("float64") ** 2 * squares.numpy().astype("float64")).ravel()
+    factors = np.sqrt(squares.numpy()) if power == 1 else squares.pow(power / 2).numpy()  # as rounded
+    roots = (np.abs(change) * factors).ravel()
+    saliency = (change.astype("float64") ** 2 * squares.numpy().astype("float64") ** power).ravel()
     edges = bin_edges().numpy().astype("float64")
     there = roots[roots > 0]
     expected = np.bincount(np.searchsorted(edges, there, side="right") - 1, minlength=BINS)

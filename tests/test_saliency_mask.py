@@ -116,3 +116,15 @@ def test_nan_is_kept_so_that_it_is_noticed():
     change = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
     mask = saliency_mask(change, 1, torch.ones(2), torch.tensor([1.0, 1e-6]))
     assert mask.tolist() == [[False, True], [False, False]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
+def test_a_tensor_of_one_axis_is_ranked_by_its_vector(seed, length, share):
+    generator = torch.Generator().manual_seed(seed)
+    change, squares = torch.randn(length, generator=generator), torch.rand(length, generator=generator) ** 4
+    k = int(share * length)
+    mask = saliency_mask(change, k, squares)
+    assert mask.shape == change.shape and int(mask.sum()) == k
+    expected = exact(change[:, None], k, squares, torch.ones(1))
+    if expected is not None:
+        assert torch.equal(mask, expected.flatten())

@@ -1,5 +1,6 @@
 """guided_ties by command 3: tensors equal a dense version, the manifest tells, and every bad file is found before."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -275,10 +276,6 @@ def _other_format(room, _data):
     save_file({"x": torch.ones(1)}, room / "code.vectors", metadata={"format": "pt"})
 
 
-def _a_norm(_room, data):
-    data["models"][1]["parameters"]["density"].insert(0, {"filter": "model.norm.weight", "value": 0.5})
-
-
 def _a_number(_room, data):
     data["models"][1]["parameters"]["saliency"] = 5
 
@@ -301,8 +298,7 @@ def _another_model(room, data):
         (lambda room, _: (room / "code.vectors").write_bytes(b"x" * 50), ["code.vectors", "not safetensors"]),
         (_other_format, ["code.vectors", "format 'pt'", FORMAT]),
         (edit(lambda found: found.pop(f"{NAME}.axis0")), ["code.vectors has no vectors of", NAME, "density 1"]),
-        (_a_norm, ["code.vectors has no vectors of model.norm.weight", "density 1"]),
-        (_another_model, [NAME, "lengths 40 and 48", "[32, 48]", "measured on this model"]),
+        (_another_model, [NAME, "length 40 and 48", "[32, 48]", "measured on this model"]),
         (set_entry(float("nan")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
         (set_entry(float("inf")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
         (set_entry(-1.0), ["code.vectors", f"{NAME}.axis1", "negative"]),
@@ -332,6 +328,19 @@ def test_many_missing_tensors_make_a_short_message(room, call):
     (room / "code.vectors").write_bytes(vector_file_bytes({}))
     code, _, err = call(room, guided(room))
     assert code == 2 and "and 16 more" in err and len(err.splitlines()) < 12
+
+
+def test_what_is_no_matrix_is_cut_by_magnitude(room):
+    data = guided(room)
+    for entry in data["models"][1:]:
+        entry["parameters"]["density"].insert(0, {"filter": "norm", "value": 0.25})
+    by_magnitude = copy.deepcopy(data)
+    for entry in by_magnitude["models"][1:]:
+        entry["parameters"]["saliency"] = ""
+    ours, theirs = (tensors(merge_here(room, one, name)) for one, name in ((data, "by"), (by_magnitude, "plain")))
+    norms = [name for name in ours if "norm" in name]
+    assert norms and all(torch.equal(ours[name], theirs[name]) for name in norms)
+    assert not torch.equal(ours[NAME], theirs[NAME])
 
 
 def test_an_aligned_vocabulary_is_refused(room):

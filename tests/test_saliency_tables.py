@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from utils.errors import UserError
 from utils.frames import csv_bytes
@@ -15,11 +16,13 @@ from utils.saliency_tables import (
     COLUMNS,
     HISTOGRAM,
     TENSORS,
+    read_power,
     read_saliency,
+    read_vector_file,
     read_vectors_of,
     vector_file,
 )
-from utils.saliency_vectors import vector_file_bytes
+from utils.saliency_vectors import FORMAT, vector_file_bytes
 
 EXPERTS = ("code", "math")
 PARTS = {"q": 30, "up": 50}
@@ -68,6 +71,17 @@ def test_histograms_come_back_by_component_then_layer(tmp_path):
     assert one.zeros.tolist() == [3] * 4 and one.counts.shape == (4, BINS)
     assert one.counts.sum(axis=1).tolist() == [27, 27, 47, 47]
     assert one.counts[0, 100] == one.counts[1, 101] == 20 and one.counts[3, 200] == 27
+
+
+@pytest.mark.parametrize("equal", [EXPERTS, EXPERTS[:1]])
+def test_experts_equal_to_the_base_have_no_bins(tmp_path, equal):
+    frames = tables()
+    none = frames[TENSORS]["model"].isin(equal)
+    frames[TENSORS].loc[none, "zeros"] = frames[TENSORS].loc[none, "params"]
+    frames[HISTOGRAM] = frames[HISTOGRAM][~frames[HISTOGRAM]["model"].isin(equal)]
+    found = read_saliency(saved(tmp_path, frames), EXPERTS, config())
+    assert [one.counts.sum() > 0 for one in found.values()] == [name not in equal for name in EXPERTS]
+    assert found["code"].zeros.tolist() == [30, 30, 50, 50]
 
 
 def test_types_may_look_like_numbers(tmp_path):
@@ -144,10 +158,32 @@ def test_a_table_that_is_missing(tmp_path):
 def test_vectors_come_back_under_their_new_names(tmp_path):
     vectors = {name: (torch.rand(3), torch.rand(4)) for name in ("a.weight", "b.weight")}
     (tmp_path / vector_file("code")).write_bytes(vector_file_bytes(vectors))
-    found = read_vectors_of(tmp_path, "code", {"a.weight": "x.weight"})
+    found = read_vectors_of(tmp_path, "code", {"a.weight": "x.weight"}, 0.5)
     assert list(found) == ["x.weight"]
-    assert all(torch.equal(one, two) for one, two in zip(found["x.weight"], vectors["a.weight"], strict=True))
+    for one, two in zip(found["x.weight"], vectors["a.weight"], strict=True):
+        torch.testing.assert_close(one, two.double().sqrt())
     with pytest.raises(UserError, match=r"has no c\.weight"):
-        read_vectors_of(tmp_path, "code", {"c.weight": "c.weight"})
+        read_vectors_of(tmp_path, "code", {"c.weight": "c.weight"}, 1)
     with pytest.raises(UserError, match="does not exist"):
-        read_vectors_of(tmp_path, "math", {})
+        read_vectors_of(tmp_path, "math", {}, 1)
+
+
+def test_a_file_of_vectors_is_handed_on_as_it_is(tmp_path):
+    content = vector_file_bytes({"a.weight": (torch.rand(3), torch.rand(4)), "norm.weight": (torch.rand(4),)})
+    path = tmp_path / vector_file("code")
+    path.write_bytes(content)
+    assert read_vector_file(tmp_path, "code", ["a.weight"]) == content
+    with pytest.raises(UserError, match=r"has no c\.weight\.axis0"):
+        read_vector_file(tmp_path, "code", ["c.weight"])
+    save_file({"a.axis0": torch.ones(3), "b.axis0": -torch.ones(3)}, path, metadata={"format": FORMAT})
+    with pytest.raises(UserError, match=r"b\.axis0 holds negative"):
+        read_vector_file(tmp_path, "code", ["a"])
+
+
+def test_the_exponent_comes_from_the_manifest():
+    for manifest in (None, {}, {"guidance_options": None}, {"guidance_options": {"gradient_at": "base"}}):
+        assert read_power(manifest) == 1
+    assert read_power({"guidance_options": {"saliency_power": 0.25}}) == 0.25
+    for value in (0, -1, 1.5, "0.5", True, None, float("nan")):
+        with pytest.raises(UserError, match=r"saliency_power is .*not a number above 0"):
+            read_power({"guidance_options": {"saliency_power": value}})

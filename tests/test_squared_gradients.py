@@ -22,6 +22,10 @@ def side(folder, samples, resident=False):
     return Side(decoder, StreamedWeights(match_names(model, checkpoint, head=True), CPU, torch.float32), samples)
 
 
+def layers_and_parts(one):
+    return [(layer, part) for layer in range(LAYERS) for part in one.decoder.components]
+
+
 def plain(folder, samples):
     """The whole model by transformers: parameters, and F with every gradient in memory."""
     from transformers import AutoModelForCausalLM
@@ -57,6 +61,15 @@ def test_squares_and_weights_are_those_of_plain_autograd(family, points, residen
             assert part.squares.dtype == torch.float32 and part.squares.shape == part.base.shape
             scale = float(expected.max())
             torch.testing.assert_close(part.squares, expected, rtol=1e-3, atol=1e-6 * scale)
+    names = {sides[0].decoder.weight_name(layer, part) for layer, part in layers_and_parts(sides[0])}
+    rest = {name: value for name, value in oracles[0][0].items() if name not in names}
+    assert both.others.keys() == rest.keys() and {value.dim() for value in rest.values()} == {1, 2}
+    for name, axes in both.others.items():
+        expected = sum(squares[name] for (_, squares), at in zip(oracles, points, strict=True) if at).double()
+        wanted = (expected,) if expected.dim() == 1 else (expected.sum(1), expected.sum(0) / expected.sum())
+        for axis, right in zip(axes, wanted, strict=True):
+            assert axis.dtype == torch.float64
+            torch.testing.assert_close(axis, right, rtol=1e-3, atol=1e-6 * float(right.max()))
     components = [part.name for part in sides[0].decoder.components]
     assert seen == [(layer, name) for layer in reversed(range(LAYERS)) for name in components]
     assert len(blocks) == 2 * LAYERS * sum(points)
@@ -73,6 +86,34 @@ def test_leaving_early_leaves_the_models_as_they_were(tmp_path):
         assert all(value.is_meta for one in sides for value in one.decoder.model.parameters())
 
 
+def test_a_head_that_only_the_expert_has_of_its_own(tmp_path):
+    """Base tied, expert not: the base adds to the embedding alone, and so is it told by the name that each part has."""
+    folders = [
+        save_tiny("qwen2", tmp_path / "base", tie_word_embeddings=True),
+        save_tiny("qwen2", tmp_path / "expert", 1),
+    ]
+    oracles = [plain(folder, SAMPLES)[1] for folder in folders]
+    with squares_pass(*(side(folder, SAMPLES) for folder in folders), CPU, lambda layer: None) as both:
+        assert sum(1 for _ in both.parts) == LAYERS * 7
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert head not in oracles[0] and head in oracles[1]
+    rows = oracles[0][embedding].sum(1) + oracles[1][embedding].sum(1)
+    torch.testing.assert_close(both.others[embedding][0].float(), rows, rtol=1e-3, atol=1e-6 * float(rows.max()))
+    rows = oracles[1][head].sum(1)
+    torch.testing.assert_close(both.others[head][0].float(), rows, rtol=1e-3, atol=1e-6 * float(rows.max()))
+
+
+def test_a_vocabulary_that_the_expert_has_extended(tmp_path):
+    folders = [save_tiny("llama", tmp_path / name, vocab_size=VOCABULARY + more) for name, more in (("b", 0), ("e", 5))]
+    oracles = [plain(folder, SAMPLES)[1] for folder in folders]
+    with squares_pass(*(side(folder, SAMPLES) for folder in folders), CPU, lambda layer: None) as both:
+        assert sum(1 for _ in both.parts) == LAYERS * 7
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = oracles[1][name].sum(1)
+        rows[:VOCABULARY] += oracles[0][name].sum(1)
+        torch.testing.assert_close(both.others[name][0].float(), rows, rtol=1e-3, atol=1e-6 * float(rows.max()))
+
+
 def test_half_precision_gradients_are_squared_in_float32():
     observer = SquaredGradients(frozenset({"w"}))
     gradient = torch.tensor([1e-5, 3.0], dtype=torch.float16)  # its square is 0 in float16
@@ -81,3 +122,9 @@ def test_half_precision_gradients_are_squared_in_float32():
     assert observer.wants("w") and not observer.wants("v")
     assert torch.equal(observer.take("w", torch.zeros(2)), 2 * gradient.float() ** 2)
     assert torch.equal(observer.take("w", torch.zeros(2)), torch.zeros(2)) and not observer.sums
+    observer = SquaredGradients(frozenset(), frozenset({"w", "v"}))
+    assert observer.wants("w") and not observer.wants("x")
+    observer.gradient("w", torch.zeros(2), gradient, 0)
+    (found,) = observer.take_factors("w", torch.zeros(2))
+    assert torch.equal(found, gradient.float().double() ** 2 // 2**-149 * 2**-149)  # float32's square
+    assert [axis.tolist() for axis in observer.take_factors("v", torch.zeros(2, 1))] == [[0, 0], [0]]

@@ -10,7 +10,15 @@ from utils.decide_job import DecideJob, Decision
 from utils.errors import UserError
 from utils.frames import check_folder, hash_warnings, read_manifest
 from utils.guidance_method import DEFAULT, GuidanceMethod
-from utils.method_rules import GUIDED_TIES, DeltaMethod, check_global_parameters, density_method, weight_method
+from utils.method_rules import (
+    OWN_METHODS,
+    DeltaMethod,
+    check_global_parameters,
+    counterpart,
+    density_method,
+    known_parameters,
+    weight_method,
+)
 from utils.naming import open_local_models
 from utils.pair_config import ModelEntry, PairConfig
 from utils.plots import require_matplotlib
@@ -126,29 +134,41 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _check_options(options: DecideOptions) -> DeltaMethod:
-    weights = options.method.gives == "weights"
-    rule = weight_method(options.merge_method) if weights else density_method(options.merge_method)
+    rule = _rule(options)
     if options.mean_density is not None and not rule.keeps:
         raise UserError(
             f"--mean_density {options.mean_density} has no effect with --merge_method {rule.name}, which adds whole "
             "deltas; leave it out, or use ties, dare_ties or dare_linear"
         )
     options.method.check_experts(options.config, len(options.experts))
-    check_global_parameters(rule, _parameters(options), f"pair config {options.config.path}")
+    check_global_parameters(rule, _parameters(options, rule), f"pair config {options.config.path}")
+    if options.plot and rule.whole and options.mean_density is None:
+        raise UserError(f"--plot has no densities to draw: {rule.name} keeps whole deltas without --mean_density")
     if options.plot:
         require_matplotlib("--plot")
     prepare_folder(options.out_dir, "--out_dir")
     return rule
 
 
-def _parameters(options: DecideOptions) -> dict[str, Any]:
-    """The config's `global_parameters`; weights are never divided by their sum, which would undo them."""
+def _rule(options: DecideOptions) -> DeltaMethod:
+    if options.merge_method in options.method.own_merge_methods:
+        return OWN_METHODS[options.merge_method]
+    if options.method.gives == "weights":
+        return weight_method(options.merge_method)
+    return density_method(options.merge_method, options.method.own_merge_methods)
+
+
+def _parameters(options: DecideOptions, rule: DeltaMethod) -> dict[str, Any]:
+    """The config's `global_parameters`; weights are never divided by their sum, which would undo them.
+
+    What only mergekit's methods know is left out for one of this project's.
+    """
     parameters = dict(options.config.global_parameters)
     if options.method.gives == "weights":
         for name in ("density", "weight"):  # in a config that was made for another kind of guidance
             parameters.pop(name, None)
         parameters["normalize"] = False
-    return parameters
+    return parameters if rule.name not in OWN_METHODS else known_parameters(rule, parameters)
 
 
 def _density(options: DecideOptions, rule: DeltaMethod) -> float | None:
@@ -158,11 +178,11 @@ def _density(options: DecideOptions, rule: DeltaMethod) -> float | None:
 
 
 def _settings(options: DecideOptions, rule: DeltaMethod, decision: Decision) -> RecipeSettings:
-    parameters = _parameters(options)
-    if decision.merge_method == GUIDED_TIES.name:
-        rule = GUIDED_TIES
-        parameters = {name: value for name, value in parameters.items() if name in (*rule.switches, "lambda")}
-    parameters |= decision.parameters
+    if decision.merge_method is not None:
+        rule = OWN_METHODS[decision.merge_method]
+    parameters = _parameters(options, rule) | decision.parameters
+    if rule.whole and options.mean_density is None:
+        rule = replace(rule, keeps="")
     return RecipeSettings(
         method=rule,
         base=options.config.base,
@@ -172,6 +192,20 @@ def _settings(options: DecideOptions, rule: DeltaMethod, decision: Decision) -> 
         lambda_=options.lambda_ if options.lambda_ is not None else _usual_lambda(parameters, decision),
         out_dtype=options.out_dtype,
     )
+
+
+def _control_settings(options: DecideOptions, settings: RecipeSettings) -> RecipeSettings:
+    """Those of the unguided recipe: for a method of this project's, mergekit's that does the same without vectors."""
+    plain = replace(settings, as_weights=settings.as_weights or options.control == "lines")
+    method = counterpart(settings.method, options.merge_method)
+    if method is settings.method:
+        return plain
+    parameters = dict(options.config.global_parameters)
+    if settings.method.whole:  # a mean of deltas
+        parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
+        parameters |= {method.extra: 0.0} if method.extra else {}
+        plain = replace(plain, weight=1 / len(options.experts))
+    return replace(plain, method=method, parameters=parameters)
 
 
 def _usual_lambda(parameters: Mapping[str, Any], decision: Decision) -> float | None:
@@ -186,11 +220,9 @@ def _result(options: DecideOptions, decision: Decision, settings: RecipeSettings
     recipes = {guided: recipe(table, naming, replace(settings, saliency=saliency))}
     control = None
     if options.control is not None:
+        plain = _control_settings(options, settings)
         control = control_table(options.control, table)
-        weighted = settings.as_weights or options.control == "lines"
-        rule = density_method(options.merge_method) if decision.vectors else settings.method
-        parameters = _parameters(options) if decision.vectors else settings.parameters
-        plain = replace(settings, as_weights=weighted, method=rule, parameters=parameters)
+        control = control.assign(weight=control["weight"] * plain.weight)
         recipes[control_name] = recipe(control, naming, plain)
     files = {name: recipe_bytes(data) for name, data in recipes.items()}
     files |= {vectors[key]: content for key, content in decision.vectors.items()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from utils.coefficients import by_component, by_depth, mean_density
 from utils.decide_job import Decision
 from utils.filters import Coverage, NamedTensor, name_template
-from utils.method_rules import normalizes
+from utils.method_rules import OWN_METHODS, normalizes
 from utils.recipe import RecipeSettings
 from utils.runtime import versions
 
@@ -40,13 +40,11 @@ def say_choices(
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
     print(f"measured: {size}, experts {experts}{_samples(manifest)}")
     method = settings.method
-    keeps = f"keeps {method.keeps}" if method.keeps else "adds whole deltas"
-    divides = "true" if normalizes(method, settings.parameters) else "false"
-    asked = options.config.global_parameters.get("normalize")
-    replaced = (
-        " (weights per layer need that; the config's true is for densities)" if asked and divides != "true" else ""
-    )
-    print(f"method:   {method.name}, {keeps}; normalize {divides}{replaced}")
+    print(f"method:   {method.name}, {_what_it_does(options, settings)}")
+    if method.name in OWN_METHODS:
+        idle = set(options.config.global_parameters) - set(settings.parameters)
+        if idle:
+            print(f"left out: {', '.join(sorted(idle))} of global_parameters, which {method.name} does not have")
     for label, text in decision.how:
         print(f"{label + ':' if label else '':<9} {text}")
     if settings.lambda_ is not None:
@@ -59,6 +57,22 @@ def say_choices(
         )
     if options.out_dtype:
         print(f"written:  in {options.out_dtype}")
+
+
+def _what_it_does(options: "DecideOptions", settings: RecipeSettings) -> str:
+    method = settings.method
+    does = [f"keeps {method.keeps}"] if method.keeps else []
+    if not method.keeps or method.whole:
+        does.append(method.does)
+    if "normalize" in method.switches:
+        divides = normalizes(method, settings.parameters)
+        asked = options.config.global_parameters.get("normalize")
+        replaced = " (weights per layer need that; the config's true is for densities)" if asked and not divides else ""
+        does.append(f"normalize {'true' if divides else 'false'}{replaced}")
+    shared = (
+        number.name for number in method.numbers if number.name != "lambda" and number.name in settings.parameters
+    )
+    return "; ".join([*does, *(f"{name} {settings.parameters[name]}" for name in shared)])
 
 
 def say_result(options: "DecideOptions", settings: RecipeSettings, result: "Result") -> None:
@@ -76,6 +90,9 @@ def say_result(options: "DecideOptions", settings: RecipeSettings, result: "Resu
     for line in result.decision.after:
         print(line)
     count = len(set((naming.group_filters or naming.filters).values()))
+    if not columns:
+        print("\nfilters: none; every tensor of an expert is merged alike")
+        return
     print(f"\nfilters: {count} per expert; {naming.evidence}")
     if naming.coverage is not None:
         _say_coverage(naming.coverage)
@@ -97,7 +114,7 @@ def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> Non
     density, weight = part["density"].iloc[0], part["weight"]
     if "density" in columns:
         print(f"  control       {density:.6f} everywhere")
-    if kind == "lines" or "weight" in columns:
+    if kind == "lines" or "weight" in columns or float(weight.iloc[0]) != 1:
         spread = f"{weight.min():.6f}" if weight.min() == weight.max() else f"{weight.min():.4f} to {weight.max():.4f}"
         print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
 

@@ -68,8 +68,8 @@ def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str
         )
 
 
-def read_table(folder: Path, name: str, columns: Sequence[str]) -> "pd.DataFrame":
-    """A tidy table of a dataframe folder; it must have exactly these columns and at least one row.
+def read_table(folder: Path, name: str, columns: Sequence[str], *, may_be_empty: bool = False) -> "pd.DataFrame":
+    """A tidy table of a dataframe folder; it must have exactly these columns and, unless it may be empty, a row.
 
     Raises:
         UserError: the file is missing or unreadable, or has other columns or no rows.
@@ -80,7 +80,7 @@ def read_table(folder: Path, name: str, columns: Sequence[str]) -> "pd.DataFrame
     table = read_csv(path)
     if list(table.columns) != list(columns):
         raise UserError(f"{path}: columns must be {','.join(columns)}, got {','.join(map(str, table.columns))}")
-    if table.empty:
+    if table.empty and not may_be_empty:
         raise UserError(f"{path} has no rows; measure again with --overwrite")
     return table
 

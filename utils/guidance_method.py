@@ -52,7 +52,8 @@ class GuidanceMethod:
 
     `gives` says what its *decide* half sets per tensor. `fewest_experts` are needed; with `text_per_task` each expert
     should be measured on text of its own. `config_keys` are the keys of the pair config that this method uses and others
-    do not. `files` names what the *measure* half writes, the manifest aside; `choices` are lines that say how.
+    do not. `own_merge_methods` are this project's merge methods (`utils/method_rules.py`) that `--merge_method` may name
+    beside mergekit's. `files` names what the *measure* half writes, the manifest aside; `choices` are lines that say how.
     """
 
     name: str
@@ -68,6 +69,7 @@ class GuidanceMethod:
     fewest_experts: int = 1
     text_per_task: bool = False
     config_keys: tuple[str, ...] = ()
+    own_merge_methods: tuple[str, ...] = ()
 
     def flags(self, half: Half) -> tuple[MethodFlag, ...]:
         """The flags of one half."""

@@ -189,5 +189,6 @@ METHODS: Mapping[str, KnownMethod] = {
             {"int8_mask": bool, "normalize": bool, "vote": bool, "lambda": float},
             _OWN | {"saliency": str},
         ),
+        _method("guided_mean", "required", {"lambda": float, "power": float, "floor": float}, _OWN | {"saliency": str}),
     )
 }

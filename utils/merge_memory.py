@@ -7,7 +7,8 @@ from mergekit import merge_methods
 from mergekit.sparsify import SparsificationMethod
 
 from utils.direct_tensors import divide
-from utils.merge_methods import is_own
+from utils.guided_average import TEMPORARIES
+from utils.merge_methods import GUIDED_MEAN, own_method
 from utils.merge_plan import MergePlan, OutputTensor
 from utils.merge_settings import MergeSettings
 from utils.tensor_merge import buffer_bytes, table_bytes
@@ -31,26 +32,36 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
     tables of the tensors that can be under way at once, one a thread, count instead, and no weight file.
 
     `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
+    `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
     """
     division = divide(plan, settings)
     if not isinstance(division, str):
         threads = torch.get_num_threads()
         tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
         buffers = max(buffer_bytes(tensor) for tensor in division.direct)
-        left = (_per_entry(plan, tensor) * tensor.params + tensor.nbytes for tensor, _ in division.left)
+        left = (_arithmetic(plan, tensor) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)
-    largest = max((_per_entry(plan, tensor) * tensor.params for tensor in plan.tensors), default=0)
+    largest = max((_arithmetic(plan, tensor) for tensor in plan.tensors), default=0)
     shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
     return largest + shard * (2 if settings.async_write else 1)
 
 
+def _arithmetic(plan: MergePlan, tensor: OutputTensor) -> int:
+    """Bytes that one tensor's arithmetic takes."""
+    name = plan.inputs.config.merge_method
+    rows = min(TEMPORARIES, 24 * tensor.params) if name == GUIDED_MEAN else 0
+    return _per_entry(plan, tensor) * tensor.params + rows
+
+
 def _per_entry(plan: MergePlan, tensor: OutputTensor) -> int:
-    method = merge_methods.get(plan.inputs.config.merge_method)
+    name = plan.inputs.config.merge_method
+    method = merge_methods.get(name)
     item = _ITEM.get(plan.dtype or tensor.dtype or "", 2)
     stored = {header.nbytes // max(1, math.prod(header.shape)) for header in tensor.sources.values()}
     converted = len(tensor.sources) * item if stored - {item} else 0
-    if is_own(method):
-        return converted + _guided_per_entry(tensor, item)
+    if own_method(name) is not None:
+        guided = _mean_per_entry if name == GUIDED_MEAN else _guided_per_entry
+        return converted + guided(tensor, item)
     if not hasattr(method, "sparsification_method"):  # the others work in float32, on all inputs at once
         return converted + (len(tensor.sources) + 2) * 4
     models = max(1, len(tensor.sources) - 1)
@@ -69,3 +80,9 @@ def _guided_per_entry(tensor: OutputTensor, item: int) -> int:
     vote = dict(tensor.task.parameters.items())["vote"]
     total = models * (2 * item + 2) + 3 * item if vote else 3 * item
     return cut * item + max(item + 5 if cut else 0, models * item + max(item, total))
+
+
+def _mean_per_entry(tensor: OutputTensor, item: int) -> int:
+    densities = [values.get("density", 1.0) for _, values in tensor.task.input_parameters.items()]
+    cut = sum(0 < density < 1 for density in densities)
+    return cut + max(item, 9 if cut else 0)

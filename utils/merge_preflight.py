@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.input_differences import check_configs, left_out, own_heads, prove_coverage
 from utils.merge_inputs import MergeInputs, open_inputs
 from utils.merge_memory import memory_estimate
+from utils.merge_methods import own_method
 from utils.merge_plan import MergePlan, plan_merge
 from utils.merge_recipe import MergeRecipe
 from utils.merge_settings import MergeSettings
@@ -95,7 +96,9 @@ def preflight(
         f"merge: {config.merge_method} by {recipe.path.name}, seed {settings.random_seed}; computed in "
         f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
     )
-    for line in _plan_lines(plan, densities, saliency):
+    for line in _plan_lines(plan, densities):
+        tell(line)
+    for line in _saliency_lines(config.merge_method, saliency):
         tell(line)
     warnings += _check_room(plan, settings, output, device, tell)
     return Preflight(
@@ -170,9 +173,7 @@ def _input_lines(inputs: MergeInputs) -> Iterator[str]:
         )
 
 
-def _plan_lines(
-    plan: MergePlan, densities: tuple[DensitySummary, ...], saliency: tuple[SaliencyFile, ...]
-) -> Iterator[str]:
+def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Iterator[str]:
     origin = plan.architecture.origin
     why = "" if origin == DEFINITION else f" ({plan.architecture.reason})"
     sizes = math.fsum(tensor.params for tensor in plan.tensors) / 1e6
@@ -184,6 +185,10 @@ def _plan_lines(
             f"density of {one.label}: mean {one.mean:.3f} over all parameters, {one.low:.3f} to {one.high:.3f}; below "
             f"1 in {one.guided} of {one.tensors} tensors"
         )
-    for file in saliency:
+
+
+def _saliency_lines(name: str, saliency: tuple[SaliencyFile, ...]) -> Iterator[str]:
+    method = own_method(name)
+    for file in saliency if method else ():
         for label, count in file.tensors.items():
-            yield f"saliency of {label}: {count} tensors are cut by the vectors in {file.written}"
+            yield f"saliency of {label}: {count} tensors are {method.use} by the vectors in {file.written}"

@@ -6,13 +6,40 @@ installed mergekit's own.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UserError, raise_collected
 
-_SHARED_NUMBERS = ("lambda",)
+
+@dataclass(frozen=True)
+class SharedNumber:
+    """A parameter of a merge method, one for all models: a number from `low` (or above it: `low_open`) to `high`."""
+
+    name: str
+    default: float
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is such a number."""
+        if not _is_number(value) or not math.isfinite(value):
+            return False
+        return self.low < value <= self.high or (value == self.low and not self.low_open)
+
+    @property
+    def words(self) -> str:
+        """What values it takes, to put after "must be"."""
+        if self.low == -math.inf:
+            return "a number"
+        low = f"above {self.low:g}" if self.low_open else f"of at least {self.low:g}"
+        return f"a number {low}" + ("" if self.high == math.inf else f" and at most {self.high:g}")
+
+
+LAMBDA = SharedNumber("lambda", 1.0)
 
 
 @dataclass(frozen=True)
@@ -21,7 +48,8 @@ class DeltaMethod:
 
     `normalize` is its default: whether the sum of weighted deltas is divided by the sum of the weights. `extra` is the
     one further per-tensor parameter it has ("" for none), `extra_default` mergekit's value for it. `switches` are its
-    shared parameters that are true or false.
+    shared parameters that are true or false, `numbers` those that are numbers. `does` says what it does with what is
+    kept. `whole` if it keeps all unless it is told a mean density.
     """
 
     name: str
@@ -30,6 +58,14 @@ class DeltaMethod:
     extra: str = ""
     extra_default: float = 0.0
     switches: tuple[str, ...] = ("normalize", "int8_mask", "rescale")
+    numbers: tuple[SharedNumber, ...] = (LAMBDA,)
+    does: str = "adds whole deltas"
+    whole: bool = False
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The names of its parameters that are one for all models."""
+        return (*self.switches, *(number.name for number in self.numbers))
 
 
 DENSITY_METHODS: Mapping[str, DeltaMethod] = {
@@ -53,8 +89,19 @@ WEIGHT_METHODS: Mapping[str, DeltaMethod] = {
     **{name: DENSITY_METHODS[name] for name in ("ties", "dare_ties", "dare_linear")},
 }
 
-# This project's own: the entries of largest saliency, by vectors that a file holds (`utils/merge_methods.py`).
+# This project's own, by vectors that a file holds (`utils/merge_methods.py`).
 GUIDED_TIES = DeltaMethod("guided_ties", "the entries of largest saliency", True, switches=("normalize", "vote"))
+GUIDED_MEAN = DeltaMethod(
+    "guided_mean",
+    "the entries of largest saliency",
+    normalize=False,
+    switches=(),
+    # defaults measured by benchmarks/quality.py
+    numbers=(LAMBDA, SharedNumber("power", 0.5, 0, 1, low_open=True), SharedNumber("floor", 0.1, 0)),
+    does="averages the experts' deltas, each entry weighed by its squared gradient",
+    whole=True,
+)
+OWN_METHODS: Mapping[str, DeltaMethod] = {method.name: method for method in (GUIDED_TIES, GUIDED_MEAN)}
 
 # Methods of mergekit that have no use for a density, with what they do instead.
 OTHER_METHODS: Mapping[str, str] = {
@@ -84,13 +131,18 @@ def weight_method(name: str) -> DeltaMethod:
     """
     if name in WEIGHT_METHODS:
         return WEIGHT_METHODS[name]
+    _refuse_own(name)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), WEIGHT_METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(WEIGHT_METHODS)}"
     raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}")
 
 
-def density_method(name: str) -> DeltaMethod:
+def density_method(name: str, own: Sequence[str] = ()) -> DeltaMethod:
     """Look up `--merge_method` for guidance that gives densities.
+
+    Args:
+        name: mergekit's name of a method.
+        own: the names of this project's methods that would be accepted, for the message.
 
     Raises:
         UserError: mergekit has no such method (the nearest is named), or it would ignore the densities.
@@ -102,9 +154,37 @@ def density_method(name: str) -> DeltaMethod:
             f"--merge_method {name} ignores densities ({OTHER_METHODS[name]}), so the guidance would do nothing; use "
             f"one of {', '.join(DENSITY_METHODS)}"
         )
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), DENSITY_METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(DENSITY_METHODS)}"
+    _refuse_own(name)
+    known = (*DENSITY_METHODS, *own)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"--merge_method {name!r} is unknown; {hint}")
+
+
+def _refuse_own(name: str) -> None:
+    """Refuse a method of this project's where there are no vectors for it."""
+    if name == GUIDED_TIES.name:
+        raise UserError(f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)")
+    if name in OWN_METHODS:
+        raise UserError(f"--merge_method {name} needs vectors that --guidance saliency_budget measures; choose that")
+
+
+def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair config's `global_parameters` without the switches of mergekit's methods that an own one does not have."""
+    idle = set(TASK_ARITHMETIC.switches) - set(method.shared)
+    return {name: value for name, value in parameters.items() if name not in idle}
+
+
+def counterpart(method: DeltaMethod, asked: str) -> DeltaMethod:
+    """mergekit's method that does what an own one does, without vectors; any other is its own counterpart.
+
+    Args:
+        method: the recipe's.
+        asked: the method asked for on the command line, in whose place the recipe's may be.
+    """
+    if method.name == GUIDED_MEAN.name:  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
+        return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
+    return DENSITY_METHODS[asked] if method.name in OWN_METHODS else method
 
 
 def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
@@ -130,8 +210,8 @@ def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], 
         UserError: unknown names (with the nearest known one), values of the wrong type, or names that the recipe sets
             per tensor; all of them in one message.
     """
-    numbers = (*_SHARED_NUMBERS, *([method.extra] if method.extra else []))
-    known = (*method.switches, *numbers)
+    numbers = {number.name: number for number in method.numbers}
+    known = (*method.shared, *([method.extra] if method.extra else []))
     problems = []
     for name, value in parameters.items():
         if name in ("density", "weight"):
@@ -142,8 +222,8 @@ def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], 
             problems.append(f"{name!r} is unknown to the merge method {method.name}; {hint}")
         elif name in method.switches and not _holds(value, _is_switch):
             problems.append(f"{name} must be true or false, got {value!r}")
-        elif name in _SHARED_NUMBERS and not _holds(value, _is_number):
-            problems.append(f"{name} must be a number, got {value!r}")
+        elif name in numbers and not _holds(value, numbers[name].allows):
+            problems.append(f"{name} must be {numbers[name].words}, got {value!r}")
         elif name == method.extra and not (_is_number(value) and 0 <= value < 1):
             problems.append(f"{name} must be a number of at least 0 and below 1, got {value!r}")
     raise_collected(problems, f"{source}: global_parameters")

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.checkpoints import weight_file_record
 from utils.merge_inputs import absolute_paths
-from utils.merge_methods import GUIDED_TIES
+from utils.merge_methods import own_method
 from utils.merge_preflight import Preflight
 from utils.output_folder import COMMAND
 from utils.publish import MANIFEST, file_sha256
@@ -129,19 +129,20 @@ def _density_table(done: Preflight) -> list[str]:
 
 
 def _method(done: Preflight) -> str:
-    if done.config.merge_method == GUIDED_TIES:
-        return f"`{GUIDED_TIES}` (mergekit's `ties`, with the entries to keep chosen by saliency)"
+    method = own_method(done.config.merge_method)
+    if method is not None:
+        return f"`{done.config.merge_method}` ({method.summary})"
     return f"mergekit's `{done.config.merge_method}`"
 
 
 def _saliency_lines(done: Preflight) -> list[str]:
+    method = own_method(done.config.merge_method)
     lines = [
-        f"- `{label}`: the entries of largest saliency (change squared, times squared gradient) in {count} tensors, by "
-        f"`{file.label}`"
+        f"- `{label}`: {method.effect} in {count} tensors, by `{file.label}`"
         for file in done.saliency
         for label, count in file.tensors.items()
     ]
-    return ["What was kept of a change:", "", *lines, ""] if lines else []
+    return [f"{method.question}:", "", *lines, ""] if lines else []
 
 
 def _saliency_record(done: Preflight) -> list[dict[str, Any]]:

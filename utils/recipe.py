@@ -29,8 +29,8 @@ class RecipeSettings:
     """What a recipe says beside the coefficients.
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
-    coefficients' weights per tensor; otherwise every weight is 1. `saliency` names the file of saliency vectors by
-    expert type, for the method that reads them.
+    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`. `saliency` names the
+    file of saliency vectors by expert type, for the method that reads them.
     """
 
     method: DeltaMethod
@@ -38,6 +38,7 @@ class RecipeSettings:
     experts: tuple[ModelEntry, ...]
     parameters: Mapping[str, Any]
     as_weights: bool = False
+    weight: float = 1
     lambda_: float | None = None
     out_dtype: str | None = None
     saliency: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +60,7 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         density = [float(value) for value in dense["density"]]
         parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
         weights = _weights(rows, naming) if settings.as_weights else []
-        parameters["weight"] = [*weights, {"value": 1}]
+        parameters["weight"] = [*weights, {"value": settings.weight}]
         if expert.type in settings.saliency:
             parameters["saliency"] = settings.saliency[expert.type]
         if settings.method.extra:

@@ -6,6 +6,8 @@ the factors of Adafactor (arXiv 1804.04235), which have the smallest generalized
 outer products. Axes are those of the matrix as it is stored.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,53 @@ def row_column_factors(squares: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float64 [a] and [b] on the CPU; all zeros where F is.
     """
-    rows = torch.zeros(squares.shape[0], dtype=torch.float64, device=squares.device)
-    columns = torch.zeros(squares.shape[1], dtype=torch.float64, device=squares.device)
-    for start, part in _row_parts(squares):
-        rows[start : start + len(part)] = part.sum(1, dtype=torch.float64)
-        columns += part.sum(0, dtype=torch.float64)
-    total = rows.sum()
-    return rows.cpu(), torch.where(total > 0, columns / total, columns).cpu()
+    sums = AxisSums(squares.shape, squares.device)
+    sums.add(squares)
+    rows, columns = sums.factors()
+    return rows, columns
+
+
+class AxisSums:
+    """Sums of F over the axes of a parameter, for an F that comes in parts and is never whole.
+
+    Args:
+        shape: of the parameter, two axes; one or none has F itself summed up.
+        device: where F comes.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.dimensions = len(shape)
+        size = (shape[0] if shape else 1, shape[1] if len(shape) == 2 else 1)
+        self.rows, self.columns = (torch.zeros(length, dtype=torch.float64, device=device) for length in size)
+
+    def add(self, squares: Tensor) -> None:
+        """Add one part of F, of the parameter's shape and float32; it may have more rows than those before."""
+        for start, part in _row_parts(self._matrix(squares)):
+            self._add_rows(start, part)
+
+    def add_squares(self, gradient: Tensor) -> None:
+        """Add the squares of a gradient, taken in float32."""
+        for start, part in _row_parts(self._matrix(gradient)):
+            self._add_rows(start, part.float().square())
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """r, and c divided by the sum of F; F itself for a parameter without a second axis. float64 on the CPU."""
+        if self.dimensions < 2:
+            return (self.rows.cpu(),)
+        total = self.rows.sum()
+        return self.rows.cpu(), torch.where(total > 0, self.columns / total, self.columns).cpu()
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        """As rows and columns; makes room for rows that are new (a vocabulary that an expert has extended)."""
+        matrix = values if self.dimensions == 2 else values.reshape(-1, 1)
+        if (more := len(matrix) - len(self.rows)) > 0:
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(more)])
+        return matrix
+
+    def _add_rows(self, start: int, squares: Tensor) -> None:
+        self.rows[start : start + len(squares)] += squares.sum(1, dtype=torch.float64)
+        if self.dimensions == 2:
+            self.columns += squares.sum(0, dtype=torch.float64)
 
 
 def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:

@@ -1,9 +1,9 @@
 """Histograms of the saliency of a weight matrix: pure tensors in, counts out.
 
-    saliency_ij = (expert_ij - base_ij)^2 F_ij,      F_ij = sum over samples of (dL/dW_ij)^2
+    saliency_ij = (expert_ij - base_ij)^2 F_ij^power,      F_ij = sum over samples of (dL/dW_ij)^2
 
-F is around 1e-12 and a change around 1e-5, so the product would not fit float32. Its root, |change| sqrt(F), does, and is
-what is counted. A bin is what roots have in common in the leading bits of their float32 pattern, exponent and 4 bits of
+F is around 1e-12 and a change around 1e-5, so the product would not fit float32. Its root, |change| F^(power/2), does, and
+is what is counted. A bin is what roots have in common in the leading bits of their float32 pattern, exponent and 4 bits of
 the fraction: 16 bins per factor of 2 of the root, 8 per factor of 2 of the saliency, the same ones for every tensor on
 every device. Bin b holds the roots from e(b) up to e(b + 1), e(b) being the float32 whose pattern is b 2^19.
 """
@@ -32,12 +32,13 @@ class SaliencyHistogram:
     norm: float
 
 
-def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor) -> SaliencyHistogram:
+def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor, power: float = 1.0) -> SaliencyHistogram:
     """Count the saliencies of a tensor; temporaries are bounded, whatever its size.
 
     Args:
         base, expert: the weights, of one shape, any floating-point dtype; the change is taken in float32.
         squares: F, float32, of that shape and on that device.
+        power: the exponent of F, above 0.
 
     Raises:
         ValueError: a saliency is not finite.
@@ -51,7 +52,7 @@ def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor) -> Salienc
         change = after.float().sub(before)
         changed += change.count_nonzero()
         norm += torch.linalg.vector_norm(change, dtype=torch.float64) ** 2
-        root = change.mul_(fisher.sqrt()).abs_()  # last: what is no number has a sign, too
+        root = change.mul_(fisher.pow(power / 2)).abs_()  # last: what is no number has a sign, too
         zeros += len(root) - root.count_nonzero()
         found = torch.bincount(root.view(torch.int32) >> _SHIFT, minlength=BINS)
         if len(found) > BINS:  # infinity's bin, and those of what is no number

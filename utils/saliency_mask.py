@@ -1,6 +1,6 @@
 """Which entries of a change to keep when each is worth its saliency: pure tensors in, a mask out.
 
-    saliency_ij = delta_ij^2 F_ij,     F_ij ~ axis0_i axis1_j
+    saliency_ij = delta_ij^2 F_ij,     F_ij ~ axis0_i axis1_j      (for a tensor of one axis: F_i = axis0_i)
 
 the second-order estimate (up to a factor) of what the loss loses with the entry, with the squared gradient for
 curvature (optimal brain damage; the Fisher information of a matrix in Kronecker form, diagonal). Only the order within
@@ -26,28 +26,30 @@ def kept_entries(numel: int, density: float) -> int:
     return numel if density >= 1 else max(1, int(density * numel))
 
 
-def saliency_mask(change: Tensor, k: int, axis0: Tensor, axis1: Tensor) -> Tensor:
+def saliency_mask(change: Tensor, k: int, *axes: Tensor) -> Tensor:
     """Mark the k entries of largest saliency; ties go to the lowest index in row-major order.
 
     Args:
-        change: delta [a, b], any floating-point dtype and device.
+        change: delta [a, b] or [a], any floating-point dtype and device.
         k: entries to mark; none if k <= 0, all if k >= a b.
-        axis0: [a], axis1: [b]: float32, finite, at least 0, any device. One of nothing but zeros ranks no entry before
-            another and is left out, so that all zeros in both leave the order to the magnitudes.
+        axes: [a] and [b], or [a] alone: floating-point, finite, at least 0, any device. One of nothing but zeros ranks
+            no entry before another and is left out, so that zeros in all leave the order to the magnitudes.
 
     Returns:
-        bool [a, b] on the change's device, exactly min(max(k, 0), a b) entries true. Beside it, 4 bytes an entry are in
-        use for a while.
+        bool, of the change's shape and on its device, exactly min(max(k, 0), entries) true. Beside it, 4 bytes an entry
+        are in use for a while.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if change.shape != (axis0.numel(), axis1.numel()):
-        raise ValueError(f"vectors of {axis0.numel()} and {axis1.numel()} do not fit a tensor {list(change.shape)}")
+    if change.shape != tuple(axis.numel() for axis in axes):
+        lengths = " and ".join(str(axis.numel()) for axis in axes)
+        raise ValueError(f"vectors of {lengths} do not fit a tensor {list(change.shape)}")
     rank = torch.empty(change.shape, dtype=torch.float32, device=change.device)
     rank.copy_(change).abs_()
-    rank.mul_(_relative_root(axis0).to(change.device).unsqueeze(1))
-    rank.mul_(_relative_root(axis1).to(change.device))
+    for place, axis in enumerate(axes):
+        root = _relative_root(axis).to(change.device)
+        rank.mul_(root.view(-1, *[1] * (len(axes) - 1 - place)))
     return top_k_mask(rank, k)
 
 

@@ -6,15 +6,18 @@
 | | `changed` entries; `zeros`, the entries without saliency; `delta_norm`, the norm of the change; `explained`, the share of the |
 | | variance of log F that its two vectors explain. The last one is for people, not read again |
 | `saliency_budget_histogram.csv` | expert, tensor and bin that is not empty: `count` of entries (`utils/saliency_histograms.py`) |
-| `<type>_saliency.safetensors` | expert: two vectors per tensor (`utils/saliency_vectors.py`) |
+| `<type>_saliency.safetensors` | expert: one vector per axis of F of every parameter (`utils/saliency_vectors.py`) |
+
+`saliency_power` among the manifest's `guidance_options` is the exponent of F in the saliencies that were counted; a folder
+without it has counted by 1. The vectors are of F itself.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from utils.errors import raise_collected
+from utils.errors import UserError, raise_collected
 from utils.frames import read_table
 from utils.pair_config import PairConfig
 from utils.saliency_vectors import open_vectors
@@ -68,7 +71,9 @@ def read_saliency(folder: Path, experts: Sequence[str], config: PairConfig) -> d
             components than the config's; a value is not a number of its kind; histograms that do not add up. All
             problems are in the one message.
     """
-    tables = {name: read_table(folder, name, columns) for name, columns in COLUMNS.items()}
+    tables = {  # no bin has an entry where no expert differs from the base
+        name: read_table(folder, name, columns, may_be_empty=name == HISTOGRAM) for name, columns in COLUMNS.items()
+    }
     problems = []
     known = {entry.type for entry in config.experts}
     for name, table in tables.items():
@@ -89,19 +94,61 @@ def read_saliency(folder: Path, experts: Sequence[str], config: PairConfig) -> d
     return {model: _expert(part[TENSORS], part[HISTOGRAM]) for model, part in parts.items()}
 
 
-def read_vectors_of(folder: Path, model: str, names: Mapping[str, str]) -> "dict[str, tuple[Tensor, Tensor]]":
-    """An expert's vectors.
+def read_vectors_of(
+    folder: Path, model: str, names: Mapping[str, str], power: float
+) -> "dict[str, tuple[Tensor, ...]]":
+    """An expert's vectors, of F^power.
 
     Args:
         folder: the dataframe folder.
         model: the expert's type.
         names: what to call each tensor, by the name it was measured under.
+        power: above 0.
+
+    Returns:
+        float64, by the new names.
 
     Raises:
         UserError: the file is missing, malformed, or lacks a tensor.
     """
     vectors = open_vectors(folder / vector_file(model))
-    return {called: vectors.vectors(tensor) for tensor, called in names.items()}
+    return {
+        called: tuple(axis.double().pow(power) for axis in vectors.vectors(tensor)) for tensor, called in names.items()
+    }
+
+
+def read_vector_file(folder: Path, model: str, tensors: Sequence[str]) -> bytes:
+    """The content of an expert's file of vectors, as it is.
+
+    Args:
+        folder: the dataframe folder.
+        model: the expert's type.
+        tensors: names that must be in it.
+
+    Raises:
+        UserError: the file is missing, malformed, or lacks a tensor.
+    """
+    vectors = open_vectors(folder / vector_file(model))
+    for tensor in tensors:
+        vectors.shape(tensor)
+    vectors.check_all()
+    return vectors.path.read_bytes()
+
+
+def read_power(manifest: Mapping[str, Any] | None) -> float:
+    """The exponent of F in the saliencies that were counted.
+
+    Raises:
+        UserError: the manifest has something else there.
+    """
+    options = (manifest or {}).get("guidance_options")
+    power = options.get("saliency_power", 1.0) if isinstance(options, dict) else 1.0
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power <= 1:
+        raise UserError(
+            f"manifest.json: guidance_options.saliency_power is {power!r}, not a number above 0 and at most 1; measure "
+            "again with --overwrite"
+        )
+    return float(power)
 
 
 def _number_problems(table: "pd.DataFrame", name: str) -> list[str]:
@@ -181,5 +228,7 @@ def _expert(tensors: "pd.DataFrame", histogram: "pd.DataFrame") -> ExpertSalienc
     tensors = tensors.drop(columns="place").reset_index(drop=True)
     rows = {name: row for row, name in enumerate(tensors["tensor"])}
     counts = np.zeros((len(tensors), _BINS), dtype=np.int64)
-    counts[histogram["tensor"].map(rows).to_numpy(), histogram["bin"].to_numpy()] = histogram["count"].to_numpy()
+    counts[histogram["tensor"].map(rows).to_numpy(np.int64), histogram["bin"].to_numpy()] = histogram[
+        "count"
+    ].to_numpy()
     return ExpertSaliency(tensors, counts, tensors["zeros"].to_numpy())

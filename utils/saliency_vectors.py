@@ -1,12 +1,13 @@
-"""The file of saliency vectors: one vector per axis of each weight matrix of an expert; their outer product is about F.
+"""The file of saliency vectors: one vector per axis of each tensor of an expert; their outer product is about F.
 
 F_ij ~ axis0_i * axis1_j stands for the squared gradient of the loss at entry (i, j) of a weight W [a, b] as the
 checkpoint stores it, so that delta_ij^2 F_ij is what the change to that entry is worth. Layers that store a weight
-transposed (GPT-2) are no special case: the axes are those of the stored tensor.
+transposed (GPT-2) are no special case: the axes are those of the stored tensor. A tensor of one axis (a norm, a bias) has
+one vector, F itself.
 
-The format is safetensors, float32: under `TENSOR.axis0` a vector of length a, under `TENSOR.axis1` one of length b, and
-`{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor names and never taken apart. Entries are finite
-and at least 0; only their ratios within a vector matter.
+The format is safetensors, float32: under `TENSOR.axis0` a vector of length a; under `TENSOR.axis1` one of length b for a
+matrix, nothing for a tensor of one axis; and `{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor
+names and never taken apart. Entries are finite and at least 0; only their ratios within a vector matter.
 """
 
 import os
@@ -30,7 +31,7 @@ _OPEN_AT_ONCE = 16  # files; more than any recipe has experts, few enough to lea
 
 @dataclass(frozen=True)
 class VectorKey:
-    """Where the two vectors of one tensor are: the file, and the name of the tensor in it."""
+    """Where the vectors of one tensor are: the file, and the name of the tensor in it."""
 
     file: Path
     tensor: str
@@ -40,7 +41,7 @@ class VectorKey:
 class SaliencyVectors:
     """An open file of vectors. Nothing but its header has been read; vectors are, one tensor at a time.
 
-    `keys` are the names in the file, two per tensor.
+    `keys` are the names in the file, one or two per tensor.
     """
 
     path: Path
@@ -48,61 +49,76 @@ class SaliencyVectors:
     _file: Any = field(repr=False)
 
     def __contains__(self, tensor: object) -> bool:
-        """Whether the file has both vectors of a tensor."""
-        return isinstance(tensor, str) and self.keys.issuperset(_keys(tensor))
+        """Whether the file has vectors of a tensor."""
+        return isinstance(tensor, str) and _keys(tensor)[0] in self.keys
 
     def of_these(self, tensors: Iterable[str]) -> list[str]:
-        """Those of the tensors that the file has both vectors of, in their order."""
+        """Those of the tensors that the file has vectors of, in their order."""
         return [tensor for tensor in tensors if tensor in self]
 
-    def shape(self, tensor: str) -> tuple[int, int]:
-        """The shape of the matrix that a tensor's vectors belong to, from the header.
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of the tensor that its vectors belong to, from the header: one or two lengths.
 
         Raises:
-            UserError: the file lacks one of them, or it is not a vector of float32.
+            UserError: the file lacks the first one, or one is not a vector of float32.
         """
-        lengths = []
-        for key in _keys(tensor):
-            if key not in self.keys:
-                raise UserError(f"saliency file {self.path} has no {key}; {_REMEDY}")
-            header = self._file.get_slice(key)
-            shape, dtype = header.get_shape(), header.get_dtype()
-            if len(shape) != 1 or dtype != "F32":
-                raise UserError(f"saliency file {self.path}: {key} is {dtype} {shape}, not a vector of F32")
-            lengths.append(shape[0])
-        return lengths[0], lengths[1]
+        if tensor not in self:
+            raise UserError(f"saliency file {self.path} has no {_keys(tensor)[0]}; {_REMEDY}")
+        return tuple(self._length(key) for key in self._keys_of(tensor))
 
-    def vectors(self, tensor: str) -> "tuple[Tensor, Tensor]":
-        """Read the vectors of a tensor: float32 of lengths a and b, on the CPU, entries finite and at least 0.
+    def vectors(self, tensor: str) -> "tuple[Tensor, ...]":
+        """Read the vectors of a tensor: float32 of lengths a and b (or a alone), on the CPU, finite and at least 0.
 
         Raises:
             UserError: as `shape`; an entry is negative or not finite.
         """
+        self.shape(tensor)
+        return tuple(self._axis(key) for key in self._keys_of(tensor))
+
+    def check_all(self) -> None:
+        """Raise a `UserError` if anything in the file is not a vector as `vectors` gives it."""
+        for key in sorted(self.keys):
+            self._length(key)
+            self._axis(key)
+
+    def _keys_of(self, tensor: str) -> tuple[str, ...]:
+        return tuple(key for key in _keys(tensor) if key in self.keys)
+
+    def _length(self, key: str) -> int:
+        header = self._file.get_slice(key)
+        shape, dtype = header.get_shape(), header.get_dtype()
+        if len(shape) != 1 or dtype != "F32":
+            raise UserError(f"saliency file {self.path}: {key} is {dtype} {shape}, not a vector of F32")
+        return shape[0]
+
+    def _axis(self, key: str) -> "Tensor":
         import torch
 
-        self.shape(tensor)
-        axis0, axis1 = (torch.tensor(self._file.get_tensor(key)) for key in _keys(tensor))
-        for key, axis in zip(_keys(tensor), (axis0, axis1), strict=True):
-            if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
-                what = f"{key} holds negative numbers or numbers that are not finite"
-                raise UserError(f"saliency file {self.path}: {what}; measure again")
-        return axis0, axis1
+        axis = torch.tensor(self._file.get_tensor(key))
+        if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
+            what = f"{key} holds negative numbers or numbers that are not finite"
+            raise UserError(f"saliency file {self.path}: {what}; measure again")
+        return axis
 
 
-def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, Tensor]]") -> bytes:
+def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, ...]]") -> bytes:
     """Serialize vectors; the same vectors always give the same bytes.
 
     Args:
-        vectors: by tensor name, axis0 [a] and axis1 [b] of any floating-point dtype and device; saved in float32.
+        vectors: by tensor name, axis0 [a] and axis1 [b], or axis0 alone, of any floating-point dtype and device; saved
+            in float32.
 
     Raises:
-        ValueError: not one-dimensional; or, in float32, negative or not finite.
+        ValueError: none, or more than two, or not one-dimensional; or, in float32, negative or not finite.
     """
     from safetensors.numpy import save
 
     content = {}
     for tensor in sorted(vectors):
-        for key, axis in zip(_keys(tensor), vectors[tensor], strict=True):
+        axes = vectors[tensor]
+        if not 1 <= len(axes) <= len(AXES):
+            raise ValueError(f"{tensor} has {len(axes)} vectors; there must be one or two")
+        for key, axis in zip(_keys(tensor), axes, strict=False):
             content[key] = _checked(key, axis)
     return save(content, metadata={"format": FORMAT})
 
@@ -131,7 +147,7 @@ def open_vectors(path: Path) -> SaliencyVectors:
     return SaliencyVectors(path, keys, file)
 
 
-def read_vectors(key: VectorKey) -> "tuple[Tensor, Tensor]":
+def read_vectors(key: VectorKey) -> "tuple[Tensor, ...]":
     """Read the vectors of one tensor, as `SaliencyVectors.vectors`; the file stays open until it changes.
 
     Raises:

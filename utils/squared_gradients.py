@@ -1,9 +1,12 @@
-"""The blocks of base and expert side by side, from the last to the first, with the squared gradients of their weights.
+"""Base and expert side by side, block by block from the last to the first, with the squared gradients of their weights.
 
     F_ij = sum over samples of (dL/dW_ij)^2
 
 a diagonal empirical Fisher information, per sample, at the base's weights, at the expert's, or the sum of both. Models
 whose gradients are taken go back in lock-step; a model whose gradients are not taken only has its blocks fetched.
+
+F is held whole for the linear parts of one block. Of every other parameter, embeddings and head included, only what a
+vector per axis needs is summed up, so that F of a vocabulary is never in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from utils.block_gradients import backward_pass
+from utils.block_gradients import BlockDone, backward_pass
 from utils.block_runner import BlocksInTurn
 from utils.decoder import Component, Decoder
+from utils.row_column_factors import AxisSums
 from utils.weight_source import WeightSource
 
 OnBlock = Callable[[int], None]
@@ -24,19 +28,27 @@ OnBlock = Callable[[int], None]
 class SquaredGradients:
     """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
 
-    `sums` has them by parameter name, on the device, until they are taken.
+    Args:
+        whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
+        outlined: those of which sums over axes are enough (`utils/row_column_factors.py`), in `outlines` until taken.
     """
 
-    def __init__(self, wanted: frozenset[str]) -> None:
-        self.wanted = wanted
+    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset()) -> None:
+        self.whole, self.outlined = whole, outlined
         self.sums: dict[str, Tensor] = {}
+        self.outlines: dict[str, AxisSums] = {}
 
     def wants(self, name: str) -> bool:
         """The weights asked for."""
-        return name in self.wanted
+        return name in self.whole or name in self.outlined
 
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         """Add one sample's gradient of one parameter."""
+        if name not in self.whole:
+            if name not in self.outlines:
+                self.outlines[name] = AxisSums(gradient.shape, gradient.device)
+            self.outlines[name].add_squares(gradient)
+            return
         exact = gradient.float()
         if name in self.sums:
             self.sums[name].addcmul_(exact, exact)
@@ -50,6 +62,11 @@ class SquaredGradients:
         """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
         found = self.sums.pop(name, None)
         return torch.zeros_like(like, dtype=torch.float32) if found is None else found
+
+    def take_factors(self, name: str, like: Tensor) -> tuple[Tensor, ...]:
+        """The vectors of an outlined parameter, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
+        found = self.outlines.pop(name, None)
+        return (AxisSums(like.shape, torch.device("cpu")) if found is None else found).factors()
 
 
 @dataclass(frozen=True)
@@ -77,19 +94,23 @@ class SquaresPass:
     """Both models on their way back.
 
     `losses` are each sample's (nats per token), by side, () where no gradients are taken. `parts` is computed as it is
-    iterated; tensors are in memory until the next one is asked for.
+    iterated; tensors are in memory until the next one is asked for. Once it has ended, `others` has the vectors that
+    stand for F of every other parameter of one or two axes, in the blocks and outside, by its name in the model: tied
+    parameters have one name, the first one. float64 on the CPU.
     """
 
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     parts: Iterator[ComponentSquares]
+    others: Mapping[str, tuple[Tensor, ...]]
 
 
 @contextmanager
 def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlock) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
-    Memory: that of `backward_pass` for each side with gradients, two blocks of weights for one without, and one block's
-    F in float32. Enter, iterate and leave in one thread. Closes the weight sources.
+    Memory: that of `backward_pass` for each side with gradients, with one sample's gradients of what lies outside the
+    blocks; two blocks of weights for one without; and one block's F in float32. Enter, iterate and leave in one thread.
+    Closes the weight sources.
 
     Args:
         base, expert: models of one architecture; decoders that no other thread uses meanwhile.
@@ -101,28 +122,33 @@ def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlo
     """
     layers = range(len(base.decoder.blocks))
     components = base.decoder.components
-    observer = SquaredGradients(
-        frozenset(base.decoder.weight_name(layer, component) for layer in layers for component in components)
-    )
+    whole = frozenset(base.decoder.weight_name(layer, component) for layer in layers for component in components)
+    named = [
+        (name, value)
+        for side in (base, expert)
+        for name, value in side.decoder.model.named_parameters(remove_duplicate=False)
+    ]
+    observer = SquaredGradients(whole, frozenset(name for name, value in named if value.dim() <= 2) - whole)
+    others: dict[str, tuple[Tensor, ...]] = {}
     with ExitStack() as stack:
         sides = [stack.enter_context(_side(side, observer, device, on_block)) for side in (base, expert)]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer)
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others)
         stack.enter_context(closing(parts))
-        yield SquaresPass((sides[0][0], sides[1][0]), parts)
+        yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
 
 
-_Blocks = Iterator[Mapping[str, Tensor]]
+_Blocks = Iterator[BlockDone]
 
 
 @contextmanager
 def _side(
     side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock
 ) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
-    """Losses, and the parameters of each block by name, from the last block to the first."""
+    """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
     decoder, weights = side.decoder, side.weights
     if side.samples is not None:
-        with backward_pass(decoder, weights, side.samples, observer, device, on_block=on_block) as passed:
-            yield passed.losses, (done.parameters for done in passed.blocks)
+        with backward_pass(decoder, weights, side.samples, observer, device, outside=True, on_block=on_block) as passed:
+            yield passed.losses, passed.blocks
         return
     layers = list(reversed(range(len(decoder.blocks))))
     with ExitStack() as stack:
@@ -135,12 +161,30 @@ def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Bl
     for layer in layers:
         with turn.next_block() as block:
             path = f"{decoder.blocks_path}.{layer}"
-            yield {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+            yield BlockDone(
+                layer, {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+            )
 
 
-def _parts(decoder: Decoder, sides: Sequence[_Blocks], observer: SquaredGradients) -> Iterator[ComponentSquares]:
-    for layer, ours, theirs in zip(reversed(range(len(decoder.blocks))), *sides, strict=True):
+def _parts(
+    decoder: Decoder, sides: Sequence[_Blocks], observer: SquaredGradients, others: dict[str, tuple[Tensor, ...]]
+) -> Iterator[ComponentSquares]:
+    for layer in reversed(range(len(decoder.blocks))):
+        ours, theirs = (next(blocks).parameters for blocks in sides)
         for component in decoder.components:
             name = decoder.weight_name(layer, component)
             squares = observer.take(name, ours[name])
             yield ComponentSquares(layer, component, ours[name], theirs[name], squares)
+            del squares
+        others |= _outlines(ours | theirs, observer)
+    outside: dict[str, Tensor] = {}
+    for blocks in sides:
+        for done in blocks:  # none without gradients
+            outside |= {name: value.to("meta") for name, value in done.parameters.items()}
+    others |= _outlines(outside, observer)
+
+
+def _outlines(parameters: Mapping[str, Tensor], observer: SquaredGradients) -> dict[str, tuple[Tensor, ...]]:
+    """The vectors of those parameters that are outlined."""
+    wanted = {name: value for name, value in parameters.items() if name in observer.outlined}
+    return {name: observer.take_factors(name, value) for name, value in wanted.items() if value.is_floating_point()}

@@ -1,30 +1,35 @@
 """Our own: what may be kept of a fine-tune goes where its entries matter most to the loss.
 
     F_ij     = sum over samples of (dL/dW_ij)^2         on the expert's own text, at base, expert, or both added up
-    saliency = delta_ij^2 F_ij                          delta = expert - base
+    saliency = delta_ij^2 F_ij^p                        delta = expert - base
     density(tensor) = share of its entries above a threshold, one for all measured tensors of an expert, so that the
                       mean density is the budget
 
-Saliency is, up to a factor, the second-order estimate of what the loss loses with an entry of the change (optimal brain
-damage, with squared gradients for the curvature). The *measure* half stores histograms of it per tensor, so that any
-budget can be solved later, and F as one vector per axis; the *decide* half solves the budget. Inside a tensor the plain
-recipe keeps the entries of largest magnitude, as every `ties` does; with `--mask saliency` the recipe names the vectors
-and this project's merge method `guided_ties`, which keeps those of largest delta^2 F.
+With p = 1, saliency is, up to a factor, the second-order estimate of what the loss loses with an entry of the change
+(optimal brain damage, with squared gradients for the curvature); p = 0.5 keeps more of the skill (the default, measured
+by benchmarks/quality.py). The *measure* half stores histograms of it per tensor, so that any budget can be solved later,
+and F of every parameter as one vector per axis; the *decide* half solves the budget. Inside a tensor the plain recipe
+keeps the entries of largest magnitude, as every `ties` does; with `--mask saliency` the recipe names the vectors and
+this project's merge method `guided_ties`, which keeps those of largest saliency.
+
+The vectors also serve `--merge_method guided_mean`, which needs no budget: each entry of the merged change is the mean
+of the experts', weighed by F^0.5 of each (Fisher-weighted averaging, arXiv 2111.09832).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.coefficients import coefficient_table
 from utils.decide_job import DecideJob, Decision
 from utils.errors import UserError
+from utils.flags import number
 from utils.frames import csv_bytes
 from utils.guidance_method import GuidanceMethod, Measured, MethodFlag
 from utils.measure_job import MeasureJob, OnBlock, Work
-from utils.method_rules import GUIDED_TIES
+from utils.method_rules import GUIDED_MEAN, GUIDED_TIES, DeltaMethod
 from utils.naming import Naming, Recorded, name_recorded
 from utils.pair_config import PairConfig
 from utils.runtime import gigabytes
@@ -33,7 +38,9 @@ from utils.saliency_tables import (
     HISTOGRAM,
     TENSORS,
     ExpertSaliency,
+    read_power,
     read_saliency,
+    read_vector_file,
     read_vectors_of,
     vector_file,
 )
@@ -44,23 +51,12 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from utils.saliency_histograms import SaliencyHistogram
-    from utils.squared_gradients import ComponentSquares
+    from utils.expert_saliency import ExpertMeasurement
 
-POINTS = ("base", "expert", "both")
+POINTS = {"base": (True, False), "expert": (False, True), "both": (True, True)}  # gradients at base and expert
 MASKS = ("magnitude", "saliency")
 _USUAL_BUDGET = 0.4  # in the middle of what LEWIS's densities of 0.3 to 0.8 come to on average, 0.34 to 0.47
 _SILENT = 0.1  # share of the changed entries without any gradient from which on something is wrong
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """What one expert's pass gave: rows of the two tables, vectors by tensor, losses at base and expert."""
-
-    tensors: list[tuple]
-    bins: list[tuple]
-    vectors: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]"
-    losses: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _files(config: PairConfig) -> tuple[str, ...]:
@@ -69,7 +65,8 @@ def _files(config: PairConfig) -> tuple[str, ...]:
 
 def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
     """The models whose gradients are taken."""
-    return {"base": (job.base,), "expert": (expert,), "both": (job.base, expert)}[job.options["gradient_at"]]
+    wanted = POINTS[job.options["gradient_at"]]
+    return tuple(subject for subject, is_wanted in zip((job.base, expert), wanted, strict=True) if is_wanted)
 
 
 def _choices(job: MeasureJob) -> list[str]:
@@ -84,14 +81,21 @@ def _choices(job: MeasureJob) -> list[str]:
             for subject in _at(job, expert)
         ]
         weights = [job.base.decoder.blocks[0].get_submodule(part.path).weight.numel() for part in parts]
-        found.append(sum(sizes) + 4 * sum(weights))
+        model = job.base.decoder.model
+        vocabulary = {id(one): one.numel() for name, one in model.named_parameters() if not _in_blocks(job, name)}
+        found.append(sum(sizes) + max(4 * sum(weights), expert.dtype.itemsize * sum(vocabulary.values())))
     point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
     return [
         f"components: {', '.join(part.name for part in parts)} "
-        f"({'as configured' if job.config.components else 'every linear part of a block'})",
+        f"({'as configured' if job.config.components else 'every linear part of a block'}); vectors of every parameter",
         f"gradients: {point[job.options['gradient_at']]}, sample by sample, block by block; beside what is said below, up "
-        f"to {gigabytes(max(found))} for hidden states at every block's entrance and one block's squared gradients",
+        f"to {gigabytes(max(found))} for hidden states at every block's entrance, and one block's squared gradients or "
+        "the embeddings' gradients",
     ]
+
+
+def _in_blocks(job: MeasureJob, parameter: str) -> bool:
+    return parameter.startswith(f"{job.base.decoder.blocks_path}.")
 
 
 def _measure(job: MeasureJob) -> Measured:
@@ -99,6 +103,8 @@ def _measure(job: MeasureJob) -> Measured:
     import pandas as pd
 
     from utils.language_head import require_head
+
+    at = POINTS[job.options["gradient_at"]]
 
     works = []
     for expert in job.experts:
@@ -108,7 +114,7 @@ def _measure(job: MeasureJob) -> Measured:
         # A skeleton of its own for each work: works may run side by side, and weights are placed into it.
         pair = tuple(_own_skeleton(subject) for subject in (job.base, expert))
         blocks = 2 * len(_at(job, expert)) * len(expert.decoder.blocks)
-        works.append(Work(expert.entry.type, blocks, partial(_saliencies, job, *pair)))
+        works.append(Work(expert.entry.type, blocks, partial(_saliencies, job, *pair, at)))
     measured = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
     rows = {
         TENSORS: [row for one in measured.values() for row in one.tensors],
@@ -131,46 +137,11 @@ def _own_skeleton(subject: Subject) -> Subject:
 
 
 def _saliencies(
-    job: MeasureJob, base: Subject, expert: Subject, device: "torch.device", on_block: OnBlock
-) -> _Measurement:
-    from utils.row_column_factors import explained_share, row_column_factors
-    from utils.saliency_histograms import saliency_histogram
-    from utils.squared_gradients import Side, squares_pass
+    job: MeasureJob, base: Subject, expert: Subject, at: tuple[bool, bool], device: "torch.device", on_block: OnBlock
+) -> "ExpertMeasurement":
+    from utils.expert_saliency import measure_saliency
 
-    sides = []
-    for subject, points in ((base, ("base", "both")), (expert, ("expert", "both"))):
-        samples = job.text(subject, expert).encoded if job.options["gradient_at"] in points else None
-        sides.append(Side(subject.decoder, job.open_weights(subject, device), samples))
-    name = expert.entry.type
-    tensors, bins, vectors = [], [], {}
-    with squares_pass(*sides, device, on_block) as both:
-        for part in both.parts:
-            tensor = base.stored_name(base.decoder.weight_name(part.layer, part.component))
-            try:
-                histogram = saliency_histogram(part.base, part.expert, part.squares)
-            except ValueError:
-                raise UserError(
-                    f"{tensor}: the weights of {base.entry.name} or {expert.entry.name}, or their gradients, are not "
-                    f"finite in {expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16"
-                ) from None
-            vectors[tensor] = row_column_factors(part.squares)
-            explained = explained_share(part.squares, *vectors[tensor])
-            tensors.append(_tensor_row(name, tensor, part, histogram, explained))
-            full = histogram.counts.nonzero().flatten().tolist()
-            bins += [(name, tensor, number, int(histogram.counts[number])) for number in full]
-        return _Measurement(_by_layer(tensors), bins, vectors, both.losses)
-
-
-def _tensor_row(
-    model: str, tensor: str, part: "ComponentSquares", histogram: "SaliencyHistogram", explained: float
-) -> tuple:
-    place = (model, part.layer, part.component.name, tensor, part.base.numel())
-    return (*place, histogram.changed, histogram.zeros, histogram.norm, explained)
-
-
-def _by_layer(rows: list[tuple]) -> list[tuple]:
-    """Rows in the order of the layers; they were measured from the last to the first."""
-    return sorted(rows, key=lambda row: row[COLUMNS[TENSORS].index("layer")])
+    return measure_saliency(job, base, expert, at, device, on_block)
 
 
 def _note(model: str, tensors: "pd.DataFrame", losses: Sequence[tuple[float, ...]]) -> str:
@@ -201,35 +172,54 @@ def _doubts(expert: Subject, tensors: "pd.DataFrame") -> list[str]:
 
 
 def _decide(job: DecideJob) -> Decision:
-    """Densities that spend the budget on the largest saliencies."""
+    """Densities that spend the budget on the largest saliencies, and the vectors that the merge method reads."""
     import pandas as pd
 
+    method = _own_merge_method(job)
+    experts = [entry.type for entry in job.experts]
+    measured = read_saliency(job.folder, experts, job.config)
+    power = read_power(job.manifest)
+    tensors = measured[experts[0]].tensors
+    recorded = {row.tensor: Recorded(row.params, has_density=True) for row in tensors.itertuples()}
+    naming = name_recorded(job.config, recorded, job.local, grouped=False, trust_remote_code=job.trust_remote_code)
+    usual = 1.0 if method is GUIDED_MEAN else _USUAL_BUDGET
+    budget = usual if job.mean_density is None else job.mean_density
+    vectors = {}
+    if method is GUIDED_TIES:
+        raised = {name: read_vectors_of(job.folder, name, naming.names, power) for name in experts}
+        vectors = {name: vector_file_bytes(axes) for name, axes in raised.items()}
+    elif method is GUIDED_MEAN:
+        vectors = {name: read_vector_file(job.folder, name, list(naming.names)) for name in experts}
+    table = pd.concat([_densities(name, measured[name], naming, budget) for name in experts], ignore_index=True)
+    given = job.config.global_parameters
+    numbers = {one.name: one.default for one in GUIDED_MEAN.numbers if one.name != "lambda" and one.name not in given}
+    return Decision(
+        table=table,
+        naming=naming,
+        writes_weights=False,
+        how=tuple(_how(job, method, budget, power)),
+        after=tuple(_after(table, experts) if method is not GUIDED_MEAN or job.mean_density else ()),
+        tags=("saliency_mask",) if method is GUIDED_TIES else (),
+        merge_method=method.name if method else None,
+        parameters=numbers if method is GUIDED_MEAN else {},
+        vectors=vectors,
+    )
+
+
+def _own_merge_method(job: DecideJob) -> DeltaMethod | None:
+    """This project's merge method that the recipe will name, None for mergekit's."""
     by_saliency = job.options["mask"] == "saliency"
+    if by_saliency and job.merge_method == GUIDED_MEAN.name:
+        raise UserError(
+            f"--mask saliency does nothing for --merge_method {GUIDED_MEAN.name}, which keeps the entries of largest "
+            "saliency wherever --mean_density is given; leave it out"
+        )
     if by_saliency and job.merge_method != "ties":
         raise UserError(
             f"--mask saliency cannot be used with --merge_method {job.merge_method}: only {GUIDED_TIES.name}, this "
             "project's ties, selects entries by saliency; give --merge_method ties, or leave out --mask"
         )
-    experts = [entry.type for entry in job.experts]
-    measured = read_saliency(job.folder, experts, job.config)
-    tensors = measured[experts[0]].tensors
-    recorded = {row.tensor: Recorded(row.params, has_density=True) for row in tensors.itertuples()}
-    naming = name_recorded(job.config, recorded, job.local, grouped=False, trust_remote_code=job.trust_remote_code)
-    budget = _USUAL_BUDGET if job.mean_density is None else job.mean_density
-    vectors = {}
-    if by_saliency:
-        vectors = {name: vector_file_bytes(read_vectors_of(job.folder, name, naming.names)) for name in experts}
-    table = pd.concat([_densities(name, measured[name], naming, budget) for name in experts], ignore_index=True)
-    return Decision(
-        table=table,
-        naming=naming,
-        writes_weights=False,
-        how=tuple(_how(job, budget)),
-        after=tuple(_after(table, experts)),
-        tags=("saliency_mask",) if by_saliency else (),
-        merge_method=GUIDED_TIES.name if by_saliency else None,
-        vectors=vectors,
-    )
+    return GUIDED_TIES if by_saliency else GUIDED_MEAN if job.merge_method == GUIDED_MEAN.name else None
 
 
 def _densities(model: str, measured: ExpertSaliency, naming: Naming, budget: float) -> "pd.DataFrame":
@@ -242,26 +232,30 @@ def _densities(model: str, measured: ExpertSaliency, naming: Naming, budget: flo
     return coefficient_table(model, wide, names, naming.params)
 
 
-def _how(job: DecideJob, budget: float) -> list[tuple[str, str]]:
+def _how(job: DecideJob, method: DeltaMethod | None, budget: float, power: float) -> list[tuple[str, str]]:
     usual = "; --mean_density sets another" if job.mean_density is None else ""
-    lines = [
-        (
-            "density",
-            "share of a tensor's entries whose saliency, delta^2 F, is above one threshold for all of an expert; mean "
-            f"{budget}{usual}",
-        )
-    ]
-    if job.options["mask"] == "saliency":
-        lines.append(
-            (
-                "entries",
-                "those of largest saliency, by two vectors per tensor; this recipe needs this project's utils/merger.py "
-                f"and the files of vectors beside it (stock mergekit-yaml does not know {GUIDED_TIES.name})",
-            )
-        )
+    saliency = "delta^2 F" if power == 1 else f"delta^2 F^{power:g}"
+    density = (
+        "density",
+        f"share of a tensor's entries whose saliency, {saliency}, is above one threshold for all of an expert; mean "
+        f"{budget}{usual}",
+    )
+    needs = (
+        "this recipe needs this project's utils/merger.py and the files of vectors beside it (stock mergekit-yaml does "
+        f"not know {method.name if method else ''})"
+    )
+    if method is GUIDED_MEAN:
+        whole = ("density", "1, whole deltas; --mean_density shares out less by saliency")
+        return [
+            whole if job.mean_density is None else density,
+            ("entries", f"each expert counts by F^power of its own text, F by one vector per axis; {needs}"),
+            ("weight", "1 for each expert; only ratios of weights matter"),
+        ]
+    if method is GUIDED_TIES:
+        entries = f"those of largest saliency, by one vector per axis; {needs}"
     else:
-        lines.append(("entries", f"as {job.merge_method} chooses them; --mask saliency keeps the most salient instead"))
-    return [*lines, ("weight", "1")]
+        entries = f"as {job.merge_method} chooses them; --mask saliency keeps the most salient instead"
+    return [density, ("entries", entries), ("weight", "1")]
 
 
 def _after(table: "pd.DataFrame", experts: Sequence[str]) -> list[str]:
@@ -279,6 +273,7 @@ METHOD = GuidanceMethod(
     summary="densities that spend a budget on the entries whose change matters most to the loss, delta^2 F",
     gives="densities",
     merge_method="ties",
+    own_merge_methods=(GUIDED_MEAN.name,),
     files=_files,
     choices=_choices,
     measure=_measure,
@@ -287,15 +282,21 @@ METHOD = GuidanceMethod(
         MethodFlag(
             "gradient_at",
             "the weights at which gradients are taken: the base's, each expert's, or both, added up",
-            choices=POINTS,
+            choices=tuple(POINTS),
             default="both",
+        ),
+        MethodFlag(
+            "saliency_power",
+            "exponent p of the squared gradients in the saliency delta^2 F^p, above 0, at most 1",
+            type=number(0, 1, low_open=True),
+            default=0.5,
         ),
     ),
     decide_flags=(
         MethodFlag(
             "mask",
             "which entries of a tensor are kept: those of largest magnitude (a recipe for any mergekit), or of largest "
-            "saliency (needs --merge_method ties and this project's utils/merger.py)",
+            "saliency (needs --merge_method ties and this project's utils/merger.py; guided_mean does so anyway)",
             choices=MASKS,
             default="magnitude",
         ),

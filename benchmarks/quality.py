@@ -70,7 +70,7 @@ def main() -> None:
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
     device = "cpu" if asked.preset == "cpu" else "cuda"
     runs = [
-        Run(size, seed, asked.data, asked.work, device)
+        Run(size, seed, asked.data, asked.work.resolve(), device)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
         for seed in range(min(size.seeds, asked.seeds or size.seeds))
     ]

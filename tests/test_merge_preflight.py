@@ -364,8 +364,11 @@ def test_memory_estimate_against_a_measurement(tmp_path):
     import sys
 
     save_models(tmp_path, names=("base", "code"), vocab_size=400_000, hidden_size=96)
-    for method in ("ties", "dare_ties", "task_arithmetic", "guided_ties"):
-        write_recipe(tmp_path / "r.yaml", recipe(tmp_path, method, experts=("code",), dtype="float32"))
+    for method in ("ties", "dare_ties", "task_arithmetic", "guided_ties", "guided_mean"):
+        data = recipe(tmp_path, method, experts=("code",), dtype="float32")
+        if method == "guided_mean":
+            data["models"][1]["parameters"]["saliency"] = ""
+        write_recipe(tmp_path / "r.yaml", data)
         program = MEASURED.format(folder=str(tmp_path))
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]

@@ -178,7 +178,7 @@ def test_a_merge_by_saliency_is_the_dense_one_and_the_plain_recipe_is_for_stock_
             change = expert[name].float() - before.float()
             worth = change.double() ** 2 * torch.outer(file[f"{name}.axis0"], file[f"{name}.axis1"]).double()
             density = densities(recipe, place)[name.removesuffix(".weight")]
-            k = max(density > 0, int(density * worth.numel()))
+            k = max(int(density > 0), int(density * worth.numel()))
             mask = torch.zeros(worth.numel()).index_fill_(0, worth.flatten().topk(k).indices, 1)
             kept.append(change * mask.view_as(change))
         agree = [one.sign() == torch.where(sum(kept) >= 0, 1.0, -1.0) for one in kept]

@@ -6,12 +6,13 @@ the factors of Adafactor (arXiv 1804.04235), which have the smallest generalized
 outer products. Axes are those of the matrix as it is stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _AT_ONCE = 2**22  # entries in temporaries together
+_IN_CACHE = 2**18  # entries that a CPU sums several times as fast, because it keeps them at hand
 
 
 def row_column_factors(squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,12 @@ class AxisSums:
 
     def add(self, squares: Tensor) -> None:
         """Add one part of F, of the parameter's shape and float32; it may have more rows than those before."""
-        for start, part in _row_parts(self._matrix(squares)):
+        for start, part in self._parts(squares):
             self._add_rows(start, part)
 
     def add_squares(self, gradient: Tensor) -> None:
         """Add the squares of a gradient, taken in float32."""
-        for start, part in _row_parts(self._matrix(gradient)):
+        for start, part in self._parts(gradient):
             self._add_rows(start, part.float().square())
 
     def factors(self) -> tuple[Tensor, ...]:
@@ -59,12 +60,12 @@ class AxisSums:
         total = self.rows.sum()
         return self.rows.cpu(), torch.where(total > 0, self.columns / total, self.columns).cpu()
 
-    def _matrix(self, values: Tensor) -> Tensor:
-        """As rows and columns; makes room for rows that are new (a vocabulary that an expert has extended)."""
+    def _parts(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a matrix; makes room for those that are new (a vocabulary that an expert has extended)."""
         matrix = values if self.dimensions == 2 else values.reshape(-1, 1)
         if (more := len(matrix) - len(self.rows)) > 0:
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more)])
-        return matrix
+        return _row_parts(matrix, min(_AT_ONCE, _IN_CACHE) if values.device.type == "cpu" else _AT_ONCE)
 
     def _add_rows(self, start: int, squares: Tensor) -> None:
         self.rows[start : start + len(squares)] += squares.sum(1, dtype=torch.float64)
@@ -85,7 +86,7 @@ def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:
     device = squares.device
     across, down = (axis.to(device).log2().float() for axis in (columns, rows))
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # entries, y, y^2, residual, residual^2
-    for start, part in _row_parts(squares):
+    for start, part in _row_parts(squares, _AT_ONCE):
         there = part > 0
         logs = part.log2()
         residual = logs - down[start : start + len(part), None] - across
@@ -100,8 +101,8 @@ def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:
     return 1.0 - left / variance if variance > 1e-9 * square else 1.0
 
 
-def _row_parts(matrix: Tensor):
-    """(first row, rows) of a matrix, few enough at a time."""
-    at_once = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+def _row_parts(matrix: Tensor, entries: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a matrix, about so many entries at a time."""
+    at_once = max(1, entries // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], at_once):
         yield start, matrix[start : start + at_once]

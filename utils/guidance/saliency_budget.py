@@ -81,9 +81,10 @@ def _choices(job: MeasureJob) -> list[str]:
             for subject in _at(job, expert)
         ]
         weights = [job.base.decoder.blocks[0].get_submodule(part.path).weight.numel() for part in parts]
-        model = job.base.decoder.model
-        vocabulary = {id(one): one.numel() for name, one in model.named_parameters() if not _in_blocks(job, name)}
-        found.append(sum(sizes) + max(4 * sum(weights), expert.dtype.itemsize * sum(vocabulary.values())))
+        blocks = f"{expert.decoder.blocks_path}."
+        named = expert.decoder.model.named_parameters()
+        outside = [value.numel() for name, value in named if not name.startswith(blocks)]
+        found.append(sum(sizes) + max(4 * sum(weights), expert.dtype.itemsize * sum(outside)))
     point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
     return [
         f"components: {', '.join(part.name for part in parts)} "
@@ -94,19 +95,13 @@ def _choices(job: MeasureJob) -> list[str]:
     ]
 
 
-def _in_blocks(job: MeasureJob, parameter: str) -> bool:
-    return parameter.startswith(f"{job.base.decoder.blocks_path}.")
-
-
 def _measure(job: MeasureJob) -> Measured:
     """Saliencies of every expert on its own text."""
     import pandas as pd
 
     from utils.language_head import require_head
 
-    at = POINTS[job.options["gradient_at"]]
-
-    works = []
+    at, works = POINTS[job.options["gradient_at"]], []
     for expert in job.experts:
         for subject in _at(job, expert):
             if subject.headers is not None:

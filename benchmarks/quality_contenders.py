@@ -53,7 +53,7 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
 
 def two_experts() -> dict[str, list[Variant]]:
     """The contenders, each with the settings among which validation chooses."""
-    cuts = list(product((0.2, 0.5), (0.5, 0.8, 1.1)))
+    cuts = list(product((0.2, 0.5), (0.2, 0.5, 0.8)))
     cut = [{"mean_density": density, "lambda": scale} for density, scale in cuts]
     linearity = {
         f"submodule linearity, {level}": [

@@ -6,6 +6,10 @@ Runs the base and every expert of a pair config over a little calibration text, 
 and writes `<type>_delta.csv` per expert, `norms.csv` and `manifest.json` into the folder. The offline example:
 
     python3 lewis_importance.py --config configs/demo.yaml --out_dir output/demo/delta_dfs
+
+Another method measures into a folder of its own (`--guidance`; each writes `<method>_*.csv`):
+
+    python3 lewis_importance.py --config configs/demo.yaml --out_dir output/demo/saliency --guidance saliency_budget
 """
 
 from utils.errors import run_command

@@ -9,8 +9,11 @@ unchanged in stock mergekit-yaml too. The offline example, with a uniform recipe
 
     python3 lewis_merge.py --delta_dfs_in_dir output/demo/delta_dfs --config_file configs/demo.yaml \\
         --out_dir output/demo/merge_configs --control uniform --plot
+
+Other guidance (`--guidance`, as command 1 measured) makes `<config>_generated_<method>_<guidance>_merge_config.yaml`.
 """
 
+from utils.coefficients import CONTROLS
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
 from utils.guidance_method import chosen_method, declare_flags, own_options
@@ -43,7 +46,7 @@ def main() -> None:
         "control",
         "also write an unguided recipe to compare with; uniform: the same mean density and mean weight everywhere; "
         "lines: weights that grow with depth (LiNeS), with the same means",
-        choices=("uniform", "lines"),
+        choices=CONTROLS,
     )
     parser.flag("lambda", "factor on the merged delta, above 0", type=number(0, low_open=True))
     parser.flag("out_dtype", "precision of the merged weights", choices=("float32", "bfloat16", "float16"))

@@ -4,7 +4,7 @@ A guided recipe comes from command 2's own function. An unguided one is written 
 values that depend on depth alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,7 +88,7 @@ def plain(
 
     def parameters(layers: int) -> Mapping[str, Any]:
         # As in guided recipes the density holds in the linear parts of the blocks; all else keeps everything.
-        cut = {} if density is None else {"density": [*_everywhere("proj", density), {"value": 1}]}
+        cut = {} if density is None else {"density": [{"filter": "proj", "value": density}, {"value": 1}]}
         return {**cut, "weight": weight}
 
     shown = {"weight": weight, "density": density, "lambda": scale}
@@ -110,10 +110,6 @@ def lines(first: float, growth: float) -> Variant:
         setting,
         lambda pair, device: _written(pair, "task_arithmetic", f"lines {setting}", parameters, {"normalize": False}),
     )
-
-
-def _everywhere(text: str, value: float) -> Sequence[Mapping[str, Any]]:
-    return [{"filter": text, "value": value}]
 
 
 def _written(
@@ -138,11 +134,3 @@ def _written(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
-
-
-def every_variant(tasks: Sequence[str]) -> Iterator[Variant]:
-    """All variants of all contenders."""
-    for task, budget in product(tasks, BUDGETS):
-        yield from one_expert(task, budget).values()
-    for variants in two_experts().values():
-        yield from variants

@@ -3,13 +3,14 @@
     python3 benchmarks/merging.py --shape llama-365m --runs 3
     python3 benchmarks/merging.py --shape llama-78m,llama-160m,llama-365m --runs 3 --contenders ours,floor
     python3 benchmarks/merging.py --shape llama-365m --runs 3 --contenders ours,floor --cold
-    python3 benchmarks/merging.py --shape llama-3.2-3b --runs 3 --device cuda
+    python3 benchmarks/merging.py --shape llama-3.2-3b --runs 3 --device cuda --contenders ours,ours-gpu,mergekit-yaml,floor
 
 Every contender merges the same three models by the same YAML, `ties` with a density for each linear weight of each
 layer, as a whole process, in turn, `--runs` times after one warm-up round. Medians, ratios and peak memory are printed;
-every run goes into `benchmarks/results/merging.csv`. Contenders: `ours`; `ours-stock` (the same command, mergekit's own
-executor); `ours-cpu` (on the CPU, whatever `--device`); `mergekit-yaml`; `mergekit-fast-options` (with those of its options that make it faster on this machine);
-`floor` (the inputs read, one output written, nothing computed). `--cold` drops the inputs from the page cache before
+every run goes into `benchmarks/results/merging.csv`. Contenders: `ours` (with `--device cuda` as it is typed without
+`--device`, which leaves the choice to the command); `ours-gpu` and `ours-cpu` (told where to compute); `ours-stock` (the
+same command, mergekit's own executor); `mergekit-yaml`; `mergekit-fast-options` (with those of its options that make it
+faster on this machine); `floor` (the inputs read, one output written, nothing computed). `--cold` drops the inputs from the page cache before
 every run. Over three shapes or more it also prints how cost grows with parameters. "job" is the merge itself: for mergekit its executor's run, which includes writing.
 """
 
@@ -28,7 +29,7 @@ from benchmarks.contenders import Contender, Run, alternate, chosen, growth_line
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count
 from utils.checkpoints import read_headers
 
-NAMES = ("ours", "ours-stock", "ours-cpu", "mergekit-yaml", "mergekit-fast-options", "floor")
+NAMES = ("ours", "ours-gpu", "ours-cpu", "ours-stock", "mergekit-yaml", "mergekit-fast-options", "floor")
 STOCK = str(ROOT / "benchmarks" / "timed_mergekit.py")
 FAST_OPTIONS = {"cpu": ("--async-write", "--write-threads", "2", "--out-shard-size", "1B"), "cuda": ("--gpu-rich",)}
 
@@ -68,7 +69,8 @@ def contender(name: str, recipe: Path, output: Path, weights: list[Path], device
         command = (STOCK, str(recipe), str(output), "--random-seed", "0", *options)
     else:
         command = (str(ROOT / "utils" / "merger.py"), "--output_path", str(output), "--merge_config", str(recipe))
-        command += ("--device", "cpu" if name == "ours-cpu" else device, "--fast_selection", str(name != "ours-stock"))
+        where = {"ours": "auto" if kind == "cuda" else device, "ours-cpu": "cpu"}.get(name, device)
+        command += ("--device", where, "--fast_selection", str(name != "ours-stock"))
     return Contender(name, (sys.executable, *command), moved)
 
 

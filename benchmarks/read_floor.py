@@ -2,15 +2,21 @@
 
     python3 benchmarks/read_floor.py DEVICE FILE ...
 
-On a GPU through two pinned buffers, so that reading and copying overlap; the weights are not kept. On the CPU the files
-are read into one buffer. The time to start torch and the GPU is left out.
+On a GPU by several threads, each with two pinned buffers, so that reading and copying overlap; the weights are not kept.
+On the CPU the files are read into one buffer. The time to start torch and the GPU is left out.
 """
 
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-BLOCK = 64 * 2**20
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 32 * 2**20
+READERS = 4
 
 
 def main() -> None:
@@ -34,28 +40,41 @@ def read_to_gpu(device: str, files: list[str]) -> float:
     """Seconds until all bytes of all files have been in the GPU's memory."""
     import torch
 
-    place = torch.device(device)
-    slots = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    target = torch.empty(2, BLOCK, dtype=torch.uint8, device=place)
-    copied = [torch.cuda.Event() for _ in slots]
-    torch.cuda.synchronize(place)
-    start, turn = time.perf_counter(), 0
-    with torch.cuda.device(place):
-        for file in files:
-            with open(file, "rb", buffering=0) as source:
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while True:
-                    slot = turn % 2
-                    copied[slot].synchronize()  # its last copy; an event that was never recorded is done
-                    count = source.readinto(memoryview(slots[slot].numpy()))
-                    if not count:
-                        break
-                    target[slot, :count].copy_(slots[slot][:count], non_blocking=True)
-                    copied[slot].record()
-                    turn += 1
-        torch.cuda.synchronize(place)
-    return time.perf_counter() - start
+    blocks = [(file, start) for file in files for start in range(0, os.path.getsize(file), BLOCK)]
+    with ThreadPoolExecutor(READERS) as pool:
+        lanes = [Lane(torch.device(device)) for _ in range(READERS)]
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for done in [pool.submit(lane.take, blocks[place::READERS]) for place, lane in enumerate(lanes)]:
+            done.result()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+
+class Lane:
+    """One reader: two pinned buffers, so that one is read into while the other one is copied to the GPU."""
+
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
+        self.stream = torch.cuda.Stream(device)
+        self.slots = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.target = torch.empty(2, BLOCK, dtype=torch.uint8, device=device)
+        self.copied = [torch.cuda.Event() for _ in range(2)]
+
+    def take(self, blocks: list[tuple[str, int]]) -> None:
+        """Read blocks of files and send them to the GPU."""
+        import torch
+
+        with torch.cuda.stream(self.stream):
+            for turn, (file, start) in enumerate(blocks):
+                slot = turn % 2
+                self.copied[slot].synchronize()  # its last copy; an event that was never recorded is done
+                with open(file, "rb", buffering=0) as source:
+                    source.seek(start)
+                    count = source.readinto(memoryview(self.slots[slot].numpy()))
+                self.target[slot, :count].copy_(self.slots[slot][:count], non_blocking=True)
+                self.copied[slot].record(self.stream)
 
 
 if __name__ == "__main__":

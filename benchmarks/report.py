@@ -31,6 +31,7 @@ BASELINES = {
     "merging": {
         "ours": ("mergekit-yaml", "mergekit-fast-options", "floor"),
         "ours-stock": ("mergekit-yaml",),
+        "ours-gpu": ("mergekit-yaml", "mergekit-fast-options", "floor"),
         "ours-cpu": ("mergekit-yaml", "mergekit-fast-options", "floor"),
     },
 }
@@ -42,6 +43,7 @@ NAMES = {
     "published-fp32": "published procedure, float32",
     "read-floor": "reading the weights to the device",
     "ours-stock": "`--fast_selection False`",
+    "ours-gpu": "`--device cuda`",
     "ours-cpu": "`--device cpu`",
     "mergekit-yaml": "stock `mergekit-yaml`",
     "mergekit-fast-options": "stock, its fastest options",

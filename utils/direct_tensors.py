@@ -84,12 +84,8 @@ class Division:
 
 def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
     """Divide a plan's tensors between this project and mergekit, or say why all are mergekit's."""
-    if not settings.fast_selection:
-        return "--fast_selection is off"
     method = merge_methods.get(plan.inputs.config.merge_method)
-    if (reason := _unsuitable_method(method)) is not None:
-        return reason
-    if (reason := unknown_code(method)) is not None:
+    if (reason := reason_against(settings, method)) is not None:
         return reason
     if plan.options.device != "cpu" or settings.multi_gpu:
         return "merging in pieces is for the CPU"
@@ -105,6 +101,13 @@ def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
         else:
             direct.append(found)
     return Division(tuple(direct), tuple(left)) if direct else left[0][1]
+
+
+def reason_against(settings: MergeSettings, method: MergeMethod) -> str | None:
+    """Why nothing is merged here by a method, whatever the tensors and the device, as a clause; None if it may be."""
+    if not settings.fast_selection:
+        return "--fast_selection is off"
+    return _unsuitable_method(method) or unknown_code(method)
 
 
 def unknown_code(method: MergeMethod) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from utils.architecture import DEFINITION, plan_architecture
 from utils.errors import UserError
 from utils.input_differences import check_configs, left_out, own_heads, prove_coverage
+from utils.merge_device import choose_merge_device
 from utils.merge_inputs import MergeInputs, open_inputs
 from utils.merge_memory import memory_estimate
 from utils.merge_methods import own_method
@@ -22,7 +23,7 @@ from utils.merge_settings import MergeSettings
 from utils.output_folder import OutputFolder, check_apart, check_space
 from utils.planned_parameters import DensitySummary, check_parameters, density_summaries
 from utils.recipe_schema import OrderedConfiguration, parse_recipe
-from utils.runtime import available_bytes, choose_device, device_name, gigabytes, versions
+from utils.runtime import available_bytes, device_name, gigabytes, versions
 from utils.saliency_plan import SaliencyFile, bind_saliency
 from utils.tokenizer_files import small_bytes
 from utils.vocabulary import plan_vocabulary
@@ -75,7 +76,7 @@ def preflight(
         UserError: anything the user can mend; see the rooms this calls.
     """
     config, method, warnings = parse_recipe(recipe)
-    device, why = choose_device(settings.device)
+    device, why = choose_merge_device(settings, method)
     tell(", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit")))
     tell(f"device: {device_name(device)}, {why}")
     inputs = open_inputs(config, settings)

@@ -121,7 +121,7 @@ class OutsideChanges:
         stored = expert.stored.fetch([f"{path}.weight"])[f"{path}.weight"]
         there = self.ids[self.ids < stored.shape[0]].to(self.device)
         beyond = self.ids[self.ids >= stored.shape[0]].to(self.device)
-        rows = base.clone() if base.device.type == "cuda" else torch.zeros(base.shape, dtype=torch.float32)
+        rows = torch.zeros(base.shape, dtype=torch.float32, device=self.device)
         rows[there], rows[beyond] = stored[there].float(), base[beyond]
         return rows
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from utils.checkpoints import Checkpoint, TensorHeader
 from utils.errors import UserError, brief
+from utils.pinned_copies import PinnedCopies
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -85,39 +86,28 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, head: bool = False) ->
 class StreamedWeights:
     """Reads tensors by name from safetensors files onto a device in a dtype; holds the open files.
 
-    On a GPU the copies run on a stream of their own, through pinned memory, so that they overlap computation.
+    On the CPU, in the stored dtype, tensors are views of the files' pages. Elsewhere they go through pinned buffers, on
+    a stream of their own, so that copies overlap computation (`utils/pinned_copies.py`).
     """
 
     def __init__(self, headers: Mapping[str, TensorHeader], device: torch.device, dtype: torch.dtype) -> None:
         self.headers, self.device, self.dtype = dict(headers), device, dtype
         self.files = ExitStack()
         self.handles: dict[Path, object] = {}
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies: PinnedCopies | None = None
         self.computation = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Read tensors onto the device; they are ready when this returns.
 
-        On the CPU, in the stored dtype, they are views of the file's pages.
+        Raises:
+            UserError: a file cannot be read, or was changed while it was read.
         """
         stored = {name: self.headers[name] for name in names if name in self.headers}
+        if self.device.type != "cpu":
+            return self._copies().fetch(stored, self.dtype, self.computation)
         views = {name: self._handle(header.file).get_tensor(header.name) for name, header in stored.items()}
-        if self.copies is None:
-            return {name: view.to(self._dtype_of(view)) for name, view in views.items()}
-        with torch.cuda.device(self.device), torch.cuda.stream(self.copies):
-            tensors = {name: self._copied(view) for name, view in views.items()}
-            self.copies.synchronize()  # waits in the fetching thread only
-        return tensors
-
-    def _copied(self, view: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(view.shape, dtype=view.dtype, pin_memory=True).copy_(view)
-        tensor = pinned.to(self.device, non_blocking=True).to(self._dtype_of(view))
-        # Memory that is freed while queued computation still reads it must not be handed to the next copy.
-        tensor.record_stream(self.computation)
-        return tensor
-
-    def _dtype_of(self, view: torch.Tensor) -> torch.dtype:
-        return self.dtype if view.is_floating_point() else view.dtype
+        return {name: view.to(self.dtype) if view.is_floating_point() else view for name, view in views.items()}
 
     def read_ahead(self, names: list[str]) -> None:
         """Ask the system to have these tensors' pages in memory soon; returns at once."""
@@ -130,7 +120,14 @@ class StreamedWeights:
     def close(self) -> None:
         """Close the files; mapped pages go when the last tensor does."""
         self.handles.clear()
+        self.copies = None
         self.files.close()
+
+    def _copies(self) -> PinnedCopies:
+        if self.copies is None:
+            files = {header.file for header in self.headers.values()}
+            self.copies = self.files.enter_context(PinnedCopies(files, self.device))
+        return self.copies
 
     def _handle(self, file: Path):
         from safetensors import safe_open

@@ -1,0 +1,163 @@
+"""A device that is not the CPU, for machines without a GPU: real numbers, strict about what lies where.
+
+    python -m tests.simulated_device REPORT SCRIPT ARGUMENTS...
+
+Runs a script of this project as `python SCRIPT ARGUMENTS...` would, on a device called `sim:0` whatever `--device` says.
+Tensors on it compute on the CPU, but as on a GPU
+
+- an operation on tensors of both devices is an error (a scalar on the CPU may take part);
+- whatever makes the host wait for the device is recorded: REPORT is a JSON list of {"operation", "stack"}, where the
+  stack names the functions of this project, the outermost first.
+
+torch is given the device as a backend written in Python (`torch.utils.backend_registration`), for the whole process;
+so this is for a process of its own. CUDA's streams, events and pinned memory are not simulated.
+"""
+
+import json
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "sim"
+COPIES = ("aten::copy_", "aten::_to_copy")
+WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::repeat_interleave",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+)
+
+waits: list[dict] = []
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor on the device. `held` is the CPU tensor that has its numbers."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> "SimulatedTensor":
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, held.size(), device=torch.device(NAME, 0), **layout)
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __repr__(self) -> str:
+        return f"SimulatedTensor({self.held!r})"
+
+    def tolist(self):
+        waits.append({"operation": "tolist", "stack": _stack()})
+        return self.held.tolist()
+
+    def numpy(self, *, force: bool = False):
+        raise TypeError(f"can't convert {NAME} device type tensor to numpy")
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name, dict(kwargs or {})
+        if name == "aten::is_pinned":
+            return False
+        if function._can_decompose():  # made of other operations; in inference mode they come here whole
+            return function.decompose(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        stays = _stays_on_device(name, args, kwargs)
+        if name in WAITING or (name in COPIES and not stays):
+            waits.append({"operation": name, "stack": _stack()})
+        elif name not in COPIES and any(not isinstance(tensor, cls) and tensor.dim() for tensor in tensors):
+            raise RuntimeError(f"{name}: tensors on the CPU and on {NAME}")
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        same = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, cls)}
+        result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if torch.Tag.inplace_view in function.tags:  # `unsqueeze_` and the like change the shape of this tensor too
+            with no_dispatch():
+                function(*args, **kwargs)
+        # a view of a tensor made outside inference mode is not an inference tensor either
+        inference = torch.is_inference_mode_enabled() and (not function.is_view or args[0].is_inference())
+
+        def placed(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) in same:  # in-place operations and `out=` give back what they were given
+                return same[id(value)]
+            with torch.inference_mode(inference):
+                return cls(value) if stays else value
+
+        return tree_map(placed, result)
+
+
+def _stays_on_device(name: str, args: tuple, kwargs: dict) -> bool:
+    if name == "aten::copy_":
+        return isinstance(args[0], SimulatedTensor)
+    return kwargs.get("device") is None or torch.device(kwargs["device"]).type == NAME
+
+
+def _held(value):
+    return value.held if isinstance(value, SimulatedTensor) else value
+
+
+def _stack() -> list[str]:
+    frames = traceback.extract_stack()
+    return [frame.name for frame in frames if Path(frame.filename).is_relative_to(ROOT / "utils")]
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks of a device's module; autocast asks for dtypes."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return SimulatedTensor(torch.empty(size, dtype=dtype or torch.get_default_dtype()))
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+    return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype or torch.get_default_dtype()))
+
+
+def _copy_from(source, target, non_blocking=False):
+    """What is left of a copy where torch does not let the tensors' own class see it, as in `torch.tensor`."""
+    _held(target).copy_(_held(source))
+    return target
+
+
+def register() -> list[torch.library.Library]:
+    """Give torch the device; it has it for as long as the result is kept."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    return [library]
+
+
+def main() -> None:
+    """Run a script on the device."""
+    report, script, *arguments = sys.argv[1:]
+    kept = register()
+    from utils import runtime
+
+    runtime.choose_device = lambda asked: (torch.device(NAME, 0), "simulated")
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        Path(report).write_text(json.dumps(waits))
+        kept.clear()
+
+
+if __name__ == "__main__":
+    main()

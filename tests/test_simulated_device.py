@@ -1,0 +1,103 @@
+"""Measuring and merging on a device that is not the CPU: the same numbers, and no waiting inside the block loop.
+
+What a GPU alone would show otherwise, tensors of two places in one operation and hidden synchronization, shows here on
+any machine. See `tests/simulated_device.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models
+from tests.tiny_pairs import save_pair, write_config
+from utils.decision import DecideOptions, decide
+from utils.guidance_method import GuidanceMethod, guidance_methods
+from utils.measurement import MeasureOptions, measure_pair
+from utils.merge_job import merge
+from utils.merge_settings import MergeSettings
+from utils.pair_config import PairConfig, read_pair_config
+
+HERE = Path("here")
+CALIBRATION = {
+    name: {"path": "rows.jsonl", "text": text, "seqlen": 32}
+    for name, text in {"code": "{answer}", "math": "{question} {answer}"}.items()
+}
+
+
+def run_on_device(folder: Path, script: str, *arguments: object) -> list[dict]:
+    """Run one of the commands on the device, in a process of its own; returns what made the host wait."""
+    command = [sys.executable, "-m", "tests.simulated_device", "waits.json", str(ROOT / script), *map(str, arguments)]
+    paths = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "simulated" in done.stdout
+    return json.loads((folder / "waits.json").read_text())
+
+
+def measured_here(method: GuidanceMethod) -> PairConfig:
+    """Measure the pair in the current folder on the CPU, in this process; the tables are in `HERE`."""
+    config = read_pair_config(Path("pair.yaml"))
+    own = {flag.name: flag.default for flag in method.measure_flags}
+    measure_pair(MeasureOptions(config, method, own, HERE, "cpu", "float32", 64))
+    return config
+
+
+def assert_same_tables(folder: Path, other: Path) -> None:
+    """Every CSV holds the same words and, but for rounding in float32, the same numbers."""
+    names = sorted(path.name for path in folder.glob("*.csv"))
+    assert names and names == sorted(path.name for path in other.glob("*.csv"))
+    for name in names:
+        one, two = (pd.read_csv(place / name, keep_default_na=False) for place in (folder, other))
+        pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(guidance_methods()))
+def test_every_guidance_measures_the_same_as_on_the_cpu(tmp_path, monkeypatch, name):
+    pair = save_pair(tmp_path)
+    write_config(pair, {"calibration": CALIBRATION})
+    waits = run_on_device(
+        pair, "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", "there", "--guidance", name),
+        *("--dtype", "float32", "--micro_batch_tokens", "64"),
+    )  # fmt: skip
+    monkeypatch.chdir(pair)
+    measured_here(guidance_methods()[name])
+    assert_same_tables(pair / "here", pair / "there")
+    for file in (pair / "here").glob("*.safetensors"):
+        vectors, others = load_file(file), load_file(pair / "there" / file.name)
+        assert vectors.keys() == others.keys()
+        for key, vector in vectors.items():
+            np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-4, atol=1e-9)
+    # results are fetched once, after the last block; transformers looks once at every padded mask, before the first
+    in_loop = [wait for wait in waits if "_through_block" in wait["stack"] or "hook" in wait["stack"]]
+    assert waits and not in_loop
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_ties"])
+def test_a_merge_by_mergekits_executor_has_the_bits_of_one_on_the_cpu(tmp_path, method):
+    save_models(tmp_path)
+    here = merge_here(tmp_path, recipe(tmp_path, method), "here")
+    waits = run_on_device(tmp_path, "utils/merger.py", "--output_path", "there", "--merge_config", "here.yaml")
+    assert_same_tensors(here, tmp_path / "there")
+    assert not [wait for wait in waits if "band_mask" in wait["stack"]]  # selection leaves every number on the device
+
+
+@pytest.mark.parametrize(("mask", "method"), [("saliency", "ties"), ("magnitude", "guided_mean")])
+def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(tmp_path, monkeypatch, mask, method):
+    pair = save_pair(tmp_path)
+    write_config(pair, {"calibration": CALIBRATION})
+    monkeypatch.chdir(pair)
+    config = measured_here(guidance_methods()["saliency_budget"])
+    options = {"merge_method": method, "mean_density": 0.3}
+    decided = DecideOptions(config, guidance_methods()["saliency_budget"], {"mask": mask}, HERE, Path("out"), **options)
+    (name,) = decide(decided)
+    merge(MergeSettings(Path("cpu"), Path("out") / name, device="cpu", quiet=True))
+    run_on_device(pair, "utils/merger.py", "--output_path", "sim", "--merge_config", Path("out") / name)
+    assert_same_tensors(pair / "cpu", pair / "sim")

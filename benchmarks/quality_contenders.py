@@ -53,7 +53,7 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
 
 def two_experts() -> dict[str, list[Variant]]:
     """The contenders, each with the settings among which validation chooses."""
-    cuts = list(product((0.2, 0.5), (0.2, 0.5, 0.8)))
+    cuts = list(product((0.2, 0.5), (0.1, 0.2, 0.35)))
     cut = [{"mean_density": density, "lambda": scale} for density, scale in cuts]
     linearity = {
         f"submodule linearity, {level}": [
@@ -64,6 +64,7 @@ def two_experts() -> dict[str, list[Variant]]:
     return {
         UNIFORM_TWO: [plain("task_arithmetic", weight=weight) for weight in (0.2, 0.3, 0.4, 0.5, 0.6)],
         "uniform TIES": [plain("ties", weight=1.0, density=d, scale=s, normalize=True) for d, s in cuts],
+        "uniform TIES, not divided": [plain("ties", weight=1.0, density=d, scale=s) for d, s in cuts],
         "uniform DARE-TIES": [plain("dare_ties", weight=w, density=d) for w in (0.2, 0.35, 0.5) for d in (0.5, 0.8)],
         "LiNeS": [lines(first, growth) for first in (0.1, 0.2, 0.3) for growth in (0.2, 0.4)],
         "Sens-Merging": [
@@ -91,7 +92,7 @@ def plain(
         cut = {} if density is None else {"density": [{"filter": "proj", "value": density}, {"value": 1}]}
         return {**cut, "weight": weight}
 
-    shown = {"weight": weight, "density": density, "lambda": scale}
+    shown = {"weight": weight, "density": density, "lambda": scale, "normalize": normalize or None}
     setting = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
     shared = {"normalize": normalize, **({} if scale is None else {"lambda": scale})}
     return Variant(setting, lambda pair, device: _written(pair, method, setting, parameters, shared))

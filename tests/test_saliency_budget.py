@@ -4,6 +4,7 @@ python -m pytest tests/test_saliency_budget.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -331,3 +332,26 @@ def test_weights_that_are_not_finite_are_refused(pair):
     save_file(own, "code/model.safetensors", metadata={"format": "pt"})
     said = refused(measured, "base")
     assert "model.layers.1.mlp.up_proj.weight: the weights of ./base or ./code" in said and "finite" in said
+
+
+def test_an_expert_that_is_no_better_on_its_own_text_is_doubted(pair, capsys):
+    """Of two models one is better on a text: with the other one as its expert, and only so, there is a doubt."""
+    pair("llama")
+    doubted, losses = [], []
+    for base, expert in (("base", "math"), ("math", "base")):
+        models = [{"name": f"./{base}", "type": "base"}, {"name": f"./{expert}", "type": "expert"}]
+        write_config(Path(), {"model_info": models})
+        measured(out=f"from_{base}")
+        printed = capsys.readouterr()
+        before, after = re.search(r"expert: loss (\S+) at the base, (\S+) at the expert", printed.out).groups()
+        losses.append((float(before), float(after)))
+        doubted.append(f"no better on its own text than the base (loss {after}, base {before})" in printed.err)
+    assert losses[0] == losses[1][::-1]
+    assert doubted == [after >= before for before, after in losses] and sum(doubted) == 1
+
+
+def test_without_gradients_at_both_nothing_is_said_of_skill(pair, capsys):
+    pair("llama")
+    for point in ("base", "expert"):
+        measured(point, out=f"at_{point}")
+        assert "no better" not in capsys.readouterr().err

@@ -5,13 +5,11 @@ thirty short steps a piece, and would not read or write. Beside a few MB of buff
 tables of the tensors that are being counted.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from mergekit.common import dtype_from_name
 from mergekit.graph import Executor, TaskUniverse
 
@@ -19,6 +17,7 @@ from utils.direct_tensors import DirectTensor, Division
 from utils.finiteness import is_finite, not_finite
 from utils.merge_arithmetic import Scratch
 from utils.merge_plan import MergePlan, OutputTensor
+from utils.runtime import one_torch_thread
 from utils.shard_files import ShardFiles, TensorSpec
 from utils.tensor_files import TensorFiles, as_bytes
 from utils.tensor_merge import TensorMerge
@@ -58,7 +57,7 @@ def run_directly(
 def merge_directly(tensors: Sequence[DirectTensor], output: ShardFiles, threads: int, report: Report) -> None:
     """Merge tensors into open files, begun in the order given; arguments and errors as `run_directly`."""
     progress = _Progress()
-    with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, _one_torch_thread():
+    with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, one_torch_thread():
         ahead = _ReadAhead(tensors, inputs)
 
         def meanwhile() -> None:
@@ -122,14 +121,3 @@ class _ReadAhead:
         while self._asked < self._read + READ_AHEAD and (header := next(self._waiting, None)) is not None:
             self._inputs.read_ahead(header)
             self._asked += header.nbytes
-
-
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let threads that start meanwhile compute on one core each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,10 +1,11 @@
 """What the *measure* half of a guidance method works on: prepared models, devices, and a way to run over them."""
 
 import concurrent.futures
+import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,18 @@ class Work:
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """Everything a *measure* half needs. `options` are the values of the method's own flags."""
+    """Everything a *measure* half needs.
+
+    `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
+    values of the method's own flags.
+    """
 
     config: PairConfig
     subjects: tuple[Subject, ...]
     devices: "tuple[torch.device, ...]"
     options: Mapping[str, Any]
     trust_remote_code: bool
+    at_once: int = 1
 
     @property
     def base(self) -> Subject:
@@ -71,19 +77,20 @@ class MeasureJob:
         return StreamedWeights(subject.headers, device, subject.dtype)
 
     def run(self, works: Sequence[Work]) -> list[Any]:
-        """Do all pieces of work with one progress bar, side by side if there are several devices; results in order.
+        """Do all pieces of work with one progress bar, side by side where `devices` and `at_once` say; results in order.
 
         Raises:
             UserError: what the work raises; a GPU that ran out of memory.
         """
         from tqdm import tqdm
 
+        lanes = (self.devices if len(self.devices) > 1 else self.devices * self.at_once)[: len(works)]
         free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-        for device in self.devices:
+        for device in lanes:
             free.put(device)
         given_up = threading.Event()
         total = sum(work.blocks for work in works)
-        with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar:
+        with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar, _shared_threads(lanes):
 
             def on_block(layer: int) -> None:
                 return_freed_memory()  # else the freed temporaries of block after block pile up
@@ -99,9 +106,9 @@ class MeasureJob:
                 finally:
                     free.put(device)
 
-            if len(self.devices) == 1:
+            if len(lanes) <= 1:
                 return [do(work) for work in works]
-            with concurrent.futures.ThreadPoolExecutor(len(self.devices), thread_name_prefix="measure") as pool:
+            with concurrent.futures.ThreadPoolExecutor(len(lanes), thread_name_prefix="measure") as pool:
                 try:
                     return list(pool.map(do, works))
                 except BaseException:
@@ -110,11 +117,28 @@ class MeasureJob:
                     raise
 
 
+@contextlib.contextmanager
+def _shared_threads(lanes: "Sequence[torch.device]") -> Iterator[None]:
+    """Share torch's threads among works on the CPU, which start meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    if lanes and lanes[0].type == "cpu":
+        torch.set_num_threads(max(1, before // len(lanes)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _within_memory(work: Work, device: "torch.device", on_block: OnBlock) -> Any:
     import torch
 
+    # a model's own kernels may be written for the current GPU, which is another one where several measure side by side
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
-        return work.do(device, on_block)
+        with current:
+            return work.do(device, on_block)
     except torch.cuda.OutOfMemoryError:
         raise UserError(
             f"{work.label}: the GPU ran out of memory; lower --micro_batch_tokens, nsamples or seqlen, or use "

@@ -7,6 +7,7 @@ from mergekit import merge_methods
 from mergekit.sparsify import SparsificationMethod
 
 from utils.direct_tensors import divide
+from utils.fast_sparsifiers import selects_exactly
 from utils.guided_average import TEMPORARIES
 from utils.merge_methods import GUIDED_MEAN, own_method
 from utils.merge_plan import MergePlan, OutputTensor
@@ -15,6 +16,7 @@ from utils.tensor_merge import buffer_bytes, table_bytes
 
 _ITEM = {"float64": 8, "float32": 4}
 _SORT = 24  # bytes per entry: a float32 copy, the sorted copy, int64 indices and their exchange buffer
+_COUNT = 1  # bytes per entry of a mask found by counting (`utils/fast_sparsifiers.py`)
 
 
 def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
@@ -25,7 +27,8 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
 
         n w                     the changes
         (n + 1) w               the inputs, if their dtype is another one
-        2 w + 24 | 7 w | w      a mask by magnitude, which sorts everything; by chance; none
+        2 w + 24 | 2 w + 1      a mask by magnitude, which sorts everything, or is found by counting
+        7 w | w                 a mask by chance; none
         n (2 w + 2) + 3 w | 3 w the sign vote, with the sum; the sum alone
 
     where the last two are not there at the same time. For tensors merged in pieces, the buffers of every thread and the
@@ -34,26 +37,26 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
     `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
     `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
     """
-    division = divide(plan, settings)
+    division, ranking = divide(plan, settings), _COUNT if selects_exactly(plan, settings) else _SORT
     if not isinstance(division, str):
         threads = torch.get_num_threads()
         tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
         buffers = max(buffer_bytes(tensor) for tensor in division.direct)
-        left = (_arithmetic(plan, tensor) + tensor.nbytes for tensor, _ in division.left)
+        left = (_arithmetic(plan, tensor, ranking) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)
-    largest = max((_arithmetic(plan, tensor) for tensor in plan.tensors), default=0)
+    largest = max((_arithmetic(plan, tensor, ranking) for tensor in plan.tensors), default=0)
     shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
     return largest + shard * (2 if settings.async_write else 1)
 
 
-def _arithmetic(plan: MergePlan, tensor: OutputTensor) -> int:
-    """Bytes that one tensor's arithmetic takes."""
+def _arithmetic(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
+    """Bytes that one tensor's arithmetic takes; `ranking` bytes per entry go to finding a mask by magnitude."""
     name = plan.inputs.config.merge_method
     rows = min(TEMPORARIES, 24 * tensor.params) if name == GUIDED_MEAN else 0
-    return _per_entry(plan, tensor) * tensor.params + rows
+    return _per_entry(plan, tensor, ranking) * tensor.params + rows
 
 
-def _per_entry(plan: MergePlan, tensor: OutputTensor) -> int:
+def _per_entry(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
     name = plan.inputs.config.merge_method
     method = merge_methods.get(name)
     item = _ITEM.get(plan.dtype or tensor.dtype or "", 2)
@@ -69,7 +72,7 @@ def _per_entry(plan: MergePlan, tensor: OutputTensor) -> int:
     if method.sparsification_method is None or not any(density < 1 for density in densities):
         mask = item
     else:
-        mask = 7 * item if method.sparsification_method == SparsificationMethod.random else 2 * item + _SORT
+        mask = 7 * item if method.sparsification_method == SparsificationMethod.random else 2 * item + ranking
     total = models * (2 * item + 2) + 3 * item if method.consensus_method else 3 * item
     return models * item + converted + max(mask, total)
 

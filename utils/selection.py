@@ -15,12 +15,13 @@ difference of two bfloat16 models. That path leaves every number on the device; 
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from utils.runtime import one_torch_thread
 
 # Entries at a time. On the CPU a chunk's patterns (1 MiB at most) stay in cache between the steps; on a GPU a chunk must be
 # long enough to hide the start of each kernel, and bounds the temporaries to 64 MiB each.
@@ -91,7 +92,9 @@ def band_mask(x: Tensor, skip: int, k: int) -> Tensor:
     partial = [rank for rank in (inner, outer) if 0 < rank < x.numel()]
     if not partial:
         return mask
-    with _one_torch_thread(x.device):
+    # on the CPU torch's threads would wait for each other after every short step; where they outnumber the free cores, a
+    # wait is a time slice of the system's, and a selection takes longer than the sort it replaces
+    with one_torch_thread() if x.device.type == "cpu" else contextlib.nullcontext():
         for cut in (_cuts_by_counting if _counts_patterns(x.device) else _cuts_by_bits)(x, kind, partial):
             _toggle(mask, x, kind, cut)
     return mask
@@ -145,28 +148,6 @@ def pattern_of(dtype: torch.dtype) -> Pattern:
 def _counts_patterns(device: torch.device) -> bool:
     """Whether thresholds are found on the host, by tables and partitions; else by the search that needs no synchronization."""
     return device.type == "cpu"
-
-
-_setting_threads = threading.Lock()
-
-
-@contextlib.contextmanager
-def _one_torch_thread(device: torch.device) -> Iterator[None]:
-    """Work through the chunks of a tensor on the CPU on one core.
-
-    torch's threads would wait for each other after every short step. Where they outnumber the free cores, a wait is a
-    time slice of the system's, and a selection takes longer than the sort it replaces.
-    """
-    if device.type != "cpu" or torch.get_num_threads() == 1:
-        yield
-        return
-    with _setting_threads:  # of two threads at a time, one would take the other's setting for the one to put back
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def _chunk_entries(x: Tensor) -> int:

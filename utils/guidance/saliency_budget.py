@@ -123,7 +123,7 @@ def _measure(job: MeasureJob) -> Measured:
         name = expert.entry.type
         own = tables[TENSORS][tables[TENSORS]["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
-        warnings += _doubts(expert, own)
+        warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
     return Measured(files, tuple(notes), tuple(warnings))
 
 
@@ -163,6 +163,17 @@ def _doubts(expert: Subject, tensors: "pd.DataFrame") -> list[str]:
     return [
         f"{silent:.0%} of the entries that {expert.entry.name} changed have no gradient on this text in {expert.dtype}; "
         "more samples or --dtype float32 or bfloat16 may help"
+    ]
+
+
+def _unskilled(expert: Subject, at_base: Sequence[float], at_expert: Sequence[float]) -> list[str]:
+    """A doubt where both were taken and the expert is no better on its own text than the base."""
+    before, after = (sum(losses) / max(1, len(losses)) for losses in (at_base, at_expert))
+    if not at_base or not at_expert or after < before:
+        return []
+    return [
+        f"{expert.entry.name} is no better on its own text than the base (loss {after:.4f}, base {before:.4f}), so its "
+        "gradients say little of its skill; is it the text of its task (calibration in the pair config)?"
     ]
 
 

@@ -21,11 +21,11 @@ LEWIS = guidance_methods()["lewis"]
 SIDE_BY_SIDE = "side by side: up to {} models at a time"
 
 
-@pytest.fixture
-def four_threads():
-    """Four threads for torch, whatever the machine has."""
+@pytest.fixture(params=[4])
+def threads_of_torch(request):
+    """Four threads for torch (or the parameter's number), whatever the machine has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(4)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
@@ -56,13 +56,13 @@ def works(count: int, meeting: threading.Barrier | None = None) -> list[Work]:
         ((CPU,), 3, 1, 4),
     ],
 )
-def test_works_that_go_side_by_side_share_the_threads(four_threads, devices, at_once, count, threads):
+def test_works_that_go_side_by_side_share_the_threads(threads_of_torch, devices, at_once, count, threads):
     together = threading.Barrier(count) if threads < 4 else None
     assert job(devices, at_once).run(works(count, together)) == [(number, threads) for number in range(count)]
     assert torch.get_num_threads() == 4
 
 
-def test_the_threads_come_back_after_an_error(four_threads):
+def test_the_threads_come_back_after_an_error(threads_of_torch):
     def fail(device, on_block):
         raise UserError("no")
 
@@ -88,7 +88,7 @@ def measured(out: str, **options) -> Path:
     return Path(out)
 
 
-def test_on_a_cpu_with_threads_enough_all_models_go_side_by_side(pair, four_threads, capsys):
+def test_on_a_cpu_with_threads_enough_all_models_go_side_by_side(pair, threads_of_torch, capsys):
     three = measured("three")
     assert SIDE_BY_SIDE.format(3) in capsys.readouterr().out
     one = measured("one", devices="cpu")
@@ -97,19 +97,19 @@ def test_on_a_cpu_with_threads_enough_all_models_go_side_by_side(pair, four_thre
     pd.testing.assert_frame_equal(*frames, rtol=1e-5)  # sums depend on the number of threads, in the last digits
 
 
-def test_two_threads_take_two_models(pair, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.parametrize("threads_of_torch", [2], indirect=True)
+def test_two_threads_take_two_models(pair, threads_of_torch, capsys):
     measured("two")
     assert SIDE_BY_SIDE.format(2) in capsys.readouterr().out
 
 
-def test_models_that_memory_is_short_for_go_one_by_one(pair, four_threads, monkeypatch, capsys):
+def test_models_that_memory_is_short_for_go_one_by_one(pair, threads_of_torch, monkeypatch, capsys):
     monkeypatch.setattr(measurement, "available_bytes", lambda device: 10**5)
     measured("short")
     assert "side by side" not in capsys.readouterr().out
 
 
-def test_a_model_that_is_loaded_as_a_whole_has_the_memory_for_itself(pair, four_threads, monkeypatch, capsys):
+def test_a_model_that_is_loaded_as_a_whole_has_the_memory_for_itself(pair, threads_of_torch, monkeypatch, capsys):
     prepare = measurement.prepare_subjects
     monkeypatch.setattr(
         measurement, "prepare_subjects", lambda *given: [replace(one, headers=None) for one in prepare(*given)]

@@ -18,7 +18,7 @@ from utils.pair_config import read_pair_config
 
 CPU = torch.device("cpu")
 LEWIS = guidance_methods()["lewis"]
-SIDE_BY_SIDE = "side by side: up to {} models at a time"
+SIDE_BY_SIDE = "side by side: {} models at a time"
 
 
 @pytest.fixture(params=[4])
@@ -69,6 +69,11 @@ def test_the_threads_come_back_after_an_error(threads_of_torch):
     with pytest.raises(UserError):
         job(at_once=2).run([Work("bad", 0, fail), *works(1)])
     assert torch.get_num_threads() == 4
+
+
+def test_one_piece_of_work_is_not_said_to_go_side_by_side(threads_of_torch, capsys):
+    job(at_once=3).run(works(1))
+    assert "side by side" not in capsys.readouterr().out
 
 
 def test_no_work_is_no_result():

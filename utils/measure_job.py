@@ -85,6 +85,8 @@ class MeasureJob:
         from tqdm import tqdm
 
         lanes = (self.devices if len(self.devices) > 1 else self.devices * self.at_once)[: len(works)]
+        if len(lanes) > len(self.devices):
+            print(f"side by side: {len(lanes)} models at a time share the threads", flush=True)
         free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
         for device in lanes:
             free.put(device)

@@ -157,9 +157,9 @@ def _choose_devices(options: MeasureOptions) -> list["torch.device"]:
 def _at_once(options: MeasureOptions, subjects: Sequence[Subject], device: "torch.device") -> int:
     """How many models to measure at a time on the CPU unless `--devices` says it: as many as threads and memory allow.
 
-    One thread to a model computes about a third faster than two that wait for each other after each of the many short
-    steps of a small model. Where memory might be short, models are large, and such waits do not count. By a whole model's
-    bytes beside the estimate nothing that a guidance method holds of one, a block's gradients say, is underrated.
+    Threads that work on one small model together wait for each other after every short step, a third of the time. Where
+    memory might be short, models are large, and such waits do not count; so a whole model's bytes are counted beside the
+    estimate, which covers whatever a guidance method holds of one, such as a block's gradients.
     """
     import torch
 
@@ -241,8 +241,6 @@ def _say_choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> 
         )
     for doubt in _doubts(method, job):
         print(f"warning: {doubt}", file=sys.stderr)
-    if job.at_once > 1:
-        print(f"side by side: up to {job.at_once} models at a time, which share the threads")
     _say_memory(job)
 
 

@@ -295,8 +295,9 @@ def test_memory_stays_within_the_estimate(tmp_path):
     save_models(tmp_path, names=("base", "code", "math"), vocab_size=400_000, hidden_size=96)
     for keys in ({"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}):
         write_recipe(tmp_path / "r.yaml", recipe(tmp_path, **keys))
-        program = MEASURED.format(folder=str(tmp_path)).replace("fast_selection=False", "fast_selection=True")
+        program = MEASURED.format(folder=str(tmp_path), executor=False, counting=True)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         estimate, measured = map(float, done.stdout.split()[-2:])
-        assert 0.5 < estimate / measured < 1.5 and measured < 150e6, (estimate, measured)
+        # the estimate leaves out what the runtime takes once; the tensors that are merged take 154 MB each in float32
+        assert estimate / 1.5 < measured < min(2 * estimate + 100e6, 200e6), (estimate, measured)

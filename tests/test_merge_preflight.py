@@ -370,7 +370,7 @@ def test_memory_estimate_against_a_measurement(tmp_path):
         if method == "guided_mean":
             data["models"][1]["parameters"]["saliency"] = ""
         write_recipe(tmp_path / "r.yaml", data)
-        program = MEASURED.format(folder=str(tmp_path), counting=counting)
+        program = MEASURED.format(folder=str(tmp_path), executor=True, counting=counting)
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
         )
@@ -409,7 +409,8 @@ def watched(plan, settings, *rest):
     seen.update(need=memory_estimate(plan, settings), used=seen["peak"] - before)
 
 merge_run.run_merge = watched
-merge_run.divide = merge_memory.divide = lambda plan, settings: "mergekit's executor is measured"
+if {executor}:
+    merge_run.divide = merge_memory.divide = lambda plan, settings: "mergekit's executor is measured"
 folder = Path({folder!r})
 merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", device="cpu", quiet=True,
                     out_shard_size=10**6, overwrite=True, fast_selection={counting}))

@@ -11,9 +11,9 @@ from utils.runtime import choose_device
 if TYPE_CHECKING:
     import torch
 
-# A thread merges some 60 M parameters a second of two experts by `ties` in pieces, and all threads read and write at the
+# A thread merges some 50 M parameters a second of two experts by `ties` in pieces, and all threads read and write at the
 # same time (benchmarks/merging.py). mergekit's executor, which a GPU needs, reads, computes and writes in turn: with 8
-# bytes to move for a parameter it would have to move 4 GB a second to keep up with 8 threads.
+# bytes to move for a parameter it would have to move 3 GB a second to keep up with 8 threads.
 ENOUGH_THREADS = 8
 
 

@@ -22,7 +22,7 @@ from utils.tensor_files import TensorFiles
 
 SLOTS = 8
 SLOT_BYTES = 16 * 2**20
-READERS = 4  # one thread reads the page cache at some 8 GB/s, a fraction of what a GPU's link takes
+READERS = 4  # one thread copies out of the page cache more slowly than a GPU fetches
 
 _STORED = {
     "F64": torch.float64,

@@ -29,7 +29,8 @@ def main() -> None:
     parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
     parser.flag(
         "devices",
-        "several of one kind, such as cuda:0,cuda:1 or cpu,cpu: models are measured side by side; replaces --device (without it, on a CPU: as many as threads and memory allow)",
+        "several of one kind, such as cuda:0,cuda:1 or cpu,cpu: models are measured side by side; replaces --device "
+        "(without it, on a CPU: as many as threads and memory allow)",
     )
     parser.flag("dtype", "precision of the forward pass; auto: the checkpoint's own", choices=DTYPES, default="auto")
     parser.flag(

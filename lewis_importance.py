@@ -14,7 +14,7 @@ Another method measures into a folder of its own (`--guidance`; each writes `<me
 
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
-from utils.guidance_method import chosen_method, declare_flags, own_options
+from utils.guidance.method import chosen_method, declare_flags, own_options
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,7 +44,7 @@ def main() -> None:
     declare_flags(parser, "measure")
     flags = parser.parse()
 
-    from utils.pair_config import read_pair_config
+    from utils.pair.config import read_pair_config
 
     config = read_pair_config(flags.config)
     method = chosen_method(flags.guidance, config)
@@ -54,7 +54,7 @@ def main() -> None:
 
     let_waiting_threads_sleep()
 
-    from utils.measurement import MeasureOptions, measure_pair
+    from utils.commands.measure import MeasureOptions, measure_pair
 
     measure_pair(
         MeasureOptions(

@@ -13,10 +13,10 @@ unchanged in stock mergekit-yaml too. The offline example, with a uniform recipe
 Other guidance (`--guidance`, as command 1 measured) makes `<config>_generated_<method>_<guidance>_merge_config.yaml`.
 """
 
-from utils.coefficients import CONTROLS
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
-from utils.guidance_method import chosen_method, declare_flags, own_options
+from utils.guidance.method import chosen_method, declare_flags, own_options
+from utils.recipes.coefficients import CONTROLS
 
 
 def main() -> None:
@@ -56,12 +56,12 @@ def main() -> None:
     declare_flags(parser, "decide")
     flags = parser.parse()
 
-    from utils.pair_config import read_pair_config
+    from utils.pair.config import read_pair_config
 
     config = read_pair_config(flags.config_file)
     method = chosen_method(flags.guidance, config)
 
-    from utils.decision import DecideOptions, decide
+    from utils.commands.decide import DecideOptions, decide
 
     decide(
         DecideOptions(

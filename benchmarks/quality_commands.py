@@ -12,9 +12,9 @@ import yaml
 
 from benchmarks.quality_contenders import guided
 from benchmarks.quality_pairs import Pair, measured
-from utils.guidance_method import guidance_methods
-from utils.merge_job import merge
-from utils.merge_settings import MergeSettings
+from utils.commands.merge import merge
+from utils.guidance.method import guidance_methods
+from utils.merging.settings import MergeSettings
 from utils.publish import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent

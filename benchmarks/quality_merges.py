@@ -18,8 +18,8 @@ import yaml
 from benchmarks.quality_losses import mean_loss, token_rows
 from benchmarks.quality_pairs import LONGEST, Pair
 from benchmarks.quality_texts import Texts
-from utils.merge_job import merge
-from utils.merge_settings import MergeSettings
+from utils.commands.merge import merge
+from utils.merging.settings import MergeSettings
 
 VALIDATION, TEST = "validation", "test"
 CODE_VERSION = 1  # raise it when merging or judging changes

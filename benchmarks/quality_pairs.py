@@ -12,10 +12,10 @@ import yaml
 
 from benchmarks.quality_models import Trained
 from benchmarks.quality_texts import Texts
-from utils.decision import DecideOptions, decide
-from utils.guidance_method import GuidanceMethod, guidance_methods
-from utils.measurement import MeasureOptions, measure_pair
-from utils.pair_config import PairConfig, read_pair_config
+from utils.commands.decide import DecideOptions, decide
+from utils.commands.measure import MeasureOptions, measure_pair
+from utils.guidance.method import GuidanceMethod, guidance_methods
+from utils.pair.config import PairConfig, read_pair_config
 
 CALIBRATION_SAMPLES = 48  # at most; every method gets the same ones
 LONGEST = 256  # tokens of a sample

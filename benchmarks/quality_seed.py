@@ -42,7 +42,7 @@ def judge_seed(
         device: where to train, measure, merge and judge.
         rows: how many rows of each split are read per task.
     """
-    from utils.merge_methods import register_methods
+    from utils.merging.guided.methods import register_methods
 
     register_methods()
     pair, texts = prepare(training, seed, data, work, device)

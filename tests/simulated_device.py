@@ -24,7 +24,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 NAME = "sim"
 COPIES = ("aten::copy_", "aten::_to_copy")
 WAITING = (

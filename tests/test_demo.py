@@ -22,9 +22,9 @@ from demo import texts as texts_module
 from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
 from demo.texts import CHARACTERS, Sizes, Split, Texts, assert_disjoint, build_texts, code_chunks, prose_chunks
 from demo.train import FAST, FOLDERS, FULL, MANIFEST, train_models, up_to_date, write_data
+from tests.conftest import ROOT
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = Sizes(base_prose=40, base_code=10, base_math=10, train=40, calibration=8, heldout=8)
 
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors
 from tests.tiny_pairs import save_pair, write_config
-from utils.decision import DecideOptions, decide
-from utils.guidance_method import GuidanceMethod, guidance_methods
-from utils.measurement import MeasureOptions, measure_pair
-from utils.merge_job import merge
-from utils.merge_settings import MergeSettings
-from utils.pair_config import PairConfig, read_pair_config
+from utils.commands.decide import DecideOptions, decide
+from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.merge import merge
+from utils.guidance.method import GuidanceMethod, guidance_methods
+from utils.merging.settings import MergeSettings
+from utils.pair.config import PairConfig, read_pair_config
 
 HERE = Path("here")
 GPU = torch.cuda.is_available()

@@ -5,13 +5,11 @@ python -m pytest tests/test_errors.py
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from utils.errors import UserError, brief, raise_collected, run_command
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def end_of(error: BaseException, capsys) -> tuple[int, str]:

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from utils.flags import FlagParser, boolean, number, path, stop_cleanly_on_termination, whole_number
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +226,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_parsing_needs_no_heavy_import():
     code = (
-        "import sys; import utils.flags, utils.errors, utils.pair_config, utils.publish, utils.checkpoints\n"
+        "import sys; import utils.flags, utils.errors, utils.pair.config, utils.publish, utils.models.checkpoints\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'mergekit', 'datasets'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

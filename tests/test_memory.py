@@ -8,8 +8,7 @@ import yaml
 
 from benchmarks.contenders import Contender, run_once
 from benchmarks.shapes import SHAPES, build_pair, rows_files
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 def peak(shape: str, folder: Path) -> tuple[int, int]:

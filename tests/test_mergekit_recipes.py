@@ -22,9 +22,9 @@ def test_there_is_one_per_shipped_pair():
 def test_recipe(path, monkeypatch):
     from mergekit.config import MergeConfiguration
 
-    from utils.merge_recipe import read_recipe
     from utils.merger import read_flags
-    from utils.recipe_schema import parse_recipe
+    from utils.merging.recipe_file import read_recipe
+    from utils.merging.recipe_schema import parse_recipe
 
     assert MergeConfiguration.model_validate(yaml.safe_load(path.read_text())).merge_method in path.stem
     _, method, warnings = parse_recipe(read_recipe(path))

@@ -207,7 +207,7 @@ def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error):
 
 @pytest.mark.parametrize("step", ["write_small_files", "describe_result"])
 def test_a_full_disk_after_the_weights_leaves_nothing(room, monkeypatch, step):
-    from utils import result_files
+    from utils.merging import small_files as result_files
 
     def fail(*_arguments):
         raise OSError(28, "No space left on device", "config.json")
@@ -235,7 +235,7 @@ def test_a_full_disk_after_the_weights_leaves_nothing(room, monkeypatch, step):
     ],
 )  # fmt: skip
 def test_a_result_that_fails_its_checks_is_not_published(room, monkeypatch, spoil, match):
-    from utils import result_files
+    from utils.merging import small_files as result_files
 
     write = result_files.write_small_files
 
@@ -272,7 +272,7 @@ def test_an_earlier_merge_is_kept_unless_asked_and_if_the_new_one_fails(room):
 
 
 def test_a_file_that_appears_during_the_merge_survives(room, monkeypatch):
-    from utils import result_files
+    from utils.merging import small_files as result_files
 
     target = merge_here(room, recipe(room))
     describe = result_files.describe_result

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.tiny_pairs import contents
 from utils import publish
 from utils.errors import UserError
@@ -29,7 +30,6 @@ from utils.publish import (
     to_json,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 NEW = {"a.csv": b"new a", "b.csv": b"new b" * 1000, "manifest.json": b"{}"}
 OLD = {"a.csv": b"old a", "manifest.json": b"{1}"}
 OTHERS = {"recipe.yml": b"somebody's", "sub/deep.txt": b"somebody's too"}

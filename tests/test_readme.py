@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import ROOT
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import save_tokenizer
-from utils.calibration_source import DATASET_KEYS
-from utils.pair_config import CONFIG_KEYS, read_pair_config
+from utils.pair.config import CONFIG_KEYS, read_pair_config
+from utils.pair.source import DATASET_KEYS
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 

@@ -12,11 +12,11 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from utils import safe_yaml
 from utils.errors import UserError
 from utils.safe_yaml import read_text, read_yaml_mapping
 
-ROOT = Path(__file__).resolve().parent.parent
 VALID = (ROOT / "configs" / "gemma_2b.yaml").read_bytes()
 
 

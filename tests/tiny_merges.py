@@ -89,8 +89,8 @@ def write_recipe(path: Path, data: Mapping[str, Any]) -> Path:
 
 def merge_here(folder: Path, data: Mapping[str, Any], output: str = "merged", **settings: Any) -> Path:
     """Merge by our command, in this process; returns the output folder."""
-    from utils.merge_job import merge
-    from utils.merge_settings import MergeSettings
+    from utils.commands.merge import merge
+    from utils.merging.settings import MergeSettings
 
     path = write_recipe(folder / f"{output}.yaml", data)
     target = folder / output

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: its own folder stands first on the path,
 
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
-from utils.merge_settings import MergeSettings, byte_count, read_settings
+from utils.merging.settings import MergeSettings, byte_count, read_settings
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     let_waiting_threads_sleep()
 
-    from utils.merge_job import merge
+    from utils.commands.merge import merge
 
     merge(settings)
 

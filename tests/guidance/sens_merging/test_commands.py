@@ -1,0 +1,455 @@
+"""Sens-Merging from text to merged model: measured numbers against plain passes, weights against the formulas, bad input.
+
+python -m pytest tests/guidance/sens_merging/test_commands.py
+"""
+
+import importlib
+import io
+import json
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from tests.passes.test_block_gradients import oracle
+from tests.tiny_checkpoints import save_tiny
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
+from tests.tiny_pairs import contents, pair_settings, save_pair, save_tokenizer, write_config
+from utils.errors import run_command
+from utils.guidance.sens_merging.method import METHOD
+
+FAMILIES = ("llama", "gemma3", "phi3", "gpt2")
+SENSITIVITY, DISTANCES, TENSORS, LOSSES = (
+    f"sens_merging_{name}.csv" for name in ("sensitivity", "distances", "tensors", "losses")
+)
+TEXTS = {"math": "{question} {answer}", "code": "{answer}"}
+CALIBRATION = {key: {"path": "rows.jsonl", "text": text, "seqlen": 32} for key, text in TEXTS.items()}
+RECIPE = "pair_generated_{method}_{tags}sens_merging_merge_config.yaml"
+
+
+class Pair:
+    """A folder with a pair of models, and the two commands run in it, inside this process."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    def call(self, script, *arguments, code=0):
+        monkeypatch = self.monkeypatch
+        out, err = io.StringIO(), io.StringIO()
+        ended = 0
+        before = contents(self.folder)
+        with monkeypatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+            with redirect_stdout(out), redirect_stderr(err):
+                try:
+                    run_command(importlib.import_module(script).main)
+                except SystemExit as end:
+                    ended = end.code
+        assert ended == code, err.getvalue()
+        if code:
+            assert contents(self.folder) == before  # nothing is written
+            lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and "Traceback" not in err.getvalue()
+            return err.getvalue()[err.getvalue().index("error: ") :]
+        return out.getvalue() + err.getvalue()
+
+    def measure(self, *more, code=0):
+        flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "sens_merging", "--device", "cpu")
+        return self.call("lewis_importance", *flags, *more, code=code)
+
+    def decide(self, *more, code=0):
+        flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
+        return self.call("lewis_merge", *flags, "--guidance", "sens_merging", *more, code=code)
+
+    def recipe(self, method="task_arithmetic", tags=""):
+        return yaml.safe_load((self.folder / "out" / RECIPE.format(method=method, tags=tags)).read_text())
+
+    def table(self, name):
+        return pd.read_csv(self.folder / "dfs" / name, keep_default_na=False)
+
+    def edit(self, name, change):
+        change(self.table(name)).to_csv(self.folder / "dfs" / name, index=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The families, measured in float32 on texts of their own, each made when it is first asked for."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = save_pair(tmp_path_factory.mktemp(family) / "pair", family)
+            write_config(folder, {"calibration": CALIBRATION})
+            with pytest.MonkeyPatch.context() as patch:
+                said = Pair(folder, patch).measure("--dtype", "float32")
+            made[family] = folder, said
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def pair(saved, tmp_path, monkeypatch):
+    return Pair(shutil.copytree(saved("llama")[0], tmp_path / "pair"), monkeypatch)
+
+
+def encoded(folder, expert):
+    """The expert's samples, as the shared character tokenizer splits them: BOS, then one token per character."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    settings = pair_settings()
+    chosen = np.random.default_rng(42).permutation(len(rows))[: settings["nsamples"]]
+    texts = [TEXTS[expert].format(**rows[row]) for row in chosen]
+    return [[0, *(3 + ord(letter) - 32 for letter in text)][:32] for text in texts]
+
+
+def logits(folder, samples):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_measured_equals_plain_passes_over_whole_models(saved, family):
+    folder, said = saved(family)
+    found = {name: pd.read_csv(folder / "dfs" / name, keep_default_na=False) for name in METHOD.files(None)}
+    for expert, other in (("code", "math"), ("math", "code")):
+        samples = encoded(folder, expert)
+        model, losses, gradients = oracle(folder / expert, samples)
+        parameters = dict(model.named_parameters())
+        sums = [0.0, 0.0]
+        for (name, _), gradient in gradients.items():
+            for layer in (0, 1):
+                if any(f".{blocks}.{layer}." in name for blocks in ("layers", "h")):
+                    sums[layer] += float((parameters[name].detach().double() * gradient.double()).abs().sum())
+        own = found[SENSITIVITY][found[SENSITIVITY]["model"] == expert]
+        assert own["layer"].tolist() == [0, 1]
+        np.testing.assert_allclose(own["sensitivity"], np.array(sums) / len(samples), rtol=5e-5)
+        loss = found[LOSSES].set_index("model")["loss"][expert]
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5) and f"{expert}: loss {loss:.4f}" in said
+
+        there = encoded(folder, other)
+        gaps = (logits(folder / expert, there) - logits(folder / other, there)).square().sum(-1).sqrt()
+        row = found[DISTANCES].set_index(["model", "other"]).loc[expert, other]
+        assert row["distance"] == pytest.approx(float(gaps.mean()), rel=2e-5)
+        assert row["tokens"] == sum(map(len, there)) == len(gaps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stored_tensor_is_listed_once_with_its_size(saved, family):
+    folder, _ = saved(family)
+    table = pd.read_csv(folder / "dfs" / TENSORS, keep_default_na=False).set_index("tensor")
+    stored = tensors(folder / "base")
+    assert sorted(table.index) == sorted(stored)
+    assert all(table["params"][name] == value.numel() for name, value in stored.items())
+    for name, row in table.iterrows():
+        in_block = [layer for layer in (0, 1) if f"layers.{layer}." in name or f".h.{layer}." in f".{name}"]
+        assert [row["layer"]] == in_block or (not in_block and row["layer"] in (-1, 2)), name
+        assert bool(row["component"]) == (bool(in_block) and name.endswith("weight") and stored[name].ndim == 2), name
+    layers = table["layer"]
+    embedding, norm = (
+        ("transformer.wte", "transformer.ln_f") if family == "gpt2" else ("model.embed_tokens", "model.norm")
+    )
+    assert layers[f"{embedding}.weight"] == -1 and layers[f"{norm}.weight"] == 2
+
+
+def derived(folder, temperature, alignment="distance"):
+    """The weight of each (expert, layer), from the tables by the formulas."""
+    table = pd.read_csv(folder / "dfs" / SENSITIVITY).pivot(index="model", columns="layer", values="sensitivity")
+    alpha = table.div(np.sqrt((table**2).sum(axis=1)), axis=0)
+    tau = pd.read_csv(folder / "dfs" / DISTANCES).groupby("model")["distance"].sum()
+    tau = tau / tau.sum()
+    if alignment == "similarity":
+        tau = (1 - tau) / (len(tau) - 1)
+    powers = np.exp(alpha.mul(tau, axis=0) / temperature)
+    return len(tau) * powers / powers.sum(axis=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merged_model_is_what_the_formulas_say(saved, tmp_path, monkeypatch, family):
+    """Every tensor of the merge, against theta0 + 0.4 sum of T sigma_t(l) delta_t computed densely; ours and stock's."""
+    pair = Pair(shutil.copytree(saved(family)[0], tmp_path / "pair"), monkeypatch)
+    said = pair.decide("--temperature", 0.05)
+    weights = derived(pair.folder, 0.05)
+    assert abs(weights.to_numpy() - 1).max() > 0.02  # else the test would say little
+    low, high = weights.to_numpy().min(), weights.to_numpy().max()
+    assert f"{low:.4f} to {high:.4f}, {low - 1:+.1%} to {high - 1:+.1%} around uniform" in said
+    data = pair.recipe(tags="temperature0.05_") | {"dtype": "float32"}
+    monkeypatch.chdir(pair.folder)
+    ours, stock = merge_here(tmp_path, data), merge_stock(tmp_path, data)
+    assert_same_tensors(ours, stock)
+    base, merged = tensors(pair.folder / "base"), tensors(stock)
+    assert set(base) <= set(merged)
+    listed = pair.table(TENSORS).set_index("tensor")["layer"]
+    for name, value in base.items():
+        expected = value.double()
+        for expert in ("code", "math"):
+            layer = listed[name]
+            factor = weights.loc[expert, layer] if layer in (0, 1) else 1.0
+            expected = expected + 0.4 * factor * (tensors(pair.folder / expert)[name].double() - value.double())
+        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_flags_change_the_weights_and_the_name(pair):
+    pair.decide()
+    pair.decide("--alignment", "similarity", "--temperature", 0.3, "--lambda", 0.7)
+    for tags, temperature, alignment, lambda_ in (
+        ("", METHOD.decide_flags[0].default, "distance", 0.4),
+        ("temperature0.3_similarity_", 0.3, "similarity", 0.7),
+    ):
+        recipe, weights = pair.recipe(tags=tags), derived(pair.folder, temperature, alignment)
+        assert recipe["parameters"]["lambda"] == lambda_ and recipe["parameters"]["normalize"] is False
+        for model in recipe["models"][1:]:
+            values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
+            for layer in (0, 1):
+                expected = weights.loc[model["model"].removeprefix("./"), layer]
+                assert values[f"model.layers.{layer}."] == pytest.approx(expected, rel=1e-12)
+            assert values["model.embed_tokens."] == values["lm_head."] == values["model.norm."] == 1.0
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
+def test_methods_with_densities_keep_one_share_everywhere(pair, method):
+    pair.decide("--merge_method", method, "--mean_density", 0.3)
+    recipe = pair.recipe(method, "mean0.3_")
+    assert recipe["parameters"]["normalize"] is False
+    for model in recipe["models"][1:]:
+        *guided, rest = model["parameters"]["density"]
+        assert {item["value"] for item in guided} == {0.3} and rest == {"value": 1} and len(guided) == 14
+        assert len(model["parameters"]["weight"]) == 6  # two blocks, three tensors outside, the bare value
+    pair.monkeypatch.chdir(pair.folder)
+    assert tensors(merge_here(pair.folder, recipe))
+
+
+def test_identical_experts_get_exactly_uniform_weights(saved, tmp_path, monkeypatch):
+    pair = Pair(shutil.copytree(saved("llama")[0], tmp_path / "pair"), monkeypatch)
+    shutil.rmtree(pair.folder / "math")
+    shutil.copytree(pair.folder / "code", pair.folder / "math")
+    write_config(pair.folder)  # one text
+    shutil.rmtree(pair.folder / "dfs")
+    said = pair.measure()
+    assert "several share one" in said
+    assert (pair.table(DISTANCES)["distance"] == 0).all()
+    assert "1.0000 to 1.0000, +0.0% to +0.0% around uniform" in pair.decide()
+    weights = [item["value"] for model in pair.recipe()["models"][1:] for item in model["parameters"]["weight"]]
+    assert set(weights) == {1.0}
+
+
+def test_three_experts_and_one_left_out_of_the_merge(saved, tmp_path, monkeypatch):
+    pair = Pair(shutil.copytree(saved("llama")[0], tmp_path / "pair"), monkeypatch)
+    save_tokenizer(save_tiny("llama", pair.folder / "law", seed=7, layers=2))
+    models = [*pair_settings()["model_info"], {"name": "./law", "type": "law"}]
+    write_config(pair.folder, {"model_info": models, "calibration": CALIBRATION})
+    shutil.rmtree(pair.folder / "dfs")
+    pair.measure()
+    assert len(pair.table(DISTANCES)) == 6 and len(pair.table(SENSITIVITY)) == 6
+    pair.decide("--temperature", 0.1)
+    weights = derived(pair.folder, 0.1)
+    for model in pair.recipe(tags="temperature0.1_")["models"][1:]:
+        values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
+        assert values["model.layers.1."] == pytest.approx(weights.loc[model["model"].removeprefix("./"), 1], rel=1e-12)
+    shutil.rmtree(pair.folder / "out")
+    two = {"model_info": models, "calibration": CALIBRATION, "target_model_names": {"code": "./code", "math": "./math"}}
+    write_config(pair.folder, two)
+    pair.decide("--temperature", 0.1)
+    merged = pair.recipe(tags="temperature0.1_")["models"]
+    assert [model["model"] for model in merged] == ["./base", "./code", "./math"]
+    total = sum(model["parameters"]["weight"][0]["value"] for model in merged[1:])
+    assert total == pytest.approx(2)  # weighed against each other, without the third
+
+
+def test_a_larger_vocabulary_is_compared_where_both_have_one(pair):
+    save_tokenizer(save_tiny("llama", pair.folder / "code", seed=1, layers=2, vocab_size=104))
+    shutil.rmtree(pair.folder / "dfs")
+    said = pair.measure("--dtype", "float32")
+    assert "./code and ./math have 104 and 96 logits; the first 96 were compared" in said
+    samples = encoded(pair.folder, "math")
+    ours, theirs = logits(pair.folder / "code", samples)[:, :96], logits(pair.folder / "math", samples)
+    found = pair.table(DISTANCES).set_index(["model", "other"])["distance"]["code", "math"]
+    assert found == pytest.approx(float((ours - theirs).square().sum(-1).sqrt().mean()), rel=2e-5)
+
+
+def test_measuring_side_by_side_gives_the_same_bytes(pair):
+    before = {name: (pair.folder / "dfs" / name).read_bytes() for name in METHOD.files(None)}
+    shutil.rmtree(pair.folder / "dfs")
+    pair.measure("--dtype", "float32", "--devices", "cpu,cpu")
+    after = {name: (pair.folder / "dfs" / name).read_bytes() for name in METHOD.files(None)}
+    assert after[TENSORS] == before[TENSORS]
+    for name in (SENSITIVITY, DISTANCES):
+        column = "sensitivity" if name == SENSITIVITY else "distance"
+        old = pd.read_csv(io.BytesIO(before[name]))[column]
+        np.testing.assert_allclose(pair.table(name)[column], old, rtol=1e-5)
+
+
+def test_the_three_commands_as_a_user_runs_them(saved, tmp_path, run_command_line):
+    folder = shutil.copytree(saved("llama")[0], tmp_path / "pair")
+    shutil.rmtree(folder / "dfs")
+    flags = ("--config", "pair.yaml", "--out_dir", "run/dfs", "--guidance", "sens_merging")
+    done = run_command_line("lewis_importance.py", *flags, cwd=folder)
+    for script in ("lewis_merge.py", "utils/merger.py"):  # each command says what to run next
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.split("next:")[-1].replace("\\\n", " ").split()
+        assert words[:2] == ["python3", script]
+        done = run_command_line(script, *words[2:], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert tensors(folder / "run/merged_models").keys() == tensors(folder / "base").keys()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Reading weights fails the test."""
+
+    def read_weights(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("utils.models.weight_source.StreamedWeights.fetch", read_weights)
+    monkeypatch.setattr("utils.models.weight_source.ResidentWeights.__init__", read_weights)
+
+
+def test_one_expert_is_too_few(pair, unread):
+    write_config(pair.folder, {"model_info": pair_settings()["model_info"][:2]})
+    assert "needs at least 2; pair config pair.yaml has 1" in pair.measure("--overwrite", code=2)
+    assert "needs at least 2" in pair.decide(code=2)
+
+
+def test_experts_that_split_text_differently_cannot_be_compared(pair, unread):
+    save_tokenizer(pair.folder / "math", bos=False)
+    said = pair.measure("--overwrite", code=2)
+    assert "./math and ./code split the text of code into different tokens" in said
+
+
+def test_a_text_that_is_missing(pair, unread):
+    write_config(pair.folder, {"calibration": CALIBRATION | {"math": {"path": "nothing.jsonl"}}})
+    assert "nothing.jsonl" in pair.measure("--overwrite", code=2)
+
+
+def test_an_expert_without_a_head(pair, unread):
+    from safetensors.torch import load_file, save_file
+
+    path = pair.folder / "math/model.safetensors"
+    short = {name: value for name, value in load_file(path).items() if name != "lm_head.weight"}
+    save_file(short, path, metadata={"format": "pt"})
+    assert "model ./math: its checkpoint holds no lm_head.weight" in pair.measure("--overwrite", code=2)
+
+
+def test_a_sample_without_a_next_token(pair, unread):
+    for name in ("base", "code", "math"):
+        save_tokenizer(pair.folder / name, bos=False)
+    (pair.folder / "rows.jsonl").write_text('{"question": "?", "answer": "x"}\n' * 12)
+    assert "no next token to predict" in pair.measure("--overwrite", code=2)
+
+
+def test_weights_that_are_not_finite(pair):
+    from safetensors.torch import load_file, save_file
+
+    path = pair.folder / "math/model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(stored, path, metadata={"format": "pt"})
+    assert "not finite" in pair.measure("--overwrite", code=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (SENSITIVITY, lambda t: t.drop(index=1), "no row for model code, layer 1"),
+        (SENSITIVITY, lambda t: t[t["layer"] == 0], "no row for model code, layer 1"),
+        (SENSITIVITY, lambda t: pd.concat([t, t.tail(1)]), "model math, layer 1 is there twice"),
+        (SENSITIVITY, lambda t: t.replace({"layer": {1: 2}}), "layer 2: there should be no such row"),
+        (SENSITIVITY, lambda t: t.replace({"model": {"math": "law"}}), "'law' is no expert of the config"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=float("nan")), "not a finite number of at least 0"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=float("inf")), "not a finite number of at least 0"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=-1.0), "sensitivity is -1.0"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity="many"), "sensitivity is many"),
+        (SENSITIVITY, lambda t: t.assign(layer="first"), "layer first: there should be no such row"),
+        (SENSITIVITY, lambda t: t.rename(columns={"sensitivity": "s"}), "columns must be model,layer,sensitivity"),
+        (SENSITIVITY, lambda t: t.head(0), "has no rows"),
+        (DISTANCES, lambda t: t.head(1), "no row for model math, other code"),
+        (DISTANCES, lambda t: t.assign(other=t["model"]), "there should be no such row"),
+        (DISTANCES, lambda t: t.replace({"other": {"math": "law"}}), "'law' is no expert of the config"),
+        (DISTANCES, lambda t: t.assign(distance=float("nan")), "distance is nan"),
+        (DISTANCES, lambda t: pd.concat([t, t]), "is there twice"),
+        (
+            TENSORS,
+            lambda t: t[t["tensor"] != "model.layers.1.mlp.up_proj.weight"],
+            "0 rows for layer 1, component up_proj",
+        ),
+        (TENSORS, lambda t: t[t["layer"] != 1], "layer 2, but the components are of 1 blocks"),
+        (TENSORS, lambda t: pd.concat([t, t.tail(1)]), "lm_head.weight is there twice"),
+        (TENSORS, lambda t: t.assign(params=0), "params 0 is not a whole number above 0"),
+        (TENSORS, lambda t: t.assign(params=1.5), "params 1.5 is not a whole number"),
+        (TENSORS, lambda t: t.assign(layer=t["layer"] + 0.5), "is not a whole number of at least -1"),
+        (TENSORS, lambda t: t.assign(layer=t["layer"] - 1), "is not a whole number of at least -1"),
+        (TENSORS, lambda t: t.assign(component=""), "no row has a component"),
+        (TENSORS, lambda t: t.assign(tensor=t["tensor"] + "s"), "the model does not have it"),
+        (TENSORS, lambda t: t.assign(tensor=""), "not a tensor's name"),
+    ],
+)
+def test_edited_tables_are_refused(pair, name, change, words):
+    pair.edit(name, change)
+    said = pair.decide(code=2)
+    assert words in said and (name in said or "measured" in said)
+
+
+def test_several_problems_are_told_at_once(pair):
+    pair.edit(SENSITIVITY, lambda t: t.drop(index=1))
+    pair.edit(DISTANCES, lambda t: t.head(1))
+    said = pair.decide(code=2)
+    assert "2 problems" in said and SENSITIVITY in said and DISTANCES in said
+
+
+@pytest.mark.parametrize("name", [SENSITIVITY, DISTANCES, TENSORS])
+def test_a_missing_table(pair, name):
+    (pair.folder / "dfs" / name).unlink()
+    assert f"{name} is missing" in pair.decide(code=2)
+
+
+def test_dataframes_of_another_method_or_config(pair):
+    path = pair.folder / "dfs/manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"guidance": "lewis"}))
+    assert "holds what guidance lewis measured, not sens_merging" in pair.decide(code=2)
+    path.write_text(json.dumps(manifest))
+    shutil.copytree(pair.folder / "math", pair.folder / "maths")
+    models = [*pair_settings()["model_info"][:2], {"name": "./maths", "type": "math"}]
+    write_config(pair.folder, {"model_info": models, "calibration": CALIBRATION})
+    assert "of another pair config" in pair.decide(code=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", 0), "outside (0, inf]"),
+        (("--temperature", "nan"), "not a finite number"),
+        (("--alignment", "closeness"), "invalid choice"),
+        (("--merge_method", "della"), "cannot merge with weights per layer"),
+        (("--gamma", 0.3), "--gamma belongs to --guidance lewis"),
+    ],
+)
+def test_wrong_flags(pair, flags, words):
+    assert words in pair.decide(*flags, code=2)
+
+
+def test_gradients_come_block_by_block_from_the_last_to_the_first(pair, monkeypatch):
+    from utils.guidance.sens_merging.sensitivities import SensitivityObserver
+
+    seen, add = [], SensitivityObserver.gradient
+
+    def noting(self, name, parameter, gradient, sample):
+        seen.append(self.layers[name])
+        add(self, name, parameter, gradient, sample)
+
+    monkeypatch.setattr(SensitivityObserver, "gradient", noting)
+    pair.measure("--overwrite", "--dtype", "bfloat16", "--devices", "cpu")
+    own = 4 * 9  # samples x parameters of a block
+    assert seen == [*[1] * own, *[0] * own] * 2  # two experts, one after the other

@@ -1,0 +1,393 @@
+"""Guidance submodule_linearity through the commands: measured, decided, merged, and refused.
+
+python -m pytest tests/guidance/submodule_linearity/test_commands.py
+"""
+
+import importlib
+import io
+import shutil
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
+from tests.tiny_pairs import contents, save_pair, write_config
+from utils.errors import run_command
+
+FAMILIES = ("llama", "gemma3", "phi3", "gpt2")  # untied; tied with four norms; fused; Conv1D, positions, biases, tied
+ROWS = {"path": "rows.jsonl", "seqlen": 32}
+TEXTS = {"calibration": {"math": {**ROWS, "text": "{question} {answer}"}, "code": {**ROWS, "text": "{answer}"}}}
+GRAM, TENSORS, SCORES = (f"submodule_linearity_{end}.csv" for end in ("gram", "tensors", "nonlinearity"))
+DEFAULT = "pair_generated_task_arithmetic_submodule_linearity_merge_config.yaml"
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Run a command inside this process, where the libraries are already imported: `command(folder, script, ...)`."""
+    sys.path.insert(0, str(ROOT))
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(folder, script, *arguments):
+        patch = pytest.MonkeyPatch()
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with patch.context() as own, redirect_stdout(out), redirect_stderr(err):
+            own.chdir(folder)
+            own.setattr(sys, "argv", [script, *map(str, arguments)])
+            try:
+                run_command(importlib.import_module(script).main)
+            except SystemExit as ended:
+                code = ended.code
+        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+    yield run
+    sys.path.remove(str(ROOT))
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="module")
+def measured(command, tmp_path_factory):
+    """A measured pair of a family, `dfs` beside it; made once, not to be changed."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = save_pair(tmp_path_factory.mktemp(family), family)
+            write_config(folder, TEXTS)
+            made[family] = measure(command, folder)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def pair(measured, tmp_path):
+    """A measured Llama pair of one's own."""
+    return shutil.copytree(measured("llama"), tmp_path / "pair")
+
+
+def measure(command, folder, *more, code=0):
+    flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "submodule_linearity")
+    ended = command(folder, "lewis_importance", *flags, *more)
+    assert ended.code == code, ended.err
+    return folder if code == 0 else ended.err
+
+
+def decide(command, folder, *more, out="out"):
+    flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", out)
+    own = (
+        "--guidance",
+        "submodule_linearity",
+        *(() if "--merge_method" in more else ("--merge_method", "task_arithmetic")),
+    )
+    return command(folder, "lewis_merge", *flags, *own, *more)
+
+
+def refused(command, folder, *more):
+    before = contents(folder)
+    ended = decide(command, folder, *more)
+    assert ended.code == 2 and contents(folder) == before
+    assert "Traceback" not in ended.err and sum(line.startswith("error: ") for line in ended.err.splitlines()) == 1
+    return ended.err
+
+
+def recipe_of(folder, name=DEFAULT, out="out"):
+    return yaml.safe_load((folder / out / name).read_text())
+
+
+def absolute(folder, recipe, **keys):
+    """The recipe with absolute paths, so that it runs from anywhere."""
+    data = {**recipe, "base_model": str(folder / recipe["base_model"]), **keys}
+    data["models"] = [{**model, "model": str(folder / model["model"])} for model in recipe["models"]]
+    return data
+
+
+def weights_by_hand(folder, level, types=("code", "math"), weighting="equal", ridge=0.1):
+    """Each tensor's weights from the CSV files, by plain numpy."""
+    gram, own = (pd.read_csv(folder / "dfs" / name) for name in (GRAM, TENSORS))
+    depth = own.loc[own["level"] == "block", "layer"].max() + 1
+    inside = own["layer"].between(0, depth - 1)
+    own = own[(inside & (own["level"] == level)) | (~inside & (own["level"] == "tensor"))]
+    found = {}
+    for tensor in own["tensor"].unique():
+        A, b = np.zeros((len(types),) * 2), np.zeros(len(types))
+        for part in own[own["tensor"] == tensor].itertuples():
+            rows = gram[
+                (gram["level"] == part.level) & (gram["layer"] == part.layer) & (gram["submodule"] == part.submodule)
+            ]
+            by_pair = {(row.text, *sorted((row.model, row.other))): row.value for row in rows.itertuples()}
+            G = np.array([[[by_pair[(t, *sorted((m, s)))] for s in types] for m in types] for t in types])
+            scale = (
+                np.einsum("ttt->t", G) if weighting == "equal" else np.full(len(types), np.einsum("ttt->t", G).mean())
+            )
+            A += np.einsum("tms,t->ms", G, 1 / scale)
+            b += np.einsum("tmt,t->m", G, 1 / scale)
+        pull = ridge * np.trace(A) / len(types)
+        found[tensor] = np.linalg.solve(A + pull * np.eye(len(types)), b + pull / len(types))
+    return found
+
+
+@pytest.mark.parametrize("level", ["block", "attention_mlp", "tensor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merge_is_the_dense_sum_of_every_tensor(family, level, measured, command, tmp_path):
+    folder = measured(family)
+    ended = decide(command, folder, "--level", level, out=f"out_{level}")
+    assert ended.code == 0, ended.err
+    tag = "" if level == "attention_mlp" else f"{level}_"
+    name = f"pair_generated_task_arithmetic_{tag}submodule_linearity_merge_config.yaml"
+    recipe = recipe_of(folder, name, f"out_{level}")
+    assert recipe["parameters"] == {"normalize": False, "lambda": 1.0}
+    merged = tensors(merge_here(tmp_path, absolute(folder, recipe, dtype="float32")))
+    base, code, math = (tensors(folder / one) for one in ("base", "code", "math"))
+    by_hand = weights_by_hand(folder, level)
+    assert set(by_hand) == set(base)  # no tensor is left to a constant
+    assert "100.0% of" in ended.out
+    for tensor, (one, other) in by_hand.items():
+        deltas = [changed[tensor].float() - base[tensor].float() for changed in (code, math)]
+        expected = base[tensor].float() + one * deltas[0] + other * deltas[1]
+        torch.testing.assert_close(
+            merged[tensor].float(), expected, atol=1e-5, rtol=0, msg=lambda m, t=tensor: f"{t}: {m}"
+        )
+    assert len({tuple(np.round(pair, 9)) for pair in by_hand.values()}) > 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_mergekit_runs_the_recipe(family, measured, command, tmp_path):
+    folder = measured(family)
+    assert decide(command, folder, out="out_stock").code == 0
+    recipe = absolute(folder, recipe_of(folder, out="out_stock"))
+    assert_same_tensors(merge_here(tmp_path, recipe), merge_stock(tmp_path, recipe))
+
+
+def test_as_subprocesses(tmp_path, run_command_line):
+    save_pair(tmp_path)
+    write_config(tmp_path, {**TEXTS, "guidance": "submodule_linearity"})
+    steps = [
+        ("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs"),
+        ("lewis_merge.py", "--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--merge_method",
+         "task_arithmetic", "--plot", "--control", "uniform"),
+        ("utils/merger.py", "--output_path", "merged", "--merge_config", f"out/{DEFAULT}"),
+    ]  # fmt: skip
+    printed = ""
+    for step in steps:
+        done = run_command_line(*step, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+        printed += done.stdout
+    assert "--guidance submodule_linearity --merge_method task_arithmetic" in printed
+    assert "in float32" in printed and "covered: 21 of 21 tensors" in printed
+    for expert in ("code", "math"):
+        assert (
+            f"{expert}: weights of 11 parts from " in printed
+            and f"{expert}: non-linearity (0 is linear): block" in printed
+        )
+    assert "0 negative (0%)" in printed and "fit: were all parts linear, " in printed
+    stem = DEFAULT.removesuffix(".yaml")
+    pictures = {f"{stem}_{expert}_{what}.png" for expert in ("code", "math") for what in ("weight", "nonlinearity")}
+    assert pictures < {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "merged/model.safetensors").exists() and set(contents(tmp_path / "dfs")) == {
+        GRAM, TENSORS, SCORES, "manifest.json",
+    }  # fmt: skip
+    guided, control = (
+        recipe_of(tmp_path, DEFAULT.replace("merge_config", tag)) for tag in ("merge_config", "uniform_merge_config")
+    )
+    values = [{entry["value"] for entry in one["models"][1]["parameters"]["weight"][:-1]} for one in (guided, control)]
+    assert len(values[0]) == 11 and len(values[1]) == 1
+
+
+def test_measuring_again_gives_the_same_bytes(pair, command):
+    before = contents(pair / "dfs")
+    shutil.rmtree(pair / "dfs")
+    measure(command, pair)
+    assert contents(pair / "dfs") == before
+
+
+def test_the_tied_head_is_its_own_use_of_the_embedding(measured):
+    folder = measured("gemma3")
+    own = pd.read_csv(folder / "dfs" / TENSORS)
+    uses = own[own["tensor"] == "model.embed_tokens.weight"]
+    assert uses[["level", "layer", "submodule"]].values.tolist() == [
+        ["tensor", -1, "model.embed_tokens"],
+        ["tensor", 2, "lm_head"],
+    ]
+
+
+def test_options_reach_the_weights_and_the_name(pair, command):
+    flags = ("--task_weighting", "raw", "--ridge", "0", "--clip", "0.49", "--level", "tensor")
+    ended = decide(command, pair, *flags)
+    assert ended.code == 0, ended.err
+    name = "pair_generated_task_arithmetic_tensor_raw_ridge0_clip0.49_submodule_linearity_merge_config.yaml"
+    found = {
+        entry.get("filter"): entry["value"] for entry in recipe_of(pair, name)["models"][1]["parameters"]["weight"]
+    }
+    for tensor, (one, _) in weights_by_hand(pair, "tensor", weighting="raw", ridge=0).items():
+        assert found[tensor.removesuffix("weight")] == pytest.approx(min(one, 0.49), rel=1e-6)
+    assert 0.49 in found.values() and len(set(found.values())) > 3
+    assert "clipped to [0, 0.49]" in ended.out
+
+
+def test_one_expert_of_two_is_merged_with_weight_one(pair, command):
+    write_config(pair, {**TEXTS, "target_model_names": {"math": "./math"}})
+    assert decide(command, pair, "--ridge", "0.5").code == 0
+    (expert,) = recipe_of(pair, DEFAULT.replace("_sub", "_ridge0.5_sub"))["models"][1:]
+    assert expert["model"] == "./math"
+    assert all(entry["value"] == pytest.approx(1.0, abs=1e-12) for entry in expert["parameters"]["weight"])
+    assert len(expert["parameters"]["weight"]) == 12
+
+
+def copied(folder, source, target):
+    shutil.rmtree(folder / target)
+    shutil.copytree(folder / source, folder / target)
+    shutil.rmtree(folder / "dfs")
+
+
+def test_identical_experts_share_and_one_equal_to_the_base_gets_nothing(pair, command):
+    copied(pair, "math", "code")
+    measure(command, pair)
+    assert decide(command, pair).code == 0
+    for expert in recipe_of(pair)["models"][1:]:
+        assert [entry["value"] for entry in expert["parameters"]["weight"][:-1]] == pytest.approx([0.5] * 11, abs=1e-6)
+    copied(pair, "base", "code")
+    measure(command, pair)
+    assert decide(command, pair, out="equal").code == 0
+    code, math = (
+        [entry["value"] for entry in expert["parameters"]["weight"][:-1]]
+        for expert in recipe_of(pair, out="equal")["models"][1:]
+    )
+    assert set(code) == {0.0} and math == pytest.approx([1.0] * 11, abs=1e-12)
+
+
+def test_an_expert_equal_to_the_base_is_warned_of(pair, command):
+    copied(pair, "base", "code")
+    ended = command(
+        pair, "lewis_importance", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "submodule_linearity"
+    )
+    assert "warning: ./code changes nothing on this text; is it the base?" in ended.err
+
+
+def test_without_scores(pair, command):
+    shutil.rmtree(pair / "dfs")
+    measure(command, pair, "--no-nonlinearity")
+    assert (pair / "dfs" / SCORES).read_text() == "level,layer,submodule,model,score\n"
+    ended = decide(command, pair, "--plot")
+    assert ended.code == 0 and "non-linearity" not in ended.out
+    assert not list((pair / "out").glob("*nonlinearity*")) and len(list((pair / "out").glob("*_weight.png"))) == 2
+
+
+def test_ties_keeps_its_density_beside_the_weights(pair, command):
+    assert decide(command, pair, "--merge_method", "ties", "--mean_density", "0.3").code == 0
+    recipe = recipe_of(pair, "pair_generated_ties_mean0.3_submodule_linearity_merge_config.yaml")
+    parameters = recipe["models"][1]["parameters"]
+    assert {entry["value"] for entry in parameters["density"][:-1]} == {0.3} and len(parameters["density"]) == 15
+    assert len(parameters["weight"]) == 12 and recipe["parameters"] == {"normalize": False, "lambda": 1.0}
+
+
+def test_experts_may_share_a_text(pair, command):
+    write_config(pair)
+    shutil.rmtree(pair / "dfs")
+    measure(command, pair)
+    gram = pd.read_csv(pair / "dfs" / GRAM)
+    code, math = (gram.loc[gram["text"] == text, "value"].to_numpy() for text in ("code", "math"))
+    assert len(code) and (code == math).all()
+    assert set(pd.read_csv(pair / "dfs" / SCORES)["model"]) == {"code", "math"}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def edit(name, change):
+    def apply(folder):
+        path = folder / "dfs" / name
+        change(pd.read_csv(path, keep_default_na=False)).to_csv(path, index=False)
+
+    return apply
+
+
+def first_value(value):
+    return lambda table: table.assign(value=[value, *table["value"][1:]])
+
+
+def without(mask):
+    return lambda table: table[~mask(table)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (edit(GRAM, first_value("")), "nan is no finite number"),
+        (edit(GRAM, first_value("inf")), "inf is no finite number"),
+        (edit(GRAM, first_value(-1.0)), "-1.0 is no finite number of at least 0"),
+        (edit(GRAM, first_value("many")), "is no finite number"),
+        (edit(GRAM, lambda table: table[1:]), "layer -1, model.embed_tokens, text code, code with code is missing"),
+        (edit(GRAM, lambda table: pd.concat([table, table[:1]])), "is there twice"),
+        (edit(GRAM, lambda table: table.assign(text="law")), "text 'law' belongs to no expert of the config"),
+        (edit(GRAM, lambda table: table.drop(columns="other")), "columns must be level,layer,submodule,text,model,other"),
+        (edit(GRAM, without(lambda table: (table["level"] == "attention_mlp") & (table["layer"] == 1))), "is missing"),
+        (edit(TENSORS, without(lambda table: table["layer"] == 0)), "level attention_mlp: layer 0 is missing"),
+        (edit(TENSORS, without(lambda table: table["layer"] == 1)), "of the base model, which would get no weight"),
+        (edit(TENSORS, without(lambda table: table["submodule"] == "self_attn")), "lacks model.layers.0.self_attn"),
+        (edit(TENSORS, without(lambda table: table["level"] == "block")), "layer 0 is missing"),
+        (edit(TENSORS, lambda table: pd.concat([table, table[table["level"] == "attention_mlp"]])), "is there twice"),
+        (edit(TENSORS, lambda table: table.assign(params="some")), "params 'some' is no whole number"),
+        (edit(TENSORS, lambda table: table.assign(layer=0.5)), "layer 0.5 is no whole number"),
+        (edit(TENSORS, lambda table: table.assign(level="head")), "level 'head' is unknown"),
+        (edit(TENSORS, lambda table: table.assign(tensor="")), "a tensor is missing"),
+        (edit(TENSORS, lambda table: table.assign(tensor=table["tensor"] + "x")), "the model does not have it"),
+        (edit(TENSORS, lambda table: table[:0]), "has no rows"),
+        (edit(SCORES, lambda table: table.assign(score=-1)), "a score is no finite number"),
+        (edit(SCORES, lambda table: table.assign(model="law")), "model 'law' belongs to no expert"),
+        (edit(SCORES, lambda table: pd.concat([table, table])), "a score is there twice"),
+        (lambda folder: (folder / "dfs" / GRAM).unlink(), f"{GRAM} is missing"),
+        (lambda folder: (folder / "dfs" / SCORES).unlink(), f"{SCORES} is missing"),
+        (lambda folder: write_config(folder, {**TEXTS, "guidance": "lewis"}), None),
+    ],
+)  # fmt: skip
+def test_edited_tables_are_refused(pair, command, change, words):
+    change(pair)
+    if words is None:  # a control: the flag outranks the config, so nothing is wrong
+        assert decide(command, pair).code == 0
+    else:
+        assert words in refused(command, pair)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--ridge", "-1"), "outside [0, inf]"),
+        (("--clip", "-0.5"), "outside [0, inf]"),
+        (("--level", "head"), "invalid choice"),
+        (("--gamma", "0.3"), "--gamma belongs to --guidance lewis"),
+        (("--mean_density", "0.5"), "adds whole deltas"),
+        (("--merge_method", "slerp"), "cannot merge with weights per layer"),
+        (("--guidance", "lewis"), "holds what guidance submodule_linearity measured, not lewis"),
+    ],
+)
+def test_wrong_flags_are_refused(pair, command, flags, words):
+    before = contents(pair)
+    own = [] if "--guidance" in flags else ["--guidance", "submodule_linearity"]
+    method = [] if "--merge_method" in flags else ["--merge_method", "ties" if "lewis" in flags else "task_arithmetic"]
+    paths = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
+    ended = command(pair, "lewis_merge", *paths, *own, *method, *flags)
+    assert ended.code == 2 and words in ended.err and contents(pair) == before
+
+
+def test_a_checkpoint_without_its_head_is_refused_before_weights_are_read(pair, command, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    path = pair / "math/model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if name != "lm_head.weight"}
+    save_file(kept, path, metadata={"format": "pt"})
+    shutil.rmtree(pair / "dfs")
+    monkeypatch.setattr("utils.models.weight_source.StreamedWeights.fetch", None)
+    before = contents(pair)
+    said = measure(command, pair, code=2)
+    assert "model ./math" in said and "head" in said and "Traceback" not in said
+    assert {name for name in contents(pair) if name not in before} <= {"dfs"}

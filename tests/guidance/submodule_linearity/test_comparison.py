@@ -1,0 +1,317 @@
+"""Gram matrices and scores against whole models in memory: hooks on the base, each module of each expert called itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.passes.test_block_gradients import save
+from tests.tiny_checkpoints import FAMILIES, VOCABULARY
+from utils.errors import UserError
+from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
+from utils.guidance.submodule_linearity.nonlinearity import GRID
+from utils.guidance.submodule_linearity.outside_changes import ComparedModel
+from utils.models.checkpoints import open_checkpoint
+from utils.models.decoder import find_decoder
+from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
+from utils.pair.calibration import micro_batches
+
+CPU = torch.device("cpu")
+NAMES = ("base", "one", "two")
+LENGTHS = ((17, 2, 23, 4), (9, 21, 12))  # of each text; longer than the sliding windows (8)
+
+
+def token_lists(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+TEXTS = [token_lists(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+
+
+def save_models(family, folder, names=NAMES, size=0.02):
+    """A base, and experts that differ from it a little everywhere."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(save(family, folder / "base"), dtype=torch.bfloat16)
+    for seed, name in enumerate(names[1:]):
+        torch.manual_seed(seed + 7)
+        other = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(torch.randn_like(parameter) * size)
+        other.save_pretrained(folder / name)
+    return folder
+
+
+def compared(folder, name, resident=False):
+    checkpoint = open_checkpoint(str(folder / name))
+    model = build_skeleton(checkpoint, torch.bfloat16, False)
+    decoder = find_decoder(model, [], {}, name)
+    headers = match_names(model, checkpoint, head=True)
+    if resident or headers is None:
+        weights = ResidentWeights(checkpoint, CPU, torch.float32, False)
+        return ComparedModel(decoder, weights, weights, name)
+    sources = [StreamedWeights(headers, CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return ComparedModel(decoder, *sources, name)
+
+
+def measured(folder, names=NAMES, texts=TEXTS, tokens_at_once=64, resident=False, scores=True, owners=((0,), (1,))):
+    base, *experts = (compared(folder, name, resident) for name in names)
+    given = [ComparedText(micro_batches(text, tokens_at_once, 0), own) for text, own in zip(texts, owners, strict=True)]
+    parts = compare_models(base, experts, given, CPU, scores=scores)
+    assert all(parameter.is_meta for model in (base, *experts) for parameter in model.decoder.model.parameters())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in base.decoder.model.modules())
+    return base, parts
+
+
+def whole(folder, name):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def calls_of(base, sample):
+    """Every module call of a plain pass: path -> (args, kwargs, output)."""
+    found = {}
+
+    def hook(path):
+        def keep(module, args, kwargs, output):
+            if isinstance(first(output), torch.Tensor):
+                found[path] = (args, kwargs, first(output).clone())  # some models go on to add to it in place
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in base.named_modules()]
+    with torch.no_grad():
+        base(input_ids=torch.tensor([sample]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def expected_parts(base, blocks_path):
+    """(level, layer, submodule) -> path in the model, written down without the code under test."""
+    blocks = base.get_submodule(blocks_path)
+    found = {}
+    for layer, block in enumerate(blocks):
+        prefix = f"{blocks_path}.{layer}"
+        found["block", layer, "block"] = prefix
+        for name, child in block.named_children():
+            if list(child.parameters()):
+                found["attention_mlp", layer, name] = f"{prefix}.{name}"
+        for name, module in block.named_modules():
+            if list(module.parameters()) and not list(module.children()):
+                found["tensor", layer, name] = f"{prefix}.{name}"
+    return found
+
+
+def outside_paths(base, blocks_path):
+    return [
+        path
+        for path, module in base.named_modules()
+        if list(module.parameters(recurse=False)) and not path.startswith(blocks_path + ".")
+    ]
+
+
+def grams_of(changes, tokens):
+    flat = torch.stack(changes).double().flatten(1)
+    return flat @ flat.T / tokens
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "granite", "cohere", "falcon"])
+def test_every_gram_matrix_equals_a_direct_evaluation(family, tmp_path):
+    save_models(family, tmp_path)
+    compared_base, parts = measured(tmp_path)
+    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    blocks_path = compared_base.decoder.blocks_path
+    paths = expected_parts(base, blocks_path)
+    found = {(level, part.layer, part.name): part for part in parts for level in part.levels}
+    outside = outside_paths(base, blocks_path)
+    inside = {key for key in found if 0 <= key[1] < len(compared_base.decoder.blocks)}
+    assert inside == set(paths)
+    assert {key[2] for key in found if key not in inside} == set(outside)
+    paths |= {key: key[2] for key in found if key not in inside}
+    for text, samples in enumerate(TEXTS):
+        total = dict.fromkeys(paths, 0)
+        for sample in samples:
+            calls = calls_of(base, sample)
+            for key, path in paths.items():
+                args, kwargs, output = calls[path]
+                with torch.no_grad():
+                    changes = [
+                        first(expert.get_submodule(path)(*args, **kwargs)).double() - output.double()
+                        for expert in experts
+                    ]
+                total[key] = total[key] + grams_of(changes, sum(map(len, samples)))
+        for key, expected in total.items():
+            got = found[key].grams[text]
+            scale = expected.diagonal().max()
+            assert scale > 0
+            torch.testing.assert_close(
+                got, expected, atol=3e-4 * float(scale), rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def interpolated(base, expert, path, share):
+    module = copy.deepcopy(base.get_submodule(path))
+    for mine, its in zip(module.parameters(), expert.get_submodule(path).parameters(), strict=True):
+        mine.data = mine.data + share * (its.data - mine.data)
+    return module
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_scores_equal_a_direct_evaluation(family, tmp_path):
+    save_models(family, tmp_path, size=0.2)
+    compared_base, parts = measured(tmp_path, tokens_at_once=1000)
+    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    paths = expected_parts(base, compared_base.decoder.blocks_path)
+    found = {(level, part.layer, part.name): part for part in parts for level in part.levels}
+    for key, path in paths.items():
+        if key[0] == "tensor":
+            continue
+        for place, expert in enumerate(experts):
+            distance = torch.zeros(len(GRID), len(GRID), dtype=torch.float64)
+            for sample in TEXTS[place]:
+                args, kwargs, _ = calls_of(base, sample)[path]
+                with torch.no_grad():
+                    outputs = [first(interpolated(base, expert, path, a)(*args, **kwargs)).flatten(0, 1) for a in GRID]
+                distance += torch.tensor([[float((x - y).norm(dim=-1).sum()) for x in outputs] for y in outputs])
+            share = distance / distance[-1, 0]
+            grid = torch.tensor(GRID)
+            expected = (share - (grid[:, None] - grid).abs()).square().mean()
+            assert float(found[key].scores[place]) == pytest.approx(float(expected), rel=2e-2, abs=1e-7), key
+    attention = [
+        part.scores[0] for part in parts if "attention_mlp" in part.levels and "attn" in part.name and part.scores
+    ]
+    assert max(map(float, attention)) > 1e-4
+
+
+def test_scores_are_taken_on_the_first_micro_batch_only_and_only_if_asked(tmp_path):
+    save_models("llama", tmp_path)
+    _, alone = measured(tmp_path, texts=[[TEXTS[0][2]], [TEXTS[1][1]]])
+    _, all_of_it = measured(tmp_path, tokens_at_once=8)  # the longest sample of each text is a micro-batch of its own
+    for one, other in zip(alone, all_of_it, strict=True):
+        assert one.scores.keys() == other.scores.keys()
+        assert all(float(one.scores[key]) == pytest.approx(float(other.scores[key]), rel=1e-4) for key in one.scores)
+    _, without = measured(tmp_path, scores=False)
+    assert not any(part.scores for part in without) and any(part.scores for part in alone)
+
+
+def test_a_shared_text_scores_all_its_experts(tmp_path):
+    save_models("llama", tmp_path)
+    _, parts = measured(tmp_path, texts=TEXTS[:1], owners=((0, 1),))
+    assert parts[1].scores.keys() == {0, 1} and parts[0].grams.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_neither_micro_batches_nor_the_source_of_weights_matter(family, tmp_path):
+    save_models(family, tmp_path)
+    runs = [
+        measured(tmp_path, tokens_at_once=size, resident=resident)[1] for size, resident in ((1000, False), (1, True))
+    ]
+    for one, other in zip(*runs, strict=True):
+        assert (one.layer, one.name) == (other.layer, other.name)
+        torch.testing.assert_close(one.grams, other.grams, rtol=2e-4, atol=1e-5 * float(one.grams.max()))
+
+
+def test_an_expert_equal_to_the_base_is_exactly_zero(tmp_path):
+    save_models("gemma3", tmp_path)
+    _, parts = measured(tmp_path, names=("base", "base", "two"))
+    for part in parts:
+        assert part.grams[:, 0].abs().sum() == 0 and part.grams[:, :, 0].abs().sum() == 0
+        assert (part.grams[:, 1, 1] > 0).all()
+        assert float(part.scores.get(0, 0)) == 0
+
+
+def test_one_step_of_bfloat16_is_measured_exactly(tmp_path):
+    """bfloat16's rounding of outputs would be as large as this change of one weight of one block."""
+    from transformers import AutoModelForCausalLM
+
+    save_models("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight[3, 5] *= 1 + 2**-7
+    model.save_pretrained(tmp_path / "one")
+    _, parts = measured(tmp_path)
+    base, expert = (whole(tmp_path, name) for name in ("base", "one"))
+    expected = {"mlp": 0.0, "mlp.up_proj": 0.0, "block": 0.0}
+    for sample in TEXTS[0]:
+        calls = calls_of(base.double(), sample)
+        for name in expected:
+            path = "model.layers.1" + ("" if name == "block" else f".{name}")
+            args, kwargs, output = calls[path]
+            with torch.no_grad():
+                expected[name] += float(
+                    (first(expert.double().get_submodule(path)(*args, **kwargs)) - output).square().sum()
+                )
+    tokens = sum(map(len, TEXTS[0]))
+    for part in parts:
+        got = float(part.grams[0, 0, 0])
+        if part.layer == 1 and part.name in expected:
+            assert got == pytest.approx(expected[part.name] / tokens, rel=1e-2)
+        else:
+            assert got == 0
+
+
+def test_a_head_of_another_size_is_compared_as_far_as_both_go(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_models("llama", tmp_path)
+    _, before = measured(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model.save_pretrained(tmp_path / "one")
+    _, after = measured(tmp_path)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one.grams, other.grams, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_pads_where_the_length_equals_the_number_of_heads(family, tmp_path):
+    """Gemma 3 norms [samples, heads, tokens, width], Qwen 3 [samples, tokens, heads, width]; there are 4 heads, 2 of keys."""
+    save_models(family, tmp_path)
+    texts = [token_lists((4, 2, 3), 5), token_lists((2, 1), 6)]
+    _, together = measured(tmp_path, texts=texts)
+    _, alone = measured(tmp_path, texts=texts, tokens_at_once=1)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.grams, other.grams, rtol=2e-4, atol=1e-5 * float(one.grams.max()))
+
+
+class Tampered:
+    """A base whose first block's MLP is called differently; `compare_models` must refuse it."""
+
+    def __init__(self, folder, forward):
+        self.base, *self.experts = (compared(folder, name) for name in NAMES)
+        mlp = self.base.decoder.blocks[0].mlp
+        mlp.forward = forward(mlp, mlp.forward)
+
+    def message(self):
+        with pytest.raises(UserError) as refused:
+            given = [ComparedText(micro_batches(TEXTS[0], 64, 0), (0, 1))]
+            compare_models(self.base, self.experts, given, CPU, scores=False)
+        assert all(parameter.is_meta for parameter in self.base.decoder.model.parameters())
+        return str(refused.value)
+
+
+def test_a_part_that_is_called_twice_or_never_is_refused(tmp_path):
+    save_models("llama", tmp_path)
+    never = Tampered(
+        tmp_path, lambda mlp, forward: lambda x: nn.functional.linear(mlp.up_proj(x), mlp.down_proj.weight)
+    )
+    assert "mlp.gate_proj of block 0 is called never" in never.message()
+    twice = Tampered(tmp_path, lambda mlp, forward: lambda x: forward(x) + 0 * mlp.down_proj(mlp.up_proj(x)))
+    assert "of block 0 is called 2 times" in twice.message()
+
+
+def test_models_of_other_parts_are_refused_without_weights(tmp_path):
+    save("llama", tmp_path / "base")
+    save("llama_bias", tmp_path / "one")
+    base, one = (compared(tmp_path, name).decoder for name in ("base", "one"))
+    with pytest.raises(UserError, match="model one: block 0 has other parameters"):
+        require_comparable(base, {"model one": one})

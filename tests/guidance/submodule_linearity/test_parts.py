@@ -1,0 +1,93 @@
+"""Which parts a network has at each level."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny_checkpoints import FAMILIES, save_tiny
+from utils.errors import UserError
+from utils.guidance.submodule_linearity.parts import (
+    LEVELS,
+    block_submodules,
+    outside_submodules,
+    require_same_parameters,
+)
+from utils.models.checkpoints import open_checkpoint
+from utils.models.decoder import find_decoder
+from utils.models.weight_source import build_skeleton
+
+
+def decoder_of(family, folder, **overrides):
+    checkpoint = open_checkpoint(str(save_tiny(family, folder, **overrides)))
+    return find_decoder(build_skeleton(checkpoint, torch.float32, False), [], {}, "test model")
+
+
+def by_level(block):
+    parts = block_submodules(block)
+    return {level: {part.name: part.parameters for part in parts if level in part.levels} for level in LEVELS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_level_has_every_parameter_once(family, tmp_path):
+    decoder = decoder_of(family, tmp_path)
+    for block in decoder.blocks:
+        expected = sorted(name for name, _ in block.named_parameters())
+        for level, parts in by_level(block).items():
+            assert sorted(name for names in parts.values() for name in names) == expected, level
+
+
+def test_the_parts_of_a_llama_block(tmp_path):
+    block = decoder_of("llama_bias", tmp_path).blocks[0]
+    parts = by_level(block)
+    assert list(parts["block"]) == ["block"]
+    assert set(parts["attention_mlp"]) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    assert parts["tensor"]["self_attn.q_proj"] == ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
+    norm = next(part for part in block_submodules(block) if part.path == "input_layernorm")
+    assert norm.levels == ("attention_mlp", "tensor") and norm.whole
+
+
+def test_outside_the_blocks(tmp_path):
+    assert outside_submodules(decoder_of("llama", tmp_path / "llama")) == (
+        ["model.embed_tokens", "model.norm"],
+        "lm_head",
+    )
+    paths, head = outside_submodules(decoder_of("gpt2", tmp_path / "gpt2"))
+    assert paths == ["transformer.wte", "transformer.wpe", "transformer.ln_f"] and head == "lm_head"
+
+
+class Odd(nn.Module):
+    """A block with parameters of its own, a container, and a child with parameters beside its own children."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.layer = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.attention = nn.Sequential(nn.Linear(2, 2))
+        self.attention.sinks = nn.Parameter(torch.ones(2))
+        self.silent = nn.SiLU()
+
+
+def test_containers_are_opened_and_own_parameters_are_parts():
+    parts = by_level(Odd())
+    assert set(parts["attention_mlp"]) == {"layer.0", "layer.1", "attention", "block"}
+    assert parts["attention_mlp"]["block"] == parts["tensor"]["block"] == ("scale",)
+    assert parts["tensor"]["attention"] == ("attention.sinks",)
+    assert set(parts["tensor"]) == {"block", "layer.0", "layer.1", "attention", "attention.0"}
+    whole = {(part.name, part.levels): part.whole for part in block_submodules(Odd())}
+    assert not whole["attention", ("tensor",)] and whole["attention", ("attention_mlp",)]
+    assert not whole["block", ("attention_mlp", "tensor")]
+
+
+def test_parameters_beside_body_and_head_are_refused(tmp_path):
+    decoder = decoder_of("llama", tmp_path)
+    decoder.model.value_head = nn.Linear(2, 1)
+    with pytest.raises(UserError, match="value_head are neither body nor head"):
+        outside_submodules(decoder)
+
+
+def test_blocks_of_other_parameters_are_refused(tmp_path):
+    base = decoder_of("llama", tmp_path / "base")
+    require_same_parameters(base.blocks[0], base.blocks[1], "x")
+    other = decoder_of("llama_bias", tmp_path / "other")
+    with pytest.raises(UserError, match=r"x: block 0 has other parameters .*self_attn\..*bias"):
+        require_same_parameters(base.blocks[0], other.blocks[0], "x: block 0")

@@ -1,0 +1,124 @@
+"""How pieces of work share devices and threads, and how many models are measured at a time."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.tiny_pairs import save_pair
+from utils.commands import measure as measurement
+from utils.commands.measure import MeasureOptions, measure_pair
+from utils.errors import UserError
+from utils.guidance.measure_job import MeasureJob, Work
+from utils.guidance.method import guidance_methods
+from utils.pair.config import read_pair_config
+
+CPU = torch.device("cpu")
+LEWIS = guidance_methods()["lewis"]
+SIDE_BY_SIDE = "side by side: {} models at a time"
+
+
+@pytest.fixture(params=[4])
+def threads_of_torch(request):
+    """Four threads for torch (or the parameter's number), whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def job(devices: tuple[torch.device, ...] = (CPU,), at_once: int = 1) -> MeasureJob:
+    return MeasureJob(None, (), devices, {}, False, at_once)
+
+
+def works(count: int, meeting: threading.Barrier | None = None) -> list[Work]:
+    """Pieces of work that return their number and torch's threads; with `meeting`, once all have begun."""
+
+    def do(number: int) -> tuple[int, int]:
+        if meeting:
+            meeting.wait(timeout=30)
+        return number, torch.get_num_threads()
+
+    return [Work(str(number), 0, lambda device, on_block, number=number: do(number)) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "at_once", "count", "threads"),
+    [
+        ((CPU,), 1, 3, 4),
+        ((CPU,), 2, 2, 2),
+        ((CPU,), 3, 3, 1),
+        ((CPU, CPU), 1, 2, 2),
+        ((CPU,) * 4, 1, 2, 2),  # devices that have nothing to do take no threads
+        ((CPU,), 3, 1, 4),
+    ],
+)
+def test_works_that_go_side_by_side_share_the_threads(threads_of_torch, devices, at_once, count, threads):
+    together = threading.Barrier(count) if threads < 4 else None
+    assert job(devices, at_once).run(works(count, together)) == [(number, threads) for number in range(count)]
+    assert torch.get_num_threads() == 4
+
+
+def test_the_threads_come_back_after_an_error(threads_of_torch):
+    def fail(device, on_block):
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        job(at_once=2).run([Work("bad", 0, fail), *works(1)])
+    assert torch.get_num_threads() == 4
+
+
+def test_one_piece_of_work_is_not_said_to_go_side_by_side(threads_of_torch, capsys):
+    job(at_once=3).run(works(1))
+    assert "side by side" not in capsys.readouterr().out
+
+
+def test_no_work_is_no_result():
+    assert job(at_once=2).run([]) == []
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """A base and two experts, in the current folder."""
+    monkeypatch.chdir(save_pair(tmp_path))
+    return tmp_path
+
+
+def measured(out: str, **options) -> Path:
+    asked = {"device": "cpu", "dtype": "float32", **options}
+    measure_pair(MeasureOptions(read_pair_config(Path("pair.yaml")), LEWIS, {}, Path(out), **asked))
+    return Path(out)
+
+
+def test_on_a_cpu_with_threads_enough_all_models_go_side_by_side(pair, threads_of_torch, capsys):
+    three = measured("three")
+    assert SIDE_BY_SIDE.format(3) in capsys.readouterr().out
+    one = measured("one", devices="cpu")
+    assert "side by side" not in capsys.readouterr().out
+    frames = [pd.read_csv(folder / "norms.csv") for folder in (three, one)]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-5)  # sums depend on the number of threads, in the last digits
+
+
+@pytest.mark.parametrize("threads_of_torch", [2], indirect=True)
+def test_two_threads_take_two_models(pair, threads_of_torch, capsys):
+    measured("two")
+    assert SIDE_BY_SIDE.format(2) in capsys.readouterr().out
+
+
+def test_models_that_memory_is_short_for_go_one_by_one(pair, threads_of_torch, monkeypatch, capsys):
+    monkeypatch.setattr(measurement, "available_bytes", lambda device: 10**5)
+    measured("short")
+    assert "side by side" not in capsys.readouterr().out
+
+
+def test_a_model_that_is_loaded_as_a_whole_has_the_memory_for_itself(pair, threads_of_torch, monkeypatch, capsys):
+    prepare = measurement.prepare_subjects
+    monkeypatch.setattr(
+        measurement, "prepare_subjects", lambda *given: [replace(one, headers=None) for one in prepare(*given)]
+    )
+    measured("whole")
+    printed = capsys.readouterr()
+    assert "side by side" not in printed.out and "all of it" in printed.err

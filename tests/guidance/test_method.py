@@ -1,0 +1,168 @@
+"""How methods are found, chosen and told apart; texts per expert; controls. Measured numbers are each method's own test.
+
+python -m pytest tests/guidance/test_method.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.tiny_pairs import contents, save_pair, write_config
+from utils.guidance.method import DEFAULT, guidance_methods
+from utils.recipes.coefficients import lines_control, mean_density
+
+MATH = {"path": "rows.jsonl", "text": "{question} {answer}", "seqlen": 32}
+CODE = {"path": "rows.jsonl", "text": "{answer}", "seqlen": 32}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    return save_pair(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def pair(pristine, tmp_path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "pair")
+
+
+@pytest.fixture
+def measure(pair, run_command_line):
+    def run(*more, out="dfs"):
+        done = run_command_line("lewis_importance.py", "--config", "pair.yaml", "--out_dir", out, *more, cwd=pair)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def decide(pair, run_command_line):
+    def run(*more, code=0):
+        flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", *more)
+        before = contents(pair)
+        done = run_command_line("lewis_merge.py", *flags, cwd=pair)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert contents(pair) == before and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def test_every_package_of_the_folder_is_a_method_with_flags_of_its_own():
+    methods = guidance_methods()
+    assert next(iter(methods)) == DEFAULT
+    assert set(methods) == {path.parent.name for path in (ROOT / "utils/guidance").glob("*/method.py")}
+    for half in ("measure", "decide"):
+        names = [flag.name for method in methods.values() for flag in method.flags(half)]
+        assert len(names) == len(set(names))
+
+
+def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):
+    measure(out="math_alone")
+    write_config(pair, {"dataset": CODE})
+    measure(out="code_alone")
+    write_config(pair, {"calibration": {"math": MATH, "code": CODE}})
+    ended = measure(out="both")
+    assert "text for math: 4 samples" in ended.stdout and "text for code: 4 samples" in ended.stdout
+    for name in ("math", "code"):
+        assert (pair / f"both/{name}_delta.csv").read_bytes() == (pair / f"{name}_alone/{name}_delta.csv").read_bytes()
+    assert (pair / "both/code_delta.csv").read_bytes() != (pair / "math_alone/code_delta.csv").read_bytes()
+    norms = pd.read_csv(pair / "both/norms.csv")
+    for text in ("math", "code"):
+        own = norms[norms["text"] == text].drop(columns="text")
+        alone = pd.read_csv(pair / f"{text}_alone/norms.csv")
+        pd.testing.assert_frame_equal(
+            own.reset_index(drop=True), alone[alone["model"].isin(["base", text])].reset_index(drop=True)
+        )
+
+
+def test_texts_measured_side_by_side_give_the_same_bytes(pair, measure):
+    write_config(pair, {"calibration": {"math": MATH, "code": CODE}})
+    measure(out="one")
+    measure("--devices", "cpu,cpu,cpu", out="many")
+    for name in ("math_delta.csv", "code_delta.csv"):
+        one, many = (pd.read_csv(pair / folder / name) for folder in ("one", "many"))
+        assert np.allclose(one, many, rtol=1e-3, atol=1e-6)  # other numbers of threads round otherwise
+
+
+def test_a_recipe_comes_out_of_texts_per_expert(pair, measure, decide):
+    write_config(pair, {"calibration": {"math": MATH}, "dataset": CODE})
+    measure()
+    ended = decide()
+    assert "warning" not in ended.stderr
+    recipe = yaml.safe_load((pair / "out/pair_0.3_0.8_generated_ties_merge_config.yaml").read_text())
+    assert len(recipe["models"]) == 3
+
+
+def test_the_config_can_choose_the_method_and_a_flag_outranks_it(pair, run_command_line):
+    flags = ("--config", "pair.yaml", "--out_dir", "dfs")
+    write_config(pair, {"guidance": "lewiss"})
+    done = run_command_line("lewis_importance.py", *flags, cwd=pair)
+    assert done.returncode == 2 and "guidance 'lewiss' is unknown; did you mean 'lewis'?" in done.stderr
+    assert not (pair / "dfs").exists()
+    done = run_command_line("lewis_importance.py", *flags, "--guidance", "lewis", cwd=pair)
+    assert done.returncode == 0 and json.loads((pair / "dfs/manifest.json").read_text())["guidance"] == "lewis"
+
+
+def test_what_another_method_measured_is_refused(pair, measure, decide):
+    measure()
+    manifest = json.loads((pair / "dfs/manifest.json").read_text())
+    (pair / "dfs/manifest.json").write_text(json.dumps({**manifest, "guidance": "other"}))
+    said = decide(code=2).stderr
+    assert "dfs holds what guidance other measured, not lewis" in said and "--guidance lewis" in said
+
+
+def test_a_lines_control_has_the_same_means_and_grows_with_depth(pair, measure, decide):
+    measure()
+    write_config(pair, {"global_parameters": {"normalize": False}})
+    ended = decide("--control", "lines")
+    name = "pair_0.3_0.8_generated_ties{}_merge_config.yaml"
+    guided, control = (
+        yaml.safe_load((pair / "out" / name.format(tag)).read_text())["models"][1]["parameters"]
+        for tag in ("", "_lines")
+    )
+    assert guided["weight"] == [{"value": 1}]
+    weights = {entry["filter"]: entry["value"] for entry in control["weight"][:-1]}
+    first, second = ([value for text, value in weights.items() if f"layers.{layer}." in text] for layer in (0, 1))
+    assert len(set(first)) == len(set(second)) == 1 and second[0] == pytest.approx(3 * first[0])
+    assert len({entry["value"] for entry in control["density"][:-1]}) == 1
+    assert "by depth" in ended.stdout and "merged_models_lines" in ended.stdout
+
+
+def test_lines_keeps_the_mean_weight_over_parameters():
+    table = pd.DataFrame(
+        {
+            "model": "x",
+            "tensor": list("abcd"),
+            "layer": [-1, 0, 1, 2],
+            "component": ["", "q", "q", "q"],
+            "density": [1.0, 0.2, 0.4, 0.6],
+            "weight": [0.5, 0.1, 0.2, 0.9],
+            "params": [1000, 10, 30, 20],
+        }
+    )
+    control = lines_control(table)
+    assert mean_density(control, "weight") == pytest.approx(mean_density(table, "weight"))
+    assert control["density"].tolist() == pytest.approx([1.0, *[np.average([0.2, 0.4, 0.6], weights=[10, 30, 20])] * 3])
+    weights = control["weight"].to_numpy()
+    assert weights[0] == weights[1] and weights[2] == pytest.approx(2 * weights[1]) == weights[3] * 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--guidance", "lewiss"), "invalid choice: 'lewiss'"),
+        (("--merge_method", "task_arithmetic"), "ignores densities"),
+        (("--control", "lewis"), "invalid choice"),
+    ],
+)
+def test_wrong_choices(pair, measure, decide, flags, words):
+    measure()
+    assert words in decide(*flags, code=2).stderr

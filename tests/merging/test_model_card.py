@@ -1,0 +1,155 @@
+"""What a merged folder says about itself: true, complete, and nothing about this machine."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_merges import merge_here, recipe, save_models, write_recipe
+from tests.tiny_pairs import save_tokenizer
+from utils.models.tokenizer_files import has_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Path:
+    return save_models(tmp_path_factory.mktemp("llamas"))
+
+
+@pytest.fixture
+def room(llamas, tmp_path) -> Path:
+    for name in ("base", "code", "math"):
+        shutil.copytree(llamas / name, tmp_path / name)
+    return tmp_path
+
+
+def card(folder: Path) -> tuple[dict, str]:
+    """The metadata block and the text of a card."""
+    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+@pytest.mark.parametrize("source", [None, "union"])
+def test_no_path_of_this_machine_is_published(room, source):
+    save_tokenizer(room / "math", chat_template="{{ messages }}", bos=False)  # differs, so mergekit builds a tokenizer
+    merged = merge_here(room, recipe(room, tokenizer_source=source))
+    assert has_tokenizer(merged)
+    for path in merged.rglob("*"):
+        content = path.read_bytes()
+        assert str(room).encode() not in content, path.name
+        assert os.fsencode(Path.home()) + b"/" not in content, path.name
+
+
+def test_absolute_names_become_folder_names_and_others_stay(room, monkeypatch):
+    monkeypatch.chdir(room)
+    data = recipe(room)
+    data["models"][2]["model"] = "./math"
+    merged = merge_here(room, data)
+    kept = yaml.safe_load((merged / "mergekit_config.yml").read_text())
+    assert [entry["model"] for entry in kept["models"]] == ["base", "code", "./math"] and kept["base_model"] == "base"
+    manifest = json.loads((merged / "manifest.json").read_text())
+    assert [entry["name"] for entry in manifest["inputs"]] == ["base", "code", "./math"]
+    metadata, text = card(merged)
+    assert "`code` and `./math` into `base`" in text and "base_model" not in metadata
+
+
+def test_the_recipe_stays_as_it_was_written(room, monkeypatch):
+    monkeypatch.chdir(room)
+    text = "# my notes: ümläut\n" + yaml.safe_dump(recipe(Path()))
+    (room / "mine.yaml").write_text(text)
+    from utils.commands.merge import merge
+    from utils.merging.settings import MergeSettings
+
+    merge(MergeSettings(output_path=Path("merged"), merge_config=Path("mine.yaml"), device="cpu"))
+    assert (room / "merged" / "mergekit_config.yml").read_text() == text
+    assert text.rstrip() in (room / "merged" / "README.md").read_text()
+
+
+def test_card_tells_method_densities_versions_and_seed(room):
+    _, text = card(merge_here(room, recipe(room, "dare_ties"), random_seed=42))
+    assert text.lstrip().startswith("# merged\n")
+    assert "`dare_ties`, computed in bfloat16 and saved in bfloat16" in text
+    assert "Seed 42" in text and "mergekit 0.1.5" in text and "transformers 5." in text
+    # 3 of 30 tensors have densities of their own, all others 0.6
+    rows = [line for line in text.splitlines() if line.startswith("| `code`")]
+    assert len(rows) == 1 and rows[0].endswith("| 0.300 | 0.600 | 30 of 30 |")
+
+
+def test_a_method_without_densities_shows_none(room):
+    _, text = card(merge_here(room, recipe(room, "task_arithmetic")))
+    assert "density" not in text and "`task_arithmetic`" in text
+
+
+def test_mean_density_is_weighted_by_parameters(room):
+    from safetensors.torch import load_file
+
+    _, text = card(merge_here(room, recipe(room)))
+    sizes = {name: tensor.numel() for name, tensor in load_file(room / "base" / "model.safetensors").items()}
+    densities = dict.fromkeys(sizes, 0.6)
+    densities |= {f"model.layers.{i}.mlp.down_proj.weight": 0.3 + 0.1 * i for i in range(3)}
+    mean = sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert f"| `code` | {mean:.3f} |" in text
+
+
+def test_hub_models_are_named_in_the_metadata(room, monkeypatch):
+    """A hub id is found in the cache; here the cache is a folder that the download would have filled."""
+    from utils.models import checkpoints
+
+    hub = {"org/base": room / "base", "org/code": room / "code"}
+    monkeypatch.setattr(checkpoints, "download", lambda name, revision, patterns: hub[name])
+    data = {
+        "models": [{"model": "org/base"}, {"model": "org/code@v2", "parameters": {"weight": 1}}],
+        "merge_method": "task_arithmetic",
+        "base_model": "org/base",
+    }
+    merged = merge_here(room, data)
+    metadata, text = card(merged)
+    assert metadata["base_model"] == ["org/base", "org/code"]
+    assert "`org/code@v2` into `org/base`" in text
+    inputs = json.loads((merged / "manifest.json").read_text())["inputs"]
+    assert [(entry["name"], entry["revision"]) for entry in inputs] == [("org/base", None), ("org/code@v2", "v2")]
+
+
+def test_the_card_can_be_left_out(room):
+    merged = merge_here(room, recipe(room), write_model_card=False)
+    assert not (merged / "README.md").exists() and (merged / "mergekit_config.yml").exists()
+
+
+def test_relative_names_with_one_slash_work_offline(room, monkeypatch):
+    """Stock mergekit asks the hub about such names after the merge, and fails without network."""
+    import socket
+
+    def no_network(*_arguments):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    (room / "m").mkdir()
+    for name in ("base", "code", "math"):
+        (room / name).rename(room / "m" / name)
+    monkeypatch.chdir(room)
+    write_recipe(room / "r.yaml", recipe(Path("m")))
+    merged = merge_here(room, recipe(Path("m")))
+    assert "`m/code` and `m/math` into `m/base`" in card(merged)[1] and has_tokenizer(merged)
+
+
+@pytest.mark.slow
+def test_models_come_from_the_cache_that_is_named(room, run_command_line):
+    """A hub cache as the hub's own client lays it out, found without network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name in ("base", "code", "math"):
+        folder = room / "cache" / f"models--org--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots").mkdir()
+        (room / name).rename(folder / "snapshots" / commit)
+    write_recipe(room / "r.yaml", recipe(Path("org"), tokenizer_source="union"))
+    words = ["--output_path", "out", "--merge_config", "r.yaml"]
+    done = run_command_line("utils/merger.py", *words, cwd=room)
+    assert done.returncode == 2 and "org/base: no such folder here" in done.stderr
+    done = run_command_line("utils/merger.py", *words, "--transformers_cache", "cache", cwd=room)
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads((room / "out" / "manifest.json").read_text())["inputs"]
+    assert (inputs[0]["name"], inputs[0]["revision"]) == ("org/base", commit)
+    assert card(room / "out")[0]["base_model"] == ["org/base", "org/code", "org/math"]

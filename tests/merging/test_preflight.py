@@ -1,0 +1,419 @@
+"""What is known before weights are read is said before weights are read, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_checkpoints import save_tiny
+from tests.tiny_merges import (
+    assert_same_tensors,
+    merge_here,
+    merge_stock,
+    recipe,
+    save_models,
+    tensors,
+    write_recipe,
+)
+from tests.tiny_pairs import contents
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Path:
+    return save_models(tmp_path_factory.mktemp("llamas"))
+
+
+@pytest.fixture
+def room(llamas, tmp_path) -> Path:
+    for name in ("base", "code", "math"):
+        shutil.copytree(llamas / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a weight fails the test."""
+    import mergekit.io.lazy_tensor_loader as loader
+
+    def forbidden(*_arguments, **_keywords):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(loader.LazyTensorLoader, "get_tensor", forbidden)
+    monkeypatch.setattr("safetensors.torch.load_file", forbidden)
+
+
+def refused(room: Path, data, match: str, output: str = "merged", **settings) -> None:
+    write_recipe(room / f"{output}.yaml", data)
+    before = contents(room)
+    with pytest.raises(UserError, match=match):
+        merge_here(room, data, output, **settings)
+    assert contents(room) == before
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    found = load_file(folder / "model.safetensors")
+    edit(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_tensor(room, no_weights):
+    data = recipe(room)
+    _rewrite(room / "math", lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(room, data, "math.*lack.*mlp.up_proj.weight")
+
+
+def _rewrite(folder: Path, edit) -> None:
+    """Edit a safetensors file without safetensors.torch.load_file, which `no_weights` forbids."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    edit(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_different_shape(room, no_weights):
+    _rewrite(room / "code", lambda found: found.update({"model.norm.weight": torch.ones(31)}))
+    refused(room, recipe(room), r"model.norm.weight has different shapes: .*base \[32\].*code \[31\]")
+
+
+def test_a_tensor_that_the_merge_would_lose(room, capsys, no_weights):
+    _rewrite(room / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
+    merge_here(room, recipe(room), dry_run=True)
+    assert (
+        "1 tensors of code are left out, none of which the model class reads: model.mtp.weight"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_plan_that_passes_over_a_tensor(room, no_weights, monkeypatch):
+    """The proof does not rest on plan_architecture alone."""
+    import utils.merging.preflight as room_under_test
+
+    plan = room_under_test.plan_merge
+
+    def forgetful(*arguments):
+        import dataclasses
+
+        made = plan(*arguments)
+        return dataclasses.replace(made, tensors=made.tensors[1:])
+
+    monkeypatch.setattr(room_under_test, "plan_merge", forgetful)
+    refused(room, recipe(room), "the merge would leave out model.embed_tokens.weight of .*base")
+
+
+def test_different_depths(room, no_weights):
+    shutil.rmtree(room / "math")
+    save_tiny("llama", room / "math", layers=4)
+    refused(room, recipe(room), "math has 4 layers, .*base has 3; .*slices")
+
+
+def test_different_architectures_need_a_flag(room):
+    shutil.rmtree(room / "math")
+    save_tiny("mistral", room / "math", seed=5)
+    refused(room, recipe(room), "MistralForCausalLM")
+    # these two models have changes of equal magnitude, which exact selection resolves by its own rule
+    assert_same_tensors(
+        merge_here(room, recipe(room), allow_crimes=True, fast_selection=False),
+        merge_stock(room, recipe(room), allow_crimes=True),
+    )
+
+
+def test_configs_that_differ_are_told(room, capsys):
+    edit_config(room / "math", rope_theta=5.0, rms_norm_eps=1e-5)
+    merge_here(room, recipe(room), dry_run=True)
+    errors = capsys.readouterr().err
+    assert "config.json of base and math differ in" in errors and "rms_norm_eps 1e-06 and 1e-05" in errors
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda room: shutil.rmtree(room / "math"), "math does not exist"),
+        (lambda room: (room / "math" / "config.json").unlink(), "has no config.json"),
+        (lambda room: (room / "math" / "config.json").write_text("{"), "not valid JSON"),
+        (lambda room: edit_config(room / "math", architectures=None), "names no model class"),
+        (lambda room: edit_config(room / "math", quantization_config={"quant_method": "gptq"}), "quantized .gptq"),
+        (lambda room: edit_config(room / "math", is_encoder_decoder=True), "encoder-decoder"),
+        (lambda room: (room / "math" / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda room: (room / "math" / "model.safetensors").write_bytes(b"x" * 100), "truncated or not"),
+        (lambda room: (room / "math" / "model.safetensors.index.json").write_text("{}"), "two sets of weights"),
+        (lambda room: _cut(room / "math" / "model.safetensors"), "truncated"),
+    ],
+)
+def test_malformed_models(room, spoil, match, no_weights):
+    spoil(room)
+    refused(room, recipe(room), match)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_one_model_spelled_twice(room, monkeypatch):
+    """mergekit takes two spellings of one folder for two models, and the base's second one for an expert."""
+    monkeypatch.chdir(room)
+    data = recipe(Path(), experts=("code",))
+    data["models"][0]["model"] = "./base/"
+    data["base_model"] = str(room / "base")
+    assert_same_tensors(merge_here(room, data), merge_stock(room, recipe(room, experts=("code",))))
+    data["models"].append({"model": "./code", "parameters": {"weight": 1}})
+    refused(room, data, "code and ./code are the same model", "again")
+    refused(room, recipe(room, experts=()), "both the base and the only model", "again")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_plus_and_at_in_names_are_explained(room, tmp_path):
+    (room / "code").rename(room / "a+b")
+    (room / "math").rename(room / "a@b")
+    data = recipe(room)
+    data["models"][1]["model"] = str(room / "a+b")
+    data["models"][2]["model"] = str(room / "a@b")
+    refused(room, data, r"reads '\+' as 'model\+LoRA adapter', but a folder has this very name; write model:")
+    data["models"][1]["model"] = {"model": {"path": str(room / "a+b")}}
+    refused(room, data, "a does not exist|'model@revision'|no revision")
+    data["models"][2]["model"] = {"model": {"path": str(room / "a@b")}}
+    merged = merge_here(room, data)
+    (room / "a+b").rename(room / "code")
+    (room / "a@b").rename(room / "math")
+    assert_same_tensors(merged, merge_stock(room, recipe(room)))
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(room):
+    refused(room, recipe(Path("nowhere")), "nowhere/base: no such folder here .*HF_HUB_OFFLINE is set")
+
+
+def test_override_architecture_is_refused(room):
+    data = recipe(room)
+    data["models"][1]["model"] = {"model": {"path": str(room / "code")}, "override_architecture": "X"}
+    refused(room, data, "override_architecture is not supported")
+
+
+# --- parameters against the planned tensors ---------------------------------------------------------------------------
+
+
+def test_a_filter_that_matches_nothing(room, no_weights):
+    data = recipe(room)
+    data["models"][1]["parameters"]["density"].insert(0, {"filter": "transformer.h.0.attn", "value": 0.2})
+    refused(
+        room, data, r"models\[1\].*the filter 'transformer.h.0.attn' matches no tensor; .* called like model.layers"
+    )
+
+
+def test_a_filter_hidden_behind_another(room, no_weights):
+    data = recipe(room)
+    data["models"][2]["parameters"]["density"].append({"filter": "up_proj", "value": 0.2})
+    refused(room, data, "the filter 'up_proj' is hidden behind an earlier one")
+    data = recipe(room, parameters={"lambda": [{"value": 1.0}, {"filter": "down_proj", "value": 0.5}]})
+    refused(room, data, "parameters.lambda: the filter 'down_proj' is hidden")
+
+
+def test_a_head_that_is_tied_is_no_tensor(tmp_path, request):
+    save_models(tmp_path, names=("base", "code"), tie_word_embeddings=True)
+    request.getfixturevalue("no_weights")  # only now: making the models reads them
+    data = recipe(tmp_path, experts=("code",))
+    data["models"][1]["parameters"]["density"].insert(0, {"filter": "lm_head", "value": 0.2})
+    refused(tmp_path, data, "'lm_head' matches no tensor")
+
+
+def test_della_values_that_would_stop_it_half_way(room, no_weights):
+    data = recipe(room, "della")
+    data["models"][1]["parameters"]["density"] = 0.9
+    refused(room, data, r"density 0.9 with epsilon 0.15; this method needs both")
+    data["models"][1]["parameters"]["epsilon"] = 0.05
+    merge_here(room, data, dry_run=True)
+
+
+def test_weights_that_cancel_are_told(room, capsys):
+    data = recipe(room, experts=("code",))
+    data["models"][1]["parameters"]["weight"] = [{"filter": "mlp", "value": 0.3}, {"value": 1}]
+    merge_here(room, data, dry_run=True)
+    assert "the weights of code have no effect: with one expert, normalize: true divides" in capsys.readouterr().err
+    merge_here(room, {**data, "parameters": {"normalize": False}}, dry_run=True)
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_a_missing_weight(room, no_weights):
+    data = recipe(room)
+    del data["models"][1]["parameters"]["weight"]
+    refused(room, data, "Missing required parameter weight")
+
+
+# --- machine and output -----------------------------------------------------------------------------------------------
+
+
+def test_devices_that_are_not_there(room, no_weights):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for device in ("cuda", "cuda:1"):
+        refused(room, recipe(room), "sees no CUDA GPU; use --device cpu", device=device)
+    for device in ("mps", "tpu", "gpu"):
+        refused(room, recipe(room), f"--device '{device}' is", device=device)
+
+
+def test_a_disk_that_is_too_small(room, no_weights, monkeypatch):
+    usage = shutil.disk_usage(room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    refused(room, recipe(room), r"the result needs 1\.\d MB, .* has 1\.0 MB free")
+
+
+def test_outputs_that_would_hurt_an_input(room, no_weights, monkeypatch):
+    monkeypatch.chdir(room)
+    (room / "link").symlink_to("code")
+    for output, match in (
+        ("code", "is the model .*code itself"),
+        ("link", "is the model .*code itself"),
+        ("code/merged", "lies inside the model"),
+        ("link/merged", "lies inside the model"),
+        (".", "holds the model base"),
+        ("merged.yaml", "is a file"),
+    ):
+        data = recipe(Path("."))
+        write_recipe(room / "merged.yaml", data)
+        before = contents(room)
+        from utils.commands.merge import merge
+        from utils.merging.settings import MergeSettings
+
+        with pytest.raises(UserError, match=match):
+            merge(MergeSettings(output_path=Path(output), merge_config=Path("merged.yaml"), device="cpu"))
+        assert contents(room) == before
+
+
+def test_flags_without_effect_are_told(room, capsys):
+    merge_here(room, recipe(room), dry_run=True, lazy_unpickle=True, low_cpu_memory=True, write_threads=2)
+    errors = capsys.readouterr().err
+    for flag in ("--lazy_unpickle", "--low_cpu_memory", "--write_threads"):
+        assert f"{flag} does nothing" in errors
+
+
+def test_a_mergekit_of_another_version_is_refused(room, monkeypatch):
+    from utils.commands import merge as merge_job
+
+    for version in ("0.1.4", "0.2.0", "1.0"):
+        monkeypatch.setattr(merge_job.metadata, "version", lambda _name, version=version: version)
+        refused(room, recipe(room), f"mergekit {version} is installed; this project works with >=0.1.5,<0.2")
+
+
+def test_an_input_that_changes_meanwhile(room, monkeypatch):
+    from utils.merging import run as merge_run
+
+    run = merge_run.run_merge
+
+    def meanwhile(*arguments):
+        run(*arguments)
+        (room / "code" / "model.safetensors").touch()
+
+    monkeypatch.setattr(merge_run, "run_merge", meanwhile)
+    write_recipe(room / "merged.yaml", recipe(room))
+    with pytest.raises(UserError, match=r"code/model\.safetensors changed while it was merged"):
+        merge_here(room, recipe(room))
+    assert not (room / "merged").exists() and not list(room.glob(".*"))
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_dtype_the_result_has_the_bases_tensor_by_tensor(room, capsys):
+    """mergekit would promote and save float32 if one expert is float32."""
+    edit_weights(room / "base", lambda found: found.update({"model.norm.weight": found["model.norm.weight"].float()}))
+    edit_weights(room / "code", lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
+    merged = merge_here(room, recipe(room, dtype=None), quiet=False)
+    assert "computed in the dtype of the inputs, saved in bfloat16" in capsys.readouterr().out
+    for name, tensor in tensors(merged).items():
+        assert tensor.dtype == (torch.float32 if name == "model.norm.weight" else torch.bfloat16), name
+
+
+def test_a_head_that_only_an_expert_stores_is_told(tmp_path, capsys):
+    save_models(tmp_path, names=("base",), tie_word_embeddings=True)
+    save_models(tmp_path, names=("code",))
+    merge_here(tmp_path, recipe(tmp_path, experts=("code",)))
+    assert "lm_head.weight is stored by code but not by base; the result stores it, and transformers ignores it" in (
+        capsys.readouterr().err
+    )
+
+
+def test_report_says_what_will_happen(room, capsys):
+    merge_here(room, recipe(room), dry_run=True, quiet=False, random_seed=11)
+    printed = capsys.readouterr().out
+    for text in (
+        "mergekit 0.1.5", "device: cpu", "LlamaForCausalLM",
+        "ties by merged.yaml, seed 11; computed in bfloat16, saved in bfloat16",
+        "coverage: 90 of 90 tensors of the inputs are read", "density of code: mean 0.", "disk: ", "memory: about ",
+    ):  # fmt: skip
+        assert text in printed, text
+
+
+@pytest.mark.slow
+def test_memory_estimate_against_a_measurement(tmp_path):
+    """The peak of private memory of a real merge with one large tensor, against the estimate: within a third."""
+    import subprocess
+    import sys
+
+    save_models(tmp_path, names=("base", "code"), vocab_size=400_000, hidden_size=96)
+    methods = ("ties", "dare_ties", "task_arithmetic", "guided_ties", "guided_mean")
+    for method, counting in [*((method, False) for method in methods), ("ties", True)]:
+        data = recipe(tmp_path, method, experts=("code",), dtype="float32")
+        if method == "guided_mean":
+            data["models"][1]["parameters"]["saliency"] = ""
+        write_recipe(tmp_path / "r.yaml", data)
+        program = MEASURED.format(folder=str(tmp_path), executor=True, counting=counting)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
+        assert done.returncode == 0, done.stderr
+        estimate, measured = map(float, done.stdout.split()[-2:])
+        assert 0.7 < estimate / measured < 1.5, (method, counting, estimate / measured)
+
+
+MEASURED = """
+import threading, time
+from pathlib import Path
+from utils.merging import resources as merge_memory
+from utils.merging import run as merge_run
+from utils.commands.merge import merge
+from utils.merging.resources import memory_estimate
+from utils.merging.settings import MergeSettings
+
+def private():
+    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+seen, run = dict(peak=0, stop=False), merge_run.run_merge
+
+def watch():
+    while not seen["stop"]:
+        seen["peak"] = max(seen["peak"], private())
+        time.sleep(0.002)
+
+def watched(plan, settings, *rest):
+    before, thread = private(), threading.Thread(target=watch)
+    thread.start()
+    try:
+        run(plan, settings, *rest)
+    finally:
+        seen["stop"] = True
+        thread.join()
+    seen.update(need=memory_estimate(plan, settings), used=seen["peak"] - before)
+
+merge_run.run_merge = watched
+if {executor}:
+    merge_run.divide = merge_memory.divide = lambda plan, settings: "mergekit's executor is measured"
+folder = Path({folder!r})
+merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", device="cpu", quiet=True,
+                    out_shard_size=10**6, overwrite=True, fast_selection={counting}))
+print(seen["need"], seen["used"])
+"""

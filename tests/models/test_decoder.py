@@ -1,0 +1,173 @@
+"""Blocks and components are found from structure; what cannot be measured is refused with the reason.
+
+python -m pytest tests/models/test_decoder.py
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix
+from utils.errors import UserError
+from utils.models.decoder import Component, find_decoder, is_transposed, matching_paths, short_names, weight_matrix
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def skeleton(model_type: str, **overrides) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **{**SMALL, **overrides})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def family(name: str) -> nn.Module:
+    model_type, own, _ = FAMILIES[name]
+    extra = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4} if model_type == "gpt2" else {}
+    return skeleton(model_type, **own, **extra)
+
+
+def refusal(model: nn.Module, components=None, prefixes=None) -> str:
+    with pytest.raises(UserError) as caught:
+        find_decoder(model, components, prefixes or {}, "model m")
+    assert str(caught.value).startswith("model m")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_is_found_without_being_known(name):
+    model = family(name)
+    decoder = find_decoder(model, None, {}, "model m")
+    assert decoder.blocks_path == block_prefix(name)
+    assert len(decoder.blocks) == LAYERS
+    paths = FAMILIES[name][2]
+    assert {component.path for component in decoder.components} == set(paths) == set(decoder.linear_paths)
+    assert decoder.body is model.base_model
+    parameters = dict(model.named_parameters())
+    for layer in range(LAYERS):
+        for component in decoder.components:
+            weight = parameters[decoder.weight_name(layer, component)]
+            assert weight is decoder.blocks[layer].get_submodule(component.path).weight
+
+
+def test_names_are_the_shortest_that_are_unique_in_a_block():
+    names = {c.path: c.name for c in find_decoder(family("gpt2"), None, {}, "m").components}
+    assert names == {
+        "attn.c_attn": "c_attn",
+        "attn.c_proj": "attn.c_proj",
+        "mlp.c_fc": "c_fc",
+        "mlp.c_proj": "mlp.c_proj",
+    }
+    assert [c.name for c in find_decoder(family("llama"), None, {}, "m").components] == [
+        path.rpartition(".")[2] for path in FAMILIES["llama"][2]
+    ]
+
+
+def test_components_by_short_name_by_path_and_by_mapping():
+    model = family("llama")
+    chosen = find_decoder(model, ["down_proj", "self_attn.q_proj", "gate"], {"gate": "mlp.gate_proj"}, "m").components
+    assert chosen == (
+        Component("down_proj", "mlp.down_proj"),
+        Component("self_attn.q_proj", "self_attn.q_proj"),
+        Component("gate", "mlp.gate_proj"),
+    )
+
+
+def test_conv1d_weights_are_seen_as_out_by_in():
+    block = find_decoder(family("gpt2"), None, {}, "m").blocks[0]
+    assert is_transposed(block.mlp.c_fc)
+    assert block.mlp.c_fc.weight.shape == (32, 128)
+    assert weight_matrix(block.mlp.c_fc).shape == (128, 32)
+    linear = nn.Linear(3, 5)
+    assert weight_matrix(linear).shape == (5, 3)
+    assert weight_matrix(linear).data_ptr() == linear.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("components", "prefixes", "words"),
+    [
+        (["q_prj"], {}, "component 'q_prj' is not a linear part of its blocks; they have self_attn.q_proj"),
+        (["proj"], {}, "component 'proj' is not a linear part"),  # a suffix of a name is not a name
+        (["input_layernorm"], {}, "component 'input_layernorm' is not a linear part"),
+        (["q"], {"q": "attn.q_proj"}, "component 'q' (prefix_mapping: attn.q_proj) is not a linear part"),
+        (["q"], {"q": "q_proj"}, "component 'q' (prefix_mapping: q_proj) is not a linear part"),  # needs the whole path
+        (["q_proj"], {"q_proj": "self_attn"}, "(prefix_mapping: self_attn) is not a linear part"),
+        (["lm_head"], {}, "component 'lm_head' is not a linear part"),
+    ],
+)
+def test_components_that_are_not_there(components, prefixes, words):
+    assert words in refusal(family("llama"), components, prefixes)
+
+
+def test_an_ambiguous_component():
+    said = refusal(family("gpt2"), ["c_proj"])
+    assert "component 'c_proj' may mean attn.c_proj or mlp.c_proj; write the longer name" in said
+
+
+JAMBA = {"mamba_d_state": 4, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+
+
+def test_a_hybrid_measures_what_every_block_has():
+    model = skeleton("jamba", **JAMBA)
+    said = refusal(model)
+    assert "exist in some blocks only (a hybrid model); list under components the ones every block has: " in said
+    everywhere = said.rpartition(": ")[2].split(", ")
+    assert find_decoder(model, everywhere, {}, "m").components == tuple(Component(path, path) for path in everywhere)
+    assert "is in some blocks only; choose components that every block has" in refusal(model, ["q_proj"])
+
+
+def test_mixture_of_experts_is_not_passed_over_in_silence():
+    model = skeleton("mixtral", num_local_experts=2)
+    said = refusal(model)
+    assert "are matrices outside linear modules (mixture-of-experts layers are not measured)" in said
+    assert "self_attn.q_proj" in said
+    assert find_decoder(model, ["q_proj", "o_proj"], {}, "m").components  # asked for by name: only these
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders_are_refused(model_type):
+    assert f"is an encoder ({model_type}); only decoders are supported" in refusal(skeleton(model_type))
+    assert find_decoder(skeleton(model_type, is_decoder=True), ["query"], {}, "m").components
+
+
+def test_the_same_last_word_at_two_depths_gets_two_names():
+    decoder = find_decoder(skeleton("bert", is_decoder=True), None, {}, "m")
+    names = {component.name: component.path for component in decoder.components}
+    assert len(names) == len(decoder.components)
+    assert names["attention.output.dense"] == "attention.output.dense"
+    assert names["output.dense"] == "output.dense"
+
+
+def test_a_model_without_blocks():
+    model = family("llama")
+    model.model.layers = model.model.layers[:1]
+    assert f"LlamaForCausalLM has no list of {LAYERS} decoder blocks; it is not supported" in refusal(model)
+
+
+def test_blocks_without_linear_modules():
+    model = family("llama")
+    for index in range(LAYERS):
+        model.model.layers[index] = nn.LayerNorm(4, device="meta")
+    assert "its blocks have no linear modules" in refusal(model)
+
+
+PART = st.sampled_from(["a", "b", "c", "proj", "a_proj"])
+PATHS = st.lists(st.lists(PART, min_size=1, max_size=4).map(".".join), min_size=1, max_size=8, unique=True)
+
+
+@settings(max_examples=300)
+@given(PATHS)
+def test_short_names_are_unique_and_lead_back(paths):
+    names = short_names(paths)
+    assert list(names) == paths
+    assert len(set(names.values())) == len(paths)
+    for path, name in names.items():
+        assert path == name or path.endswith("." + name)
+        assert matching_paths(name, paths) == [path]
+        shorter = name.partition(".")[2]
+        assert not shorter or matching_paths(shorter, paths) != [path]

@@ -1,0 +1,87 @@
+"""What is prepared before any weight is read: equal tokenizers share their work, unequal ones never do.
+
+python -m pytest tests/passes/test_subjects.py
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_pairs import save_pair, write_config
+from utils.pair.calibration import choose_samples
+from utils.pair.config import read_pair_config
+from utils.passes.subjects import Precision, model_doubts, prepare_subjects, tokenizer_digest
+
+CONFIG = {"model_type": "llama"}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(pristine, tmp_path, monkeypatch) -> Path:
+    folder = shutil.copytree(pristine, tmp_path / "pair")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def prepared(pair: Path, dtype: str = "auto", **changes):
+    config = read_pair_config(write_config(pair, changes))
+    samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
+    return prepare_subjects(config, samples, Precision(torch.device("cpu"), dtype, None), False)
+
+
+def test_subjects_stand_in_the_order_of_the_config(pair):
+    subjects = prepared(pair)
+    assert [subject.entry.type for subject in subjects] == ["base", "code", "math"]
+    for subject in subjects:
+        (text,) = subject.texts.values()
+        assert text.tokens == sum(map(len, text.encoded)) > 0
+        assert all(parameter.is_meta for parameter in subject.decoder.model.parameters())
+        assert subject.dtype == torch.bfloat16
+    assert model_doubts(subjects[0], subjects[1]) == []
+
+
+def test_parity_counts_the_pads(pair):
+    subjects = prepared(pair, parity="reference")
+    (text,) = subjects[0].texts.values()
+    assert text.tokens == 4 * 32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "x.tiktoken", "tokenization_x.py",
+     "chat_template.jinja", "additional_chat_templates/rag.jinja"],
+)  # fmt: skip
+def test_any_tokenizer_file_tells_tokenizers_apart(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    digests = {tokenizer_digest(tmp_path, CONFIG)}
+    for content in ("one", "two"):
+        path.write_text(content)
+        digests.add(tokenizer_digest(tmp_path, CONFIG))
+    assert len(digests) == 3
+
+
+def test_weights_and_settings_of_generation_do_not(tmp_path):
+    before = tokenizer_digest(tmp_path, CONFIG)
+    for name in ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+    assert tokenizer_digest(tmp_path, CONFIG) == before
+    assert tokenizer_digest(tmp_path, {"model_type": "gpt2"}) != before
+
+
+def test_equal_tokenizers_are_read_once(pair, monkeypatch):
+    from transformers import AutoTokenizer
+
+    read = []
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda folder, **more: (read.append(folder), load(folder, **more))[1]
+    )
+    prepared(pair)
+    assert len(read) == 1

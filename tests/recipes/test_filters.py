@@ -1,0 +1,158 @@
+"""Filters: each hits its own tensor and nothing else, by mergekit's own matching."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
+from utils.errors import UserError
+from utils.models.architecture import plan_architecture
+from utils.models.checkpoints import open_checkpoint
+from utils.recipes.filters import (
+    NamedTensor,
+    as_planned,
+    assumed_names,
+    coverage,
+    exact_filters,
+    found_names,
+    measured_names,
+    name_template,
+    planned_tensors,
+)
+
+
+def _mergekit_hits(filters, name):
+    """Which entry of a filter list mergekit itself applies to a tensor name."""
+    from mergekit.config import ConditionalParameter, evaluate_setting
+
+    setting = [ConditionalParameter(filter=text, value=i) for i, text in enumerate(filters)]
+    return evaluate_setting(name, [*setting, ConditionalParameter(value=-1)], validate=float)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    base = open_checkpoint(str(save_tiny(family, tmp_path)))
+    plan = plan_architecture(base)
+    tensors = planned_tensors(plan, base)
+    assert {tensor.name: tensor.params for tensor in tensors} == {
+        name: math.prod(header.shape) for name, header in base.tensors.items()
+    }
+    paths = FAMILIES[family][2]
+    names = found_names(tensors, LAYERS, paths, {}, "model")
+    assert names == {
+        (layer, path): f"{block_prefix(family)}.{layer}.{path}.weight" for path in paths for layer in range(LAYERS)
+    }
+    filters = exact_filters(list(names.values()), [tensor.name for tensor in tensors], "model")
+    expected = {target: i for i, target in enumerate(filters)}
+    expected |= {target.removesuffix("weight") + "bias": i for i, target in enumerate(filters)}
+    for name in base.tensors:
+        assert _mergekit_hits(filters.values(), name) == expected.get(name, -1), name
+    covered = coverage(filters, tensors)
+    assert covered.all_tensors == len(base.tensors)
+    assert covered.tensors == sum(name in expected for name in base.tensors)
+    uncovered = {tensor.name for rest in covered.uncovered.values() for tensor in rest}
+    assert uncovered == {name for name in base.tensors if name not in expected}
+
+
+def test_short_component_names_and_prefix_mapping_find_the_same(tmp_path):
+    base = open_checkpoint(str(save_tiny("llama", tmp_path)))
+    tensors = planned_tensors(plan_architecture(base), base)
+    short = found_names(tensors, LAYERS, ["q_proj"], {}, "model")
+    mapped = found_names(tensors, LAYERS, ["query"], {"query": "self_attn.q_proj"}, "model")
+    assert list(short.values()) == list(mapped.values())
+    assert list(short.values()) == list(assumed_names(LAYERS, ["q_proj"], {"q_proj": "self_attn.q_proj"}).values())
+
+
+def _matrices(*names):
+    return [NamedTensor(name, 2, 4) for name in names]
+
+
+def test_layer_1_does_not_hit_layer_11():
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(12)]
+    filters = exact_filters(names, names, "model")
+    assert [_mergekit_hits(filters.values(), name) for name in names] == list(range(12))
+
+
+def test_a_name_that_begins_like_another_gets_a_dot():
+    names = ["model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.bias", "model.layers.0.mlp.gate_proj.weight"]
+    filters = exact_filters([names[0]], names, "model")
+    assert list(filters.values()) == ["model.layers.0.mlp.gate."]
+    both = exact_filters([names[0], names[2]], names, "model")
+    assert [_mergekit_hits(both.values(), name) for name in names] == [0, 0, 1]
+
+
+def test_a_second_tower_cannot_be_hit():
+    target = "layers.0.q.weight"
+    with pytest.raises(UserError, match=r"also hits vision\.layers\.0\.q\.weight"):
+        exact_filters([target], [target, "vision." + target], "model")
+
+
+def test_other_tensors_of_a_component_are_not_guided_silently():
+    names = ["model.layers.0.q.weight", "model.layers.0.q.weight_scale"]
+    with pytest.raises(UserError, match="weight_scale"):
+        exact_filters(names[:1], names, "model")
+
+
+def test_a_tensor_that_is_not_merged_is_an_error():
+    with pytest.raises(UserError, match="does not hit its tensor"):
+        exact_filters(["model.layers.0.q.weight"], ["model.layers.1.q.weight"], "model")
+
+
+def test_two_components_cannot_mean_one_tensor():
+    with pytest.raises(UserError, match="two components"):
+        exact_filters(["a.0.q.weight", "a.0.q.weight"], ["a.0.q.weight"], "model")
+
+
+def test_an_ambiguous_component_lists_its_candidates():
+    tensors = _matrices("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight")
+    with pytest.raises(UserError, match=r"transformer\.h\.\*\.attn\.c_proj, transformer\.h\.\*\.mlp\.c_proj"):
+        found_names(tensors, 1, ["c_proj"], {}, "model")
+    assert found_names(tensors, 1, ["mlp.c_proj"], {}, "model") == {(0, "mlp.c_proj"): tensors[1].name}
+
+
+def test_a_component_that_is_not_there_lists_what_is():
+    with pytest.raises(UserError, match=r"'q_porj'.*a\.\*\.q_proj.*prefix_mapping"):
+        found_names(_matrices("a.0.q_proj.weight"), 1, ["q_porj"], {}, "model")
+
+
+def test_a_component_must_be_in_every_layer():
+    with pytest.raises(UserError, match="2 rows"):
+        found_names(_matrices("a.0.q.weight"), 2, ["q"], {}, "model")
+
+
+def _norms(*rows):
+    return pd.DataFrame(rows, columns=["model", "layer", "component", "tensor", "norm", "params"])
+
+
+def test_recorded_names_and_sizes():
+    norms = _norms(("base", 0, "q", "a.0.q.weight", 1.0, 6), ("x", 0, "q", "a.0.q.weight", 2.0, 6))
+    assert measured_names(norms, "base", 1, ["q"]) == ({(0, "q"): "a.0.q.weight"}, {"a.0.q.weight": 6})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("base", 0, "q", "a.0.q.weight", 1.0, 6)], "layer 1, component q is missing"),
+        ([("base", layer, "q", f"a.{layer}.q.weight", 1.0, 6) for layer in range(3)], "a row was lost"),
+        ([("base", 0, "q", "t", 1.0, 6)] * 2, "there twice"),
+        ([("base", 0, "q", float("nan"), 1.0, 6)], "missing or wrong"),
+        ([("base", 0, "q", "t", 1.0, float("nan"))], "missing or wrong"),
+        ([("base", 0.5, "q", "t", 1.0, 6)], "missing or wrong"),
+        ([("base", "zero", "q", "t", 1.0, 6)], "missing or wrong"),
+    ],
+)
+def test_recorded_names_must_be_complete(rows, message):
+    with pytest.raises(UserError, match=message):
+        measured_names(_norms(*rows), "base", 2, ["q"])
+
+
+def test_recorded_names_must_be_the_models(tmp_path):
+    base = open_checkpoint(str(save_tiny("llama", tmp_path)))
+    plan = plan_architecture(base)
+    with pytest.raises(UserError, match=r"elsewhere\.0\.q"):
+        as_planned({(0, "q"): "elsewhere.0.q.weight"}, plan, "model")
+
+
+def test_templates_collapse_the_layer():
+    assert name_template("model.layers.12.mlp.experts.3.w1.weight") == "model.layers.*.mlp.experts.3.w1.weight"

@@ -1,0 +1,188 @@
+"""The method table agrees with the installed mergekit, and its extra parameters are accepted by it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.errors import UserError
+from utils.recipes.method_rules import (
+    DENSITY_METHODS,
+    GUIDED_MEAN,
+    GUIDED_TIES,
+    OTHER_METHODS,
+    OWN_METHODS,
+    TASK_ARITHMETIC,
+    check_global_parameters,
+    counterpart,
+    density_method,
+    extra_value,
+    known_parameters,
+    normalizes,
+    weight_method,
+)
+
+
+def test_the_table_is_mergekits():
+    from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+    from mergekit.merge_methods.registry import registered_methods
+
+    known = {method.spec.name: method for method in registered_methods()}
+    assert set(DENSITY_METHODS) | set(OTHER_METHODS) <= set(known)
+    stock = {name for name, method in known.items() if method.__class__.__module__.startswith("mergekit.")}
+    assert stock <= set(DENSITY_METHODS) | set(OTHER_METHODS), "mergekit has a method this project does not know"
+    for name, ours in DENSITY_METHODS.items():
+        method = known[name]
+        assert isinstance(method, GeneralizedTaskArithmeticMerge) and method.sparsification_method is not None
+        specs = {parameter.name: parameter for parameter in method.spec.parameters}
+        extras = set(specs) - {"density", "weight", "normalize", "int8_mask", "rescale", "lambda"}
+        assert extras == ({ours.extra} if ours.extra else set())
+        assert specs["normalize"].default == ours.normalize
+        if ours.extra:
+            assert specs[ours.extra].default == ours.extra_default
+    for name in set(OTHER_METHODS) - {"task_arithmetic"}:
+        assert "density" not in {parameter.name for parameter in known[name].spec.parameters}
+    assert known["task_arithmetic"].sparsification_method is None
+
+
+@given(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.15, 0.5, 0.99]))
+def test_dellas_epsilon_fits_every_density(density, wanted):
+    epsilon = extra_value(DENSITY_METHODS["della"], density, wanted)
+    assert 0 <= epsilon <= wanted
+    if 0 < density < 1:
+        assert density - epsilon > 0 and density + epsilon < 1
+
+
+@given(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.5]))
+def test_breadcrumbs_gamma_leaves_room_for_the_density(density, wanted):
+    gamma = extra_value(DENSITY_METHODS["breadcrumbs"], density, wanted)
+    assert 0 <= gamma <= wanted
+    if 0 < density < 1:
+        assert density + gamma <= 1 + 1e-15
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.05, 0.15, 0.5, 0.85, 0.999, 1 - 2**-53])
+def test_mergekit_accepts_dellas_values(density):
+    import torch
+    from mergekit.sparsify import RescaleNorm, della_magprune
+
+    for dtype in (torch.bfloat16, torch.float32):
+        epsilon = extra_value(DENSITY_METHODS["della"], density, 0.15)
+        kept = della_magprune(torch.randn(8, 32, dtype=dtype), density, epsilon, RescaleNorm.l1)
+        assert kept.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dare-ties", "did you mean dare_ties"),
+        ("TIES", "did you mean ties"),
+        ("brute_force", "known: ties"),
+        ("task_arithmetic", "ignores densities.*dare_linear"),
+        ("linear", "ignores densities"),
+        ("slerp", "ignores densities"),
+        ("", "unknown"),
+    ],
+)
+def test_methods_that_would_not_use_densities_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        density_method(name)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"normalise": True}, "did you mean 'normalize'"),
+        ({"densty": 0.5}, "unknown to the merge method ties"),
+        ({"density": 0.5}, "set per tensor"),
+        ({"weight": 1}, "set per tensor"),
+        ({"epsilon": 0.1}, "unknown to the merge method ties"),
+        ({"normalize": "yes"}, "true or false"),
+        ({"int8_mask": 1}, "true or false"),
+        ({"lambda": "big"}, "must be a number"),
+        ({"lambda": [{"filtre": "x", "value": 1}]}, "must be a number"),
+    ],
+)
+def test_global_parameters_that_mergekit_would_ignore_are_refused(parameters, message):
+    with pytest.raises(UserError, match=message):
+        check_global_parameters(DENSITY_METHODS["ties"], parameters, "pair.yaml")
+
+
+def test_all_wrong_global_parameters_are_told_at_once():
+    with pytest.raises(UserError, match="2 problems"):
+        check_global_parameters(DENSITY_METHODS["della"], {"epsilon": 2, "gamma": 0.1}, "pair.yaml")
+
+
+def test_what_mergekit_knows_is_accepted():
+    check_global_parameters(DENSITY_METHODS["ties"], {"normalize": True, "int8_mask": True, "lambda": 0.5}, "pair.yaml")
+    check_global_parameters(DENSITY_METHODS["ties"], {"lambda": [0.5, 1], "rescale": False}, "pair.yaml")
+    check_global_parameters(
+        DENSITY_METHODS["ties"], {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}, "pair.yaml"
+    )
+    check_global_parameters(DENSITY_METHODS["della"], {"epsilon": 0.1}, "pair.yaml")
+
+
+@pytest.mark.parametrize(("name", "parameters", "expected"), [
+    ("ties", {}, True), ("dare_ties", {}, False), ("ties", {"normalize": False}, False),
+    ("dare_ties", {"normalize": True}, True),
+])  # fmt: skip
+def test_normalize_falls_back_to_the_methods_default(name, parameters, expected):
+    assert normalizes(DENSITY_METHODS[name], parameters) is expected
+
+
+# --- this project's own -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_own_methods_is_what_is_registered():
+    from utils.merging.guided.methods import own_method, register_methods
+
+    register_methods()
+    for name, rule in OWN_METHODS.items():
+        specs = {one.name: one for one in own_method(name).spec.parameters}
+        assert {*rule.shared, "weight", "density", "saliency"} <= set(specs) <= {
+            *rule.shared, "weight", "density", "saliency", "int8_mask"
+        }  # fmt: skip
+        assert all(specs[number.name].default == number.default for number in rule.numbers)
+        assert all(number.allows(number.default) for number in rule.numbers)
+        assert "normalize" not in specs or specs["normalize"].default == rule.normalize
+
+
+@pytest.mark.parametrize("look_up", [density_method, weight_method])
+@pytest.mark.parametrize(("name", "words"), [("guided_mean", "vectors that --guidance saliency_budget measures"),
+                                             ("guided_ties", "--mask saliency")])  # fmt: skip
+def test_own_methods_are_for_the_guidance_that_has_vectors(look_up, name, words):
+    with pytest.raises(UserError, match=words):
+        look_up(name)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"power": 0}, "power must be a number above 0 and at most 1, got 0"),
+        ({"power": 1.01}, "power must be a number above 0 and at most 1"),
+        ({"power": True}, "power must be a number above 0"),
+        ({"floor": -1}, "floor must be a number of at least 0, got -1"),
+        ({"floor": float("inf")}, "floor must be a number of at least 0"),
+        ({"flor": 0.1}, "did you mean 'floor'"),
+        ({"normalize": True}, "'normalize' is unknown to the merge method guided_mean"),
+        ({"lambda": float("nan")}, "lambda must be a number, got nan"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(parameters, message):
+    with pytest.raises(UserError, match=message):
+        check_global_parameters(GUIDED_MEAN, parameters, "pair.yaml")
+
+
+def test_only_switches_that_are_mergekits_are_left_out():
+    given = {"normalize": True, "int8_mask": True, "rescale": False, "lambda": 0.5, "power": 1, "flor": 2}
+    assert known_parameters(GUIDED_MEAN, given) == {"lambda": 0.5, "power": 1, "flor": 2}
+    assert known_parameters(GUIDED_TIES, {"normalize": True, "int8_mask": True}) == {"normalize": True}
+    check_global_parameters(GUIDED_MEAN, {"lambda": 0.5, "power": 1, "floor": [0.1, 0.2]}, "pair.yaml")
+
+
+def test_counterparts_are_mergekits():
+    from dataclasses import replace
+
+    assert counterpart(replace(GUIDED_MEAN, keeps=""), "guided_mean") is TASK_ARITHMETIC
+    assert counterpart(GUIDED_MEAN, "guided_mean").name == "breadcrumbs"
+    assert counterpart(GUIDED_TIES, "ties") is DENSITY_METHODS["ties"]
+    assert counterpart(TASK_ARITHMETIC, "task_arithmetic") is TASK_ARITHMETIC

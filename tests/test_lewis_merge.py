@@ -1,0 +1,532 @@
+"""Command 2 as a user meets it: golden recipes, flags, print-out, and every wrong input it can be given."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+import lewis_merge
+from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
+from utils.errors import run_command
+
+TIES = "pair_0.3_0.8_generated_ties_merge_config.yaml"
+DARE = "pair_0.3_0.8_generated_dare_ties_merge_config.yaml"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lewis_merge.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(lewis_merge.main)
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path, golden, monkeypatch):
+    """A copy of one golden setting to spoil, in a folder from which the config's model paths are right."""
+    shutil.copytree(golden / "sparsity50", tmp_path / "dfs")
+    for recipe in (tmp_path / "dfs").glob("*_merge_config.yaml"):
+        recipe.unlink()
+    shutil.move(tmp_path / "dfs" / "pair.yaml", tmp_path / "pair.yaml")
+    (tmp_path / "models").symlink_to(golden / "models")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _flags(work, *more):
+    return ["--delta_dfs_in_dir", work / "dfs", "--config_file", work / "pair.yaml", "--out_dir", work / "out", *more]
+
+
+def _edit_config(work, **changes):
+    config = yaml.safe_load((work / "pair.yaml").read_text())
+    for key, value in changes.items():
+        if value is None:
+            del config[key]
+        else:
+            config[key] = value
+    (work / "pair.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _edit_csv(work, change, name="math"):
+    path = work / "dfs" / f"{name}_delta.csv"
+    frame = change(pd.read_csv(path))
+    frame.to_csv(path, index=False)
+
+
+def _write_norms(work, golden, **manifest):
+    """Add what command 1 records beside the delta tables: norms.csv and a manifest."""
+    config = yaml.safe_load((work / "pair.yaml").read_text())
+    from utils.guidance.folder import csv_bytes
+    from utils.models.checkpoints import open_checkpoint, weight_file_record
+    from utils.pair.config import read_pair_config
+
+    rows, models = [], []
+    for entry in config["model_info"]:
+        checkpoint = open_checkpoint(str(golden / entry["name"]))
+        models.append({"type": entry["type"], **weight_file_record(checkpoint)})
+        for component in config["components"]:
+            for layer in range(3):
+                name = f"model.layers.{layer}.{config['prefix_mapping'][component]}.weight"
+                shape = checkpoint.tensors[name].shape
+                rows.append((entry["type"], layer, component, name, 1.0, shape[0] * shape[1]))
+    norms = pd.DataFrame(rows, columns=["model", "layer", "component", "tensor", "norm", "params"])
+    (work / "dfs" / "norms.csv").write_bytes(csv_bytes(norms))
+    content = {
+        "options": read_pair_config(work / "pair.yaml").options(),
+        "models": models,
+        "files": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((work / "dfs").glob("*.csv"))
+        },
+        **manifest,
+    }
+    (work / "dfs" / "manifest.json").write_text(json.dumps(content))
+
+
+# --- golden -----------------------------------------------------------------------------------------------------------
+
+
+def test_golden_recipes_come_out_byte_for_byte(golden, tmp_path, run_command_line):
+    common = ["--delta_dfs_in_dir", "sparsity50", "--config_file", "sparsity50/pair.yaml", "--out_dir", tmp_path]
+    for more, name in (
+        (["--gamma", "0.3", "--epsilon", "0.8", "--merge_method", "ties"], TIES),
+        (["--gamma=0.3", "--merge-method", "dare_ties", "--apply_lewis_to_weights"], DARE),
+    ):
+        done = run_command_line("lewis_merge.py", *common, *more, cwd=golden)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name).read_bytes() == (golden / "sparsity50" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([TIES, DARE])
+
+
+def test_golden_recipes_of_unpruned_models(golden, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(golden)
+    _golden_recipes("sparsity0", golden, tmp_path, call)
+
+
+@pytest.mark.parametrize("setting", ["gsm8k_sparsity0", "gsm8k_sparsity50"])
+def test_golden_recipes_of_real_text(setting, real_data, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(real_data / "golden")
+    _golden_recipes(setting, real_data / "golden", tmp_path, call)
+
+
+def _golden_recipes(setting, folder, out, call):
+    common = ["--delta_dfs_in_dir", setting, "--config_file", f"{setting}/pair.yaml", "--out_dir", out]
+    assert call(*common)[0] == 0
+    assert call(*common, "--merge_method", "dare_ties", "--apply_lewis_to_weights", "True")[0] == 0
+    for name in (TIES, DARE):
+        assert (out / name).read_bytes() == (folder / setting / name).read_bytes()
+
+
+# --- what it says and writes ------------------------------------------------------------------------------------------
+
+
+def test_the_printout_holds_what_a_person_wants(work, call):
+    code, out, err = call(*_flags(work, "--control", "uniform", "--plot"))
+    assert code == 0
+    assert "minmax: 0.3 for the smallest delta" in out
+    assert "math (models/math)" in out and "code (models/code)" in out
+    frame = pd.read_csv(work / "dfs" / "math_delta.csv")
+    assert "density       min 0.3000" in out and "max 0.8000" in out
+    assert "by layer" in out and "by component" in out
+    assert f"filters: {frame.size} per expert; each hits its own tensor and nothing else" in out
+    assert "covered: 21 of 29 tensors" in out
+    assert "embeddings and head: 26.1%, model.embed_tokens.weight" in out
+    assert "norms and biases" in out
+    assert f"python3 utils/merger.py --output_path {work / 'merged_models'}" in out
+    assert f"--merge_config {work / 'out' / TIES}" in out
+    assert "has no manifest.json" in err and "has no manifest.json" not in out
+    written = sorted(path.name for path in (work / "out").iterdir())
+    stem = TIES.removesuffix(".yaml")
+    uniform = TIES.replace("_ties_", "_ties_uniform_")
+    assert written == sorted([TIES, uniform, f"{stem}_math_density.png", f"{stem}_code_density.png"])
+
+
+def _densities(path, expert=1):
+    parameters = yaml.safe_load(path.read_text())["models"][expert]["parameters"]
+    return [item["value"] for item in parameters["density"][:-1]]
+
+
+def _mean(work, path, expert=1):
+    """The mean density over parameters, from the recipe and the checkpoint alone."""
+    from utils.models.checkpoints import open_checkpoint
+
+    tensors = open_checkpoint(str(work / "models" / "base")).tensors
+    parameters = yaml.safe_load(path.read_text())["models"][expert]["parameters"]
+    sizes = []
+    for item in parameters["density"][:-1]:
+        (name,) = [name for name in tensors if name.startswith(item["filter"] + ".")]
+        sizes.append(tensors[name].shape[0] * tensors[name].shape[1])
+    values = _densities(path, expert)
+    return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
+
+
+def test_the_uniform_control_has_the_guided_mean(work, call):
+    assert call(*_flags(work, "--control", "uniform"))[0] == 0
+    guided, uniform = work / "out" / TIES, work / "out" / TIES.replace("_ties_", "_ties_uniform_")
+    for expert in (1, 2):
+        assert len(set(_densities(uniform, expert))) == 1
+        assert _mean(work, uniform, expert) == pytest.approx(_mean(work, guided, expert), abs=1e-12)
+    assert _densities(uniform, 1) != _densities(uniform, 2)
+
+
+def test_a_mean_density_is_hit_by_both_recipes(work, call):
+    code, out, _ = call(*_flags(work, "--mean_density", "0.1", "--bound", "clip", "--control", "uniform"))
+    assert code == 0 and "no longer bind" in out
+    for tags in ("clip_mean0.1", "clip_mean0.1_uniform"):
+        path = work / "out" / TIES.replace("_ties_", f"_ties_{tags}_")
+        for expert in (1, 2):
+            assert _mean(work, path, expert) == pytest.approx(0.1, abs=1e-9)
+
+
+def test_clip_says_how_much_is_at_its_bounds(work, call):
+    _, out, _ = call(*_flags(work, "--bound", "clip"))
+    values = _densities(work / "out" / TIES.replace("_ties_", "_ties_clip_"))
+    low, high = (sum(value == bound for value in values) / len(values) for bound in (0.3, 0.8))
+    assert f"at the bounds {low:.0%} of the tensors at 0.3, {high:.0%} at 0.8" in out
+
+
+def test_lambda_and_out_dtype_reach_the_recipe(work, call):
+    assert call(*_flags(work, "--lambda", "0.7", "--out-dtype", "float32"))[0] == 0
+    recipe = yaml.safe_load((work / "out" / TIES).read_text())
+    assert recipe["parameters"] == {"normalize": True, "int8_mask": True, "lambda": 0.7}
+    assert recipe["out_dtype"] == "float32"
+
+
+def test_the_order_of_csv_columns_does_not_matter(work, call):
+    call(*_flags(work))
+    first = (work / "out" / TIES).read_bytes()
+    _edit_csv(work, lambda frame: frame[list(reversed(frame.columns))])
+    code, out, _ = call(*_flags(work))
+    assert code == 0 and "already holds exactly this" in out
+    assert (work / "out" / TIES).read_bytes() == first
+
+
+def test_a_repeated_run_succeeds_and_changes_nothing(work, call):
+    flags = _flags(work, "--plot", "--control", "uniform")
+    assert call(*flags)[0] == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()}
+    code, out, _ = call(*flags)
+    assert code == 0 and out.count("already holds exactly this") == 4
+    assert {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()} == before
+
+
+def test_other_content_needs_overwrite(work, call):
+    call(*_flags(work))
+    (work / "out" / TIES).write_text("mine")
+    code, _, err = call(*_flags(work, "--control", "uniform"))
+    assert code == 2 and TIES in err and "--overwrite" in err
+    assert (work / "out" / TIES).read_text() == "mine"
+    assert len(list((work / "out").iterdir())) == 1  # the control was not written either
+    assert call(*_flags(work, "--overwrite"))[0] == 0
+    assert yaml.safe_load((work / "out" / TIES).read_text())["merge_method"] == "ties"
+
+
+def test_files_of_others_stay(work, call):
+    (work / "out").mkdir()
+    (work / "out" / "notes.txt").write_text("mine")
+    assert call(*_flags(work, "--overwrite"))[0] == 0
+    assert (work / "out" / "notes.txt").read_text() == "mine"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_names_are_used_where_the_models_are_not_here(work, golden, call):
+    _write_norms(work, golden)
+    (work / "models").unlink()
+    code, out, err = call(*_flags(work, "--control", "uniform"))
+    assert code == 0, err
+    assert "proven only against each other" in out and err == ""
+    assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
+
+
+def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden, call):
+    (work / "models").unlink()
+    code, _, err = call(*_flags(work))
+    assert code == 0 and "nothing could be proven" in err
+    assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
+    for more in (["--mean_density", "0.1"], ["--control", "uniform"]):
+        code, _, err = call(*_flags(work, *more))
+        assert code == 2 and more[0] in err and "sizes" in err
+
+
+def test_a_full_folder_is_silent(work, golden, call):
+    _write_norms(work, golden)
+    code, out, err = call(*_flags(work))
+    assert (code, err) == (0, "")
+    assert "15 samples of gsm8k, sparsity_ratio 0.5" in out
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gpt_neox", "phi3_tied", "llama_bias"])
+def test_other_architectures_with_components_from_the_csv(family, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "expert_1")):
+        save_tiny(family, tmp_path / name, seed)
+    paths = FAMILIES[family][2]
+    (tmp_path / "dfs").mkdir()
+    frame = pd.DataFrame({f"{path}_delta_expert_1_base": [0.2, 0.5, 0.3] for path in paths})
+    frame.to_csv(tmp_path / "dfs" / "expert_1_delta.csv", index=False)
+    models = [{"name": "./base", "type": "base"}, {"name": "./expert_1", "type": "expert_1"}]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"model_info": models}))
+    code, out, err = call("--delta_dfs_in_dir", "dfs", "--config_file", "tiny.yaml", "--out_dir", "out", "--plot")
+    assert code == 0, err
+    recipe = yaml.safe_load((tmp_path / "out" / TIES.replace("pair", "tiny")).read_text())
+    filters = [item["filter"] for item in recipe["models"][1]["parameters"]["density"][:-1]]
+    assert filters == [f"{block_prefix(family)}.{layer}.{path}" for path in paths for layer in range(LAYERS)]
+    assert ("by mergekit's definition\n" in out) == (family in ("qwen2", "gpt2"))
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_one_normalized_expert_get_a_warning(work, call):
+    _edit_config(work, target_model_names={"math": "models/math"})
+    code, _, err = call(*_flags(work, "--apply_lewis_to_weights"))
+    assert code == 0 and "no effect" in err and "normalize: false" in err
+    assert len(yaml.safe_load((work / "out" / TIES).read_text())["models"]) == 2
+    _, _, err = call(*_flags(work))
+    assert "no effect" not in err
+
+
+def test_an_edited_csv_gets_a_warning(work, golden, call):
+    _write_norms(work, golden)
+    _edit_csv(work, lambda frame: frame * 0.5)
+    code, _, err = call(*_flags(work))
+    assert code == 0 and "math_delta.csv differs" in err
+
+
+def test_other_settings_get_a_warning(work, golden, call):
+    _write_norms(work, golden)
+    _edit_config(work, sparsity_ratio=0.1, nsamples=3)
+    code, _, err = call(*_flags(work))
+    assert code == 0 and "sparsity_ratio 0.5" in err and "nsamples 15" in err
+
+
+# --- wrong input: exit code 2, one message, nothing written -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--gamma", "0.9"], ["--gamma 0.9", "--epsilon 0.8", "swap"]),
+        (["--gamma", "-0.1"], ["--gamma", "outside [0, 1]"]),
+        (["--epsilon", "1.5"], ["--epsilon", "outside (0, 1]"]),
+        (["--epsilon", "0", "--gamma", "0"], ["--epsilon", "outside (0, 1]"]),
+        (["--gamma", "nan"], ["--gamma", "finite"]),
+        (["--gamma", "inf"], ["--gamma", "finite"]),
+        (["--gamma", "0,3"], ["--gamma", "decimal point"]),
+        (["--gamma", "0.2", "--gamma", "0.3"], ["--gamma is given twice"]),
+        (["--out-dir", "elsewhere"], ["--out_dir is given twice"]),
+        (["--mean_density", "0"], ["--mean_density", "outside (0, 1]"]),
+        (["--mean_density", "1.01"], ["--mean_density"]),
+        (["--lambda", "0"], ["--lambda"]),
+        (["--lambda", "big"], ["--lambda", "not a number"]),
+        (["--out_dtype", "bf16"], ["--out_dtype", "bfloat16"]),
+        (["--bound", "max"], ["--bound", "minmax"]),
+        (["--control", "random"], ["--control", "uniform"]),
+        (["--plot", "maybe"], ["--plot", "neither True nor False"]),
+        (["--merge_metod", "ties"], ["--merge_metod", "--merge_method"]),
+        (["--merge_method", "dare-ties"], ["did you mean dare_ties"]),
+        (["--merge_method", "TIES"], ["did you mean ties"]),
+        (["--merge_method", "task_arithmetic"], ["ignores densities", "dare_linear"]),
+        (["--merge_method", "slerp"], ["ignores densities"]),
+        (["--mean_density", "1", "--gamma", "0"], ["cannot be reached", "--gamma"]),
+    ],
+)
+def test_wrong_flags(more, words, work, call):
+    code, _, err = call(*_flags(work, *more))
+    assert code == 2
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err and not (work / "out").exists() and not (work / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("missing", ["--delta_dfs_in_dir", "--config_file", "--out_dir"])
+def test_required_flags(missing, work, call):
+    flags = _flags(work)
+    place = flags.index(missing)
+    code, _, err = call(*flags[:place], *flags[place + 2 :])
+    assert code == 2 and missing in err
+
+
+def _drop_csv(work):
+    (work / "dfs" / "math_delta.csv").unlink()
+
+
+def _foreign_csv(work):
+    shutil.copy(work / "dfs" / "math_delta.csv", work / "dfs" / "other_delta.csv")
+
+
+def _swap_csvs(work):
+    math, code = (work / "dfs" / f"{name}_delta.csv" for name in ("math", "code"))
+    text = math.read_text()
+    math.write_text(code.read_text())
+    code.write_text(text)
+
+
+def _text(replace, by):
+    def change(work):
+        path = work / "dfs" / "math_delta.csv"
+        text = path.read_text()
+        assert replace in text
+        path.write_text(text.replace(replace, by, 1))
+
+    return change
+
+
+def _csv(change):
+    return lambda work: _edit_csv(work, change)
+
+
+def _config(**changes):
+    return lambda work: _edit_config(work, **changes)
+
+
+def _no_folder(work):
+    shutil.rmtree(work / "dfs")
+
+
+def _empty_folder(work):
+    _no_folder(work)
+    (work / "dfs").mkdir()
+
+
+def _out_is_a_file(work):
+    (work / "out").write_text("mine")
+
+
+def _broken_manifest(work):
+    (work / "dfs" / "manifest.json").write_text("{")
+
+
+def _broken_model(work):
+    source = (work / "models").resolve()
+    (work / "models").unlink()
+    shutil.copytree(source, work / "models")
+    path = work / "models" / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _other_layers(work):
+    source = (work / "models").resolve()
+    (work / "models").unlink()
+    shutil.copytree(source, work / "models")
+    shutil.rmtree(work / "models" / "math")
+    save_tiny("llama", work / "models" / "math", layers=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_no_folder, ["--delta_dfs_in_dir", "no such folder"]),
+        (_empty_folder, ["math_delta.csv is missing", "lewis_importance.py"]),
+        (_drop_csv, ["math_delta.csv is missing"]),
+        (_foreign_csv, ["other_delta.csv belongs to no expert"]),
+        (_swap_csvs, ["math_delta.csv", "columns must be"]),
+        (_csv(lambda frame: frame.drop(columns="v_proj_delta_math_base")), ["missing: v_proj_delta_math_base"]),
+        (_csv(lambda frame: frame.assign(extra=1)), ["unknown: extra"]),
+        (_csv(lambda frame: frame.reset_index()), ["unknown: index"]),
+        (_csv(lambda frame: frame.iloc[:-1]), ["differ in shape"]),
+        (_csv(lambda frame: frame.iloc[:0]), ["no rows"]),
+        (_csv(lambda frame: -frame), ["finite number of at least 0"]),
+        (_text("0.", "nan "), ["finite number"]),
+        (_text("0.", "=cmd|0."), ["finite number"]),
+        (_text(",", ";"), ["math_delta.csv"]),
+        (_text("q_proj_", "k_proj_"), ["given twice"]),
+        (_text("\n", "\n\n"), ["blank"]),
+        (_out_is_a_file, ["--out_dir", "is a file"]),
+        (_broken_manifest, ["manifest.json", "not valid JSON"]),
+        (_broken_model, ["models/base", "truncated"]),
+        (_other_layers, ["models/math", "lack"]),
+        (_config(global_parameters={"normalise": True}), ["normalise", "normalize"]),
+        (_config(global_parameters={"density": 0.5}), ["density", "per tensor"]),
+        (_config(components=["q_proj", "z_proj"], prefix_mapping=None), ["z_proj"]),
+        (_config(model_info=None), ["model_info"]),
+        (_config(nonsense=1), ["nonsense"]),
+    ],
+)
+def test_wrong_input(spoil, words, work, call):
+    spoil(work)
+    code, _, err = call(*_flags(work))
+    assert code == 2
+    assert all(word in err for word in words), err
+    assert err.count("error:") == 1 and "Traceback" not in err
+    assert not (work / "out").is_dir()
+
+
+def test_infinite_and_missing_values(work, call):
+    for value in ("inf", ""):
+        _edit_csv(work, lambda frame, value=value: frame.astype(object).where(frame != frame.iloc[1, 1], value))
+        code, _, err = call(*_flags(work))
+        assert code == 2 and "layer 1" in err and "k_proj_delta_math_base" in err
+
+
+def test_both_experts_without_their_last_layer(work, call):
+    for name in ("math", "code"):
+        _edit_csv(work, lambda frame: frame.iloc[:-1], name)
+    code, _, err = call(*_flags(work))
+    assert code == 2 and "2 rows" in err and "3 layers" in err
+
+
+def test_dataframes_of_another_config(work, golden, call):
+    _write_norms(work, golden)
+    config = yaml.safe_load((work / "pair.yaml").read_text())
+    config["model_info"][1]["name"] = config["target_model_names"]["math"] = "models/code2"
+    (work / "pair.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = call(*_flags(work))
+    assert code == 2 and "another pair config" in err and "'models/math'" in err
+
+
+def test_a_folder_in_the_way_of_the_recipe(work, call):
+    (work / "out" / TIES).mkdir(parents=True)
+    code, _, err = call(*_flags(work, "--overwrite"))
+    assert code == 2 and TIES in err and (work / "out" / TIES).is_dir()
+
+
+def test_an_unwritable_out_dir(work, call):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (work / "out").mkdir(mode=0o500)
+    code, _, err = call(*_flags(work))
+    assert code == 2 and "not writable" in err
+
+
+def test_a_missing_matplotlib_is_found_before_any_work(work, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = call(*_flags(work, "--plot"))
+    assert code == 2 and "pip install matplotlib" in err and out == ""
+
+
+def test_help_and_mistakes_do_not_load_the_big_libraries(work, run_command_line):
+    probe = (
+        "import sys, lewis_merge; from utils.errors import run_command\n"
+        "try: run_command(lewis_merge.main)\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'mergekit', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "print(code, heavy or 'light')"
+    )
+    (work / "probe.py").write_text(probe)
+    root = str(Path(lewis_merge.__file__).parent)
+    for arguments, code in ((["--help"], 0), (_flags(work, "--merge_method", "tie"), 2)):
+        done = run_command_line(work / "probe.py", *arguments, PYTHONPATH=root)
+        assert done.stdout.splitlines()[-1] == f"{code} light", done.stderr
+
+
+def test_help_names_every_flag_once(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    for flag in ("gamma", "epsilon", "merge_method", "bound", "mean_density", "control", "lambda", "out_dtype", "plot"):
+        assert out.count(f"\n  --{flag} ") == 1

@@ -1,0 +1,199 @@
+"""What command 2 prints, and the heatmaps it draws: the choices first, then what was decided, then what to do next."""
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from utils.guidance.decide_job import Decision
+from utils.recipes.coefficients import by_component, by_depth, mean_density
+from utils.recipes.filters import Coverage, NamedTensor, name_template
+from utils.recipes.method_rules import OWN_METHODS, normalizes
+from utils.recipes.recipe import RecipeSettings
+from utils.runtime import versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from utils.commands.decide import DecideOptions, Result
+
+_PER_LINE = 6
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, each once."""
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def say_choices(
+    options: "DecideOptions", settings: RecipeSettings, decision: Decision, manifest: Mapping[str, Any] | None
+) -> None:
+    """Print what the recipe is made from, and how."""
+    found = versions()
+    print(
+        "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "mergekit", "transformers", "pandas"))
+    )
+    experts = ", ".join(entry.type for entry in options.experts)
+    print(f"guidance: {options.method.name}, {options.method.summary}")
+    places = decision.table[decision.table["component"] != ""]
+    size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
+    print(f"measured: {size}, experts {experts}{_samples(manifest)}")
+    method = settings.method
+    print(f"method:   {method.name}, {_what_it_does(options, settings)}")
+    if method.name in OWN_METHODS:
+        idle = set(options.config.global_parameters) - set(settings.parameters)
+        if idle:
+            print(f"left out: {', '.join(sorted(idle))} of global_parameters, which {method.name} does not have")
+    for label, text in decision.how:
+        print(f"{label + ':' if label else '':<9} {text}")
+    if settings.lambda_ is not None:
+        before = options.config.global_parameters.get("lambda")
+        print(f"lambda:   {settings.lambda_}" + (f" (replaces the config's {before})" if before is not None else ""))
+    if method.extra:
+        wanted = settings.parameters.get(method.extra, method.extra_default)
+        print(
+            f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
+        )
+    if options.out_dtype:
+        print(f"written:  in {options.out_dtype}")
+
+
+def _what_it_does(options: "DecideOptions", settings: RecipeSettings) -> str:
+    method = settings.method
+    does = [f"keeps {method.keeps}"] if method.keeps else []
+    if not method.keeps or method.whole:
+        does.append(method.does)
+    if "normalize" in method.switches:
+        divides = normalizes(method, settings.parameters)
+        asked = options.config.global_parameters.get("normalize")
+        replaced = " (weights per layer need that; the config's true is for densities)" if asked and not divides else ""
+        does.append(f"normalize {'true' if divides else 'false'}{replaced}")
+    shared = (
+        number.name for number in method.numbers if number.name != "lambda" and number.name in settings.parameters
+    )
+    return "; ".join([*does, *(f"{name} {settings.parameters[name]}" for name in shared)])
+
+
+def say_result(options: "DecideOptions", settings: RecipeSettings, result: "Result") -> None:
+    """Print each expert's densities and weights, what the filters cover, and the control's."""
+    columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
+    naming = result.decision.naming
+    for entry in options.experts:
+        part = result.decision.table[result.decision.table["model"] == entry.type]
+        print(f"\n{entry.type} ({entry.name})")
+        for column in columns:
+            _say_column(part if column == "weight" else part[part["component"] != ""], column)
+        if result.control is not None:
+            own = result.control[result.control["model"] == entry.type]
+            _say_control(own[own["component"] != ""], columns, str(options.control))
+    for line in result.decision.after:
+        print(line)
+    count = len(set((naming.group_filters or naming.filters).values()))
+    if not columns:
+        print("\nfilters: none; every tensor of an expert is merged alike")
+        return
+    print(f"\nfilters: {count} per expert; {naming.evidence}")
+    if naming.coverage is not None:
+        _say_coverage(naming.coverage)
+
+
+def _say_column(part: "pd.DataFrame", column: str) -> None:
+    values, mean = part[column], mean_density(part, column)
+    kind = "mean over parameters" if mean is not None else "mean over tensors, sizes are not known"
+    shown = mean if mean is not None else float(values.mean())
+    print(f"  {column:<13} min {values.min():.4f}, mean {shown:.4f}, max {values.max():.4f} ({kind})")
+    _say_pairs("by layer", by_depth(part, column))
+    components = by_component(part[part["component"] != ""], column)
+    if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
+        components = [("each", components[0][1])]
+    _say_pairs("by component", components)
+
+
+def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> None:
+    density, weight = part["density"].iloc[0], part["weight"]
+    if "density" in columns:
+        print(f"  control       {density:.6f} everywhere")
+    if kind == "lines" or "weight" in columns or float(weight.iloc[0]) != 1:
+        spread = f"{weight.min():.6f}" if weight.min() == weight.max() else f"{weight.min():.4f} to {weight.max():.4f}"
+        print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
+
+
+def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
+    """Print what was written, what was there already, and the next command for each recipe.
+
+    Args:
+        options: for the folder.
+        recipes: file names of the recipes, the guided one first.
+        names: every file name.
+        written: those that were not there with this very content.
+    """
+    print()
+    for name in names:
+        path = options.out_dir / name
+        print(f"wrote {path}" if name in written else f"{path} already holds exactly this; left as it is")
+    print("next:")
+    for recipe, suffix in zip(recipes, ("", f"_{options.control}"), strict=False):
+        target = options.out_dir.parent / f"merged_models{suffix}"
+        print(
+            f"  python3 utils/merger.py --output_path {shlex.quote(str(target))} \\\n"
+            f"    --merge_config {shlex.quote(str(options.out_dir / recipe))}"
+        )
+
+
+def heatmaps(options: "DecideOptions", settings: RecipeSettings, decision: Decision) -> dict[str, bytes]:
+    """A PNG per expert by the end of its file name; all on one color scale."""
+    from utils.plots import heatmap
+
+    column = "weight" if options.method.gives == "weights" else "density"
+    table = decision.table[decision.table["component"] != ""]
+    low, high = decision.scale or (float(table[column].min()), float(table[column].max()))
+    how = "\n".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
+    pictures = {}
+    for entry in options.experts:
+        part = table[table["model"] == entry.type]
+        wide = part.pivot(index="layer", columns="component", values=column)[list(dict.fromkeys(part["component"]))]
+        mean = mean_density(part, column)
+        shown = f"mean {mean:.4f}" if mean is not None else f"mean over tensors {part[column].mean():.4f}"
+        title = f"{entry.type}: {settings.method.name} {column}, {options.method.name}\n{how}; {shown}"
+        pictures[f"{entry.type}_{column}.png"] = heatmap(wide, title, low, high, column)
+    return pictures
+
+
+def _samples(manifest: Mapping[str, Any] | None) -> str:
+    options = (manifest or {}).get("options")
+    if not isinstance(options, dict):
+        return ""
+    texts = [options.get("dataset")]
+    if isinstance(calibration := options.get("calibration"), dict) and calibration:
+        texts = list(calibration.values())
+    sources = [text.get("path") or text.get("name") for text in texts if isinstance(text, dict)]
+    named = ", ".join(dict.fromkeys(map(str, sources)))
+    return f"; {options.get('nsamples')} samples of {named}, sparsity_ratio {options.get('sparsity_ratio')}"
+
+
+def _say_pairs(label: str, pairs: Sequence[tuple[str, float]]) -> None:
+    for start in range(0, len(pairs), _PER_LINE):
+        shown = "  ".join(f"{name}: {value:.3f}" for name, value in pairs[start : start + _PER_LINE])
+        print(f"  {label if start == 0 else '':<13} {shown}")
+
+
+def _say_coverage(coverage: Coverage) -> None:
+    share = coverage.params / coverage.all_params
+    print(
+        f"covered: {coverage.tensors} of {coverage.all_tensors} tensors, {share:.1%} of {coverage.all_params:,} "
+        "parameters"
+    )
+    if coverage.uncovered:
+        print("not covered (density 1, weight 1):")
+    for kind, tensors in coverage.uncovered.items():
+        params = sum(tensor.params for tensor in tensors)
+        print(f"  {kind}: {params / coverage.all_params:.1%}, {_templates(tensors)}")
+
+
+def _templates(tensors: Sequence[NamedTensor]) -> str:
+    counts: Mapping[str, int] = {}
+    for tensor in tensors:
+        template = name_template(tensor.name)
+        counts = {**counts, template: counts.get(template, 0) + 1}
+    return ", ".join(name if count == 1 else f"{name} (x{count})" for name, count in counts.items())

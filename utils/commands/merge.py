@@ -1,0 +1,110 @@
+"""A merge from settings to a published folder: preflight, run, check, card, manifest, rename."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+from utils.merging.output_folder import check_apart, check_output, left_over, open_stage
+from utils.merging.quick_check import check_quickly
+from utils.merging.recipe_file import read_recipe
+from utils.merging.settings import MergeSettings
+from utils.models.page_cache import AHEAD, read_ahead
+from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
+
+if TYPE_CHECKING:
+    from utils.merging.preflight import Preflight
+
+_OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
+_LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
+
+
+def merge(settings: MergeSettings) -> None:
+    """Merge as the settings say, and print what was done.
+
+    Raises:
+        UserError: anything the user can mend. The output folder is then as it was.
+    """
+    recipe = read_recipe(settings.merge_config)
+    check_apart(settings.output_path, recipe.local_folders())
+    output = check_output(settings.output_path, overwrite=settings.overwrite)
+    _check_mergekit()
+    checkpoints = check_quickly(recipe, settings.lora_merge_cache)
+    if not settings.dry_run:
+        read_ahead(checkpoints, min(AHEAD, available_host_bytes() // 4))
+    _set_up_libraries(settings)
+
+    from utils.merging.preflight import preflight
+
+    ready = preflight(settings, recipe, output, lambda line: _say([line], settings))
+    _warn(ready.warnings)
+    _warn(f"a killed run has left {folder}; remove it" for folder in left_over(output))
+    if settings.dry_run:
+        print("dry run: everything was checked, nothing was written")
+        return
+
+    from utils.merging.result_check import check_result
+    from utils.merging.run import run_merge
+    from utils.merging.small_files import describe_result, write_small_files
+
+    start = time.perf_counter()
+    with open_stage(output) as stage:
+        run_merge(ready.plan, settings, ready.device, stage)
+        ready.check_unchanged()
+        seconds = time.perf_counter() - start
+        write_small_files(ready, stage)
+        report = check_result(ready.plan, settings, stage)
+        written = describe_result(ready, stage)
+    _say(report, settings)
+    _say_where(ready, written, seconds)
+
+
+def _check_mergekit() -> None:
+    try:
+        found = metadata.version("mergekit")
+    except metadata.PackageNotFoundError:
+        raise UserError("mergekit is not installed: pip install -r requirements.txt") from None
+    parts = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    if not _OLDEST <= parts < _TOO_NEW:
+        raise UserError(
+            f"mergekit {found} is installed; this project works with >=0.1.5,<0.2: pip install -r requirements.txt"
+        )
+
+
+def _set_up_libraries(settings: MergeSettings) -> None:
+    if settings.transformers_cache:  # read once, when huggingface_hub is imported
+        os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
+    logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
+
+    import_libraries("torch", "transformers", "mergekit.merge", "mergekit.merge_methods")
+
+    import torch
+    import transformers
+
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    transformers.utils.logging.disable_progress_bar()
+    if not settings.verbosity:
+        transformers.utils.logging.set_verbosity_error()
+
+
+def _say(lines: Iterable[str], settings: MergeSettings) -> None:
+    if not settings.quiet:
+        print(*lines, sep="\n", flush=True)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _say_where(ready: "Preflight", written: int, seconds: float) -> None:
+    folder = str(ready.settings.output_path)
+    peak = peak_gpu_memory(devices_used(ready.device, all_of_them=ready.settings.multi_gpu))
+    print(f"\nmerged in {seconds:.2f} s{peak}; wrote {gigabytes(written)} to {folder}\nload it with\n")
+    print("    from transformers import AutoModelForCausalLM")
+    print(f"    model = AutoModelForCausalLM.from_pretrained({folder!r})")

@@ -1,0 +1,93 @@
+"""Do the dataframes belong to this pair config? What the manifest recorded, compared with what is asked now."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import raise_collected
+from utils.models.checkpoints import Checkpoint, header_hash, is_local
+from utils.pair.config import ModelEntry, PairConfig
+
+_MODEL_OPTIONS = ("model_info", "base_model_type")
+
+
+def compare_with_manifest(
+    config: PairConfig, experts: Sequence[ModelEntry], manifest: Mapping[str, Any] | None
+) -> list[str]:
+    """Compare the models and settings that were measured with the config's.
+
+    Returns:
+        Sentences about settings that differ (the numbers are usable, but not what this config would measure); empty
+        without a manifest, whose absence `folder` warns about.
+
+    Raises:
+        UserError: another base or other experts were measured.
+    """
+    if manifest is None:
+        return []
+    options = manifest.get("options")
+    recorded = options.get("model_info") if isinstance(options, dict) else None
+    if not isinstance(recorded, list) or not all(isinstance(entry, dict) for entry in recorded):
+        return ["manifest.json does not say which models were measured, so that cannot be checked"]
+    by_type = {entry.get("type"): entry for entry in recorded}
+    problems = []
+    for entry in (config.base, *experts):
+        found = by_type.get(entry.type)
+        if found is None:
+            problems.append(f"no {entry.type!r} was measured, only {', '.join(map(repr, by_type))}")
+        elif not _same_model(entry, found):
+            problems.append(f"{entry.type!r} was measured as {_shown(found)}, the config says {_shown(vars(entry))}")
+    if options.get("base_model_type") != config.base_model_type:
+        problems.append(
+            f"measured against the base type {options.get('base_model_type')!r}, the config's is "
+            f"{config.base_model_type!r}"
+        )
+    raise_collected(problems, "the dataframes are of another pair config (measure again, or give theirs)")
+    now, then = _flat(config.options()), _flat(options)
+    return [
+        f"measured with {key} {then[key]!r}, the config now says {now[key]!r}; measure again if that matters"
+        for key in now
+        if key in then and then[key] != now[key]
+    ]
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings other than the models, nested ones as `dataset.seed`."""
+    flat = {}
+    for key, value in options.items():
+        if key in _MODEL_OPTIONS:
+            continue
+        nested = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{inner}" if inner else key: item for inner, item in nested.items()}
+    return flat
+
+
+def changed_checkpoints(manifest: Mapping[str, Any] | None, local: Mapping[str, Checkpoint]) -> list[str]:
+    """Sentences about local checkpoints (by type) whose weight files are not those that were measured."""
+    models = (manifest or {}).get("models")
+    entries = models if isinstance(models, list) else []
+    recorded = {entry.get("type"): entry for entry in entries if isinstance(entry, dict)}
+    return [
+        f"the weight files of {checkpoint.name} were saved anew since they were measured; measure again if they changed"
+        for model_type, checkpoint in local.items()
+        if (digest := recorded.get(model_type, {}).get("header_sha256"))
+        and digest != header_hash(checkpoint.tensors.values())
+    ]
+
+
+def _same_model(entry: ModelEntry, found: Mapping[str, Any]) -> bool:
+    name = found.get("name")
+    if entry.revision != found.get("revision") or not isinstance(name, str):
+        return False
+    if name == entry.name:
+        return True
+    return is_local(name) and is_local(entry.name) and _place(name) == _place(entry.name)
+
+
+def _place(name: str) -> Path:
+    return Path(name).expanduser().resolve()
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    revision = entry.get("revision")
+    return f"{entry.get('name')!r}" + (f" at revision {revision!r}" if revision else "")

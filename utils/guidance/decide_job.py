@@ -1,0 +1,70 @@
+"""What the *decide* half of a guidance method works on, and what it returns."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.models.checkpoints import Checkpoint
+from utils.pair.config import ModelEntry, PairConfig
+from utils.recipes.naming import Naming
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class DecideJob:
+    """Everything a *decide* half needs.
+
+    `experts` are those to merge, in their order in the recipe. `folder` is the dataframe folder, `manifest` what it says
+    (None: a folder of bare CSVs). `local` are the checkpoints on this machine, by type. `options` are the values of the
+    method's own flags. `mean_density` is the share of the measured parameters to keep, None where the user gave none.
+    """
+
+    config: PairConfig
+    experts: tuple[ModelEntry, ...]
+    folder: Path
+    manifest: Mapping[str, Any] | None
+    local: Mapping[str, Checkpoint]
+    merge_method: str
+    options: Mapping[str, Any]
+    mean_density: float | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a *decide* half decided.
+
+    Attributes:
+        table: densities and weights (`utils/recipes/coefficients.py`).
+        naming: the names and filters of the table's tensors.
+        writes_weights: whether the table's weights belong into the recipe; otherwise all are 1.
+        how: (label, sentence) pairs that say how the numbers came about.
+        after: lines about the result.
+        warnings: sentences.
+        numbers: gamma and epsilon, where the recipe's file name begins with them.
+        tags: what the recipe's file name says of the other options, before the guidance's name.
+        lambda_: the factor on the merged delta if neither a flag nor the pair config gives one; None: mergekit's.
+        merge_method: the method the recipe names, if it is not the one asked for.
+        parameters: global parameters that the recipe gains.
+        vectors: by expert type, the content of the file of saliency vectors that `merge_method` reads.
+        pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
+        scale: the ends of the color scale of the heatmaps, None for those of the table.
+    """
+
+    table: "pd.DataFrame"
+    naming: Naming
+    writes_weights: bool
+    how: tuple[tuple[str, str], ...]
+    after: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    numbers: tuple[float, ...] = ()
+    tags: tuple[str, ...] = ()
+    lambda_: float | None = None
+    merge_method: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Mapping[str, bytes] = field(default_factory=dict)
+    pictures: Callable[[], Mapping[str, bytes]] = dict
+    scale: tuple[float, float] | None = None

@@ -1,0 +1,103 @@
+"""What one expert's pass gives for the saliency budget: rows of its tables, and vectors for every parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.guidance.measure_job import MeasureJob, OnBlock
+from utils.guidance.saliency_budget.factors import explained_share, row_column_factors
+from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
+from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
+from utils.guidance.saliency_budget.tables import COLUMNS, TENSORS
+from utils.models.weight_source import tied_names
+from utils.passes.subjects import Subject
+
+
+@dataclass(frozen=True)
+class ExpertMeasurement:
+    """Rows of the two tables, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert."""
+
+    tensors: list[tuple]
+    bins: list[tuple]
+    vectors: Mapping[str, tuple[Tensor, ...]]
+    losses: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def measure_saliency(
+    job: MeasureJob,
+    base: Subject,
+    expert: Subject,
+    at: tuple[bool, bool],
+    device: torch.device,
+    on_block: OnBlock,
+) -> ExpertMeasurement:
+    """Take base and expert back through their blocks on the expert's text.
+
+    Args:
+        job: for texts, weights, and the exponent `saliency_power` of F in the saliencies that are counted. Vectors are of
+            F itself.
+        base, expert: with skeletons that no other thread uses.
+        at: whether gradients are taken at the base, and at the expert; F is the sum of both.
+        device: where to compute.
+        on_block: called twice per block and model with gradients.
+
+    Raises:
+        UserError: weights or gradients that are not finite; as `squares_pass`.
+    """
+    name, power = expert.entry.type, job.options["saliency_power"]
+    sides = []
+    for subject, wanted in zip((base, expert), at, strict=True):
+        samples = job.text(subject, expert).encoded if wanted else None
+        sides.append(Side(subject.decoder, job.open_weights(subject, device), samples))
+    tensors, bins, vectors = [], [], {}
+    with squares_pass(*sides, device, on_block) as both:
+        for part in both.parts:
+            tensor = base.stored_name(base.decoder.weight_name(part.layer, part.component))
+            try:
+                histogram = saliency_histogram(part.base, part.expert, part.squares, power)
+            except ValueError:
+                raise _not_finite(tensor, base, expert) from None
+            vectors[tensor] = row_column_factors(part.squares)
+            explained = explained_share(part.squares, *vectors[tensor])
+            tensors.append(_tensor_row(name, tensor, part, histogram, explained))
+            full = histogram.counts.nonzero().flatten().tolist()
+            bins += [(name, tensor, number, int(histogram.counts[number])) for number in full]
+        for parameter, axes in both.others.items():
+            tensor = _stored_name((base, expert), parameter)
+            if not all(bool(axis.isfinite().all()) for axis in axes):
+                raise _not_finite(tensor, base, expert)
+            vectors[tensor] = axes
+        return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses)
+
+
+def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:
+    return UserError(
+        f"{tensor}: the weights of {base.entry.name} or {expert.entry.name}, or their gradients, are not finite in "
+        f"{expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16"
+    )
+
+
+def _stored_name(subjects: Sequence[Subject], parameter: str) -> str:
+    """A parameter's name in the first checkpoint that has it: its own, else that of the one it is tied to."""
+    tied = tied_names(subjects[0].decoder.model)
+    others = [tied.get(parameter), *(name for name, other in tied.items() if other == parameter)]
+    for name in (parameter, *others):
+        for subject in subjects:
+            if name is not None and (subject.headers is None or name in subject.headers):
+                return subject.stored_name(name)
+    raise ValueError(f"no checkpoint has {parameter}")
+
+
+def _tensor_row(
+    model: str, tensor: str, part: ComponentSquares, histogram: SaliencyHistogram, explained: float
+) -> tuple:
+    place = (model, part.layer, part.component.name, tensor, part.base.numel())
+    return (*place, histogram.changed, histogram.zeros, histogram.norm, explained)
+
+
+def _by_layer(rows: list[tuple]) -> list[tuple]:
+    """Rows in the order of the layers; they were measured from the last to the first."""
+    return sorted(rows, key=lambda row: row[COLUMNS[TENSORS].index("layer")])

@@ -1,0 +1,190 @@
+"""Base and expert side by side, block by block from the last to the first, with the squared gradients of their weights.
+
+    F_ij = sum over samples of (dL/dW_ij)^2
+
+a diagonal empirical Fisher information, per sample, at the base's weights, at the expert's, or the sum of both. Models
+whose gradients are taken go back in lock-step; a model whose gradients are not taken only has its blocks fetched.
+
+F is held whole for the linear parts of one block. Of every other parameter, embeddings and head included, only what a
+vector per axis needs is summed up, so that F of a vocabulary is never in memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.guidance.saliency_budget.factors import AxisSums
+from utils.models.decoder import Component, Decoder
+from utils.models.weight_source import WeightSource
+from utils.passes.block_gradients import BlockDone, backward_pass
+from utils.passes.block_runner import BlocksInTurn
+
+OnBlock = Callable[[int], None]
+
+
+class SquaredGradients:
+    """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
+
+    Args:
+        whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
+        outlined: those of which sums over axes are enough (`utils/guidance/saliency_budget/factors.py`), in `outlines` until taken.
+    """
+
+    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset()) -> None:
+        self.whole, self.outlined = whole, outlined
+        self.sums: dict[str, Tensor] = {}
+        self.outlines: dict[str, AxisSums] = {}
+
+    def wants(self, name: str) -> bool:
+        """The weights asked for."""
+        return name in self.whole or name in self.outlined
+
+    def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
+        """Add one sample's gradient of one parameter."""
+        if name not in self.whole:
+            if name not in self.outlines:
+                self.outlines[name] = AxisSums(gradient.shape, gradient.device)
+            self.outlines[name].add_squares(gradient)
+            return
+        exact = gradient.float()
+        if name in self.sums:
+            self.sums[name].addcmul_(exact, exact)
+        else:
+            self.sums[name] = exact * exact
+
+    def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
+        """Sums stay until they are taken."""
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
+        found = self.sums.pop(name, None)
+        return torch.zeros_like(like, dtype=torch.float32) if found is None else found
+
+    def take_factors(self, name: str, like: Tensor) -> tuple[Tensor, ...]:
+        """The vectors of an outlined parameter, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
+        found = self.outlines.pop(name, None)
+        return (AxisSums(like.shape, torch.device("cpu")) if found is None else found).factors()
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, and where its weights come from. With `samples` (token ids), its gradients on them count."""
+
+    decoder: Decoder
+    weights: WeightSource
+    samples: Sequence[Sequence[int]] | None
+
+
+@dataclass
+class ComponentSquares:
+    """One linear part of one block: the stored weights of both models, and F, of their shape and float32."""
+
+    layer: int
+    component: Component
+    base: Tensor
+    expert: Tensor
+    squares: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SquaresPass:
+    """Both models on their way back.
+
+    `losses` are each sample's (nats per token), by side, () where no gradients are taken. `parts` is computed as it is
+    iterated; tensors are in memory until the next one is asked for. Once it has ended, `others` has the vectors that
+    stand for F of every other parameter of one or two axes, in the blocks and outside, by its name in the model: tied
+    parameters have one name, the first one. float64 on the CPU.
+    """
+
+    losses: tuple[tuple[float, ...], tuple[float, ...]]
+    parts: Iterator[ComponentSquares]
+    others: Mapping[str, tuple[Tensor, ...]]
+
+
+@contextmanager
+def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlock) -> Iterator[SquaresPass]:
+    """Take base and expert through their blocks, and give each linear part with its squared gradients.
+
+    Memory: that of `backward_pass` for each side with gradients, with one sample's gradients of what lies outside the
+    blocks; two blocks of weights for one without; and one block's F in float32. Enter, iterate and leave in one thread.
+    Closes the weight sources.
+
+    Args:
+        base, expert: models of one architecture; decoders that no other thread uses meanwhile.
+        device: where to compute.
+        on_block: called twice per block and side with gradients.
+
+    Raises:
+        UserError: as `backward_pass`.
+    """
+    layers = range(len(base.decoder.blocks))
+    components = base.decoder.components
+    whole = frozenset(base.decoder.weight_name(layer, component) for layer in layers for component in components)
+    named = [
+        (name, value)
+        for side in (base, expert)
+        for name, value in side.decoder.model.named_parameters(remove_duplicate=False)
+    ]
+    observer = SquaredGradients(whole, frozenset(name for name, value in named if value.dim() <= 2) - whole)
+    others: dict[str, tuple[Tensor, ...]] = {}
+    with ExitStack() as stack:
+        sides = [stack.enter_context(_side(side, observer, device, on_block)) for side in (base, expert)]
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others)
+        stack.enter_context(closing(parts))
+        yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
+
+
+_Blocks = Iterator[BlockDone]
+
+
+@contextmanager
+def _side(
+    side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock
+) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
+    """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
+    decoder, weights = side.decoder, side.weights
+    if side.samples is not None:
+        with backward_pass(decoder, weights, side.samples, observer, device, outside=True, on_block=on_block) as passed:
+            yield passed.losses, passed.blocks
+        return
+    layers = list(reversed(range(len(decoder.blocks))))
+    with ExitStack() as stack:
+        stack.enter_context(closing(weights))
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
+        yield (), stack.enter_context(closing(_fetched(decoder, turn, layers)))
+
+
+def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Blocks:
+    for layer in layers:
+        with turn.next_block() as block:
+            path = f"{decoder.blocks_path}.{layer}"
+            yield BlockDone(
+                layer, {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+            )
+
+
+def _parts(
+    decoder: Decoder, sides: Sequence[_Blocks], observer: SquaredGradients, others: dict[str, tuple[Tensor, ...]]
+) -> Iterator[ComponentSquares]:
+    for layer in reversed(range(len(decoder.blocks))):
+        ours, theirs = (next(blocks).parameters for blocks in sides)
+        for component in decoder.components:
+            name = decoder.weight_name(layer, component)
+            squares = observer.take(name, ours[name])
+            yield ComponentSquares(layer, component, ours[name], theirs[name], squares)
+            del squares
+        others |= _outlines(ours | theirs, observer)
+    outside: dict[str, Tensor] = {}
+    for blocks in sides:
+        for done in blocks:  # none without gradients
+            outside |= {name: value.to("meta") for name, value in done.parameters.items()}
+    others |= _outlines(outside, observer)
+
+
+def _outlines(parameters: Mapping[str, Tensor], observer: SquaredGradients) -> dict[str, tuple[Tensor, ...]]:
+    """The vectors of those parameters that are outlined."""
+    wanted = {name: value for name, value in parameters.items() if name in observer.outlined}
+    return {name: observer.take_factors(name, value) for name, value in wanted.items() if value.is_floating_point()}

@@ -1,0 +1,47 @@
+"""How sensitive a loss is to each block: the sum of |parameter * gradient| over a block's parameters.
+
+To first order that is how much the loss changes where parameters are set to zero one by one (arXiv 2502.12420).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from utils.models.decoder import Decoder
+
+
+class SensitivityObserver:
+    """Sums |parameter * gradient| over the parameters of each block and all samples (a `GradientObserver`).
+
+    `sums` is float64 [blocks], on the device. Products are taken in float32, or the parameter's dtype if that is wider.
+    """
+
+    _AT_ONCE = 2**22  # products in memory together
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self.layers = block_layers(decoder)
+        self.sums = torch.zeros(len(decoder.blocks), dtype=torch.float64, device=device)
+
+    def wants(self, name: str) -> bool:
+        """Every parameter of a block."""
+        return name in self.layers
+
+    def gradient(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, sample: int) -> None:
+        """Add one sample's gradient of one parameter."""
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        pairs = (value.reshape(-1).split(self._AT_ONCE) for value in (parameter, gradient))
+        for value, slope in zip(*pairs, strict=True):
+            products = slope.to(exact, copy=True).mul_(value)
+            self.sums[self.layers[name]] += torch.linalg.vector_norm(products, ord=1, dtype=torch.float64)
+
+    def finish(self, layer: int | None, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is left to do for a block."""
+
+
+def block_layers(decoder: Decoder) -> dict[str, int]:
+    """The block of each parameter inside one, by the parameter's name in the model."""
+    return {
+        f"{decoder.blocks_path}.{layer}.{name}": layer
+        for layer, block in enumerate(decoder.blocks)
+        for name, _ in block.named_parameters()
+    }

@@ -1,0 +1,251 @@
+"""The base's own pass through a text, with the same block of every expert beside the base's.
+
+Each block of the base and the experts is fetched once, for all texts together. On the inputs that the base gives to each
+of its parts (`utils/guidance/submodule_linearity/parts.py`), each expert's version of the part is evaluated too. Everything is float32: what a
+fine-tune changes is so much smaller than the output that bfloat16 would round it away.
+
+Memory: what lies outside the base's blocks, two blocks of the base and of each expert, the hidden states of all texts,
+and, for one micro-batch and one part, the outputs of all models.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
+from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
+from utils.guidance.submodule_linearity.parts import (
+    TENSOR,
+    Submodule,
+    block_submodules,
+    outside_submodules,
+    require_same_parameters,
+)
+from utils.models.decoder import Decoder
+from utils.models.weight_source import placed
+from utils.passes.block_runner import BlocksInTurn, Flow, MicroBatch, block_tensor_names, stops
+
+
+@dataclass(frozen=True)
+class ComparedText:
+    """A text in the base's tokens; `experts` are the places of those whose own text it is."""
+
+    batches: Sequence[MicroBatch]
+    experts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many real tokens there are."""
+        return sum(batch.tokens for batch in self.batches)
+
+
+@torch.inference_mode()
+def compare_models(
+    base: ComparedModel,
+    experts: Sequence[ComparedModel],
+    texts: Sequence[ComparedText],
+    device: torch.device,
+    *,
+    scores: bool,
+    on_block: Callable[[int], None] = lambda layer: None,
+) -> list[PartChanges]:
+    """Measure every part of the base on every text; closes the weight sources.
+
+    Args:
+        base, experts: models of one structure, their parameters on the meta device before and after.
+        texts: the texts.
+        device: where to compute.
+        scores: whether to take the non-linearity of blocks, attention and MLPs, on the first micro-batch of each
+            expert's text.
+        on_block: called with the layer number after each block.
+
+    Returns:
+        What was measured of each part, `grams` as means per token, everything on the CPU. The head has the inputs that
+        the base's final hidden states give it.
+
+    Raises:
+        UserError: models whose parts differ; parts that do not process each token once.
+    """
+    comparison = _Comparison(base, experts, texts, device, scores)
+    with ExitStack() as stack:
+        for model in (base, *experts):
+            stack.callback(model.weights.close)
+            stack.callback(model.stored.close)
+        parts = comparison.run(stack, on_block)
+    tokens = torch.tensor([text.tokens for text in texts], dtype=torch.float64)[:, None, None]
+    for part in parts:
+        part.grams = part.grams.cpu() / tokens
+        part.scores = {expert: score.cpu() for expert, score in part.scores.items()}
+    return parts
+
+
+def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
+    """Raise a `UserError` if models cannot be compared part by part; no weights are read.
+
+    Args:
+        base: the base.
+        experts: the experts by what to call them.
+    """
+    paths, _ = outside_submodules(base)
+    for where, expert in experts.items():
+        if outside_submodules(expert)[0] != paths:
+            raise UserError(f"{where} has other modules outside its blocks than the base; it is no fine-tune of it")
+        for layer, pair in enumerate(zip(base.blocks, expert.blocks, strict=True)):
+            require_same_parameters(*pair, f"{where}: block {layer}")
+
+
+class _Comparison:
+    """One run of `compare_models`."""
+
+    def __init__(
+        self,
+        base: ComparedModel,
+        experts: Sequence[ComparedModel],
+        texts: Sequence[ComparedText],
+        device: torch.device,
+        scores: bool,
+    ) -> None:
+        self.base, self.experts, self.device, self.scores = base, experts, device, scores
+        self.decoder = base.decoder
+        self.batches: list[MicroBatch] = []
+        self.passages: list[Passage] = []
+        for number, text in enumerate(texts):
+            for place, batch in enumerate(text.batches):
+                longer = _with_an_axis_of_tokens(batch, self.decoder)
+                self.batches.append(longer)
+                self.passages.append(_passage(longer.to(device), number, text.experts if place == 0 else ()))
+        self.outside = OutsideChanges(base, experts, self.batches, len(texts), device)
+        self.layer = -1
+        self.passage: Passage | None = None
+
+    def run(self, stack: ExitStack, on_block: Callable[[int], None]) -> list[PartChanges]:
+        layers = range(len(self.decoder.blocks))
+        stack.enter_context(self._base_outside_placed())
+        turns = [
+            stack.enter_context(BlocksInTurn(model.decoder, model.weights, layers, self.device))
+            for model in (self.base, *self.experts)
+        ]
+        stack.enter_context(stops(self.decoder.blocks))
+        flows = [Flow(self.decoder.body, batch, self.device) for batch in self.batches]
+        stack.callback(lambda: [flow.close() for flow in flows])
+        parts: list[PartChanges] = []
+        with self._outside_observed():
+            for flow, passage in zip(flows, self.passages, strict=True):
+                self.passage = passage
+                flow.advance()
+            self.outside.forget()
+            for layer in layers:
+                self.layer = layer
+                with ExitStack() as placing:
+                    blocks = [placing.enter_context(turn.next_block()) for turn in turns]
+                    parts += self._through_block(blocks, flows)
+                on_block(layer)
+            self.outside.forget()
+        around = self.outside.checked(len(flows))
+        before = [part for part in around if part.layer < 0]
+        behind = [part for part in around if part.layer >= 0]
+        return [*before, *parts, *behind, self.outside.head([flow.result() for flow in flows], self.passages)]
+
+    @contextmanager
+    def _base_outside_placed(self) -> Iterator[None]:
+        model, body = self.decoder.model, self.decoder.body
+        held = {id(value) for value in [*body.parameters(), *body.buffers()]}
+        in_blocks = block_tensor_names(self.decoder)
+        pairs = [*model.named_parameters(), *model.named_buffers()]
+        names = [name for name, value in pairs if id(value) in held and name not in in_blocks]
+        with placed(model, "", self.base.weights.fetch(names), self.device):
+            yield
+
+    @contextmanager
+    def _outside_observed(self) -> Iterator[None]:
+        def hook(path: str) -> Callable[..., None]:
+            def take(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+                layer = self.layer if self.layer < 0 else len(self.decoder.blocks)
+                self.outside.observe(path, Call(module, args, kwargs, output), layer, self.passage)
+
+            return take
+
+        modules = [(path, self.decoder.model.get_submodule(path)) for path in self.outside.paths]
+        handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _through_block(self, blocks: Sequence[nn.Module], flows: Sequence[Flow]) -> list[PartChanges]:
+        block = blocks[0]
+        watched = [self._watched(submodule, blocks) for submodule in block_submodules(block)]
+        inner = [one for one in watched if one.path]
+        itself = [one for one in watched if not one.path]  # the block's own hooks would see it at the entrance only
+        handles = [
+            block.get_submodule(one.path).register_forward_hook(self._hook(one), with_kwargs=True) for one in inner
+        ]
+        try:
+            for calls, (flow, passage) in enumerate(zip(flows, self.passages, strict=True), start=1):
+                flow.expect(self.layer)
+                self.passage, arrival = passage, flow.arrival
+                output = arrival.forward(*arrival.args, **arrival.kwargs)
+                for one in itself:
+                    self._take(one, Call(block, arrival.args, arrival.kwargs, output))
+                for one in watched:
+                    one.part.require_calls(calls, f"{one.part.name} of block {self.layer}")
+                flow.advance_with(output)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [one.part for one in watched]
+
+    def _watched(self, submodule: Submodule, blocks: Sequence[nn.Module]) -> "_Watched":
+        prefix = f"{self.decoder.blocks_path}.{self.layer}"
+        names = tuple(f"{prefix}.{name}" for name in submodule.parameters)
+        grams = torch.zeros(self.outside.grams_shape, dtype=torch.float64, device=self.device)
+        part = PartChanges(submodule.levels, self.layer, submodule.name, names, grams)
+        variants = [_block_variant(submodule, blocks[0], other) for other in blocks[1:]]
+        return _Watched(submodule.path, part, variants, self.scores and submodule.levels != (TENSOR,))
+
+    def _hook(self, one: "_Watched") -> Callable[..., None]:
+        return lambda module, args, kwargs, output: self._take(one, Call(module, args, kwargs, output))
+
+    def _take(self, one: "_Watched", call: Call) -> None:
+        observe(one.part, call, one.variants, self.passage, one.scored)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A part of the present block, with the experts' versions of it."""
+
+    path: str
+    part: PartChanges
+    variants: Sequence[Variant]
+    scored: bool
+
+
+def _block_variant(submodule: Submodule, base: nn.Module, expert: nn.Module) -> Variant:
+    tables = [dict(block.named_parameters()) for block in (base, expert)]
+    ours, theirs = ({name: table[name] for name in submodule.parameters} for table in tables)
+    path = submodule.path
+    below = [f"{path}.{name}" if path else name for name, _ in base.get_submodule(path).named_parameters()]
+    around = {name: tables[0][name] for name in below if name not in ours}
+    return Variant(expert.get_submodule(path), expert, ours, theirs, around)
+
+
+def _passage(batch: MicroBatch, text: int, scored: tuple[int, ...]) -> Passage:
+    samples, length = batch.input_ids.shape
+    return Passage(text, samples, length, batch.mask, batch.tokens, scored)
+
+
+def _with_an_axis_of_tokens(batch: MicroBatch, decoder: Decoder) -> MicroBatch:
+    """The micro-batch, one pad longer where its length equals a number of heads, so that axes can be told apart."""
+    if batch.mask is None:
+        return batch
+    config = decoder.model.config.get_text_config(decoder=True)
+    heads = {getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
+    while batch.input_ids.shape[1] in heads:
+        ids = torch.cat([batch.input_ids, batch.input_ids[:, -1:]], dim=1)
+        batch = MicroBatch(ids, batch.lengths, nn.functional.pad(batch.mask, (0, 1)))
+    return batch

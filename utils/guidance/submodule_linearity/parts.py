@@ -1,0 +1,126 @@
+"""The parts of a network that get a merging weight of their own, at three levels; from structure, without names.
+
+| level | inside a decoder block |
+|---|---|
+| `block` | the whole block |
+| `attention_mlp` | each of its direct children that has parameters: attention, MLP, each norm |
+| `tensor` | each module that has parameters of its own: linear maps, norms |
+
+Outside the blocks each module with parameters of its own is a part (embeddings, final norm, head), at every level. At
+each level the parts have every parameter exactly once, shared ones aside.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from utils.errors import UserError
+from utils.models.decoder import Decoder
+
+BLOCK, ATTENTION_MLP, TENSOR = LEVELS = ("block", "attention_mlp", "tensor")
+WHOLE_BLOCK = "block"  # what a part is called whose path inside the block is empty
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """A part of a block.
+
+    `path` is the path of its module inside the block, empty for the block itself; `parameters` the names inside the
+    block of those of the module's parameters that are the part's; `levels` those it belongs to; `whole` whether that is
+    all the module has.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    levels: tuple[str, ...]
+    whole: bool
+
+    @property
+    def name(self) -> str:
+        """What the part is called in tables."""
+        return self.path or WHOLE_BLOCK
+
+
+def block_submodules(block: nn.Module) -> list[Submodule]:
+    """The parts of a block at all levels; what is the same part at several levels comes once."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+
+    def add(level: str, path: str, names: tuple[str, ...]) -> None:
+        found.setdefault((path, names), []).append(level)
+
+    add(BLOCK, "", _below(block, ""))
+    for path, child in _called_children(block, ""):
+        add(ATTENTION_MLP, path, _below(child, path))
+    if own := _own(block, ""):
+        add(ATTENTION_MLP, "", own)
+    for path, module in block.named_modules():
+        if own := _own(module, path):
+            add(TENSOR, path, own)
+    return [
+        Submodule(path, names, tuple(levels), len(names) == len(_below(block.get_submodule(path), path)))
+        for (path, names), levels in found.items()
+    ]
+
+
+def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
+    """The paths, in the model, of the modules outside the blocks that have parameters of their own, and of the head.
+
+    Raises:
+        UserError: the head is missing, or something else than body and head has parameters.
+    """
+    model = decoder.model
+    head = model.get_output_embeddings()
+    inside = {id(module) for module in decoder.blocks.modules()}
+    body = {id(module) for module in decoder.body.modules()}
+    paths, head_path, others = [], None, []
+    for path, module in model.named_modules():
+        if module is head:
+            head_path = path
+        elif id(module) in inside or not own_parameters(module):
+            continue
+        elif id(module) in body:
+            paths.append(path)
+        else:
+            others.append(path)
+    if head_path is None or others:
+        problem = f"{', '.join(others)} are neither body nor head" if others else "it has no language-model head"
+        raise UserError(f"{type(model).__name__} cannot be measured part by part: {problem}; it is not supported")
+    return paths, head_path
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters by name, without those of its children."""
+    return {name: value for name, value in module._parameters.items() if value is not None}
+
+
+def require_same_parameters(base: nn.Module, other: nn.Module, where: str) -> None:
+    """Raise a `UserError` unless two blocks have the same parameters, of the same shapes."""
+    shapes = [_shapes(block) for block in (base, other)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
+        raise UserError(
+            f"{where} has other parameters than the base ({differing[0][0]} among them); it is no fine-tune of it"
+        )
+
+
+def _shapes(block: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in block.named_parameters()}
+
+
+def _called_children(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The direct children that have parameters; those of a mere container instead of the container."""
+    for name, child in module.named_children():
+        full = f"{path}.{name}" if path else name
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called_children(child, full)
+        elif any(True for _ in child.parameters()):
+            yield full, child
+
+
+def _below(module: nn.Module, path: str) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" if path else name for name, _ in module.named_parameters())
+
+
+def _own(module: nn.Module, path: str) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" if path else name for name in own_parameters(module))

@@ -1,0 +1,135 @@
+"""mergekit's selection by magnitude without its sorting, on any device, for as long as its executor runs here.
+
+What this project does not merge in pieces is merged by mergekit's own tasks: everything on a GPU, on the CPU what
+`utils/merging/pieces/choice.py` leaves out. There `ties`, `breadcrumbs` and `breadcrumbs_ties` rank a change by sorting it
+whole, with an int64 index for every entry. `selecting_exactly` puts functions in the place of those two sparsifiers
+that find the same entries by counting; all else, the rescaling included, remains mergekit's code.
+
+Where no magnitudes tie the results equal mergekit's bit for bit. Of changes that tie at the threshold the first in the
+tensor are kept, and always exactly as many as the density asks for. `dare_*` and `della*` are left alone: the former
+sort nothing, the latter need the rank of every entry.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from mergekit import merge_methods, sparsify
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.sparsify import RescaleNorm, SparsificationMethod
+from torch import Tensor
+
+from utils.merging.pieces.choice import Division, kept_band, unknown_code
+from utils.merging.plan import MergePlan, OutputTensor
+from utils.merging.settings import MergeSettings
+from utils.selection import band_mask, pattern_of
+
+_BY_MAGNITUDE = (SparsificationMethod.magnitude, SparsificationMethod.magnitude_outliers)
+
+
+def selects_exactly(plan: MergePlan, settings: MergeSettings) -> bool:
+    """Whether mergekit's sparsifiers are to be replaced for a merge: it was asked for, and their code is known."""
+    method = merge_methods.get(plan.inputs.config.merge_method)
+    return (
+        settings.fast_selection
+        and type(method) is GeneralizedTaskArithmeticMerge
+        and method.sparsification_method in _BY_MAGNITUDE
+        and unknown_code(method) is None
+    )
+
+
+def path_taken(plan: MergePlan, settings: MergeSettings, division: Division | str) -> str:
+    """What is done where, and why, as a clause."""
+    if isinstance(division, str):
+        text, left = f"all tensors by mergekit: {division}", list(plan.tensors)
+    else:
+        text, left = division.summary, [tensor for tensor, _ in division.left]
+    if selects_exactly(plan, settings) and any(_is_cut(tensor) for tensor in left):
+        return f"{text}; mergekit's executor selects by counting, without sorting"
+    return text
+
+
+@contextlib.contextmanager
+def selecting_exactly(active: bool = True) -> Iterator[None]:
+    """Replace mergekit's two sparsifiers by magnitude, in all threads, while the context lasts; nothing if not active.
+
+    Contexts may overlap, in one thread or several: the last to end puts mergekit's functions back.
+    """
+    if not active:
+        yield
+        return
+    _replacement.begin()
+    try:
+        yield
+    finally:
+        _replacement.end()
+
+
+class _Replacement:
+    """Counts the contexts that want mergekit's functions replaced, and remembers those functions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._originals: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._wanted:
+                self._originals = sparsify.magnitude, sparsify.magnitude_outliers
+                sparsify.magnitude = _magnitude(sparsify.magnitude)
+                sparsify.magnitude_outliers = _magnitude_outliers(sparsify.magnitude_outliers)
+            self._wanted += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                sparsify.magnitude, sparsify.magnitude_outliers = self._originals
+                self._originals = None
+
+
+_replacement = _Replacement()
+
+
+def _magnitude(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def magnitude(tensor: Tensor, density: float, rescale_norm: RescaleNorm | None = None) -> Tensor:
+        """The int(density numel) entries of largest magnitude, one at least if the density is positive."""
+        if not _can_rank(tensor) or not 0 < density < 1:  # what is all kept, or all zero, mergekit does not sort
+            return original(tensor, density, rescale_norm)
+        return _kept(tensor, SparsificationMethod.magnitude, density, 0.0, rescale_norm)
+
+    return magnitude
+
+
+def _magnitude_outliers(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def magnitude_outliers(
+        tensor: Tensor, density: float, rescale_norm: RescaleNorm | None = None, gamma: float = 0.01
+    ) -> Tensor:
+        """The int(density numel) largest without the int(gamma numel) largest of all, of which some stay if need be."""
+        if not _can_rank(tensor) or not 0 <= density < 1 or gamma < 0:
+            return original(tensor, density, rescale_norm, gamma)
+        return _kept(tensor, SparsificationMethod.magnitude_outliers, density, gamma, rescale_norm)
+
+    return magnitude_outliers
+
+
+def _kept(
+    tensor: Tensor, method: SparsificationMethod, density: float, gamma: float, rescale_norm: RescaleNorm | None
+) -> Tensor:
+    band = kept_band(method, tensor.numel(), density, gamma)
+    mask = band_mask(tensor, band.skip, band.keep)
+    # a bool mask keeps the tensor's dtype, and x * True and x * False have the bits of x * 1 and x * 0
+    return sparsify.rescaled_masked_tensor(tensor, mask, rescale_norm)
+
+
+def _can_rank(tensor: Tensor) -> bool:
+    try:
+        pattern_of(tensor.dtype)
+    except TypeError:  # float64
+        return False
+    return tensor.numel() > 0
+
+
+def _is_cut(tensor: OutputTensor) -> bool:
+    return any(values.get("density", 1.0) < 1 for _, values in tensor.task.input_parameters.items())

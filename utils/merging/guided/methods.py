@@ -1,0 +1,291 @@
+"""Merge methods of this project's own, registered with mergekit in the process that merges.
+
+mergekit has no entry points: a recipe with one of these methods needs this project's `utils/merger.py` (or a program
+that calls `register_methods`), and stock `mergekit-yaml` does not know it. Both take files of saliency vectors
+(`utils/recipes/saliency_vectors.py`), one for each model.
+
+`guided_ties` is mergekit's `ties`, but the entries kept of a model's changes are those of largest saliency instead of
+largest magnitude. Everything after the selection is done by mergekit's own `ties` (or, without the vote,
+`task_arithmetic`): what is left out of a change is put back to the base before that method sees it, and that method
+keeps all.
+
+`guided_mean` averages the changes of the models entry by entry, each weighed by its squared gradient
+(`utils/merging/guided/mean.py`).
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    TensorEntry,
+    TensorGroup,
+)
+from mergekit.merge_methods.base import ParameterSpec
+from torch import Tensor, float32, promote_types, where
+
+from utils.errors import UserError
+from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
+from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.recipes import method_rules
+from utils.recipes.saliency_vectors import VectorKey, read_vectors
+
+GUIDED_TIES = method_rules.GUIDED_TIES.name
+GUIDED_MEAN = method_rules.GUIDED_MEAN.name
+SALIENCY = "saliency"
+
+
+class OwnMethod(GroupMergeMethod):
+    """A method that reads vectors. Classes because mergekit's shorter form has no room for a parameter called `lambda`.
+
+    `summary` says what it is, `use` what is done to a tensor by its vectors; `question` and `effect` say in a model card
+    what was; `unused` when a file is read for nothing, `without` what is done without any, `remedy` what to do about a
+    tensor whose vectors are not there.
+    """
+
+    summary: str
+    use: str
+    question: str
+    effect: str
+    unused: str
+    without: str
+    remedy: str
+
+    @abstractmethod
+    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
+        """Whether a tensor of a model is merged by its vectors, given the model's parameters for it."""
+
+    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        """What the method cannot work with in the shared parameters and in a model's own, as clauses."""
+        yield from ()
+
+
+class GuidedTies(OwnMethod):
+    """The method `guided_ties`.
+
+    Parameters, per model that is not the base:
+        weight: factor of its change.
+        density: share of the entries of its change that are kept, int(density entries), one at least if positive; 1
+            leaves the change untouched, 0 leaves it out. Default 1.
+        saliency: path of its file of vectors; "" (the default) selects by magnitude, as `ties` does. While merging it
+            may be a `VectorKey`, which also says under what name the file knows the tensor.
+
+    Shared:
+        normalize: divide by the sum of the weights that agree (default true), as `ties`.
+        lambda: factor of the merged change (default 1).
+        vote: leave out entries whose sign is not that of the sum (default true); false adds up all.
+        int8_mask: dtype of the sign mask, as `ties`; changes no result.
+
+    Dtype and roundings are mergekit's: changes are taken in the working dtype, saliencies ranked in float32. Of equal
+    ranks the lowest index is kept.
+    """
+
+    spec = MergeMethodSpec(
+        name=GUIDED_TIES,
+        pretty_name="TIES guided by saliency",
+        reference_url="https://arxiv.org/abs/2306.01708",
+        parameters=(
+            ParameterSpec("int8_mask", bool, ParameterScope.SHARED, default=False),
+            ParameterSpec("normalize", bool, ParameterScope.SHARED, default=True),
+            ParameterSpec("vote", bool, ParameterScope.SHARED, default=True),
+            ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
+            ParameterSpec("weight", float, ParameterScope.NON_BASE),
+            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
+            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE, default=""),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
+    summary = "mergekit's `ties`, with the entries to keep chosen by saliency"
+    use = "cut"
+    question = "What was kept of a change"
+    effect = "the entries of largest saliency (change squared, times squared gradient)"
+    unused = "where it applies, every density is 0 or 1"
+    without = "entries are kept by magnitude, as ties does"
+    remedy = "give it density 1, or saliency '' (by magnitude) by a filter"
+
+    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
+        """Matrices of which a part is kept. What else a density cuts (a bias that shares a filter) is cut by magnitude."""
+        return 0 < values["density"] < 1 and dimensions == 2
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor of the base and the other models; all in one dtype and on one device.
+
+        Raises:
+            UserError: a file of vectors cannot be read or does not fit. (Command 3 has checked that before.)
+        """
+        base = _base_of(group)
+        shared = {name: parameters[name] for name in ("normalize", "lambda", "int8_mask")}
+        entries = tuple(
+            entry if entry is base else _trimmed(entry, base.tensor, group.metadata.name, parameters)
+            for entry in group.entries
+        )
+        rest = merge_methods.get("ties" if parameters["vote"] else "task_arithmetic")
+        assert isinstance(rest, GroupMergeMethod)
+        return rest.merge_group(
+            replace(group, entries=entries),
+            weight=parameters["weight"],
+            density=dict.fromkeys(parameters["density"], 1.0),
+            rescale=False,
+            **shared,
+        )
+
+
+class GuidedMean(OwnMethod):
+    """The method `guided_mean`: `utils/merging/guided/mean.py` has the formula. One model to merge is enough.
+
+    Parameters, per model that is not the base:
+        weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
+        density: share of the entries of its change that are kept, as in `guided_ties`; those that are not kept still
+            weigh what their squared gradients say, for the base. Default 1.
+        saliency: path of its file of vectors, which must be given; "" lets all its entries count alike (by magnitude
+            where a density cuts). While merging it may be a `VectorKey`.
+
+    Shared:
+        lambda: factor of the merged change (default 1).
+        power: exponent of the squared gradients, above 0, at most 1 (default 0.5).
+        floor: at least 0; the larger, the nearer entries that matter to nobody stay to the base (default 0.1).
+
+    Computed in float32 and rounded once. Entries to keep are ranked by delta^2 F^power.
+    """
+
+    spec = MergeMethodSpec(
+        name=GUIDED_MEAN,
+        pretty_name="Mean guided by saliency",
+        reference_url="https://arxiv.org/abs/2111.09832",
+        parameters=(
+            *(
+                ParameterSpec(number.name, float, ParameterScope.SHARED, default=number.default)
+                for number in method_rules.GUIDED_MEAN.numbers
+            ),
+            ParameterSpec("weight", float, ParameterScope.NON_BASE),
+            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
+            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
+    summary = "the mean of the changes, with each entry weighed by its squared gradient"
+    use = "weighed"
+    question = "How the entries of a change were weighed"
+    effect = "each by how much the loss depends on it (its squared gradient)"
+    unused = "where it applies, every weight is 0"
+    without = "all entries count alike"
+    remedy = "give it saliency '' (all its entries count alike) or weight 0 by a filter"
+
+    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
+        """Everything that counts at all."""
+        return values["weight"] > 0
+
+    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        """Numbers outside their range."""
+        for number in method_rules.GUIDED_MEAN.numbers:
+            if not number.allows(shared[number.name]):
+                yield f"{number.name} must be {number.words}, got {shared[number.name]}"
+        if not values["weight"] >= 0:
+            yield f"weight must be a number of at least 0, got {values['weight']}"
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor of the base and the other models; all on one device.
+
+        Raises:
+            ValueError: a parameter is outside its range. (Command 3 has checked that, and the files, before.)
+            UserError: a file of vectors cannot be read or does not fit.
+        """
+        base, name = _base_of(group), group.metadata.name
+        for entry in group.non_base:
+            for slip in self.slips(parameters, {"weight": parameters["weight"][entry.id]}):
+                raise ValueError(f"{GUIDED_MEAN}: {slip}")
+        models = [self._weighed(entry, base.tensor, name, parameters) for entry in group.non_base]
+        numbers = {key: parameters[key] for key in ("power", "floor")}
+        try:
+            return guided_mean(base.tensor, models, scale=parameters["lambda"], **numbers)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+
+    def _weighed(
+        self, entry: TensorEntry, base: Tensor, name: str | None, parameters: Mapping[str, Any]
+    ) -> WeighedModel:
+        weight, source = parameters["weight"][entry.id], parameters[SALIENCY][entry.id]
+        if not weight:
+            return WeighedModel(entry.tensor, 0.0, None)
+        axes = read_vectors(_key(source, name)) if source else None
+        k = kept_entries(base.numel(), parameters["density"][entry.id])
+        if k == base.numel():
+            return WeighedModel(entry.tensor, weight, axes)
+        if not k:
+            return WeighedModel(base, weight, axes)
+        exact = promote_types(base.dtype, float32)
+        change = entry.tensor.to(exact) - base.to(exact)
+        if axes is None:
+            return WeighedModel(entry.tensor, weight, axes, magnitude_mask(change, k))
+        powers = [axis.double().pow(parameters["power"]) for axis in axes]
+        return WeighedModel(entry.tensor, weight, axes, _by_saliency(change, k, powers, _key(source, name)))
+
+
+def register_methods() -> None:
+    """Make the methods known to mergekit; once more does nothing.
+
+    Raises:
+        UserError: mergekit has another method of that name.
+    """
+    for method in (GuidedTies, GuidedMean):
+        name = method.spec.name
+        try:
+            known = merge_methods.get(name)
+        except RuntimeError:
+            merge_methods.register(method())
+            continue
+        if not isinstance(known, method):
+            raise UserError(f"another package has registered a merge method {name} with mergekit; remove that package")
+
+
+def own_method(name: str) -> OwnMethod | None:
+    """The method of a name if it is this project's, None if it is mergekit's (or not registered yet)."""
+    return next((one for one in merge_methods.registered_methods() if one.spec.name == name and _is_own(one)), None)
+
+
+def _is_own(method: MergeMethod) -> bool:
+    return isinstance(method, OwnMethod)
+
+
+def _base_of(group: TensorGroup) -> TensorEntry:
+    if group.base is None:
+        raise ValueError(f"{group.metadata.name} has no base")
+    return group.base
+
+
+def _trimmed(entry: TensorEntry, base: Tensor, name: str | None, parameters: Mapping[str, Any]) -> TensorEntry:
+    """A model's tensor, equal to the base wherever its change is not kept."""
+    density, source = parameters["density"][entry.id], parameters[SALIENCY][entry.id]
+    k = kept_entries(base.numel(), density)
+    if k == base.numel():
+        return entry
+    if not k:
+        return replace(entry, tensor=base)
+    change = entry.tensor - base
+    if source:
+        key = _key(source, name)
+        mask = _by_saliency(change, k, read_vectors(key), key)
+    else:
+        mask = magnitude_mask(change, k)
+    del change  # before another tensor of that size is made
+    return replace(entry, tensor=where(mask, entry.tensor, base))
+
+
+def _key(source: str | VectorKey, name: str | None) -> VectorKey:
+    return source if isinstance(source, VectorKey) else VectorKey(Path(source).expanduser(), name or "")
+
+
+def _by_saliency(change: Tensor, k: int, axes: "tuple[Tensor, ...] | list[Tensor]", key: VectorKey) -> Tensor:
+    try:
+        return saliency_mask(change, k, *axes)
+    except ValueError as error:
+        raise UserError(f"saliency file {key.file}: {key.tensor}: {error}") from None

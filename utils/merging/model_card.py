@@ -1,0 +1,157 @@
+"""What a merged model says about itself: README.md, the recipe beside it, and the manifest.
+
+No absolute path of this machine is written: a model that was named by one appears under its folder's name.
+"""
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.merging.guided.methods import own_method
+from utils.merging.inputs import absolute_paths
+from utils.merging.output_folder import COMMAND
+from utils.merging.preflight import Preflight
+from utils.models.checkpoints import weight_file_record
+from utils.publish import MANIFEST, file_sha256
+from utils.runtime import versions
+
+CARD = "README.md"
+RECIPE = "mergekit_config.yml"
+_PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
+
+
+def recipe_text(done: Preflight) -> str:
+    """The recipe as the user wrote it, with absolute paths cut down to their last part."""
+    text = done.recipe.text
+    paths = absolute_paths(done.config)
+    paths |= {file.written: file.label for file in done.saliency if file.label != file.written}
+    for path, name in sorted(paths.items(), key=lambda pair: -len(pair[0])):
+        text = text.replace(path, name)
+    return text if text.endswith("\n") else text + "\n"
+
+
+def card_text(done: Preflight) -> str:
+    """The model card, Markdown with the metadata block that the hub reads."""
+    import yaml
+
+    plan = done.plan
+    base = plan.inputs.config.base_model
+    hub_ids = list(dict.fromkeys(name for model in plan.inputs.models for name in model.hub_ids))
+    metadata = {"base_model": hub_ids} if hub_ids else {}
+    metadata |= {"library_name": "transformers", "tags": ["mergekit", "merge"]}
+    experts = [model.label for model in plan.inputs.models if model.reference != base]
+    onto = f" into `{plan.inputs.label(base)}`" if base else ""
+    found = versions()
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=True).rstrip(),
+        "---",
+        f"# {done.output.target.name}",
+        "",
+        f"A merge of {_listed(experts)}{onto} by {_method(done)}, computed in "
+        f"{plan.dtype or 'the dtype of the inputs'} and saved in {plan.out_dtype}.",
+        "",
+        *_density_table(done),
+        *_saliency_lines(done),
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe_text(done).rstrip(),
+        "```",
+        "",
+        "## How it was made",
+        "",
+        f"- Seed {done.settings.random_seed}; tensor names by {plan.architecture.origin}.",
+        f"- Vocabulary: {plan.vocabulary.summary}.",
+        "- " + ", ".join(f"{name} {found[name]}" for name in _PACKAGES if name in found) + ".",
+        f"- `{MANIFEST}` lists options, inputs with their hashes, and the files.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def manifest(done: Preflight, folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder: what it was made of, how, and which files belong to it."""
+    inputs = [
+        {**weight_file_record(model.checkpoint), "name": model.label, **_content_hashes(done, model.checkpoint.files)}
+        for model in done.plan.inputs.models
+    ]
+    return {
+        "command": COMMAND,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "seed": done.settings.random_seed,
+        "device": done.device,
+        "merge_method": done.config.merge_method,
+        "dtype": done.plan.dtype,
+        "out_dtype": done.plan.out_dtype,
+        "architecture": done.plan.architecture.origin,
+        "vocabulary": done.plan.vocabulary.summary,
+        "recipe": {"name": done.recipe.path.name, "sha256": done.recipe.sha256},
+        "options": done.settings.options(),
+        "inputs": inputs,
+        **({"saliency": _saliency_record(done)} if done.saliency else {}),
+        "warnings": list(done.warnings),
+        "files": file_sizes(folder),
+    }
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below a folder but the manifest, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sizes.pop(MANIFEST, None)
+    return sizes
+
+
+def _content_hashes(done: Preflight, files: list[Path]) -> Mapping[str, Any]:
+    if not done.settings.hash_inputs:
+        return {}
+    return {"sha256": {file.name: file_sha256(file) for file in files}}
+
+
+def _density_table(done: Preflight) -> list[str]:
+    if not done.densities:
+        return []
+    rows = [
+        f"| `{one.label}` | {one.mean:.3f} | {one.low:.3f} | {one.high:.3f} | {one.guided} of {one.tensors} |"
+        for one in done.densities
+    ]
+    return [
+        "Share of each model's changes that was kept (density), over all parameters:",
+        "",
+        "| model | mean | lowest | highest | tensors below 1 |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _method(done: Preflight) -> str:
+    method = own_method(done.config.merge_method)
+    if method is not None:
+        return f"`{done.config.merge_method}` ({method.summary})"
+    return f"mergekit's `{done.config.merge_method}`"
+
+
+def _saliency_lines(done: Preflight) -> list[str]:
+    method = own_method(done.config.merge_method)
+    lines = [
+        f"- `{label}`: {method.effect} in {count} tensors, by `{file.label}`"
+        for file in done.saliency
+        for label, count in file.tensors.items()
+    ]
+    return [f"{method.question}:", "", *lines, ""] if lines else []
+
+
+def _saliency_record(done: Preflight) -> list[dict[str, Any]]:
+    return [
+        {"name": file.label, "bytes": file.nbytes, "sha256": file.sha256, "tensors": dict(file.tensors)}
+        for file in done.saliency
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " and " + quoted[-1]

@@ -1,0 +1,171 @@
+"""What a recipe's parameters come to, tensor by tensor: filters that act, values a method can work with, densities.
+
+mergekit takes the first filter of a list that is a plain substring of the tensor's name. A filter that is the first for
+no tensor does nothing, silently: its tensors get another value. Here that is an error.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter
+from mergekit.merge_methods import MergeMethod
+from mergekit.merge_methods.base import ParameterScope
+
+from utils.errors import raise_collected
+from utils.merging.plan import MergePlan, OutputTensor, gathered
+from utils.merging.recipe_names import settings_blocks
+from utils.merging.recipe_schema import uses_density
+
+_ANY = (None, "", "*")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DensitySummary:
+    """Densities of one model over the tensors of a merge; `mean` is weighted by parameters.
+
+    `guided` counts the tensors with a density below 1, of `tensors` in all.
+    """
+
+    label: str
+    mean: float
+    low: float
+    high: float
+    guided: int
+    tensors: int
+
+
+def check_parameters(plan: MergePlan, method: MergeMethod) -> list[str]:
+    """Check filters and values of a planned merge.
+
+    Returns:
+        Warnings (sentences) about parameters that cancel out.
+
+    Raises:
+        UserError: a filter decides nothing, or a value would stop the method in the middle of the merge.
+    """
+    raise_collected(shortened(list(_idle_filters(plan, method))), "merge recipe: filters")
+    raise_collected(shortened(list(_bad_values(plan))), "merge recipe: values")
+    return list(_cancelling_weights(plan))
+
+
+def density_summaries(plan: MergePlan, method: MergeMethod) -> list[DensitySummary]:
+    """Densities by model, for methods that use them; parameters of unknown shape count as one."""
+    if not uses_density(method):
+        return []
+    summaries = []
+    for model in plan.inputs.models:
+        found = [
+            (values["density"], max(tensor.params, 1))
+            for tensor in plan.tensors
+            if "density" in (values := input_values(tensor, model.reference))
+        ]
+        if found:
+            total = sum(params for _, params in found)
+            values = [density for density, _ in found]
+            summaries.append(
+                DensitySummary(
+                    model.label,
+                    math.fsum(density * params for density, params in found) / total,
+                    min(values),
+                    max(values),
+                    sum(density < 1 for density in values),
+                    len(values),
+                )
+            )
+    return summaries
+
+
+def idle_conditions(setting: Any, names: Sequence[str]) -> list[tuple[str, bool]]:
+    """Filters of one parameter that decide for none of the names, each with whether it would match one at all."""
+    conditions = [setting] if isinstance(setting, ConditionalParameter) else setting
+    if not isinstance(conditions, list) or not any(isinstance(one, ConditionalParameter) for one in conditions):
+        return []
+    acting: set[int] = set()
+    for name in names:
+        for place, condition in enumerate(conditions):
+            if condition.filter in _ANY or condition.filter in name:
+                acting.add(place)
+                break
+    return [
+        (condition.filter, any(condition.filter in name for name in names))
+        for place, condition in enumerate(conditions)
+        if place not in acting and condition.filter not in _ANY
+    ]
+
+
+def _idle_filters(plan: MergePlan, method: MergeMethod) -> Iterator[str]:
+    config = plan.inputs.config
+    scopes = {parameter.name: parameter.scope for parameter in method.spec.parameters}
+    for where, parameters, of_input, model in settings_blocks(config):
+        if of_input:
+            inputs = [tensor.task for tensor in plan.tensors if model in tensor.task.model_order]
+            names = [gathered(task).weight_info[model].name for task in inputs]
+        else:
+            names = [tensor.name for tensor in plan.tensors]
+        for name, setting in parameters.items():
+            if of_input and model == config.base_model and scopes[name] == ParameterScope.NON_BASE:
+                continue  # without effect as a whole, which the user has been told
+            for text, hidden in idle_conditions(setting, names) if names else ():
+                why = "is hidden behind an earlier one that matches the same tensors" if hidden else "matches no tensor"
+                yield f"{where}.{name}: the filter {text!r} {why}; tensors are called like {names[len(names) // 2]}"
+
+
+def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, Any]:
+    """A model's own parameters for one tensor, resolved; empty for the base and for models that lack the tensor."""
+    task = tensor.task
+    if reference not in tensor.sources or reference not in dict(task.input_parameters.items()):
+        return {}
+    return task.input_parameters[reference]
+
+
+def _bad_values(plan: MergePlan) -> Iterator[str]:
+    for tensor in plan.tensors:
+        for model in plan.inputs.models:
+            values = input_values(tensor, model.reference)
+            density, epsilon = values.get("density"), values.get("epsilon")
+            at = f"{model.label}, {tensor.name}"
+            for name, value in values.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    yield f"{at}: {name} is {value}"
+            if density is not None and not 0 <= density <= 1:
+                yield f"{at}: density {density} is outside [0, 1]"
+            elif density is not None and epsilon is not None and 0 < density < 1:
+                if not density - epsilon > 0 or not density + epsilon < 1:
+                    yield (
+                        f"{at}: density {density:g} with epsilon {epsilon:g}; this method needs both density - "
+                        "epsilon and density + epsilon strictly between 0 and 1: give epsilon the same filters with "
+                        "smaller values"
+                    )
+                elif tensor.shape and tensor.shape[min(1, len(tensor.shape) - 1)] == 1:
+                    yield f"{at}: shape {list(tensor.shape)} cannot be ranked by this method; give it density 1"
+            gamma = values.get("gamma")
+            if gamma is not None and not 0 <= gamma <= 1:
+                yield f"{at}: gamma {gamma} is outside [0, 1]"
+
+
+def _cancelling_weights(plan: MergePlan) -> Iterator[str]:
+    """One expert and `normalize`: the weighted change is divided by its own weight again."""
+    experts = [model for model in plan.inputs.models if model.reference != plan.inputs.config.base_model]
+    if len(experts) != 1 or not plan.tensors or not plan.tensors[0].task.base_model:
+        return
+    weights = set()
+    for tensor in plan.tensors:
+        shared = dict(tensor.task.parameters.items())
+        values = input_values(tensor, experts[0].reference)
+        if shared.get("normalize") is True and "density" in values:
+            weights.add(values.get("weight"))
+    if weights - {None, 1.0}:
+        yield (
+            f"the weights of {experts[0].label} have no effect: with one expert, normalize: true divides by them "
+            "again; set normalize: false to use them"
+        )
+
+
+def shortened(problems: list[str]) -> list[str]:
+    """The first few problems, and how many more there are."""
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return problems[:_SHOWN] + more

@@ -1,0 +1,240 @@
+"""The merge as mergekit plans it, tensor by tensor, with what the headers say about each. No weights are read.
+
+mergekit's planner makes the tasks; this room adds the shapes and dtypes that the result will have, and proves that
+every input tensor a task reads is there and fits.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference, set_config_value
+from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from utils.errors import UserError, raise_collected
+from utils.merging.inputs import MergeInputs
+from utils.merging.settings import MergeSettings
+from utils.merging.vocabulary import VocabularyPlan
+from utils.models.architecture import ArchitecturePlan, PlannedTensor, quiet_mergekit
+from utils.models.checkpoints import DTYPE_BYTES, FLOAT_DTYPES, TensorHeader
+
+_TORCH_BYTES = {name: DTYPE_BYTES[code] for code, name in FLOAT_DTYPES.items()}
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result.
+
+    `shape` is None if transformers converts the stored tensors while loading, so that no header tells. `dtype` is
+    torch's name, None for what the inputs have (integer buffers). `sources` are the headers by input.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    vocabulary_axis: int | None
+    task: ExecuteMergeMethodTask = field(repr=False)
+    weight: WeightInfo = field(repr=False)
+    sources: Mapping[ModelReference, TensorHeader] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the result; the inputs' where the shape is unknown."""
+        if self.shape is None or self.dtype is None:
+            return max((header.nbytes for header in self.sources.values()), default=0)
+        return math.prod(self.shape) * _TORCH_BYTES[self.dtype]
+
+    @property
+    def params(self) -> int:
+        """Number of entries, 0 if unknown."""
+        return math.prod(self.shape) if self.shape is not None else 0
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do. `config` is the result's, `inputs.config` the recipe as mergekit gets it."""
+
+    inputs: MergeInputs
+    architecture: ArchitecturePlan
+    vocabulary: VocabularyPlan
+    tensors: tuple[OutputTensor, ...] = field(repr=False)
+    config: Any = field(repr=False)
+    options: MergeOptions
+    dtype: str | None
+    out_dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the result."""
+        return sum(tensor.params for tensor in self.tensors)
+
+
+def plan_merge(
+    inputs: MergeInputs,
+    architecture: ArchitecturePlan,
+    vocabulary: VocabularyPlan,
+    settings: MergeSettings,
+    device: str,
+) -> MergePlan:
+    """Plan the merge.
+
+    Raises:
+        UserError: parameters are missing, inputs do not suit the method, or tensors are absent or do not fit together.
+    """
+    options = merge_options(settings, device)
+    recipe = inputs.config
+    planned = recipe if vocabulary.task else recipe.model_copy(update={"tokenizer_source": None, "tokenizer": None})
+    planned = planned.model_copy(deep=True)  # the planner rewrites it
+    forget_inputs(options)
+    config = _model_out_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
+    try:
+        with quiet_mergekit():
+            # nothing is written: the folder is that of mergekit's own writer, whose place ours takes
+            targets = MergePlanner(planned, architecture.info, options, config).plan_to_disk(out_path="")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"merge recipe: {error}") from None
+    by_name = {tensor.name: tensor for tensor in architecture.tensors}
+    out_dtype = recipe.out_dtype or recipe.dtype
+    problems: list[str] = []
+    tensors = []
+    for task in (target.tensor_task for target in targets if isinstance(target, SaveTensor)):
+        info, sources = task.output_weight, {}
+        for reference, weight in gathered(task).weight_info.items():
+            header = _source(inputs, reference, weight, by_name.get(info.name), problems)
+            if header is not None:
+                sources[reference] = header
+        shape = _shape(inputs, info, sources, vocabulary, settings, problems)
+        dtype = info.force_dtype or _out_dtype(out_dtype, inputs, sources)
+        tensors.append(OutputTensor(info.name, shape, dtype, info.vocabulary_axis, task, info, sources))
+    raise_collected(_first(problems), "the models do not fit together")
+    _adopt_truncation(config, architecture, tensors, vocabulary, settings)
+    shown = (out_dtype or inputs.donor.checkpoint.float_dtype).removeprefix("torch.")
+    dtype = recipe.dtype.removeprefix("torch.") if recipe.dtype else None
+    return MergePlan(inputs, architecture, vocabulary, tuple(tensors), config, options, dtype, shown)
+
+
+def merge_options(settings: MergeSettings, device: str) -> MergeOptions:
+    """The settings as mergekit's options, for the device chosen. mergekit writes no card: ours says more."""
+    return MergeOptions(
+        allow_crimes=settings.allow_crimes,
+        unsafe_truncate_embeddings=settings.unsafe_truncate_embeddings,
+        device=device,
+        low_cpu_memory=settings.low_cpu_memory,
+        out_shard_size=settings.out_shard_size,
+        copy_tokenizer=settings.copy_tokenizer,
+        clone_tensors=settings.clone_tensors,
+        trust_remote_code=settings.trust_remote_code,
+        random_seed=settings.random_seed,
+        lazy_unpickle=settings.lazy_unpickle,
+        write_model_card=False,
+        quiet=True,
+        read_to_gpu=settings.read_to_gpu,
+        multi_gpu=settings.multi_gpu,
+        async_write=settings.async_write,
+        write_threads=settings.write_threads,
+    )
+
+
+def forget_inputs(options: MergeOptions) -> None:
+    """Empty mergekit's cache of open checkpoints: it outlives a merge and does not notice rewritten files."""
+    cache = LoaderCache()
+    cache.flush_all()
+    cache.loaders.clear()
+    cache.setup(options)
+
+
+def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:
+    """The task below alignment or truncation that collects one tensor from every input."""
+    source = task.gather_tensors
+    while not isinstance(source, GatherTensors):
+        source = source.gather_tensors
+    return source
+
+
+def _source(
+    inputs: MergeInputs,
+    reference: ModelReference,
+    weight: WeightInfo,
+    known: PlannedTensor | None,
+    problems: list[str],
+) -> TensorHeader | None:
+    checkpoint = next(model.checkpoint for model in inputs.models if model.reference == reference)
+    tensor = PlannedTensor(weight.name, weight.optional, tuple(weight.aliases or ()), tuple(weight.tied_names or ()))
+    stored = tensor.stored_name(checkpoint.tensors)
+    if stored is not None:
+        return checkpoint.tensors[stored]
+    # plan_architecture has already found that it is there after conversion, or optional, for every layer it knows
+    if known is None and not weight.optional:
+        problems.append(f"{weight.name} is not in {checkpoint.name}")
+    return None
+
+
+def _shape(
+    inputs: MergeInputs,
+    weight: WeightInfo,
+    sources: Mapping[ModelReference, TensorHeader],
+    vocabulary: VocabularyPlan,
+    settings: MergeSettings,
+    problems: list[str],
+) -> tuple[int, ...] | None:
+    """The shape of the merged tensor; a mismatch that nothing settles is added to the problems."""
+    shapes = {reference: header.shape for reference, header in sources.items()}
+    if not shapes:
+        return None
+    axis = weight.vocabulary_axis
+    first = next(iter(shapes.values()))
+    alike = all(shape == first for shape in shapes.values())
+    if axis is not None and (vocabulary.task or settings.unsafe_truncate_embeddings):
+        others = {shape[:axis] + shape[axis + 1 :] for shape in shapes.values()}
+        if len(others) == 1:
+            rows = vocabulary.size if vocabulary.task else min(shape[axis] for shape in shapes.values())
+            return (*first[:axis], rows, *first[axis + 1 :])
+        alike = False
+    if not alike:
+        listed = ", ".join(f"{inputs.label(reference)} {list(shape)}" for reference, shape in shapes.items())
+        remedy = ""
+        if axis is not None and not vocabulary.task and len({len(shape) for shape in shapes.values()}) == 1:
+            remedy = "; the vocabularies differ: add tokenizer_source: union (or base) to the recipe"
+        problems.append(f"{weight.name} has different shapes: {listed}{remedy}")
+    return first
+
+
+def _out_dtype(asked: str | None, inputs: MergeInputs, sources: Mapping[ModelReference, TensorHeader]) -> str | None:
+    """The recipe's dtype; without one the donor's own, tensor by tensor, and None for integers."""
+    if asked:
+        return asked.removeprefix("torch.")
+    header = sources.get(inputs.donor.reference) or next(iter(sources.values()), None)
+    return FLOAT_DTYPES.get(header.dtype) if header else None
+
+
+def _adopt_truncation(
+    config: Any,
+    architecture: ArchitecturePlan,
+    tensors: list[OutputTensor],
+    vocabulary: VocabularyPlan,
+    settings: MergeSettings,
+) -> None:
+    """Truncated embeddings need their new size in the config, where mergekit leaves the old one."""
+    if not settings.unsafe_truncate_embeddings or vocabulary.task:
+        return
+    rows = {t.shape[t.vocabulary_axis] for t in tensors if t.vocabulary_axis is not None and t.shape is not None}
+    if len(rows) == 1:
+        set_config_value(config, architecture.info.vocab_size_config_key or "vocab_size", rows.pop())
+
+
+def _first(problems: list[str]) -> Iterator[str]:
+    yield from problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        yield f"and {len(problems) - _SHOWN} more tensors"

@@ -1,0 +1,130 @@
+"""What was written, checked before anybody sees it: names, shapes, dtypes, config, tokenizer; does it load?
+
+The last is asked of transformers itself, with all parameters on the meta device: its own loading matches every tensor,
+but no weights enter memory.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+
+from utils.errors import raise_collected
+from utils.merging.plan import MergePlan
+from utils.merging.settings import MergeSettings
+from utils.models.architecture import quiet_mergekit
+from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader, read_headers
+from utils.models.tokenizer_files import GENERATION, has_chat_template, has_tokenizer
+
+_SHOWN = 5
+
+
+def check_result(plan: MergePlan, settings: MergeSettings, folder: Path) -> list[str]:
+    """Check a merged model in its folder.
+
+    Args:
+        plan: what was planned.
+        settings: the flags.
+        folder: the folder with weights, config and tokenizer.
+
+    Returns:
+        Sentences for the user about what was checked and what changed.
+
+    Raises:
+        UserError: the result is not what was planned or does not load. It is then not published.
+    """
+    headers = read_headers(folder, "the result")
+    problems = [*_tensor_problems(plan, headers), *_loading_problems(folder, settings)]
+    problems += _small_file_problems(plan, settings, folder)
+    rows, row_problems = _vocabulary(plan, settings, folder, headers)
+    raise_collected([*problems, *row_problems], "the merged model did not pass its checks")
+    checked = f"{len(headers)} tensors are finite and have the planned names, shapes and dtypes"
+    return [f"checked: {checked}; transformers loads them all", *rows]
+
+
+def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Iterator[str]:
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    required = {name for name, tensor in planned.items() if not tensor.weight.optional}
+    for what, names in (("lacks", required - set(headers)), ("has unplanned", set(headers) - set(planned))):
+        if names:
+            yield f"the result {what} {', '.join(sorted(names)[:_SHOWN])}"
+    for name, header in headers.items():
+        tensor = planned.get(name)
+        if tensor and tensor.shape is not None and header.shape != tensor.shape:
+            yield f"{name} has shape {list(header.shape)}, planned was {list(tensor.shape)}"
+        if tensor and tensor.dtype is not None and FLOAT_DTYPES.get(header.dtype) != tensor.dtype:
+            yield f"{name} is {header.dtype}, planned was {tensor.dtype}"
+
+
+def _loading_problems(folder: Path, settings: MergeSettings) -> Iterator[str]:
+    from mergekit.common import get_auto_cls
+
+    try:
+        with quiet_mergekit():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+            model_class = get_auto_cls(config.architectures[0])
+            _, report = model_class.from_pretrained(
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except Exception as error:  # whatever it is, the result does not load
+        yield f"transformers cannot load it: {type(error).__name__}: {error}"
+        return
+    for key, what in (
+        ("missing_keys", "are missing for the model class"),
+        ("unexpected_keys", "are not known to the model class"),
+        ("mismatched_keys", "have shapes that do not fit config.json"),
+    ):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
+        if names and key != "unexpected_keys":  # unknown ones were in the base too, and were reported before the merge
+            yield f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}"
+
+
+def _small_file_problems(plan: MergePlan, settings: MergeSettings, folder: Path) -> Iterator[str]:
+    donor = plan.inputs.donor.checkpoint.folder
+    if (donor / GENERATION).is_file() and not (folder / GENERATION).is_file():
+        yield f"{GENERATION} of the base is missing"
+    if not settings.copy_tokenizer and not plan.vocabulary.asked:
+        return
+    if has_tokenizer(donor) and not has_tokenizer(folder):
+        yield "the tokenizer of the base is missing"
+    if has_chat_template(donor) and not has_chat_template(folder):
+        yield "the chat template of the base is missing"
+
+
+def _vocabulary(
+    plan: MergePlan, settings: MergeSettings, folder: Path, headers: dict[str, TensorHeader]
+) -> tuple[list[str], list[str]]:
+    """What there is to say about tokens and rows, and what is wrong with them."""
+    if not has_tokenizer(folder):
+        return ["the result has no tokenizer"], []
+    try:
+        with quiet_mergekit():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        return [], [f"its tokenizer cannot be loaded: {type(error).__name__}: {error}"]
+    rows = {
+        headers[tensor.name].shape[tensor.vocabulary_axis]
+        for tensor in plan.tensors
+        if tensor.vocabulary_axis is not None and tensor.name in headers
+    }
+    declared = getattr(config.get_text_config(), "vocab_size", None)
+    problems = []
+    if declared is not None and rows and rows != {declared}:
+        problems.append(f"embeddings have {sorted(rows)} rows, config.json says vocab_size {declared}")
+    size = plan.vocabulary.size
+    if plan.vocabulary.asked and size is not None and rows != {size}:
+        problems.append(f"embeddings have {sorted(rows)} rows, the tokenizer needs {size}")
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    lines = []
+    if rows and highest >= min(rows):
+        text = f"the tokenizer has ids up to {highest}, the embeddings {min(rows)} rows"
+        (problems if plan.vocabulary.asked else lines).append(text)
+    before = plan.inputs.donor.checkpoint.config.get("vocab_size")
+    if declared is not None and before is not None and declared != before:
+        lines.append(f"vocabulary: {before} rows became {declared} (tokenizer {len(tokenizer)})")
+    return lines, problems

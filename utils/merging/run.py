@@ -1,0 +1,187 @@
+"""Carry out a planned merge: in pieces where that gives the same bits, else by mergekit's executor; one progress bar.
+
+In the latter case the tasks are mergekit's own, in its own order, so that the tensors equal those of stock mergekit with
+the same seed bit for bit. Only the writer differs, it looks at every tensor on its way to the disk; and entries are
+selected by magnitude without sorting (`utils/merging/fast_sparsifiers.py`), unless that is switched off.
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from mergekit.graph import Executor, TaskUniverse
+from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.multigpu_executor import MultiGPUExecutor
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import set_seed
+
+from utils.errors import UserError
+from utils.merging.fast_sparsifiers import path_taken, selecting_exactly, selects_exactly
+from utils.merging.pieces.choice import divide
+from utils.merging.pieces.finiteness import is_finite, not_finite
+from utils.merging.pieces.run import run_directly
+from utils.merging.plan import MergePlan, forget_inputs
+from utils.merging.settings import MergeSettings
+from utils.runtime import gigabytes
+
+
+class CheckedWriter(TensorWriter):
+    """mergekit's shard writer; refuses tensors that are not finite, and counts what it has taken."""
+
+    def __init__(self, folder: Path, settings: MergeSettings, progress: tqdm, tensors: int) -> None:
+        super().__init__(
+            str(folder),
+            max_shard_size=settings.out_shard_size,
+            use_async=settings.async_write,
+            max_write_threads=settings.write_threads,
+        )
+        self.taken: set[str] = set()
+        self._progress, self._tensors, self._counting = progress, tensors, threading.Lock()
+
+    def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
+        """Check one tensor and hand it on.
+
+        Raises:
+            UserError: it holds a NaN or an infinity.
+        """
+        if not is_finite(tensor):
+            raise not_finite(name)
+        super().save_tensor(name, tensor, clone)
+        with self._counting:  # several GPUs write from threads of their own
+            self.taken.add(name)
+            self._progress.set_postfix_str(f"tensor {len(self.taken)} of {self._tensors}", refresh=False)
+            self._progress.update(tensor.nbytes)
+
+    def abandon(self) -> None:
+        """Wait for shards that are being written and drop the others, so that their folder can be removed."""
+        if self.use_async:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class CheckedWriterTask(TensorWriterTask, arbitrary_types_allowed=True):
+    """The task that gives mergekit's saving tasks our writer."""
+
+    writer: CheckedWriter
+
+    def execute(self, **_kwargs) -> TensorWriter:
+        """Return the writer."""
+        return self.writer
+
+
+def run_merge(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
+    """Merge all tensors of a plan into safetensors shards in `folder`.
+
+    Args:
+        plan: the planned merge.
+        settings: the flags.
+        device: torch's name of the device to compute on.
+        folder: where the shards go; it exists.
+
+    Raises:
+        UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
+    """
+    forget_inputs(plan.options)
+    division = divide(plan, settings)
+    if not settings.quiet:
+        print(f"path: {path_taken(plan, settings, division)}", flush=True)
+    with selecting_exactly(selects_exactly(plan, settings)):
+        if isinstance(division, str):
+            _run_by_mergekit(plan, settings, device, folder)
+            return
+        with _progress_bar(plan, settings) as progress, _readable_failures():
+            shown = partial(_show, progress, {}, len(plan.tensors))
+            run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown)
+    forget_inputs(plan.options)
+
+
+def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
+    # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
+    set_seed(settings.random_seed)
+    with _progress_bar(plan, settings) as progress:
+        writer = CheckedWriter(folder, settings, progress, len(plan.tensors))
+        try:
+            with _readable_failures():
+                _execute(plan, settings, device, writer)
+        finally:
+            writer.abandon()
+            forget_inputs(plan.options)
+    absent = {tensor.name for tensor in plan.tensors if not tensor.weight.optional} - writer.taken
+    if absent:  # cannot happen with one executor; threads of several GPUs have lost results before
+        raise RuntimeError(f"mergekit finished without writing {', '.join(sorted(absent)[:5])}")
+
+
+def _execute(plan: MergePlan, settings: MergeSettings, device: str, writer: CheckedWriter) -> None:
+    writer_task = CheckedWriterTask(out_path=writer.out_path, max_shard_size=settings.out_shard_size, writer=writer)
+    saves = [
+        SaveTensor(
+            tensor_name=tensor.name,
+            tensor_task=tensor.task,
+            writer_task=writer_task,
+            clone=settings.clone_tensors,
+            optional=tensor.weight.optional,
+            dtype=tensor.dtype,
+        )
+        for tensor in plan.tensors
+    ]
+    targets = [*saves, FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=writer_task)]
+    if plan.vocabulary.task is not None:
+        targets.append(plan.vocabulary.task)
+    if settings.multi_gpu:
+        executor = MultiGPUExecutor(targets, storage_device=None if settings.low_cpu_memory else "cpu")
+        results = executor.run(quiet=True)
+    else:
+        universe = TaskUniverse(targets)
+        handles = [universe.add_task(target) for target in targets]
+        known = {}
+        if plan.vocabulary.task is not None:  # built while planning, so not again
+            known[universe.add_task(plan.vocabulary.task)] = plan.vocabulary.info
+        executor = Executor(handles, device, device if settings.low_cpu_memory else "cpu", cached_values=known)
+        results = executor.run(quiet=True)
+    for _ in results:
+        pass
+
+
+def _show(progress: tqdm, seen: dict[str, None], tensors: int, name: str, nbytes: int) -> None:
+    """Tell the progress bar of bytes more of a tensor."""
+    seen[name] = None
+    progress.set_postfix_str(f"tensor {len(seen)} of {tensors}", refresh=False)
+    progress.update(nbytes)
+
+
+@contextlib.contextmanager
+def _progress_bar(plan: MergePlan, settings: MergeSettings) -> Iterator[tqdm]:
+    with tqdm(
+        total=plan.nbytes,
+        desc="merging",
+        unit="B",
+        unit_scale=True,
+        disable=settings.quiet,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 5,  # a log file needs fewer lines than a screen
+    ) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _readable_failures() -> Iterator[None]:
+    """Turn the failures a user can do something about into `UserError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        text = str(error)
+        remedy = "make room, or choose another --output_path" if "os error 28" in text else "is an input incomplete?"
+        raise UserError(f"reading or writing weights failed: {text}; {remedy}") from None
+    except torch.OutOfMemoryError as error:
+        free = gigabytes(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else "little"
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU nobody else uses"
+        ) from None
+    except MemoryError:
+        raise UserError("memory ran out; give a smaller --out_shard_size, or dtype: bfloat16 in the recipe") from None

@@ -1,0 +1,153 @@
+"""The files of saliency vectors that a planned merge reads: found, checked against the headers, tied to its tensors.
+
+mergekit's graph hands a method the name of the output tensor only. A checkpoint may store that tensor under another
+name, and a slice may take it from another layer; the file of vectors knows it by the name it was measured under. So
+each task that will read vectors gets, in place of the recipe's path, a `VectorKey` with the absolute path and that
+name; one that will not, no path.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods import MergeMethod
+
+from utils.errors import UserError, raise_collected
+from utils.merging.guided.methods import SALIENCY, OwnMethod
+from utils.merging.inputs import MergeInput
+from utils.merging.parameters import input_values, shortened
+from utils.merging.plan import MergePlan, OutputTensor, gathered
+from utils.models.checkpoints import FLOAT_DTYPES
+from utils.publish import file_sha256
+from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
+
+_NO_VECTORS = ""
+
+
+@dataclass(frozen=True)
+class SaliencyFile:
+    """One file of vectors: the path as the recipe has it, where that is, and what was in it.
+
+    `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it.
+    """
+
+    written: str
+    path: Path
+    nbytes: int
+    sha256: str
+    tensors: Mapping[str, int]
+
+    @property
+    def label(self) -> str:
+        """A publishable name: as written, but the last part alone of an absolute path."""
+        return self.path.name if Path(self.written).expanduser().is_absolute() else self.written
+
+
+def bind_saliency(plan: MergePlan, method: MergeMethod) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
+    """Check the saliency files that a recipe names, and tie the tasks to their vectors. No weights are read.
+
+    Returns:
+        The plan with tied tasks; the files (none for a method without saliency); warnings (sentences).
+
+    Raises:
+        UserError: a file is missing or not one of vectors; it lacks those of a tensor that is merged by them, or they do
+            not fit it, or are negative or not finite; a vocabulary is aligned, so that its rows are not those measured;
+            a parameter is outside the method's range.
+    """
+    if not isinstance(method, OwnMethod):
+        return plan, (), []
+    raise_collected(shortened(list(_slips(plan, method))), "merge recipe: values")
+    named = {text: Path(text).expanduser().resolve() for text in _named_files(plan)}
+    opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
+    problems: list[str] = []
+    used: dict[str, dict[str, int]] = {text: {} for text in named}
+    tensors = []
+    for tensor in plan.tensors:
+        keys: dict[ModelReference, VectorKey | str] = {}
+        for model in plan.inputs.models:
+            values = input_values(tensor, model.reference)
+            text = values.get(SALIENCY)
+            if not text:
+                continue
+            header = tensor.sources[model.reference]
+            if header.dtype not in FLOAT_DTYPES or not method.reads_vectors(values, len(header.shape)):
+                keys[model.reference] = _NO_VECTORS
+                continue
+            try:
+                keys[model.reference] = _checked_key(plan, tensor, model, opened[named[text]], method.remedy)
+            except UserError as error:
+                problems.append(str(error))
+            used[text][model.label] = used[text].get(model.label, 0) + 1
+        tensors.append(_tied(tensor, keys))
+    raise_collected(shortened(problems), f"merge recipe: {SALIENCY}")
+    files = tuple(
+        SaliencyFile(text, path, path.stat().st_size, file_sha256(path), used[text]) for text, path in named.items()
+    )
+    return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files, method))
+
+
+def _slips(plan: MergePlan, method: OwnMethod) -> Iterator[str]:
+    """Parameters that the method cannot work with; the same ones for many tensors are told of the first."""
+    seen: set[str] = set()
+    for tensor in plan.tensors:
+        shared = dict(tensor.task.parameters.items())
+        for model in plan.inputs.models:
+            if not (values := input_values(tensor, model.reference)):
+                continue
+            for slip in method.slips(shared, values):
+                if slip not in seen:
+                    seen.add(slip)
+                    yield f"{model.label}, {tensor.name}: {slip}"
+
+
+def _named_files(plan: MergePlan) -> list[str]:
+    """Every file that some model names for some tensor, as the recipe has it, in the order of the models."""
+    values = (
+        input_values(tensor, model.reference).get(SALIENCY) for model in plan.inputs.models for tensor in plan.tensors
+    )
+    return list(dict.fromkeys(text for text in values if text))
+
+
+def _checked_key(
+    plan: MergePlan, tensor: OutputTensor, model: MergeInput, vectors: SaliencyVectors, remedy: str
+) -> VectorKey:
+    task = tensor.task
+    weight = gathered(task).weight_info[model.reference]
+    if not isinstance(task.gather_tensors, GatherTensors):
+        raise UserError(f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {remedy}")
+    stored = tensor.sources[model.reference].name  # of a head that is tied in this model: the embedding's
+    planned = {weight.name, plan.architecture.spellings.get(stored, stored)}
+    spellings = (name for name, own in plan.architecture.spellings.items() if own in planned)
+    found = vectors.of_these(dict.fromkeys((weight.name, stored, *spellings)))
+    if not found:
+        raise UserError(f"{model.label}: {vectors.path} has no vectors of {weight.name}; {remedy}")
+    shape = vectors.shape(found[0])
+    if tensor.shape is not None and shape != (tensor.shape or (1,)):
+        lengths = " and ".join(map(str, shape))
+        raise UserError(
+            f"{model.label}: {vectors.path} has vectors of length {lengths} for {weight.name}, whose shape is "
+            f"{list(tensor.shape)}; were they measured on this model?"
+        )
+    vectors.vectors(found[0])
+    return VectorKey(vectors.path, found[0])
+
+
+def _tied(tensor: OutputTensor, keys: Mapping[ModelReference, VectorKey | str]) -> OutputTensor:
+    if not keys:
+        return tensor
+    task = tensor.task
+    values = {
+        model: {**dict(own.items()), **({SALIENCY: keys[model]} if model in keys else {})}
+        for model, own in task.input_parameters.items()
+    }
+    return replace(tensor, task=type(task)(**{**dict(task), "input_parameters": values}))
+
+
+def _idle_files(files: tuple[SaliencyFile, ...], method: OwnMethod) -> Iterator[str]:
+    if not files:
+        yield f"no model names a file of saliency vectors ({SALIENCY}), so {method.without}"
+    for file in files:
+        if not file.tensors:
+            yield f"the saliency file {file.label} is not used: {method.unused}"

@@ -1,0 +1,55 @@
+"""The files of a merged model beside its weights: config, tokenizer, templates, card, recipe, manifest.
+
+mergekit leaves some of the base's files out (generation config and templates when it builds a tokenizer, `vocab.json`
+tokenizers); they are copied here.
+"""
+
+from pathlib import Path
+
+from mergekit.common import set_config_value
+from mergekit.merge import _set_chat_template
+from transformers import AutoTokenizer
+
+from utils.merging.model_card import CARD, RECIPE, card_text, manifest, recipe_text
+from utils.merging.preflight import Preflight
+from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
+from utils.publish import MANIFEST, to_json
+
+
+def write_small_files(ready: Preflight, folder: Path) -> None:
+    """Write config and tokenizer of the result, and copy what the base has beside them."""
+    plan, donor = ready.plan, ready.plan.inputs.donor.checkpoint.folder
+    if plan.vocabulary.size is not None:
+        key = plan.architecture.info.vocab_size_config_key or "vocab_size"
+        set_config_value(plan.config, key, plan.vocabulary.size)
+    plan.config.save_pretrained(folder)
+    copy_missing(donor, folder, [GENERATION, *(plan.architecture.info.tagalong_files or [])])
+    if ready.settings.trust_remote_code and "auto_map" in plan.inputs.donor.checkpoint.config:
+        copy_missing(donor, folder, [path.name for path in donor.glob("*.py")])
+    if plan.vocabulary.task is not None or ready.settings.copy_tokenizer or plan.vocabulary.asked:
+        _write_tokenizer(ready, donor, folder)
+
+
+def describe_result(ready: Preflight, folder: Path) -> int:
+    """Write card, recipe and, last, the manifest. Returns the bytes of all files."""
+    if ready.settings.write_model_card:
+        (folder / CARD).write_text(card_text(ready), encoding="utf-8")
+    (folder / RECIPE).write_text(recipe_text(ready), encoding="utf-8")
+    described = manifest(ready, folder)
+    content = to_json(described)
+    (folder / MANIFEST).write_bytes(content)
+    return sum(described["files"].values()) + len(content)
+
+
+def _write_tokenizer(ready: Preflight, donor: Path, folder: Path) -> None:
+    config, info = ready.plan.inputs.config, ready.plan.vocabulary.info
+    trust = ready.settings.trust_remote_code
+    if info is None and not config.chat_template:
+        copy_tokenizer(donor, folder)
+        return
+    tokenizer = info.tokenizer if info else AutoTokenizer.from_pretrained(donor, trust_remote_code=trust)
+    if config.chat_template:
+        _set_chat_template(tokenizer, config, trust_remote_code=trust)
+    tokenizer.save_pretrained(folder)
+    if not config.chat_template:
+        copy_chat_template(donor, folder)

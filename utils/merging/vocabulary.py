@@ -1,0 +1,262 @@
+"""How the tokens of several models come together: compared, and aligned only where that changes anything.
+
+A recipe's `tokenizer_source` (or `tokenizer`) makes mergekit rebuild every embedding row by row through the tokenizers.
+If all tokenizers are the same and every embedding has exactly one row per token, that rebuilds what is there already:
+the rows are then merged as they are, which gives the same tensors much faster.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from mergekit.tokenizer.build import get_vocab_size
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from utils.errors import UserError, raise_collected
+from utils.merging.inputs import MergeInput, MergeInputs
+from utils.models.architecture import ArchitecturePlan, quiet_mergekit
+from utils.models.checkpoints import Checkpoint
+from utils.models.tokenizer_files import fingerprint, has_chat_template, has_tokenizer
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class VocabularyPlan:
+    """What happens to tokens and embedding rows.
+
+    Attributes:
+        summary: one sentence for the user.
+        warnings: sentences about differences that the merge does not align.
+        asked: the recipe has a tokenizer block.
+        task: mergekit's task that builds the tokenizer and aligns the rows; None if no alignment takes place.
+        info: what that task gives.
+        size: rows of every embedding of the result; None if they stay as they are.
+    """
+
+    summary: str
+    warnings: tuple[str, ...] = ()
+    asked: bool = False
+    task: BuildTokenizer | None = None
+    info: TokenizerInfo | None = field(default=None, repr=False)
+    size: int | None = None
+
+
+def plan_vocabulary(inputs: MergeInputs, architecture: ArchitecturePlan, *, trust_remote_code: bool) -> VocabularyPlan:
+    """Compare the tokenizers and decide whether embedding rows are aligned or merged as they are.
+
+    Raises:
+        UserError: the recipe asks for a tokenizer that is not there or cannot be loaded, or a model's tokenizer has
+            tokens that its embeddings do not.
+    """
+    config, donor = inputs.config, inputs.donor
+    asked = config.tokenizer_source is not None or config.tokenizer is not None
+    prints = {model.reference: fingerprint(model.checkpoint.folder) for model in inputs.models if _has(model)}
+    same = len(set(prints.values())) <= 1
+    warnings = tuple(_template_notes(inputs)) + tuple(
+        f"{model.label} has no tokenizer; its token ids are taken to be those of {donor.label}"
+        for model in inputs.models
+        if model.reference not in prints and prints
+    )
+    if not asked:
+        if same:
+            text = "tokenizers are the same" if prints else "no model has a tokenizer"
+            return VocabularyPlan(f"{text}; embeddings are merged row by row", warnings)
+        notes = tuple(_differences(inputs, prints, trust_remote_code))
+        return VocabularyPlan("embeddings are merged row by row, by token id", warnings + notes)
+    if donor.reference not in prints:
+        raise UserError(
+            f"model {donor.checkpoint.name} has no tokenizer, which the recipe's tokenizer block needs; add its "
+            "tokenizer files, or remove tokenizer_source from the recipe"
+        )
+    if same and _is_plain(config):
+        size = len(_vocabulary(donor, trust_remote_code))
+        if _one_row_per_token(inputs, architecture, size, trust_remote_code):
+            summary = (
+                f"tokenizers are byte-identical, with one token per embedding row ({size}): rows are merged as they "
+                "are, the same tensors as by the recipe's tokenizer block, which is skipped"
+            )
+            return VocabularyPlan(summary, warnings, asked=True)
+    return _aligned(inputs, architecture, warnings, trust_remote_code)
+
+
+def embedding_rows(architecture: ArchitecturePlan, checkpoint: Checkpoint) -> dict[str, int]:
+    """Rows of a checkpoint's token-indexed tensors, by planned name."""
+    rows = {}
+    for tensor in architecture.tensors:
+        stored = tensor.stored_name(checkpoint.tensors)
+        if tensor.vocabulary_axis is not None and stored is not None:
+            rows[tensor.name] = checkpoint.tensors[stored].shape[tensor.vocabulary_axis]
+    return rows
+
+
+def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """How two token -> id tables differ, as a clause with the first few examples; "" if they do not."""
+    parts = []
+    if len(ours) != len(theirs):
+        parts.append(f"{len(ours)} and {len(theirs)} tokens")
+    moved = [token for token, place in ours.items() if theirs.get(token, place) != place]
+    for tokens, text in (
+        (moved, "have other ids"),
+        ([token for token in ours if token not in theirs], "are only in the first"),
+        ([token for token in theirs if token not in ours], "are only in the second"),
+    ):
+        if tokens:
+            first = ", ".join(repr(token) for token in sorted(tokens, key=(theirs | ours).get)[:_SHOWN])
+            parts.append(f"{len(tokens)} {text} ({first}{', ...' if len(tokens) > _SHOWN else ''})")
+    return "; ".join(parts)
+
+
+def _has(model: MergeInput) -> bool:
+    return has_tokenizer(model.checkpoint.folder)
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether the tokenizer block asks for nothing beyond `union` or `base`."""
+    if config.tokenizer is None:
+        return config.tokenizer_source in ("union", "base")
+    block = config.tokenizer
+    return block.source in ("union", "base") and not block.tokens and not block.pad_to_multiple_of
+
+
+def _one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
+    for model in inputs.models:
+        rows = set(embedding_rows(architecture, model.checkpoint).values())
+        declared = get_vocab_size(model.reference.model, trust_remote_code=trust_remote_code)
+        if rows != {size} or declared != size:
+            return False
+    return True
+
+
+def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
+    """Token -> id of a model's tokenizer."""
+    try:
+        with quiet_mergekit():
+            loaded = AutoTokenizer.from_pretrained(model.checkpoint.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {first}") from None
+    return loaded.get_vocab()
+
+
+def _differences(inputs: MergeInputs, prints: Mapping[ModelReference, str], trust_remote_code: bool) -> list[str]:
+    donor = inputs.donor
+    if donor.reference not in prints:
+        return [f"{donor.label} has no tokenizer; those of the other models differ and none is used"]
+    ours = _vocabulary(donor, trust_remote_code)
+    notes = []
+    for model in inputs.models[1:]:
+        if prints.get(model.reference, prints[donor.reference]) == prints[donor.reference]:
+            continue
+        difference = vocabulary_difference(ours, _vocabulary(model, trust_remote_code))
+        if difference:
+            notes.append(
+                f"the tokenizers of {donor.label} and {model.label} differ: {difference}. Rows are merged by id; to "
+                "align them by token, add tokenizer_source: union to the recipe"
+            )
+    return notes
+
+
+def _aligned(
+    inputs: MergeInputs, architecture: ArchitecturePlan, warnings: tuple[str, ...], trust_remote_code: bool
+) -> VocabularyPlan:
+    config = inputs.config
+    block = config.tokenizer
+    task = BuildTokenizer(
+        base_model=config.base_model,
+        referenced_models=tuple(config.referenced_models()),
+        tokenizer_source=block.source if block else config.tokenizer_source,
+        trust_remote_code=trust_remote_code,
+        add_tokens=tuple((block.tokens or {}) if block else ()),
+    )
+    for model in inputs.models:
+        if _has(model):
+            _vocabulary(model, trust_remote_code)  # mergekit only logs a tokenizer it cannot load
+    info = _build(task, inputs)
+    vocabulary = info.tokenizer.get_vocab()
+    _check_permutations(inputs, architecture, info, vocabulary)
+    warnings += tuple(_moved_special_tokens(inputs.donor, vocabulary, trust_remote_code))
+    size = len(vocabulary)
+    multiple = block.pad_to_multiple_of if block else None
+    if multiple and size % multiple:
+        size += multiple - size % multiple
+    before = sorted(set(embedding_rows(architecture, inputs.donor.checkpoint).values()))
+    change = f", {' and '.join(map(str, before))} rows become {size}" if before != [size] else f", {size} rows"
+    return VocabularyPlan(f"embedding rows are aligned by token{change}", warnings, True, task, info, size)
+
+
+def _build(task: BuildTokenizer, inputs: MergeInputs) -> TokenizerInfo:
+    try:
+        # mergekit draws a progress bar here that none of its options switches off
+        with quiet_mergekit(), contextlib.redirect_stderr(io.StringIO()), _vocabularies_by_id():
+            return task.execute()
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        names = ", ".join(model.label for model in inputs.models)
+        raise UserError(f"the tokenizers of {names} cannot be joined: {error}") from None
+
+
+@contextlib.contextmanager
+def _vocabularies_by_id() -> Iterator[None]:
+    """Let vocabularies be listed by id while a union is built.
+
+    They come out of a hash table whose order differs from process to process, and mergekit gives the tokens that a
+    union adds their ids in that order: the same merge would give differently numbered tokens every time.
+    """
+    listed = PreTrainedTokenizerFast.get_vocab
+
+    def by_id(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+        return dict(sorted(listed(tokenizer).items(), key=lambda pair: pair[1]))
+
+    PreTrainedTokenizerFast.get_vocab = by_id
+    try:
+        yield
+    finally:
+        PreTrainedTokenizerFast.get_vocab = listed
+
+
+def _check_permutations(
+    inputs: MergeInputs, architecture: ArchitecturePlan, info: TokenizerInfo, vocabulary: Mapping[str, int]
+) -> None:
+    """Find tokens without an embedding row, on which mergekit would stop in the middle of the merge."""
+    problems = []
+    for model in inputs.models:
+        places = info.permutations[model.reference]
+        rows = min(embedding_rows(architecture, model.checkpoint).values(), default=0)
+        short = [token for token, place in vocabulary.items() if places.get(place, rows) >= rows]
+        if short:
+            problems.append(
+                f"model {model.checkpoint.name}: its tokenizer knows {len(short)} tokens without an embedding row "
+                f"({', '.join(map(repr, short[:_SHOWN]))}; it has {rows} rows); remove them from its tokenizer, or "
+                "tokenizer_source from the recipe"
+            )
+    raise_collected(problems, "tokenizers")
+
+
+def _moved_special_tokens(donor: MergeInput, ours: Mapping[str, int], trust_remote_code: bool) -> Iterator[str]:
+    """Special tokens that `config.json` names by id and that mean something else in the result's tokenizer."""
+    before = {place: token for token, place in _vocabulary(donor, trust_remote_code).items()}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        places = donor.checkpoint.config.get(key)
+        for place in places if isinstance(places, list) else [places]:
+            token = before.get(place)
+            if token is not None and ours.get(token) != place:
+                where = f"has id {ours[token]} in" if token in ours else "is not in"
+                yield (
+                    f"config.json of {donor.label} says {key} {place} ({token!r}), which {where} the result's "
+                    "tokenizer; mend config.json and generation_config.json of the result"
+                )
+
+
+def _template_notes(inputs: MergeInputs) -> list[str]:
+    donor = inputs.donor
+    having = [model.label for model in inputs.models if has_chat_template(model.checkpoint.folder)]
+    if not having or donor.label in having or inputs.config.chat_template:
+        return []
+    return [
+        f"{donor.label} has no chat template, {having[0]} has; the result has none unless the recipe says "
+        "chat_template: auto"
+    ]

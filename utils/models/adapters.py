@@ -1,0 +1,87 @@
+"""LoRA adapters named in a merge recipe as `model+adapter`: merged once into a cache, then plain model folders.
+
+mergekit does this too, but keeps what a crash left half-written and does not notice a changed adapter of the same
+name. Here the cache entry is complete or absent, and its name holds a hash of the adapter and of the model's headers.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.models.architecture import quiet_mergekit
+from utils.models.checkpoints import Checkpoint, find_small_files, header_hash, is_local
+from utils.models.hub import download
+from utils.models.tokenizer_files import copy_tokenizer
+from utils.publish import file_sha256, staged_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_adapter(shown: str, cache: Path | None) -> None:
+    """Explain what `a+b` means and what it needs, unless the cache is given.
+
+    Raises:
+        UserError: no cache folder was given, or a folder is called `a+b`.
+    """
+    if os.path.exists(os.path.expanduser(shown)):
+        raise UserError(
+            f"model {shown}: mergekit reads '+' as 'model+LoRA adapter', but a folder has this very name; write "
+            f"model: {{model: {{path: {shown!r}}}}}"
+        )
+    if cache is None:
+        raise UserError(
+            f"model {shown} means a model with a LoRA adapter. Give --lora_merge_cache FOLDER to have the adapter "
+            "merged into the model there first, or do that with peft (merge_and_unload) and name the result"
+        )
+
+
+def merged_folder(model: Checkpoint, adapter: str, revision: str | None, cache: Path, dtype: str | None) -> Path:
+    """Merge an adapter into its model through mergekit and peft, or find that done in the cache.
+
+    The whole model is loaded into memory.
+
+    Args:
+        model: the model the adapter was trained on.
+        adapter: folder or hub id of the adapter.
+        revision: the adapter's revision on the hub.
+        cache: the cache folder; one folder per model, adapter and dtype is made in it.
+        dtype: of the merged weights; None for the model's own.
+
+    Raises:
+        UserError: the adapter lacks its files or does not fit the model.
+    """
+    folder = _adapter_files(adapter, revision)
+    dtype = dtype or model.float_dtype
+    parts = (header_hash(model.tensors.values()), file_sha256(folder / CONFIG), file_sha256(folder / WEIGHTS), dtype)
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    target = cache.resolve() / f"{model.folder.name}_{folder.name}_{key}"
+    if not target.exists():
+        with staged_folder(target) as stage:
+            _merge(model, folder, adapter, stage, dtype)
+    return target
+
+
+def _merge(model: Checkpoint, adapter: Path, name: str, stage: Path, dtype: str) -> None:
+    from mergekit.common import ModelPath, ModelReference
+
+    reference = ModelReference(model=ModelPath(path=str(model.folder)), lora=ModelPath(path=str(adapter)))
+    try:
+        with quiet_mergekit():
+            merged = Path(reference.merged(cache_dir=str(stage), lora_merge_dtype=dtype).model.path)
+    except (ValueError, RuntimeError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"LoRA adapter {name} cannot be merged into {model.name}: {first}") from None
+    for path in list(merged.iterdir()):
+        shutil.move(path, stage / path.name)
+    merged.rmdir()
+    copy_tokenizer(model.folder, stage)
+
+
+def _adapter_files(name: str, revision: str | None) -> Path:
+    folder = find_small_files(name, revision) if is_local(name) else download(name, revision, [CONFIG, WEIGHTS])
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"LoRA adapter {name}: {folder} has no {file}")
+    return folder

@@ -1,0 +1,142 @@
+"""Safetensors files whose tensors are written piece by piece, in any order, from several threads.
+
+All names, shapes and dtypes are known before the first number is, so a file's header and every tensor's place in it are,
+too: nothing has to be collected in memory. Names, order, index and header are those that mergekit 0.1.5 and safetensors
+write, down to the byte.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+
+from utils.errors import UserError
+from utils.models.checkpoints import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
+
+_CODES = {name: code for code, name in FLOAT_DTYPES.items()}
+_WIDEST_FIRST = ("F64", "F32", "BF16", "F16")  # the order of tensors in a file; within a dtype by name
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written; `dtype` is torch's name of a floating-point type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its entries."""
+        return math.prod(self.shape) * DTYPE_BYTES[_CODES[self.dtype]]
+
+
+class ShardFiles:
+    """The weight files of a model under construction.
+
+    As a context manager: opens them on entry, closes them on exit. The files hold zeros wherever nothing was written.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], shard_bytes: int) -> None:
+        """Lay out the files in an existing folder.
+
+        Args:
+            folder: where they go.
+            tensors: everything that will be written, in the order in which files are filled.
+            shard_bytes: most bytes of tensors in a file with more than one of them; 0 for one file.
+        """
+        self._folder = folder
+        self._shards = _shards(tensors, shard_bytes)
+        count = len(self._shards)
+        names = [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
+        self._names = names if count > 1 else [SINGLE]
+        self._places: dict[str, tuple[int, int]] = {}  # tensor: which file, offset of its first byte
+        self._files: list[int] = []
+        self._open = ExitStack()
+
+    def __enter__(self) -> "ShardFiles":
+        """Create the files with their headers and, if there are several, the index."""
+        try:
+            for number, (name, shard) in enumerate(zip(self._names, self._shards, strict=True)):
+                header, offsets = _header(shard)
+                self._places |= {tensor: (number, len(header) + offset) for tensor, offset in offsets.items()}
+                descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._open.callback(os.close, descriptor)
+                self._files.append(descriptor)
+                os.ftruncate(descriptor, len(header) + sum(spec.nbytes for spec in shard))
+                _write(descriptor, header, 0)
+            if len(self._shards) > 1:
+                (self._folder / INDEX).write_text(self._index(), encoding="utf-8")
+        except OSError as error:
+            self._open.close()
+            raise _failure(error) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        self._open.close()
+
+    def write(self, name: str, start: int, content: memoryview) -> None:
+        """Write bytes of a tensor from byte `start` of it on.
+
+        Raises:
+            UserError: the disk is full, or the system refuses for another reason.
+        """
+        number, offset = self._places[name]
+        try:
+            _write(self._files[number], content, offset + start)
+        except OSError as error:
+            raise _failure(error) from None
+
+    def _index(self) -> str:
+        weight_map = {spec.name: file for file, shard in zip(self._names, self._shards, strict=True) for spec in shard}
+        total = sum(spec.nbytes for shard in self._shards for spec in shard)
+        described = {"total_size": total, "mergekit_version": metadata.version("mergekit")}
+        return json.dumps({"metadata": described, "weight_map": weight_map}, indent=2)
+
+
+def _shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and 0 < shard_bytes < held + tensor.nbytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    return shards
+
+
+def _header(shard: Iterable[TensorSpec]) -> tuple[bytes, Mapping[str, int]]:
+    """The first bytes of a file, and where each tensor begins behind them."""
+    ordered = sorted(shard, key=lambda spec: (_WIDEST_FIRST.index(_CODES[spec.dtype]), spec.name.encode()))
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for spec in ordered:
+        offsets[spec.name] = end
+        end += spec.nbytes
+        place = [offsets[spec.name], end]
+        table[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    left = memoryview(content)
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _failure(error: OSError) -> UserError:
+    return UserError(f"writing the weights failed: {error.strerror}; make room, or choose another --output_path")

@@ -1,0 +1,263 @@
+"""Per-sample gradients of a causal language model whose weights stream in block by block.
+
+All samples go forward through one block after the other, which keeps each sample's hidden state at every block's
+entrance. Then the blocks come once more, from the last to the first; each sample's pass through the block is computed
+again, differentiated, and each parameter's gradient goes to an observer the moment it exists. Every sample is alone in
+its pass, so that its gradients are its own, exactly, for every kind of parameter.
+
+Memory: what lies outside the blocks (the language-model head included), two blocks of weights (this one and the next,
+which is being fetched), the activations and parameter gradients of one sample in one block, the logits of one sample,
+and the checkpoints: samples x blocks x tokens x hidden size, in the model's dtype and on the computing device. Models
+with a sliding window add one mask of tokens x tokens per sample.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.models.decoder import Decoder
+from utils.models.weight_source import WeightSource, placed, share_tied, tied_names
+from utils.passes.block_runner import BlocksInTurn, block_tensor_names, stops
+from utils.passes.sample_pass import SamplePass, handed_over
+
+
+class GradientObserver(Protocol):
+    """What is done with the gradients. Names are the model's (`model.layers.3.mlp.up_proj.weight`)."""
+
+    def wants(self, name: str) -> bool:
+        """Whether a parameter's gradients are to be computed."""
+
+    def gradient(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, sample: int) -> None:
+        """One sample's gradient of its loss, of the parameter's shape and dtype (accumulate in float32).
+
+        Called at most once for a parameter and a sample; not at all where the sample's loss does not depend on the
+        parameter (an expert no token was routed to): the gradient is zero then. The gradient is the observer's to
+        keep or change; the parameter may be a read-only page of a file. Gradients are not recorded in here.
+        """
+
+    def finish(self, layer: int | None, parameters: Mapping[str, torch.Tensor]) -> None:
+        """All samples went through a block; `parameters` are all the block's, by name.
+
+        `layer` is None for what lies outside the blocks, which comes last.
+        """
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """A block that all samples went back through; its weights are in memory until the next one is asked for.
+
+    `layer` is None for what lies outside the blocks; `parameters` are all its parameters by name, not to be changed,
+    and none any more once the next block is asked for.
+    """
+
+    layer: int | None
+    parameters: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """A model on its way back: the loss of every sample, and its blocks, from the last to the first.
+
+    `losses` are mean negative log-likelihoods per predicted token, in nats. `blocks` is computed as it is iterated.
+    """
+
+    losses: tuple[float, ...]
+    blocks: Iterator[BlockDone]
+
+
+@contextmanager
+def backward_pass(
+    decoder: Decoder,
+    weights: WeightSource,
+    samples: Sequence[Sequence[int]],
+    observer: GradientObserver,
+    device: torch.device,
+    *,
+    outside: bool = False,
+    on_block: Callable[[int], None] = lambda layer: None,
+) -> Iterator[BackwardPass]:
+    """Take all samples forward on entering, and back block by block as `blocks` is iterated.
+
+    The loss of a sample is the mean cross-entropy of its next tokens (float32 from the logits on); everything else is
+    computed in the weights' dtype, in which gradients are handed over. Several models can go back in lock-step: enter
+    them all and `zip` their `blocks`. Leaving the context at any time puts the model back onto the meta device. Enter,
+    iterate and leave in one thread.
+
+    Args:
+        decoder: the model; its parameters are on the meta device before and after.
+        weights: where parameters come from, the language-model head's too (`match_names` with `head=True`).
+        samples: token ids of each sample, at least two.
+        observer: what to do with the gradients.
+        device: where to compute.
+        outside: whether parameters outside the blocks (embeddings, final norm, head) are observed, too. It costs one
+            more pass through the head. A tied embedding has one gradient, under the embedding's name.
+        on_block: called with the layer number after each block, on both ways (twice per block).
+
+    Raises:
+        UserError: a sample without a next token; weights that lack a parameter; blocks that share parameters or hand
+            each other state, or are not visited once each and in order; a loss that is not finite.
+    """
+    _refuse_short(samples)
+    _refuse_shared(decoder)
+    layers = range(len(decoder.blocks))
+    with ExitStack() as stack:
+        stack.callback(weights.close)
+        around = stack.enter_context(_placed_outside(decoder, weights, device))
+        if outside:
+            _require_wanted(around, observer)
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, [*layers, *reversed(layers)], device))
+        passes: list[SamplePass] = []
+        stack.callback(lambda: [sample.close() for sample in passes])
+        losses = _forward(decoder, turn, samples, passes, device, on_block)
+        blocks = _backward(decoder, turn, passes, around if outside else None, observer, on_block)
+        stack.callback(blocks.close)
+        yield BackwardPass(tuple(losses), blocks)
+
+
+def observe_gradients(
+    decoder: Decoder,
+    weights: WeightSource,
+    samples: Sequence[Sequence[int]],
+    observer: GradientObserver,
+    device: torch.device,
+    *,
+    outside: bool = False,
+    on_block: Callable[[int], None] = lambda layer: None,
+) -> tuple[float, ...]:
+    """Take one model forward and all the way back; arguments and errors as for `backward_pass`.
+
+    Returns:
+        The loss of each sample: mean negative log-likelihood per predicted token, in nats.
+    """
+    with backward_pass(decoder, weights, samples, observer, device, outside=outside, on_block=on_block) as model:
+        for _ in model.blocks:
+            pass
+        return model.losses
+
+
+def _forward(
+    decoder: Decoder,
+    turn: BlocksInTurn,
+    samples: Sequence[Sequence[int]],
+    passes: list[SamplePass],
+    device: torch.device,
+    on_block: Callable[[int], None],
+) -> list[float]:
+    with stops(decoder.blocks):
+        for ids in samples:
+            passes.append(SamplePass(decoder.model, ids, device))
+        losses = []
+        for layer in range(len(decoder.blocks)):
+            with turn.next_block():
+                for sample in passes:
+                    sample.forward(layer)
+                    if layer + 1 == len(decoder.blocks):
+                        losses.append(sample.score())
+            on_block(layer)
+    for place, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of sample {place + 1} of {len(losses)} is {loss}: weights or hidden states are not finite "
+                "in this dtype; check the checkpoint, or use --dtype float32 or bfloat16"
+            )
+    return losses
+
+
+def _backward(
+    decoder: Decoder,
+    turn: BlocksInTurn,
+    passes: Sequence[SamplePass],
+    around: Mapping[str, nn.Parameter] | None,
+    observer: GradientObserver,
+    on_block: Callable[[int], None],
+) -> Iterator[BlockDone]:
+    wanted = [parameter for parameter in (around or {}).values() if parameter.requires_grad]
+    for layer in reversed(range(len(decoder.blocks))):
+        with turn.next_block() as block:
+            path = f"{decoder.blocks_path}.{layer}"
+            parameters = {f"{path}.{name}": parameter for name, parameter in block.named_parameters()}
+            _require_wanted(parameters, observer)
+            for place, sample in enumerate(passes):
+                with handed_over(parameters, _addressed(observer, place)):
+                    sample.backward(layer, keep_output=bool(wanted))
+            yield from _finished(layer, parameters, observer)
+            del parameters
+        on_block(layer)
+    if wanted:
+        with stops(decoder.blocks):
+            for place, sample in enumerate(passes):
+                with handed_over(around, _addressed(observer, place)):
+                    sample.outside(wanted)
+    if around is not None:
+        yield from _finished(None, around, observer)
+
+
+def _addressed(observer: GradientObserver, sample: int) -> Callable[[str, torch.Tensor, torch.Tensor], None]:
+    return lambda name, parameter, gradient: observer.gradient(name, parameter, gradient, sample)
+
+
+def _finished(
+    layer: int | None, parameters: Mapping[str, nn.Parameter], observer: GradientObserver
+) -> Iterator[BlockDone]:
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        observer.finish(layer, values)
+    yield BlockDone(layer, values)
+    values.clear()  # whoever still holds the mapping must not hold the weights: those of the next block are coming
+
+
+def _require_wanted(parameters: Mapping[str, nn.Parameter], observer: GradientObserver) -> None:
+    for name, parameter in parameters.items():
+        if parameter.is_floating_point() and observer.wants(name):
+            parameter.requires_grad_()
+
+
+@contextmanager
+def _placed_outside(decoder: Decoder, weights: WeightSource, device: torch.device) -> Iterator[dict[str, nn.Parameter]]:
+    """Put everything outside the blocks into the model; the parameters by name, tied ones once."""
+    in_blocks = block_tensor_names(decoder)
+    model = decoder.model
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name not in in_blocks]
+    tensors = weights.fetch(names)
+    with placed(model, "", tensors, device):
+        share_tied(model, tensors)
+        del tensors
+        around = {name: value for name, value in model.named_parameters() if name not in in_blocks}
+        absent = [name for name, value in around.items() if value.is_meta]
+        if absent:
+            raise UserError(
+                f"{type(model).__name__}: the weights hold no {', '.join(absent[:4])}; gradients need the whole model, "
+                "its language-model head included"
+            )
+        yield around
+
+
+def _refuse_short(samples: Sequence[Sequence[int]]) -> None:
+    for place, ids in enumerate(samples):
+        if len(ids) < 2:
+            raise UserError(
+                f"sample {place + 1} of {len(samples)} of the calibration text has {len(ids)} token(s), so no next "
+                "token to predict; gradients need longer text: choose another seed, column or data set"
+            )
+
+
+def _refuse_shared(decoder: Decoder) -> None:
+    """Refuse parameters of a block that are also used elsewhere: a block's gradient would be a part of theirs."""
+    in_blocks = block_tensor_names(decoder)
+    shared = [name for pair in tied_names(decoder.model).items() for name in pair if name in in_blocks]
+    seen: set[int] = set()
+    for block in decoder.blocks:
+        own = {id(module): name for name, module in block.named_modules() if any(True for _ in module.parameters())}
+        shared += [name for key, name in own.items() if key in seen]
+        seen |= own.keys()
+    if shared:
+        raise UserError(
+            f"{type(decoder.model).__name__}: {', '.join(shared[:4])} is shared between decoder blocks or with what "
+            "lies outside them; gradients block by block are not supported for it"
+        )

@@ -1,0 +1,296 @@
+"""Run a model's own forward with one decoder block in fast memory at a time.
+
+Every micro-batch runs the model's own `forward` in a coroutine of its own (a greenlet). At the entrance of each block
+it stops and hands control back, so that the runner can take all micro-batches through one block before the next one's
+weights are needed. Nothing is captured or replayed: embeddings, masks, rotary tables per layer type and residual
+scaling are computed by the model itself, for the micro-batch's own shape, so the results are those of a plain forward,
+and each weight is read once.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import greenlet
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.models.decoder import Decoder
+from utils.models.weight_source import WeightSource, placed, tensor_names
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded samples that go through a block together.
+
+    `input_ids` [samples, length] are token ids (int64), `lengths` how many of each sample's are real (the first ones),
+    `mask` (bool, as `input_ids`) says which, None that all are.
+    """
+
+    input_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[int]], pad_id: int = 0) -> "MicroBatch":
+        """Pad token lists to the longest of them."""
+        lengths = tuple(len(ids) for ids in samples)
+        longest = max(lengths)
+        padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in samples])
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        return cls(padded, lengths, None if min(lengths) == longest else mask)
+
+    @property
+    def tokens(self) -> int:
+        """How many real tokens there are."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return MicroBatch(self.input_ids.to(device), self.lengths, mask)
+
+
+class Visitor(Protocol):
+    """What is done at each block."""
+
+    def observing(self, layer: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Attach observers to a block for the passes made inside the context."""
+
+    def begin(self, batch: MicroBatch) -> None:
+        """A micro-batch is about to go through the block."""
+
+    def finish(self, layer: int, block: nn.Module) -> None:
+        """All micro-batches went through the block, whose weights are still there and may be replaced."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether `finish` replaces weights, so that a second, unobserved pass must yield the block's output."""
+
+
+@torch.inference_mode()
+def run_blocks(
+    decoder: Decoder,
+    weights: WeightSource,
+    batches: Sequence[MicroBatch],
+    visitor: Visitor,
+    device: torch.device,
+    *,
+    on_block: Callable[[int], None] = lambda layer: None,
+) -> list[torch.Tensor]:
+    """Take all micro-batches through all blocks, block by block.
+
+    Memory: what lies outside the blocks, two blocks (this one and the next, which is being fetched), the hidden
+    states of all micro-batches, and the activations of one micro-batch inside one block.
+
+    Args:
+        decoder: the model; its parameters are on the meta device before and after.
+        weights: where parameters come from.
+        batches: micro-batches on the CPU.
+        visitor: what to do at each block.
+        device: where to compute.
+        on_block: called with the layer number after each block.
+
+    Returns:
+        The final hidden states (after the final norm) of each micro-batch, [samples, length, hidden], on `device`.
+
+    Raises:
+        UserError: the model does not visit its blocks once each and in order.
+    """
+    in_blocks = block_tensor_names(decoder)
+    outside = [name for name in _body_names(decoder) if name not in in_blocks]
+    layers = range(len(decoder.blocks))
+    with contextlib.ExitStack() as stack:
+        stack.callback(weights.close)
+        stack.enter_context(placed(decoder.model, "", weights.fetch(outside), device))
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
+        stack.enter_context(stops(decoder.blocks))
+        flows = [Flow(decoder.body, batch, device) for batch in batches]
+        stack.callback(lambda: [flow.close() for flow in flows])
+        for flow in flows:
+            flow.advance()
+        for layer in layers:
+            with turn.next_block() as block:
+                _through_block(layer, block, flows, visitor)
+            on_block(layer)
+        return [flow.result() for flow in flows]
+
+
+def block_tensor_names(decoder: Decoder) -> set[str]:
+    """The names, in the model, of all parameters and buffers inside the decoder blocks."""
+    return {name for layer in range(len(decoder.blocks)) for name in _names_in_block(decoder, layer)}
+
+
+def _names_in_block(decoder: Decoder, layer: int) -> list[str]:
+    return tensor_names(decoder.blocks[layer], f"{decoder.blocks_path}.{layer}")
+
+
+class BlocksInTurn:
+    """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
+
+    No more than two blocks are in fast memory: the present one and the one being fetched.
+    """
+
+    def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
+        self.decoder, self.weights, self.order, self.device = decoder, weights, list(order), device
+        self.place = 0
+
+    def __enter__(self) -> "BlocksInTurn":
+        self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self.coming = self.fetcher.submit(self.weights.fetch, self._names(0))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.fetcher.shutdown()
+        del self.coming
+
+    @contextlib.contextmanager
+    def next_block(self) -> Iterator[nn.Module]:
+        """The next block in the order, with its weights for as long as the context lasts."""
+        computed = _marker(self.device)
+        layer = self.order[self.place]
+        self.place += 1
+        tensors = self.coming.result()
+        if self.place < len(self.order):
+            self.coming = self.fetcher.submit(_fetch_after, computed, self.weights, self._names(self.place))
+            if self.place + 1 < len(self.order):
+                self.weights.read_ahead(self._names(self.place + 1))
+        else:
+            self.coming = None
+        block = self.decoder.blocks[layer]
+        with placed(block, f"{self.decoder.blocks_path}.{layer}", tensors, self.device):
+            del tensors
+            yield block
+
+    def _names(self, place: int) -> list[str]:
+        return _names_in_block(self.decoder, self.order[place])
+
+
+def _marker(device: torch.device) -> torch.cuda.Event | None:
+    """A mark at the end of what a GPU has been told to compute so far; None on the CPU, which computes at once."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _fetch_after(computed: torch.cuda.Event | None, weights: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
+    """Fetch once the block before the current one is computed, so that no more than two blocks are on the device."""
+    if computed is not None:
+        computed.synchronize()
+    return weights.fetch(names)
+
+
+def _through_block(layer: int, block: nn.Module, flows: list["Flow"], visitor: Visitor) -> None:
+    with visitor.observing(layer, block):
+        for flow in flows:
+            flow.expect(layer)
+            visitor.begin(flow.batch)
+            if visitor.rewrites:
+                flow.rehearse()
+            else:
+                flow.advance()
+    visitor.finish(layer, block)
+    if visitor.rewrites:
+        for flow in flows:
+            flow.advance()
+
+
+def _body_names(decoder: Decoder) -> list[str]:
+    held = {id(value) for value in [*decoder.body.parameters(), *decoder.body.buffers()]}
+    pairs = [*decoder.model.named_parameters(), *decoder.model.named_buffers()]
+    return [name for name, value in pairs if id(value) in held]
+
+
+@dataclass
+class Arrival:
+    """A micro-batch standing at the entrance of a block: the block's own forward and the call it is about to make.
+
+    `output` is what the block shall seem to have returned; None to make the call.
+    """
+
+    layer: int
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+class Flow:
+    """One micro-batch's forward pass through a model, which stops at the entrance of every block (see `stops`).
+
+    `body` is what is run: with the body of a causal language model the pass ends in final hidden states, with the
+    whole model in logits.
+    """
+
+    def __init__(self, body: nn.Module, batch: MicroBatch, device: torch.device) -> None:
+        self.batch = batch.to(device)
+        self.body = body
+        self.greenlet = greenlet.greenlet(self._forward)
+        self.arrival: Arrival | None = None
+        self.final: torch.Tensor | None = None
+
+    def _forward(self) -> None:
+        mask = None if self.batch.mask is None else self.batch.mask.long()
+        output = self.body(input_ids=self.batch.input_ids, attention_mask=mask, use_cache=False)
+        self.final = output[0]
+
+    def advance(self) -> None:
+        """Run until the entrance of the next block, or to the end."""
+        self.arrival = None
+        self.arrival = self.greenlet.switch()
+
+    def advance_with(self, output: Any) -> None:
+        """Run on as if the block this flow stands at had returned `output`."""
+        self.arrival.output = output
+        self.advance()
+
+    def rehearse(self) -> None:
+        """Run the block this flow stands at and drop the output; the flow stays where it is."""
+        self.arrival.forward(*self.arrival.args, **self.arrival.kwargs)
+
+    def expect(self, layer: int) -> None:
+        """Raise unless the flow stands at the entrance of `layer`."""
+        at = None if self.arrival is None else self.arrival.layer
+        if at != layer:
+            raise UserError(
+                f"{type(self.body).__name__} does not visit its blocks once each and in order (block {layer} was due, "
+                f"it {'ended' if at is None else f'came to {at}'}); this architecture is not supported"
+            )
+
+    def result(self) -> torch.Tensor:
+        """The first output (final hidden states, or logits); raises if the forward pass has not ended."""
+        if self.final is None:
+            self.expect(-1)
+        return self.final
+
+    def close(self) -> None:
+        """End a pass that was given up, so that its frames let go of their tensors."""
+        if not self.greenlet.dead and self.greenlet:
+            self.greenlet.throw()
+
+
+@contextlib.contextmanager
+def stops(blocks: nn.ModuleList) -> Iterator[None]:
+    """Make each block's forward hand control back before it runs, to whoever has entered this context."""
+    runner = greenlet.getcurrent()
+
+    def stopping(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def stop_then_forward(*args: Any, **kwargs: Any) -> Any:
+            arrival = Arrival(layer, forward, args, kwargs)
+            runner.switch(arrival)
+            return forward(*args, **kwargs) if arrival.output is None else arrival.output
+
+        return stop_then_forward
+
+    for layer, block in enumerate(blocks):
+        block.forward = stopping(layer, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

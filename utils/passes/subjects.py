@@ -1,0 +1,261 @@
+"""The models of a pair, made ready to be measured: everything that can be known and refused without weights."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, brief
+from utils.models.checkpoints import (
+    FLOAT_DTYPES,
+    INDEX,
+    Checkpoint,
+    find_small_files,
+    open_checkpoint,
+    read_model_config,
+)
+from utils.pair.calibration import Sample, encode, micro_batches, reference_batches
+from utils.pair.config import ModelEntry, PairConfig
+from utils.pair.source import CalibrationSource
+from utils.publish import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.models.checkpoints import TensorHeader
+    from utils.models.decoder import Decoder
+    from utils.passes.block_runner import MicroBatch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How to compute: the device, `auto` or a torch dtype's name, and tokens per micro-batch (None: by device)."""
+
+    device: "torch.device"
+    dtype: str
+    micro_batch_tokens: int | None
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens per micro-batch: enough to keep the device busy, few enough to bound activations."""
+        return self.micro_batch_tokens or (16384 if self.device.type == "cuda" else 2048)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text in one model's tokens: token ids per sample, and the micro-batches made of them."""
+
+    encoded: list[list[int]]
+    batches: "list[MicroBatch]"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed and counted."""
+        return sum(batch.tokens for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, ready to be measured: nothing of its weights is in memory yet.
+
+    `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint. `texts`
+    holds every text of the pair config in the model's tokens.
+    """
+
+    entry: ModelEntry
+    checkpoint: Checkpoint
+    decoder: "Decoder"
+    headers: "Mapping[str, TensorHeader] | None"
+    dtype: "torch.dtype"
+    texts: Mapping[CalibrationSource, EncodedText]
+
+    def stored_name(self, parameter: str) -> str:
+        """The name in the checkpoint of a parameter of the model."""
+        return parameter if self.headers is None else self.headers[parameter].name
+
+
+Samples = Mapping[CalibrationSource, Sequence[Sample]]
+Encoded = dict[CalibrationSource, list[list[int]]]
+
+
+def prepare_subjects(
+    config: PairConfig, samples: Samples, precision: Precision, trust_remote_code: bool
+) -> list[Subject]:
+    """Open every model's checkpoint, build its skeleton, find its blocks and tokenize the samples for it.
+
+    Args:
+        config: the pair config.
+        samples: the samples of each of its texts.
+        precision: how to compute.
+        trust_remote_code: run code that comes with a model.
+
+    Raises:
+        UserError: a model that is missing, malformed, of an unsupported kind, or not shaped like the base; a tokenizer
+            that is missing or does not belong to the weights; samples longer than the model's positions.
+    """
+    read: dict[str, tuple[Any, Encoded]] = {}  # models with the very same tokenizer share its work
+    encoded = {}
+    for entry in config.model_info:  # small files of every model before the weights of any
+        folder = find_small_files(entry.name, entry.revision)
+        key = tokenizer_digest(folder, read_model_config(folder, entry.name))
+        if key not in read:
+            tokenizer = _tokenizer(folder, entry, trust_remote_code)
+            where = f"model {entry.name}"
+            ids = {source: encode(chosen, tokenizer, source.seqlen, where) for source, chosen in samples.items()}
+            read[key] = (tokenizer, ids)
+        encoded[entry.type] = read[key]
+    subjects = [
+        _subject(entry, *encoded[entry.type], config, precision, trust_remote_code) for entry in config.model_info
+    ]
+    base = next(subject for subject in subjects if subject.entry == config.base)
+    for subject in subjects:
+        _same_structure(base, subject)
+    return subjects
+
+
+def _subject(
+    entry: ModelEntry,
+    tokenizer: Any,
+    encoded: Encoded,
+    config: PairConfig,
+    precision: Precision,
+    trust_remote_code: bool,
+) -> Subject:
+    import torch
+
+    from utils.models.decoder import find_decoder
+    from utils.models.weight_source import build_skeleton, match_names
+
+    where = f"model {entry.name}"
+    checkpoint = open_checkpoint(entry.name, entry.revision)
+    dtype = getattr(torch, checkpoint.float_dtype if precision.dtype == "auto" else precision.dtype)
+    model = build_skeleton(checkpoint, dtype, trust_remote_code)
+    decoder = find_decoder(model, config.components, config.prefix_mapping, where)
+    headers = match_names(model, checkpoint, head=True) or match_names(model, checkpoint)  # a body alone has no head
+    _refuse_integer_weights(checkpoint, headers, model)
+    texts = {
+        source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)
+        for source, ids in encoded.items()
+    }
+    return Subject(entry, checkpoint, decoder, headers, dtype, texts)
+
+
+def _batched(
+    encoded: list[list[int]], seqlen: int, parity: bool, tokenizer: Any, model: Any, tokens_at_once: int, where: str
+) -> EncodedText:
+    longest = seqlen if parity else max(map(len, encoded))
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
+    rows = model.get_input_embeddings().weight.shape[0]
+    top = max(max(ids) for ids in encoded)
+    if top >= rows:
+        raise UserError(
+            f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
+            "belong to these weights"
+        )
+    if parity:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token")
+        left = tokenizer.padding_side == "left"
+        return EncodedText(encoded, reference_batches(encoded, seqlen, tokens_at_once, tokenizer.eos_token_id, left))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
+    return EncodedText(encoded, micro_batches(encoded, tokens_at_once, pad))
+
+
+_TOKENIZER_REMEDY = (
+    "put the tokenizer.json and tokenizer_config.json it was trained with there; if it needs code of its own, give "
+    "--trust_remote_code"
+)
+_TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken"}
+_NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
+
+
+def tokenizer_digest(folder: Path, config: Mapping[str, Any]) -> str:
+    """SHA-256 over what makes a model's tokenizer: equal digests mean equal tokenizers.
+
+    That is every small file that is not known to be something else, and what `config.json` says where they do not
+    name its class.
+    """
+    digest = hashlib.sha256(f"{config.get('model_type')}:{config.get('tokenizer_class')}".encode())
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if path.suffix in _TOKENIZER_SUFFIXES and path.name not in _NOT_TOKENIZER and path.is_file():
+            digest.update(f"{path.relative_to(folder)}:{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _tokenizer(folder: Path, entry: ModelEntry, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
+        raise UserError(
+            f"model {entry.name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})"
+        ) from None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where files are missing
+        raise UserError(f"model {entry.name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}")
+    return tokenizer
+
+
+def _refuse_integer_weights(checkpoint: Checkpoint, headers: "Mapping[str, TensorHeader] | None", model: Any) -> None:
+    """Refuse weights that are not floating-point numbers that torch computes with: they are quantized."""
+    if headers is None:
+        weights = [header for header in checkpoint.tensors.values() if len(header.shape) == 2]
+    else:
+        weights = [headers[name] for name, _ in model.named_parameters() if name in headers]
+    for header in weights:
+        if header.dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
+                f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint"
+            )
+
+
+def model_doubts(base: Subject, subject: Subject) -> list[str]:
+    """Sentences about differences from the base that are allowed but change what the norms are taken of."""
+    found = []
+    if any(text.encoded != base.texts[source].encoded for source, text in subject.texts.items()):
+        found.append(f"{subject.entry.name} and the base split the text into different tokens")
+    ours, theirs = (getattr(one.decoder.model.config, "rope_parameters", None) for one in (base, subject))
+    if ours != theirs:
+        found.append(f"{subject.entry.name} rotates positions differently from the base (rope_parameters): {theirs}")
+    return found
+
+
+def _same_structure(base: Subject, expert: Subject) -> None:
+    """Refuse an expert whose blocks are not shaped like the base's: the norms could not be compared nor merged."""
+    where = f"model {expert.entry.name} is no fine-tune of the base {base.entry.name}, so they cannot be compared"
+    if expert is not base and expert.checkpoint.folder == base.checkpoint.folder:
+        raise UserError(f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0")
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
+        values = [getattr(one.decoder.model.config, key, None) for one in (expert, base)]
+        if values[0] != values[1]:
+            raise UserError(f"{where}: {key} is {values[0]} against {values[1]}")
+    ours, theirs = len(base.decoder.blocks), len(expert.decoder.blocks)
+    if ours != theirs:
+        raise UserError(f"{where}: {theirs} decoder blocks against {ours}")
+    for component in base.decoder.components:
+        name = base.decoder.weight_name(0, component)
+        shapes = []
+        for subject in (base, expert):
+            try:
+                module = subject.decoder.blocks[0].get_submodule(component.path)
+            except AttributeError:
+                raise UserError(f"{where}: it has no {component.path} ({expert.checkpoint.architecture})") from None
+            shapes.append(tuple(module.weight.shape))
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}")
+
+
+def memory_estimate(subject: Subject) -> int:
+    """Bytes: what lies outside the blocks, two blocks, all hidden states, one micro-batch's widest activations."""
+    model, decoder, size = subject.decoder.model, subject.decoder, subject.dtype.itemsize
+    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
+    body = sum(value.numel() for value in decoder.body.parameters()) - sum(blocks)
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    widest = max(max(decoder.blocks[0].get_submodule(path).weight.shape) for path in decoder.linear_paths)
+    slots = [[batch.input_ids.numel() for batch in text.batches] for text in subject.texts.values()]
+    activations = max(map(max, slots)) * (widest * (3 * size + 4) + 4 * hidden * size)
+    return size * (body + 2 * max(blocks) + max(map(sum, slots)) * hidden) + activations

@@ -1,0 +1,252 @@
+"""What mergekit's merge methods do with densities: which take them, and which parameters they need to accept them.
+
+mergekit 0.1.5 ignores a parameter that a method does not know, and della stops in the middle of a merge if a density
+and its `epsilon` do not fit. Both are settled here, before anything is written. A test compares this table with the
+installed mergekit's own.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import UserError, raise_collected
+
+
+@dataclass(frozen=True)
+class SharedNumber:
+    """A parameter of a merge method, one for all models: a number from `low` (or above it: `low_open`) to `high`."""
+
+    name: str
+    default: float
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is such a number."""
+        if not _is_number(value) or not math.isfinite(value):
+            return False
+        return self.low < value <= self.high or (value == self.low and not self.low_open)
+
+    @property
+    def words(self) -> str:
+        """What values it takes, to put after "must be"."""
+        if self.low == -math.inf:
+            return "a number"
+        low = f"above {self.low:g}" if self.low_open else f"of at least {self.low:g}"
+        return f"a number {low}" + ("" if self.high == math.inf else f" and at most {self.high:g}")
+
+
+LAMBDA = SharedNumber("lambda", 1.0)
+
+
+@dataclass(frozen=True)
+class DeltaMethod:
+    """A merge method that adds up weighted deltas, of each of which it keeps a share `density` (or all: `keeps` is "").
+
+    `normalize` is its default: whether the sum of weighted deltas is divided by the sum of the weights. `extra` is the
+    one further per-tensor parameter it has ("" for none), `extra_default` mergekit's value for it. `switches` are its
+    shared parameters that are true or false, `numbers` those that are numbers. `does` says what it does with what is
+    kept. `whole` if it keeps all unless it is told a mean density.
+    """
+
+    name: str
+    keeps: str
+    normalize: bool
+    extra: str = ""
+    extra_default: float = 0.0
+    switches: tuple[str, ...] = ("normalize", "int8_mask", "rescale")
+    numbers: tuple[SharedNumber, ...] = (LAMBDA,)
+    does: str = "adds whole deltas"
+    whole: bool = False
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The names of its parameters that are one for all models."""
+        return (*self.switches, *(number.name for number in self.numbers))
+
+
+DENSITY_METHODS: Mapping[str, DeltaMethod] = {
+    method.name: method
+    for method in (
+        DeltaMethod("ties", "the largest entries", normalize=True),
+        DeltaMethod("dare_ties", "random entries", normalize=False),
+        DeltaMethod("dare_linear", "random entries", normalize=False),
+        DeltaMethod("della", "random entries, larger ones more often", True, "epsilon", 0.15),
+        DeltaMethod("della_linear", "random entries, larger ones more often", False, "epsilon", 0.15),
+        DeltaMethod("breadcrumbs", "the largest entries but the very largest", False, "gamma", 0.01),
+        DeltaMethod("breadcrumbs_ties", "the largest entries but the very largest", False, "gamma", 0.01),
+    )
+}
+
+TASK_ARITHMETIC = DeltaMethod("task_arithmetic", "", normalize=False)
+
+# Methods that merge with weights per layer. Without `normalize`: dividing by their sum would undo them.
+WEIGHT_METHODS: Mapping[str, DeltaMethod] = {
+    "task_arithmetic": TASK_ARITHMETIC,
+    **{name: DENSITY_METHODS[name] for name in ("ties", "dare_ties", "dare_linear")},
+}
+
+# This project's own, by vectors that a file holds (`utils/merging/guided/methods.py`).
+GUIDED_TIES = DeltaMethod("guided_ties", "the entries of largest saliency", True, switches=("normalize", "vote"))
+GUIDED_MEAN = DeltaMethod(
+    "guided_mean",
+    "the entries of largest saliency",
+    normalize=False,
+    switches=(),
+    # defaults measured by benchmarks/quality.py
+    numbers=(LAMBDA, SharedNumber("power", 0.5, 0, 1, low_open=True), SharedNumber("floor", 0.1, 0)),
+    does="averages the experts' deltas, each entry weighed by its squared gradient",
+    whole=True,
+)
+OWN_METHODS: Mapping[str, DeltaMethod] = {method.name: method for method in (GUIDED_TIES, GUIDED_MEAN)}
+
+# Methods of mergekit that have no use for a density, with what they do instead.
+OTHER_METHODS: Mapping[str, str] = {
+    "task_arithmetic": "it adds whole deltas; ties or dare_linear do the same with densities",
+    "linear": "it averages whole tensors",
+    "slerp": "it interpolates whole tensors",
+    "nuslerp": "it interpolates whole tensors",
+    "multislerp": "it interpolates whole tensors",
+    "nearswap": "it interpolates by distance",
+    "karcher": "it averages whole tensors on a sphere",
+    "model_stock": "it sets its own weights from the geometry of the models",
+    "arcee_fusion": "it chooses its own entries",
+    "passthrough": "it copies tensors",
+    "sce": "it selects entries by variance (select_topk)",
+    "ram": "it chooses its own entries",
+    "ramplus_tl": "it chooses its own entries",
+}
+
+_DELLA_ROOM = 0.99  # della's epsilon takes at most this share of the room between a density and 0 or 1
+
+
+def weight_method(name: str) -> DeltaMethod:
+    """Look up `--merge_method` for guidance that gives weights.
+
+    Raises:
+        UserError: no such method, or it would not use the weights as they are meant.
+    """
+    if name in WEIGHT_METHODS:
+        return WEIGHT_METHODS[name]
+    _refuse_own(name)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), WEIGHT_METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(WEIGHT_METHODS)}"
+    raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}")
+
+
+def density_method(name: str, own: Sequence[str] = ()) -> DeltaMethod:
+    """Look up `--merge_method` for guidance that gives densities.
+
+    Args:
+        name: mergekit's name of a method.
+        own: the names of this project's methods that would be accepted, for the message.
+
+    Raises:
+        UserError: mergekit has no such method (the nearest is named), or it would ignore the densities.
+    """
+    if name in DENSITY_METHODS:
+        return DENSITY_METHODS[name]
+    if name in OTHER_METHODS:
+        raise UserError(
+            f"--merge_method {name} ignores densities ({OTHER_METHODS[name]}), so the guidance would do nothing; use "
+            f"one of {', '.join(DENSITY_METHODS)}"
+        )
+    _refuse_own(name)
+    known = (*DENSITY_METHODS, *own)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    raise UserError(f"--merge_method {name!r} is unknown; {hint}")
+
+
+def _refuse_own(name: str) -> None:
+    """Refuse a method of this project's where there are no vectors for it."""
+    if name == GUIDED_TIES.name:
+        raise UserError(f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)")
+    if name in OWN_METHODS:
+        raise UserError(f"--merge_method {name} needs vectors that --guidance saliency_budget measures; choose that")
+
+
+def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair config's `global_parameters` without the switches of mergekit's methods that an own one does not have."""
+    idle = set(TASK_ARITHMETIC.switches) - set(method.shared)
+    return {name: value for name, value in parameters.items() if name not in idle}
+
+
+def counterpart(method: DeltaMethod, asked: str) -> DeltaMethod:
+    """mergekit's method that does what an own one does, without vectors; any other is its own counterpart.
+
+    Args:
+        method: the recipe's.
+        asked: the method asked for on the command line, in whose place the recipe's may be.
+    """
+    if method.name == GUIDED_MEAN.name:  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
+        return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
+    return DENSITY_METHODS[asked] if method.name in OWN_METHODS else method
+
+
+def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
+    """The value of the method's extra parameter at a density: `wanted`, or as near to it as the density allows.
+
+    della draws entries with probabilities from `density - epsilon` to `density + epsilon`, which must stay inside
+    (0, 1); at density 0 and 1 it draws nothing and any epsilon is accepted. breadcrumbs leaves out the `gamma` largest
+    entries, which cannot be more than the share that is dropped.
+    """
+    if density in (0.0, 1.0):
+        return wanted
+    if method.extra == "gamma":
+        return min(wanted, 1 - density)
+    value = min(wanted, min(density, 1 - density) * _DELLA_ROOM)
+    inside = density - value > 0 and density + value < 1  # not so where rounding leaves no room, next to 0 and 1
+    return value if inside else 0.0
+
+
+def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], source: str) -> None:
+    """Check the pair config's `global_parameters` against what the method knows (mergekit would ignore the rest).
+
+    Raises:
+        UserError: unknown names (with the nearest known one), values of the wrong type, or names that the recipe sets
+            per tensor; all of them in one message.
+    """
+    numbers = {number.name: number for number in method.numbers}
+    known = (*method.shared, *([method.extra] if method.extra else []))
+    problems = []
+    for name, value in parameters.items():
+        if name in ("density", "weight"):
+            problems.append(f"{name} is set per tensor by this command, a global {name} would do nothing; remove it")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
+            problems.append(f"{name!r} is unknown to the merge method {method.name}; {hint}")
+        elif name in method.switches and not _holds(value, _is_switch):
+            problems.append(f"{name} must be true or false, got {value!r}")
+        elif name in numbers and not _holds(value, numbers[name].allows):
+            problems.append(f"{name} must be {numbers[name].words}, got {value!r}")
+        elif name == method.extra and not (_is_number(value) and 0 <= value < 1):
+            problems.append(f"{name} must be a number of at least 0 and below 1, got {value!r}")
+    raise_collected(problems, f"{source}: global_parameters")
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _holds(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a value fits, or is one of mergekit's lists: a gradient, or `{filter, value}` entries."""
+    if isinstance(value, list):
+        return bool(value) and all(_holds(item, fits) for item in value)
+    if isinstance(value, dict):
+        return "value" in value and set(value) <= {"filter", "value"} and _holds(value["value"], fits)
+    return fits(value)
+
+
+def normalizes(method: DeltaMethod, parameters: Mapping[str, Any]) -> bool:
+    """Whether the merge divides by the sum of the weights: the config's `normalize`, else the method's default."""
+    value = parameters.get("normalize", method.normalize)
+    return value is True or isinstance(value, (list, dict))

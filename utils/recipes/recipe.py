@@ -1,0 +1,137 @@
+"""Coefficients -> the YAML recipe that mergekit runs, in the released code's order and keys.
+
+models: the base, then each expert with `density` and `weight` lists of {filter, value}, a bare value last
+merge_method, base_model, parameters (the pair config's global_parameters), dtype, tokenizer_source
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.models.checkpoints import is_local
+from utils.pair.config import ModelEntry
+from utils.recipes.method_rules import DeltaMethod, extra_value, normalizes
+from utils.recipes.naming import Naming
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OUT_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE = "bfloat16"
+_TOKENIZER_SOURCE = "union"
+_MAX_NAME_BYTES = 255
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """What a recipe says beside the coefficients.
+
+    `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
+    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`. `saliency` names the
+    file of saliency vectors by expert type, for the method that reads them.
+    """
+
+    method: DeltaMethod
+    base: ModelEntry
+    experts: tuple[ModelEntry, ...]
+    parameters: Mapping[str, Any]
+    as_weights: bool = False
+    weight: float = 1
+    lambda_: float | None = None
+    out_dtype: str | None = None
+    saliency: Mapping[str, str] = field(default_factory=dict)
+
+
+def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSettings) -> dict[str, Any]:
+    """The recipe as plain data, keys in order.
+
+    Args:
+        coefficients: the table of `utils/recipes/coefficients.py`; its row order is the order of the filters of densities.
+        naming: the filters by tensor name.
+        settings: everything else.
+    """
+    models: list[dict[str, Any]] = [{"model": model_key(settings.base)}]
+    for expert in settings.experts:
+        rows = coefficients[coefficients["model"] == expert.type]
+        dense = rows[rows["tensor"].isin(naming.filters)]
+        texts = [naming.filters[tensor] for tensor in dense["tensor"]]
+        density = [float(value) for value in dense["density"]]
+        parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
+        weights = _weights(rows, naming) if settings.as_weights else []
+        parameters["weight"] = [*weights, {"value": settings.weight}]
+        if expert.type in settings.saliency:
+            parameters["saliency"] = settings.saliency[expert.type]
+        if settings.method.extra:
+            name = settings.method.extra
+            wanted = float(settings.parameters.get(name, settings.method.extra_default))
+            values = [extra_value(settings.method, value, wanted) for value in density]
+            parameters[name] = [*_conditional(texts, values), {"value": wanted}]
+        models.append({"model": model_key(expert), "parameters": parameters})
+    shared = dict(settings.parameters)
+    if settings.lambda_ is not None:
+        shared["lambda"] = settings.lambda_
+    result = {
+        "models": models,
+        "merge_method": settings.method.name,
+        "base_model": model_key(settings.base),
+        "parameters": shared,
+        "dtype": _DTYPE,
+    }
+    if settings.out_dtype is not None:
+        result["out_dtype"] = settings.out_dtype
+    return {**result, "tokenizer_source": _TOKENIZER_SOURCE}
+
+
+def recipe_bytes(data: Mapping[str, Any]) -> bytes:
+    """The recipe as a YAML file, byte for byte as the released code writes it."""
+    import yaml
+
+    return yaml.dump(dict(data), sort_keys=False).encode()
+
+
+def model_key(entry: ModelEntry) -> str | dict[str, Any]:
+    """How a recipe names a model: its name as in the pair config, `name@revision`, or mergekit's long form.
+
+    mergekit reads '+' and '@' in a plain name as an adapter and a revision, so a folder whose name holds one is spelled
+    out. `~` is expanded, which mergekit does not do.
+    """
+    name = str(Path(entry.name).expanduser()) if entry.name.startswith("~") and is_local(entry.name) else entry.name
+    if "+" in name or "@" in name:
+        return {"model": {"path": name, **({"revision": entry.revision} if entry.revision else {})}}
+    return f"{name}@{entry.revision}" if entry.revision else name
+
+
+def recipe_name(config: Path, numbers: Sequence[float], method: str, tags: Sequence[str] = ()) -> str:
+    """The recipe's file name: the released code's (`numbers`: gamma and epsilon), with tags before `_merge_config`."""
+    return "_".join([config.stem, *map(str, numbers), "generated", method, *tags, "merge_config.yaml"])
+
+
+def check_file_names(names: Sequence[str], config: Path) -> None:
+    """Raise a `UserError` if a file name would be longer than file systems allow."""
+    longest = max(names, key=lambda name: len(name.encode()))
+    if len(longest.encode()) > _MAX_NAME_BYTES:
+        raise UserError(f"the file name {longest[:60]}... would be too long; give {config.name} a shorter name")
+
+
+def weights_cancel(settings: RecipeSettings) -> bool:
+    """Whether weights have no effect: one expert, and the merge divides by the sum of the weights."""
+    return settings.as_weights and len(settings.experts) == 1 and normalizes(settings.method, settings.parameters)
+
+
+def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:
+    """The weights under their filters, each filter once. Raises ValueError if tensors of a group differ in weight."""
+    by_tensor = dict(zip(rows["tensor"], map(float, rows["weight"]), strict=True))
+    if naming.group_filters is None:
+        return _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
+    found: dict[str, float] = {}
+    for tensor, text in naming.group_filters.items():
+        weight = by_tensor[naming.twins.get(tensor, tensor)]
+        if found.setdefault(text, weight) != weight:
+            raise ValueError(f"{tensor} has another weight than the rest of its group")
+    return _conditional(list(found), list(found.values()))
+
+
+def _conditional(texts: Sequence[str], values: Sequence[float]) -> list[dict[str, Any]]:
+    return [{"filter": text, "value": float(value)} for text, value in zip(texts, values, strict=True)]

@@ -61,7 +61,8 @@ def main() -> None:
     config = read_pair_config(flags.config_file)
     method = chosen_method(flags.guidance, config)
 
-    from utils.commands.decide import DecideOptions, decide
+    from utils.commands.decide import decide
+    from utils.commands.options import DecideOptions
 
     decide(
         DecideOptions(

@@ -12,8 +12,9 @@ import yaml
 
 from benchmarks.quality_models import Trained
 from benchmarks.quality_texts import Texts
-from utils.commands.decide import DecideOptions, decide
+from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.options import DecideOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.pair.config import PairConfig, read_pair_config
 

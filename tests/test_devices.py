@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors
 from tests.tiny_pairs import save_pair, write_config
-from utils.commands.decide import DecideOptions, decide
+from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.merge import merge
+from utils.commands.options import DecideOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.merging.settings import MergeSettings
 from utils.pair.config import PairConfig, read_pair_config

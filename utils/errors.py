@@ -1,13 +1,15 @@
 """The one exception a user sees, and how a command ends because of it.
 
-A mistake in a config, a flag, a file or a folder raises `UserError`; `run_command` prints its message on stderr and
-ends the process with exit code 2, without a traceback. Anything else that goes wrong is a defect of this project and
-keeps its traceback.
+A mistake in a config, a flag, a file or a folder raises `UserError`; `run_command` prints its message and its code on
+stderr and ends the process with exit code 2, without a traceback unless `--traceback` asks for one. Anything else that
+goes wrong is a defect of this project and keeps its traceback.
 """
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -15,7 +17,27 @@ _MOST_PROBLEMS = 30
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the key or file, the value and the remedy."""
+    """Something the user can mend.
+
+    The message names the key or file, the value and the remedy. `code` is a short stable name of the kind of mistake
+    (`config-unknown-key`), for scripts and tests to match; `codes` has several where several problems were collected.
+    """
+
+    def __init__(self, message: str, code: str = "", *, codes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.codes = codes or (code,)
+
+    @property
+    def code(self) -> str:
+        """The code of the mistake, `several` where problems of several kinds were collected."""
+        return self.codes[0] if len(set(self.codes)) == 1 else "several"
+
+
+class Problem(NamedTuple):
+    """One of several mistakes that are reported together."""
+
+    text: str
+    code: str
 
 
 def brief(error: BaseException, limit: int = 240) -> str:
@@ -24,17 +46,27 @@ def brief(error: BaseException, limit: int = 240) -> str:
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
-def raise_collected(problems: Iterable[str], heading: str) -> None:
+def raise_collected(problems: Iterable[Problem | str], heading: str) -> None:
     """Raise one `UserError` that lists every problem found, or return if there is none."""
-    problems = list(dict.fromkeys(problems))
-    if not problems:
+    found = list(dict.fromkeys(Problem(each, "") if isinstance(each, str) else each for each in problems))
+    if not found:
         return
-    if len(problems) == 1:
-        raise UserError(f"{heading}: {problems[0]}")
-    lines = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS])
-    if len(problems) > _MOST_PROBLEMS:
-        lines += f"\n  - and {len(problems) - _MOST_PROBLEMS} more"
-    raise UserError(f"{heading}: {len(problems)} problems\n{lines}")
+    if len(found) == 1:
+        raise UserError(f"{heading}: {found[0].text}", found[0].code)
+    lines = "\n".join(f"  - {problem.text}" for problem in found[:_MOST_PROBLEMS])
+    if len(found) > _MOST_PROBLEMS:
+        lines += f"\n  - and {len(found) - _MOST_PROBLEMS} more"
+    message = f"{heading}: {len(found)} problems\n{lines}"
+    raise UserError(message, codes=tuple(dict.fromkeys(problem.code for problem in found)))
+
+
+_tracebacks_shown = False
+
+
+def show_tracebacks(shown: bool) -> None:
+    """Whether `run_command` prints the traceback of a `UserError`, its causes included, above the message."""
+    global _tracebacks_shown
+    _tracebacks_shown = shown
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -48,7 +80,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _tracebacks_shown:
+            traceback.print_exception(error)
+        print(f"error: {error} [{error.code}]" if error.code else f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.errors import show_tracebacks
+
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
 
@@ -108,6 +110,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _FirstSpelling)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.switch("traceback", "with an error message, also show where in the program it comes from and its cause")
 
     def flag(self, name: str, help: str, **kwargs: Any) -> None:
         """Declare `--name` (underscored) and its dashed alias; keyword arguments as in `add_argument`."""
@@ -140,6 +143,7 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0]))
         namespace.__dict__.pop("_given", None)
+        show_tracebacks(namespace.traceback)
         return namespace
 
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:

@@ -12,8 +12,9 @@ from utils.guidance.lewis.method import LewisVisitor
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
+from utils.pair.batches import MicroBatch
 from utils.pair.calibration import micro_batches
-from utils.passes.block_runner import MicroBatch, run_blocks
+from utils.passes.block_runner import run_blocks
 
 CPU = torch.device("cpu")
 LENGTHS = (17, 30, 5, 23, 11)  # longer than the sliding windows (8) of Gemma 2 and 3

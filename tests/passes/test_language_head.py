@@ -11,7 +11,8 @@ from tests.passes.test_block_gradients import OTHERS, opened, save, token_lists
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_tiny
 from utils.errors import UserError
 from utils.models.weight_source import ResidentWeights
-from utils.passes.block_runner import MicroBatch, run_blocks
+from utils.pair.batches import MicroBatch
+from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
 
 CPU = torch.device("cpu")

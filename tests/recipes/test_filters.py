@@ -7,16 +7,14 @@ import pytest
 
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
 from utils.errors import UserError
+from utils.guidance.lewis.naming import assumed_names, found_names, measured_names
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
 from utils.recipes.filters import (
     NamedTensor,
     as_planned,
-    assumed_names,
     coverage,
     exact_filters,
-    found_names,
-    measured_names,
     name_template,
     planned_tensors,
 )

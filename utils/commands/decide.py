@@ -1,16 +1,17 @@
 """Command 2's one job: what was measured -> densities or weights -> a recipe that mergekit runs, proven and published."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.commands import decide_report as report
+from utils.commands.options import DecideOptions, Result
 from utils.commands.provenance import changed_checkpoints, compare_with_manifest
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
 from utils.guidance.folder import check_folder, hash_warnings, read_manifest
-from utils.guidance.method import DEFAULT, GuidanceMethod
-from utils.pair.config import ModelEntry, PairConfig
+from utils.guidance.method import DEFAULT
 from utils.plots import require_matplotlib
 from utils.publish import locked_folder, prepare_folder, publish_files
 from utils.recipes.coefficients import control_table
@@ -27,44 +28,9 @@ from utils.recipes.naming import open_local_models
 from utils.recipes.recipe import RecipeSettings, check_file_names, recipe, recipe_bytes, recipe_name, weights_cancel
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 _USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density
-
-
-@dataclass(frozen=True)
-class DecideOptions:
-    """What command 2 was asked to do. `method_options` are the values of the guidance method's own flags."""
-
-    config: PairConfig
-    method: GuidanceMethod
-    method_options: Mapping[str, Any]
-    delta_dfs_in_dir: Path
-    out_dir: Path
-    merge_method: str
-    mean_density: float | None = None
-    control: str | None = None
-    lambda_: float | None = None
-    out_dtype: str | None = None
-    plot: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def experts(self) -> tuple[ModelEntry, ...]:
-        """The experts to merge, in the order of `target_model_names`."""
-        by_type = {entry.type: entry for entry in self.config.experts}
-        return tuple(by_type[name] for name in self.config.target_model_names)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was decided, and the files it makes: recipes by name (the guided one first), vectors and pictures."""
-
-    decision: Decision
-    control: "pd.DataFrame | None"
-    recipes: tuple[str, ...]
-    files: Mapping[str, bytes] = field(repr=False)
 
 
 def decide(options: DecideOptions) -> tuple[str, ...]:
@@ -76,8 +42,6 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     Raises:
         UserError: anything the user can mend; nothing is written then.
     """
-    from utils.commands import decide_report as report
-
     rule = _check_options(options)
     manifest = read_manifest(options.delta_dfs_in_dir) if options.delta_dfs_in_dir.is_dir() else None
     check_folder(options.delta_dfs_in_dir, manifest, options.method.name)
@@ -227,9 +191,7 @@ def _result(options: DecideOptions, decision: Decision, settings: RecipeSettings
     files = {name: recipe_bytes(data) for name, data in recipes.items()}
     files |= {vectors[key]: content for key, content in decision.vectors.items()}
     if options.plot:
-        from utils.commands.decide_report import heatmaps
-
-        pictures = heatmaps(options, settings, decision) | dict(decision.pictures())
+        pictures = report.heatmaps(options, settings, decision) | dict(decision.pictures())
         files |= {f"{stem}_{end}": content for end, content in pictures.items()}
     check_file_names(list(files), options.config.path)
     return Result(decision, control, tuple(recipes), files)

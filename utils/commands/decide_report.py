@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.commands.options import DecideOptions, Result
 from utils.guidance.decide_job import Decision
 from utils.recipes.coefficients import by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
@@ -14,8 +15,6 @@ from utils.runtime import versions
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from utils.commands.decide import DecideOptions, Result
 
 _PER_LINE = 6
 
@@ -27,7 +26,7 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def say_choices(
-    options: "DecideOptions", settings: RecipeSettings, decision: Decision, manifest: Mapping[str, Any] | None
+    options: DecideOptions, settings: RecipeSettings, decision: Decision, manifest: Mapping[str, Any] | None
 ) -> None:
     """Print what the recipe is made from, and how."""
     found = versions()
@@ -59,7 +58,7 @@ def say_choices(
         print(f"written:  in {options.out_dtype}")
 
 
-def _what_it_does(options: "DecideOptions", settings: RecipeSettings) -> str:
+def _what_it_does(options: DecideOptions, settings: RecipeSettings) -> str:
     method = settings.method
     does = [f"keeps {method.keeps}"] if method.keeps else []
     if not method.keeps or method.whole:
@@ -75,7 +74,7 @@ def _what_it_does(options: "DecideOptions", settings: RecipeSettings) -> str:
     return "; ".join([*does, *(f"{name} {settings.parameters[name]}" for name in shared)])
 
 
-def say_result(options: "DecideOptions", settings: RecipeSettings, result: "Result") -> None:
+def say_result(options: DecideOptions, settings: RecipeSettings, result: Result) -> None:
     """Print each expert's densities and weights, what the filters cover, and the control's."""
     columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
     naming = result.decision.naming
@@ -119,7 +118,7 @@ def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> Non
         print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
 
 
-def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
+def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
     """Print what was written, what was there already, and the next command for each recipe.
 
     Args:
@@ -141,7 +140,7 @@ def say_files(options: "DecideOptions", recipes: Sequence[str], names: Sequence[
         )
 
 
-def heatmaps(options: "DecideOptions", settings: RecipeSettings, decision: Decision) -> dict[str, bytes]:
+def heatmaps(options: DecideOptions, settings: RecipeSettings, decision: Decision) -> dict[str, bytes]:
     """A PNG per expert by the end of its file name; all on one color scale."""
     from utils.plots import heatmap
 

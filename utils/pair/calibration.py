@@ -16,7 +16,7 @@ from utils.pair.rows import local_rows, looks_like_file
 from utils.pair.source import CalibrationSource
 
 if TYPE_CHECKING:
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
 
 # The reference's data sets and text format (arXiv 2503.03874, released code).
 BUILT_IN = {
@@ -125,7 +125,7 @@ def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id:
 
     A sample longer than that is a micro-batch of its own. Pads are masked.
     """
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
 
     groups: list[list[Sequence[int]]] = []
     for ids in sorted(encoded, key=len, reverse=True):
@@ -140,7 +140,7 @@ def reference_batches(
     encoded: Sequence[Sequence[int]], seqlen: int, tokens_at_once: int, pad_id: int, left: bool
 ) -> list["MicroBatch"]:
     """Micro-batches as the reference makes them: every sample padded to `seqlen`, pads attended and counted."""
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
 
     rows = []
     for ids in encoded:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.passes.block_runner import Arrival, Flow, MicroBatch
+from utils.pair.batches import MicroBatch
+from utils.passes.block_runner import Arrival, Flow
 
 HandOver = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Takes a parameter's name, its value and its gradient."""

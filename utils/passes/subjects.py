@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from utils.models.checkpoints import TensorHeader
     from utils.models.decoder import Decoder
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ weight and its own bias. Where another tensor's name begins the same way, a trai
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,12 +15,9 @@ from utils.errors import raise_collected
 from utils.models.checkpoints import Checkpoint, TensorHeader
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from utils.models.architecture import ArchitecturePlan
 
 _WEIGHT = ".weight"
-_BLOCK_TENSOR = re.compile(r"(?P<prefix>.+?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
 
 Place = tuple[int, str]  # layer, component
 Key = TypeVar("Key")
@@ -60,94 +57,6 @@ def planned_tensors(plan: "ArchitecturePlan", base: Checkpoint) -> list[NamedTen
         axes = len(headers[0].shape) if headers else 0
         tensors.append(NamedTensor(planned.name, axes, params, planned.vocabulary_axis is not None))
     return tensors
-
-
-def measured_names(
-    norms: "pd.DataFrame", base: str, layers: int, components: Sequence[str]
-) -> tuple[dict[Place, str], dict[str, int]]:
-    """Tensor names by (layer, component), and sizes by tensor name, from the base's rows of `norms.csv`.
-
-    Raises:
-        UserError: a place is missing or given twice, a name is not text, or a layer or size not a whole number.
-    """
-    own = norms[norms["model"].astype(str) == base]
-    if "text" in own.columns:  # the base was measured on several texts
-        own = own[own["text"] == own["text"].iloc[0]] if len(own) else own
-    names: dict[Place, str] = {}
-    params: dict[str, int] = {}
-    problems = []
-    for layer, component, tensor, size in zip(
-        own["layer"], own["component"], own["tensor"], own["params"], strict=True
-    ):
-        place = (layer, component)
-        if not _is_whole(layer) or not _is_whole(size) or not isinstance(tensor, str) or place in names:
-            problems.append(
-                f"layer {layer}, component {component}: a value is missing or wrong, or the row is there twice"
-            )
-            continue
-        names[int(layer), component] = tensor
-        params[tensor] = int(size)
-    wanted = [(layer, component) for component in components for layer in range(layers)]
-    problems += [f"layer {layer}, component {name} is missing" for layer, name in wanted if (layer, name) not in names]
-    deeper = [layer for layer, component in names if component in components and layer >= layers]
-    if deeper:
-        problems.append(f"it has layer {max(deeper)}, but the delta tables have {layers} rows: a row was lost")
-    raise_collected(problems[:5], f"norms.csv, rows of {base!r}")
-    return {place: names[place] for place in wanted}, params
-
-
-def _is_whole(value: object) -> bool:
-    try:
-        return float(value) == int(value) >= 0
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def found_names(
-    tensors: Iterable[NamedTensor], layers: int, components: Sequence[str], prefixes: Mapping[str, str], where: str
-) -> dict[Place, str]:
-    """Tensor names by (layer, component) from a checkpoint's own names: `<block prefix>.<layer>.<path>.weight`.
-
-    A component means the path that `prefixes` gives, else the path that equals it or ends with it.
-
-    Raises:
-        UserError: a component fits no path or several (all candidates are listed), or not every layer has it.
-    """
-    found: dict[tuple[str, str], dict[int, str]] = {}  # (block prefix, path) -> layer -> name
-    for tensor in tensors:
-        match = _BLOCK_TENSOR.fullmatch(tensor.name)
-        if match and tensor.axes > 1:
-            found.setdefault((match["prefix"], match["path"]), {})[int(match["layer"])] = tensor.name
-    names: dict[Place, str] = {}
-    problems = []
-    for component in components:
-        wanted = prefixes.get(component, component)
-        fitting = [key for key in found if key[1] == wanted]
-        if component not in prefixes:
-            fitting = fitting or [key for key in found if key[1].endswith("." + wanted)]
-        if len(fitting) != 1:
-            listed = [f"{prefix}.*.{path}" for prefix, path in (fitting or found)]
-            state = "means several tensors" if fitting else f"({wanted}) names no tensor"
-            problems.append(f"component {component!r} {state}; there are {', '.join(listed)}. Use prefix_mapping")
-            continue
-        there = found[fitting[0]]
-        if sorted(there) != list(range(layers)):
-            problems.append(
-                f"component {component!r}: the delta tables have {layers} rows, the model has "
-                f"{'.'.join([fitting[0][0], '*', fitting[0][1]])} in {len(there)} layers"
-            )
-        names |= {(layer, component): there[layer] for layer in range(layers) if layer in there}
-    raise_collected(problems, where)
-    return names
-
-
-def assumed_names(layers: int, components: Sequence[str], prefixes: Mapping[str, str]) -> dict[Place, str]:
-    """Tensor names as the released code assumes them: `model.layers.<layer>.<path>.weight`."""
-    return {
-        (layer, component): f"model.layers.{layer}.{prefixes.get(component, component)}{_WEIGHT}"
-        for component in components
-        for layer in range(layers)
-    }
 
 
 def as_planned(names: Mapping[Key, str], plan: "ArchitecturePlan", where: str) -> dict[Key, str]:

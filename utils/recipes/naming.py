@@ -4,11 +4,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.guidance.lewis.tables import Measurements
 from utils.models.checkpoints import Checkpoint, open_without_download
 from utils.pair.config import ModelEntry, PairConfig
 from utils.recipes import filters
-from utils.recipes.filters import Coverage, NamedTensor, Place
+from utils.recipes.filters import Coverage, NamedTensor
 from utils.recipes.group_filters import group_filters
 
 
@@ -41,49 +40,6 @@ def open_local_models(config: PairConfig, experts: Sequence[ModelEntry]) -> dict
     """
     opened = {entry.type: open_without_download(entry.name, entry.revision) for entry in (config.base, *experts)}
     return {model_type: checkpoint for model_type, checkpoint in opened.items() if checkpoint is not None}
-
-
-def name_tensors(
-    config: PairConfig, measured: Measurements, local: Mapping[str, Checkpoint], *, trust_remote_code: bool = False
-) -> Naming:
-    """Name the measured tensors as mergekit will see them, and prove their filters as far as this machine allows.
-
-    Names come from `norms.csv`, else from the base checkpoint, else they are assumed as the released code does. If the
-    base checkpoint is here, the filters are proven against its names.
-
-    Args:
-        config: the pair config.
-        measured: the dataframe folder.
-        local: the checkpoints on this machine, by type.
-        trust_remote_code: let a checkpoint's config load code from its folder.
-
-    Raises:
-        UserError: names are missing or ambiguous, a filter hits something else, or the models cannot be merged.
-    """
-    frame = next(iter(measured.deltas.values()))
-    layers, components = len(frame), list(frame.columns)
-    recorded, params = None, {}
-    if measured.norms is not None:
-        recorded, params = filters.measured_names(measured.norms, config.base_model_type, layers, components)
-    base = local.get(config.base_model_type)
-    if base is None:
-        return _unproven(recorded or filters.assumed_names(layers, components, config.prefix_mapping), params)
-
-    from utils.models.architecture import DEFINITION, plan_architecture
-
-    others = [checkpoint for checkpoint in local.values() if checkpoint is not base]
-    plan = plan_architecture(base, others, trust_remote_code=trust_remote_code)
-    where = f"base model {base.name}"
-    tensors = filters.planned_tensors(plan, base)
-    if recorded:
-        names = filters.as_planned(recorded, plan, where)
-    else:
-        names = filters.found_names(tensors, layers, components, config.prefix_mapping, where)
-    proof = filters.exact_filters(list(names.values()), [tensor.name for tensor in tensors], where)
-    why = "" if plan.origin == DEFINITION else f" ({plan.reason})"
-    evidence = f"each hits its own tensor and nothing else in {base.name}, by {plan.origin}{why}"
-    sizes = {tensor.name: tensor.params for tensor in tensors}
-    return Naming(names, proof, sizes, filters.coverage(proof, tensors), evidence)
 
 
 @dataclass(frozen=True)
@@ -119,7 +75,7 @@ def name_recorded(
     base = local.get(config.base_model_type)
     if base is None:
         names = {name: name for name in recorded}
-        return _with_filters(recorded, names, {}, list(names), _NOT_HERE, _RECORDED_EVIDENCE, None, grouped)
+        return _with_filters(recorded, names, {}, list(names), NOT_HERE, RECORDED_EVIDENCE, None, grouped)
 
     from utils.models.architecture import DEFINITION, plan_architecture
 
@@ -161,16 +117,5 @@ def _with_filters(
     return Naming(names, proof, params, covered, evidence, group_filters=shared, twins=twins)
 
 
-_NOT_HERE = "the base model is not on this machine"
-_RECORDED_EVIDENCE = f"{_NOT_HERE}; proven only against each other, with the names recorded while measuring"
-
-
-def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
-    proof = filters.exact_filters(list(names.values()), list(names.values()), _NOT_HERE)
-    if params:
-        return Naming(names, proof, params, None, _RECORDED_EVIDENCE)
-    warning = (
-        f"nothing could be proven: {_NOT_HERE} and the dataframe folder records no tensor names, so the filters are "
-        "model.layers.<layer>.<path>; one that matches nothing leaves its tensor at density 1"
-    )
-    return Naming(names, proof, {}, None, "assumed, not proven", (warning,))
+NOT_HERE = "the base model is not on this machine"
+RECORDED_EVIDENCE = f"{NOT_HERE}; proven only against each other, with the names recorded while measuring"

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tests.guidance.saliency_budget.test_squared_gradients import plain
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import contents, save_pair, write_config
-from utils.commands.decide import DecideOptions, decide
+from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.merge import merge
+from utils.commands.options import DecideOptions
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods
 from utils.merging.settings import MergeSettings

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
-from utils.passes.block_runner import MicroBatch
+from utils.pair.batches import MicroBatch
 
 CPU = torch.device("cpu")
 

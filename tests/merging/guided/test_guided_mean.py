@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_merges import merge_here, save_models, tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
-from utils.commands.decide import DecideOptions, decide
+from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.options import DecideOptions
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.flags import number
 from utils.guidance.decide_job import DecideJob, Decision
+from utils.guidance.lewis.naming import name_tensors
 from utils.guidance.lewis.tables import NORMS, TEXT, Measurements, delta_file, read_measurements, table_files
 from utils.guidance.measure_job import MeasureJob, OnBlock, Work
 from utils.guidance.method import GuidanceMethod, Measured, MethodFlag
 from utils.pair.config import PairConfig
 from utils.passes.subjects import EncodedText, Subject
 from utils.recipes.coefficients import coefficient_table, with_mean_density
-from utils.recipes.naming import name_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from utils.models.decoder import Decoder
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
 
 BOUNDS = ("minmax", "clip")
 _DECIMALS = 5  # the released code rounds the deltas before it scales them

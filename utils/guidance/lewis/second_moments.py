@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.passes.block_runner import MicroBatch
+from utils.pair.batches import MicroBatch
 
 ENTRIES_AT_ONCE = {"cpu": 2**17}  # float32 temporaries that stay in a core's cache; elsewhere the whole input
 ANYWHERE_ELSE = 2**26

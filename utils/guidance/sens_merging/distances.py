@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from utils.passes.block_runner import MicroBatch
+    from utils.pair.batches import MicroBatch
     from utils.passes.language_head import ToLogits
 
 _LOGITS_AT_ONCE = 2**23  # numbers per model and chunk: 32 MiB in float32

@@ -27,7 +27,8 @@ from utils.guidance.submodule_linearity.parts import (
 )
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
-from utils.passes.block_runner import BlocksInTurn, Flow, MicroBatch, block_tensor_names, stops
+from utils.pair.batches import MicroBatch
+from utils.passes.block_runner import BlocksInTurn, Flow, block_tensor_names, stops
 
 
 @dataclass(frozen=True)

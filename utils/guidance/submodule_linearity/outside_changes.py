@@ -18,7 +18,7 @@ from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, P
 from utils.guidance.submodule_linearity.parts import TENSOR, outside_submodules, own_parameters
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tied_names
-from utils.passes.block_runner import MicroBatch
+from utils.pair.batches import MicroBatch
 
 _HEAD_ENTRIES_AT_ONCE = 2**24  # of each model's head
 

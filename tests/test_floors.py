@@ -1,0 +1,113 @@
+"""Imports between the rooms of `utils/` only go down, and no files of a room import each other in a circle."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+UTILS = ROOT / "utils"
+FLOORS = (
+    {""},
+    {"models"},
+    {"pair"},
+    {"passes", "workers"},
+    {"recipes"},
+    {"merging"},
+    {"guidance"},
+    {"evaluation"},
+    {"searching", "reports"},
+    {"commands"},
+)
+COMMANDS = {"utils.merger", "utils.evaluator", "utils.searcher"}
+
+
+def floor_of(module: str) -> int:
+    return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+
+
+def room_of(module: str) -> str:
+    first = module.split(".")[1]
+    return first if (UTILS / first).is_dir() else ""
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+@cache
+def arrows() -> list[tuple[str, str]]:
+    """Every import of one module of `utils/` by another, late ones included."""
+    found = []
+    for path in sorted(UTILS.rglob("*.py")):
+        here = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: imports are absolute"
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if is_module(name) else node.module for name in inner]
+            else:
+                continue
+            found += [(here, name) for name in names if name.startswith("utils.") and is_module(name)]
+    return sorted(set(found))
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.parent.name for path in UTILS.glob("*/__init__.py")}
+    assert rooms <= set().union(*FLOORS)
+
+
+def test_arrows_only_go_down():
+    upward = [
+        f"{source} imports {target}"
+        for source, target in arrows()
+        if source not in COMMANDS and room_of(source) != room_of(target) and floor_of(target) >= floor_of(source)
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_commands_are_imported_by_nothing():
+    assert not [arrow for arrow in arrows() if arrow[1] in COMMANDS]
+
+
+def test_a_guidance_method_knows_no_other():
+    def method(module: str) -> str:
+        parts = module.split(".")
+        inside = parts[1:2] == ["guidance"] and len(parts) > 2 and (UTILS / "guidance" / parts[2]).is_dir()
+        return parts[2] if inside else ""
+
+    crossing = [arrow for arrow in arrows() if method(arrow[0]) and method(arrow[1]) not in ("", method(arrow[0]))]
+    assert not crossing
+
+
+def test_pieces_of_a_merge_know_the_plan_and_are_not_known_by_it():
+    """What passes over a merge that is not written yet is made with does not depend on the command that writes it."""
+    planners = {f"utils.merging.{name}" for name in ("plan", "settings", "parameters", "inputs", "recipe_file")}
+    assert not [arrow for arrow in arrows() if arrow[0] in planners and arrow[1].startswith("utils.merging.pieces")]
+
+
+def test_no_room_has_a_circle():
+    below: dict[str, set[str]] = {}
+    for source, target in arrows():
+        below.setdefault(source, set()).add(target)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for target in below.get(module, ()):
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in sorted(below):
+        visit(module, ())
+
+
+def test_the_walk_sees_the_tree():
+    assert ("utils.merger", "utils.errors") in arrows()
+    assert len({source for source, _ in arrows()}) > 80
+    assert Path(UTILS / "guidance/lewis/method.py").exists()

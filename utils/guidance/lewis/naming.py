@@ -1,0 +1,160 @@
+"""The names of the tensors that LEWIS measured: as recorded, as in the checkpoint, or by assumption."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from utils.errors import raise_collected
+from utils.guidance.lewis.tables import Measurements
+from utils.models.checkpoints import Checkpoint
+from utils.pair.config import PairConfig
+from utils.recipes import filters
+from utils.recipes.filters import NamedTensor, Place
+from utils.recipes.naming import NOT_HERE, RECORDED_EVIDENCE, Naming
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BLOCK_TENSOR = re.compile(r"(?P<prefix>.+?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
+
+
+def name_tensors(
+    config: PairConfig, measured: Measurements, local: Mapping[str, Checkpoint], *, trust_remote_code: bool = False
+) -> Naming:
+    """Name the measured tensors as mergekit will see them, and prove their filters as far as this machine allows.
+
+    Names come from `norms.csv`, else from the base checkpoint, else they are assumed as the released code does. If the
+    base checkpoint is here, the filters are proven against its names.
+
+    Args:
+        config: the pair config.
+        measured: the dataframe folder.
+        local: the checkpoints on this machine, by type.
+        trust_remote_code: let a checkpoint's config load code from its folder.
+
+    Raises:
+        UserError: names are missing or ambiguous, a filter hits something else, or the models cannot be merged.
+    """
+    frame = next(iter(measured.deltas.values()))
+    layers, components = len(frame), list(frame.columns)
+    recorded, params = None, {}
+    if measured.norms is not None:
+        recorded, params = measured_names(measured.norms, config.base_model_type, layers, components)
+    base = local.get(config.base_model_type)
+    if base is None:
+        return _unproven(recorded or assumed_names(layers, components, config.prefix_mapping), params)
+
+    from utils.models.architecture import DEFINITION, plan_architecture
+
+    others = [checkpoint for checkpoint in local.values() if checkpoint is not base]
+    plan = plan_architecture(base, others, trust_remote_code=trust_remote_code)
+    where = f"base model {base.name}"
+    tensors = filters.planned_tensors(plan, base)
+    if recorded:
+        names = filters.as_planned(recorded, plan, where)
+    else:
+        names = found_names(tensors, layers, components, config.prefix_mapping, where)
+    proof = filters.exact_filters(list(names.values()), [tensor.name for tensor in tensors], where)
+    why = "" if plan.origin == DEFINITION else f" ({plan.reason})"
+    evidence = f"each hits its own tensor and nothing else in {base.name}, by {plan.origin}{why}"
+    sizes = {tensor.name: tensor.params for tensor in tensors}
+    return Naming(names, proof, sizes, filters.coverage(proof, tensors), evidence)
+
+
+def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
+    proof = filters.exact_filters(list(names.values()), list(names.values()), NOT_HERE)
+    if params:
+        return Naming(names, proof, params, None, RECORDED_EVIDENCE)
+    warning = (
+        f"nothing could be proven: {NOT_HERE} and the dataframe folder records no tensor names, so the filters are "
+        "model.layers.<layer>.<path>; one that matches nothing leaves its tensor at density 1"
+    )
+    return Naming(names, proof, {}, None, "assumed, not proven", (warning,))
+
+
+def measured_names(
+    norms: "pd.DataFrame", base: str, layers: int, components: Sequence[str]
+) -> tuple[dict[Place, str], dict[str, int]]:
+    """Tensor names by (layer, component), and sizes by tensor name, from the base's rows of `norms.csv`.
+
+    Raises:
+        UserError: a place is missing or given twice, a name is not text, or a layer or size not a whole number.
+    """
+    own = norms[norms["model"].astype(str) == base]
+    if "text" in own.columns:  # the base was measured on several texts
+        own = own[own["text"] == own["text"].iloc[0]] if len(own) else own
+    names: dict[Place, str] = {}
+    params: dict[str, int] = {}
+    problems = []
+    for layer, component, tensor, size in zip(
+        own["layer"], own["component"], own["tensor"], own["params"], strict=True
+    ):
+        place = (layer, component)
+        if not _is_whole(layer) or not _is_whole(size) or not isinstance(tensor, str) or place in names:
+            problems.append(
+                f"layer {layer}, component {component}: a value is missing or wrong, or the row is there twice"
+            )
+            continue
+        names[int(layer), component] = tensor
+        params[tensor] = int(size)
+    wanted = [(layer, component) for component in components for layer in range(layers)]
+    problems += [f"layer {layer}, component {name} is missing" for layer, name in wanted if (layer, name) not in names]
+    deeper = [layer for layer, component in names if component in components and layer >= layers]
+    if deeper:
+        problems.append(f"it has layer {max(deeper)}, but the delta tables have {layers} rows: a row was lost")
+    raise_collected(problems[:5], f"norms.csv, rows of {base!r}")
+    return {place: names[place] for place in wanted}, params
+
+
+def _is_whole(value: object) -> bool:
+    try:
+        return float(value) == int(value) >= 0
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def found_names(
+    tensors: Iterable[NamedTensor], layers: int, components: Sequence[str], prefixes: Mapping[str, str], where: str
+) -> dict[Place, str]:
+    """Tensor names by (layer, component) from a checkpoint's own names: `<block prefix>.<layer>.<path>.weight`.
+
+    A component means the path that `prefixes` gives, else the path that equals it or ends with it.
+
+    Raises:
+        UserError: a component fits no path or several (all candidates are listed), or not every layer has it.
+    """
+    found: dict[tuple[str, str], dict[int, str]] = {}  # (block prefix, path) -> layer -> name
+    for tensor in tensors:
+        match = _BLOCK_TENSOR.fullmatch(tensor.name)
+        if match and tensor.axes > 1:
+            found.setdefault((match["prefix"], match["path"]), {})[int(match["layer"])] = tensor.name
+    names: dict[Place, str] = {}
+    problems = []
+    for component in components:
+        wanted = prefixes.get(component, component)
+        fitting = [key for key in found if key[1] == wanted]
+        if component not in prefixes:
+            fitting = fitting or [key for key in found if key[1].endswith("." + wanted)]
+        if len(fitting) != 1:
+            listed = [f"{prefix}.*.{path}" for prefix, path in (fitting or found)]
+            state = "means several tensors" if fitting else f"({wanted}) names no tensor"
+            problems.append(f"component {component!r} {state}; there are {', '.join(listed)}. Use prefix_mapping")
+            continue
+        there = found[fitting[0]]
+        if sorted(there) != list(range(layers)):
+            problems.append(
+                f"component {component!r}: the delta tables have {layers} rows, the model has "
+                f"{'.'.join([fitting[0][0], '*', fitting[0][1]])} in {len(there)} layers"
+            )
+        names |= {(layer, component): there[layer] for layer in range(layers) if layer in there}
+    raise_collected(problems, where)
+    return names
+
+
+def assumed_names(layers: int, components: Sequence[str], prefixes: Mapping[str, str]) -> dict[Place, str]:
+    """Tensor names as the released code assumes them: `model.layers.<layer>.<path>.weight`."""
+    return {
+        (layer, component): f"model.layers.{layer}.{prefixes.get(component, component)}.weight"
+        for component in components
+        for layer in range(layers)
+    }

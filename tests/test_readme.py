@@ -1,4 +1,4 @@
-"""The README keeps its word: every command in it runs, every flag and config key is in it."""
+"""README and docs keep their word: every command in them runs, every flag and config key is explained, every page is reached."""
 
 import importlib
 import json
@@ -18,18 +18,28 @@ from tests.tiny_pairs import save_tokenizer
 from utils.pair.config import CONFIG_KEYS, read_pair_config
 from utils.pair.source import DATASET_KEYS
 
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+FLAGS = (ROOT / "docs/flags.md").read_text()
+CONFIG = (ROOT / "docs/config.md").read_text()
+COMMANDS = [path for path in ("utils/merger.py", "utils/evaluator.py", "utils/searcher.py") if (ROOT / path).exists()]
 
 
-def fenced(language: str) -> list[str]:
+def fenced(page: Path, language: str) -> list[str]:
     """The fenced blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def shell_commands() -> list[list[str]]:
+def shell_commands(page: Path) -> list[list[str]]:
     """Every command of every ```sh block as words, as a shell reads it: continued lines joined, comments dropped."""
-    lines = "\n".join(fenced("sh")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(fenced(page, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def links(page: Path) -> set[Path]:
+    """The files of this project that a page links to."""
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    return {(page.parent / target).resolve() for target in targets}
 
 
 @pytest.fixture
@@ -47,9 +57,9 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_command_runs(workplace):
+def run_page(page: Path, workplace: Path) -> list[str]:
     ran = []
-    for words in shell_commands():
+    for words in shell_commands(page):
         if words[0] == "make":
             # `.ci/run` is `make test`, and the demo has tests of its own: here, that the targets are there.
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
@@ -61,12 +71,30 @@ def test_every_command_runs(workplace):
         done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
+    return ran
+
+
+def test_every_command_of_the_readme_runs(workplace):
+    ran = run_page(README, workplace)
     assert ran[:3] == ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"]
     assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES[1:] if shell_commands(page)])
+def test_every_command_of_a_page_runs(page, workplace):
+    assert run_page(ROOT / page, workplace)
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len(README.read_text().splitlines()) <= 150
+
+
 def test_the_two_first_commands_do_all_set_up():
-    assert [words[:2] for words in shell_commands()[:2]] == [["make", "demo"], ["make", "test"]]
+    assert [words[:2] for words in shell_commands(README)[:2]] == [["make", "demo"], ["make", "test"]]
+
+
+def test_every_page_is_reached_from_the_readme():
+    assert links(README) >= {page.resolve() for page in PAGES[1:]}
 
 
 def parser_flags(script: str) -> set[str]:
@@ -75,22 +103,22 @@ def parser_flags(script: str) -> set[str]:
     return set(re.findall(r"^  (--\w+)", done.stdout, flags=re.M))
 
 
-@pytest.mark.parametrize("script", ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"])
+@pytest.mark.parametrize("script", ["lewis_importance.py", "lewis_merge.py", *COMMANDS])
 def test_every_flag_is_explained(script):
-    section = README.split(f"**`{script}`**")[1].split("\n**`")[0].split("\n## ")[0]
+    section = FLAGS.split(f"**`{script}`**")[1].split("\n**`")[0].split("\n## ")[0]
     explained = set(re.findall(r"`(--\w+)`", section))
     assert explained == parser_flags(script)
 
 
 def test_every_config_key_is_explained():
     for key in CONFIG_KEYS:
-        assert f"| `{key}` |" in README
+        assert f"| `{key}` |" in CONFIG
     for key in DATASET_KEYS:
-        assert f"`{key}`" in README
+        assert f"`{key}`" in CONFIG
 
 
 def test_the_yaml_in_it_is_valid(tmp_path):
-    whole, dataset = fenced("yaml")
+    whole, dataset = fenced(ROOT / "docs/config.md", "yaml")
     path = tmp_path / "pair.yaml"
     path.write_text(whole)
     assert read_pair_config(path).experts[0].revision == "main"
@@ -98,10 +126,11 @@ def test_the_yaml_in_it_is_valid(tmp_path):
     assert read_pair_config(path).dataset.path == "data/my_task.jsonl"
 
 
-def test_paths_in_it_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"^\| `([\w./]+/)`", README, flags=re.M):
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    for target in links(ROOT / page):
+        assert target.exists(), target
+    for path in re.findall(r"^\| `([\w./]+/)`", (ROOT / page).read_text(), flags=re.M):
         assert (ROOT / path).is_dir(), path
 
 

@@ -143,7 +143,7 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0]))
         namespace.__dict__.pop("_given", None)
-        show_tracebacks(namespace.traceback)
+        show_tracebacks(namespace.__dict__.pop("traceback"))
         return namespace
 
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:

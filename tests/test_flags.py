@@ -232,3 +232,8 @@ def test_parsing_needs_no_heavy_import():
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_every_command_can_be_quiet_and_show_tracebacks():
+    assert (parse().quiet, parse("--quiet").quiet, parse("--no-quiet").quiet) == (False, True, False)
+    assert vars(parse("--traceback", "False")) == vars(parse())

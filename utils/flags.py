@@ -105,11 +105,16 @@ class _FirstSpelling(argparse.RawDescriptionHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An `ArgumentParser` with this project's conventions. Declare flags with `flag` and `switch`."""
+    """An `ArgumentParser` with this project's conventions. Declare flags with `flag` and `switch`.
+
+    Every command has `--quiet` and `--traceback`. The latter takes effect by itself; `quiet` is in the parsed flags,
+    for the command to hand on.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _FirstSpelling)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.switch("quiet", "no report and no progress bar; warnings and the last lines remain")
         self.switch("traceback", "with an error message, also show where in the program it comes from and its cause")
 
     def flag(self, name: str, help: str, **kwargs: Any) -> None:

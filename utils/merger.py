@@ -74,7 +74,6 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("lora_merge_dtype", "precision of that", choices=("float32", "bfloat16", "float16"))
     parser.switch("lazy_unpickle", "kept for compatibility: only safetensors are read, which are lazy anyway")
     parser.switch("safe_serialization", "always on: pickles are not written", default=True)
-    parser.switch("quiet", "no report and no progress bar; warnings and the last lines remain")
     parser.flag("verbosity", "log lines of mergekit: 0 none, 1 some, 2 all", type=whole_number(0, 2), default=0)
 
 

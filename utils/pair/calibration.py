@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, brief
-from utils.pair.rows import local_rows, looks_like_file
+from utils.pair.rows import Rows, local_rows, looks_like_file
 from utils.pair.source import CalibrationSource
 
 if TYPE_CHECKING:
@@ -67,15 +67,28 @@ def choose_samples(source: CalibrationSource, nsamples: int) -> list[Sample]:
     Raises:
         UserError: the file or data set cannot be read, has fewer rows, lacks a column, or a chosen row has no text.
     """
-    import numpy
-
     source = with_defaults(source)
-    _check_template(source)
-    rows = local_rows(source.path) if looks_like_file(source.path) else _hub_rows(source)
+    rows = open_rows(source)
     if len(rows) < nsamples:
         raise UserError(f"dataset {source.path} has {len(rows)} rows, but nsamples is {nsamples}; lower nsamples")
-    order = numpy.random.default_rng(source.seed).permutation(len(rows))[:nsamples]
-    return [_sample(int(row), rows[int(row)], source) for row in order]
+    return [make_sample(row, rows[row], source) for row in row_order(source, len(rows))[:nsamples]]
+
+
+def open_rows(source: CalibrationSource) -> Rows:
+    """The rows of a source whose defaults are filled in (`with_defaults`), column name to value each.
+
+    Raises:
+        UserError: the template is none, or the file or data set cannot be read.
+    """
+    _check_template(source.text, "dataset.text")
+    return local_rows(source.path) if looks_like_file(source.path) else _hub_rows(source)
+
+
+def row_order(source: CalibrationSource, count: int) -> list[int]:
+    """The order in which rows are chosen, of a data set with `count` of them."""
+    import numpy
+
+    return numpy.random.default_rng(source.seed).permutation(count).tolist()
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -> list[list[int]]:
@@ -155,7 +168,12 @@ def token_digest(encoded: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(repr([list(ids) for ids in encoded]).encode()).hexdigest()
 
 
-def _sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> Sample:
+def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> Sample:
+    """The text of one row of a source whose defaults are filled in.
+
+    Raises:
+        UserError: the row lacks a column, or has no text.
+    """
     where = f"dataset {source.path}, row {row}"
     if source.messages is not None:
         messages = _column(values, source.messages, where)
@@ -165,7 +183,7 @@ def _sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> S
         if "text" not in values:
             raise UserError(f"{where}: no column 'text' (columns: {', '.join(map(str, values))}); give dataset.text")
         template = "{text}"
-    text = "".join(_template_parts(template, values, where))
+    text = render(template, values, where)
     if not text.strip():
         raise UserError(f"{where} is empty; remove the row or choose another seed")
     if not _is_unicode(text):
@@ -173,21 +191,35 @@ def _sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> S
     return Sample(row, text)
 
 
-def _check_template(source: CalibrationSource) -> None:
-    if source.text is None:
-        return
+def _check_template(template: str | None, key: str) -> None:
+    if template is not None:
+        template_columns(template, key)
+
+
+def template_columns(template: str, key: str) -> list[str]:
+    """The columns that a template names, in their order.
+
+    Raises:
+        UserError: it is no template, or names none; `key` is what to call it.
+    """
     try:
-        pieces = list(string.Formatter().parse(source.text))
+        pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"dataset.text {source.text!r} is not a template: {error}") from None
+        raise UserError(f"{key} {template!r} is not a template: {error}") from error
     names = [name for _, name, _, _ in pieces if name is not None]
     if any(not name or form or conversion for _, name, form, conversion in pieces if name is not None):
-        raise UserError(f"dataset.text {source.text!r}: write columns as {{column}}, nothing else in the braces")
+        raise UserError(f"{key} {template!r}: write columns as {{column}}, nothing else in the braces")
     if not names:
-        raise UserError(f"dataset.text {source.text!r} names no column; write for example {{question}}")
+        raise UserError(f"{key} {template!r} names no column; write for example {{question}}")
+    return names
 
 
-def _template_parts(template: str, values: Mapping[str, Any], where: str) -> list[str]:
+def render(template: str, values: Mapping[str, Any], where: str) -> str:
+    """A template with the row's values in their places.
+
+    Raises:
+        UserError: the row lacks a column, or holds something else than text or a number there.
+    """
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
@@ -197,7 +229,7 @@ def _template_parts(template: str, values: Mapping[str, Any], where: str) -> lis
         if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{where}: column {name!r} holds {_kind(value)}, not text")
         parts.append(str(value))
-    return parts
+    return "".join(parts)
 
 
 def _is_unicode(text: str) -> bool:
@@ -246,7 +278,7 @@ def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
     return text
 
 
-def _hub_rows(source: CalibrationSource) -> Sequence[Mapping[str, Any]]:
+def _hub_rows(source: CalibrationSource) -> Rows:
     from datasets import load_dataset
 
     shown = f"dataset {source.path}" + (f" ({source.subset})" if source.subset else "")

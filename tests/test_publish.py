@@ -448,3 +448,13 @@ def test_a_disk_that_is_really_full(tmp_path):
     finally:
         subprocess.run(["umount", tmp_path], check=True)
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_a_large_file_is_moved_not_copied(tmp_path):
+    work, folder = tmp_path / "work", tmp_path / "folder"
+    work.mkdir()
+    (work / "large").write_bytes(b"grams")
+    inode = (work / "large").stat().st_ino
+    publish_files(folder, {"a.safetensors": work / "large", "manifest.json": b"{}"}, overwrite=False)
+    assert (folder / "a.safetensors").read_bytes() == b"grams" and (folder / "a.safetensors").stat().st_ino == inode
+    assert not (work / "large").exists() and sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "manifest.json"]  # fmt: skip

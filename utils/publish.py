@@ -91,8 +91,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
             raise
 
 
-def publish_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite: bool) -> None:
     """Write `files` (name to content) into `folder`, the last one of the mapping last.
+
+    Content that is too large for memory is given as the path of a finished file on the same file system, which is moved.
 
     All content reaches the disk in a temporary folder before the first rename; a failure leaves the folder as it was,
     also one between renames. (A kill between renames leaves some of the files, but never the last one alone.) Signals
@@ -106,8 +108,11 @@ def publish_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) 
     folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it while the work was done
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True) as stage:
         for name, content in files.items():
-            with open(Path(stage, name), "wb") as file:
-                file.write(content)
+            if isinstance(content, Path):
+                os.replace(content, Path(stage, name))
+            with open(Path(stage, name), "r+b" if isinstance(content, Path) else "wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         with _signals_held():

@@ -1,10 +1,12 @@
 """Command 1's one job: measure every model of a pair on the calibration text and publish the dataframe folder."""
 
+import contextlib
 import os
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +71,8 @@ def measure_pair(options: MeasureOptions) -> None:
     at_once = _at_once(options, subjects, devices[0])
     job = MeasureJob(config, subjects, tuple(devices), options.method_options, options.trust_remote_code, at_once)
     request = _request(options, job, samples)
-    with locked_folder(options.out_dir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_folder(options.out_dir))
         if not options.overwrite:
             if _already_there(options.out_dir, request):
                 print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
@@ -78,7 +81,8 @@ def measure_pair(options: MeasureOptions) -> None:
             refuse_existing(options.out_dir, names)
         _say_choices(options, job, samples)
         start = time.perf_counter()
-        measured = method.measure(job)
+        workspace = stack.enter_context(_workspace(options.out_dir))
+        measured = method.measure(replace(job, workspace=workspace))
         _refuse_changed(subjects, request)
         print(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices)}")
         for note in measured.notes:
@@ -89,6 +93,18 @@ def measure_pair(options: MeasureOptions) -> None:
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
     _say_next(options)
+
+
+@contextlib.contextmanager
+def _workspace(out_dir: Path) -> Iterator[Path]:
+    """A folder in a locked output folder, on its file system; what a killed run has left of it is removed first."""
+    workspace = out_dir / ".measuring.part"
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir()
+    try:
+        yield workspace
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 _ONLY_SOME_USE = {

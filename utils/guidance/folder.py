@@ -31,9 +31,12 @@ def csv_bytes(frame: "pd.DataFrame") -> bytes:
     return buffer.getvalue().encode()
 
 
-def folder_files(files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> dict[str, bytes]:
+def folder_files(files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> dict[str, bytes | Path]:
     """The content of a dataframe folder by file name: the files, then the manifest, which gains their hashes."""
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    hashes = {
+        name: file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+    }
     text = json.dumps({**manifest, "files": hashes}, indent=2, ensure_ascii=False, allow_nan=False)
     return {**files, MANIFEST: (text + "\n").encode()}
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
@@ -40,7 +41,8 @@ class MeasureJob:
     """Everything a *measure* half needs.
 
     `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
-    values of the method's own flags.
+    values of the method's own flags. `workspace` is a folder beside the results for files that are too large for memory;
+    it is there while the *measure* half runs, and what is not handed over is removed.
     """
 
     config: PairConfig
@@ -49,6 +51,7 @@ class MeasureJob:
     options: Mapping[str, Any]
     trust_remote_code: bool
     at_once: int = 1
+    workspace: Path | None = None
 
     @property
     def base(self) -> Subject:

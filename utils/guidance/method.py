@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.errors import UserError
@@ -39,9 +40,12 @@ class MethodFlag:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a *measure* half returns: the content of its files by name, what to print, and what to warn of."""
+    """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
 
-    files: Mapping[str, bytes]
+    A file too large for memory is a path in the job's `workspace`.
+    """
+
+    files: Mapping[str, bytes | Path]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ with a sliding window add one mask of tokens x tokens per sample.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class GradientObserver(Protocol):
 
         `layer` is None for what lies outside the blocks, which comes last.
         """
+
+
+Observing = Callable[[int, nn.Module], AbstractContextManager[None]]
+"""Attaches observers to a block (layer, module) for as long as its samples are computed again, each one once."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def backward_pass(
     *,
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
+    observing: Observing = lambda layer, block: nullcontext(),
 ) -> Iterator[BackwardPass]:
     """Take all samples forward on entering, and back block by block as `blocks` is iterated.
 
@@ -98,6 +103,7 @@ def backward_pass(
         outside: whether parameters outside the blocks (embeddings, final norm, head) are observed, too. It costs one
             more pass through the head. A tied embedding has one gradient, under the embedding's name.
         on_block: called with the layer number after each block, on both ways (twice per block).
+        observing: what else to attach to a block on the way back, such as hooks that see its modules' inputs.
 
     Raises:
         UserError: a sample without a next token; weights that lack a parameter; blocks that share parameters or hand
@@ -115,7 +121,7 @@ def backward_pass(
         passes: list[SamplePass] = []
         stack.callback(lambda: [sample.close() for sample in passes])
         losses = _forward(decoder, turn, samples, passes, device, on_block)
-        blocks = _backward(decoder, turn, passes, around if outside else None, observer, on_block)
+        blocks = _backward(decoder, turn, passes, around if outside else None, observer, on_block, observing)
         stack.callback(blocks.close)
         yield BackwardPass(tuple(losses), blocks)
 
@@ -176,6 +182,7 @@ def _backward(
     around: Mapping[str, nn.Parameter] | None,
     observer: GradientObserver,
     on_block: Callable[[int], None],
+    observing: Observing,
 ) -> Iterator[BlockDone]:
     wanted = [parameter for parameter in (around or {}).values() if parameter.requires_grad]
     for layer in reversed(range(len(decoder.blocks))):
@@ -183,9 +190,10 @@ def _backward(
             path = f"{decoder.blocks_path}.{layer}"
             parameters = {f"{path}.{name}": parameter for name, parameter in block.named_parameters()}
             _require_wanted(parameters, observer)
-            for place, sample in enumerate(passes):
-                with handed_over(parameters, _addressed(observer, place)):
-                    sample.backward(layer, keep_output=bool(wanted))
+            with observing(layer, block):
+                for place, sample in enumerate(passes):
+                    with handed_over(parameters, _addressed(observer, place)):
+                        sample.backward(layer, keep_output=bool(wanted))
             yield from _finished(layer, parameters, observer)
             del parameters
         on_block(layer)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.tiny_checkpoints import LAYERS, VOCABULARY, save_tiny
-from utils.guidance.saliency_budget.squared_gradients import Side, SquaredGradients, squares_pass
+from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
+from utils.passes.squared_gradients import SquaredGradients
 
 CPU = torch.device("cpu")
 SAMPLES = [[2 + (7 * i + 3 * j) % (VOCABULARY - 2) for i in range(length)] for j, length in enumerate((17, 2, 23))]

@@ -61,9 +61,7 @@ def test_it_minimizes_what_it_says():
     start = torch.zeros(24, dtype=torch.float64)
     slope, bend = (function(objective, start) for function in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian))  # fmt: skip
     best = (start - torch.linalg.solve(bend, slope)).view(4, 6)
-    experts = [
-        InputChange(d, 10 * w, x.t() @ x / len(x)) for w, x, d in zip(weights, inputs, changes, strict=True)
-    ]
+    experts = [InputChange(d, 10 * w, x.t() @ x / len(x)) for w, x, d in zip(weights, inputs, changes, strict=True)]
     torch.testing.assert_close(gram_mean(experts, anchor, ridge=ridge), best, **CLOSE)
 
 

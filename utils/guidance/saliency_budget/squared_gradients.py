@@ -16,57 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from utils.guidance.saliency_budget.factors import AxisSums
 from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
 from utils.passes.block_gradients import BlockDone, backward_pass
 from utils.passes.block_runner import BlocksInTurn
+from utils.passes.squared_gradients import SquaredGradients
 
 OnBlock = Callable[[int], None]
-
-
-class SquaredGradients:
-    """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
-
-    Args:
-        whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
-        outlined: those of which sums over axes are enough (`utils/guidance/saliency_budget/factors.py`), in `outlines` until taken.
-    """
-
-    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset()) -> None:
-        self.whole, self.outlined = whole, outlined
-        self.sums: dict[str, Tensor] = {}
-        self.outlines: dict[str, AxisSums] = {}
-
-    def wants(self, name: str) -> bool:
-        """The weights asked for."""
-        return name in self.whole or name in self.outlined
-
-    def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
-        """Add one sample's gradient of one parameter."""
-        if name not in self.whole:
-            if name not in self.outlines:
-                self.outlines[name] = AxisSums(gradient.shape, gradient.device)
-            self.outlines[name].add_squares(gradient)
-            return
-        exact = gradient.float()
-        if name in self.sums:
-            self.sums[name].addcmul_(exact, exact)
-        else:
-            self.sums[name] = exact * exact
-
-    def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
-        """Sums stay until they are taken."""
-
-    def take(self, name: str, like: Tensor) -> Tensor:
-        """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
-        found = self.sums.pop(name, None)
-        return torch.zeros_like(like, dtype=torch.float32) if found is None else found
-
-    def take_factors(self, name: str, like: Tensor) -> tuple[Tensor, ...]:
-        """The vectors of an outlined parameter, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
-        found = self.outlines.pop(name, None)
-        return (AxisSums(like.shape, torch.device("cpu")) if found is None else found).factors()
 
 
 @dataclass(frozen=True)

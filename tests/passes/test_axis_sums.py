@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.guidance.saliency_budget import factors as room
-from utils.guidance.saliency_budget.factors import AxisSums, explained_share, row_column_factors
+from utils.passes.axis_sums import AxisSums, explained_share, row_column_factors
 
 
 def drawn(seed: int, shape: tuple[int, int], noise: float) -> torch.Tensor:

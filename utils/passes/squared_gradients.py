@@ -1,0 +1,56 @@
+"""Squared gradients of a model's parameters, summed over samples: F_ij = sum over samples of (dL/dW_ij)^2.
+
+Whole for the parameters asked for; of all others only what a vector per axis needs, so that F of a vocabulary is never in
+memory.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.passes.axis_sums import AxisSums
+
+
+class SquaredGradients:
+    """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
+
+    Args:
+        whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
+        outlined: those of which sums over axes are enough (`utils/passes/axis_sums.py`), in `outlines` until taken.
+    """
+
+    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset()) -> None:
+        self.whole, self.outlined = whole, outlined
+        self.sums: dict[str, Tensor] = {}
+        self.outlines: dict[str, AxisSums] = {}
+
+    def wants(self, name: str) -> bool:
+        """The weights asked for."""
+        return name in self.whole or name in self.outlined
+
+    def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
+        """Add one sample's gradient of one parameter."""
+        if name not in self.whole:
+            if name not in self.outlines:
+                self.outlines[name] = AxisSums(gradient.shape, gradient.device)
+            self.outlines[name].add_squares(gradient)
+            return
+        exact = gradient.float()
+        if name in self.sums:
+            self.sums[name].addcmul_(exact, exact)
+        else:
+            self.sums[name] = exact * exact
+
+    def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
+        """Sums stay until they are taken."""
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
+        found = self.sums.pop(name, None)
+        return torch.zeros_like(like, dtype=torch.float32) if found is None else found
+
+    def take_factors(self, name: str, like: Tensor) -> tuple[Tensor, ...]:
+        """The vectors of an outlined parameter, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
+        found = self.outlines.pop(name, None)
+        return (AxisSums(like.shape, torch.device("cpu")) if found is None else found).factors()

@@ -97,10 +97,9 @@ def measure_pair(options: MeasureOptions) -> None:
 
 @contextlib.contextmanager
 def _workspace(out_dir: Path) -> Iterator[Path]:
-    """A folder in a locked output folder, on its file system; what a killed run has left of it is removed first."""
+    """Where a method may make a folder in a locked output folder; what a killed run has left there is removed first."""
     workspace = out_dir / ".measuring.part"
     shutil.rmtree(workspace, ignore_errors=True)
-    workspace.mkdir()
     try:
         yield workspace
     finally:

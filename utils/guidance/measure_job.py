@@ -41,8 +41,8 @@ class MeasureJob:
     """Everything a *measure* half needs.
 
     `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
-    values of the method's own flags. `workspace` is a folder beside the results for files that are too large for memory;
-    it is there while the *measure* half runs, and what is not handed over is removed.
+    values of the method's own flags. `workspace` is where the *measure* half may make a folder, on the file system of
+    the results, for files that are too large for memory; what it does not hand over is removed.
     """
 
     config: PairConfig

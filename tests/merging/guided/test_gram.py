@@ -22,7 +22,7 @@ def drawn(seed, count, out=5, channels=7, tokens=40):
 
     found = []
     for _ in range(count):
-        inputs = normal(tokens, channels) @ normal(channels, channels)
+        inputs = normal(tokens, channels) @ (torch.eye(channels) + 0.1 * normal(channels, channels))
         weight = float(normal(1).abs() + 0.1)
         found.append(InputChange(normal(out, channels), weight, inputs.t() @ inputs / tokens))
     return found, normal(out, channels)

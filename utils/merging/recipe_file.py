@@ -41,7 +41,7 @@ class MergeRecipe:
 
     def local_folders(self) -> list[tuple[str, Path]]:
         """The models that are folders here, as far as plain names tell: name and folder."""
-        names = dict.fromkeys(_model_names(self.data))
+        names = dict.fromkeys(model_names(self.data))
         return [(name, Path(name).expanduser()) for name in names if os.path.isdir(os.path.expanduser(name))]
 
 
@@ -53,6 +53,15 @@ def read_recipe(path: Path) -> MergeRecipe:
             numbers that are not finite, densities outside [0, 1]. All problems are reported together.
     """
     data = read_yaml_mapping(path, "merge recipe")
+    return checked_recipe(path, read_text(path, "merge recipe"), data)
+
+
+def checked_recipe(path: Path, text: str, data: Mapping[str, Any]) -> MergeRecipe:
+    """A recipe from its text and the data in it, checked as `read_recipe` checks one; nothing is read.
+
+    Raises:
+        UserError: as `read_recipe`; `path` is what to call it.
+    """
     if "model_info" in data:
         raise UserError(f"merge recipe {path} is a pair config; give the recipe that lewis_merge.py made of it")
     problems = []
@@ -66,20 +75,20 @@ def read_recipe(path: Path) -> MergeRecipe:
         for name, value in parameters.items():
             problems += [f"{where}.{name}: {slip}" for slip in _value_slips(str(name), value)]
     raise_collected(problems, f"merge recipe {path}")
-    return MergeRecipe(path, read_text(path, "merge recipe"), data)
+    return MergeRecipe(path, text, data)
 
 
-def _model_names(node: Any) -> Iterator[str]:
+def model_names(node: Any) -> Iterator[str]:
     """Every text under the keys by which mergekit knows models."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key in _MODEL_KEYS and isinstance(value, str) and "\0" not in value:
                 yield value
             else:
-                yield from _model_names(value)
+                yield from model_names(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _model_names(value)
+            yield from model_names(value)
 
 
 def _parameter_blocks(node: Any, where: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:

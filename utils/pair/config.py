@@ -36,6 +36,9 @@ CONFIG_KEYS = (
     "seqlen",
     "guidance",
     "calibration",
+    "evaluation",
+    "general",
+    "search",
 )
 MODEL_KEYS = ("name", "type", "revision")
 MAX_CONFIG_BYTES = 2**20
@@ -59,6 +62,7 @@ class PairConfig:
 
     `components` is None for `auto`; `parity` is True for `parity: reference`. `calibration` holds the text of the
     experts (by type) that have their own; the others share `dataset`. `guidance` is a method's name, None for the default.
+    `evaluation` and `general` are as written (`utils/pair/evaluation.py` reads them), and so is `search`.
     """
 
     path: Path
@@ -75,6 +79,9 @@ class PairConfig:
     parity: bool
     guidance: str | None = None
     calibration: Mapping[str, CalibrationSource] = dataclasses.field(default_factory=dict)
+    evaluation: Any = None
+    general: Any = None
+    search: Any = None
 
     @property
     def base(self) -> ModelEntry:
@@ -149,6 +156,9 @@ class _Reader:
             parity=self._parity(),
             guidance=self._guidance(),
             calibration=self._calibration(seed, seqlen, models, base_type),
+            evaluation=self.raw.get("evaluation"),
+            general=self.raw.get("general"),
+            search=self.raw.get("search"),
         )
         self._prefixes_cover_components(config)
         raise_collected(self.problems, f"pair config {self.path}")

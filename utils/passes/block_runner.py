@@ -70,7 +70,7 @@ def run_blocks(
         UserError: the model does not visit its blocks once each and in order.
     """
     in_blocks = block_tensor_names(decoder)
-    outside = [name for name in _body_names(decoder) if name not in in_blocks]
+    outside = [name for name in body_names(decoder) if name not in in_blocks]
     layers = range(len(decoder.blocks))
     with contextlib.ExitStack() as stack:
         stack.callback(weights.close)
@@ -169,7 +169,8 @@ def _through_block(layer: int, block: nn.Module, flows: list["Flow"], visitor: V
             flow.advance()
 
 
-def _body_names(decoder: Decoder) -> list[str]:
+def body_names(decoder: Decoder) -> list[str]:
+    """The names, in the model, of all parameters and buffers of its body, those in the blocks included."""
     held = {id(value) for value in [*decoder.body.parameters(), *decoder.body.buffers()]}
     pairs = [*decoder.model.named_parameters(), *decoder.model.named_buffers()]
     return [name for name, value in pairs if id(value) in held]

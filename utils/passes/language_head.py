@@ -56,11 +56,16 @@ def require_head(decoder: Decoder, stored: Mapping[str, Any], where: str) -> Non
 def fetch_head(decoder: Decoder, weights: WeightSource) -> dict[str, torch.Tensor]:
     """The weights of a model's head by name, among them those that it shares with the body; closes the source."""
     try:
-        tied = tied_names(decoder.model)
-        own = list(_outside_body(decoder))
-        return weights.fetch([*own, *(tied[name] for name in own if name in tied)])
+        return weights.fetch(head_names(decoder))
     finally:
         weights.close()
+
+
+def head_names(decoder: Decoder) -> list[str]:
+    """The names of what a model's head needs, those that it shares with the body among them."""
+    tied = tied_names(decoder.model)
+    own = list(_outside_body(decoder))
+    return [*own, *(tied[name] for name in own if name in tied)]
 
 
 @contextmanager

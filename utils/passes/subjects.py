@@ -100,7 +100,7 @@ def prepare_subjects(
         folder = find_small_files(entry.name, entry.revision)
         key = tokenizer_digest(folder, read_model_config(folder, entry.name))
         if key not in read:
-            tokenizer = _tokenizer(folder, entry, trust_remote_code)
+            tokenizer = load_tokenizer(folder, entry.name, trust_remote_code)
             where = f"model {entry.name}"
             ids = {source: encode(chosen, tokenizer, source.seqlen, where) for source, chosen in samples.items()}
             read[key] = (tokenizer, ids)
@@ -185,17 +185,22 @@ def tokenizer_digest(folder: Path, config: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer(folder: Path, entry: ModelEntry, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer in a model's folder; `name` is what to call the model.
+
+    Raises:
+        UserError: it is missing, needs code that was not allowed, or cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
         raise UserError(
-            f"model {entry.name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})"
+            f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})"
         ) from None
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where files are missing
-        raise UserError(f"model {entry.name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}")
+        raise UserError(f"model {name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}")
     return tokenizer
 
 

@@ -387,6 +387,9 @@ FULL = {
     "seqlen": 32,
     "guidance": "lewis",
     "calibration": {"math": {"path": "rows.jsonl", "text": "{question}"}},
+    "evaluation": {"math": {"path": "rows.jsonl", "text": "{question} {answer}", "answer": "{answer}"}},
+    "general": {"path": "rows.jsonl", "text": "{question}"},
+    "search": {"trials": 8},
 }
 
 

@@ -100,7 +100,7 @@ def test_a_tensor_that_the_merge_would_lose(room, capsys, no_weights):
 
 def test_a_plan_that_passes_over_a_tensor(room, no_weights, monkeypatch):
     """The proof does not rest on plan_architecture alone."""
-    import utils.merging.preflight as room_under_test
+    import utils.merging.planning as room_under_test
 
     plan = room_under_test.plan_merge
 

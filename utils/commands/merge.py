@@ -17,7 +17,7 @@ from utils.models.page_cache import AHEAD, read_ahead
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
-    from utils.merging.preflight import Preflight
+    from utils.merging.planning import PlannedMerge
 
 _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 _LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
@@ -102,7 +102,7 @@ def _warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _say_where(ready: "Preflight", written: int, seconds: float) -> None:
+def _say_where(ready: "PlannedMerge", written: int, seconds: float) -> None:
     folder = str(ready.settings.output_path)
     peak = peak_gpu_memory(devices_used(ready.device, all_of_them=ready.settings.multi_gpu))
     print(f"\nmerged in {seconds:.2f} s{peak}; wrote {gigabytes(written)} to {folder}\nload it with\n")

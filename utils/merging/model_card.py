@@ -11,7 +11,7 @@ from typing import Any
 from utils.merging.guided.methods import own_method
 from utils.merging.inputs import absolute_paths
 from utils.merging.output_folder import COMMAND
-from utils.merging.preflight import Preflight
+from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import weight_file_record
 from utils.publish import MANIFEST, file_sha256
 from utils.runtime import versions
@@ -21,7 +21,7 @@ RECIPE = "mergekit_config.yml"
 _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
 
 
-def recipe_text(done: Preflight) -> str:
+def recipe_text(done: PlannedMerge) -> str:
     """The recipe as the user wrote it, with absolute paths cut down to their last part."""
     text = done.recipe.text
     paths = absolute_paths(done.config)
@@ -31,7 +31,7 @@ def recipe_text(done: Preflight) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def card_text(done: Preflight) -> str:
+def card_text(done: PlannedMerge) -> str:
     """The model card, Markdown with the metadata block that the hub reads."""
     import yaml
 
@@ -47,7 +47,7 @@ def card_text(done: Preflight) -> str:
         "---",
         yaml.safe_dump(metadata, sort_keys=True).rstrip(),
         "---",
-        f"# {done.output.target.name}",
+        f"# {done.settings.output_path.resolve().name}",
         "",
         f"A merge of {_listed(experts)}{onto} by {_method(done)}, computed in "
         f"{plan.dtype or 'the dtype of the inputs'} and saved in {plan.out_dtype}.",
@@ -71,7 +71,7 @@ def card_text(done: Preflight) -> str:
     return "\n".join(lines)
 
 
-def manifest(done: Preflight, folder: Path) -> dict[str, Any]:
+def manifest(done: PlannedMerge, folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder: what it was made of, how, and which files belong to it."""
     inputs = [
         {**weight_file_record(model.checkpoint), "name": model.label, **_content_hashes(done, model.checkpoint.files)}
@@ -105,13 +105,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _content_hashes(done: Preflight, files: list[Path]) -> Mapping[str, Any]:
+def _content_hashes(done: PlannedMerge, files: list[Path]) -> Mapping[str, Any]:
     if not done.settings.hash_inputs:
         return {}
     return {"sha256": {file.name: file_sha256(file) for file in files}}
 
 
-def _density_table(done: Preflight) -> list[str]:
+def _density_table(done: PlannedMerge) -> list[str]:
     if not done.densities:
         return []
     rows = [
@@ -128,14 +128,14 @@ def _density_table(done: Preflight) -> list[str]:
     ]
 
 
-def _method(done: Preflight) -> str:
+def _method(done: PlannedMerge) -> str:
     method = own_method(done.config.merge_method)
     if method is not None:
         return f"`{done.config.merge_method}` ({method.summary})"
     return f"mergekit's `{done.config.merge_method}`"
 
 
-def _saliency_lines(done: Preflight) -> list[str]:
+def _saliency_lines(done: PlannedMerge) -> list[str]:
     method = own_method(done.config.merge_method)
     lines = [
         f"- `{label}`: {method.effect} in {count} tensors, by `{file.label}`"
@@ -145,7 +145,7 @@ def _saliency_lines(done: Preflight) -> list[str]:
     return [f"{method.question}:", "", *lines, ""] if lines else []
 
 
-def _saliency_record(done: Preflight) -> list[dict[str, Any]]:
+def _saliency_record(done: PlannedMerge) -> list[dict[str, Any]]:
     return [
         {"name": file.label, "bytes": file.nbytes, "sha256": file.sha256, "tensors": dict(file.tensors)}
         for file in done.saliency

@@ -149,10 +149,14 @@ def merge_options(settings: MergeSettings, device: str) -> MergeOptions:
 
 def forget_inputs(options: MergeOptions) -> None:
     """Empty mergekit's cache of open checkpoints: it outlives a merge and does not notice rewritten files."""
-    cache = LoaderCache()
-    cache.flush_all()
-    cache.loaders.clear()
-    cache.setup(options)
+    LoaderCache().flush_all()
+    LoaderCache().loaders.clear()
+    set_up_loading(options)
+
+
+def set_up_loading(options: MergeOptions) -> None:
+    """Have mergekit load tensors in this thread by these options."""
+    LoaderCache().setup(options)
 
 
 def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:

@@ -1,70 +1,31 @@
-"""Everything about a merge that can be known before weights are read: checked, and told to the user.
+"""Everything about a merge that can be known before weights are read: checked, and said to the user.
 
 Only configs, headers, tokenizers, flags and the disk are looked at. What comes out is a plan that `utils/merging/run.py`
 carries out.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from utils.errors import UserError
-from utils.merging.device import choose_merge_device
-from utils.merging.differences import check_configs, left_out, own_heads, prove_coverage
-from utils.merging.guided.methods import own_method
-from utils.merging.inputs import MergeInputs, open_inputs
+import torch
+
+from utils.merging.inputs import MergeInputs
 from utils.merging.output_folder import OutputFolder, check_apart, check_space
-from utils.merging.parameters import DensitySummary, check_parameters, density_summaries
-from utils.merging.plan import MergePlan, plan_merge
+from utils.merging.plan import MergePlan
+from utils.merging.planning import PlannedMerge, plan_recipe
 from utils.merging.recipe_file import MergeRecipe
-from utils.merging.recipe_schema import OrderedConfiguration, parse_recipe
 from utils.merging.resources import memory_estimate
-from utils.merging.saliency_plan import SaliencyFile, bind_saliency
 from utils.merging.settings import MergeSettings
-from utils.merging.vocabulary import plan_vocabulary
-from utils.models.architecture import DEFINITION, plan_architecture
 from utils.models.tokenizer_files import small_bytes
-from utils.runtime import available_bytes, device_name, gigabytes, versions
-
-if TYPE_CHECKING:
-    import torch
+from utils.runtime import available_bytes, gigabytes
 
 _SPARE = 2**20  # bytes for config, card and manifest
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """A merge that is known to fit together.
-
-    `recipe` is the file, `config` the recipe as mergekit's value with the names the user wrote. `device` is torch's
-    name. `saliency` are the files of vectors that a guided method reads. `warnings` are sentences. `stamps` are sizes
-    and times of the inputs' weight files and of those.
-    """
-
-    settings: MergeSettings
-    recipe: MergeRecipe
-    config: OrderedConfiguration
-    plan: MergePlan
-    output: OutputFolder
-    device: str
-    densities: tuple[DensitySummary, ...]
-    saliency: tuple[SaliencyFile, ...]
-    warnings: tuple[str, ...]
-    stamps: Mapping[Path, tuple[int, int] | None] = field(repr=False)
-
-    def check_unchanged(self) -> None:
-        """Raise a `UserError` if a file that was read for the merge has changed since the preflight."""
-        for path, stamp in self.stamps.items():
-            if _stamp(path) != stamp:
-                raise UserError(f"{path} changed while it was merged, so nothing was published; merge again")
-
-
 def preflight(
     settings: MergeSettings, recipe: MergeRecipe, output: OutputFolder, tell: Callable[[str], None]
-) -> Preflight:
-    """Check a merge as far as possible without reading weights.
+) -> PlannedMerge:
+    """Plan a merge, and check that its result has a place of its own and finds room.
 
     Args:
         settings: the flags.
@@ -73,62 +34,22 @@ def preflight(
         tell: takes the lines of the report, as the facts become known.
 
     Raises:
-        UserError: anything the user can mend; see the rooms this calls.
+        UserError: anything the user can mend; see the functions this calls.
     """
-    config, method, warnings = parse_recipe(recipe)
-    device, why = choose_merge_device(settings, method)
-    tell(", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit")))
-    tell(f"device: {device_name(device)}, {why}")
-    inputs = open_inputs(config, settings)
-    checkpoints = [model.checkpoint for model in inputs.models]
-    stamps = {file: _stamp(file) for checkpoint in checkpoints for file in checkpoint.files}
-    for line in _input_lines(inputs):
-        tell(line)
-    check_apart(settings.output_path, [(checkpoint.name, checkpoint.folder) for checkpoint in checkpoints])
-    warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
-    plan = _plan(inputs, settings, device)
-    warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan, method)]
-    warnings += _idle_flags(settings, device)
-    plan, saliency, idle = bind_saliency(plan, method)
-    stamps |= {file.path: _stamp(file.path) for file in saliency}
-    warnings += idle
-    densities = tuple(density_summaries(plan, method))
-    tell(
-        f"merge: {config.merge_method} by {recipe.path.name}, seed {settings.random_seed}; computed in "
-        f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
-    )
-    for line in _plan_lines(plan, densities):
-        tell(line)
-    for line in _saliency_lines(config.merge_method, saliency):
-        tell(line)
-    warnings += _check_room(plan, settings, output, device, tell)
-    return Preflight(
-        settings=settings,
-        recipe=recipe,
-        config=config,
-        plan=plan,
-        output=output,
-        device=str(device),
-        densities=densities,
-        saliency=saliency,
-        warnings=tuple(dict.fromkeys(warnings)),
-        stamps=stamps,
-    )
 
+    def apart(inputs: MergeInputs) -> None:
+        check_apart(settings.output_path, [(one.checkpoint.name, one.checkpoint.folder) for one in inputs.models])
 
-def _plan(inputs: MergeInputs, settings: MergeSettings, device: "torch.device") -> MergePlan:
-    donor, *others = (model.checkpoint for model in inputs.models)
-    trust = settings.trust_remote_code
-    architecture = plan_architecture(donor, others, trust_remote_code=trust, allow_mixed=settings.allow_crimes)
-    vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust)
-    return plan_merge(inputs, architecture, vocabulary, settings, str(device))
+    planned = plan_recipe(settings, recipe, tell, apart)
+    short = _check_room(planned.plan, settings, output, torch.device(planned.device), tell)
+    return replace(planned, warnings=(*planned.warnings, *short))
 
 
 def _check_room(
     plan: MergePlan,
     settings: MergeSettings,
     output: OutputFolder,
-    device: "torch.device",
+    device: torch.device,
     tell: Callable[[str], None],
 ) -> Iterator[str]:
     """Compare disk and memory with what the merge needs; a warning if memory looks short."""
@@ -142,54 +63,3 @@ def _check_room(
             f"the merge needs about {gigabytes(memory)} of memory, {device} has {gigabytes(available)} free; a smaller "
             "--out_shard_size, dtype: bfloat16 in the recipe, or density 1 for the embeddings need less"
         )
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
-
-
-def _idle_flags(settings: MergeSettings, device: "torch.device") -> Iterator[str]:
-    if settings.lazy_unpickle:
-        yield "--lazy_unpickle does nothing: it is for pickled weights, and only safetensors are read"
-    if device.type == "cpu":
-        for name in ("low_cpu_memory", "read_to_gpu"):
-            if getattr(settings, name):
-                yield f"--{name} does nothing on the CPU"
-    if settings.write_threads > 1 and not settings.async_write:
-        yield "--write_threads does nothing without --async_write"
-
-
-def _input_lines(inputs: MergeInputs) -> Iterator[str]:
-    for model in inputs.models:
-        checkpoint = model.checkpoint
-        role = "base" if model.reference == inputs.config.base_model else "model"
-        files = "1 file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
-        yield (
-            f"{role}: {checkpoint.name}, {checkpoint.architecture}, {checkpoint.float_dtype}, "
-            f"{gigabytes(checkpoint.total_bytes)} in {files}"
-        )
-
-
-def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Iterator[str]:
-    origin = plan.architecture.origin
-    why = "" if origin == DEFINITION else f" ({plan.architecture.reason})"
-    sizes = math.fsum(tensor.params for tensor in plan.tensors) / 1e6
-    yield f"tensors: {len(plan.tensors)} with {sizes:,.1f} M parameters, named by {origin}{why}"
-    yield prove_coverage(plan)
-    yield f"vocabulary: {plan.vocabulary.summary}"
-    for one in densities:
-        yield (
-            f"density of {one.label}: mean {one.mean:.3f} over all parameters, {one.low:.3f} to {one.high:.3f}; below "
-            f"1 in {one.guided} of {one.tensors} tensors"
-        )
-
-
-def _saliency_lines(name: str, saliency: tuple[SaliencyFile, ...]) -> Iterator[str]:
-    method = own_method(name)
-    for file in saliency if method else ():
-        for label, count in file.tensors.items():
-            yield f"saliency of {label}: {count} tensors are {method.use} by the vectors in {file.written}"

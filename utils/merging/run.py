@@ -23,8 +23,8 @@ from transformers import set_seed
 
 from utils.errors import UserError
 from utils.merging.fast_sparsifiers import path_taken, selecting_exactly, selects_exactly
+from utils.merging.pieces.arithmetic import is_finite, not_finite
 from utils.merging.pieces.choice import divide
-from utils.merging.pieces.finiteness import is_finite, not_finite
 from utils.merging.pieces.run import run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.settings import MergeSettings

@@ -11,12 +11,12 @@ from mergekit.merge import _set_chat_template
 from transformers import AutoTokenizer
 
 from utils.merging.model_card import CARD, RECIPE, card_text, manifest, recipe_text
-from utils.merging.preflight import Preflight
+from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
 from utils.publish import MANIFEST, to_json
 
 
-def write_small_files(ready: Preflight, folder: Path) -> None:
+def write_small_files(ready: PlannedMerge, folder: Path) -> None:
     """Write config and tokenizer of the result, and copy what the base has beside them."""
     plan, donor = ready.plan, ready.plan.inputs.donor.checkpoint.folder
     if plan.vocabulary.size is not None:
@@ -30,7 +30,7 @@ def write_small_files(ready: Preflight, folder: Path) -> None:
         _write_tokenizer(ready, donor, folder)
 
 
-def describe_result(ready: Preflight, folder: Path) -> int:
+def describe_result(ready: PlannedMerge, folder: Path) -> int:
     """Write card, recipe and, last, the manifest. Returns the bytes of all files."""
     if ready.settings.write_model_card:
         (folder / CARD).write_text(card_text(ready), encoding="utf-8")
@@ -41,7 +41,7 @@ def describe_result(ready: Preflight, folder: Path) -> int:
     return sum(described["files"].values()) + len(content)
 
 
-def _write_tokenizer(ready: Preflight, donor: Path, folder: Path) -> None:
+def _write_tokenizer(ready: PlannedMerge, donor: Path, folder: Path) -> None:
     config, info = ready.plan.inputs.config, ready.plan.vocabulary.info
     trust = ready.settings.trust_remote_code
     if info is None and not config.chat_template:

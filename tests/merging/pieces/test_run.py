@@ -62,7 +62,7 @@ def merge_here(folder: Path, tensors, method, values, dtype, out_dtype, threads=
         old.unlink()
     spec = TensorSpec("x", str(out_dtype).removeprefix("torch."), tuple(tensors[0].shape))
     with ShardFiles(folder, [spec], 0) as output:
-        merge_directly([job], output, threads, report or (lambda name, nbytes: None))
+        merge_directly([(job, output)], threads, report or (lambda name, nbytes: None))
     return load_file(folder / "model.safetensors")["x"]
 
 
@@ -218,7 +218,7 @@ def test_an_input_that_shrinks_is_an_error(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     spec = TensorSpec("x", "float32", (5000,))
     with ShardFiles(tmp_path, [spec], 0) as output, pytest.raises(UserError, match="ends within x"):
-        merge_directly([job], output, 2, lambda name, nbytes: None)
+        merge_directly([(job, output)], 2, lambda name, nbytes: None)
 
 
 def test_reported_bytes_are_those_written(tmp_path, small_pieces):

@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.merging.pieces.cuts import Cut, magnitude
 from utils.selection import pattern_of
 
@@ -151,12 +152,29 @@ def average(tensors: Sequence[Tensor], rule: Average, scratch: Scratch) -> Tenso
     return total if dtype == torch.float32 else scratch.take("mixed", entries, dtype).copy_(total)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. Exact in every dtype; needs no memory of the tensor's size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN as soon as one entry is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def is_finite_piece(values: Tensor, scratch: Scratch) -> bool:
     """Whether no entry of a contiguous piece is NaN or infinite."""
     kind = pattern_of(values.dtype)
     bits = scratch.take("bits", values.numel(), kind.integer)
     torch.bitwise_and(values.view(kind.integer), (1 << kind.bits) - 1, out=bits)
     return int(bits.amax()) < kind.infinity
+
+
+def not_finite(name: str) -> UserError:
+    """The error that refuses a merged tensor with a NaN or an infinity: none is ever published."""
+    return UserError(
+        f"the merged tensor {name} holds NaN or infinity, so nothing was published. Check that tensor in the inputs; "
+        "with float16, compute in float32 (dtype: float32, out_dtype: float16)",
+        "merge-not-finite",
+    )
 
 
 def cut_places(cuts: Sequence[Cut], start: int, stop: int) -> list[int]:

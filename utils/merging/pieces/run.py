@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mergekit.common import dtype_from_name
-from mergekit.graph import Executor, TaskUniverse
-
 from utils.merging.pieces.arithmetic import Scratch
+from utils.merging.pieces.by_mergekit import merge_by_mergekit
 from utils.merging.pieces.choice import DirectTensor, Division
-from utils.merging.pieces.finiteness import is_finite, not_finite
-from utils.merging.pieces.tensor import TensorMerge
+from utils.merging.pieces.tensor import Output, TensorMerge
 from utils.merging.pieces.work_line import WorkLine
-from utils.merging.plan import MergePlan, OutputTensor
+from utils.merging.plan import MergePlan
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import TensorFiles, as_bytes
 from utils.runtime import one_torch_thread
@@ -49,14 +46,18 @@ def run_directly(
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in in_order]
     place = {spec.name: number for number, spec in enumerate(specs)}
     with ShardFiles(folder, specs, shard_bytes) as output:
-        _merge_by_mergekit(plan, [tensor for tensor, _ in division.left], output, report)
+        left = [tensor for tensor, _ in division.left]
+        for number, value in merge_by_mergekit([(plan, tensor) for tensor in left]):
+            output.write(left[number].name, 0, as_bytes(value.view(-1)))
+            report(left[number].name, value.nbytes)
         direct = sorted(division.direct, key=lambda tensor: place[tensor.name])
-        merge_directly(direct, output, threads, report)
+        merge_directly([(tensor, output) for tensor in direct], threads, report)
 
 
-def merge_directly(tensors: Sequence[DirectTensor], output: ShardFiles, threads: int, report: Report) -> None:
-    """Merge tensors into open files, begun in the order given; arguments and errors as `run_directly`."""
+def merge_directly(work: Sequence[tuple[DirectTensor, Output]], threads: int, report: Report) -> None:
+    """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`."""
     progress = _Progress()
+    tensors = [tensor for tensor, _ in work]
     with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, one_torch_thread():
         ahead = _ReadAhead(tensors, inputs)
 
@@ -66,26 +67,8 @@ def merge_directly(tensors: Sequence[DirectTensor], output: ShardFiles, threads:
             for name, nbytes in written.items():
                 report(name, nbytes)
 
-        jobs = (TensorMerge(tensor, inputs, output, partial(progress.add, tensor.name)) for tensor in tensors)
+        jobs = (TensorMerge(tensor, inputs, output, partial(progress.add, tensor.name)) for tensor, output in work)
         WorkLine(jobs, Scratch).run(threads, meanwhile)
-
-
-def _merge_by_mergekit(plan: MergePlan, tensors: Sequence[OutputTensor], output: ShardFiles, report: Report) -> None:
-    universe = TaskUniverse()
-    targets = {universe.add_task(tensor.task): tensor for tensor in tensors}
-    if not targets:
-        return
-    known = {}
-    if plan.vocabulary.task is not None:  # built while planning, so not again
-        known[universe.add_task(plan.vocabulary.task)] = plan.vocabulary.info
-    by_name = {tensor.name: tensor for tensor in tensors}
-    for task, value in Executor(list(targets), cached_values=known).run(quiet=True):
-        tensor = by_name[task.output_weight.name]
-        value = value.to(dtype_from_name(tensor.dtype)).contiguous()
-        if not is_finite(value):
-            raise not_finite(tensor.name)
-        output.write(tensor.name, 0, as_bytes(value.view(-1)))
-        report(tensor.name, value.nbytes)
 
 
 class _Progress:

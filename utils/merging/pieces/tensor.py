@@ -7,15 +7,23 @@ before merging begins. Inputs that are counted are read twice, the second time f
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from utils.merging.pieces.arithmetic import Average, Scratch, average, combine, cut_places, is_finite_piece, keep_band
+from utils.merging.pieces.arithmetic import (
+    Average,
+    Scratch,
+    average,
+    combine,
+    cut_places,
+    is_finite_piece,
+    keep_band,
+    not_finite,
+)
 from utils.merging.pieces.choice import STORED, DirectTensor
 from utils.merging.pieces.cuts import CutSearch, OpenCut
-from utils.merging.pieces.finiteness import not_finite
-from utils.models.shard_files import ShardFiles
 from utils.models.tensor_files import TensorFiles, as_bytes
 
 PIECE = 1 << 17  # entries at a time: with all buffers, about what a core's own cache holds
@@ -23,11 +31,18 @@ SPAN = 1 << 18  # entries of a span at least: its table of counts is a quarter a
 MOST_SPANS = 64  # of a tensor, so that the tables of the largest take 8 MiB for each change (16 MiB in float32)
 
 
+class Output(Protocol):
+    """Where merged tensors go."""
+
+    def write(self, name: str, start: int, content: memoryview) -> None:
+        """Take bytes of a tensor from byte `start` of it on."""
+
+
 class TensorMerge:
     """The work on one tensor, a job of `utils/merging/pieces/work_line.py`. `spans` are (first entry, entry behind the last)."""
 
     def __init__(
-        self, tensor: DirectTensor, inputs: TensorFiles, output: ShardFiles, report: Callable[[int, int], None]
+        self, tensor: DirectTensor, inputs: TensorFiles, output: Output, report: Callable[[int, int], None]
     ) -> None:
         """Prepare the work on a tensor from open inputs into an open output.
 

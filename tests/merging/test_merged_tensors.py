@@ -1,0 +1,115 @@
+"""Tensors merged in memory, some at a time, against the model that command 3 writes by the same recipe."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.refusals import refused
+from tests.tiny_merges import merge_here, recipe, save_models, tensors, write_recipe
+from utils.merging.merged_tensors import merged_tensors, prepare
+from utils.merging.planning import PlannedMerge, plan_recipe
+from utils.merging.recipe_file import read_recipe
+from utils.merging.settings import MergeSettings
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Path:
+    """Three tiny Llamas with equal tokenizers; read only."""
+    return save_models(tmp_path_factory.mktemp("llamas"))
+
+
+def planned(path: Path, data, **settings) -> PlannedMerge:
+    asked = MergeSettings(Path("unused"), write_recipe(path, data), device="cpu", **settings)
+    return plan_recipe(asked, read_recipe(asked.merge_config), lambda line: None)
+
+
+def in_blocks(names: list[str]) -> list[list[str]]:
+    """Names as a pass over a model needs them: embeddings, then a block at a time, then the rest."""
+    found: dict[str, list[str]] = {"model.embed": []}
+    for name in names:
+        block = ".".join(name.split(".")[:3]) if ".layers." in name else "model.embed" if "embed" in name else "rest"
+        found.setdefault(block, []).append(name)
+    return list(found.values())
+
+
+def assert_equals_written(found: dict[str, torch.Tensor], folder: Path) -> None:
+    written = tensors(folder)
+    assert sorted(found) == sorted(written)
+    for name, tensor in found.items():
+        assert tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]), name
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "task_arithmetic", "linear", "dare_ties", "della", "sce"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_block_has_the_bits_of_the_written_model(llamas, tmp_path, method, dtype):
+    data = recipe(llamas, method, dtype=dtype)
+    if method == "sce":
+        for model in data["models"]:
+            model.pop("parameters", None)
+    merged = merge_here(tmp_path, data, random_seed=7)
+    plan = planned(tmp_path / "recipe.yaml", data, random_seed=7)
+    work = prepare(plan.plan, plan.settings)
+    blocks = in_blocks([tensor.name for tensor in plan.plan.tensors])
+    assert len(blocks) > 3
+    found = {}
+    for names in reversed(blocks):  # in no order that a merge would take
+        (some,) = merged_tensors([work], names)
+        assert list(some) == names or set(some) == set(names)
+        found |= some
+    assert_equals_written(found, merged)
+
+
+def test_several_recipes_over_the_same_models_share_a_call(llamas, tmp_path):
+    recipes = [
+        recipe(llamas),
+        recipe(llamas, "task_arithmetic", dtype="float32", out_dtype="bfloat16"),
+        recipe(llamas, "dare_linear"),
+        recipe(llamas, "ties", parameters={"rescale": True}),  # takes norms of whole tensors: left to mergekit
+        recipe(llamas, "ties", experts=("code",)),
+    ]
+    plans = [planned(tmp_path / f"{place}.yaml", data) for place, data in enumerate(recipes)]
+    works = [prepare(plan.plan, plan.settings) for plan in plans]
+    found: list[dict[str, torch.Tensor]] = [{} for _ in works]
+    for names in in_blocks([tensor.name for tensor in plans[0].plan.tensors]):
+        for before, some in zip(found, merged_tensors(works, names), strict=True):
+            before |= some
+    for place, data in enumerate(recipes):
+        assert_equals_written(found[place], merge_here(tmp_path, data, f"merged_{place}"))
+
+
+def test_an_aligned_vocabulary(llamas, tmp_path):
+    for name in ("base", "code", "math"):
+        shutil.copytree(llamas / name, tmp_path / name)
+    data = recipe(tmp_path, tokenizer={"source": "union", "pad_to_multiple_of": 64})
+    plan = planned(tmp_path / "recipe.yaml", data)
+    work = prepare(plan.plan, plan.settings)
+    (found,) = merged_tensors([work], [tensor.name for tensor in plan.plan.tensors])
+    assert_equals_written(found, merge_here(tmp_path, data))
+
+
+def test_drawing_leaves_the_callers_own_numbers_alone(llamas, tmp_path):
+    plan = planned(tmp_path / "recipe.yaml", recipe(llamas, "dare_ties"))
+    work = prepare(plan.plan, plan.settings)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    merged_tensors([work], ["model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_tensor_that_is_not_finite_and_a_method_that_samples_are_refused(llamas, tmp_path):
+    data = recipe(llamas, dtype="float16", parameters={"lambda": 1e30})
+    plan = planned(tmp_path / "recipe.yaml", data)
+    work = prepare(plan.plan, plan.settings)
+    with refused("merge-not-finite"):
+        merged_tensors([work], ["model.layers.0.mlp.down_proj.weight"])
+    with pytest.raises(KeyError):
+        merged_tensors([work], ["model.layers.99.mlp.down_proj.weight"])
+    sampling = recipe(llamas, "arcee_fusion", ("code",))
+    for model in sampling["models"]:
+        model.pop("parameters", None)
+    plan = planned(tmp_path / "other.yaml", sampling)
+    with refused("merge-draws"):
+        prepare(plan.plan, plan.settings)

@@ -1,0 +1,136 @@
+"""The tensors of a merge without a model written: what command 3 would write, some tensors at a time, in memory.
+
+    work = [prepare(planned.plan, planned.settings) for planned in recipes]    # planned: utils.merging.planning
+    for names in blocks:                                                       # output names, e.g. of one block
+        for tensors in merged_tensors(work, names): ...                        # one dict for each recipe
+
+The functions are those that command 3 merges with: pieces where they give mergekit's bits, else mergekit's executor. So
+every tensor has the bits that the written model has (with the same settings, on the same kind of device).
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.merging.draws import generator_states
+from utils.merging.fast_sparsifiers import selecting_exactly, selects_exactly
+from utils.merging.pieces.by_mergekit import merge_by_mergekit
+from utils.merging.pieces.choice import DirectTensor, divide
+from utils.merging.pieces.run import merge_directly
+from utils.merging.plan import MergePlan, OutputTensor, set_up_loading
+from utils.merging.settings import MergeSettings
+from utils.models.tensor_files import as_bytes
+
+
+@dataclass(frozen=True)
+class MergeWork:
+    """A planned merge with how each of its tensors is merged.
+
+    `direct` are the tensors merged in pieces, `left` those that mergekit's executor merges, by name. `states` are
+    those of torch's generator before each tensor, for methods that draw. `exact` replaces mergekit's sorting.
+    """
+
+    plan: MergePlan
+    direct: Mapping[str, DirectTensor] = field(repr=False)
+    left: Mapping[str, OutputTensor] = field(repr=False)
+    states: Mapping[str, Tensor] = field(repr=False)
+    exact: bool
+
+
+def prepare(plan: MergePlan, settings: MergeSettings) -> MergeWork:
+    """Find out how the tensors of a plan are merged; for methods that draw, also where their numbers begin.
+
+    The latter draws every number of the merge once (some 10 ns each on a CPU).
+
+    Args:
+        plan: the planned merge (`utils.merging.planning.plan_recipe`).
+        settings: the flags it was planned with.
+
+    Raises:
+        UserError: tensors of this method cannot be merged one by one (code `merge-draws`).
+    """
+    division = divide(plan, settings)
+    direct = {} if isinstance(division, str) else {tensor.name: tensor for tensor in division.direct}
+    left = {tensor.name: tensor for tensor in plan.tensors if tensor.name not in direct}
+    states = generator_states(plan, settings.random_seed)
+    return MergeWork(plan, direct, left, states, selects_exactly(plan, settings))
+
+
+def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Merge the tensors of some names by one or several plans.
+
+    Inputs that several plans have in common are read from the disk once: tensors of one name are merged one after the
+    other in pieces (from the page cache), or together by mergekit's executor. Every plan's tensors of these names are
+    in memory at the end, so ask for a block at a time.
+
+    Args:
+        works: the plans, prepared.
+        names: output names (`OutputTensor.name`) that every plan has.
+
+    Returns:
+        For each plan its tensors by name, contiguous, in the plan's output dtype, on its device. An optional tensor
+        that the method skips is not among them.
+
+    Raises:
+        KeyError: a plan has no tensor of that name.
+        UserError: a merged tensor is not finite, or an input cannot be read.
+    """
+    merged: list[dict[str, Tensor]] = [{} for _ in works]
+    pieces, drawn, others = [], [], []
+    for name in dict.fromkeys(names):
+        for place, work in enumerate(works):
+            if name in work.direct:
+                pieces.append((work.direct[name], _Held(merged[place], work.direct[name])))
+            else:
+                (drawn if work.states else others).append((place, work.left[name]))
+    if pieces:
+        merge_directly(pieces, torch.get_num_threads(), lambda name, nbytes: None)
+    for exact in (False, True):
+        alike = [one for one in others if works[one[0]].exact == exact]
+        _by_mergekit(works, alike, merged)
+    for one in drawn:
+        with _numbers_from(works[one[0]], one[1].name):
+            _by_mergekit(works, [one], merged)
+    return merged
+
+
+class _Held:
+    """Takes one merged tensor, piece by piece, into memory."""
+
+    def __init__(self, into: dict[str, Tensor], tensor: DirectTensor) -> None:
+        into[tensor.name] = torch.empty(tensor.headers[0].shape, dtype=tensor.out_dtype)
+        self._bytes = as_bytes(into[tensor.name].view(-1))
+
+    def write(self, name: str, start: int, content: memoryview) -> None:
+        self._bytes[start : start + len(content)] = content
+
+
+def _by_mergekit(
+    works: Sequence[MergeWork], tensors: Sequence[tuple[int, OutputTensor]], merged: Sequence[dict[str, Tensor]]
+) -> None:
+    """Merge tensors, each given with the place of its plan, by one run of mergekit's executor."""
+    if not tensors:
+        return
+    first = works[tensors[0][0]]
+    set_up_loading(first.plan.options)
+    with selecting_exactly(first.exact):
+        planned = [(works[place].plan, tensor) for place, tensor in tensors]
+        for number, value in merge_by_mergekit(planned, first.plan.options.device):
+            place, tensor = tensors[number]
+            merged[place][tensor.name] = value
+
+
+@contextlib.contextmanager
+def _numbers_from(work: MergeWork, name: str) -> Iterator[None]:
+    """Let torch draw as it does in the whole merge; its own numbers go on afterwards where they were."""
+    device = torch.device(work.plan.options.device)
+    on_gpu = device.type != "cpu"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        if on_gpu:
+            torch.cuda.set_rng_state(work.states[name], device)
+        else:
+            torch.set_rng_state(work.states[name])
+        yield

@@ -1,0 +1,151 @@
+"""The report: one HTML page that holds everything it shows, readable without network and without scripts."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from utils.reports import formats, svg
+from utils.reports.heatmap import cut_heatmap, draw_color_scale, draw_heatmap, value_range
+from utils.reports.lines import draw_front, draw_history
+from utils.reports.plain_tables import front_table, heatmap_table, history_table, importance_table
+from utils.reports.score_tables import forgetting_table, standings_table, task_table
+from utils.reports.tables import Table
+from utils.reports.values import Heatmap, Page, Role, Run
+from utils.runtime import gigabytes
+
+FILE_NAME = "report.html"
+MOST_SAMPLES = 8
+_MOST_HEATMAPS = 6
+_MOST_LETTERS = 4000  # of a prompt or an answer
+_MOST_NUMBERS = 20_000  # of all heatmaps' tables together
+_SECTIONS = {
+    "tasks": "Each task",
+    "overall": "All tasks together",
+    "forgetting": "Forgetting",
+    "recipe": "The recipe",
+    "search": "The search",
+    "samples": "Answers to held-out prompts",
+    "run": "What was run",
+}
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture, its heading, the table of its numbers, and a sentence below it."""
+
+    heading: str
+    drawing: Markup
+    table: Table | None
+    note: str = ""
+
+
+def render(page: Page) -> str:
+    """The whole page as HTML; everything from `page` is escaped.
+
+    Sections without data are left out. Equal pages give equal text.
+    """
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            page=page,
+            symbols=svg.definitions(),
+            sections={name: heading for name, heading in _SECTIONS.items() if _has(page, name)},
+            roles=[role for role in Role if any(each.role is role for each in page.contenders)],
+            tasks=[(task, task_table(page, task)) for task in page.tasks if task.scores],
+            standings=standings_table(page) if page.standings else None,
+            forgetting=forgetting_table(page),
+            heatmaps=_heatmaps(page),
+            history=_history(page),
+            importance=importance_table(page.importance) if page.importance and page.importance.shares else None,
+            more_heatmaps=max(0, len(page.recipe.heatmaps) - _MOST_HEATMAPS) if page.recipe else 0,
+            fronts=_fronts(page),
+            samples=page.samples[:MOST_SAMPLES],
+            resources=_resources(page.run) if page.run else [],
+        )
+    )
+
+
+def _has(page: Page, section: str) -> bool:
+    """Whether there is anything to show under a heading."""
+    recipe, run = page.recipe, page.run
+    shown = {
+        "tasks": any(task.scores for task in page.tasks),
+        "overall": page.standings,
+        "forgetting": any(one.forgetting and one.forgetting.known for one in page.standings),
+        "recipe": recipe and (recipe.facts or recipe.heatmaps or recipe.text),
+        "search": (page.history and page.history.trials) or (page.importance and page.importance.shares) or page.fronts,
+        "samples": page.samples,
+        "run": run and run != Run(),
+    }
+    return bool(shown[section])
+
+
+def _heatmaps(page: Page) -> list[tuple[str, Markup, list[_Picture]]]:
+    """The heatmaps by quantity, each group with its color scale."""
+    groups: dict[str, list[Heatmap]] = {}
+    for heatmap in page.recipe.heatmaps[:_MOST_HEATMAPS] if page.recipe else ():
+        if heatmap.layers and heatmap.components:
+            groups.setdefault(heatmap.quantity, []).append(heatmap)
+    numbers = sum(len(each.layers) * len(each.components) for group in groups.values() for each in group)
+    drawn = []
+    for number, (quantity, group) in enumerate(groups.items()):
+        low, high = value_range(group)
+        pictures = []
+        for index, whole in enumerate(group):
+            part, note = cut_heatmap(whole)
+            picture = draw_heatmap(part, low, high, f"heatmap-{number}-{index}")
+            table = heatmap_table(part) if numbers <= _MOST_NUMBERS else None
+            pictures.append(_Picture(whole.title, picture, table, note))
+        drawn.append((quantity, draw_color_scale(low, high, quantity, f"colors-{number}"), pictures))
+    return drawn
+
+
+def _history(page: Page) -> _Picture | None:
+    if not (page.history and page.history.trials):
+        return None
+    return _Picture("Trials in order", draw_history(page.history, "history"), history_table(page.history))
+
+
+def _fronts(page: Page) -> list[_Picture]:
+    return [
+        _Picture(f"{front.x_name} and {front.y_name}", draw_front(front, f"front-{index}"), front_table(front))
+        for index, front in enumerate(page.fronts)
+        if front.points
+    ]
+
+
+def _resources(run: Run) -> list[tuple[str, str]]:
+    """What the run took and where it ran, as far as that is known."""
+    found = [
+        ("device", run.device),
+        ("wall time", formats.duration(run.seconds)),
+        ("peak memory", "" if run.memory is None else gigabytes(run.memory)),
+        ("peak disk", "" if run.disk is None else gigabytes(run.disk)),
+        ("written", run.created),
+        *run.facts,
+    ]
+    return [(label, value) for label, value in found if value]
+
+
+def _shortened(text: str) -> str:
+    """A prompt or an answer, its end left out where it is very long, which is said."""
+    if len(text) <= _MOST_LETTERS:
+        return text
+    return f"{text[:_MOST_LETTERS]} … (and {formats.count(len(text) - _MOST_LETTERS)} more characters)"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": formats.count, "shortened": _shortened}
+    return environment

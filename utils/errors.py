@@ -48,16 +48,20 @@ def brief(error: BaseException, limit: int = 240) -> str:
 
 def raise_collected(problems: Iterable[Problem | str], heading: str) -> None:
     """Raise one `UserError` that lists every problem found, or return if there is none."""
+    if found := list(problems):
+        raise collected(found, heading)
+
+
+def collected(problems: Iterable[Problem | str], heading: str) -> UserError:
+    """One error that lists several problems, of which there is at least one; the same one twice counts once."""
     found = list(dict.fromkeys(Problem(each, "") if isinstance(each, str) else each for each in problems))
-    if not found:
-        return
     if len(found) == 1:
-        raise UserError(f"{heading}: {found[0].text}", found[0].code)
+        return UserError(f"{heading}: {found[0].text}", found[0].code)
     lines = "\n".join(f"  - {problem.text}" for problem in found[:_MOST_PROBLEMS])
     if len(found) > _MOST_PROBLEMS:
         lines += f"\n  - and {len(found) - _MOST_PROBLEMS} more"
     message = f"{heading}: {len(found)} problems\n{lines}"
-    raise UserError(message, codes=tuple(dict.fromkeys(problem.code for problem in found)))
+    return UserError(message, codes=tuple(dict.fromkeys(problem.code for problem in found)))
 
 
 _tracebacks_shown = False

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
+from tests.refusals import refused
 from tests.tiny_pairs import pair_settings, write_config
 from utils.errors import UserError
-from utils.pair.config import CONFIG_KEYS, ModelEntry, PairConfig, read_pair_config
+from utils.pair.config import ModelEntry, PairConfig, PairSettings, read_pair_config
+from utils.pair.evaluation import EvaluationText
 from utils.pair.source import CalibrationSource
 
 
@@ -26,8 +28,8 @@ def read(folder: Path, **changes) -> PairConfig:
     return read_pair_config(write_config(folder, changes))
 
 
-def refusal(folder: Path, **changes) -> str:
-    with pytest.raises(UserError) as caught:
+def refusal(code: str, folder: Path, **changes) -> str:
+    with refused(code) as caught:
         read(folder, **changes)
     assert str(caught.value).startswith(f"pair config {folder / 'pair.yaml'}: ")
     return str(caught.value)
@@ -52,33 +54,86 @@ def test_experts_may_have_texts_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("calibration", "words"),
+    ("calibration", "code", "place"),
     [
-        ({}, "calibration must map"),
-        ("gsm8k", "calibration must map"),
-        ({"base": "gsm8k"}, "names the base type 'base'"),
-        ({"mathh": "gsm8k"}, "type 'mathh' is not an expert in model_info; did you mean 'math'?"),
-        ({1: "gsm8k"}, "type 1 is not an expert"),
-        ({"math": "gsm9k"}, "calibration.math 'gsm9k' is unknown"),
-        ({"math": 3}, "calibration.math must be a name"),
-        ({"math": {"paht": "x"}}, "unknown key calibration.math.'paht'; did you mean 'path'?"),
-        ({"math": {"name": "gsm8k", "seqlen": 1}}, "calibration.math.seqlen must be a whole number"),
+        ("gsm8k", "config-wrong-type", "calibration must map an expert's type to its text, such as {math: gsm8k}, got"),
+        ({"base": "gsm8k"}, "config-base-as-expert", "calibration names"),
+        ({"mathh": "gsm8k"}, "config-unknown-expert", "calibration: type 'mathh'"),
+        ({1: "gsm8k"}, "config-unknown-expert", "calibration: type 1"),
+        ({"math": "gsm9k"}, "config-unknown-dataset", "calibration.math.name 'gsm9k'"),
+        ({"math": 3}, "config-wrong-type", "calibration.math must be a name"),
+        ({"math": {"paht": "x", "name": "mbpp"}}, "config-unknown-key", "calibration.math.'paht'"),
+        ({"math": {"name": "gsm8k", "seqlen": 1}}, "config-out-of-range", "calibration.math.seqlen"),
     ],
 )
-def test_texts_that_cannot_be_meant(tmp_path, calibration, words):
-    assert words in refusal(tmp_path, calibration=calibration)
+def test_texts_that_cannot_be_meant(tmp_path, calibration, code, place):
+    assert place in refusal(code, tmp_path, calibration=calibration)
 
 
 def test_an_expert_without_text(tmp_path):
-    assert "calibration has no text for type 'code', and there is no dataset for it" in refusal(
-        tmp_path, calibration={"math": "gsm8k"}, dataset=None
+    settings = {key: value for key, value in pair_settings().items() if key != "dataset"}
+    text = yaml.safe_dump({**settings, "calibration": {"math": "gsm8k"}})
+    with refused("config-no-text") as caught:
+        read_text(tmp_path, text)
+    assert str(caught.value).endswith(
+        "calibration has no text for type 'code', and there is no dataset for it; add either"
     )
 
 
 def test_guidance_is_a_name(tmp_path):
     assert read(tmp_path).guidance is None
     assert read(tmp_path, guidance="sens_merging").guidance == "sens_merging"
-    assert "guidance must be the name of a method" in refusal(tmp_path, guidance=3)
+    refusal("config-wrong-type", tmp_path, guidance=3)
+
+
+def test_text_of_no_expert_takes_the_defaults_of_the_others(tmp_path):
+    assert read(tmp_path).general is None
+    general = read(tmp_path, general="gsm8k", seqlen=64, seed=3).general
+    assert general == EvaluationText(CalibrationSource(name="gsm8k", seqlen=64, seed=3), "{answer}")
+    refusal("config-unknown-dataset", tmp_path, general="gsm9k")
+
+
+def test_texts_to_evaluate_on(tmp_path):
+    assert read(tmp_path).evaluation == {}
+    found = read(
+        tmp_path,
+        seqlen=64,
+        evaluation={
+            "math": "gsm8k",
+            "code": {"path": "a.jsonl", "text": "{p}{c}", "answer": "{c}", "split": "test", "lm_eval": "mbpp"},
+            "prose": {"path": "b.jsonl", "lm_eval": ["wikitext", "my_task.yaml"]},
+            "tasks": {"lm_eval": ["gsm8k"]},
+        },
+    ).evaluation
+    assert found == {
+        "math": EvaluationText(CalibrationSource(name="gsm8k", seqlen=64), "{answer}"),
+        "code": EvaluationText(
+            CalibrationSource(path="a.jsonl", text="{p}{c}", split="test", seqlen=64), "{c}", ("mbpp",), True
+        ),
+        "prose": EvaluationText(CalibrationSource(path="b.jsonl", seqlen=64), None, ("wikitext", "my_task.yaml")),
+        "tasks": EvaluationText(None, None, ("gsm8k",)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "code", "place"),
+    [
+        ("gsm8k", "config-wrong-type", "evaluation must be a mapping"),
+        ({"math": {}}, "config-no-text", "evaluation.math needs a name or a path"),
+        ({"math": {"name": "gsm8k", "anser": "{a}"}}, "config-unknown-key", "did you mean 'answer'?"),
+        ({"math": {"name": "gsm8k", "answer": 3}}, "config-wrong-type", "evaluation.math.answer must be text"),
+        ({"math": {"name": "gsm8k", "lm_eval": [3]}}, "config-wrong-type", "evaluation.math.lm_eval[0] must be text"),
+        ({"math": {"path": "x", "messages": "m", "answer": "{a}"}}, "config-two-answers", "remove answer"),
+        ({3: "gsm8k"}, "config-wrong-type", "evaluation: key 3 must be text"),
+    ],
+)
+def test_texts_that_nothing_can_be_evaluated_on(tmp_path, evaluation, code, place):
+    assert place in refusal(code, tmp_path, evaluation=evaluation)
+
+
+def test_a_list_of_mistakes_in_one_key_is_told_at_once(tmp_path):
+    said = refusal("config-other-target", tmp_path, target_model_names={"code": "./x", "math": "./y", "base": "./z"})
+    assert "3 problems" in said
 
 
 # --- what is accepted -------------------------------------------------------------------------------------------------
@@ -195,93 +250,146 @@ def models(**change_of_code):
 LONG = "x" * 300
 REFUSED = {
     # unknown keys, with the nearest known one
-    "unknown key": ({"nsample": 3}, ["unknown key 'nsample'; did you mean 'nsamples'?"]),
-    "far from any key": ({"zzz": 3}, ["unknown key 'zzz'; known keys: model_info, dataset"]),
-    "unknown dataset key": ({"dataset": {"name": "mbpp", "splt": "x"}}, ["dataset.'splt'", "did you mean 'split'?"]),
-    "unknown model key": ({"model_info": models(typ="x")}, ["model_info[1].'typ'", "did you mean 'type'?"]),
-    "a key that YAML reads as true": ({True: 3}, ["unknown key True"]),
+    "unknown key": ({"nsample": 3}, "config-unknown-key"),
+    "far from any key": ({"zzz": 3}, "config-unknown-key"),
+    "unknown dataset key": ({"dataset": {"name": "mbpp", "splt": "x"}}, "config-unknown-key"),
+    "unknown model key": ({"model_info": models(typ="x")}, "config-unknown-key"),
     # wrong types
-    "nsamples as text": ({"nsamples": "15"}, ["nsamples must be a whole number from 1", "got '15'"]),
-    "nsamples as float": ({"nsamples": 15.5}, ["nsamples must be a whole number", "got 15.5"]),
-    "nsamples as bool": ({"nsamples": True}, ["nsamples must be a whole number", "got True"]),
-    "nsamples missing its value": ({"nsamples": None}, ["nsamples must be a whole number", "got nothing"]),
-    "nsamples 0": ({"nsamples": 0}, ["nsamples must be a whole number from 1 to 1000000, got 0"]),
-    "nsamples negative": ({"nsamples": -1}, ["got -1"]),
-    "nsamples huge": ({"nsamples": 10**9}, ["from 1 to 1000000, got 1000000000"]),
-    "seed negative": ({"seed": -1}, ["seed must be a whole number from 0"]),
-    "seqlen 1": ({"dataset": {"name": "mbpp", "seqlen": 1}}, ["dataset.seqlen must be a whole number from 2"]),
-    "components as text": ({"components": "q_proj"}, ["components must be 'auto' or a list", "got 'q_proj'"]),
-    "type that YAML reads as false": ({"model_info": models(type=False)}, ["model_info[1].type", "put it in quotes"]),
-    "type that is a number": ({"model_info": models(type=7)}, ["model_info[1].type must be text (put it in quotes)"]),
-    "base type that is a bool": ({"base_model_type": True}, ["base_model_type must be text", "got True"]),
-    "parity other": ({"parity": "yes"}, ["parity must be 'reference' or left out, got 'yes'"]),
-    "parity true": ({"parity": True}, ["parity must be 'reference'"]),
-    "prefix_mapping a list": ({"prefix_mapping": ["a"]}, ["prefix_mapping must map component to module path"]),
-    "global_parameters a list": ({"global_parameters": [1]}, ["global_parameters must be a mapping"]),
+    "nsamples as text": ({"nsamples": "15"}, "config-wrong-type"),
+    "nsamples as float": ({"nsamples": 15.5}, "config-wrong-type"),
+    "nsamples as bool": ({"nsamples": True}, "config-wrong-type"),
+    "nsamples missing its value": ({"nsamples": None}, "config-wrong-type"),
+    "nsamples 0": ({"nsamples": 0}, "config-out-of-range"),
+    "nsamples negative": ({"nsamples": -1}, "config-out-of-range"),
+    "nsamples huge": ({"nsamples": 10**9}, "config-out-of-range"),
+    "seed negative": ({"seed": -1}, "config-out-of-range"),
+    "seqlen 1": ({"dataset": {"name": "mbpp", "seqlen": 1}}, "config-out-of-range"),
+    "components as text": ({"components": "q_proj"}, "config-wrong-type"),
+    "type that YAML reads as false": ({"model_info": models(type=False)}, "config-wrong-type"),
+    "type that is a number": ({"model_info": models(type=7)}, "config-wrong-type"),
+    "base type that is a bool": ({"base_model_type": True}, "config-wrong-type"),
+    "parity other": ({"parity": "yes"}, "config-unknown-value"),
+    "parity true": ({"parity": True}, "config-unknown-value"),
+    "prefix_mapping a list": ({"prefix_mapping": ["a"]}, "config-wrong-type"),
+    "global_parameters a list": ({"global_parameters": [1]}, "config-wrong-type"),
     # sparsity_ratio
-    "sparsity in percent": ({"sparsity_ratio": 50}, ["sparsity_ratio must be a number of at least 0", "50% is 0.5"]),
-    "sparsity negative": ({"sparsity_ratio": -0.1}, ["sparsity_ratio", "got -0.1"]),
-    "sparsity 1": ({"sparsity_ratio": 1.0}, ["below 1, got 1.0"]),
-    "sparsity nan": ({"sparsity_ratio": math.nan}, ["sparsity_ratio", "got nan"]),
-    "sparsity null": ({"sparsity_ratio": None}, ["sparsity_ratio", "got nothing"]),
-    "sparsity as YAML 1.1 text": ({"sparsity_ratio": "1e-3"}, ["got '1e-3'; write it with a point"]),
+    "sparsity in percent": ({"sparsity_ratio": 50}, "config-out-of-range"),
+    "sparsity negative": ({"sparsity_ratio": -0.1}, "config-out-of-range"),
+    "sparsity 1": ({"sparsity_ratio": 1.0}, "config-out-of-range"),
+    "sparsity nan": ({"sparsity_ratio": math.nan}, "config-out-of-range"),
+    "sparsity null": ({"sparsity_ratio": None}, "config-wrong-type"),
+    "sparsity as YAML 1.1 text": ({"sparsity_ratio": "1e-3"}, "config-wrong-type"),
     # components and prefixes
-    "no components": ({"components": []}, ["components must be 'auto' or a list"]),
-    "component twice": ({"components": ["q_proj", "q_proj"]}, ["components: 'q_proj' is listed twice"]),
-    "component null": ({"components": [None]}, ["components: nothing must be text"]),
-    "component a formula": ({"components": ["=cmd|' /C calc'!A0"]}, ["components: \"=cmd", "must be a name such as"]),
-    "prefix missing": ({"components": ["q_proj", "k_proj"], "prefix_mapping": {"q_proj": "a.q_proj"}},
-                       ["prefix_mapping has no entry for component 'k_proj'"]),
-    "prefix a pattern": ({"prefix_mapping": {"q_proj": "attn.*.q"}}, ["prefix_mapping.q_proj: 'attn.*.q' must be a module path"]),
-    "prefix with a trailing dot": ({"prefix_mapping": {"q_proj": "self_attn."}}, ["'self_attn.' must be a module path"]),
-    "prefix null": ({"prefix_mapping": {"q_proj": None}}, ["prefix_mapping: 'q_proj': nothing must be text"]),
+    "no components": ({"components": []}, "config-wrong-type"),
+    "component twice": ({"components": ["q_proj", "q_proj"]}, "config-component-twice"),
+    "component null": ({"components": [None]}, "config-wrong-type"),
+    "component a formula": ({"components": ["=cmd|' /C calc'!A0"]}, "config-bad-path"),
+    "prefix missing": ({"components": ["q_proj", "k_proj"], "prefix_mapping": {"q_proj": "a.q_proj"}}, "config-no-prefix"),
+    "prefix a pattern": ({"prefix_mapping": {"q_proj": "attn.*.q"}}, "config-bad-path"),
+    "prefix with a trailing dot": ({"prefix_mapping": {"q_proj": "self_attn."}}, "config-bad-path"),
+    "prefix null": ({"prefix_mapping": {"q_proj": None}}, "config-wrong-type"),
     # the models and their types
-    "no models": ({"model_info": None}, ["model_info must list the models"]),
-    "models as a mapping": ({"model_info": {"base": "x"}}, ["model_info must list the models"]),
-    "a model as text": ({"model_info": [BASE, "./code"]}, ["model_info[1] must be a mapping with name and type"]),
-    "a model without a name": ({"model_info": [BASE, {"type": "code"}]}, ["model_info[1].name must be text, got nothing"]),
-    "only one model": ({"model_info": [BASE]}, ["only one model; a pair needs the base and at least one expert"]),
-    "base type unknown": ({"base_model_type": "bse"}, ["base_model_type 'bse' is not a type", "base, code, math"]),
-    "a type twice": ({"model_info": models(type="math")}, ["type 'math' is given twice"]),
-    "types that differ in case only": ({"model_info": models(type="MATH")}, ["type 'math' is given twice ('MATH' before)"]),
-    "an expert of the type base": ({"model_info": models(type="base")}, ["type 'base' is given twice"]),
-    "the base as an expert": ({"model_info": models(name="./base")}, ["model './base' is listed twice"]),
-    "an expert twice": ({"model_info": models(name="./math")}, ["model './math' is listed twice"]),
-    "base name differs": ({"base_model_name": "./other"}, ["base_model_name './other' differs from the 'base' entry"]),
-    "target unknown": ({"target_model_names": {"cod": "./code"}}, ["type 'cod' is not an expert", "did you mean 'code'?"]),
-    "target is the base": ({"target_model_names": {"base": "./base"}}, ["names the base type 'base'; it lists experts only"]),
-    "target of another name": ({"target_model_names": {"code": "./x"}}, ["'code' is './x' here but './code' in model_info"]),
-    "targets as a list": ({"target_model_names": ["./code"]}, ["must map each expert's type to its model name"]),
-    "no targets": ({"target_model_names": {}}, ["must map each expert's type"]),
-    "revision a number": ({"model_info": models(revision=5)}, ["model_info[1].revision must be text (put it in quotes)"]),
-    "home of nobody": ({"model_info": models(name="~no_such_user/m")}, ["'~no_such_user/m': no such user's home folder"]),
+    "no models": ({"model_info": None}, "config-no-models"),
+    "models as a mapping": ({"model_info": {"base": "x"}}, "config-no-models"),
+    "a model as text": ({"model_info": [BASE, "./code"]}, "config-wrong-type"),
+    "a model without a name": ({"model_info": [BASE, {"type": "code"}]}, "config-missing-key"),
+    "only one model": ({"model_info": [BASE]}, "config-one-model"),
+    "base type unknown": ({"base_model_type": "bse"}, "config-unknown-base"),
+    "a type twice": ({"model_info": models(type="math")}, "config-type-twice"),
+    "types that differ in case only": ({"model_info": models(type="MATH")}, "config-type-twice"),
+    "an expert of the type base": ({"model_info": models(type="base")}, "config-type-twice"),
+    "the base as an expert": ({"model_info": models(name="./base")}, "config-model-twice"),
+    "an expert twice": ({"model_info": models(name="./math")}, "config-model-twice"),
+    "base name differs": ({"base_model_name": "./other"}, "config-other-base"),
+    "target unknown": ({"target_model_names": {"cod": "./code"}}, "config-unknown-expert"),
+    "target is the base": ({"target_model_names": {"base": "./base"}}, "config-base-as-expert"),
+    "target of another name": ({"target_model_names": {"code": "./x"}}, "config-other-target"),
+    "targets as a list": ({"target_model_names": ["./code"]}, "config-wrong-type"),
+    "no targets": ({"target_model_names": {}}, "config-no-targets"),
+    "revision a number": ({"model_info": models(revision=5)}, "config-wrong-type"),
+    "home of nobody": ({"model_info": models(name="~no_such_user/m")}, "config-no-home"),
     # the data set
-    "dataset unknown": ({"dataset": "gsm8"}, ["dataset 'gsm8' is unknown (known: gsm8k, mbpp); did you mean 'gsm8k'?"]),
-    "dataset far from known": ({"dataset": "my text"}, ["for text of your own write dataset: {path: ..., text: ...}"]),
-    "dataset a list": ({"dataset": ["mbpp"]}, ["dataset must be a name (gsm8k, mbpp) or a mapping"]),
-    "dataset empty": ({"dataset": {}}, ["dataset needs a name or a path"]),
-    "dataset null": ({"dataset": None}, ["dataset must be a name"]),
-    "text and messages": ({"dataset": {"path": "x", "text": "{a}", "messages": "m"}}, ["not both"]),
-    "path with a NUL": ({"dataset": {"path": "a\0b"}}, ["dataset.path must be text, got 'a\\x00b'"]),
-    "split a bool": ({"dataset": {"name": "mbpp", "split": True}}, ["dataset.split must be text (YAML reads yes/no"]),
-    "data of nobody": ({"dataset": {"path": "~no_such_user/x.jsonl"}}, ["no such user's home folder"]),
+    "dataset unknown": ({"dataset": "gsm8"}, "config-unknown-dataset"),
+    "dataset far from known": ({"dataset": "my text"}, "config-unknown-dataset"),
+    "dataset a list": ({"dataset": ["mbpp"]}, "config-wrong-type"),
+    "dataset empty": ({"dataset": {}}, "config-no-text"),
+    "dataset null": ({"dataset": None}, "config-wrong-type"),
+    "text and messages": ({"dataset": {"path": "x", "text": "{a}", "messages": "m"}}, "config-two-texts"),
+    "path with a NUL": ({"dataset": {"path": "a\0b"}}, "config-bad-text"),
+    "split a bool": ({"dataset": {"name": "mbpp", "split": True}}, "config-wrong-type"),
+    "data of nobody": ({"dataset": {"path": "~no_such_user/x.jsonl"}}, "config-no-home"),
     # global parameters
-    "parameter nan": ({"global_parameters": {"lambda": math.nan}}, ["global_parameters.lambda must be a finite number"]),
-    "parameter inf in a list": ({"global_parameters": {"lambda": [1, math.inf]}}, ["global_parameters.lambda"]),
-    "parameter null": ({"global_parameters": {"normalize": None}}, ["global_parameters.normalize"]),
-    "parameter name a number": ({"global_parameters": {1: 2}}, ["global_parameters: key 1 must be text"]),
+    "parameter nan": ({"global_parameters": {"lambda": math.nan}}, "config-bad-parameter"),
+    "parameter inf in a list": ({"global_parameters": {"lambda": [1, math.inf]}}, "config-bad-parameter"),
+    "parameter null": ({"global_parameters": {"normalize": None}}, "config-bad-parameter"),
+    "parameter name a number": ({"global_parameters": {1: 2}}, "config-wrong-type"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_key_value_and_remedy(tmp_path, case):
-    changes, expected = REFUSED[case]
-    with pytest.raises(UserError) as caught:
-        read_pair_config(write_config(tmp_path, changes))
+def test_refused_with_key_and_code(tmp_path, case):
+    changes, code = REFUSED[case]
+    with refused(code) as caught:
+        read(tmp_path, **changes)
     message = str(caught.value)
-    for words in expected:
-        assert words in message
+    assert list(changes)[-1] in message
     assert "\n" not in message  # one problem, one line
+
+
+WORDING = {
+    "unknown model key": "unknown key model_info[1].'typ'; did you mean 'type'?",
+    "nsamples as text": "nsamples must be a whole number, got '15'",
+    "nsamples 0": "nsamples must be at least 1, got 0",
+    "nsamples missing its value": "nsamples must be a whole number, got nothing",
+    "components as text": "components must be 'auto' or a list of names such as q_proj, got 'q_proj'",
+    "type that YAML reads as false": "model_info[1].type must be text (YAML reads yes/no/on/off as booleans: put it in "
+    "quotes), got False",
+    "type that is a number": "model_info[1].type must be text (put it in quotes), got 7",
+    "parity true": "parity must be 'reference' or left out, got True",
+    "prefix_mapping a list": "prefix_mapping must be a mapping of keys to values, got ['a']",
+    "sparsity in percent": "sparsity_ratio must be below 1, got 50; 50% is 0.5",
+    "sparsity as YAML 1.1 text": "sparsity_ratio must be a number (write it with a point, such as 0.001, without "
+    "quotes), got '1e-3'",
+    "component twice": "components: 'q_proj' is listed twice",
+    "prefix missing": "prefix_mapping has no entry for component 'k_proj'",
+    "prefix a pattern": "prefix_mapping.q_proj must be a module path inside a block, such as q_proj, mlp.c_proj or "
+    "self_attn.q_proj, got 'attn.*.q'",
+    "no models": "model_info must list the models: one {name, type} for the base and one per expert",
+    "a model as text": "model_info[1] must be a mapping with name, type, revision, got './code'",
+    "a model without a name": "model_info[1].name is missing",
+    "only one model": "model_info names only one model; a pair needs the base and at least one expert",
+    "base type unknown": "base_model_type 'bse' is not a type in model_info (types there: base, code, math)",
+    "types that differ in case only": "model_info: type 'math' is given twice ('MATH' before)",
+    "the base as an expert": "model_info: model './base' is listed twice; each model is measured once",
+    "base name differs": "base_model_name './other' differs from the 'base' entry of model_info, './base'",
+    "target unknown": "target_model_names: type 'cod' is not an expert in model_info; did you mean 'code'?",
+    "target is the base": "target_model_names names the base type 'base'; it lists experts only",
+    "target of another name": "target_model_names: 'code' is './x' here but './code' in model_info; the model that is "
+    "measured must be the one that is merged",
+    "home of nobody": "model_info[1].name '~no_such_user/m': no such user's home folder; write the full path",
+    "dataset unknown": "dataset.name 'gsm8' is unknown (known: gsm8k, mbpp); did you mean 'gsm8k'?",
+    "dataset far from known": "dataset.name 'my text' is unknown (known: gsm8k, mbpp); for text of your own give a "
+    "mapping: {path: ..., text: ...}",
+    "dataset a list": "dataset must be a name (gsm8k, mbpp) or a mapping, got ['mbpp']",
+    "dataset empty": "dataset needs a name or a path",
+    "text and messages": "dataset: give text (a template) or messages (a chat column), not both",
+    "path with a NUL": "dataset.path must be text on one line, got 'a\\x00b'",
+    "parameter nan": "global_parameters.lambda must be a finite number, true, false, text, or a list of these, got nan",
+    "parameter name a number": "global_parameters: key 1 must be text (put it in quotes), got 1",
+}
+
+
+@pytest.mark.parametrize("case", WORDING)
+def test_what_a_message_says(tmp_path, case):
+    with refused(REFUSED[case][1]) as caught:
+        read(tmp_path, **REFUSED[case][0])
+    assert str(caught.value) == f"pair config {tmp_path / 'pair.yaml'}: {WORDING[case]}"
+
+
+def test_a_key_that_yaml_reads_as_true(tmp_path):
+    with refused("config-unknown-key") as caught:
+        read_pair_config(write_config(tmp_path, {True: 3}))
+    assert "unknown key True; known keys: model_info, " in str(caught.value)
 
 
 BAD_TYPES = [
@@ -304,32 +412,37 @@ BAD_TYPES = [
 
 @pytest.mark.parametrize("bad", BAD_TYPES)
 def test_a_type_cannot_escape_into_paths(tmp_path, bad):
-    message = refusal(tmp_path, model_info=models(type=bad))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, model_info=models(type=bad))
+    message = str(caught.value)
+    assert set(caught.value.codes) <= {"config-bad-type", "config-bad-text"}
     assert "model_info[1].type" in message
     assert len(message) < 500
 
 
 def test_nul_and_traversal_in_a_model_name_stay_a_name(tmp_path):
-    assert "model_info[1].name must be text" in refusal(tmp_path, model_info=models(name="a\0b"))
+    refusal("config-bad-text", tmp_path, model_info=models(name="a\0b"))
     assert read(tmp_path, model_info=models(name="../../x")).experts[0].name == "../../x"
 
 
 def test_every_problem_is_told_at_once(tmp_path):
-    message = refusal(tmp_path, nsamples=0, sparsity_ratio=2, dataset="x", componets=[], parity=1)
+    message = refusal(
+        "config-unknown-value", tmp_path, nsamples=0, sparsity_ratio=2, dataset="x", componets=[], parity=1
+    )
     assert "5 problems" in message
-    for words in ("nsamples", "sparsity_ratio", "dataset 'x'", "did you mean 'components'?", "parity"):
+    for words in ("nsamples", "sparsity_ratio", "dataset.name 'x'", "did you mean 'components'?", "parity"):
         assert words in message
 
 
 def test_very_many_problems_stay_a_message(tmp_path):
-    message = refusal(tmp_path, **{f"key{i}": i for i in range(500)})
+    message = refusal("config-unknown-key", tmp_path, **{f"key{i}": i for i in range(500)})
     assert "500 problems" in message and "and 470 more" in message
     assert len(message.splitlines()) == 32
 
 
 def test_a_long_value_is_cut(tmp_path):
-    assert len(refusal(tmp_path, nsamples="9" * 10_000)) < 300
-    assert len(refusal(tmp_path, **{"k" * 900: 1})) < 500
+    assert len(refusal("config-wrong-type", tmp_path, nsamples="9" * 10_000)) < 300
+    assert len(refusal("config-unknown-key", tmp_path, **{"k" * 900: 1})) < 500
 
 
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 11))
@@ -350,7 +463,7 @@ def test_a_value_that_aliases_blow_up_is_neither_printed_nor_copied(tmp_path, ke
 
 
 def test_a_value_that_holds_itself(tmp_path):
-    with pytest.raises(UserError, match=r"global_parameters\.k must be"):
+    with refused("config-bad-parameter"):
         read_text(tmp_path, yaml.safe_dump(pair_settings()) + "global_parameters: &g\n  k: *g\n")
 
 
@@ -362,7 +475,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 
 
 def test_unknown_home_folder_of_the_config_itself():
-    with pytest.raises(UserError, match="does not exist"):
+    with refused("file-missing"):
         read_pair_config("~no_such_user/pair.yaml")
 
 
@@ -423,5 +536,5 @@ def test_fuzz_any_value_replaced_or_dropped(tmp_path_factory, where, junk, drop)
 
 
 def test_fuzz_starts_from_a_valid_config_with_every_key(tmp_path):
-    assert set(FULL) == set(CONFIG_KEYS)
+    assert set(FULL) == {field.name for field in dataclasses.fields(PairSettings)}
     read(tmp_path, **FULL)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_tiny
 from utils.errors import UserError
-from utils.guidance.lewis.method import LewisVisitor
+from utils.guidance.lewis.visitor import LewisVisitor
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
@@ -213,7 +213,7 @@ class Wayward(nn.Module):
 
 
 def test_a_part_that_does_not_see_each_token_once_is_refused():
-    from utils.guidance.lewis.second_moments import SecondMoments
+    from utils.passes.second_moments import SecondMoments
 
     block, moments = Wayward(), SecondMoments(["inner"])
     with moments.attached(block):
@@ -228,7 +228,7 @@ def test_a_part_that_does_not_see_each_token_once_is_refused():
 
 
 def test_pads_are_not_counted():
-    from utils.guidance.lewis.second_moments import SecondMoments
+    from utils.passes.second_moments import SecondMoments
 
     block, moments = nn.ModuleDict({"inner": nn.Linear(2, 2)}), SecondMoments(["inner"])
     with moments.attached(block):

@@ -37,6 +37,18 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
+
+    A file too large for memory is a path in the job's `workspace`.
+    """
+
+    files: Mapping[str, bytes | Path]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MeasureJob:
     """Everything a *measure* half needs.
 

@@ -1,17 +1,19 @@
 """What a guidance method is, and which there are: every package in `utils/guidance/` whose `method.py` defines `METHOD`.
 
 A method has two halves. The *measure* half turns models and text into tables (command 1), the *decide* half turns the
-tables into a density or a weight for each tensor (command 2). Its module is light to import: torch and pandas are
-imported inside the functions that need them.
+tables into a density or a weight for each tensor (command 2). `method.py` only says what the method is called, which
+flags it has and which files it writes, and is light to import; `measure.py` (torch) and `decide.py` (numpy, pandas)
+beside it are imported when their command comes to them.
 """
 
 import argparse
+import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.errors import UserError
@@ -19,7 +21,7 @@ from utils.flags import FlagParser
 
 if TYPE_CHECKING:
     from utils.guidance.decide_job import DecideJob, Decision
-    from utils.guidance.measure_job import MeasureJob
+    from utils.guidance.measure_job import Measured, MeasureJob
     from utils.pair.config import PairConfig
 
 DEFAULT = "lewis"
@@ -39,41 +41,60 @@ class MethodFlag:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
-
-    A file too large for memory is a path in the job's `workspace`.
-    """
-
-    files: Mapping[str, bytes | Path]
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class GuidanceMethod:
     """One way to guide a merge.
 
-    `gives` says what its *decide* half sets per tensor. `fewest_experts` are needed; with `text_per_task` each expert
-    should be measured on text of its own. `config_keys` are the keys of the pair config that this method uses and others
-    do not. `own_merge_methods` are this project's merge methods (`utils/recipes/method_rules.py`) that `--merge_method` may name
-    beside mergekit's. `files` names what the *measure* half writes, the manifest aside; `choices` are lines that say how.
+    Attributes:
+        name: what `--guidance` calls it.
+        package: the package of its halves: `<package>.measure` has `choices(job)` and `measure(job)`,
+            `<package>.decide` has `decide(job)`.
+        summary: a line for people.
+        gives: what its *decide* half sets per tensor.
+        merge_method: the usual one.
+        tables: names of the files that its *measure* half writes, the manifest and those of each expert aside.
+        expert_file: the name of the file that it writes for each expert, by the expert's type.
+        measure_flags, decide_flags: the flags of each half.
+        fewest_experts: how many are needed.
+        text_per_task: whether each expert should be measured on text of its own.
+        config_keys: keys of the pair config that this method uses and others do not.
+        own_merge_methods: this project's merge methods (`utils/recipes/method_rules.py`) that `--merge_method` may name
+            beside mergekit's.
     """
 
     name: str
+    package: str
     summary: str
     gives: Literal["densities", "weights"]
     merge_method: str
-    files: "Callable[[PairConfig], tuple[str, ...]]"
-    choices: "Callable[[MeasureJob], Sequence[str]]"
-    measure: "Callable[[MeasureJob], Measured]"
-    decide: "Callable[[DecideJob], Decision]"
+    tables: tuple[str, ...]
+    expert_file: Callable[[str], str] | None = None
     measure_flags: tuple[MethodFlag, ...] = ()
     decide_flags: tuple[MethodFlag, ...] = ()
     fewest_experts: int = 1
     text_per_task: bool = False
     config_keys: tuple[str, ...] = ()
     own_merge_methods: tuple[str, ...] = ()
+
+    def files(self, config: "PairConfig") -> tuple[str, ...]:
+        """The names of all files that measuring writes, the manifest aside."""
+        own = () if self.expert_file is None else tuple(self.expert_file(entry.type) for entry in config.experts)
+        return (*own, *self.tables)
+
+    def choices(self, job: "MeasureJob") -> list[str]:
+        """Lines that say how a job will be measured."""
+        return self._half("measure").choices(job)
+
+    def measure(self, job: "MeasureJob") -> "Measured":
+        """Measure a pair."""
+        return self._half("measure").measure(job)
+
+    def decide(self, job: "DecideJob") -> "Decision":
+        """Decide on densities or weights."""
+        return self._half("decide").decide(job)
+
+    def _half(self, half: Half) -> ModuleType:
+        """The one late import of a method's halves: torch, numpy and pandas come with them."""
+        return importlib.import_module(f"{self.package}.{half}")
 
     def flags(self, half: Half) -> tuple[MethodFlag, ...]:
         """The flags of one half."""
@@ -130,8 +151,6 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     methods = guidance_methods()
     name = asked or config.guidance or DEFAULT
     if name not in methods:
-        import difflib
-
         near = difflib.get_close_matches(name, methods, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(methods)}"
         raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}")

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.guidance.lewis.method import delta_table, densities, share_at_bounds
+from utils.guidance.lewis.deltas import delta_table
+from utils.guidance.lewis.densities import densities, share_at_bounds
 
 EXPERTS = ("math", "code")
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.guidance.lewis import norms as wanda
-from utils.guidance.lewis import second_moments
-from utils.guidance.lewis.second_moments import column_square_sums
+from utils.passes import second_moments
+from utils.passes.second_moments import column_square_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

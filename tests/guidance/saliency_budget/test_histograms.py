@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.guidance.saliency_budget import histograms as saliency_histograms
-from utils.guidance.saliency_budget.histograms import BINS, bin_edges, saliency_histogram
+from utils.guidance.saliency_budget.bins import BINS
+from utils.guidance.saliency_budget.histograms import bin_edges, saliency_histogram
 
 
 def drawn(seed: int, shape: tuple[int, ...], zeros: float = 0.2) -> tuple[torch.Tensor, ...]:

@@ -10,17 +10,14 @@ from safetensors.torch import save_file
 
 from utils.errors import UserError
 from utils.guidance.folder import csv_bytes
-from utils.guidance.saliency_budget.histograms import BINS
+from utils.guidance.saliency_budget.bins import BINS
+from utils.guidance.saliency_budget.method import HISTOGRAM, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import (
-    _BINS,
     COLUMNS,
-    HISTOGRAM,
-    TENSORS,
     read_power,
     read_saliency,
     read_vector_file,
     read_vectors_of,
-    vector_file,
 )
 from utils.recipes.saliency_vectors import FORMAT, vector_file_bytes
 
@@ -55,10 +52,6 @@ def refused(folder, frames, components=None, experts=EXPERTS):
     with pytest.raises(UserError) as caught:
         read_saliency(saved(folder, frames), experts, config(components))
     return str(caught.value)
-
-
-def test_there_are_as_many_bins():
-    assert _BINS == BINS
 
 
 def test_histograms_come_back_by_component_then_layer(tmp_path):

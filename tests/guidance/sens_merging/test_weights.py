@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from utils.guidance.sens_merging.weights import ALIGNMENTS, alignment_factors, layer_weights, normalized_sensitivities
+from utils.guidance.sens_merging.method import ALIGNMENTS
+from utils.guidance.sens_merging.weights import alignment_factors, layer_weights, normalized_sensitivities
 
 
 def derived(sensitivities, distances, temperature, alignment):

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests.tiny_checkpoints import FAMILIES, save_tiny
 from utils.errors import UserError
+from utils.guidance.submodule_linearity.method import LEVELS
 from utils.guidance.submodule_linearity.parts import (
-    LEVELS,
     block_submodules,
     outside_submodules,
     require_same_parameters,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.guidance.submodule_linearity.weights import WEIGHTINGS, Misfit, best_uniform_weight, merging_weights, misfit
+from utils.guidance.submodule_linearity.method import WEIGHTINGS
+from utils.guidance.submodule_linearity.weights import Misfit, best_uniform_weight, merging_weights, misfit
 
 
 def features(experts, tokens=30, width=4, seed=0, spread=1.0):

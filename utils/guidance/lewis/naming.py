@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from utils.errors import raise_collected
 from utils.guidance.lewis.tables import Measurements
@@ -11,9 +12,6 @@ from utils.pair.config import PairConfig
 from utils.recipes import filters
 from utils.recipes.filters import NamedTensor, Place
 from utils.recipes.naming import NOT_HERE, RECORDED_EVIDENCE, Naming
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _BLOCK_TENSOR = re.compile(r"(?P<prefix>.+?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
 
@@ -73,7 +71,7 @@ def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
 
 
 def measured_names(
-    norms: "pd.DataFrame", base: str, layers: int, components: Sequence[str]
+    norms: pd.DataFrame, base: str, layers: int, components: Sequence[str]
 ) -> tuple[dict[Place, str], dict[str, int]]:
     """Tensor names by (layer, component), and sizes by tensor name, from the base's rows of `norms.csv`.
 

@@ -5,7 +5,8 @@ Pure tensor functions. W is [out, in]; s [in] is the second moment of each input
 
 import torch
 
-from utils.guidance.lewis.second_moments import column_square_sums
+from utils.passes.second_moments import column_square_sums
+from utils.selection import smallest_per_row_mask
 
 ENTRIES_AT_ONCE = 2**22  # weight entries turned to float32 at a time: bounds the temporaries to some 16 MiB
 
@@ -34,8 +35,6 @@ def pruned(weight: torch.Tensor, second_moment: torch.Tensor, ratio: float) -> t
         second_moment: [in].
         ratio: share of each row to zero, in [0, 1).
     """
-    from utils.selection import smallest_per_row_mask
-
     count = int(weight.shape[1] * ratio)
     scale = second_moment.float().sqrt()
     result = weight.clone(memory_format=torch.contiguous_format)

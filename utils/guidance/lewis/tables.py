@@ -12,18 +12,16 @@ A folder that holds only delta CSVs (from the reference, or edited by hand) can 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from utils.errors import UserError, raise_collected
 from utils.guidance.folder import check_folder, csv_bytes, hash_warnings, read_csv, read_manifest
+from utils.guidance.lewis.method import DELTA_SUFFIX, NORMS, delta_file
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-NORMS = "norms.csv"
 NORM_COLUMNS = ("model", "layer", "component", "tensor", "norm", "params")
 TEXT = "text"
-DELTA_SUFFIX = "_delta.csv"
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,10 @@ class Measurements:
     """
 
     folder: Path
-    deltas: Mapping[str, "pd.DataFrame"]
-    norms: "pd.DataFrame | None"
+    deltas: Mapping[str, pd.DataFrame]
+    norms: pd.DataFrame | None
     manifest: Mapping[str, Any] | None
     warnings: tuple[str, ...]
-
-
-def delta_file(model_type: str) -> str:
-    """The file name of an expert's delta table."""
-    return f"{model_type}{DELTA_SUFFIX}"
 
 
 def delta_column(component: str, model_type: str, base_type: str) -> str:
@@ -52,7 +45,7 @@ def delta_column(component: str, model_type: str, base_type: str) -> str:
     return f"{component}_delta_{model_type}_{base_type}"
 
 
-def table_files(deltas: Mapping[str, "pd.DataFrame"], norms: "pd.DataFrame", base_type: str) -> dict[str, bytes]:
+def table_files(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame, base_type: str) -> dict[str, bytes]:
     """The delta tables and the norms as CSV, by file name.
 
     Args:
@@ -115,9 +108,7 @@ _NO_MANIFEST = (
 
 def _read_deltas(
     path: Path, model_type: str, base_type: str, components: Sequence[str] | None
-) -> tuple["pd.DataFrame", list[str]]:
-    import pandas as pd
-
+) -> tuple[pd.DataFrame, list[str]]:
     raw = read_csv(path)
     suffix = delta_column("", model_type, base_type)
     problems = []
@@ -151,14 +142,14 @@ def _read_deltas(
     return frame, problems
 
 
-def _same_shape(folder: Path, deltas: Mapping[str, "pd.DataFrame"]) -> None:
+def _same_shape(folder: Path, deltas: Mapping[str, pd.DataFrame]) -> None:
     shapes = {model_type: frame.shape for model_type, frame in deltas.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{delta_file(key)}: {rows} layers x {columns}" for key, (rows, columns) in shapes.items())
         raise UserError(f"dataframe folder {folder}: the experts' tables differ in shape ({listed}); a row is missing")
 
 
-def _read_norms(folder: Path, expected: bool) -> tuple["pd.DataFrame | None", list[str]]:
+def _read_norms(folder: Path, expected: bool) -> tuple[pd.DataFrame | None, list[str]]:
     path = folder / NORMS
     if not path.exists():
         return None, [f"{path} is missing: tensor names and sizes come from elsewhere"] if expected else []

@@ -9,8 +9,9 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob, OnBlock
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
+from utils.guidance.saliency_budget.method import TENSORS
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
-from utils.guidance.saliency_budget.tables import COLUMNS, TENSORS
+from utils.guidance.saliency_budget.tables import COLUMNS
 from utils.models.weight_source import tied_names
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.subjects import Subject

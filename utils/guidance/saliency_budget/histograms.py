@@ -2,10 +2,7 @@
 
     saliency_ij = (expert_ij - base_ij)^2 F_ij^power,      F_ij = sum over samples of (dL/dW_ij)^2
 
-F is around 1e-12 and a change around 1e-5, so the product would not fit float32. Its root, |change| F^(power/2), does, and
-is what is counted. A bin is what roots have in common in the leading bits of their float32 pattern, exponent and 4 bits of
-the fraction: 16 bins per factor of 2 of the root, 8 per factor of 2 of the saliency, the same ones for every tensor on
-every device. Bin b holds the roots from e(b) up to e(b + 1), e(b) being the float32 whose pattern is b 2^19.
+Roots of saliencies are counted in the bins of `utils/guidance/saliency_budget/bins.py`.
 """
 
 from dataclasses import dataclass
@@ -13,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SHIFT = 19  # bits of the pattern that do not tell bins apart: 23 of the fraction less 4
-BINS = 0x7F800000 >> _SHIFT  # the pattern of infinity: all bins of finite numbers lie below
+from utils.guidance.saliency_budget.bins import BINS, SHIFT
+
 _AT_ONCE = 2**22  # entries in temporaries together
 
 
@@ -54,7 +51,7 @@ def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor, power: flo
         norm += torch.linalg.vector_norm(change, dtype=torch.float64) ** 2
         root = change.mul_(fisher.pow(power / 2)).abs_()  # last: what is no number has a sign, too
         zeros += len(root) - root.count_nonzero()
-        found = torch.bincount(root.view(torch.int32) >> _SHIFT, minlength=BINS)
+        found = torch.bincount(root.view(torch.int32) >> SHIFT, minlength=BINS)
         if len(found) > BINS:  # infinity's bin, and those of what is no number
             raise ValueError("a change or a gradient is not finite")
         counts += found
@@ -64,4 +61,4 @@ def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor, power: flo
 
 def bin_edges() -> Tensor:
     """The roots at which bins begin and end, e(0) to e(BINS): float32 [BINS + 1], the last one infinite."""
-    return (torch.arange(BINS + 1, dtype=torch.int32) << _SHIFT).view(torch.float32)
+    return (torch.arange(BINS + 1, dtype=torch.int32) << SHIFT).view(torch.float32)

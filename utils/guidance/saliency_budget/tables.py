@@ -17,29 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+
 from utils.errors import UserError, raise_collected
 from utils.guidance.folder import read_table
+from utils.guidance.saliency_budget.bins import BINS
+from utils.guidance.saliency_budget.method import HISTOGRAM, TENSORS, vector_file
 from utils.pair.config import PairConfig
 from utils.recipes.saliency_vectors import open_vectors
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
     from torch import Tensor
 
-TENSORS = "saliency_budget_tensors.csv"
-HISTOGRAM = "saliency_budget_histogram.csv"
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     TENSORS: ("model", "layer", "component", "tensor", "params", "changed", "zeros", "delta_norm", "explained"),
     HISTOGRAM: ("model", "tensor", "bin", "count"),
 }
 _WHOLE = {TENSORS: ("layer", "params", "changed", "zeros"), HISTOGRAM: ("bin", "count")}
-_BINS = 4080  # as many as utils/guidance/saliency_budget/histograms.py has
-
-
-def vector_file(model_type: str) -> str:
-    """The name of an expert's file of vectors."""
-    return f"{model_type}_saliency.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,9 @@ class ExpertSaliency:
     `zeros` (int64 [tensors]) are the histograms in that order.
     """
 
-    tensors: "pd.DataFrame"
-    counts: "np.ndarray"
-    zeros: "np.ndarray"
+    tensors: pd.DataFrame
+    counts: np.ndarray
+    zeros: np.ndarray
 
 
 def read_saliency(folder: Path, experts: Sequence[str], config: PairConfig) -> dict[str, ExpertSaliency]:
@@ -151,26 +146,24 @@ def read_power(manifest: Mapping[str, Any] | None) -> float:
     return float(power)
 
 
-def _number_problems(table: "pd.DataFrame", name: str) -> list[str]:
+def _number_problems(table: pd.DataFrame, name: str) -> list[str]:
     """Columns with values that are no whole numbers of at least 0, the first of each."""
-    import pandas as pd
-
     problems = []
     for column in _WHOLE[name]:
         values = pd.to_numeric(table[column], errors="coerce").astype("float64")
         low = 1 if column in ("params", "count") else 0
         bad = ~((values >= low) & (values < 2**53) & (values == values.round()))
         if column == "bin":
-            bad |= values >= _BINS
+            bad |= values >= BINS
         if bad.any():
             row = table.loc[bad.idxmax()]
             where = f"{name}: model {row['model']}, {row['tensor']}"
-            kind = f"below {_BINS}" if column == "bin" else f"of at least {low}"
+            kind = f"below {BINS}" if column == "bin" else f"of at least {low}"
             problems.append(f"{where}: {column} is {row[column]}, not a whole number {kind} ({bad.sum()} such rows)")
     return problems
 
 
-def _tensor_problems(table: "pd.DataFrame", model: str, components: Sequence[str] | None) -> list[str]:
+def _tensor_problems(table: pd.DataFrame, model: str, components: Sequence[str] | None) -> list[str]:
     """Every component must be there once in each layer, and the components must be the config's if it names them."""
     where = f"{TENSORS}: model {model}"
     if table.empty:
@@ -190,7 +183,7 @@ def _tensor_problems(table: "pd.DataFrame", model: str, components: Sequence[str
     return problems
 
 
-def _histogram_problems(tensors: "pd.DataFrame", histogram: "pd.DataFrame", model: str) -> list[str]:
+def _histogram_problems(tensors: pd.DataFrame, histogram: pd.DataFrame, model: str) -> list[str]:
     where = f"{HISTOGRAM}: model {model}"
     problems = [
         f"{where}: {name} is not in {TENSORS}" for name in sorted(set(histogram["tensor"]) - set(tensors["tensor"]))
@@ -208,7 +201,7 @@ def _histogram_problems(tensors: "pd.DataFrame", histogram: "pd.DataFrame", mode
     return problems
 
 
-def _differences(tables: "Mapping[str, pd.DataFrame]") -> list[str]:
+def _differences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Experts that were not measured on the same tensors."""
     first, *others = tables
     keys = ["component", "layer", "tensor", "params"]
@@ -220,14 +213,12 @@ def _differences(tables: "Mapping[str, pd.DataFrame]") -> list[str]:
     ]
 
 
-def _expert(tensors: "pd.DataFrame", histogram: "pd.DataFrame") -> ExpertSaliency:
-    import numpy as np
-
+def _expert(tensors: pd.DataFrame, histogram: pd.DataFrame) -> ExpertSaliency:
     order = {name: place for place, name in enumerate(dict.fromkeys(tensors["component"]))}
     tensors = tensors.assign(place=tensors["component"].map(order)).sort_values(["place", "layer"])
     tensors = tensors.drop(columns="place").reset_index(drop=True)
     rows = {name: row for row, name in enumerate(tensors["tensor"])}
-    counts = np.zeros((len(tensors), _BINS), dtype=np.int64)
+    counts = np.zeros((len(tensors), BINS), dtype=np.int64)
     counts[histogram["tensor"].map(rows).to_numpy(np.int64), histogram["bin"].to_numpy()] = histogram[
         "count"
     ].to_numpy()

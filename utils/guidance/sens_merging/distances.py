@@ -4,18 +4,16 @@ g = mean over tokens x of || logits_a(x) - logits_b(x) ||_2
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from utils.pair.batches import MicroBatch
-    from utils.passes.language_head import ToLogits
+from utils.pair.batches import MicroBatch
+from utils.passes.language_head import ToLogits
 
 _LOGITS_AT_ONCE = 2**23  # numbers per model and chunk: 32 MiB in float32
 
 
-def real_tokens(finals: Sequence[torch.Tensor], batches: Sequence["MicroBatch"]) -> torch.Tensor:
+def real_tokens(finals: Sequence[torch.Tensor], batches: Sequence[MicroBatch]) -> torch.Tensor:
     """The hidden states of real tokens, in the order of the micro-batches, on the CPU.
 
     Args:
@@ -41,8 +39,8 @@ def tokens_at_once(vocabulary: int) -> int:
 def mean_distance(
     ours: torch.Tensor,
     theirs: torch.Tensor,
-    our_logits: "ToLogits",
-    their_logits: "ToLogits",
+    our_logits: ToLogits,
+    their_logits: ToLogits,
     device: torch.device,
     at_once: int,
 ) -> tuple[torch.Tensor, tuple[int, int]]:

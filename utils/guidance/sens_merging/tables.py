@@ -11,20 +11,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from utils.errors import raise_collected
 from utils.guidance.folder import read_table
+from utils.guidance.sens_merging.method import DISTANCES, LOSSES, SENSITIVITY, TENSORS
 from utils.pair.config import PairConfig
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
-SENSITIVITY = "sens_merging_sensitivity.csv"
-DISTANCES = "sens_merging_distances.csv"
-TENSORS = "sens_merging_tensors.csv"
-LOSSES = "sens_merging_losses.csv"
 FILES: Mapping[str, tuple[str, ...]] = {
     SENSITIVITY: ("model", "layer", "sensitivity"),
     DISTANCES: ("model", "other", "distance", "tokens"),
@@ -39,9 +34,9 @@ class Sensitivity:
     model, column: the other, on whose text; 0 on the diagonal), in the order of the experts asked for. `tensors` has the
     columns of its file, ordered by component, then layer; `component` is "" for what is none."""
 
-    sensitivities: "np.ndarray"
-    distances: "np.ndarray"
-    tensors: "pd.DataFrame"
+    sensitivities: np.ndarray
+    distances: np.ndarray
+    tensors: pd.DataFrame
 
     @property
     def blocks(self) -> int:
@@ -61,8 +56,6 @@ def read_sensitivity(folder: Path, experts: Sequence[str], config: PairConfig) -
         UserError: a file is missing or malformed; rows are missing, given twice or of no expert of the config; a value is
             not a finite number of its kind. All problems of the tables are in the one message.
     """
-    import numpy as np
-
     tables = {name: read_table(folder, name, FILES[name]) for name in (TENSORS, SENSITIVITY, DISTANCES)}
     tensors, blocks, problems = _checked_tensors(tables[TENSORS])
     known = {entry.type for entry in config.experts}
@@ -84,7 +77,7 @@ def read_sensitivity(folder: Path, experts: Sequence[str], config: PairConfig) -
 
 
 def _values(
-    table: "pd.DataFrame",
+    table: pd.DataFrame,
     file: str,
     keys: tuple[str, str],
     column: str,
@@ -113,7 +106,7 @@ def _values(
     return values, problems
 
 
-def _checked_tensors(table: "pd.DataFrame") -> tuple["pd.DataFrame", int, list[str]]:
+def _checked_tensors(table: pd.DataFrame) -> tuple[pd.DataFrame, int, list[str]]:
     """The tensors in order, the number of blocks they are of, and what is wrong with them."""
     table = table.assign(component=table["component"].fillna("").astype(str))
     problems = []
@@ -136,7 +129,7 @@ def _checked_tensors(table: "pd.DataFrame") -> tuple["pd.DataFrame", int, list[s
     return table.sort_values(["component", "layer"], key=_ordered_by(order), kind="stable"), blocks, problems
 
 
-def _grid_problems(table: "pd.DataFrame", components: Iterable[str], blocks: int) -> list[str]:
+def _grid_problems(table: pd.DataFrame, components: Iterable[str], blocks: int) -> list[str]:
     """Each component is in each block once, and nothing lies deeper than behind the last."""
     counts = table.groupby(["component", "layer"]).size()
     problems = []

@@ -6,25 +6,20 @@ sigma_t(l) = softmax over t of ( tau_t alpha_t(l) / temperature )
 weight     = T sigma_t(l)                                           the mean over the T experts is 1
 """
 
-from typing import TYPE_CHECKING
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-ALIGNMENTS = ("distance", "similarity")
+from utils.guidance.sens_merging.method import ALIGNMENTS
 
 
-def normalized_sensitivities(sensitivities: "np.ndarray") -> "np.ndarray":
+def normalized_sensitivities(sensitivities: np.ndarray) -> np.ndarray:
     """alpha: each expert's sensitivities [experts, layers] divided by their Euclidean norm; zeros stay zeros."""
-    import numpy as np
-
     largest = sensitivities.max(axis=1, keepdims=True)
     scaled = sensitivities / np.where(largest > 0, largest, 1.0)  # first, so that squares neither over- nor underflow
     norms = np.linalg.norm(scaled, axis=1, keepdims=True)
     return scaled / np.where(norms > 0, norms, 1.0)
 
 
-def alignment_factors(distances: "np.ndarray", alignment: str = "distance") -> "np.ndarray":
+def alignment_factors(distances: np.ndarray, alignment: str = "distance") -> np.ndarray:
     """tau: one factor per expert, not negative, summing to 1.
 
     `distance` is the published formula, which favors the expert that differs most from the others:
@@ -36,8 +31,6 @@ def alignment_factors(distances: "np.ndarray", alignment: str = "distance") -> "
         distances: g(t,u), [experts, experts], what is on the diagonal is ignored; at least two experts.
         alignment: one of `ALIGNMENTS`.
     """
-    import numpy as np
-
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment {alignment!r} is not one of {ALIGNMENTS}")
     count = len(distances)
@@ -49,7 +42,7 @@ def alignment_factors(distances: "np.ndarray", alignment: str = "distance") -> "
     return shares if alignment == "distance" else (1 - shares) / (count - 1)
 
 
-def layer_weights(alphas: "np.ndarray", factors: "np.ndarray", temperature: float) -> "np.ndarray":
+def layer_weights(alphas: np.ndarray, factors: np.ndarray, temperature: float) -> np.ndarray:
     """T sigma: the weight of each expert in each layer; over the experts, weights of a layer have a mean of 1.
 
     Args:
@@ -60,8 +53,6 @@ def layer_weights(alphas: "np.ndarray", factors: "np.ndarray", temperature: floa
     Returns:
         [experts, layers]; exactly 1 everywhere where the experts do not differ.
     """
-    import numpy as np
-
     scores = factors[:, None] * alphas
     with np.errstate(
         over="ignore"

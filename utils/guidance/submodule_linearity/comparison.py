@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
 from utils.guidance.submodule_linearity.parts import (
-    TENSOR,
     Submodule,
     block_submodules,
     outside_submodules,

@@ -14,8 +14,9 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.guidance.submodule_linearity.gram import TriangularRoot, gram_of_linear_maps, token_rows
+from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
-from utils.guidance.submodule_linearity.parts import TENSOR, outside_submodules, own_parameters
+from utils.guidance.submodule_linearity.parts import outside_submodules, own_parameters
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tied_names
 from utils.pair.batches import MicroBatch

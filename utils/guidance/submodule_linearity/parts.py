@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from utils.errors import UserError
+from utils.guidance.submodule_linearity.method import ATTENTION_MLP, BLOCK, TENSOR
 from utils.models.decoder import Decoder
 
-BLOCK, ATTENTION_MLP, TENSOR = LEVELS = ("block", "attention_mlp", "tensor")
 WHOLE_BLOCK = "block"  # what a part is called whose path inside the block is empty
 
 

@@ -1,14 +1,11 @@
 """What guidance `submodule_linearity` says of its result: spread, fit and non-linearity in words, and its pictures."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from utils.guidance.submodule_linearity.weights import Misfit, best_uniform_weight
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def spread_lines(types: Sequence[str], weights: Sequence[np.ndarray]) -> list[str]:
@@ -38,7 +35,7 @@ def fit_lines(fits: Sequence[Misfit], weights: Sequence[np.ndarray]) -> list[str
     ]
 
 
-def score_lines(scores: "pd.DataFrame", types: Sequence[str]) -> list[str]:
+def score_lines(scores: pd.DataFrame, types: Sequence[str]) -> list[str]:
     """A line per expert: median and most of the scores at each level."""
     lines = []
     for name in types if len(scores) else ():
@@ -54,7 +51,7 @@ def score_lines(scores: "pd.DataFrame", types: Sequence[str]) -> list[str]:
     return lines
 
 
-def score_pictures(scores: "pd.DataFrame", types: Sequence[str]) -> dict[str, bytes]:
+def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, bytes]:
     """A heatmap per expert of how far its parts are from linear, on one color scale; PNGs by the end of their names.
 
     The root of the score is shown, in percent: the root mean square of what linearity gets wrong, relative to the whole

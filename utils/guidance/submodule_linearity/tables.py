@@ -1,4 +1,4 @@
-"""The tables of guidance `submodule_linearity` in the dataframe folder: writing, reading and checking.
+"""The tables of guidance `submodule_linearity` in the dataframe folder: their columns, and their reading.
 
 | file | rows |
 |---|---|
@@ -10,98 +10,26 @@ A part is a layer (-1 before the blocks, the number of blocks behind them) and a
 blocks is recorded at level `tensor` and belongs to every level. The halves of a pair may come in either order, once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from utils.errors import UserError, raise_collected
 from utils.guidance.folder import read_csv, read_table
+from utils.guidance.submodule_linearity.method import BLOCK, GRAM, LEVELS, SCORES, TENSOR, TENSORS
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
-    from utils.guidance.submodule_linearity.part_changes import PartChanges
-    from utils.passes.subjects import Subject
-
-GRAM, TENSORS, SCORES = (f"submodule_linearity_{end}.csv" for end in ("gram", "tensors", "nonlinearity"))
 GRAM_COLUMNS = ("level", "layer", "submodule", "text", "model", "other", "value")
 TENSORS_COLUMNS = ("level", "layer", "submodule", "tensor", "component", "params")
 SCORES_COLUMNS = ("level", "layer", "submodule", "model", "score")
-LEVELS = ("block", "attention_mlp", "tensor")  # of utils/guidance/submodule_linearity/parts.py, which imports torch
-_OUTSIDE = "tensor"  # the level under which what lies outside the blocks is recorded
-_DEPTH = "block"  # the level that has one part for each block
+_OUTSIDE = TENSOR  # the level under which what lies outside the blocks is recorded
+_DEPTH = BLOCK  # the level that has one part for each block
 
 Place = tuple[int, str]  # layer, submodule
 
 
-def gram_table(parts: "Sequence[PartChanges]", types: Sequence[str], text_of: Mapping[str, int]) -> "pd.DataFrame":
-    """The Gram matrices; experts that share a text have equal rows for it.
-
-    Args:
-        parts: what was measured.
-        types: the experts, as in its Gram matrices.
-        text_of: the place of each expert's own text there.
-    """
-    import pandas as pd
-
-    rows = []
-    for part in parts:
-        grams = part.grams.tolist()
-        for level in part.levels:
-            for text in types:
-                gram = grams[text_of[text]]
-                for first, model in enumerate(types):
-                    for second in range(first, len(types)):
-                        rows.append((level, part.layer, part.name, text, model, types[second], gram[first][second]))
-    return pd.DataFrame(rows, columns=list(GRAM_COLUMNS))
-
-
-def tensors_table(base: "Subject", parts: "Sequence[PartChanges]") -> "pd.DataFrame":
-    """The tensors of the parts, by their names in the base's checkpoint (its headers include the head).
-
-    A tied parameter has the other one's tensor; where a checkpoint stores both, it has both, so that they are merged
-    with one weight and stay equal.
-    """
-    import pandas as pd
-
-    from utils.models.weight_source import tied_names
-
-    decoder, model = base.decoder, base.decoder.model
-    tied = tied_names(model)
-    components = {
-        decoder.weight_name(layer, component): component.name
-        for layer in range(len(decoder.blocks))
-        for component in decoder.components
-    }
-    rows = []
-    for part in parts:
-        for name in part.parameters:
-            params = model.get_parameter(name).numel()
-            names = [name, tied[name]] if name in tied else [name]
-            if base.headers is not None:
-                names = [one for one in names if one in base.headers]
-            for one in names[-1:] if base.headers is None else names:
-                row = (part.layer, part.name, base.stored_name(one), components.get(one, ""), params)
-                rows += [(level, *row) for level in part.levels]
-    return pd.DataFrame(rows, columns=list(TENSORS_COLUMNS))
-
-
-def scores_table(parts: "Sequence[PartChanges]", types: Sequence[str]) -> "pd.DataFrame":
-    """The non-linearity scores, without those of what is no larger part."""
-    import pandas as pd
-
-    rows = [
-        (level, part.layer, part.name, types[expert], float(score))
-        for part in parts
-        for level in part.levels
-        if level != _OUTSIDE
-        for expert, score in sorted(part.scores.items())
-    ]
-    return pd.DataFrame(rows, columns=list(SCORES_COLUMNS))
-
-
-def read_tensors(folder: Path, level: str) -> "pd.DataFrame":
+def read_tensors(folder: Path, level: str) -> pd.DataFrame:
     """The rows of one level and of what lies outside the blocks; `component` is "" for what is none.
 
     Raises:
@@ -135,8 +63,8 @@ def read_tensors(folder: Path, level: str) -> "pd.DataFrame":
 
 
 def read_grams(
-    folder: Path, tensors: "pd.DataFrame", types: Sequence[str], known: Sequence[str]
-) -> "dict[Place, np.ndarray]":
+    folder: Path, tensors: pd.DataFrame, types: Sequence[str], known: Sequence[str]
+) -> dict[Place, np.ndarray]:
     """The Gram matrices of the parts in `tensors`.
 
     Args:
@@ -152,9 +80,6 @@ def read_grams(
         UserError: the file is missing or malformed; a type is unknown; a value is missing, given twice or not finite; an
             expert's product with itself is negative.
     """
-    import numpy as np
-    import pandas as pd
-
     table = read_table(folder, GRAM, GRAM_COLUMNS)
     where = str(folder / GRAM)
     problems = _unknown(table, "level", LEVELS) + _not_whole(table, "layer", -1)
@@ -190,14 +115,12 @@ def read_grams(
     return found
 
 
-def read_scores(folder: Path, known: Sequence[str]) -> "pd.DataFrame":
+def read_scores(folder: Path, known: Sequence[str]) -> pd.DataFrame:
     """The non-linearity scores; no rows if none were measured.
 
     Raises:
         UserError: the file is missing or malformed, a type is unknown, a score is given twice, not finite or negative.
     """
-    import pandas as pd
-
     path = folder / SCORES
     if not path.is_file():
         raise UserError(f"{path} is missing; run lewis_importance.py with this config and guidance first")
@@ -217,13 +140,11 @@ def read_scores(folder: Path, known: Sequence[str]) -> "pd.DataFrame":
     return table.assign(score=scores.astype("float64"), layer=table["layer"].astype(int))
 
 
-def _unknown(table: "pd.DataFrame", column: str, known: Sequence[str], why: str = "is unknown") -> list[str]:
+def _unknown(table: pd.DataFrame, column: str, known: Sequence[str], why: str = "is unknown") -> list[str]:
     return [f"{column} {value!r} {why}" for value in table[column].unique().tolist() if value not in known]
 
 
-def _not_whole(table: "pd.DataFrame", column: str, least: int) -> list[str]:
-    import pandas as pd
-
+def _not_whole(table: pd.DataFrame, column: str, least: int) -> list[str]:
     values = pd.to_numeric(table[column], errors="coerce")
     bad = table.loc[~((values >= least) & (values < 2**53) & (values % 1 == 0)), column]
     return [f"{column} {value!r} is no whole number of at least {least}" for value in bad.unique().tolist()[:3]]

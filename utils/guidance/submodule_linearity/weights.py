@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WEIGHTINGS = ("equal", "raw")
-
 
 @dataclass(frozen=True)
 class Misfit:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.guidance.lewis import second_moments
-from utils.guidance.lewis.second_moments import SecondMoments, column_square_sums, real_rows
 from utils.pair.batches import MicroBatch
+from utils.passes import second_moments
+from utils.passes.second_moments import SecondMoments, column_square_sums, real_rows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTHS = [(5, 3, 1), (1, 4), (4, 4, 2), (7,), (3, 3)]

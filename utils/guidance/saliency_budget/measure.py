@@ -1,0 +1,123 @@
+"""Saliency budget, measure half: saliencies of every expert on its own text, and vectors for every parameter."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+
+from utils.guidance.folder import csv_bytes
+from utils.guidance.measure_job import Measured, MeasureJob, Work
+from utils.guidance.saliency_budget.expert_saliency import measure_saliency
+from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
+from utils.guidance.saliency_budget.tables import COLUMNS
+from utils.passes.language_head import require_head
+from utils.passes.subjects import Subject
+from utils.recipes.saliency_vectors import vector_file_bytes
+from utils.runtime import gigabytes
+
+_SILENT = 0.1  # share of the changed entries without any gradient from which on something is wrong
+
+
+def choices(job: MeasureJob) -> list[str]:
+    """Lines that say how a job will be measured."""
+    parts = job.base.decoder.components
+    found = []
+    for expert in job.experts:
+        sizes = [
+            job.text(subject, expert).tokens
+            * len(subject.decoder.blocks)
+            * subject.decoder.model.config.get_text_config(decoder=True).hidden_size
+            * subject.dtype.itemsize
+            for subject in _at(job, expert)
+        ]
+        weights = [job.base.decoder.blocks[0].get_submodule(part.path).weight.numel() for part in parts]
+        blocks = f"{expert.decoder.blocks_path}."
+        named = expert.decoder.model.named_parameters()
+        outside = [value.numel() for name, value in named if not name.startswith(blocks)]
+        found.append(sum(sizes) + max(4 * sum(weights), expert.dtype.itemsize * sum(outside)))
+    point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
+    return [
+        f"components: {', '.join(part.name for part in parts)} "
+        f"({'as configured' if job.config.components else 'every linear part of a block'}); vectors of every parameter",
+        f"gradients: {point[job.options['gradient_at']]}, sample by sample, block by block; beside what is said below, up "
+        f"to {gigabytes(max(found))} for hidden states at every block's entrance, and one block's squared gradients or "
+        "the embeddings' gradients",
+    ]
+
+
+def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
+    """The models whose gradients are taken."""
+    wanted = POINTS[job.options["gradient_at"]]
+    return tuple(subject for subject, is_wanted in zip((job.base, expert), wanted, strict=True) if is_wanted)
+
+
+def measure(job: MeasureJob) -> Measured:
+    """Saliencies of every expert on its own text."""
+    at, works = POINTS[job.options["gradient_at"]], []
+    for expert in job.experts:
+        for subject in _at(job, expert):
+            if subject.headers is not None:
+                require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
+        # A skeleton of its own for each work: works may run side by side, and weights are placed into it.
+        pair = tuple(_own_skeleton(subject) for subject in (job.base, expert))
+        blocks = 2 * len(_at(job, expert)) * len(expert.decoder.blocks)
+        works.append(Work(expert.entry.type, blocks, partial(measure_saliency, job, *pair, at)))
+    measured = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
+    rows = {
+        TENSORS: [row for one in measured.values() for row in one.tensors],
+        HISTOGRAM: [row for one in measured.values() for row in one.bins],
+    }
+    tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in COLUMNS.items()}
+    files = {name: csv_bytes(table) for name, table in tables.items()}
+    files |= {vector_file(name): vector_file_bytes(one.vectors) for name, one in measured.items()}
+    notes, warnings = [], []
+    for expert in job.experts:
+        name = expert.entry.type
+        own = tables[TENSORS][tables[TENSORS]["model"] == name]
+        notes.append(_note(name, own, measured[name].losses))
+        warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
+    return Measured(files, tuple(notes), tuple(warnings))
+
+
+def _own_skeleton(subject: Subject) -> Subject:
+    return replace(subject, decoder=copy.deepcopy(subject.decoder))
+
+
+def _note(model: str, tensors: pd.DataFrame, losses: Sequence[tuple[float, ...]]) -> str:
+    shown = [
+        f"{sum(values) / len(values):.4f} at {point}"
+        for point, values in zip(("the base", "the expert"), losses, strict=True)
+        if values
+    ]
+    explained = tensors["explained"]
+    return (
+        f"{model}: loss {', '.join(shown)} (nats per token on its own text, {len(max(losses, key=len))} samples); two "
+        f"vectors per tensor explain {explained.median():.0%} of the variance of log F (median over tensors; least "
+        f"{explained.min():.0%})"
+    )
+
+
+def _doubts(expert: Subject, tensors: pd.DataFrame) -> list[str]:
+    changed = int(tensors["changed"].sum())
+    if not changed:
+        return [f"{expert.entry.name} has exactly the base's weights in all that was measured; is it the same model?"]
+    silent = (tensors["changed"] - (tensors["params"] - tensors["zeros"])).sum() / changed
+    if silent < _SILENT:
+        return []
+    return [
+        f"{silent:.0%} of the entries that {expert.entry.name} changed have no gradient on this text in {expert.dtype}; "
+        "more samples or --dtype float32 or bfloat16 may help"
+    ]
+
+
+def _unskilled(expert: Subject, at_base: Sequence[float], at_expert: Sequence[float]) -> list[str]:
+    """A doubt where both were taken and the expert is no better on its own text than the base."""
+    before, after = (sum(losses) / max(1, len(losses)) for losses in (at_base, at_expert))
+    if not at_base or not at_expert or after < before:
+        return []
+    return [
+        f"{expert.entry.name} is no better on its own text than the base (loss {after:.4f}, base {before:.4f}), so its "
+        "gradients say little of its skill; is it the text of its task (calibration in the pair config)?"
+    ]

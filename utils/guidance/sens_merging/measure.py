@@ -1,0 +1,183 @@
+"""Sens-Merging, measure half: sensitivities of each expert on its own text, distances between the experts' logits."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+
+from utils.errors import UserError
+from utils.guidance.folder import csv_bytes
+from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
+from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
+from utils.guidance.sens_merging.method import DISTANCES, LOSSES, SENSITIVITY, TENSORS
+from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
+from utils.guidance.sens_merging.tables import FILES
+from utils.models.weight_source import tied_names
+from utils.pair.source import CalibrationSource
+from utils.passes.block_gradients import observe_gradients
+from utils.passes.block_runner import run_blocks
+from utils.passes.language_head import fetch_head, language_head, require_head
+from utils.passes.subjects import Subject
+from utils.runtime import gigabytes
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """What one expert's passes gave: sensitivities [blocks], the samples' losses, final hidden states [tokens, hidden] of
+    each text, the weights of its head."""
+
+    sensitivities: list[float]
+    losses: tuple[float, ...]
+    finals: Mapping[CalibrationSource, torch.Tensor]
+    head: Mapping[str, torch.Tensor]
+
+
+def choices(job: MeasureJob) -> list[str]:
+    """Lines that say how a job will be measured."""
+    found = []
+    for expert in job.experts:
+        tokens, blocks = job.text(expert, expert).tokens, len(expert.decoder.blocks)
+        hidden = expert.decoder.model.config.get_text_config(decoder=True).hidden_size
+        found.append(tokens * blocks * hidden * expert.dtype.itemsize)
+    return [
+        "gradients: sample by sample, block by block; beside what is said below, the hidden states at every block's "
+        f"entrance are kept, up to {gigabytes(max(found))}"
+    ]
+
+
+def measure(job: MeasureJob) -> Measured:
+    """Sensitivities of each expert on its own text, distances between experts on each other's."""
+    for expert in job.experts:
+        _refuse_what_cannot_be_compared(job, expert)
+    tensors = _tensor_rows(job.base)
+    works = [
+        Work(expert.entry.type, 3 * len(expert.decoder.blocks), partial(_passes, job, expert)) for expert in job.experts
+    ]
+    experts = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
+    (compared,) = job.run([Work("distances", len(works) * (len(works) - 1), partial(_distances, job, experts))])
+    distances, warnings = compared
+    rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
+    losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
+    contents = {SENSITIVITY: rows, DISTANCES: distances, TENSORS: tensors, LOSSES: losses}
+    return Measured(
+        files={file: csv_bytes(pd.DataFrame(contents[file], columns=list(columns))) for file, columns in FILES.items()},
+        notes=tuple(
+            [
+                f"{name}: loss {loss:.4f} nats per token on its own text ({count} samples)"
+                for name, count, loss in losses
+            ]
+            + [f"{row[0]} against {row[1]}: logits {row[2]:.4g} apart on the text of {row[1]}" for row in distances]
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _refuse_what_cannot_be_compared(job: MeasureJob, expert: Subject) -> None:
+    """Refuse, before weights are read, an expert without a head or with other tokens than the rest."""
+    if expert.headers is not None:
+        require_head(expert.decoder, expert.headers, f"model {expert.entry.name}")
+    first = job.experts[0]
+    for other in job.experts:
+        if job.text(expert, other).encoded != job.text(first, other).encoded:
+            raise UserError(
+                f"--guidance sens_merging compares the experts' logits token by token, but {expert.entry.name} and "
+                f"{first.entry.name} split the text of {other.entry.type} into different tokens; use experts with the "
+                "same tokenizer, or another --guidance"
+            )
+
+
+def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
+    """(name in the checkpoint, layer, component, parameters) of every parameter that is stored; -1 before the blocks, the
+    number of blocks behind them (in the order in which the model declares its parts)."""
+    decoder = base.decoder
+    layers, blocks = block_layers(decoder), len(decoder.blocks)
+    components = {decoder.weight_name(layer, part): part.name for layer in range(blocks) for part in decoder.components}
+    stored = base.checkpoint.tensors if base.headers is None else base.headers
+    rows, absent, outside = [], [], -1
+    for name, value in decoder.model.named_parameters():
+        if name in layers:
+            outside = blocks
+        if name in stored:
+            layer = layers.get(name, outside)
+            rows.append((base.stored_name(name), layer, components.get(name, ""), value.numel()))
+        elif name not in tied_names(decoder.model):
+            absent.append(name)
+    if absent:
+        raise UserError(
+            f"model {base.entry.name}: its checkpoint has no {', '.join(absent[:4])}, which the model has under that "
+            "name: transformers renames tensors while loading, or the head is missing. A recipe could not weigh them; "
+            "save the models with the names they have in memory"
+        )
+    return rows
+
+
+def _passes(job: MeasureJob, expert: Subject, device: torch.device, on_block: OnBlock) -> _Expert:
+    """An expert's way forward and back on its own text, then forward on every text."""
+    decoder, own = expert.decoder, job.text(expert, expert)
+    observer = SensitivityObserver(decoder, device)
+    weights = job.open_weights(expert, device)
+    losses = observe_gradients(decoder, weights, own.encoded, observer, device, on_block=on_block)
+    values = [value / len(own.encoded) for value in observer.sums.tolist()]
+    for layer, value in enumerate(values):
+        if not value < float("inf"):
+            raise UserError(
+                f"model {expert.entry.name}: the sensitivity of block {layer} is {value}: gradients are not finite in "
+                f"{expert.dtype}; use --dtype float32 or bfloat16"
+            )
+    batches = [batch for text in expert.texts.values() for batch in text.batches]
+    weights = job.open_weights(expert, device)
+    found = iter(run_blocks(decoder, weights, batches, _Bystander(), device, on_block=on_block))
+    finals = {
+        source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
+    }
+    head = fetch_head(decoder, job.open_weights(expert, device))
+    return _Expert(values, losses, finals, {name: tensor.cpu() for name, tensor in head.items()})
+
+
+class _Bystander:
+    """A visitor of blocks that only lets the tokens through."""
+
+    rewrites = False
+
+    def observing(self, layer: int, block: Any) -> Any:
+        """Observe nothing."""
+        return contextlib.nullcontext()
+
+    def begin(self, batch: Any) -> None:
+        """Nothing to note."""
+
+    def finish(self, layer: int, block: Any) -> None:
+        """Nothing to take."""
+
+
+def _distances(
+    job: MeasureJob, found: Mapping[str, _Expert], device: torch.device, on_block: OnBlock
+) -> tuple[list[tuple[str, str, float, int]], list[str]]:
+    """Rows (model, other, distance on the other's text, tokens), and warnings; two heads are in memory at a time."""
+    rows, warnings = [], []
+    for expert in job.experts:
+        for other in job.experts:
+            if other is expert:
+                continue
+            ours, theirs = found[expert.entry.type], found[other.entry.type]
+            text = job.config.text_of(other.entry.type)
+            sizes = [one.decoder.model.get_input_embeddings().weight.shape[0] for one in (expert, other)]
+            with (
+                language_head(expert.decoder, ours.head, device) as our_logits,
+                language_head(other.decoder, theirs.head, device) as their_logits,
+            ):
+                finals, at_once = (ours.finals[text], theirs.finals[text]), tokens_at_once(max(sizes))
+                mean, sizes = mean_distance(*finals, our_logits, their_logits, device, at_once)
+            distance = float(mean)
+            names = f"{expert.entry.name} and {other.entry.name}"
+            if not distance < float("inf"):
+                raise UserError(f"the distance between the logits of {names} is {distance}; use --dtype float32")
+            if sizes[0] != sizes[1]:
+                warnings.append(f"{names} have {sizes[0]} and {sizes[1]} logits; the first {min(sizes)} were compared")
+            rows.append((expert.entry.type, other.entry.type, distance, len(finals[0])))
+            on_block(len(rows))
+    return rows, warnings

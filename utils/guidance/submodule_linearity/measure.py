@@ -1,0 +1,166 @@
+"""Submodule linearity, measure half: Gram matrices and scores of every part, in one pass of the base through all texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import torch
+
+from utils.errors import UserError
+from utils.guidance.folder import csv_bytes
+from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
+from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
+from utils.guidance.submodule_linearity.method import GRAM, NAME, SCORES, TENSOR, TENSORS
+from utils.guidance.submodule_linearity.outside_changes import ComparedModel
+from utils.guidance.submodule_linearity.part_changes import PartChanges
+from utils.guidance.submodule_linearity.tables import GRAM_COLUMNS, SCORES_COLUMNS, TENSORS_COLUMNS
+from utils.models.weight_source import match_names, tied_names
+from utils.passes.subjects import Subject
+from utils.runtime import gigabytes
+
+
+def choices(job: MeasureJob) -> list[str]:
+    """Lines that say how a job will be measured."""
+    models = (job.base, *job.experts)
+    largest = max(sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks)
+    lines = [
+        "inputs: the base's own; parts: blocks, their children, every module with parameters; all in float32, because "
+        "bfloat16 would round away what a fine-tune changes",
+        f"memory: two blocks of all {len(models)} models together, {gigabytes(2 * 4 * largest * len(models))}, are part "
+        "of what it needs beside the estimate below",
+    ]
+    if len(job.devices) > 1:
+        lines.append(f"of the devices only {job.devices[0]} is used: the models go through one block together")
+    return lines
+
+
+def measure(job: MeasureJob) -> Measured:
+    """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
+    require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
+    compared = [_with_head(subject) for subject in (job.base, *job.experts)]
+    work = Work(NAME, len(job.base.decoder.blocks), partial(_compared, job, compared))
+    (parts,) = job.run([work])
+    _refuse_not_finite(job, parts)
+    types = [expert.entry.type for expert in job.experts]
+    text_of = {one: list(job.config.texts).index(job.config.text_of(one)) for one in types}
+    files = {
+        GRAM: _gram_table(parts, types, text_of),
+        TENSORS: _tensors_table(compared[0], parts),
+        SCORES: _scores_table(parts, types),
+    }
+    return Measured({name: csv_bytes(table) for name, table in files.items()}, warnings=tuple(_warnings(job, parts)))
+
+
+def _with_head(subject: Subject) -> Subject:
+    """The subject with the head's name among its headers."""
+    if subject.headers is None:
+        return subject
+    headers = match_names(subject.decoder.model, subject.checkpoint, head=True)
+    if headers is None:
+        raise UserError(
+            f"model {subject.entry.name}: its checkpoint holds no language-model head; save the whole causal language "
+            "model"
+        )
+    return replace(subject, headers=headers)
+
+
+def _compared(
+    job: MeasureJob, compared: Sequence[Subject], device: torch.device, on_block: OnBlock
+) -> list[PartChanges]:
+    types = [expert.entry.type for expert in job.experts]
+    texts = [
+        ComparedText(
+            job.base.texts[source].batches,
+            tuple(place for place, one in enumerate(types) if job.config.text_of(one) == source),
+        )
+        for source in job.config.texts
+    ]
+    base, *experts = (_opened(job, subject, device) for subject in compared)
+    return compare_models(base, experts, texts, device, scores=bool(job.options["nonlinearity"]), on_block=on_block)
+
+
+def _opened(job: MeasureJob, subject: Subject, device: torch.device) -> ComparedModel:
+    weights = job.open_weights(replace(subject, dtype=torch.float32), device)
+    stored = weights if subject.headers is None else job.open_weights(subject, device)
+    return ComparedModel(subject.decoder, weights, stored, f"model {subject.entry.name}")
+
+
+def _refuse_not_finite(job: MeasureJob, parts: Sequence[PartChanges]) -> None:
+    for part in parts:
+        if not bool(part.grams.isfinite().all()):
+            raise UserError(
+                f"what the experts change about {part.name} of layer {part.layer} is not finite: the weights of a model "
+                f"or the hidden states of {job.base.entry.name} are not; check the checkpoints"
+            )
+
+
+def _warnings(job: MeasureJob, parts: Sequence[PartChanges]) -> list[str]:
+    found = []
+    for place, expert in enumerate(job.experts):
+        if not any(float(part.grams[:, place, place].sum()) > 0 for part in parts):
+            found.append(f"{expert.entry.name} changes nothing on this text; is it the base?")
+    rows = {one.decoder.model.get_output_embeddings().weight.shape[0] for one in (job.base, *job.experts)}
+    if len(rows) > 1:
+        found.append(
+            f"vocabularies have {min(rows)} to {max(rows)} rows; the head is weighed by the first {min(rows)}, which all have"
+        )
+    return found
+
+
+def _gram_table(parts: Sequence[PartChanges], types: Sequence[str], text_of: Mapping[str, int]) -> pd.DataFrame:
+    """The Gram matrices; experts that share a text have equal rows for it.
+
+    Args:
+        parts: what was measured.
+        types: the experts, as in its Gram matrices.
+        text_of: the place of each expert's own text there.
+    """
+    rows = []
+    for part in parts:
+        grams = part.grams.tolist()
+        for level in part.levels:
+            for text in types:
+                gram = grams[text_of[text]]
+                for first, model in enumerate(types):
+                    for second in range(first, len(types)):
+                        rows.append((level, part.layer, part.name, text, model, types[second], gram[first][second]))
+    return pd.DataFrame(rows, columns=list(GRAM_COLUMNS))
+
+
+def _tensors_table(base: Subject, parts: Sequence[PartChanges]) -> pd.DataFrame:
+    """The tensors of the parts, by their names in the base's checkpoint (its headers include the head).
+
+    A tied parameter has the other one's tensor; where a checkpoint stores both, it has both, so that they are merged
+    with one weight and stay equal.
+    """
+    decoder, model = base.decoder, base.decoder.model
+    tied = tied_names(model)
+    components = {
+        decoder.weight_name(layer, component): component.name
+        for layer in range(len(decoder.blocks))
+        for component in decoder.components
+    }
+    rows = []
+    for part in parts:
+        for name in part.parameters:
+            params = model.get_parameter(name).numel()
+            names = [name, tied[name]] if name in tied else [name]
+            if base.headers is not None:
+                names = [one for one in names if one in base.headers]
+            for one in names[-1:] if base.headers is None else names:
+                row = (part.layer, part.name, base.stored_name(one), components.get(one, ""), params)
+                rows += [(level, *row) for level in part.levels]
+    return pd.DataFrame(rows, columns=list(TENSORS_COLUMNS))
+
+
+def _scores_table(parts: Sequence[PartChanges], types: Sequence[str]) -> pd.DataFrame:
+    """The non-linearity scores, without those of what is no larger part."""
+    rows = [
+        (level, part.layer, part.name, types[expert], float(score))
+        for part in parts
+        for level in part.levels
+        if level != TENSOR
+        for expert, score in sorted(part.scores.items())
+    ]
+    return pd.DataFrame(rows, columns=list(SCORES_COLUMNS))

@@ -3,8 +3,11 @@
 python -m pytest tests/guidance/test_method.py
 """
 
+import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +65,21 @@ def test_every_package_of_the_folder_is_a_method_with_flags_of_its_own():
     for half in ("measure", "decide"):
         names = [flag.name for method in methods.values() for flag in method.flags(half)]
         assert len(names) == len(set(names))
+
+
+def test_knowing_the_methods_loads_none_of_their_libraries():
+    script = (
+        "import sys; from utils.guidance.method import guidance_methods; guidance_methods(); "
+        "print(sorted({'torch', 'numpy', 'pandas', 'transformers', 'mergekit'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_method_has_its_halves():
+    for method in guidance_methods().values():
+        measure, decide = (importlib.import_module(f"{method.package}.{half}") for half in ("measure", "decide"))
+        assert callable(measure.choices) and callable(measure.measure) and callable(decide.decide)
 
 
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):

@@ -13,7 +13,6 @@ from utils.reports.values import (
     History,
     Importance,
     ModelRecord,
-    Outcome,
     Page,
     Recipe,
     Role,
@@ -25,8 +24,8 @@ from utils.reports.values import (
     TextRecord,
     Trial,
     TrialState,
-    Verdict,
 )
+from utils.reports.verdict import judge
 
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -63,19 +62,15 @@ def full_page(candidates: int = 5, tasks: int = 2, trials: int = 40, layers: int
         tuple(_heatmap(expert.name, layers, draw) for expert in experts[:2]),
         "merge_method: guided_mean\nbase_model: base\nparameters:\n  lambda: 0.62\n",
     )
+    standings = tuple(_standing(one.name, gains, names, draw) for one in contenders)
     return Page(
         title="Merges of math and code into small-base",
-        verdict=Verdict(
-            "guided_mean power 0.00 is better than every uniform merge: it keeps 56.0% of the experts' gain, "
-            "21.0 points more than task arithmetic 0.4 (95% interval +17.2 to +24.8).",
-            Outcome.BETTER,
-            ("It is better than the base on both tasks; the least is kept on code, 51.2%.",),
-        ),
+        verdict=judge(found[0].name, "task arithmetic 0.4", standings) if found else None,
         contenders=contenders,
         reference="task arithmetic 0.4",
         winner=found[0].name if found else "",
         tasks=tuple(_task(names[task], gains[task], draw) for task in range(tasks)),
-        standings=tuple(_standing(one.name, gains, names, draw) for one in contenders),
+        standings=standings,
         recipe=recipe,
         history=_history(trials, draw),
         importance=Importance("fANOVA", (("λ", 0.52), ("merge method", 0.31), ("power", 0.11), ("mean density", 0.06))),

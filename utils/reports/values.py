@@ -81,6 +81,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class HubDataset:
+    """A data set of the hub that a task's rows come from: its id, configuration, split and revision."""
+
+    id: str
+    split: str = ""
+    config: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True)
 class TaskScores:
     """Everything that was scored on one task.
 
@@ -92,6 +102,8 @@ class TaskScores:
         rows: how many rows were scored.
         percent: the values are shares, shown as percentages.
         note: one sentence about the text or the scoring.
+        dataset: where the rows come from, if that is the hub.
+        metric: the hub's name of what `value` is ("accuracy", "exact_match"), if it has one; a loss has none.
     """
 
     name: str
@@ -101,6 +113,8 @@ class TaskScores:
     rows: int | None = None
     percent: bool = False
     note: str = ""
+    dataset: HubDataset | None = None
+    metric: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""One sentence that says whether the merge helped, made from the numbers, and the sentences that belong to it."""
+
+from collections.abc import Sequence
+
+from utils.reports.formats import interval, number, percent
+from utils.reports.tables import outcome_of
+from utils.reports.values import Estimate, Outcome, Standing, Verdict, is_known
+
+
+def judge(
+    winner: str, reference: str, standings: Sequence[Standing], reference_is: str = "the best uniform merge"
+) -> Verdict:
+    """The verdict on one contender.
+
+    Args:
+        winner: whom it is on.
+        reference: what it is compared with; may be the same, if nothing is better, or empty, if there is nothing.
+        standings: with both among them; the winner's `difference` is against the reference.
+        reference_is: what the reference is, in words.
+
+    Raises:
+        ValueError: the winner has no standing.
+    """
+    found = {one.contender: one for one in standings}
+    if winner not in found:
+        raise ValueError(f"{winner!r} has no standing")
+    ours = found[winner]
+    if not ours.gain.known:
+        return Verdict(f"{winner} could not be scored.", None)
+    keeps = f"keeps {percent(ours.gain.value)} of the experts' gain over the base"
+    if ours.gain.value < 0:
+        keeps = f"is worse than the base, by {percent(-ours.gain.value)} of the experts' gain"
+    if winner == reference:
+        return Verdict(
+            f"Nothing is better than {reference}, {reference_is}: it {keeps}.", Outcome.UNCLEAR, _details(ours)
+        )
+    if reference not in found or ours.difference is None or not ours.difference.known:
+        return Verdict(f"{winner} {keeps}.", None, _details(ours))
+    outcome = outcome_of(ours.difference, ours.p, higher_is_better=True)
+    start = {
+        Outcome.BETTER: f"{winner} is better than {reference}, {reference_is}: it {keeps}",
+        Outcome.WORSE: f"{winner} is worse than {reference}, {reference_is}: it {keeps}",
+        Outcome.UNCLEAR: f"No difference seen between {winner} and {reference}, {reference_is}: {winner} {keeps}",
+        None: f"{winner} {keeps}",
+    }[outcome]
+    return Verdict(f"{start}, {_apart(ours.difference, reference)}.", outcome, _details(ours))
+
+
+def _apart(difference: Estimate, reference: str) -> str:
+    """How far ahead or behind, in percentage points."""
+    size = number(100 * abs(difference.value), 1)
+    within = interval(difference, 1, scale=100.0, signed=True)
+    side = "more" if difference.value >= 0 else "less"
+    return f"{size} points {side} than {reference}" + (f" (95% interval {within})" if within else "")
+
+
+def _details(ours: Standing) -> tuple[str, ...]:
+    """The worst task and what was forgotten, as far as they are known."""
+    said = []
+    if is_known(ours.worst) and ours.worst_task:
+        share = percent(ours.worst)
+        below = ", below the base" if ours.worst < 0 else ""
+        said.append(f"Its worst task is {ours.worst_task}, where it keeps {share} of the expert's gain{below}.")
+    if ours.forgetting is not None and ours.forgetting.known:
+        change = ours.forgetting
+        within = interval(change, 3, signed=True)
+        shown = number(change.value, 3, signed=True) + (f" (95% interval {within})" if within else "")
+        outcome = outcome_of(change, None, higher_is_better=False)
+        meaning = f", {outcome}" if outcome else ""
+        said.append(f"On general text its loss differs from the base's by {shown} nats per token{meaning}.")
+    return tuple(said)

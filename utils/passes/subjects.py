@@ -145,23 +145,39 @@ def _batched(
     encoded: list[list[int]], seqlen: int, parity: bool, tokenizer: Any, model: Any, tokens_at_once: int, where: str
 ) -> EncodedText:
     longest = seqlen if parity else max(map(len, encoded))
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
-    rows = model.get_input_embeddings().weight.shape[0]
-    top = max(max(ids) for ids in encoded)
-    if top >= rows:
-        raise UserError(
-            f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
-            "belong to these weights"
-        )
+    rows = check_tokens(model, longest, max(max(ids) for ids in encoded), where)
     if parity:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token")
         left = tokenizer.padding_side == "left"
         return EncodedText(encoded, reference_batches(encoded, seqlen, tokens_at_once, tokenizer.eos_token_id, left))
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-    return EncodedText(encoded, micro_batches(encoded, tokens_at_once, pad))
+    return EncodedText(encoded, micro_batches(encoded, tokens_at_once, pad_token(tokenizer, rows)))
+
+
+def check_tokens(model: Any, longest: int, top: int, where: str) -> int:
+    """Check that a model has a position for every token of its longest sample, and a row for its largest token id.
+
+    Returns:
+        The rows of its embedding.
+
+    Raises:
+        UserError: it has not.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if top >= rows:
+        raise UserError(
+            f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
+            "belong to these weights"
+        )
+    return rows
+
+
+def pad_token(tokenizer: Any, rows: int) -> int:
+    """A token id to pad with, of an embedding with `rows` rows."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
 
 
 _TOKENIZER_REMEDY = (

@@ -1,0 +1,201 @@
+"""Losses of candidates: against plain transformers, and a recipe's against the model that command 3 writes from it.
+
+python -m pytest tests/evaluation/test_scoring.py
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.refusals import refused
+from tests.tiny_checkpoints import save_tiny
+from tests.tiny_evaluations import by_name, plain_losses, save_evaluated_pair
+from tests.tiny_merges import merge_here, recipe, tensors
+from tests.tiny_pairs import save_tokenizer
+from utils.evaluation.candidates import Candidate, models_of_pair
+from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
+from utils.evaluation.tasks import evaluation_rows
+from utils.pair.config import read_pair_config
+from utils.recipes.saliency_vectors import vector_file_bytes
+
+FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3_tied")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Pairs by family; read only."""
+    pairs = {}
+
+    def pair(family: str = "llama") -> Path:
+        if family not in pairs:
+            pairs[family] = save_evaluated_pair(tmp_path_factory.mktemp(family), family)
+        return pairs[family]
+
+    return pair
+
+
+def scorer(folder: Path, **settings) -> Scorer:
+    config = read_pair_config(folder / "pair.yaml")
+    return Scorer(config, evaluation_rows(config, validation=6, test=12), ScoreSettings(**settings))
+
+
+def rows_of(scoring: Scorer, part: str = "test") -> dict[str, list[int]]:
+    return {task.name: task.part(part) for task in scoring.tasks}
+
+
+def with_method(folder: Path, method: str, **keys) -> dict:
+    """A recipe of any method over base, code and math."""
+    if method == "slerp":
+        models = [{"model": str(folder / name)} for name in ("base", "code")]
+        data = {"models": models, "merge_method": "slerp", "base_model": str(folder / "base"), "dtype": "float32"}
+        return {**data, "parameters": {"t": 0.4}, **keys}
+    if method not in ("guided_ties", "guided_mean"):
+        return recipe(folder, method, **keys)
+    data = recipe(folder, "ties", dtype="float32", **keys) | {"merge_method": method}
+    for place, model in enumerate(data["models"][1:]):
+        path = Path(model["model"]).with_suffix(".vectors")
+        generator = torch.Generator().manual_seed(place)
+        named = tensors(Path(model["model"])).items()
+        vectors = {
+            name: tuple(torch.rand(n, generator=generator) * 1e-3 + 1e-6 for n in value.shape) for name, value in named
+        }
+        path.write_bytes(vector_file_bytes(vectors))
+        model["parameters"]["saliency"] = str(path)
+    return data
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_a_plain_forward(made, family):
+    folder = made(family)
+    scoring = scorer(folder, dtype="float32")
+    table = scoring.score(models_of_pair(scoring.config), rows_of(scoring))
+    assert list(table.columns) == list(COLUMNS)
+    for name, losses in by_name(table).items():
+        _, encoded = scoring.encoded(folder / name, name)
+        rows = [encoded[task][number] for task, numbers in rows_of(scoring).items() for number in numbers]
+        assert losses == pytest.approx(plain_losses(folder / name, [(row.ids, row.first) for row in rows]), rel=2e-5)
+        assert table[table.candidate == name].tokens.tolist() == [row.tokens for row in rows]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_scores_as_its_written_model(made, tmp_path, family):
+    assert_scores_as_written(made(family), tmp_path, plain(made(family)), 0)
+
+
+@pytest.mark.parametrize(
+    "method", ["ties", "task_arithmetic", "dare_ties", "della", "guided_mean", "guided_ties", "linear", "slerp"]
+)
+def test_a_recipe_of_any_method_scores_as_its_written_model(made, tmp_path, method):
+    assert_scores_as_written(made(), tmp_path, with_method(made(), method), 3)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", None), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_output_dtype_is_the_recipes(made, tmp_path, dtypes):
+    assert_scores_as_written(made(), tmp_path, recipe(made(), dtype=dtypes[0], out_dtype=dtypes[1]), 0)
+
+
+def plain(folder: Path) -> dict:
+    parameters = {"weight": 0.7, "density": 0.4}
+    models = [{"model": str(folder / name), "parameters": parameters} for name in ("code", "math")]
+    return {"models": models, "merge_method": "ties", "base_model": str(folder / "base"), "dtype": "bfloat16"}
+
+
+def assert_scores_as_written(folder: Path, place: Path, data: dict, seed: int) -> None:
+    scoring = scorer(folder)
+    scoring.settings.merge.__dict__["random_seed"] = seed
+    written = merge_here(place, data, random_seed=seed)
+    candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
+    losses = by_name(scoring.score(candidates, rows_of(scoring)))
+    assert losses["recipe"] == losses["written"]
+    assert losses["recipe"] != by_name(scoring.score(models_of_pair(scoring.config)[:1], rows_of(scoring)))["base"]
+
+
+def test_many_candidates_in_several_passes_are_those_scored_alone(made):
+    folder = made()
+    data = [recipe(folder, method) for method in ("ties", "task_arithmetic", "dare_ties", "linear")]
+    candidates = [Candidate(f"r{place}", recipe=one) for place, one in enumerate(data)]
+    together, by_two, alone = scorer(folder), scorer(folder, most_at_once=2), scorer(folder)
+    told = []
+    by_two.tell = told.append
+    whole = by_name(together.score(candidates, rows_of(together)))
+    assert by_name(by_two.score(candidates, rows_of(together))) == whole
+    assert told == ["4 candidates in 2 passes over the inputs, up to 2 at once"]
+    for candidate in candidates:
+        assert by_name(alone.score([candidate], rows_of(alone)))[candidate.name] == whole[candidate.name]
+
+
+@pytest.mark.parametrize("kind", ["slices", "passthrough", "union"])
+def test_recipes_of_other_layers_or_tokens_go_through_a_temporary_folder(made, tmp_path, kind):
+    folder = made()
+    told = []
+    scoring = scorer(folder, scratch=tmp_path)
+    scoring.tell = told.append
+    data = recipe(folder)
+    if kind == "union":
+        data["tokenizer"] = {"source": "union", "pad_to_multiple_of": 64}
+    else:
+        sources = [[{"model": str(folder / "code"), "layer_range": layers}] for layers in ([0, 2], [1, 3])]
+        data = {"slices": [{"sources": one} for one in sources], "merge_method": "passthrough", "dtype": "bfloat16"}
+    if kind == "slices":
+        both = [{"model": str(folder / name), "layer_range": [0, 2]} for name in ("base", "code")]
+        data = {"slices": [{"sources": both}], "merge_method": "ties", "dtype": "bfloat16"}
+        data |= {"base_model": str(folder / "base"), "parameters": {"density": 0.5, "weight": 1.0}}
+    written = merge_here(tmp_path, data)
+    candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
+    losses = by_name(scoring.score(candidates, rows_of(scoring)))
+    assert losses["recipe"] == losses["written"]
+    assert any("recipe is merged into a temporary folder" in line for line in told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.yaml"]
+
+
+def test_a_merge_that_is_not_finite_has_no_losses_and_stops_no_other(made):
+    folder = made()
+    scoring = scorer(folder)
+    bad = recipe(folder, dtype="float16", parameters={"lambda": 1e30})
+    candidates = [Candidate("bad", recipe=bad), Candidate("good", recipe=recipe(folder))]
+    losses = by_name(scoring.score(candidates, rows_of(scoring)))
+    assert all(math.isnan(loss) for loss in losses["bad"])
+    assert losses["good"] == by_name(scoring.score(candidates[1:], rows_of(scoring)))["good"]
+
+
+def test_the_rows_asked_for_in_their_order(made):
+    scoring = scorer(made())
+    table = scoring.score(models_of_pair(scoring.config)[:2], {"math": [3, 1], "code": [7]})
+    assert table[["candidate", "task", "row"]].values.tolist() == [
+        ["base", "math", 3],
+        ["base", "math", 1],
+        ["base", "code", 7],
+        ["code", "math", 3],
+        ["code", "math", 1],
+        ["code", "code", 7],
+    ]
+
+
+def test_names_in_a_recipe_begin_at_its_folder(made, monkeypatch, tmp_path):
+    folder = made()
+    relative = with_method(folder, "guided_mean")
+    absolute = Candidate("absolute", recipe=relative)
+    text = repr(relative).replace(f"{folder}/", "")
+    monkeypatch.chdir(tmp_path)
+    scoring = scorer(folder)
+    candidates = [absolute, Candidate("relative", recipe=eval(text), folder=folder)]
+    losses = by_name(scoring.score(candidates, rows_of(scoring)))
+    assert losses["absolute"] == losses["relative"]
+
+
+def test_recipes_of_other_models_are_refused_before_work(made, tmp_path):
+    folder = made()
+    save_tokenizer(save_tiny("llama", tmp_path / "other", seed=9))
+    scoring = scorer(folder)
+    other = recipe(folder)
+    other["models"][2]["model"] = str(tmp_path / "other")
+    with refused("candidate-other-models"):
+        scoring.check(Candidate("other", recipe=other))
+    base = recipe(folder)
+    base["base_model"] = str(folder / "math")
+    with refused("candidate-other-base"):
+        scoring.check(Candidate("base", recipe=base))
+    scoring.check(Candidate("good", recipe=recipe(folder)))
+    scoring.check(Candidate("model", model=str(tmp_path / "other")))

@@ -1,0 +1,58 @@
+"""A tiny pair to evaluate: three models, text for calibration and rows to spare, recipes; and losses by plain transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.tiny_merges import save_models
+from tests.tiny_pairs import write_config
+
+TEXT, ANSWER = "{question} {answer}", "{answer}"
+
+
+def save_evaluated_pair(folder: Path, family: str = "llama", rows: int = 40, **changes: Any) -> Path:
+    """Make `folder` with `base`, `code`, `math`, a text for each expert and `pair.yaml` with absolute paths."""
+    save_models(folder, family)
+    for name, word in (("code", "double"), ("math", "twice")):
+        write_rows(folder / f"{name}.jsonl", word, rows)
+    write_config(folder, pair_keys(folder) | changes)
+    return folder
+
+
+def write_rows(path: Path, word: str, rows: int) -> None:
+    """Questions of different lengths with answers."""
+    lines = [{"question": f"{word} {i} {'is ' * (i % 4)}?", "answer": f"It is {i + i}."} for i in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def pair_keys(folder: Path) -> dict[str, Any]:
+    """The keys of the config in which a pair to evaluate differs from one to measure."""
+    texts = {name: {"path": str(folder / f"{name}.jsonl"), "text": TEXT, "seqlen": 48} for name in ("code", "math")}
+    names = ("base", "code", "math")
+    return {
+        "model_info": [{"name": str(folder / name), "type": name} for name in names],
+        "dataset": texts["code"],
+        "calibration": texts,
+        "evaluation": {name: {**text, "answer": ANSWER} for name, text in texts.items()},
+    }
+
+
+def plain_losses(folder: Path, rows: list[tuple[list[int], int]], dtype: str = "float32") -> list[float]:
+    """Each row's loss, alone in its batch: token ids, first scored token; by transformers and log_softmax in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    found = []
+    with torch.no_grad():
+        for ids, first in rows:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+            picked = torch.log_softmax(logits, -1)[range(first - 1, len(ids) - 1), ids[first:]]
+            found.append(-picked.sum().item())
+    return found
+
+
+def by_name(table: Any) -> Mapping[str, list[float]]:
+    """A table of losses as one list for each candidate, in its order."""
+    return {name: part["nll"].tolist() for name, part in table.groupby("candidate", sort=False)}

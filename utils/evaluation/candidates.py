@@ -1,0 +1,153 @@
+"""What is evaluated: a model that lies on disk or on the hub, or a recipe, whose model is never written."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+from utils.merging.recipe_file import INPUT_KEYS, MergeRecipe, checked_recipe, model_names, read_recipe
+from utils.models.checkpoints import is_local
+from utils.pair.config import PairConfig
+
+_SUFFIXES = (".yaml", ".yml")
+_LAYER_KEYS = ("slices", "modules")
+_NAME_KEYS = ("model", "base_model", "path", "tokenizer_source", "source", "saliency")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table: a recipe (plain data, as in its YAML) or a model (folder or hub id), never both.
+
+    `folder` is where a recipe's relative names (models, files of vectors) begin; None for the current folder, which is
+    what command 3 takes. `role` is `candidate`, or `base`, `expert` or `control` for those that the command adds.
+    """
+
+    name: str
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
+    model: str | None = None
+    folder: Path | None = None
+    revision: str | None = None
+    role: str = "candidate"
+
+    def __post_init__(self) -> None:
+        if (self.recipe is None) == (self.model is None):
+            raise ValueError(f"candidate {self.name}: give a recipe or a model")
+
+    def merge_recipe(self) -> MergeRecipe:
+        """The recipe as command 3 would read it from a file in the current folder."""
+        assert self.recipe is not None
+        data = copy.deepcopy(dict(self.recipe))
+        if self.folder is not None:
+            _resolve(data, self.folder)
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return checked_recipe(Path(f"{self.name}.yaml"), text, data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the candidate's weights beside the inputs' own: recipe and folder, or model."""
+        parts = [self.recipe, str(self.folder) if self.folder else None, self.model, self.revision]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_candidate(text: str) -> Candidate:
+    """A candidate as somebody names it on the command line: a recipe file, a model folder, or a hub id.
+
+    Raises:
+        UserError: a file that is no recipe, or a folder that is not there.
+    """
+    path = Path(os.path.expanduser(text))
+    if path.suffix in _SUFFIXES or path.is_file():
+        return Candidate(path.stem, recipe=read_recipe(path).data)
+    if is_local(text) and not path.is_dir():
+        raise UserError(
+            f"candidate {text}: no such folder or file (looked in {Path.cwd()}); give a recipe (.yaml), a model folder "
+            "or a hub id",
+            "candidate-not-found",
+        )
+    return Candidate(path.name if is_local(text) else text, model=text)
+
+
+def distinct_names(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, with a number behind names that several have."""
+    seen: dict[str, int] = {}
+    found = []
+    for one in candidates:
+        seen[one.name] = count = seen.get(one.name, 0) + 1
+        found.append(one if count == 1 else Candidate(**{**vars(one), "name": f"{one.name} ({count})"}))
+    return found
+
+
+def models_of_pair(config: PairConfig) -> list[Candidate]:
+    """The base and the experts of a pair."""
+    return [
+        Candidate(entry.type, model=entry.name, revision=entry.revision, role=_role(config, entry.type))
+        for entry in config.model_info
+    ]
+
+
+def _role(config: PairConfig, model_type: str) -> str:
+    return "base" if model_type == config.base_model_type else "expert"
+
+
+def refuse_other_models(candidate: Candidate, config: PairConfig) -> None:
+    """Raise a `UserError` if a recipe merges models that are not the pair's, or onto another base."""
+    if candidate.recipe is None:
+        return
+    data = candidate.merge_recipe().data
+    ours = {_place(entry.name, entry.revision) for entry in config.model_info}
+    listed = ", ".join(entry.name for entry in config.model_info)
+    for name in dict.fromkeys(model_names({key: data[key] for key in (*INPUT_KEYS, "base_model") if key in data})):
+        if _named_place(name) not in ours:
+            raise UserError(
+                f"recipe {candidate.name} merges {name}, which is no model of the pair ({listed}); give the pair config "
+                "that it was made of",
+                "candidate-other-models",
+            )
+    base = data.get("base_model")
+    if isinstance(base, str) and _named_place(base) != _place(config.base.name, config.base.revision):
+        raise UserError(
+            f"recipe {candidate.name} merges onto {base}, the pair's base is {config.base.name}; its losses would be "
+            "compared with another base",
+            "candidate-other-base",
+        )
+
+
+def changes_layers(candidate: Candidate) -> bool:
+    """Whether a recipe may build a model of other layers than its base's (`slices`, `modules`, passthrough)."""
+    recipe = candidate.recipe or {}
+    return any(recipe.get(key) for key in _LAYER_KEYS) or recipe.get("merge_method") == "passthrough"
+
+
+def _place(name: str, revision: str | None) -> tuple[str, str | None]:
+    return (str(Path(os.path.expanduser(name)).resolve()) if is_local(name) else name, revision)
+
+
+def _named_place(name: str) -> tuple[str, str | None]:
+    """Where a recipe's model name leads; mergekit writes a revision behind an @."""
+    path, _, revision = (name, "", "") if is_local(name) else name.partition("@")
+    return _place(path, revision or None)
+
+
+def _resolve(node: Any, folder: Path) -> None:
+    """Make the names in a recipe that are relative to `folder`, and are there, absolute."""
+    for holder, key, text in _names(node):
+        place = folder / text
+        if not Path(text).expanduser().is_absolute() and place.exists():
+            holder[key] = str(place.resolve())
+
+
+def _names(node: Any, named: bool = False) -> Iterator[tuple[Any, Any, str]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in list(items):
+        here = key in _NAME_KEYS or (named and (key == "value" or isinstance(node, list)))
+        if isinstance(value, str) and here:
+            yield node, key, value
+        else:
+            yield from _names(value, here)

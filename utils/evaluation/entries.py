@@ -1,0 +1,175 @@
+"""Candidates made ready to be scored: their skeletons and where their tensors come from. No weights are read here."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.evaluation.candidates import Candidate, changes_layers
+from utils.evaluation.weights import MergedModel
+from utils.merging.merged_tensors import prepare
+from utils.merging.planning import PlannedMerge, plan_recipe
+from utils.merging.run import run_merge
+from utils.merging.settings import MergeSettings
+from utils.merging.small_files import write_small_files
+from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint
+from utils.models.decoder import Decoder, find_decoder
+from utils.models.weight_source import (
+    ResidentWeights,
+    StreamedWeights,
+    WeightSource,
+    build_skeleton,
+    match_names,
+)
+from utils.passes.language_head import require_head
+
+_CODES = {name: code for code, name in FLOAT_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class ReadyCandidate:
+    """A candidate whose losses can be computed: its skeleton, and what opens its weights.
+
+    `folder` holds its tokenizer. `converted` says that transformers converts the checkpoint, so that the whole model is
+    loaded into the host's memory.
+    """
+
+    candidate: Candidate
+    decoder: Decoder = field(repr=False)
+    folder: Path
+    dtype: torch.dtype
+    open_weights: Callable[[], WeightSource | MergedModel] = field(repr=False)
+    converted: bool = False
+
+
+@dataclass
+class Preparing:
+    """How candidates are made ready: where they are computed, in what dtype, with what of command 3's flags.
+
+    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own) or a torch name. Skeletons are kept, since many
+    recipes share one.
+    """
+
+    device: torch.device
+    dtype: str
+    settings: MergeSettings
+    skeletons: dict[tuple[Path, torch.dtype], Decoder] = field(default_factory=dict, repr=False)
+
+    def model(self, candidate: Candidate) -> ReadyCandidate:
+        """Make a model folder or hub id ready.
+
+        Raises:
+            UserError: it is missing, malformed, quantized, or has no language-model head.
+        """
+        checkpoint = open_checkpoint(candidate.model, candidate.revision)
+        return self._ready(candidate, checkpoint)
+
+    def recipe(self, candidate: Candidate, planned: PlannedMerge) -> ReadyCandidate | str:
+        """Make a planned recipe ready, or say in a clause why its model has to be written first."""
+        plan = planned.plan
+        if changes_layers(candidate):
+            return "it changes layers"
+        if plan.vocabulary.task is not None:
+            return "it changes the vocabulary"
+        if any(not tensor.sources and not tensor.weight.optional for tensor in plan.tensors):
+            return "transformers converts its tensors while loading"
+        donor = plan.inputs.donor.checkpoint
+        promised = _promised(planned)
+        dtype = _torch_dtype(promised.float_dtype if self.dtype == "auto" else self.dtype)
+        decoder = self._skeleton(donor, dtype)
+        headers = _stored(decoder, promised)
+        if headers is None:
+            return "transformers converts its tensors while loading"
+        names = {name: header.name for name, header in headers.items()}
+
+        def prepared() -> MergedModel:
+            return MergedModel(prepare(plan, planned.settings), names, dtype)
+
+        return ReadyCandidate(candidate, decoder, donor.folder, dtype, prepared)
+
+    def plan(self, candidate: Candidate) -> PlannedMerge:
+        """Plan a recipe as command 3 would.
+
+        Raises:
+            UserError: anything command 3 would refuse before it reads weights.
+        """
+        return plan_recipe(self.settings, candidate.merge_recipe(), lambda line: None)
+
+    @contextmanager
+    def written(self, candidate: Candidate, planned: PlannedMerge, beside: Path | None) -> Iterator[ReadyCandidate]:
+        """The model that command 3 would write, in a temporary folder for as long as the context lasts."""
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=beside) as text:
+            folder = Path(text)
+            run_merge(planned.plan, planned.settings, planned.device, folder)
+            write_small_files(planned, folder)
+            stored = Candidate(candidate.name, model=text, role=candidate.role)
+            yield replace(self.model(stored), candidate=candidate)
+            self.skeletons = {key: value for key, value in self.skeletons.items() if key[0] != folder}
+
+    def _ready(self, candidate: Candidate, checkpoint: Checkpoint) -> ReadyCandidate:
+        dtype = _torch_dtype(checkpoint.float_dtype if self.dtype == "auto" else self.dtype)
+        decoder = self._skeleton(checkpoint, dtype)
+        headers = _stored(decoder, checkpoint)
+        trust = self.settings.trust_remote_code
+        if headers is None:
+            return ReadyCandidate(
+                candidate,
+                decoder,
+                checkpoint.folder,
+                dtype,
+                lambda: _loaded(decoder, ResidentWeights(checkpoint, self.device, dtype, trust), checkpoint.name),
+                converted=True,
+            )
+        return ReadyCandidate(
+            candidate, decoder, checkpoint.folder, dtype, lambda: StreamedWeights(headers, self.device, dtype)
+        )
+
+    def _skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
+        key = checkpoint.folder, dtype
+        if key not in self.skeletons:
+            model = build_skeleton(checkpoint, dtype, self.settings.trust_remote_code)
+            self.skeletons[key] = find_decoder(model, (), {}, f"model {checkpoint.name}")
+        return self.skeletons[key]
+
+
+def _stored(decoder: Decoder, checkpoint: Checkpoint) -> dict[str, TensorHeader] | None:
+    """The checkpoint's tensor for each parameter and stored buffer; None where transformers converts it.
+
+    Raises:
+        UserError: tensors that are no floating-point numbers: they are quantized.
+    """
+    model = decoder.model
+    headers = match_names(model, checkpoint, head=True)
+    for name, _ in model.named_parameters() if headers is not None else ():
+        if name in headers and headers[name].dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"model {checkpoint.name}: tensor {headers[name].name} is stored as {headers[name].dtype}, not as "
+                "floating-point numbers; give the unquantized checkpoint",
+                "model-quantized",
+            )
+    return headers
+
+
+def _loaded(decoder: Decoder, weights: ResidentWeights, name: str) -> ResidentWeights:
+    require_head(decoder, weights.tensors, f"model {name}")
+    return weights
+
+
+def _promised(planned: PlannedMerge) -> Checkpoint:
+    """The checkpoint that command 3 would write: names, dtypes and shapes, no files."""
+    plan, donor = planned.plan, planned.plan.inputs.donor.checkpoint
+    headers = {}
+    for tensor in plan.tensors:
+        if tensor.sources:  # an optional tensor that no input has is not written
+            stored = next(iter(tensor.sources.values())).dtype
+            code = _CODES[tensor.dtype] if tensor.dtype else stored  # integers are copied
+            headers[tensor.name] = TensorHeader(tensor.name, code, tensor.shape, donor.folder, 0, tensor.nbytes)
+    return Checkpoint(planned.recipe.path.stem, None, donor.folder, donor.config, headers)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)

@@ -1,0 +1,238 @@
+"""Losses of many candidates on the same rows, in as few passes over the inputs as memory allows.
+
+    scorer = Scorer(config, evaluation_rows(config), ScoreSettings(device=torch.device("cpu")))
+    losses = scorer.score(candidates, {"math": [0, 1, 2]})
+
+A recipe's losses are, to the bit, those of the model that command 3 writes from it, scored here with the same rows,
+settings and number of threads.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models
+from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
+from utils.evaluation.entries import Preparing, ReadyCandidate
+from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
+from utils.evaluation.tasks import Task
+from utils.evaluation.weights import CandidateWeights
+from utils.merging.settings import MergeSettings
+from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
+from utils.pair.config import PairConfig
+from utils.passes.subjects import check_tokens, load_tokenizer, pad_token, tokenizer_digest
+from utils.runtime import available_bytes
+
+COLUMNS = ("candidate", "task", "row", "nll", "tokens")
+_SHARE = 0.5  # of the free memory, for hidden states
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How losses are computed.
+
+    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own) or a torch name; merged tensors are rounded to the
+    recipe's output dtype first. `tokens_at_once` is of a batch, None: by device. `most_at_once` bounds the candidates of
+    a pass, None: by memory. `merge` are command 3's flags (seed, device). `scratch` is where models that have to be
+    written lie meanwhile, None for the system's folder.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: str = "auto"
+    tokens_at_once: int | None = None
+    most_at_once: int | None = None
+    merge: MergeSettings = field(default_factory=lambda: MergeSettings(Path("unwritten"), Path("recipe"), quiet=True))
+    scratch: Path | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch: enough to keep the device busy, few enough to bound activations."""
+        return self.tokens_at_once or (16384 if self.device.type == "cuda" else 2048)
+
+    def record(self) -> dict[str, Any]:
+        """What of it decides the bits of the losses, as plain data."""
+        return {
+            "device": self.device.type,
+            "dtype": self.dtype,
+            "batch_tokens": self.batch_tokens,
+            "random_seed": self.merge.random_seed,
+        }
+
+
+@dataclass
+class Scorer:
+    """Scores candidates of one pair; knows the tasks' rows in every tokenizer it has met.
+
+    Args:
+        config: the pair; recipes must merge its models.
+        tasks: what to score on; rows are known by their numbers there.
+        settings: how to compute.
+        tell: takes sentences about what is done (a model that is written, how many candidates go side by side).
+        on_step: told how many of how many steps (blocks of passes) are done.
+
+    Raises:
+        UserError: a model of the pair is missing or malformed, or its tokenizer cannot encode a row.
+    """
+
+    config: PairConfig
+    tasks: Sequence[Task]
+    settings: ScoreSettings = field(default_factory=ScoreSettings)
+    tell: Callable[[str], None] = lambda line: None
+    on_step: Callable[[int, int], None] = lambda done, steps: None
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def __post_init__(self) -> None:
+        self._preparing = Preparing(self.settings.device, self.settings.dtype, self.settings.merge)
+        self._encoded: dict[str, tuple[Any, dict[str, list[EncodedRow]]]] = {}
+        self._places: dict[Path, str] = {}
+        self.inputs: dict[str, Checkpoint] = {
+            one.name: open_checkpoint(one.model, one.revision) for one in models_of_pair(self.config)
+        }
+        for checkpoint in self.inputs.values():
+            self.encoded(checkpoint.folder, checkpoint.name)
+
+    def check(self, candidate: Candidate) -> list[str]:
+        """Refuse what can be refused of a candidate before weights are read.
+
+        Returns:
+            Command 3's warnings about a recipe.
+
+        Raises:
+            UserError: a recipe of other models than the pair's, or anything that command 3 would refuse; a model that
+                is missing, malformed or quantized, or whose tokenizer does not belong to it.
+        """
+        refuse_other_models(candidate, self.config)
+        if candidate.recipe is None:
+            self._checked(self._preparing.model(candidate))
+            return []
+        planned = self._preparing.plan(candidate)
+        ready = self._preparing.recipe(candidate, planned)
+        if not isinstance(ready, str):
+            self._checked(ready)
+        return list(planned.warnings)
+
+    def encoded(self, folder: Path, name: str) -> tuple[Any, dict[str, list[EncodedRow]]]:
+        """The tokenizer in a model's folder, and every task's rows in its tokens."""
+        if folder not in self._places:
+            self._places[folder] = tokenizer_digest(folder, read_model_config(folder, name))
+        key = self._places[folder]
+        if key not in self._encoded:
+            tokenizer = load_tokenizer(folder, name, self.settings.merge.trust_remote_code)
+            rows = {task.name: encode_task(task, tokenizer, f"model {name}") for task in self.tasks}
+            self._encoded[key] = tokenizer, rows
+        return self._encoded[key]
+
+    def score(self, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+        """Losses of candidates on some rows.
+
+        Args:
+            candidates: of distinct names.
+            rows: by task, the numbers of its rows.
+
+        Returns:
+            One row for each candidate, task and row, in that order: `candidate`, `task`, `row`, `nll` (float64: the
+            negative log-likelihood of the scored tokens, summed, in nats) and `tokens` (how many these are). `nll` is
+            NaN for all rows of a candidate whose merge is not finite, and where its logits are not.
+
+        Raises:
+            UserError: anything that could be known before, or an input that cannot be read.
+        """
+        if len({one.name for one in candidates}) < len(candidates):
+            raise ValueError("candidates need distinct names")
+        ready, to_write = [], []
+        for candidate in candidates:
+            if candidate.recipe is None:
+                ready.append(self._preparing.model(candidate))
+                continue
+            planned = self._preparing.plan(candidate)
+            found = self._preparing.recipe(candidate, planned)
+            if isinstance(found, str):
+                to_write.append((candidate, planned, found))
+            else:
+                ready.append(found)
+        frames: dict[str, pd.DataFrame] = {}
+        groups = self._groups(ready, rows)
+        steps = sum(len(group[0].decoder.blocks) for group in groups) + len(to_write)
+        if len(ready) > 1:
+            passes = "one pass" if len(groups) == 1 else f"{len(groups)} passes"
+            self.tell(f"{len(ready)} candidates in {passes} over the inputs, up to {max(map(len, groups))} at once")
+        done = 0
+        for group in groups:
+            start = done
+            frames |= self._pass(group, rows, lambda layer, start=start: self.on_step(start + layer + 1, steps))
+            done += len(group[0].decoder.blocks)
+        for candidate, planned, why in to_write:
+            self.tell(f"{candidate.name} is merged into a temporary folder and scored there: {why}")
+            with self._preparing.written(candidate, planned, self.settings.scratch) as one:
+                frames |= self._pass([one], rows, lambda layer: None)
+            done += 1
+            self.on_step(done, steps)
+        return pd.concat([frames[one.name] for one in candidates], ignore_index=True)
+
+    def _pass(
+        self, group: Sequence[ReadyCandidate], rows: Mapping[str, Sequence[int]], on_block: Callable[[int], None]
+    ) -> dict[str, pd.DataFrame]:
+        """One pass over the inputs for a group of candidates; their losses by name."""
+        entries = [Entry(one.decoder, self._batches(one, rows)) for one in group]
+        with ExitStack() as stack:
+            weights = CandidateWeights([one.open_weights() for one in group], self.settings.device)
+            stack.callback(weights.close)
+            seconds = run_side_by_side(entries, weights, self.settings.device, on_block)
+        self.seconds.weights += seconds.weights
+        self.seconds.forward += seconds.forward
+        for one, entry in zip(group, entries, strict=True):
+            if entry.failure is not None:
+                self.tell(f"{one.candidate.name} has no losses: {entry.failure}")
+        return {one.candidate.name: self._frame(one, entry, rows) for one, entry in zip(group, entries, strict=True)}
+
+    def _frame(self, one: ReadyCandidate, entry: Entry, rows: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+        _, encoded = self.encoded(one.folder, one.candidate.name)
+        found = {}
+        for scored, losses in zip(entry.batches, entry.losses, strict=entry.failure is None):
+            found |= dict(zip(scored.rows, losses, strict=True))
+        table = []
+        for task, numbers in rows.items():
+            for number in numbers:
+                nll = found.get((task, number), math.nan)
+                nll = nll if math.isfinite(nll) else math.nan
+                table.append((one.candidate.name, task, number, nll, encoded[task][number].tokens))
+        return pd.DataFrame(table, columns=list(COLUMNS)).astype({"nll": "float64"})
+
+    def _batches(self, one: ReadyCandidate, rows: Mapping[str, Sequence[int]]) -> list[ScoredBatch]:
+        tokenizer, encoded = self.encoded(one.folder, one.candidate.name)
+        width = one.decoder.model.get_input_embeddings().weight.shape[0]
+        return scored_batches(encoded, rows, self.settings.batch_tokens, pad_token(tokenizer, width))
+
+    def _groups(self, ready: Sequence[ReadyCandidate], rows: Mapping[str, Sequence[int]]) -> list[list[ReadyCandidate]]:
+        """Candidates that go side by side: as many as the memory that is free holds the hidden states of."""
+        groups: list[list[ReadyCandidate]] = []
+        room = _SHARE * available_bytes(self.settings.device)
+        held = 0.0
+        for one in ready:
+            self._checked(one)
+            needed = self._hidden_bytes(one, rows)
+            full = groups and self.settings.most_at_once and len(groups[-1]) >= self.settings.most_at_once
+            if not groups or full or held + needed > room or one.converted or groups[-1][0].converted:
+                groups.append([])
+                held = 0.0
+            groups[-1].append(one)
+            held += needed
+        return groups
+
+    def _hidden_bytes(self, one: ReadyCandidate, rows: Mapping[str, Sequence[int]]) -> float:
+        """Bytes of a candidate's hidden states between blocks, with what its passes hold beside (masks, positions)."""
+        slots = sum(scored.batch.input_ids.numel() for scored in self._batches(one, rows))
+        hidden = one.decoder.model.config.get_text_config(decoder=True).hidden_size
+        return 2.5 * slots * hidden * one.dtype.itemsize
+
+    def _checked(self, one: ReadyCandidate) -> None:
+        _, encoded = self.encoded(one.folder, one.candidate.name)
+        ids = [row.ids for rows in encoded.values() for row in rows]
+        where = f"candidate {one.candidate.name}"
+        check_tokens(one.decoder.model, max(map(len, ids)), max(map(max, ids)), where)

@@ -1,0 +1,79 @@
+"""The tensors of candidates by the names that their models have for them: read from a checkpoint, or merged as asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from utils.errors import UserError
+from utils.evaluation.side_by_side import NOT_FINITE
+from utils.merging.merged_tensors import MergeWork, merged_tensors
+from utils.models.weight_source import WeightSource
+from utils.runtime import available_bytes
+
+_SHARE = 8  # of the memory that is free, for tensors that are made at a time
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A recipe's model that is never written: the prepared merge, and its tensor for each parameter and stored buffer."""
+
+    work: MergeWork = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
+    dtype: torch.dtype
+
+
+class CandidateWeights:
+    """The weights of several candidates; `WeightsOfMany` of `utils/evaluation/side_by_side.py`."""
+
+    def __init__(self, sources: Sequence[WeightSource | MergedModel], device: torch.device) -> None:
+        """Take each candidate's source, and the device that the tensors are wanted on."""
+        self.sources, self.device = list(sources), device
+        self._room = max(2**28, available_bytes(device) // _SHARE)
+
+    def fetch(self, models: Sequence[int], names: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor] | UserError]:
+        """The named tensors of each of some candidates; in place of them the error, where a merge is not finite."""
+        found: dict[int, dict[str, torch.Tensor] | UserError] = {}
+        alike: dict[tuple[str, ...], list[int]] = {}  # candidates that are asked for the same tensors of their merges
+        wanted = dict(zip(models, names, strict=True))
+        for model in models:
+            source = self.sources[model]
+            if isinstance(source, MergedModel):
+                there = tuple(source.names[name] for name in wanted[model] if name in source.names)
+                alike.setdefault(there, []).append(model)
+            else:
+                found[model] = source.fetch(list(wanted[model]))
+        for outputs, group in alike.items():
+            for model, merged in zip(group, self._merged(group, outputs), strict=True):
+                found[model] = merged if isinstance(merged, UserError) else self._named(model, wanted[model], merged)
+        return [found[model] for model in models]
+
+    def _merged(self, models: Sequence[int], outputs: Sequence[str]) -> list[dict[str, torch.Tensor] | UserError]:
+        try:
+            return merged_tensors([self.sources[model].work for model in models], outputs)
+        except UserError as error:
+            if NOT_FINITE not in error.codes:
+                raise
+            if len(models) == 1:
+                return [error]
+            return [one for model in models for one in self._merged([model], outputs)]
+
+    def _named(self, model: int, names: Sequence[str], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        source = self.sources[model]
+        outputs = {name: source.names[name] for name in names if name in source.names}
+        return {
+            name: self._placed(merged[output], source.dtype) for name, output in outputs.items() if output in merged
+        }
+
+    def _placed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=dtype) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def models_at_once(self, nbytes: int) -> int:
+        """How many candidates' tensors to ask for at a time, where those of one take so many bytes."""
+        return max(1, self._room // max(1, nbytes))
+
+    def close(self) -> None:
+        """Close the checkpoints."""
+        for source in self.sources:
+            if not isinstance(source, MergedModel):
+                source.close()

@@ -76,6 +76,17 @@ def test_one_piece_of_work_is_not_said_to_go_side_by_side(threads_of_torch, caps
     assert "side by side" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_in_a_file_has_no_carriage_returns_and_none_is_shown_if_quiet(threads_of_torch, capsys, quiet):
+    def advance(device, on_block):
+        on_block(0)
+
+    replace(job(at_once=2), quiet=quiet).run([Work("base", 1, advance), Work("code", 1, advance)])
+    printed = capsys.readouterr()
+    assert "\r" not in printed.err and ("2/2" in printed.err) != quiet
+    assert ("side by side" in printed.out) != quiet
+
+
 def test_no_work_is_no_result():
     assert job(at_once=2).run([]) == []
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.pair.config import ModelEntry, PairConfig
 from utils.passes.subjects import EncodedText, Subject
+from utils.progress_bar import progress_bar
 from utils.runtime import return_freed_memory
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class MeasureJob:
 
     `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
     values of the method's own flags. `workspace` is where the *measure* half may make a folder, on the file system of
-    the results, for files that are too large for memory; what it does not hand over is removed.
+    the results, for files that are too large for memory; what it does not hand over is removed. `quiet`: no progress.
     """
 
     config: PairConfig
@@ -64,6 +64,7 @@ class MeasureJob:
     trust_remote_code: bool
     at_once: int = 1
     workspace: Path | None = None
+    quiet: bool = False
 
     @property
     def base(self) -> Subject:
@@ -97,17 +98,15 @@ class MeasureJob:
         Raises:
             UserError: what the work raises; a GPU that ran out of memory.
         """
-        from tqdm import tqdm
-
         lanes = (self.devices if len(self.devices) > 1 else self.devices * self.at_once)[: len(works)]
-        if len(lanes) > len(self.devices):
+        if len(lanes) > len(self.devices) and not self.quiet:
             print(f"side by side: {len(lanes)} models at a time share the threads", flush=True)
         free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
         for device in lanes:
             free.put(device)
         given_up = threading.Event()
         total = sum(work.blocks for work in works)
-        with tqdm(total=total, unit="block", desc="measuring", file=sys.stderr) as bar, _shared_threads(lanes):
+        with progress_bar("measuring", total, "block", quiet=self.quiet) as bar, _shared_threads(lanes):
 
             def on_block(layer: int) -> None:
                 return_freed_memory()  # else the freed temporaries of block after block pile up
@@ -156,8 +155,9 @@ def _within_memory(work: Work, device: "torch.device", on_block: OnBlock) -> Any
     try:
         with current:
             return work.do(device, on_block)
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"{work.label}: the GPU ran out of memory; lower --micro_batch_tokens, nsamples or seqlen, or use "
-            "--device cpu"
-        ) from None
+            "--device cpu",
+            "device-out-of-memory",
+        ) from error

@@ -6,7 +6,6 @@ selected by magnitude without sorting (`utils/merging/fast_sparsifiers.py`), unl
 """
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from utils.merging.pieces.choice import divide
 from utils.merging.pieces.run import run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.settings import MergeSettings
+from utils.progress_bar import progress_bar
 from utils.runtime import gigabytes
 
 
@@ -156,15 +156,7 @@ def _show(progress: tqdm, seen: dict[str, None], tensors: int, name: str, nbytes
 
 @contextlib.contextmanager
 def _progress_bar(plan: MergePlan, settings: MergeSettings) -> Iterator[tqdm]:
-    with tqdm(
-        total=plan.nbytes,
-        desc="merging",
-        unit="B",
-        unit_scale=True,
-        disable=settings.quiet,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 5,  # a log file needs fewer lines than a screen
-    ) as progress:
+    with progress_bar("merging", plan.nbytes, "B", quiet=settings.quiet, unit_scale=True) as progress:
         yield progress
 
 

@@ -1,6 +1,7 @@
 """Imports between the rooms of `utils/` only go down, and no files of a room import each other in a circle."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_pieces_of_a_merge_know_the_plan_and_are_not_known_by_it():
     """What passes over a merge that is not written yet is made with does not depend on the command that writes it."""
     planners = {f"utils.merging.{name}" for name in ("plan", "settings", "parameters", "inputs", "recipe_file")}
     assert not [arrow for arrow in arrows() if arrow[0] in planners and arrow[1].startswith("utils.merging.pieces")]
+
+
+def test_one_file_imports_mergekit():
+    importing = {
+        path.relative_to(UTILS).as_posix()
+        for path in UTILS.rglob("*.py")
+        if re.search(r"^\s*(from|import) mergekit\b|import_module\(.mergekit", path.read_text(), flags=re.M)
+    }
+    assert importing == {"mergekit_api.py"}
 
 
 def test_no_room_has_a_circle():

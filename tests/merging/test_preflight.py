@@ -300,14 +300,6 @@ def test_flags_without_effect_are_told(room, capsys):
         assert f"{flag} does nothing" in errors
 
 
-def test_a_mergekit_of_another_version_is_refused(room, monkeypatch):
-    from utils.commands import merge as merge_job
-
-    for version in ("0.1.4", "0.2.0", "1.0"):
-        monkeypatch.setattr(merge_job.metadata, "version", lambda _name, version=version: version)
-        refused(room, recipe(room), f"mergekit {version} is installed; this project works with >=0.1.5,<0.2")
-
-
 def test_an_input_that_changes_meanwhile(room, monkeypatch):
     from utils.merging import run as merge_run
 

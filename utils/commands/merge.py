@@ -5,10 +5,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from importlib import metadata
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
 from utils.merging.output_folder import check_apart, check_output, left_over, open_stage
 from utils.merging.quick_check import check_quickly
 from utils.merging.recipe_file import read_recipe
@@ -19,7 +17,6 @@ from utils.runtime import available_host_bytes, devices_used, gigabytes, import_
 if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge
 
-_OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 _LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
 
 
@@ -32,7 +29,6 @@ def merge(settings: MergeSettings) -> None:
     recipe = read_recipe(settings.merge_config)
     check_apart(settings.output_path, recipe.local_folders())
     output = check_output(settings.output_path, overwrite=settings.overwrite)
-    _check_mergekit()
     checkpoints = check_quickly(recipe, settings.lora_merge_cache)
     if not settings.dry_run:
         read_ahead(checkpoints, min(AHEAD, available_host_bytes() // 4))
@@ -63,24 +59,12 @@ def merge(settings: MergeSettings) -> None:
     _say_where(ready, written, seconds)
 
 
-def _check_mergekit() -> None:
-    try:
-        found = metadata.version("mergekit")
-    except metadata.PackageNotFoundError:
-        raise UserError("mergekit is not installed: pip install -r requirements.txt") from None
-    parts = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    if not _OLDEST <= parts < _TOO_NEW:
-        raise UserError(
-            f"mergekit {found} is installed; this project works with >=0.1.5,<0.2: pip install -r requirements.txt"
-        )
-
-
 def _set_up_libraries(settings: MergeSettings) -> None:
     if settings.transformers_cache:  # read once, when huggingface_hub is imported
         os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
 
-    import_libraries("torch", "transformers", "mergekit.merge", "mergekit.merge_methods")
+    import_libraries("utils.mergekit_api")
 
     import torch
     import transformers

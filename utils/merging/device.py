@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mergekit.merge_methods.base import MergeMethod
-
+from utils.mergekit_api import MergeMethod
 from utils.merging.pieces.choice import reason_against
 from utils.merging.settings import MergeSettings
 from utils.runtime import choose_device

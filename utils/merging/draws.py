@@ -8,14 +8,10 @@ probabilities nor the tensors' values change how many that are.
 import math
 
 import torch
-from mergekit import merge_methods
-from mergekit.graph import Executor
-from mergekit.merge_methods.base import MergeMethod
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.mergekit_api import ExecuteMergeMethodTask, Executor, MergeMethod, SparsificationMethod, merge_method
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.models.checkpoints import FLOAT_DTYPES
 
@@ -37,7 +33,7 @@ def generator_states(plan: MergePlan, seed: int) -> dict[str, Tensor]:
     Raises:
         UserError: the method draws numbers in a way that is not known here, or a tensor's shape is not known.
     """
-    method = merge_methods.get(plan.inputs.config.merge_method)
+    method = merge_method(plan.inputs.config.merge_method)
     name = method.spec.name
     if name in _SAMPLING:
         raise UserError(f"{name} samples entries by chance, so its tensors cannot be merged one by one", "merge-draws")

@@ -11,14 +11,19 @@ sort nothing, the latter need the rank of every entry.
 """
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from mergekit import merge_methods, sparsify
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-from mergekit.sparsify import RescaleNorm, SparsificationMethod
 from torch import Tensor
 
+from utils.mergekit_api import (
+    GeneralizedTaskArithmeticMerge,
+    RescaleNorm,
+    SparsificationMethod,
+    Sparsifier,
+    merge_method,
+    replaced_sparsifiers,
+    rescaled_masked_tensor,
+)
 from utils.merging.pieces.choice import Division, kept_band, unknown_code
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.settings import MergeSettings
@@ -29,7 +34,7 @@ _BY_MAGNITUDE = (SparsificationMethod.magnitude, SparsificationMethod.magnitude_
 
 def selects_exactly(plan: MergePlan, settings: MergeSettings) -> bool:
     """Whether mergekit's sparsifiers are to be replaced for a merge: it was asked for, and their code is known."""
-    method = merge_methods.get(plan.inputs.config.merge_method)
+    method = merge_method(plan.inputs.config.merge_method)
     return (
         settings.fast_selection
         and type(method) is GeneralizedTaskArithmeticMerge
@@ -55,44 +60,11 @@ def selecting_exactly(active: bool = True) -> Iterator[None]:
 
     Contexts may overlap, in one thread or several: the last to end puts mergekit's functions back.
     """
-    if not active:
+    with replaced_sparsifiers(_magnitude, _magnitude_outliers) if active else contextlib.nullcontext():
         yield
-        return
-    _replacement.begin()
-    try:
-        yield
-    finally:
-        _replacement.end()
 
 
-class _Replacement:
-    """Counts the contexts that want mergekit's functions replaced, and remembers those functions."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._originals: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._wanted:
-                self._originals = sparsify.magnitude, sparsify.magnitude_outliers
-                sparsify.magnitude = _magnitude(sparsify.magnitude)
-                sparsify.magnitude_outliers = _magnitude_outliers(sparsify.magnitude_outliers)
-            self._wanted += 1
-
-    def end(self) -> None:
-        with self._lock:
-            self._wanted -= 1
-            if not self._wanted:
-                sparsify.magnitude, sparsify.magnitude_outliers = self._originals
-                self._originals = None
-
-
-_replacement = _Replacement()
-
-
-def _magnitude(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _magnitude(original: Sparsifier) -> Sparsifier:
     def magnitude(tensor: Tensor, density: float, rescale_norm: RescaleNorm | None = None) -> Tensor:
         """The int(density numel) entries of largest magnitude, one at least if the density is positive."""
         if not _can_rank(tensor) or not 0 < density < 1:  # what is all kept, or all zero, mergekit does not sort
@@ -102,7 +74,7 @@ def _magnitude(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return magnitude
 
 
-def _magnitude_outliers(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _magnitude_outliers(original: Sparsifier) -> Sparsifier:
     def magnitude_outliers(
         tensor: Tensor, density: float, rescale_norm: RescaleNorm | None = None, gamma: float = 0.01
     ) -> Tensor:
@@ -120,7 +92,7 @@ def _kept(
     band = kept_band(method, tensor.numel(), density, gamma)
     mask = band_mask(tensor, band.skip, band.keep)
     # a bool mask keeps the tensor's dtype, and x * True and x * False have the bits of x * 1 and x * 0
-    return sparsify.rescaled_masked_tensor(tensor, mask, rescale_norm)
+    return rescaled_masked_tensor(tensor, mask, rescale_norm)
 
 
 def _can_rank(tensor: Tensor) -> bool:

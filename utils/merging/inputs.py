@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelPath, ModelReference
 from pydantic import BaseModel
 
 from utils.errors import raise_collected
+from utils.mergekit_api import ModelPath, ModelReference
 from utils.merging.quick_check import find_folders, open_named
 from utils.merging.recipe_schema import OrderedConfiguration
 from utils.merging.settings import MergeSettings

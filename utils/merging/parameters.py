@@ -9,12 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter
-from mergekit.merge_methods import MergeMethod
-from mergekit.merge_methods.base import ParameterScope
-
 from utils.errors import raise_collected
+from utils.mergekit_api import ConditionalParameter, MergeMethod, ModelReference, ParameterScope
 from utils.merging.plan import MergePlan, OutputTensor, gathered
 from utils.merging.recipe_names import settings_blocks
 from utils.merging.recipe_schema import uses_density

@@ -9,15 +9,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference, set_config_value
-from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
-from mergekit.merge import _model_out_config
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
-
 from utils.errors import UserError, raise_collected
+from utils.mergekit_api import (
+    ExecuteMergeMethodTask,
+    GatherTensors,
+    LoaderCache,
+    MergeOptions,
+    MergePlanner,
+    ModelReference,
+    SaveTensor,
+    WeightInfo,
+    result_config,
+    set_config_value,
+)
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import VocabularyPlan
@@ -98,7 +102,7 @@ def plan_merge(
     planned = recipe if vocabulary.task else recipe.model_copy(update={"tokenizer_source": None, "tokenizer": None})
     planned = planned.model_copy(deep=True)  # the planner rewrites it
     forget_inputs(options)
-    config = _model_out_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
+    config = result_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
     try:
         with quiet_mergekit():
             # nothing is written: the folder is that of mergekit's own writer, whose place ours takes

@@ -7,14 +7,16 @@ seconds, so this room is imported late, and `utils/merging/quick_check.py` looks
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergekit import merge_methods
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.merge import _set_chat_template
-from mergekit.merge_methods import MergeMethod
-from mergekit.merge_methods.base import ParameterScope
-
 from utils.errors import raise_collected
+from utils.mergekit_api import (
+    MergeConfiguration,
+    MergeMethod,
+    ModelReference,
+    ParameterScope,
+    merge_method,
+    registered_merge_methods,
+    set_chat_template,
+)
 from utils.merging.guided.methods import register_methods
 from utils.merging.recipe_file import MergeRecipe
 from utils.merging.recipe_names import KnownMethod, KnownParameter, merged_models, parse_names, settings_blocks
@@ -43,7 +45,7 @@ def parse_recipe(recipe: MergeRecipe) -> tuple[OrderedConfiguration, MergeMethod
             does not take; a method that needs a base without one. All problems are reported together.
     """
     config, problems = parse_names(recipe, OrderedConfiguration, known_methods())
-    method = merge_methods.get(config.merge_method)
+    method = merge_method(config.merge_method)
     warnings: list[str] = []
     raise_collected([*problems, *_chat_template_slips(config)], recipe.where)
     for where, parameters, _, model in settings_blocks(config):
@@ -54,7 +56,7 @@ def parse_recipe(recipe: MergeRecipe) -> tuple[OrderedConfiguration, MergeMethod
 def known_methods() -> dict[str, KnownMethod]:
     """The merge methods of the installed mergekit and of this project, by name."""
     register_methods()
-    return {method.spec.name: _known(method) for method in merge_methods.registered_methods()}
+    return {method.spec.name: _known(method) for method in registered_merge_methods()}
 
 
 def _known(method: MergeMethod) -> KnownMethod:
@@ -89,7 +91,7 @@ class _TemplateHolder:
 def _chat_template_slips(config: MergeConfiguration) -> Iterator[str]:
     if config.chat_template and config.chat_template != "auto":
         try:
-            _set_chat_template(_TemplateHolder(), config)
+            set_chat_template(_TemplateHolder(), config)
         except RuntimeError:
             yield (
                 f"chat_template {config.chat_template!r} is neither auto, nor a template mergekit ships, nor a Jinja "

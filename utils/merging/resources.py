@@ -3,9 +3,8 @@
 import math
 
 import torch
-from mergekit import merge_methods
-from mergekit.sparsify import SparsificationMethod
 
+from utils.mergekit_api import SparsificationMethod, merge_method
 from utils.merging.fast_sparsifiers import selects_exactly
 from utils.merging.guided.mean import TEMPORARIES
 from utils.merging.guided.methods import GUIDED_MEAN, own_method
@@ -58,7 +57,7 @@ def _arithmetic(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
 
 def _per_entry(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
     name = plan.inputs.config.merge_method
-    method = merge_methods.get(name)
+    method = merge_method(name)
     item = _ITEM.get(plan.dtype or tensor.dtype or "", 2)
     stored = {header.nbytes // max(1, math.prod(header.shape)) for header in tensor.sources.values()}
     converted = len(tensor.sources) * item if stored - {item} else 0

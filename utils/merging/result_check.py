@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.errors import raise_collected
+from utils.mergekit_api import get_auto_cls
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
 from utils.models.architecture import quiet_mergekit
@@ -57,8 +58,6 @@ def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Itera
 
 
 def _loading_problems(folder: Path, settings: MergeSettings) -> Iterator[str]:
-    from mergekit.common import get_auto_cls
-
     try:
         with quiet_mergekit():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)

@@ -12,15 +12,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mergekit.graph import Executor, TaskUniverse
-from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
-from mergekit.io.tensor_writer import TensorWriter
-from mergekit.multigpu_executor import MultiGPUExecutor
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import set_seed
 
 from utils.errors import UserError
+from utils.mergekit_api import (
+    Executor,
+    FinalizeModel,
+    MultiGPUExecutor,
+    SaveTensor,
+    TaskUniverse,
+    TensorWriter,
+    TensorWriterTask,
+)
 from utils.merging.fast_sparsifiers import path_taken, selecting_exactly, selects_exactly
 from utils.merging.pieces.arithmetic import is_finite, not_finite
 from utils.merging.pieces.choice import divide

@@ -10,11 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergekit.common import ModelReference
-from mergekit.io.tasks import GatherTensors
-from mergekit.merge_methods import MergeMethod
-
 from utils.errors import UserError, raise_collected
+from utils.mergekit_api import GatherTensors, MergeMethod, ModelReference
 from utils.merging.guided.methods import SALIENCY, OwnMethod
 from utils.merging.inputs import MergeInput
 from utils.merging.parameters import input_values, shortened

@@ -6,10 +6,9 @@ tokenizers); they are copied here.
 
 from pathlib import Path
 
-from mergekit.common import set_config_value
-from mergekit.merge import _set_chat_template
 from transformers import AutoTokenizer
 
+from utils.mergekit_api import set_chat_template, set_config_value
 from utils.merging.model_card import CARD, RECIPE, card_text, manifest, recipe_text
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
@@ -49,7 +48,7 @@ def _write_tokenizer(ready: PlannedMerge, donor: Path, folder: Path) -> None:
         return
     tokenizer = info.tokenizer if info else AutoTokenizer.from_pretrained(donor, trust_remote_code=trust)
     if config.chat_template:
-        _set_chat_template(tokenizer, config, trust_remote_code=trust)
+        set_chat_template(tokenizer, config, trust_remote_code=trust)
     tokenizer.save_pretrained(folder)
     if not config.chat_template:
         copy_chat_template(donor, folder)

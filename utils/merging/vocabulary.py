@@ -11,12 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.common import ModelReference
-from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
-from mergekit.tokenizer.build import get_vocab_size
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from utils.errors import UserError, raise_collected
+from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, get_vocab_size, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.models.architecture import ArchitecturePlan, quiet_mergekit
 from utils.models.checkpoints import Checkpoint
@@ -192,30 +190,11 @@ def _aligned(
 def _build(task: BuildTokenizer, inputs: MergeInputs) -> TokenizerInfo:
     try:
         # mergekit draws a progress bar here that none of its options switches off
-        with quiet_mergekit(), contextlib.redirect_stderr(io.StringIO()), _vocabularies_by_id():
+        with quiet_mergekit(), contextlib.redirect_stderr(io.StringIO()), vocabularies_by_id():
             return task.execute()
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         names = ", ".join(model.label for model in inputs.models)
         raise UserError(f"the tokenizers of {names} cannot be joined: {error}") from None
-
-
-@contextlib.contextmanager
-def _vocabularies_by_id() -> Iterator[None]:
-    """Let vocabularies be listed by id while a union is built.
-
-    They come out of a hash table whose order differs from process to process, and mergekit gives the tokens that a
-    union adds their ids in that order: the same merge would give differently numbered tokens every time.
-    """
-    listed = PreTrainedTokenizerFast.get_vocab
-
-    def by_id(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-        return dict(sorted(listed(tokenizer).items(), key=lambda pair: pair[1]))
-
-    PreTrainedTokenizerFast.get_vocab = by_id
-    try:
-        yield
-    finally:
-        PreTrainedTokenizerFast.get_vocab = listed
 
 
 def _check_permutations(

@@ -64,7 +64,7 @@ def merged_folder(model: Checkpoint, adapter: str, revision: str | None, cache: 
 
 
 def _merge(model: Checkpoint, adapter: Path, name: str, stage: Path, dtype: str) -> None:
-    from mergekit.common import ModelPath, ModelReference
+    from utils.mergekit_api import ModelPath, ModelReference
 
     reference = ModelReference(model=ModelPath(path=str(model.folder)), lora=ModelPath(path=str(adapter)))
     try:

@@ -31,8 +31,7 @@ from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from mergekit.architecture import ModelArchitecture
-    from mergekit.common import ModelReference
+    from utils.mergekit_api import ModelArchitecture, ModelReference
 
 DEFINITION = "mergekit's definition"
 ADJUSTED = "mergekit's definition, adjusted"
@@ -134,7 +133,7 @@ def plan_architecture(
 
 def model_reference(checkpoint: Checkpoint) -> "ModelReference":
     """mergekit's reference to a checkpoint's folder; safe for paths that hold '+' or '@'."""
-    from mergekit.common import ModelPath, ModelReference
+    from utils.mergekit_api import ModelPath, ModelReference
 
     return ModelReference(model=ModelPath(path=str(checkpoint.folder)))
 
@@ -154,7 +153,7 @@ class _Inputs:
     """The checkpoints with what mergekit and transformers know about them, looked up once and only when needed."""
 
     def __init__(self, base: Checkpoint, experts: tuple[Checkpoint, ...], trust_remote_code: bool) -> None:
-        from mergekit.options import MergeOptions
+        from utils.mergekit_api import MergeOptions
 
         self.base, self.checkpoints = base, (base, *experts)
         self.options = MergeOptions(trust_remote_code=trust_remote_code)
@@ -166,7 +165,7 @@ class _Inputs:
     def module_names(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Parameter and buffer names of the base's model class, and patterns of the tied ones; empty if unknown."""
         if self._module is None:
-            from mergekit.architecture.auto import get_transformers_info
+            from utils.mergekit_api import get_transformers_info
 
             _, tied, _, names = get_transformers_info(self.references[0], self.options)
             self._module = frozenset(names or ()), tuple(tied or ())
@@ -184,7 +183,7 @@ class _Inputs:
     def conversion_targets(self, stored: str) -> set[str]:
         """The names that transformers' own loading may turn a stored name into, itself included."""
         if self._transforms is None:
-            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+            from utils.mergekit_api import get_checkpoint_conversion_mapping
 
             keys = (self.base.architecture, self.configs[0].model_type)
             self._transforms = [rule for key in keys for rule in get_checkpoint_conversion_mapping(key) or ()]
@@ -206,8 +205,7 @@ class _Candidate:
 
 
 def _candidates(inputs: _Inputs) -> Iterator[_Candidate]:
-    from mergekit.architecture import arch_info_for_config
-    from mergekit.architecture.auto import infer_architecture_info
+    from utils.mergekit_api import arch_info_for_config, infer_architecture_info
 
     base = inputs.base
     infos = [arch_info_for_config(config) for config in inputs.configs]
@@ -273,7 +271,7 @@ def _compare(
     read = {tensor.stored_name(checkpoint.tensors) for tensor in planned}
     unread = [name for name in checkpoint.tensors if name not in read]
     if absent and unread:  # stored in an older layout that mergekit converts while it loads?
-        from mergekit.architecture.conversion import can_convert_checkpoint_keys
+        from utils.mergekit_api import can_convert_checkpoint_keys
 
         keys = set(checkpoint.tensors)
         converted = {t.name for t in absent if can_convert_checkpoint_keys(model_type, keys, t.name)}

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit.architecture import ModelArchitecture, WeightInfo
+    from utils.mergekit_api import ModelArchitecture, WeightInfo
 
 
 def with_optional(info: "ModelArchitecture", config: Any, names: Collection[str]) -> "ModelArchitecture | None":
@@ -18,7 +18,7 @@ def with_optional(info: "ModelArchitecture", config: Any, names: Collection[str]
         config: the base model's transformers config, which fills in the number of layers.
         names: tensor names in full.
     """
-    from mergekit.architecture.json_definitions import JsonModuleArchitecture
+    from utils.mergekit_api import JsonModuleArchitecture
 
     modules = {}
     for key, module in info.modules.items():

@@ -19,21 +19,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit import merge_methods
-from mergekit.merge_methods import (
+from torch import Tensor, float32, promote_types, where
+
+from utils.errors import UserError
+from utils.mergekit_api import (
     BasePolicy,
     GroupMergeMethod,
     InputContract,
     MergeMethod,
     MergeMethodSpec,
     ParameterScope,
+    ParameterSpec,
     TensorEntry,
     TensorGroup,
+    merge_method,
+    register_merge_method,
+    registered_merge_methods,
 )
-from mergekit.merge_methods.base import ParameterSpec
-from torch import Tensor, float32, promote_types, where
-
-from utils.errors import UserError
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
 from utils.recipes import method_rules
@@ -128,7 +130,7 @@ class GuidedTies(OwnMethod):
             entry if entry is base else _trimmed(entry, base.tensor, group.metadata.name, parameters)
             for entry in group.entries
         )
-        rest = merge_methods.get("ties" if parameters["vote"] else "task_arithmetic")
+        rest = merge_method("ties" if parameters["vote"] else "task_arithmetic")
         assert isinstance(rest, GroupMergeMethod)
         return rest.merge_group(
             replace(group, entries=entries),
@@ -239,9 +241,9 @@ def register_methods() -> None:
     for method in (GuidedTies, GuidedMean):
         name = method.spec.name
         try:
-            known = merge_methods.get(name)
+            known = merge_method(name)
         except RuntimeError:
-            merge_methods.register(method())
+            register_merge_method(method())
             continue
         if not isinstance(known, method):
             raise UserError(f"another package has registered a merge method {name} with mergekit; remove that package")
@@ -249,7 +251,7 @@ def register_methods() -> None:
 
 def own_method(name: str) -> OwnMethod | None:
     """The method of a name if it is this project's, None if it is mergekit's (or not registered yet)."""
-    return next((one for one in merge_methods.registered_methods() if one.spec.name == name and _is_own(one)), None)
+    return next((one for one in registered_merge_methods() if one.spec.name == name and _is_own(one)), None)
 
 
 def _is_own(method: MergeMethod) -> bool:

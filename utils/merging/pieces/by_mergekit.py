@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from mergekit.common import dtype_from_name
-from mergekit.graph import Executor, TaskUniverse
 
+from utils.mergekit_api import Executor, TaskUniverse, dtype_from_name
 from utils.merging.pieces.arithmetic import is_finite, not_finite
 from utils.merging.plan import MergePlan, OutputTensor
 

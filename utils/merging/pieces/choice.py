@@ -11,26 +11,29 @@ that code; with any other, nothing is merged here.
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 
 import torch
-from mergekit import merge_methods, sparsify
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.io import tasks, tensor_writer
-from mergekit.merge_methods import dtype as dtype_alignment
-from mergekit.merge_methods import generalized_task_arithmetic as gta
-from mergekit.merge_methods import linear, task_adapter
-from mergekit.merge_methods.base import GroupMergeMethod, MergeMethod
-from mergekit.sparsify import SparsificationMethod
 
+from utils.mergekit_api import (
+    ConsensusMethod,
+    GatherTensors,
+    GeneralizedTaskArithmeticMerge,
+    MergeMethod,
+    ModelReference,
+    SparsificationMethod,
+    dtype_from_name,
+    linear_merge,
+    merge_method,
+    replaceable_code,
+)
 from utils.merging.pieces.arithmetic import MOST_CHANGES, Average, Combination
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader
 
-# Of the functions of mergekit 0.1.5 listed in `_replaced_code`. To accept another version: compare those functions,
+# Of the functions of mergekit 0.1.5 listed in `utils/mergekit_api.py`. To accept another version: compare those functions,
 # run the tests of this room with the new digest, then put it here.
 REPLACED = frozenset({"14e6350833c92f6c33e85647ac27500aa2b40bcdb1c027acfc4a71f50dd316fc"})
 STORED = {code: getattr(torch, name) for code, name in FLOAT_DTYPES.items() if name != "float64"}
@@ -84,7 +87,7 @@ class Division:
 
 def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
     """Divide a plan's tensors between this project and mergekit, or say why all are mergekit's."""
-    method = merge_methods.get(plan.inputs.config.merge_method)
+    method = merge_method(plan.inputs.config.merge_method)
     if (reason := reason_against(settings, method)) is not None:
         return reason
     if plan.options.device != "cpu" or settings.multi_gpu:
@@ -124,27 +127,17 @@ def replaced_code() -> str:
     It is also what `utils/merging/fast_sparsifiers.py` relies on. To be asked for the first time while nothing is replaced.
     """
     try:
-        text = "\n".join(inspect.getsource(part) for part in _replaced_code())
-    except (OSError, TypeError):
+        text = "\n".join(inspect.getsource(part) for part in replaceable_code())
+    except (OSError, TypeError, AttributeError):
         return "unreadable"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _replaced_code() -> Iterator[object]:
-    yield gta.GeneralizedTaskArithmeticMerge
-    yield gta.get_mask
-    yield from (sparsify.sparsify, sparsify.magnitude, sparsify.magnitude_outliers, sparsify.rescaled_masked_tensor)
-    yield linear
-    yield from (task_adapter.ExecuteMergeMethodTask, GroupMergeMethod, MergeMethod._execute_resolved)
-    yield dtype_alignment
-    yield from (tasks.LoadTensor, tasks.GatherTensors, tasks.SaveTensor, tensor_writer.TensorWriter)
-
-
 def _unsuitable_method(method: MergeMethod) -> str | None:
     name = method.spec.name
-    if method is linear.linear_merge:
+    if method is linear_merge:
         return None
-    if type(method) is not gta.GeneralizedTaskArithmeticMerge or method.consensus_method == gta.ConsensusMethod.count:
+    if type(method) is not GeneralizedTaskArithmeticMerge or method.consensus_method == ConsensusMethod.count:
         return f"{name} has no faster way here"
     if method.sparsification_method not in _BANDS:
         return f"{name} draws random numbers, in mergekit's order"
@@ -153,12 +146,12 @@ def _unsuitable_method(method: MergeMethod) -> str | None:
 
 def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:
     task = tensor.task
-    if type(task.gather_tensors) is not tasks.GatherTensors:
+    if type(task.gather_tensors) is not GatherTensors:
         return "vocabularies are aligned"
     if task.dtype is not None or task.out_dtype is not None:
         return "a dtype of its own"
     models = [model for model in task.model_order if model in tensor.sources]
-    if method is not linear.linear_merge:
+    if method is not linear_merge:
         changed = [model for model in models if model != task.base_model]
         if task.base_model not in models or not changed:
             return "the base or every changed model lacks it"
@@ -172,7 +165,7 @@ def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:
     values = [task.input_parameters[model] for model in models]
     shared = dict(task.parameters.items())
     out_dtype = dtype_from_name(tensor.dtype)
-    if method is linear.linear_merge:
+    if method is linear_merge:
         rule = Average(tuple(float(one["weight"]) for one in values), bool(shared["normalize"]))
         return DirectTensor(tensor.name, headers, dtype, out_dtype, rule, ())
     values = values[1:]

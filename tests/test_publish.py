@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -458,3 +459,19 @@ def test_a_large_file_is_moved_not_copied(tmp_path):
     publish_files(folder, {"a.safetensors": work / "large", "manifest.json": b"{}"}, overwrite=False)
     assert (folder / "a.safetensors").read_bytes() == b"grams" and (folder / "a.safetensors").stat().st_ino == inode
     assert not (work / "large").exists() and sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "manifest.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_is_no_failure(tmp_path, monkeypatch, code):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    publish_files(tmp_path, {"a.csv": b"1"}, overwrite=False)
+    with staged_folder(tmp_path / "model") as stage:
+        (stage / "weights").write_bytes(b"2")
+    assert (tmp_path / "a.csv").read_bytes() == b"1" and (tmp_path / "model/weights").read_bytes() == b"2"

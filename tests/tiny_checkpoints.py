@@ -70,3 +70,13 @@ def save_tiny(family: str, folder: Path, seed: int = 0, layers: int = LAYERS, **
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def resave(folder: Path, shard_size: str) -> Path:
+    """Save a folder's weights again in several files of at most this size, with an index."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    loaded.save_pretrained(folder, max_shard_size=shard_size)
+    return folder

@@ -48,9 +48,9 @@ def number(low: float = -math.inf, high: float = math.inf, *, low_open: bool = F
     def parse(text: str) -> float:
         try:
             value = float(text)
-        except ValueError:
+        except ValueError as error:
             hint = " (write the decimal point as '.')" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from error
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         if value < low or value > high or (low_open and value == low):
@@ -67,8 +67,8 @@ def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{value} is outside [{low}, {high}]")
         return value

@@ -6,6 +6,7 @@ crosses a file system.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ from utils.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK = 8 * 2**20
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
 
 def file_sha256(path: Path) -> str:
@@ -48,19 +50,19 @@ def prepare_folder(folder: Path, flag: str) -> None:
         nearest = folder
         while not nearest.exists():
             if nearest.is_symlink():
-                raise UserError(f"{flag} {folder}: {nearest} is a broken symbolic link")
+                raise UserError(f"{flag} {folder}: {nearest} is a broken symbolic link", "out-broken-link")
             nearest = nearest.parent
         if not nearest.is_dir():
-            raise UserError(f"{flag} {folder}: {nearest} is a file, not a folder")
+            raise UserError(f"{flag} {folder}: {nearest} is a file, not a folder", "out-is-file")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{flag} {folder}: {nearest} is not writable")
+            raise UserError(f"{flag} {folder}: {nearest} is not writable", "out-unwritable")
         limit = os.pathconf(nearest, "PC_NAME_MAX")
         for part in folder.parts:
             if len(os.fsencode(part)) > limit:
-                raise UserError(f"{flag}: the name {part[:40]!r}... is longer than {limit} bytes")
+                raise UserError(f"{flag}: the name {part[:40]!r}... is longer than {limit} bytes", "out-name-too-long")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {str(folder)[:200]!r} cannot be used: {why}") from None
+        raise UserError(f"{flag} {str(folder)[:200]!r} cannot be used: {why}", "out-unusable") from error
 
 
 @contextlib.contextmanager
@@ -78,11 +80,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError as error:
                 made = []  # whoever holds the lock uses them
                 raise UserError(
-                    f"{folder} is being written by another run; wait for it or choose another folder"
-                ) from None
+                    f"{folder} is being written by another run; wait for it or choose another folder", "out-in-use"
+                ) from error
             yield
         except BaseException:
             for parent in made:  # leave no empty folders behind a run that published nothing
@@ -117,7 +119,7 @@ def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite:
                 os.fsync(file.fileno())
         with _signals_held():
             _move_files(Path(stage), folder, list(files))
-        _fsync_folder(folder)
+        sync_folder(folder)
 
 
 def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overwrite: bool = False) -> None:
@@ -128,9 +130,13 @@ def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overw
     present = [name for name in names if os.path.lexists(folder / name)]
     for name in present:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is in the way and is not a file: move it, or choose another folder")
+            raise UserError(
+                f"{folder / name} is in the way and is not a file: move it, or choose another folder", "out-in-the-way"
+            )
     if present and not overwrite:
-        raise UserError(f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder")
+        raise UserError(
+            f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder", "out-exists"
+        )
 
 
 @contextlib.contextmanager
@@ -150,10 +156,10 @@ def staged_folder(target: Path, *, replaceable: Mapping[str, Any] | list[str] = 
     try:
         yield stage
         os.chmod(stage, 0o777 & ~_umask())
-        _fsync_folder(stage)
+        sync_folder(stage)
         with _signals_held():
             _swap_in(stage, target, set(replaceable))
-        _fsync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -200,10 +206,13 @@ def _swap_in(stage: Path, target: Path, replaceable: set[str]) -> None:
         os.rename(stage, target)
         return
     if not target.is_dir():
-        raise UserError(f"{target} is a file; choose another folder")
+        raise UserError(f"{target} is a file; choose another folder", "out-is-file")
     foreign = foreign_files(target, replaceable)
     if foreign:
-        raise UserError(f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first")
+        raise UserError(
+            f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first",
+            "out-foreign-files",
+        )
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".old", dir=target.parent))
     try:
         os.rename(target, retired / "old")
@@ -238,10 +247,14 @@ def _signals_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _fsync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where its file system can say so; the files are complete either way."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.tiny_checkpoints import save_tiny
+from tests.tiny_checkpoints import resave, save_tiny
 from tests.tiny_pairs import contents
 from utils.errors import UserError
 from utils.models import checkpoints
@@ -75,14 +75,9 @@ def refusal(folder: Path, **kwargs) -> str:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
-    from transformers import AutoModelForCausalLM
-
-    folder = save_tiny("llama", tmp_path_factory.mktemp("single"), layers=2)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    into = tmp_path_factory.mktemp("sharded")
-    loaded.save_pretrained(into, max_shard_size="20KB")
-    assert (into / INDEX).exists() and not (into / SINGLE).exists()
-    return into
+    folder = resave(save_tiny("llama", tmp_path_factory.mktemp("sharded"), layers=2), "20KB")
+    assert (folder / INDEX).exists() and not (folder / SINGLE).exists()
+    return folder
 
 
 def test_headers_agree_with_the_safetensors_library(sharded):

@@ -87,7 +87,9 @@ class Checkpoint:
             held[header.dtype] = held.get(header.dtype, 0) + header.nbytes
         dtype = max(held, key=lambda key: held[key])
         if dtype not in FLOAT_DTYPES:
-            raise UserError(f"model {self.name}: most weights are {dtype}; give the unquantized checkpoint")
+            raise UserError(
+                f"model {self.name}: most weights are {dtype}; give the unquantized checkpoint", "model-quantized"
+            )
         return FLOAT_DTYPES[dtype]
 
 
@@ -106,7 +108,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     folder = find_small_files(name, revision)
     config = read_model_config(folder, name)
     if not is_local(name):
-        folder = download(name, revision, ["*.safetensors", INDEX, *SMALL_FILES])
+        folder = download(name, revision, [*SMALL_FILES, *weight_files(folder, name)])
     return Checkpoint(name, revision, folder, config, read_headers(folder, name))
 
 
@@ -136,14 +138,31 @@ def find_small_files(name: str, revision: str | None = None) -> Path:
     """
     if not is_local(name):
         return download(name, revision, list(SMALL_FILES))
+    return local_folder(name, revision)
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The absolute path of a model folder on this machine.
+
+    Raises:
+        UserError: it is not there, or is no folder.
+    """
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
+        if "+" in name:
+            raise UserError(
+                f"model {name}: adapters (model+adapter) are for merge recipes, which utils/merger.py takes; merge the "
+                "adapter into its model first, and give the result",
+                "model-is-adapter",
+            )
         state = "is a broken symbolic link" if os.path.islink(path) else f"does not exist (looked in {Path.cwd()})"
-        raise UserError(f"model folder {name} {state}")
+        raise UserError(f"model folder {name} {state}", "model-missing")
     if not path.is_dir():
-        raise UserError(f"model {name} is a file; give the folder that holds config.json and the weights")
+        text = f"model {name} is a file; give the folder that holds config.json and the weights"
+        raise UserError(text, "model-is-file")
     if revision:
-        raise UserError(f"model {name} is a local folder, which has no revision {revision!r}; remove the key")
+        text = f"model {name} is a local folder, which has no revision {revision!r}; remove the key"
+        raise UserError(text, "model-revision")
     return path.resolve()
 
 
@@ -157,16 +176,25 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         _refuse_other_formats(folder, name)
-        raise UserError(f"model {name}: {folder} has no config.json; is it a model folder?")
+        raise UserError(f"model {name}: {folder} has no config.json; is it a model folder?", "model-no-config")
     config = read_json(path, f"model {name}: config.json")
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-        raise UserError(f'model {name}: config.json names no model class; add "architectures": ["...ForCausalLM"]')
+        raise UserError(
+            f'model {name}: config.json names no model class; add "architectures": ["...ForCausalLM"]',
+            "model-no-architecture",
+        )
     if config.get("is_encoder_decoder"):
-        raise UserError(f"model {name} is an encoder-decoder ({architectures[0]}); only decoders are supported")
+        raise UserError(
+            f"model {name} is an encoder-decoder ({architectures[0]}); only decoders are supported",
+            "model-encoder-decoder",
+        )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UserError(f"model {name} is quantized ({method or 'unknown method'}); give the unquantized checkpoint")
+        raise UserError(
+            f"model {name} is quantized ({method or 'unknown method'}); give the unquantized checkpoint",
+            "model-quantized",
+        )
     return config
 
 
@@ -175,11 +203,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not valid JSON: {error}") from None
+        raise UserError(f"{what} is not valid JSON: {error}", "json-invalid") from error
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} cannot be read: {error.strerror}", "json-unreadable") from error
     if not isinstance(data, dict):
-        raise UserError(f"{what} must hold a JSON object, but holds a {type(data).__name__}")
+        raise UserError(f"{what} must hold a JSON object, but holds a {type(data).__name__}", "json-no-object")
     return data
 
 
@@ -193,31 +221,34 @@ def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
     single, index = folder / SINGLE, folder / INDEX
     if os.path.lexists(single) and os.path.lexists(index):
         raise UserError(
-            f"model {name}: {folder} holds both {SINGLE} and {INDEX}, two sets of weights; remove the stale one"
+            f"model {name}: {folder} holds both {SINGLE} and {INDEX}, two sets of weights; remove the stale one",
+            "model-two-weights",
         )
     if os.path.lexists(index):
-        headers = _indexed_headers(folder, index, name)
+        headers = _indexed_headers(folder, name)
     elif os.path.lexists(single):
         headers = {header.name: header for header in _file_headers(single, name)}
     else:
         _refuse_other_formats(folder, name)
-        raise UserError(f"model {name}: {folder} holds no {SINGLE} and no {INDEX}")
+        raise UserError(f"model {name}: {folder} holds no {SINGLE} and no {INDEX}", "model-no-weights")
     if not headers:
-        raise UserError(f"model {name}: the weight files in {folder} hold no tensors")
+        raise UserError(f"model {name}: the weight files in {folder} hold no tensors", "model-no-tensors")
     return headers
 
 
 def _refuse_other_formats(folder: Path, name: str) -> None:
     """Say what a folder without the usual files holds instead, if it is something known."""
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"model {name} is a LoRA adapter: merge it into its base model first, give the result")
+        raise UserError(
+            f"model {name} is a LoRA adapter: merge it into its base model first, give the result", "model-is-adapter"
+        )
     if os.path.lexists(folder / SINGLE) or os.path.lexists(folder / INDEX):
         return
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
     for suffix, what in _OTHER_WEIGHTS.items():
         for other in others:
             if other.endswith(suffix):
-                raise UserError(f"model {name}: no {SINGLE} and no {INDEX}, only {other}; {what}")
+                raise UserError(f"model {name}: no {SINGLE} and no {INDEX}, only {other}; {what}", "model-format")
 
 
 def header_hash(headers: Iterable[TensorHeader]) -> str:
@@ -245,36 +276,60 @@ def hub_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def _indexed_headers(folder: Path, index: Path, name: str) -> dict[str, TensorHeader]:
-    weight_map = read_json(index, f"model {name}: {INDEX}").get("weight_map")
+def weight_files(folder: Path, name: str) -> list[str]:
+    """The names of a folder's weight files: those that its index lists, or the one a model without an index has.
+
+    Raises:
+        UserError: an index that is malformed, or names files outside the folder.
+    """
+    return sorted(set(_weight_map(folder, name).values())) if os.path.lexists(folder / INDEX) else [SINGLE]
+
+
+def _weight_map(folder: Path, name: str) -> dict[str, str]:
+    """The file of each tensor by the index."""
+    weight_map = read_json(folder / INDEX, f"model {name}: {INDEX}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"model {name}: {INDEX} has no weight_map")
-    headers: dict[str, TensorHeader] = {}
-    for shard in sorted({str(value) for value in weight_map.values()}):
+        raise UserError(f"model {name}: {INDEX} has no weight_map", "model-index-damaged")
+    for shard in map(str, weight_map.values()):
         if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
-            raise UserError(f"model {name}: {INDEX} names {shard!r}, which is not a plain file name in the folder")
+            raise UserError(
+                f"model {name}: {INDEX} names {shard!r}, which is not a plain file name in the folder",
+                "model-index-outside",
+            )
+    return {tensor: str(shard) for tensor, shard in weight_map.items()}
+
+
+def _indexed_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
+    weight_map = _weight_map(folder, name)
+    headers: dict[str, TensorHeader] = {}
+    for shard in sorted(set(weight_map.values())):
         if not os.path.lexists(folder / shard):
-            raise UserError(f"model {name}: {INDEX} names {shard}, which is missing from {folder}")
+            text = f"model {name}: {INDEX} names {shard}, which is missing from {folder}"
+            raise UserError(text, "model-shard-missing")
         for header in _file_headers(folder / shard, name):
             if weight_map.get(header.name) == shard:
                 headers[header.name] = header
     absent = [tensor for tensor in weight_map if tensor not in headers]
     if absent:
-        raise UserError(f"model {name}: {INDEX} lists {absent[0]} in {weight_map[absent[0]]}, but it is not there")
+        text = f"model {name}: {INDEX} lists {absent[0]} in {weight_map[absent[0]]}, but it is not there"
+        raise UserError(text, "model-index-wrong")
     return headers
 
 
 def _file_headers(file: Path, name: str) -> list[TensorHeader]:
     where = f"model {name}: {file.name}"
     if not os.path.isfile(file):
-        raise UserError(f"{where} is a folder or a broken link, not a file; copy or download it again")
+        raise UserError(
+            f"{where} is a folder or a broken link, not a file; copy or download it again", "weights-missing"
+        )
     size = file.stat().st_size
     if size < 8:
-        raise UserError(f"{where} is truncated ({size} bytes); copy or download it again")
+        raise UserError(f"{where} is truncated ({size} bytes); copy or download it again", "weights-truncated")
     with open(file, "rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{where} is truncated or not a safetensors file (header of {length} bytes)")
+            text = f"{where} is truncated or not a safetensors file (header of {length} bytes)"
+            raise UserError(text, "weights-truncated")
         raw = stream.read(length)
     try:
         table = json.loads(raw, object_pairs_hook=_without_duplicates)
@@ -283,15 +338,17 @@ def _file_headers(file: Path, name: str) -> list[TensorHeader]:
             raise ValueError("metadata must be text")
         headers = [_tensor_header(tensor, entry, file, 8 + length) for tensor, entry in table.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where} has a malformed safetensors header: {error}") from None
+        raise UserError(f"{where} has a malformed safetensors header: {error}", "weights-damaged") from error
     end = 8 + length
     for header in sorted(headers, key=lambda header: (header.start, header.nbytes)):
         if header.start != end:
-            raise UserError(f"{where}: tensor {header.name} overlaps another or leaves a gap; the file is damaged")
+            text = f"{where}: tensor {header.name} overlaps another or leaves a gap; the file is damaged"
+            raise UserError(text, "weights-damaged")
         end = header.start + header.nbytes
     if end != size:
         state = "truncated" if end > size else "damaged"
-        raise UserError(f"{where} is {state}: {size} bytes where its header says {end}; copy or download it again")
+        text = f"{where} is {state}: {size} bytes where its header says {end}; copy or download it again"
+        raise UserError(text, f"weights-{state}")
     return headers
 
 

@@ -107,7 +107,7 @@ def matching_paths(name: str, paths: Sequence[str]) -> list[str]:
 def _refuse_encoder(model: nn.Module, where: str) -> None:
     config = model.config
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise UserError(f"{where} is an encoder ({config.model_type}); only decoders are supported")
+        raise UserError(f"{where} is an encoder ({config.model_type}); only decoders are supported", "model-encoder")
 
 
 def _find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
@@ -118,7 +118,10 @@ def _find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module.parameters())
     }
     if not lists:
-        raise UserError(f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported")
+        raise UserError(
+            f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported",
+            "model-no-blocks",
+        )
     path = max(lists, key=lambda key: sum(parameter.numel() for parameter in lists[key].parameters()))
     return path, lists[path]
 
@@ -131,11 +134,18 @@ def _resolve(name: str, path: str | None, somewhere: Sequence[str], everywhere: 
     candidates = matching_paths(path or name, somewhere)
     asked = f"component {name!r}" + (f" (prefix_mapping: {path})" if path else "")
     if not candidates or (path and candidates != [path]):
-        raise UserError(f"{where}: {asked} is not a linear part of its blocks; they have {', '.join(somewhere)}")
+        raise UserError(
+            f"{where}: {asked} is not a linear part of its blocks; they have {', '.join(somewhere)}",
+            "component-unknown",
+        )
     if len(candidates) > 1:
-        raise UserError(f"{where}: {asked} may mean {' or '.join(candidates)}; write the longer name")
+        raise UserError(
+            f"{where}: {asked} may mean {' or '.join(candidates)}; write the longer name", "component-ambiguous"
+        )
     if candidates[0] not in everywhere:
-        raise UserError(f"{where}: {asked} is in some blocks only; choose components that every block has")
+        raise UserError(
+            f"{where}: {asked} is in some blocks only; choose components that every block has", "component-partial"
+        )
     return Component(name, candidates[0])
 
 
@@ -144,14 +154,16 @@ def _refuse_uncovered(blocks: nn.ModuleList, somewhere: Sequence[str], everywher
     if partial:
         raise UserError(
             f"{where}: {', '.join(partial[:4])} exist in some blocks only (a hybrid model); list under components "
-            f"the ones every block has: {', '.join(everywhere) or 'none'}"
+            f"the ones every block has: {', '.join(everywhere) or 'none'}",
+            "model-hybrid",
         )
     if not everywhere:
-        raise UserError(f"{where}: its blocks have no linear modules; it is not supported")
+        raise UserError(f"{where}: its blocks have no linear modules; it is not supported", "model-no-linear")
     covered = {f"{path}.weight" for path in everywhere}
     left = [name for name, value in blocks[0].named_parameters() if value.ndim >= 2 and name not in covered]
     if left:
         raise UserError(
             f"{where}: {', '.join(left[:4])} are matrices outside linear modules (mixture-of-experts layers are not "
-            f"measured); list under components the parts to measure: {', '.join(everywhere)}"
+            f"measured); list under components the parts to measure: {', '.join(everywhere)}",
+            "model-moe",
         )

@@ -26,29 +26,31 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     )
 
     shown = f"model {name}" + (f" at revision {revision}" if revision else "")
+    here = f"no such folder here (in {Path.cwd()})"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns)).resolve()
-    except HFValidationError:
-        raise UserError(f"{shown}: neither a folder here (in {Path.cwd()}) nor a valid hub id") from None
-    except GatedRepoError:
-        raise UserError(f"{shown} is gated: accept its terms on the hub and run `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{shown}: the hub has no such revision") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{shown}: no such folder here (in {Path.cwd()}) and no such public repository on the hub; for a private "
-            "one run `hf auth login`"
-        ) from None
+    except HFValidationError as error:
+        text = f"{shown}: neither a folder here (in {Path.cwd()}) nor a valid hub id"
+        raise UserError(text, "hub-bad-name") from error
+    except GatedRepoError as error:
+        text = f"{shown} is gated: accept its terms on the hub and run `hf auth login`"
+        raise UserError(text, "hub-gated") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{shown}: the hub has no such revision", "hub-no-revision") from error
+    except RepositoryNotFoundError as error:
+        text = f"{shown}: {here} and no such public repository on the hub; for a private one run `hf auth login`"
+        raise UserError(text, "hub-no-repository") from error
     except (LocalEntryNotFoundError, OSError) as error:
         if error.errno in _CANNOT_WRITE:
             raise UserError(
                 f"{shown}: the hub cache cannot be written: {error.strerror} ({error.filename}); set HF_HOME to a "
-                "folder that can"
-            ) from None
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
-        raise UserError(
-            f"{shown}: no such folder here (in {Path.cwd()}), not in the local hub cache, and {why}"
-        ) from None
+                "folder that can",
+                "hub-cache-unwritable",
+            ) from error
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+            text = f"{shown}: {here}, not in the local hub cache, and HF_HUB_OFFLINE is set"
+            raise UserError(text, "hub-offline") from error
+        text = f"{shown}: {here}, not in the local hub cache, and the hub cannot be reached ({type(error).__name__})"
+        raise UserError(text, "hub-unreachable") from error
     except Exception as error:  # a proxy or client setting that the HTTP library does not understand
-        raise UserError(f"{shown}: the hub cannot be reached: {brief(error)}") from None
+        raise UserError(f"{shown}: the hub cannot be reached: {brief(error)}", "hub-unreachable") from error

@@ -160,5 +160,6 @@ def _chunks(header: TensorHeader, tensor: Tensor) -> Iterator[_Chunk]:
 
 def _stored_dtype(header: TensorHeader) -> torch.dtype:
     if header.dtype not in _STORED:
-        raise UserError(f"{header.file}: {header.name} is stored as {header.dtype}, which cannot be read here")
+        text = f"{header.file}: {header.name} is stored as {header.dtype}, which cannot be read here"
+        raise UserError(text, "weights-dtype")
     return _STORED[header.dtype]

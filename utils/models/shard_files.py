@@ -76,7 +76,7 @@ class ShardFiles:
                 (self._folder / INDEX).write_text(self._index(), encoding="utf-8")
         except OSError as error:
             self._open.close()
-            raise _failure(error) from None
+            raise _failure(error) from error
         return self
 
     def __exit__(
@@ -95,7 +95,7 @@ class ShardFiles:
         try:
             _write(self._files[number], content, offset + start)
         except OSError as error:
-            raise _failure(error) from None
+            raise _failure(error) from error
 
     def _index(self) -> str:
         weight_map = {spec.name: file for file, shard in zip(self._names, self._shards, strict=True) for spec in shard}
@@ -139,4 +139,5 @@ def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
 
 
 def _failure(error: OSError) -> UserError:
-    return UserError(f"writing the weights failed: {error.strerror}; make room, or choose another --output_path")
+    text = f"writing the weights failed: {error.strerror}; make room, or choose another --output_path"
+    return UserError(text, "weights-unwritable")

@@ -36,7 +36,7 @@ class TensorFiles:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 self.__exit__(None, None, None)
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+                raise UserError(f"{path} cannot be read: {error.strerror}", "weights-unreadable") from error
         return self
 
     def __exit__(
@@ -58,9 +58,10 @@ class TensorFiles:
             try:
                 count = os.preadv(self._files[header.file], [left], offset)
             except OSError as error:
-                raise UserError(f"{header.file} cannot be read: {error.strerror}") from None
+                raise UserError(f"{header.file} cannot be read: {error.strerror}", "weights-unreadable") from error
             if not count:
-                raise UserError(f"{header.file} ends within {header.name}: it was changed while it was read")
+                text = f"{header.file} ends within {header.name}: it was changed while it was read"
+                raise UserError(text, "weights-changed")
             left, offset = left[count:], offset + count
         return out
 

@@ -7,6 +7,7 @@ loaded by transformers as a whole, on the CPU, and its blocks are copied to the 
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        if layers > len(checkpoint.tensors):  # a slip that would build modules for minutes
+        if layers > len(checkpoint.tensors):  # a typing error that would build modules for minutes
             raise ValueError(
                 f"config.json asks for {layers} layers, the weights hold {len(checkpoint.tensors)} tensors"
             )
@@ -40,8 +41,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     except Exception as error:  # whatever a wrong number in config.json leads to: a zero division, an assertion ...
         remote = "" if trust_remote_code or "auto_map" not in checkpoint.config else " (try --trust_remote_code)"
         raise UserError(
-            f"model {checkpoint.name}: transformers cannot build {checkpoint.architecture}{remote}: {brief(error)}"
-        ) from None
+            f"model {checkpoint.name}: transformers cannot build {checkpoint.architecture}{remote}: {brief(error)}",
+            "model-not-buildable",
+        ) from error
     return model.eval()
 
 
@@ -77,7 +79,8 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, head: bool = False) ->
         if header.shape != tuple(value.shape):
             raise UserError(
                 f"model {checkpoint.name}: tensor {header.name} is {list(header.shape)} in the checkpoint but "
-                f"config.json makes it {list(value.shape)}"
+                f"config.json makes it {list(value.shape)}",
+                "model-shape",
             )
         found[name] = header
     return found
@@ -95,6 +98,7 @@ class StreamedWeights:
         self.files = ExitStack()
         self.handles: dict[Path, object] = {}
         self.copies: PinnedCopies | None = None
+        self.opening = threading.Lock()
         self.computation = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -124,17 +128,19 @@ class StreamedWeights:
         self.files.close()
 
     def _copies(self) -> PinnedCopies:
-        if self.copies is None:
-            files = {header.file for header in self.headers.values()}
-            self.copies = self.files.enter_context(PinnedCopies(files, self.device))
-        return self.copies
+        with self.opening:  # blocks are fetched ahead by a thread of their own
+            if self.copies is None:
+                files = {header.file for header in self.headers.values()}
+                self.copies = self.files.enter_context(PinnedCopies(files, self.device))
+            return self.copies
 
     def _handle(self, file: Path):
         from safetensors import safe_open
 
-        if file not in self.handles:
-            self.handles[file] = self.files.enter_context(safe_open(file, framework="pt", device="cpu"))
-        return self.handles[file]
+        with self.opening:
+            if file not in self.handles:
+                self.handles[file] = self.files.enter_context(safe_open(file, framework="pt", device="cpu"))
+            return self.handles[file]
 
 
 class ResidentWeights:

@@ -50,7 +50,9 @@ def with_defaults(source: CalibrationSource) -> CalibrationSource:
     is_file = own_path and looks_like_file(source.path)
     for key in ("subset", "split"):
         if is_file and getattr(source, key):
-            raise UserError(f"dataset.{key}: {source.path} is a file, which has no {key}; remove the key")
+            raise UserError(
+                f"dataset.{key}: {source.path} is a file, which has no {key}; remove the key", "text-key-of-file"
+            )
     return replace(
         source,
         path=source.path or built_in.path,
@@ -70,7 +72,10 @@ def choose_samples(source: CalibrationSource, nsamples: int) -> list[Sample]:
     source = with_defaults(source)
     rows = open_rows(source)
     if len(rows) < nsamples:
-        raise UserError(f"dataset {source.path} has {len(rows)} rows, but nsamples is {nsamples}; lower nsamples")
+        raise UserError(
+            f"dataset {source.path} has {len(rows)} rows, but nsamples is {nsamples}; lower nsamples",
+            "text-too-few-rows",
+        )
     return [make_sample(row, rows[row], source) for row in row_order(source, len(rows))[:nsamples]]
 
 
@@ -112,10 +117,13 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
             ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
         except Exception as error:  # tokenizers raise errors of their own kinds, plain Exception among them
             raise UserError(
-                f"{where}: its tokenizer cannot encode row {sample.row} of the data set: {brief(error)}"
-            ) from None
+                f"{where}: its tokenizer cannot encode row {sample.row} of the data set: {brief(error)}",
+                "text-not-encodable",
+            ) from error
         if not ids:
-            raise UserError(f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}")
+            raise UserError(
+                f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}", "text-no-tokens"
+            )
         encoded.append(ids)
     return encoded
 
@@ -181,13 +189,18 @@ def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) 
     template = source.text
     if template is None:
         if "text" not in values:
-            raise UserError(f"{where}: no column 'text' (columns: {', '.join(map(str, values))}); give dataset.text")
+            raise UserError(
+                f"{where}: no column 'text' (columns: {', '.join(map(str, values))}); give dataset.text",
+                "text-no-column",
+            )
         template = "{text}"
     text = render(template, values, where)
     if not text.strip():
-        raise UserError(f"{where} is empty; remove the row or choose another seed")
+        raise UserError(f"{where} is empty; remove the row or choose another seed", "text-empty")
     if not _is_unicode(text):
-        raise UserError(f"{where} holds half of a surrogate pair, which is no character; mend the file")
+        raise UserError(
+            f"{where} holds half of a surrogate pair, which is no character; mend the file", "text-surrogate"
+        )
     return Sample(row, text)
 
 
@@ -205,12 +218,14 @@ def template_columns(template: str, key: str) -> list[str]:
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{key} {template!r} is not a template: {error}") from error
+        raise UserError(f"{key} {template!r} is not a template: {error}", "template-invalid") from error
     names = [name for _, name, _, _ in pieces if name is not None]
     if any(not name or form or conversion for _, name, form, conversion in pieces if name is not None):
-        raise UserError(f"{key} {template!r}: write columns as {{column}}, nothing else in the braces")
+        raise UserError(
+            f"{key} {template!r}: write columns as {{column}}, nothing else in the braces", "template-invalid"
+        )
     if not names:
-        raise UserError(f"{key} {template!r} names no column; write for example {{question}}")
+        raise UserError(f"{key} {template!r} names no column; write for example {{question}}", "template-no-column")
     return names
 
 
@@ -227,7 +242,7 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
             continue
         value = _column(values, name, where)
         if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{where}: column {name!r} holds {_kind(value)}, not text")
+            raise UserError(f"{where}: column {name!r} holds {_kind(value)}, not text", "text-bad-value")
         parts.append(str(value))
     return "".join(parts)
 
@@ -242,21 +257,22 @@ def _is_unicode(text: str) -> bool:
 
 def _checked_messages(messages: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(messages, (list, tuple)) or not all(isinstance(item, Mapping) for item in messages):
-        raise UserError(f"{where} is not a list of chat messages")
+        raise UserError(f"{where} is not a list of chat messages", "text-bad-messages")
     if not messages:
-        raise UserError(f"{where} holds no messages; remove the row or choose another seed")
+        raise UserError(f"{where} holds no messages; remove the row or choose another seed", "text-bad-messages")
     for number, item in enumerate(messages, 1):
         content = item.get("content")
         if not isinstance(item.get("role"), str) or not (isinstance(content, (str, list)) or item.get("tool_calls")):
             raise UserError(
-                f"{where}, message {number} must have a role and a content, both text; it has {', '.join(map(str, item))}"
+                f"{where}, message {number} must have a role and a content, both text; it has {', '.join(map(str, item))}",
+                "text-bad-messages",
             )
     return [dict(item) for item in messages]
 
 
 def _column(values: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in values:
-        raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, values))})")
+        raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, values))})", "text-no-column")
     return values[name]
 
 
@@ -268,13 +284,20 @@ def _kind(value: Any) -> str:
 
 def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{where}: its tokenizer has no chat template; use dataset.text instead of dataset.messages")
+        raise UserError(
+            f"{where}: its tokenizer has no chat template; use dataset.text instead of dataset.messages",
+            "text-no-chat-template",
+        )
     try:
         text = tokenizer.apply_chat_template(sample.messages, tokenize=False)
     except Exception as error:  # templates raise errors of their own kinds
-        raise UserError(f"{where}: the chat template refuses row {sample.row}: {brief(error)}") from None
+        raise UserError(
+            f"{where}: the chat template refuses row {sample.row}: {brief(error)}", "text-chat-refused"
+        ) from error
     if not _is_unicode(text):
-        raise UserError(f"{where}: row {sample.row} holds half of a surrogate pair, which is no character")
+        raise UserError(
+            f"{where}: row {sample.row} holds half of a surrogate pair, which is no character", "text-surrogate"
+        )
     return text
 
 
@@ -286,5 +309,6 @@ def _hub_rows(source: CalibrationSource) -> Rows:
         return load_dataset(source.path, name=source.subset, split=source.split)
     except Exception as error:  # the hub, the network, the cache and the builders raise errors of many kinds
         raise UserError(
-            f"{shown}, split {source.split}: cannot be loaded: {brief(error)}. For a local file give dataset.path its name"
-        ) from None
+            f"{shown}, split {source.split}: cannot be loaded: {brief(error)}. For a local file give dataset.path its name",
+            "text-not-loadable",
+        ) from error

@@ -28,35 +28,47 @@ def looks_like_file(path: str) -> bool:
     return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in READERS or os.path.exists(path)
 
 
-def local_rows(path: str) -> Rows:
-    """Open a local data file as a sequence of rows (column name to value).
+def data_file(path: str) -> Path:
+    """The local file that a `dataset.path` names, of a kind that can be read.
 
     Raises:
-        UserError: the file is missing, a folder, of an unknown kind, compressed, or malformed (with the line).
+        UserError: it is missing, a folder, or of an unknown kind.
     """
     file = Path(os.path.expanduser(path))
     if not os.path.exists(file):
         if "://" in path:
-            raise UserError(f"dataset.path {path} is a URL; download the file and give its name")
+            raise UserError(f"dataset.path {path} is a URL; download the file and give its name", "text-url")
         state = "is a broken symbolic link" if os.path.islink(file) else f"does not exist (looked in {Path.cwd()})"
-        raise UserError(f"dataset.path {path} {state}")
+        raise UserError(f"dataset.path {path} {state}", "text-missing")
     if file.is_dir():
-        raise UserError(f"dataset.path {path} is a folder; give the file")
+        raise UserError(f"dataset.path {path} is a folder; give the file", "text-is-folder")
     if not file.is_file():
-        raise UserError(f"dataset.path {path} is not a plain file: it is read more than once")
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"dataset.path {path}: unknown kind of file; known: {', '.join(READERS)}")
+        raise UserError(f"dataset.path {path} is not a plain file: it is read more than once", "text-not-a-file")
+    if file.suffix.lower() not in READERS:
+        raise UserError(f"dataset.path {path}: unknown kind of file; known: {', '.join(READERS)}", "text-kind")
+    return file
+
+
+def local_rows(path: str) -> Rows:
+    """Open a local data file as a sequence of rows (column name to value).
+
+    Raises:
+        UserError: there is no such file (`data_file`), or it is compressed or malformed (with the line).
+    """
+    file = data_file(path)
     try:
         with open(file, "rb") as stream:
             start = stream.read(4)
         if packed := next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None):
-            raise UserError(f"dataset.path {path} is compressed ({packed}), whatever its name says; unpack it first")
-        return reader(file)
+            raise UserError(
+                f"dataset.path {path} is compressed ({packed}), whatever its name says; unpack it first",
+                "text-compressed",
+            )
+        return READERS[file.suffix.lower()](file)
     except UnicodeDecodeError as error:
-        raise UserError(f"dataset.path {path} is not UTF-8 text (byte {error.start})") from None
-    except PermissionError:
-        raise UserError(f"dataset.path {path} cannot be read: permission denied") from None
+        raise UserError(f"dataset.path {path} is not UTF-8 text (byte {error.start})", "text-not-utf8") from error
+    except PermissionError as error:
+        raise UserError(f"dataset.path {path} cannot be read: permission denied", "text-unreadable") from error
 
 
 class _Lines(Sequence):
@@ -88,11 +100,15 @@ def _json_lines(file: Path) -> Rows:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})") from None
+            raise UserError(
+                f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})", "text-not-utf8"
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"dataset.path {file}, line {number}: not valid JSON: {error}") from None
+            raise UserError(f"dataset.path {file}, line {number}: not valid JSON: {error}", "text-invalid") from error
         if not isinstance(row, dict):
-            raise UserError(f"dataset.path {file}, line {number}: a row must be an object, got {type(row).__name__}")
+            raise UserError(
+                f"dataset.path {file}, line {number}: a row must be an object, got {type(row).__name__}", "text-bad-row"
+            )
         return row
 
     return _Lines(file, parse)
@@ -103,7 +119,9 @@ def _text_lines(file: Path) -> Rows:
         try:
             return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
         except UnicodeDecodeError as error:
-            raise UserError(f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})") from None
+            raise UserError(
+                f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})", "text-not-utf8"
+            ) from error
 
     return _Lines(file, parse)
 
@@ -117,9 +135,9 @@ def _json(file: Path) -> Rows:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"dataset.path {file} is not valid JSON: {error}") from None
+        raise UserError(f"dataset.path {file} is not valid JSON: {error}", "text-invalid") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"dataset.path {file} must hold a list of objects")
+        raise UserError(f"dataset.path {file} must hold a list of objects", "text-bad-row")
     return rows
 
 
@@ -130,15 +148,18 @@ def _csv(file: Path) -> Rows:
     try:
         lines = [(reader.line_num, fields) for fields in reader if fields]
     except csv.Error as error:
-        raise UserError(f"dataset.path {file}, line {reader.line_num}: not valid CSV: {error}") from None
+        raise UserError(
+            f"dataset.path {file}, line {reader.line_num}: not valid CSV: {error}", "text-invalid"
+        ) from error
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
-        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})")
+        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice")
     for number, fields in lines[1:]:
         if len(fields) != len(names):
             raise UserError(
                 f"dataset.path {file}, line {number}: {len(fields)} fields where the first line has {len(names)} "
-                "(fields are separated by commas; quote a field that holds one)"
+                "(fields are separated by commas; quote a field that holds one)",
+                "text-bad-row",
             )
     return [dict(zip(names, fields, strict=True)) for _, fields in lines[1:]]
 
@@ -151,10 +172,12 @@ def _parquet(file: Path) -> Rows:
             table = opened.read()
         table.validate(full=True)
     except Exception as error:  # pyarrow raises errors of many kinds for a file that is damaged or not Parquet
-        raise UserError(f"dataset.path {file} is not a readable Parquet file: {brief(error)}") from None
+        raise UserError(
+            f"dataset.path {file} is not a readable Parquet file: {brief(error)}", "text-invalid"
+        ) from error
     names = table.column_names
     if len(set(names)) < len(names):
-        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})")
+        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice")
     return _Table(table)
 
 

@@ -1,0 +1,68 @@
+"""Weights on their way to a device, asked for by several threads.
+
+python -m pytest tests/models/test_weight_source.py
+"""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.tiny_checkpoints import save_tiny
+from utils.models.checkpoints import open_checkpoint
+from utils.models.weight_source import StreamedWeights
+
+THREADS = 4
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory):
+    return open_checkpoint(str(save_tiny("llama", tmp_path_factory.mktemp("model")))).tensors
+
+
+def fetch_at_once(weights: StreamedWeights) -> list[dict]:
+    together = threading.Barrier(THREADS)
+
+    def fetch(name: str) -> dict:
+        together.wait(timeout=30)
+        return weights.fetch([name])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(fetch, list(weights.headers)[:THREADS]))
+
+
+def test_threads_that_ask_at_once_share_one_ring_of_buffers(headers, monkeypatch):
+    made = []
+
+    class Copies:
+        """A ring that takes a while to make, as pinning memory does."""
+
+        def __init__(self, files, device):
+            made.append(device)
+            time.sleep(0.05)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def fetch(self, stored, dtype, user):
+            return dict.fromkeys(stored)
+
+    monkeypatch.setattr("utils.models.weight_source.PinnedCopies", Copies)
+    found = fetch_at_once(StreamedWeights(headers, torch.device("meta"), torch.float32))
+    assert [name for each in found for name in each] == list(headers)[:THREADS]
+    assert made == [torch.device("meta")]
+
+
+def test_threads_that_ask_at_once_on_the_cpu_read_the_same_file(headers):
+    weights = StreamedWeights(headers, torch.device("cpu"), torch.float32)
+    alone = StreamedWeights(headers, torch.device("cpu"), torch.float32)
+    for found in fetch_at_once(weights):
+        for name, tensor in found.items():
+            assert torch.equal(tensor, alone.fetch([name])[name])
+    weights.close()
+    alone.close()

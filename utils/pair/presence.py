@@ -1,0 +1,44 @@
+"""What a pair config names on this machine: is it there? Names only, so that a typing error shows before libraries load."""
+
+from collections.abc import Iterable
+
+from utils.errors import Problem, UserError, raise_collected
+from utils.models.checkpoints import is_local, local_folder
+from utils.pair.calibration import with_defaults
+from utils.pair.config import ModelEntry, PairConfig
+from utils.pair.rows import data_file, looks_like_file
+from utils.pair.source import CalibrationSource
+
+
+def refuse_missing(
+    config: PairConfig,
+    models: Iterable[ModelEntry] | None = None,
+    texts: Iterable[CalibrationSource] | None = None,
+) -> None:
+    """Refuse model folders and text files that are not there; hub ids are left to the download.
+
+    Args:
+        config: the pair config.
+        models: which of its models are needed; None for all.
+        texts: which texts are needed; None for those that experts are measured on.
+
+    Raises:
+        UserError: what is missing, all of it in one message.
+    """
+    problems = []
+    for entry in config.model_info if models is None else models:
+        if is_local(entry.name):
+            problems += _refusal(local_folder, entry.name, entry.revision)
+    for text in config.texts if texts is None else texts:
+        path = with_defaults(text).path
+        if path is not None and looks_like_file(path):
+            problems += _refusal(data_file, path)
+    raise_collected(problems, f"pair config {config.path}")
+
+
+def _refusal(check, *arguments) -> list[Problem]:
+    try:
+        check(*arguments)
+    except UserError as error:
+        return [Problem(str(error), error.code)]
+    return []

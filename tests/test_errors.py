@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.refusals import refusal_code
 from utils.errors import UserError, brief, raise_collected, run_command
 
 
@@ -29,13 +30,13 @@ def end_of(error: BaseException, capsys) -> tuple[int, str]:
         (
             OSError(28, "No space left on device", "/x/norms.csv"),
             2,
-            "error: No space left on device (/x/norms.csv); nothing unfinished was left behind\n",
+            "error: No space left on device (/x/norms.csv); nothing unfinished was left behind [os-error]\n",
         ),
-        (OSError("odd"), 2, "error: odd; nothing unfinished was left behind\n"),
+        (OSError("odd"), 2, "error: odd; nothing unfinished was left behind [os-error]\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             2,
-            "error: No module named 'torch'; install the requirements: pip install -r requirements.txt\n",
+            "error: No module named 'torch'; install the requirements: pip install -r requirements.txt [package-missing]\n",
         ),
     ],
 )
@@ -109,9 +110,18 @@ def test_closed_streams_are_no_failure(redirect):
 def test_a_full_device_behind_stdout_is_told():
     ended = run("print('out')", "> /dev/full")
     assert ended.returncode == 2
-    assert ended.stderr == "error: No space left on device; nothing unfinished was left behind\n"
+    assert ended.stderr == "error: No space left on device; nothing unfinished was left behind [os-error]\n"
 
 
 def test_a_locale_without_the_character_is_no_failure():
     ended = run("print('caf\\u00e9 \\udc80')", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert (ended.returncode, ended.stdout) == (0, "caf\\xe9 \\udc80\n")
+
+
+def test_a_traceback_with_its_cause_where_it_is_asked_for(run_command_line):
+    words = ("lewis_importance.py", "--config", "nowhere.yaml", "--out_dir", "out")
+    plain, shown = run_command_line(*words), run_command_line(*words, "--traceback")
+    assert refusal_code(plain) == "file-missing"
+    assert shown.returncode == 2 and shown.stderr.endswith(plain.stderr)
+    assert "FileNotFoundError: [Errno 2]" in shown.stderr and "the direct cause of the following" in shown.stderr
+    assert shown.stderr.count("Traceback (most recent call last)") == 2

@@ -44,13 +44,13 @@ def parse(*words: str):
     return parser().parse(["--out_dir", "x", *words])
 
 
-def refusal(capsys, *words: str) -> str:
+def refusal(capsys, code: str, *words: str) -> str:
     with pytest.raises(SystemExit) as caught:
         parser().parse(list(words))
     out, err = capsys.readouterr()
     assert caught.value.code == 2
     assert out == ""
-    assert err.startswith("error: ") and err.endswith("(`some.py --help` explains every flag)\n")
+    assert err.startswith("error: ") and err.endswith(f"(`some.py --help` explains every flag) [{code}]\n")
     assert len(err.splitlines()) == 2
     return err
 
@@ -75,7 +75,7 @@ def test_words_for_false(word):
 def test_anything_else_is_refused(capsys, word):
     with pytest.raises(ArgumentTypeError, match="neither True nor False"):
         boolean(word)
-    said = refusal(capsys, "--out_dir", "x", f"--lazy_unpickle={word}")
+    said = refusal(capsys, "flag-invalid", "--out_dir", "x", f"--lazy_unpickle={word}")
     assert said.startswith(f"error: argument --lazy_unpickle: {word!r} is neither True nor False")
 
 
@@ -95,7 +95,9 @@ def test_switches(words, lazy, low):
 
 
 def test_a_negated_switch_takes_no_value(capsys):
-    assert "--no-lazy-unpickle takes no value" in refusal(capsys, "--out_dir", "x", "--no-lazy-unpickle", "True")
+    assert "--no-lazy-unpickle takes no value" in refusal(
+        capsys, "flag-invalid", "--out_dir", "x", "--no-lazy-unpickle", "True"
+    )
 
 
 # --- spellings --------------------------------------------------------------------------------------------------------
@@ -108,8 +110,10 @@ def test_dashes_and_underscores_are_the_same_flag():
 
 def test_the_same_value_twice_is_fine_another_is_not(capsys):
     assert parse("--out-dir", "x").out_dir == "x"
-    assert "--out_dir is given twice, as 'x' and as 'y'" in refusal(capsys, "--out_dir", "x", "--out-dir", "y")
-    said = refusal(capsys, "--out_dir", "x", "--lazy_unpickle", "--no-lazy-unpickle")
+    assert "--out_dir is given twice, as 'x' and as 'y'" in refusal(
+        capsys, "flag-twice", "--out_dir", "x", "--out-dir", "y"
+    )
+    said = refusal(capsys, "flag-twice", "--out_dir", "x", "--lazy_unpickle", "--no-lazy-unpickle")
     assert "--lazy_unpickle is given twice, as 'True' and as 'False'" in said
     assert not hasattr(parse(), "_given")
 
@@ -131,7 +135,8 @@ def test_the_same_value_twice_is_fine_another_is_not(capsys):
     ],
 )
 def test_mistakes_get_the_nearest_flag(capsys, words, expected):
-    assert expected in refusal(capsys, *words)
+    code = "flag-unknown" if expected.startswith("unknown") else "flag-invalid"
+    assert expected in refusal(capsys, code, *words)
 
 
 def test_help_shows_each_flag_once_with_its_default(capsys):
@@ -162,7 +167,7 @@ def test_help_shows_each_flag_once_with_its_default(capsys):
     ],
 )
 def test_numbers_refused(capsys, text, expected):
-    assert expected in refusal(capsys, "--out_dir", "x", f"--gamma={text}")
+    assert expected in refusal(capsys, "flag-invalid", "--out_dir", "x", f"--gamma={text}")
 
 
 def test_numbers_accepted():
@@ -188,8 +193,8 @@ def test_whole_numbers_refused(text):
 
 def test_whole_number_bounds(capsys):
     assert (whole_number(1, 100)("1"), whole_number(1, 100)("100")) == (1, 100)
-    assert "101 is outside [1, 100]" in refusal(capsys, "--out_dir", "x", "--count", "101")
-    assert "0 is outside [1, 100]" in refusal(capsys, "--out_dir", "x", "--count", "0")
+    assert "101 is outside [1, 100]" in refusal(capsys, "flag-invalid", "--out_dir", "x", "--count", "101")
+    assert "0 is outside [1, 100]" in refusal(capsys, "flag-invalid", "--out_dir", "x", "--count", "0")
 
 
 def test_paths(monkeypatch):

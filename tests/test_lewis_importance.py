@@ -546,7 +546,7 @@ def test_a_disk_that_fills_up_at_the_end(pair, refused, monkeypatch, call, at):
 
     monkeypatch.setattr(os, call, full)
     said = refused(*ARGUMENTS, weights=True)
-    assert said == "error: No space left on device; nothing unfinished was left behind\n"
+    assert said == "error: No space left on device; nothing unfinished was left behind [os-error]\n"
 
 
 # --- fuzz: only success or one message --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -84,10 +84,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if _tracebacks_shown:
-            traceback.print_exception(error)
-        print(f"error: {error} [{error.code}]" if error.code else f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        _end(error, str(error), error.code)
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -95,16 +92,21 @@ def run_command(main: Callable[[], None]) -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "utils"):
             raise
-        print(f"error: {error}; install the requirements: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        _end(error, f"{error}; install the requirements: pip install -r requirements.txt", "package-missing")
     except BrokenPipeError:
         _drop_unwritable_output()
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:
         _drop_unwritable_output()
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; nothing unfinished was left behind", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        _end(error, f"{error.strerror or error}{where}; nothing unfinished was left behind", "os-error")
+
+
+def _end(error: Exception, message: str, code: str) -> NoReturn:
+    if _tracebacks_shown:
+        traceback.print_exception(error)
+    print(f"error: {message} [{code}]" if code else f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def _tame_streams() -> None:

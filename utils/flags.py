@@ -88,7 +88,7 @@ class _StoreOnce(argparse.Action):
             values = True
         given = namespace.__dict__.setdefault("_given", {})
         if self.dest in given and given[self.dest] != values:
-            parser.error(f"--{self.dest} is given twice, as '{given[self.dest]}' and as '{values}'")
+            parser.error(f"--{self.dest} is given twice, as '{given[self.dest]}' and as '{values}'", "flag-twice")
         given[self.dest] = values
         setattr(namespace, self.dest, values)
 
@@ -146,7 +146,7 @@ class FlagParser(argparse.ArgumentParser):
         self._refuse_unknown_flags(words)  # before argparse misses the required flag that is misspelled
         namespace, unknown = self.parse_known_args(words)
         if unknown:
-            self.error(self._unknown(unknown[0]))
+            self.error(self._unknown(unknown[0]), "flag-unknown")
         namespace.__dict__.pop("_given", None)
         show_tracebacks(namespace.__dict__.pop("traceback"))
         return namespace
@@ -155,17 +155,17 @@ class FlagParser(argparse.ArgumentParser):
         known = {option for action in self._actions for option in action.option_strings}
         for word in words:
             if word.startswith("--") and word.split("=")[0] not in known:
-                self.error(self._unknown(word))
+                self.error(self._unknown(word), "flag-unknown")
 
     def _unknown(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(word.split("=")[0], known, n=1)
         return f"unknown argument {word!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
 
-    def error(self, message: str) -> NoReturn:
-        """Print the message and the way to the help text; exit code 2."""
+    def error(self, message: str, code: str = "flag-invalid") -> NoReturn:
+        """Print the message, the way to the help text and the mistake's code; exit code 2."""
         message = re.sub(r"(--[\w-]+)(?:/--[\w-]+)+", r"\1", message)  # one spelling of each flag is enough
-        print(f"error: {message}\n(`{self.prog} --help` explains every flag)", file=sys.stderr)
+        print(f"error: {message}\n(`{self.prog} --help` explains every flag) [{code}]", file=sys.stderr)
         sys.exit(2)
 
 

@@ -52,7 +52,7 @@ def test_cells_say_value_gain_and_difference():
         "against plain",
     ]
     base, _, plain, first, second = ([read(cell).text for cell in row.cells[1:]] for row in table.rows)
-    assert base[0] == "2.000perplexity 7.39" and base[1] == "0.0%" and "worse" in base[2]
+    assert base[0] == "2.000 perplexity 7.39" and base[1] == "0.0%" and "worse" in base[2]
     assert plain == ["1.800", "40.0%", ""]
     assert (
         first[2].startswith("\N{MINUS SIGN}0.100 better") and "\N{MINUS SIGN}0.150 to \N{MINUS SIGN}0.050" in first[2]
@@ -112,7 +112,7 @@ def test_standings_and_forgetting():
     )
     table = standings_table(page(standings=standings))
     words = {row.name: [read(cell).text for cell in row.cells] for row in table.rows}
-    assert words["first"][1:] == ["60.0%", "50.0%math", "+20.0 points better+10.0 to +30.0"]
+    assert words["first"][1:] == ["60.0%", "50.0% math", "+20.0 points better +10.0 to +30.0"]
     assert words["base"][3] == ""
     forgotten = forgetting_table(page(standings=standings))
     assert [row.name for row in forgotten.rows] == ["base", "first"]

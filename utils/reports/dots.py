@@ -51,7 +51,7 @@ def axis(scale: Scale, percent: bool = False) -> Markup:
     for value, label in ticks.ticks():
         x = ticks.place(value)
         parts.append(svg.line(x, 17, x, 22, "tick"))
-        parts.append(svg.text(x, 12, f"{label}%" if percent else label, svg.anchor_at(x)))
+        parts.append(svg.text(x, 12, f"{label}%" if percent else label))
     return Markup('<svg class="axis" height="22" aria-hidden="true">{}</svg>').format(Markup().join(parts))
 
 

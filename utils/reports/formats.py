@@ -52,10 +52,17 @@ def decimals_for(values: Iterable[float | None], digits: int = 3) -> int:
     """How many decimals show the spread of some values with about `digits` significant digits; at most 6."""
     known = [value for value in values if is_known(value)]
     spread = max(known) - min(known) if known else 0.0
-    scale = spread or max(map(abs, known), default=0.0)
-    if scale == 0:
-        return 1
-    return min(max(digits - 1 - math.floor(math.log10(scale)), 0), 6)
+    return _decimals(spread or max(map(abs, known), default=0.0), digits)
+
+
+def decimals_within(estimates: Iterable[Estimate], otherwise: int) -> int:
+    """How many decimals show half an interval, a narrow one of several, with two significant digits; at most 6."""
+    halves = sorted((each.high - each.low) / 2 for each in estimates if each.bounded)
+    return _decimals(halves[len(halves) // 4], 2) if halves else otherwise
+
+
+def _decimals(size: float, digits: int) -> int:
+    return 1 if size == 0 else min(max(digits - 1 - math.floor(math.log10(size)), 0), 6)
 
 
 def duration(seconds: float | None) -> str:

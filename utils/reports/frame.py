@@ -11,21 +11,23 @@ from utils.reports.scale import Scale, scale_for
 HEIGHT = 300
 LEFT, RIGHT = 11.0, 98.0  # percent of the width
 TOP, BOTTOM = 30.0, HEIGHT - 44.0  # pixels
+_MARGIN = 0.06
+_MOST_TICKS = 8
 
 
 def across(values: Iterable[float | None], keep: Iterable[float | None] = ()) -> Scale:
     """A scale from left to right."""
-    return scale_for(values, keep, LEFT, RIGHT)
+    return scale_for(values, keep, LEFT, RIGHT, _MARGIN)
 
 
 def up(values: Iterable[float | None], keep: Iterable[float | None] = ()) -> Scale:
     """A scale from bottom to top."""
-    return scale_for(values, keep, BOTTOM, TOP)
+    return scale_for(values, keep, BOTTOM, TOP, _MARGIN)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Two scales with the names of what they measure; a percentage is a share times 100."""
+    """Two scales with the names of what they measure; a percentage is a share times 100, `x_whole` a count."""
 
     across: Scale
     up: Scale
@@ -33,6 +35,7 @@ class Frame:
     y_name: str
     x_percent: bool = False
     y_percent: bool = False
+    x_whole: bool = False
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Percent from the left and pixels from the top."""
@@ -45,7 +48,7 @@ class Frame:
             y = self.up.place(value)
             parts.append(svg.line(LEFT, y, RIGHT, y, "grid"))
             parts.append(svg.text(LEFT - 1, y + 4, label, "end"))
-        for value, label in _ticks(self.across, self.x_percent):
+        for value, label in _ticks(self.across, self.x_percent, self.x_whole):
             x = self.across.place(value)
             parts.append(svg.line(x, BOTTOM, x, BOTTOM + 5, "tick"))
             parts.append(svg.text(x, BOTTOM + 18, label))
@@ -65,7 +68,8 @@ class Frame:
         return parts
 
 
-def _ticks(scale: Scale, percent: bool) -> list[tuple[float, str]]:
+def _ticks(scale: Scale, percent: bool, whole: bool = False) -> list[tuple[float, str]]:
     if not percent:
-        return scale.ticks()
-    return [(value / 100, f"{label}%") for value, label in Scale(100 * scale.low, 100 * scale.high).ticks()]
+        return scale.ticks(_MOST_TICKS, least_step=1.0 if whole else 0.0)
+    hundredfold = Scale(100 * scale.low, 100 * scale.high)
+    return [(value / 100, f"{label}%") for value, label in hundredfold.ticks(_MOST_TICKS)]

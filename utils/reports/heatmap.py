@@ -69,7 +69,7 @@ def draw_color_scale(low: float, high: float, quantity: str, name: str) -> Marku
     parts = []
     for step in range(steps):
         x = 2 + 96 * step / steps
-        parts.append(_rectangle(x, 2, 96 / steps + 0.1, 10, hexadecimal(color_at((step + 0.5) / steps))))
+        parts.append(_rectangle(x, 2, 96 / steps + 0.4, 10, hexadecimal(color_at((step + 0.5) / steps))))
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         parts.append(svg.text(2 + 96 * share, 26, number(low + share * (high - low), 2), anchor))
     description = f"dark is {number(low, 2)}, bright is {number(high, 2)}"

@@ -19,9 +19,8 @@ def draw_history(history: History, name: str) -> Markup:
     ordered = sorted(value for value in values if is_known(value))
     keep = [history.reference, *(value for _, value in best[-1:]), *ordered[len(ordered) // 2 :][:1]]
     numbers = [float(trial.number) for trial in history.trials]
-    frame = Frame(
-        across(numbers), up([*values, history.reference], keep), "trial", history.objective, y_percent=history.percent
-    )
+    upright = up([*values, history.reference], keep)
+    frame = Frame(across(numbers), upright, "trial", history.objective, y_percent=history.percent, x_whole=True)
     parts = frame.draw()
     if is_known(history.reference):
         y = frame.up.place(history.reference)

@@ -13,7 +13,7 @@ from utils.reports.lines import draw_front, draw_history
 from utils.reports.plain_tables import front_table, heatmap_table, history_table, importance_table
 from utils.reports.score_tables import forgetting_table, standings_table, task_table
 from utils.reports.tables import Table
-from utils.reports.values import Heatmap, Page, Role, Run
+from utils.reports.values import Heatmap, Page, Role, Run, is_known
 from utils.runtime import gigabytes
 
 FILE_NAME = "report.html"
@@ -47,26 +47,37 @@ def render(page: Page) -> str:
 
     Sections without data are left out. Equal pages give equal text.
     """
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            page=page,
-            symbols=svg.definitions(),
-            sections={name: heading for name, heading in _SECTIONS.items() if _has(page, name)},
-            roles=[role for role in Role if any(each.role is role for each in page.contenders)],
-            tasks=[(task, task_table(page, task)) for task in page.tasks if task.scores],
-            standings=standings_table(page) if page.standings else None,
-            forgetting=forgetting_table(page),
-            heatmaps=_heatmaps(page),
-            history=_history(page),
-            importance=importance_table(page.importance) if page.importance and page.importance.shares else None,
-            more_heatmaps=max(0, len(page.recipe.heatmaps) - _MOST_HEATMAPS) if page.recipe else 0,
-            fronts=_fronts(page),
-            samples=page.samples[:MOST_SAMPLES],
-            resources=_resources(page.run) if page.run else [],
-        )
+    tasks = [(task, task_table(page, task)) for task in page.tasks if task.scores]
+    standings = standings_table(page) if page.standings else None
+    forgetting = forgetting_table(page)
+    template = _environment().get_template("page.html")
+    return template.render(
+        page=page,
+        symbols=svg.definitions(),
+        sections={name: heading for name, heading in _SECTIONS.items() if _has(page, name)},
+        roles=[role for role in Role if any(each.role is role for each in page.contenders)],
+        tasks=tasks,
+        corrected=any(is_known(score.p) for task in page.tasks for score in task.scores),
+        standings=standings,
+        forgetting=forgetting,
+        beyond={
+            "tasks": any(_reaches_beyond(table) for _, table in tasks),
+            "overall": standings is not None and _reaches_beyond(standings),
+            "forgetting": forgetting is not None and _reaches_beyond(forgetting),
+        },
+        heatmaps=_heatmaps(page),
+        more_heatmaps=max(0, len(page.recipe.heatmaps) - _MOST_HEATMAPS) if page.recipe else 0,
+        history=_history(page),
+        importance=importance_table(page.importance) if page.importance and page.importance.shares else None,
+        fronts=_fronts(page),
+        samples=page.samples[:MOST_SAMPLES],
+        resources=_resources(page.run) if page.run else [],
     )
+
+
+def _reaches_beyond(table: Table) -> bool:
+    """Whether a mark of a table lies outside its scale, so that the legend has to say what an arrow is."""
+    return any("#mark-beyond" in cell for row in (*table.rows, *table.folded) for cell in row.cells)
 
 
 def _has(page: Page, section: str) -> bool:

@@ -3,7 +3,7 @@
 from markupsafe import Markup
 
 from utils.reports.dots import axis, dot_strip
-from utils.reports.formats import decimals_for, number, percent
+from utils.reports.formats import decimals_for, decimals_within, number, percent
 from utils.reports.scale import scale_for
 from utils.reports.tables import (
     Cell,
@@ -14,6 +14,7 @@ from utils.reports.tables import (
     contender_table,
     difference_cell,
     matters,
+    scaled,
     two_lines,
 )
 from utils.reports.values import Estimate, Page, Role, TaskScores, is_known
@@ -32,7 +33,10 @@ def task_table(page: Page, task: TaskScores) -> Table:
     )
     guides = {"base-line": base, "reference": reference.value if reference else None}
     factor, unit = (100.0, " points") if task.percent else (1.0, "")
-    decimals = decimals_for([factor * value for value in keep if is_known(value)])
+    decimals = decimals_within(
+        (scaled(one.difference or one.value, factor) for one in task.scores),
+        otherwise=decimals_for([factor * value for value in keep if is_known(value)]),
+    )
 
     def value(name: str) -> Markup:
         one = scores[name]
@@ -98,7 +102,7 @@ def forgetting_table(page: Page) -> Table | None:
     roles = {each.name: each.role for each in page.contenders}
     keep = [losses[each.name].value for each in page.contenders if each.name in losses and matters(page, each)]
     scale = scale_for([0.0, *all_numbers(losses.values())], [0.0, *keep])
-    decimals = decimals_for([0.0, *keep])
+    decimals = decimals_within(losses.values(), otherwise=decimals_for([0.0, *keep]))
 
     def change(name: str) -> Markup:
         return difference_cell(_no_base(losses[name], roles[name]), None, False, decimals, 1.0, "")

@@ -52,11 +52,6 @@ def text(x: float, y: str | float, words: str, anchor: str = "middle", style: st
     )
 
 
-def anchor_at(x: float) -> str:
-    """How a label at `x` percent is anchored so that it stays inside."""
-    return "start" if x < 12 else "end" if x > 88 else "middle"
-
-
 def picture(parts: Iterable[Markup], height: int, title: str, description: str, name: str) -> Markup:
     """A whole picture with its name and description for those who do not see it; `name` is unique on the page."""
     return Markup(

@@ -105,7 +105,7 @@ def difference_cell(
 
 def two_lines(figure: str, below: str) -> Markup:
     """A number and, smaller, what belongs to it."""
-    second = Markup('<span class="within">{}</span>').format(below) if below else Markup()
+    second = Markup(' <span class="within">{}</span>').format(below) if below else Markup()
     return Markup('<span class="figure">{}</span>{}').format(figure, second)
 
 
@@ -125,6 +125,12 @@ def around_reference(value: Estimate, difference: Estimate | None, reference: Es
 def all_numbers(estimates: Iterable[Estimate]) -> list[float | None]:
     """Values and ends of intervals, for a scale that holds them."""
     return [number for each in estimates for number in (each.value, each.low, each.high)]
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The same estimate in another unit."""
+    numbers = (estimate.value, estimate.low, estimate.high)
+    return Estimate(*(None if number is None else factor * number for number in numbers))
 
 
 def matters(page: Page, contender: Contender) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.refusals import refused
 from tests.tiny_pairs import BOS_CHAT, CHATML, save_tokenizer
 from utils.errors import UserError
 from utils.pair.calibration import (
@@ -22,7 +23,7 @@ from utils.pair.calibration import (
     token_digest,
     with_defaults,
 )
-from utils.pair.source import CalibrationSource
+from utils.pair.source import CalibrationSource, ChatTurn
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}
@@ -251,9 +252,35 @@ def test_chat_has_exactly_one_bos_whoever_writes_it(tmp_path, tokenizers):
     assert encode(samples, tokenizers(CHATML, bos=True), 99, "m") == [body]
 
 
+def test_chat_made_of_columns(tmp_path, tokenizers):
+    """The same as a column of messages that holds them, for data sets that have questions and answers."""
+    turns = (ChatTurn("user", "Q: {q}"), ChatTurn("assistant", "{a}{n}"))
+    asked = source(tmp_path, [{"q": "Hi", "a": "Ho", "n": 2}], chat=turns)
+    assert with_defaults(asked).text is None
+    (made,) = choose_samples(asked, 1)
+    assert made.messages == [{"role": "user", "content": "Q: Hi"}, {"role": "assistant", "content": "Ho2"}]
+    (written,) = chat(tmp_path, made.messages)
+    tokenizer = tokenizers(BOS_CHAT, bos=True)
+    assert encode([made], tokenizer, 99, "m") == encode([written], tokenizer, 99, "m")
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ("{nothing}", "text-no-column"),
+        ("{q", "template-invalid"),
+        ("plain", "template-no-column"),
+        ("{l}", "text-bad-value"),
+    ],
+)
+def test_chat_made_of_columns_that_are_not_there(tmp_path, content, code):
+    with refused(code):
+        choose_samples(source(tmp_path, [{"q": "x", "l": []}], chat=(ChatTurn("user", content),)), 1)
+
+
 def test_chat_without_a_template(tmp_path, tokenizers):
     said = refusal(encode, chat(tmp_path, [USER]), tokenizers(), 99, "model x")
-    assert said == "model x: its tokenizer has no chat template; use dataset.text instead of dataset.messages"
+    assert said == "model x: its tokenizer has no chat template; give dataset.text instead"
 
 
 def test_roles_that_the_template_refuses(tmp_path, tokenizers):

@@ -227,6 +227,10 @@ def test_the_config_is_frozen(tmp_path):
 def test_options_survive_a_manifest_and_leave_out_what_is_not_measured(tmp_path):
     options = read(tmp_path, components=["q_proj"], parity="reference").options()
     assert json.loads(json.dumps(options)) == options
+    assert "chat" not in options["dataset"]
+    chat = {"name": "gsm8k", "chat": [{"role": "user", "content": "{question}"}]}
+    with_chat = read(tmp_path, dataset=chat).options()
+    assert json.loads(json.dumps(with_chat)) == with_chat and with_chat["dataset"]["chat"] == chat["chat"]
     assert options["components"] == ["q_proj"] and options["parity"] == "reference"
     other = read(tmp_path, global_parameters={"normalize": False}, target_model_names={"code": "./code"}).options()
     assert other == read(tmp_path).options()
@@ -315,6 +319,10 @@ REFUSED = {
     "dataset empty": ({"dataset": {}}, "config-no-text"),
     "dataset null": ({"dataset": None}, "config-wrong-type"),
     "text and messages": ({"dataset": {"path": "x", "text": "{a}", "messages": "m"}}, "config-two-texts"),
+    "text and chat": ({"dataset": {"name": "mbpp", "text": "{a}", "chat": [{"role": "user", "content": "{a}"}]}}, "config-two-texts"),
+    "chat without messages": ({"dataset": {"name": "mbpp", "chat": []}}, "config-no-turns"),
+    "chat of no role": ({"dataset": {"name": "mbpp", "chat": [{"content": "{a}"}]}}, "config-missing-key"),
+    "chat with an unknown key": ({"dataset": {"name": "mbpp", "chat": [{"rol": "x", "role": "user", "content": "{a}"}]}}, "config-unknown-key"),
     "path with a NUL": ({"dataset": {"path": "a\0b"}}, "config-bad-text"),
     "split a bool": ({"dataset": {"name": "mbpp", "split": True}}, "config-wrong-type"),
     "data of nobody": ({"dataset": {"path": "~no_such_user/x.jsonl"}}, "config-no-home"),
@@ -372,7 +380,9 @@ WORDING = {
     "mapping: {path: ..., text: ...}",
     "dataset a list": "dataset must be a name (gsm8k, mbpp) or a mapping, got ['mbpp']",
     "dataset empty": "dataset needs a name or a path",
-    "text and messages": "dataset: give text (a template) or messages (a chat column), not both",
+    "text and messages": "dataset: give one of text (a template), messages (a chat column) and chat (messages made of "
+    "columns)",
+    "chat without messages": "dataset.chat must list messages such as {role: user, content: '{question}'}",
     "path with a NUL": "dataset.path must be text on one line, got 'a\\x00b'",
     "parameter nan": "global_parameters.lambda must be a finite number, true, false, text, or a list of these, got nan",
     "parameter name a number": "global_parameters: key 1 must be text (put it in quotes), got 1",

@@ -59,7 +59,7 @@ def with_defaults(source: CalibrationSource) -> CalibrationSource:
         # Subset and split belong to the hub's data set; a path of the user's own has its own.
         subset=source.subset or (None if own_path else built_in.subset),
         split=source.split or (None if is_file else built_in.split),
-        text=source.text or (None if source.messages else built_in.text),
+        text=source.text or (None if source.is_chat else built_in.text),
     )
 
 
@@ -85,7 +85,10 @@ def open_rows(source: CalibrationSource) -> Rows:
     Raises:
         UserError: the template is none, or the file or data set cannot be read.
     """
-    _check_template(source.text, "dataset.text")
+    if source.text is not None:
+        template_columns(source.text, "dataset.text")
+    for number, turn in enumerate(source.chat or ()):
+        template_columns(turn.content, f"dataset.chat[{number}].content")
     return local_rows(source.path) if looks_like_file(source.path) else _hub_rows(source)
 
 
@@ -186,6 +189,10 @@ def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) 
     if source.messages is not None:
         messages = _column(values, source.messages, where)
         return Sample(row, None, _checked_messages(messages, f"{where}: column {source.messages!r}"))
+    if source.chat is not None:
+        return Sample(
+            row, None, [{"role": turn.role, "content": render(turn.content, values, where)} for turn in source.chat]
+        )
     template = source.text
     if template is None:
         if "text" not in values:
@@ -202,11 +209,6 @@ def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) 
             f"{where} holds half of a surrogate pair, which is no character; mend the file", "text-surrogate"
         )
     return Sample(row, text)
-
-
-def _check_template(template: str | None, key: str) -> None:
-    if template is not None:
-        template_columns(template, key)
 
 
 def template_columns(template: str, key: str) -> list[str]:
@@ -285,7 +287,7 @@ def _kind(value: Any) -> str:
 def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{where}: its tokenizer has no chat template; use dataset.text instead of dataset.messages",
+            f"{where}: its tokenizer has no chat template; give dataset.text instead",
             "text-no-chat-template",
         )
     try:

@@ -278,14 +278,14 @@ class PairConfig(PairSettings):
         """The settings that decide what is measured, as plain data (for manifests)."""
         return {
             "model_info": [dataclasses.asdict(entry) for entry in self.model_info],
-            "dataset": dataclasses.asdict(self.dataset),
+            "dataset": self.dataset.plain(),
             "sparsity_ratio": self.sparsity_ratio,
             "nsamples": self.nsamples,
             "components": "auto" if self.components is None else list(self.components),
             "base_model_type": self.base_model_type,
             "prefix_mapping": dict(self.prefix_mapping),
             "parity": "reference" if self.parity else None,
-            "calibration": {key: dataclasses.asdict(source) for key, source in self.calibration.items()},
+            "calibration": {key: source.plain() for key, source in self.calibration.items()},
         }
 
 

@@ -54,15 +54,15 @@ class _Entry(CalibrationSource):
 
 def _default_answer(source: CalibrationSource) -> str | None:
     """The answer of a built-in text that is used as it comes."""
-    return None if source.text or source.messages else ANSWERS.get(source.name or "")
+    return None if source.text or source.is_chat else ANSWERS.get(source.name or "")
 
 
 def _evaluation_text(entry: _Entry) -> EvaluationText:
     if entry.name is None and entry.path is None and entry.lm_eval:
         return EvaluationText(None, None, entry.lm_eval)
     complete(entry)
-    if entry.answer and entry.messages:
-        raise Mistakes(Problem(": with messages the last one is the answer; remove answer", "two-answers"))
+    if entry.answer and entry.is_chat:
+        raise Mistakes(Problem(": the last message of a chat is the answer; remove answer", "two-answers"))
     source = CalibrationSource(**{each.name: getattr(entry, each.name) for each in fields(CalibrationSource)})
     answer = entry.answer or _default_answer(source)
     return EvaluationText(source, answer, entry.lm_eval, split_given=source.split is not None)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
@@ -43,8 +44,26 @@ Place = Annotated[Text, AfterValidator(in_a_home)]
 
 
 @checked
+class ChatTurn:
+    """A message of a chat: who says it, and a template over columns of what is said."""
+
+    role: Text
+    content: Template
+
+
+def _some_turns(turns: tuple[ChatTurn, ...] | None) -> tuple[ChatTurn, ...] | None:
+    if turns is not None and not turns:
+        raise Mistakes(Problem("must list messages such as {role: user, content: '{question}'}", "no-turns"))
+    return turns
+
+
+@checked
 class CalibrationSource:
-    """Where calibration text comes from. `name` selects built-in defaults; the other fields override them."""
+    """Where calibration text comes from. `name` selects built-in defaults; the other fields override them.
+
+    A row's text is made by one of `text` (a template over columns), `messages` (a column of chat messages) and `chat`
+    (messages made of columns); the latter two go through the tokenizer's chat template.
+    """
 
     name: Annotated[Text, AfterValidator(_known_name)] | None = None
     path: Place | None = None
@@ -52,6 +71,7 @@ class CalibrationSource:
     split: Text | None = None
     text: Template | None = None
     messages: Text | None = None
+    chat: Annotated[tuple[ChatTurn, ...] | None, AfterValidator(_some_turns)] = None
     seed: Seed = 42
     seqlen: SequenceLength = 512
 
@@ -59,6 +79,17 @@ class CalibrationSource:
     def shown(self) -> str:
         """What to call it in a line of print."""
         return self.path or self.name or "nothing"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows are rendered with the tokenizer's chat template."""
+        return self.messages is not None or self.chat is not None
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for manifests; without `chat` where there is none, as manifests were before there was."""
+        data = asdict(self)
+        turns = data.pop("chat")
+        return data if turns is None else {**data, "chat": list(turns)}
 
 
 def written_out(raw: Any, info: ValidationInfo) -> Any:
@@ -78,8 +109,9 @@ def complete(source: CalibrationSource) -> CalibrationSource:
     problems = []
     if source.name is None and source.path is None:
         problems.append(Problem("needs a name or a path", "no-text"))
-    if source.text is not None and source.messages is not None:
-        problems.append(Problem(": give text (a template) or messages (a chat column), not both", "two-texts"))
+    if sum(each is not None for each in (source.text, source.messages, source.chat)) > 1:
+        text = ": give one of text (a template), messages (a chat column) and chat (messages made of columns)"
+        problems.append(Problem(text, "two-texts"))
     refuse(problems)
     return source
 

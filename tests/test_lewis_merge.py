@@ -71,7 +71,7 @@ def _edit_csv(work, change, name="math"):
 def _write_norms(work, golden, **manifest):
     """Add what command 1 records beside the delta tables: norms.csv and a manifest."""
     config = yaml.safe_load((work / "pair.yaml").read_text())
-    from utils.guidance.folder import csv_bytes
+    from utils.guidance.csv_files import csv_bytes
     from utils.models.checkpoints import open_checkpoint, weight_file_record
     from utils.pair.config import read_pair_config
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from utils.errors import raise_collected
+from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import Checkpoint, TensorHeader
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def as_planned(names: Mapping[Key, str], plan: "ArchitecturePlan", where: str) -
         UserError: mergekit plans no such tensor.
     """
     absent = [name for name in names.values() if name not in plan.spellings]
-    raise_collected([f"{name!r} was measured, but the model does not have it" for name in absent[:5]], where)
+    code = "tensor-not-in-model"
+    raise_collected(
+        (Problem(f"{name!r} was measured, but the model does not have it", code) for name in absent[:5]), where
+    )
     return {place: plan.spellings[name] for place, name in names.items()}
 
 

@@ -1,19 +1,19 @@
 """Reading the saliency budget's tables: what is there comes back in order, what is wrong is told in one message."""
 
-import re
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.refusals import refused
 from utils.errors import UserError
-from utils.guidance.folder import csv_bytes
+from utils.guidance.csv_files import csv_bytes
 from utils.guidance.saliency_budget.bins import BINS
 from utils.guidance.saliency_budget.method import HISTOGRAM, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import (
-    COLUMNS,
+    HISTOGRAM_TABLE,
+    TENSOR_TABLE,
     read_power,
     read_saliency,
     read_vector_file,
@@ -39,7 +39,7 @@ def tables():
                 tensors.append((model, layer, component, name, params, params - 1, 3, 0.5, 0.7))
                 bins += [(model, name, 100 + layer, 20), (model, name, 200, params - 23)]
     rows = {TENSORS: tensors, HISTOGRAM: bins}
-    return {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in COLUMNS.items()}
+    return {form.file: form.frame(rows[form.file]) for form in (TENSOR_TABLE, HISTOGRAM_TABLE)}
 
 
 def saved(folder, frames):
@@ -48,10 +48,10 @@ def saved(folder, frames):
     return folder
 
 
-def refused(folder, frames, components=None, experts=EXPERTS):
+def codes_of(folder, frames, components=None, experts=EXPERTS):
     with pytest.raises(UserError) as caught:
         read_saliency(saved(folder, frames), experts, config(components))
-    return str(caught.value)
+    return set(caught.value.codes)
 
 
 def test_histograms_come_back_by_component_then_layer(tmp_path):
@@ -87,65 +87,58 @@ def test_types_may_look_like_numbers(tmp_path):
 def test_a_row_that_is_missing(tmp_path, name, row):
     frames = tables()
     frames[name] = frames[name].drop(frames[name].index[row])
-    assert re.search(r"rows are missing|0 rows for layer|is not in saliency_budget_tensors", refused(tmp_path, frames))
+    assert codes_of(tmp_path, frames) <= {"table-row-missing", "table-row-unexpected"}
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "value", "words"),
+    ("name", "column", "value", "codes"),
     [
-        (TENSORS, "layer", 0.5, "layer is 0.5, not a whole number"),
-        (TENSORS, "params", float("nan"), "params is nan"),
-        (TENSORS, "params", 0, "of at least 1"),
-        (TENSORS, "zeros", -1, "zeros is -1"),
-        (TENSORS, "zeros", 4, "rows are missing"),
-        (TENSORS, "model", "maths", "'maths' is no expert of the config"),
-        (TENSORS, "component", "k", "there must be one"),
-        (TENSORS, "tensor", "layers.1.up.weight", "is there twice"),
-        (HISTOGRAM, "bin", BINS, f"whole number below {BINS}"),
-        (HISTOGRAM, "bin", float("inf"), "bin is inf"),
-        (HISTOGRAM, "bin", 200, "bin 200 is there twice"),
-        (HISTOGRAM, "count", 0, "count is 0"),
-        (HISTOGRAM, "count", "many", "count is many"),
-        (HISTOGRAM, "model", "maths", "'maths' is no expert"),
-        (HISTOGRAM, "tensor", "layers.7.q.weight", "layers.7.q.weight is not in"),
+        (TENSORS, "layer", 0.5, "table-bad-value"),
+        (TENSORS, "params", float("nan"), "table-bad-value"),
+        (TENSORS, "params", 0, "table-bad-value"),
+        (TENSORS, "zeros", -1, "table-bad-value"),
+        (TENSORS, "zeros", 4, "table-row-missing"),
+        (TENSORS, "model", "maths", "table-unknown-expert"),
+        (TENSORS, "component", "k", "table-row-missing"),
+        (TENSORS, "tensor", "layers.1.up.weight", "table-row-twice"),
+        (HISTOGRAM, "bin", BINS, "table-bad-value"),
+        (HISTOGRAM, "bin", float("inf"), "table-bad-value"),
+        (HISTOGRAM, "bin", 200, "table-row-twice"),
+        (HISTOGRAM, "count", 0, "table-bad-value"),
+        (HISTOGRAM, "count", "many", "table-bad-value"),
+        (HISTOGRAM, "model", "maths", "table-unknown-expert"),
+        (HISTOGRAM, "tensor", "layers.7.q.weight", "table-row-unexpected"),
     ],
 )
-def test_a_value_that_is_wrong(tmp_path, name, column, value, words):
+def test_a_value_that_is_wrong(tmp_path, name, column, value, codes):
     frames = {key: frame.astype(object) for key, frame in tables().items()}
     frames[name].loc[0, column] = value
-    assert words in refused(tmp_path, frames)
+    assert codes in codes_of(tmp_path, frames)
 
 
-def test_every_problem_is_in_the_one_message(tmp_path):
-    frames = {key: frame.astype(object) for key, frame in tables().items()}
-    frames[TENSORS].loc[0, "params"] = "x"
-    frames[HISTOGRAM].loc[5, "count"] = -3
-    frames[HISTOGRAM].loc[2, "model"] = "other"
-    said = refused(tmp_path, frames)
-    assert "3 problems" in said and "params is x" in said and "count is -3" in said and "'other'" in said
+def test_histograms_that_do_not_add_up_say_what_is_missing(tmp_path):
+    frames = tables()
+    frames[HISTOGRAM] = frames[HISTOGRAM].drop(index=0)
+    with refused("table-row-missing") as caught:
+        read_saliency(saved(tmp_path, frames), EXPERTS, config())
+    said = str(caught.value)
+    assert "model code: layers.0.q.weight has 7 entries in bins and 3 without saliency, but 30 params" in said
 
 
 def test_other_components_than_the_configs(tmp_path):
-    assert "has the components q, up, but the config asks for q, o; measure" in refused(tmp_path, tables(), ["q", "o"])
+    assert codes_of(tmp_path, tables(), ["q", "o"]) == {"dataframes-other-config"}
 
 
 def test_an_expert_that_was_not_measured(tmp_path):
     frames = {name: frame[frame["model"] == "code"] for name, frame in tables().items()}
-    assert "model math has no rows" in refused(tmp_path, frames)
+    assert codes_of(tmp_path, frames) == {"table-row-missing"}
 
 
 def test_experts_measured_on_different_tensors(tmp_path):
     frames = tables()
     for name in frames:
         frames[name] = frames[name][(frames[name]["model"] == "code") | ~frames[name]["tensor"].str.contains("1.")]
-    assert "code and math were not measured on the same tensors" in refused(tmp_path, frames)
-
-
-def test_a_table_that_is_missing(tmp_path):
-    saved(tmp_path, tables())
-    (tmp_path / HISTOGRAM).unlink()
-    with pytest.raises(UserError, match=r"saliency_budget_histogram\.csv is missing; run lewis_importance\.py"):
-        read_saliency(tmp_path, EXPERTS, config())
+    assert codes_of(tmp_path, frames) == {"dataframes-other-config"}
 
 
 def test_vectors_come_back_under_their_new_names(tmp_path):
@@ -178,5 +171,5 @@ def test_the_exponent_comes_from_the_manifest():
         assert read_power(manifest) == 1
     assert read_power({"guidance_options": {"saliency_power": 0.25}}) == 0.25
     for value in (0, -1, 1.5, "0.5", True, None, float("nan")):
-        with pytest.raises(UserError, match=r"saliency_power is .*not a number above 0"):
+        with refused("manifest-value"):
             read_power({"guidance_options": {"saliency_power": value}})

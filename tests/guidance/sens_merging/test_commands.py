@@ -360,58 +360,59 @@ def test_weights_that_are_not_finite(pair):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
+    ("name", "change", "code"),
     [
-        (SENSITIVITY, lambda t: t.drop(index=1), "no row for model code, layer 1"),
-        (SENSITIVITY, lambda t: t[t["layer"] == 0], "no row for model code, layer 1"),
-        (SENSITIVITY, lambda t: pd.concat([t, t.tail(1)]), "model math, layer 1 is there twice"),
-        (SENSITIVITY, lambda t: t.replace({"layer": {1: 2}}), "layer 2: there should be no such row"),
-        (SENSITIVITY, lambda t: t.replace({"model": {"math": "law"}}), "'law' is no expert of the config"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity=float("nan")), "not a finite number of at least 0"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity=float("inf")), "not a finite number of at least 0"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity=-1.0), "sensitivity is -1.0"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity="many"), "sensitivity is many"),
-        (SENSITIVITY, lambda t: t.assign(layer="first"), "layer first: there should be no such row"),
-        (SENSITIVITY, lambda t: t.rename(columns={"sensitivity": "s"}), "columns must be model,layer,sensitivity"),
-        (SENSITIVITY, lambda t: t.head(0), "has no rows"),
-        (DISTANCES, lambda t: t.head(1), "no row for model math, other code"),
-        (DISTANCES, lambda t: t.assign(other=t["model"]), "there should be no such row"),
-        (DISTANCES, lambda t: t.replace({"other": {"math": "law"}}), "'law' is no expert of the config"),
-        (DISTANCES, lambda t: t.assign(distance=float("nan")), "distance is nan"),
-        (DISTANCES, lambda t: pd.concat([t, t]), "is there twice"),
+        (SENSITIVITY, lambda t: t.drop(index=1), "table-row-missing"),
+        (SENSITIVITY, lambda t: t[t["layer"] == 0], "table-row-missing"),
+        (SENSITIVITY, lambda t: pd.concat([t, t.tail(1)]), "table-row-twice"),
+        (SENSITIVITY, lambda t: t.replace({"layer": {1: 2}}), "several"),
+        (SENSITIVITY, lambda t: t.replace({"model": {"math": "law"}}), "table-unknown-expert"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=float("nan")), "table-bad-value"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=float("inf")), "table-bad-value"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity=-1.0), "table-bad-value"),
+        (SENSITIVITY, lambda t: t.assign(sensitivity="many"), "table-bad-value"),
+        (SENSITIVITY, lambda t: t.assign(layer="first"), "table-bad-value"),
+        (SENSITIVITY, lambda t: t.rename(columns={"sensitivity": "s"}), "table-columns"),
+        (SENSITIVITY, lambda t: t.head(0), "table-no-rows"),
+        (DISTANCES, lambda t: t.head(1), "table-row-missing"),
+        (DISTANCES, lambda t: t.assign(other=t["model"]), "several"),
+        (DISTANCES, lambda t: t.replace({"other": {"math": "law"}}), "table-unknown-expert"),
+        (DISTANCES, lambda t: t.assign(distance=float("nan")), "table-bad-value"),
+        (DISTANCES, lambda t: pd.concat([t, t]), "table-row-twice"),
         (
             TENSORS,
             lambda t: t[t["tensor"] != "model.layers.1.mlp.up_proj.weight"],
-            "0 rows for layer 1, component up_proj",
+            "table-row-missing",
         ),
-        (TENSORS, lambda t: t[t["layer"] != 1], "layer 2, but the components are of 1 blocks"),
-        (TENSORS, lambda t: pd.concat([t, t.tail(1)]), "lm_head.weight is there twice"),
-        (TENSORS, lambda t: t.assign(params=0), "params 0 is not a whole number above 0"),
-        (TENSORS, lambda t: t.assign(params=1.5), "params 1.5 is not a whole number"),
-        (TENSORS, lambda t: t.assign(layer=t["layer"] + 0.5), "is not a whole number of at least -1"),
-        (TENSORS, lambda t: t.assign(layer=t["layer"] - 1), "is not a whole number of at least -1"),
-        (TENSORS, lambda t: t.assign(component=""), "no row has a component"),
-        (TENSORS, lambda t: t.assign(tensor=t["tensor"] + "s"), "the model does not have it"),
-        (TENSORS, lambda t: t.assign(tensor=""), "not a tensor's name"),
+        (TENSORS, lambda t: t[t["layer"] != 1], "table-row-missing"),
+        (TENSORS, lambda t: pd.concat([t, t.tail(1)]), "table-row-twice"),
+        (TENSORS, lambda t: t.assign(params=0), "table-bad-value"),
+        (TENSORS, lambda t: t.assign(params=1.5), "table-bad-value"),
+        (TENSORS, lambda t: t.assign(layer=t["layer"] + 0.5), "table-bad-value"),
+        (TENSORS, lambda t: t.assign(layer=t["layer"] - 1), "table-bad-value"),
+        (TENSORS, lambda t: t.assign(component=""), "table-row-missing"),
+        (TENSORS, lambda t: t.assign(tensor=t["tensor"] + "s"), "tensor-not-in-model"),
+        (TENSORS, lambda t: t.assign(tensor=""), "table-bad-value"),
     ],
 )
-def test_edited_tables_are_refused(pair, name, change, words):
+def test_edited_tables_are_refused(pair, name, change, code):
     pair.edit(name, change)
     said = pair.decide(code=2)
-    assert words in said and (name in said or "measured" in said)
+    assert said.endswith(f"[{code}]\n") and (name in said or "measured" in said)
 
 
 def test_several_problems_are_told_at_once(pair):
     pair.edit(SENSITIVITY, lambda t: t.drop(index=1))
     pair.edit(DISTANCES, lambda t: t.head(1))
     said = pair.decide(code=2)
-    assert "2 problems" in said and SENSITIVITY in said and DISTANCES in said
+    assert "2 problems" in said and SENSITIVITY in said and DISTANCES in said and said.endswith("[table-row-missing]\n")
 
 
 @pytest.mark.parametrize("name", [SENSITIVITY, DISTANCES, TENSORS])
 def test_a_missing_table(pair, name):
     (pair.folder / "dfs" / name).unlink()
-    assert f"{name} is missing" in pair.decide(code=2)
+    said = pair.decide(code=2)
+    assert name in said and said.endswith("[table-missing]\n")
 
 
 def test_dataframes_of_another_method_or_config(pair):

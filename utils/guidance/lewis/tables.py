@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError, raise_collected
-from utils.guidance.folder import check_folder, csv_bytes, hash_warnings, read_csv, read_manifest
+from utils.guidance.csv_files import csv_bytes, read_csv
+from utils.guidance.folder import check_folder, hash_warnings, read_manifest
 from utils.guidance.lewis.method import DELTA_SUFFIX, NORMS, delta_file
 
 NORM_COLUMNS = ("model", "layer", "component", "tensor", "norm", "params")

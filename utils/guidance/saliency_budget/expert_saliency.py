@@ -9,9 +9,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob, OnBlock
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
-from utils.guidance.saliency_budget.method import TENSORS
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
-from utils.guidance.saliency_budget.tables import COLUMNS
+from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.models.weight_source import tied_names
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.subjects import Subject
@@ -101,4 +100,4 @@ def _tensor_row(
 
 def _by_layer(rows: list[tuple]) -> list[tuple]:
     """Rows in the order of the layers; they were measured from the last to the first."""
-    return sorted(rows, key=lambda row: row[COLUMNS[TENSORS].index("layer")])
+    return sorted(rows, key=lambda row: row[TENSOR_TABLE.names.index("layer")])

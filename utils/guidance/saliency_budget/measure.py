@@ -7,11 +7,11 @@ from functools import partial
 
 import pandas as pd
 
-from utils.guidance.folder import csv_bytes
+from utils.guidance.csv_files import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob, Work
 from utils.guidance.saliency_budget.expert_saliency import measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
-from utils.guidance.saliency_budget.tables import COLUMNS
+from utils.guidance.saliency_budget.tables import HISTOGRAM_TABLE, TENSOR_TABLE
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject
 from utils.recipes.saliency_vectors import vector_file_bytes
@@ -65,17 +65,14 @@ def measure(job: MeasureJob) -> Measured:
         blocks = 2 * len(_at(job, expert)) * len(expert.decoder.blocks)
         works.append(Work(expert.entry.type, blocks, partial(measure_saliency, job, *pair, at)))
     measured = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
-    rows = {
-        TENSORS: [row for one in measured.values() for row in one.tensors],
-        HISTOGRAM: [row for one in measured.values() for row in one.bins],
-    }
-    tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in COLUMNS.items()}
-    files = {name: csv_bytes(table) for name, table in tables.items()}
+    tensors = TENSOR_TABLE.frame(row for one in measured.values() for row in one.tensors)
+    bins = HISTOGRAM_TABLE.content(row for one in measured.values() for row in one.bins)
+    files = {TENSORS: csv_bytes(tensors), HISTOGRAM: bins}
     files |= {vector_file(name): vector_file_bytes(one.vectors) for name, one in measured.items()}
     notes, warnings = [], []
     for expert in job.experts:
         name = expert.entry.type
-        own = tables[TENSORS][tables[TENSORS]["model"] == name]
+        own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
         warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
     return Measured(files, tuple(notes), tuple(warnings))

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError, raise_collected
-from utils.guidance.folder import read_table
+from utils.errors import Problem, UserError, raise_collected
+from utils.guidance.columns import TableFormat, expert, grid_problems, number, read_tables, text, whole
 from utils.guidance.saliency_budget.bins import BINS
 from utils.guidance.saliency_budget.method import HISTOGRAM, TENSORS, vector_file
 from utils.pair.config import PairConfig
@@ -30,11 +30,27 @@ from utils.recipes.saliency_vectors import open_vectors
 if TYPE_CHECKING:
     from torch import Tensor
 
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    TENSORS: ("model", "layer", "component", "tensor", "params", "changed", "zeros", "delta_norm", "explained"),
-    HISTOGRAM: ("model", "tensor", "bin", "count"),
-}
-_WHOLE = {TENSORS: ("layer", "params", "changed", "zeros"), HISTOGRAM: ("bin", "count")}
+TENSOR_TABLE = TableFormat(
+    TENSORS,
+    (
+        expert("model"),
+        whole("layer"),
+        text("component"),
+        text("tensor"),
+        whole("params", 1),
+        whole("changed"),
+        whole("zeros"),
+        number("delta_norm"),
+        number("explained", least=-float("inf")),
+    ),
+    key=("model", "tensor"),
+)
+HISTOGRAM_TABLE = TableFormat(
+    HISTOGRAM,
+    (expert("model"), text("tensor"), whole("bin", below=BINS), whole("count", 1)),
+    key=("model", "tensor", "bin"),
+    may_be_empty=True,  # no bin has an entry where no expert differs from the base
+)
 
 
 @dataclass(frozen=True)
@@ -66,27 +82,16 @@ def read_saliency(folder: Path, experts: Sequence[str], config: PairConfig) -> d
             components than the config's; a value is not a number of its kind; histograms that do not add up. All
             problems are in the one message.
     """
-    tables = {  # no bin has an entry where no expert differs from the base
-        name: read_table(folder, name, columns, may_be_empty=name == HISTOGRAM) for name, columns in COLUMNS.items()
-    }
+    read = read_tables(folder, (TENSOR_TABLE, HISTOGRAM_TABLE), [entry.type for entry in config.experts])
+    parts = {model: tuple(table[table["model"] == model] for table in read) for model in experts}
     problems = []
-    known = {entry.type for entry in config.experts}
-    for name, table in tables.items():
-        tables[name] = table = table.assign(model=table["model"].astype(str), tensor=table["tensor"].astype(str))
-        strangers = sorted(set(table["model"]) - known)
-        problems += [f"{name}: {model!r} is no expert of the config" for model in strangers]
-        problems += _number_problems(table, name)
-    raise_collected(problems, f"dataframe folder {folder}")
-    for name, table in tables.items():
-        tables[name] = table.astype(dict.fromkeys(_WHOLE[name], "int64"))
-    parts = {model: {name: table[table["model"] == model] for name, table in tables.items()} for model in experts}
-    for model, part in parts.items():
-        problems += _tensor_problems(part[TENSORS], model, config.components)
-        problems += _histogram_problems(part[TENSORS], part[HISTOGRAM], model)
+    for model, (tensors, histogram) in parts.items():
+        problems += _tensor_problems(tensors, model, config.components)
+        problems += _histogram_problems(tensors, histogram, model)
     if not problems:
-        problems += _differences({model: part[TENSORS] for model, part in parts.items()})
+        problems += _differences({model: tensors for model, (tensors, _) in parts.items()})
     raise_collected(problems, f"dataframe folder {folder}")
-    return {model: _expert(part[TENSORS], part[HISTOGRAM]) for model, part in parts.items()}
+    return {model: _expert(*part) for model, part in parts.items()}
 
 
 def read_vectors_of(
@@ -141,73 +146,56 @@ def read_power(manifest: Mapping[str, Any] | None) -> float:
     if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power <= 1:
         raise UserError(
             f"manifest.json: guidance_options.saliency_power is {power!r}, not a number above 0 and at most 1; measure "
-            "again with --overwrite"
+            "again with --overwrite",
+            "manifest-value",
         )
     return float(power)
 
 
-def _number_problems(table: pd.DataFrame, name: str) -> list[str]:
-    """Columns with values that are no whole numbers of at least 0, the first of each."""
-    problems = []
-    for column in _WHOLE[name]:
-        values = pd.to_numeric(table[column], errors="coerce").astype("float64")
-        low = 1 if column in ("params", "count") else 0
-        bad = ~((values >= low) & (values < 2**53) & (values == values.round()))
-        if column == "bin":
-            bad |= values >= BINS
-        if bad.any():
-            row = table.loc[bad.idxmax()]
-            where = f"{name}: model {row['model']}, {row['tensor']}"
-            kind = f"below {BINS}" if column == "bin" else f"of at least {low}"
-            problems.append(f"{where}: {column} is {row[column]}, not a whole number {kind} ({bad.sum()} such rows)")
-    return problems
-
-
-def _tensor_problems(table: pd.DataFrame, model: str, components: Sequence[str] | None) -> list[str]:
+def _tensor_problems(table: pd.DataFrame, model: str, components: Sequence[str] | None) -> list[Problem]:
     """Every component must be there once in each layer, and the components must be the config's if it names them."""
     where = f"{TENSORS}: model {model}"
     if table.empty:
-        return [f"{where} has no rows; measure again with this config"]
-    problems = [f"{where}: {name} is there twice" for name in table["tensor"][table["tensor"].duplicated()]]
-    counts = table.groupby(["component", "layer"]).size()
-    found = list(dict.fromkeys(table["component"].astype(str)))
-    for component in found:
-        for layer in range(int(table["layer"].max()) + 1):
-            if (rows := counts.get((component, layer), 0)) != 1:
-                problems.append(f"{where}: {rows} rows for layer {layer}, component {component}; there must be one")
+        return [Problem(f"{where} has no rows; measure again with this config", "table-row-missing")]
+    problems = grid_problems(table, int(table["layer"].max()) + 1, where)
+    found = list(dict.fromkeys(table["component"]))
     if components is not None and set(components) != set(found):
-        problems.append(
+        message = (
             f"{where} has the components {', '.join(found)}, but the config asks for {', '.join(components)}; measure "
             "again with this config"
         )
+        problems.append(Problem(message, "dataframes-other-config"))
     return problems
 
 
-def _histogram_problems(tensors: pd.DataFrame, histogram: pd.DataFrame, model: str) -> list[str]:
+def _histogram_problems(tensors: pd.DataFrame, histogram: pd.DataFrame, model: str) -> list[Problem]:
     where = f"{HISTOGRAM}: model {model}"
     problems = [
-        f"{where}: {name} is not in {TENSORS}" for name in sorted(set(histogram["tensor"]) - set(tensors["tensor"]))
+        Problem(f"{where}: {name} is not in {TENSORS}", "table-row-unexpected")
+        for name in sorted(set(histogram["tensor"]) - set(tensors["tensor"]))
     ]
-    twice = histogram[histogram.duplicated(["tensor", "bin"])]
-    problems += [f"{where}: {row.tensor}: bin {row.bin} is there twice" for row in twice.itertuples()]
     sums = histogram.groupby("tensor")["count"].sum()
     for row in tensors.itertuples():
         counted = int(sums.get(row.tensor, 0))
         if counted + row.zeros != row.params:
-            problems.append(
+            message = (
                 f"{where}: {row.tensor} has {counted} entries in bins and {row.zeros} without saliency, but {row.params} "
                 "params: rows are missing"
             )
+            problems.append(Problem(message, "table-row-missing"))
     return problems
 
 
-def _differences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+def _differences(tables: Mapping[str, pd.DataFrame]) -> list[Problem]:
     """Experts that were not measured on the same tensors."""
     first, *others = tables
     keys = ["component", "layer", "tensor", "params"]
     sorted_first = tables[first][keys].sort_values(keys).reset_index(drop=True)
     return [
-        f"{TENSORS}: {first} and {other} were not measured on the same tensors; measure both with the same config"
+        Problem(
+            f"{TENSORS}: {first} and {other} were not measured on the same tensors; measure both with the same config",
+            "dataframes-other-config",
+        )
         for other in others
         if not tables[other][keys].sort_values(keys).reset_index(drop=True).equals(sorted_first)
     ]

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 
 from utils.errors import UserError
-from utils.guidance.folder import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
-from utils.guidance.sens_merging.method import DISTANCES, LOSSES, SENSITIVITY, TENSORS
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
-from utils.guidance.sens_merging.tables import FILES
+from utils.guidance.sens_merging.tables import DISTANCE_TABLE, LOSS_TABLE, SENSITIVITY_TABLE, TENSOR_TABLE
 from utils.models.weight_source import tied_names
 from utils.pair.source import CalibrationSource
 from utils.passes.block_gradients import observe_gradients
@@ -62,9 +59,9 @@ def measure(job: MeasureJob) -> Measured:
     distances, warnings = compared
     rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
     losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
-    contents = {SENSITIVITY: rows, DISTANCES: distances, TENSORS: tensors, LOSSES: losses}
+    forms = {SENSITIVITY_TABLE: rows, DISTANCE_TABLE: distances, TENSOR_TABLE: tensors, LOSS_TABLE: losses}
     return Measured(
-        files={file: csv_bytes(pd.DataFrame(contents[file], columns=list(columns))) for file, columns in FILES.items()},
+        files={form.file: form.content(rows) for form, rows in forms.items()},
         notes=tuple(
             [
                 f"{name}: loss {loss:.4f} nats per token on its own text ({count} samples)"

@@ -8,24 +8,39 @@
 | `sens_merging_losses.csv` | expert: mean `loss` of its `samples` on its own text, nats per token; for people, not read again |
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from utils.errors import raise_collected
-from utils.guidance.folder import read_table
+from utils.errors import Problem, raise_collected
+from utils.guidance.columns import (
+    TableFormat,
+    expert,
+    grid_problems,
+    number,
+    read_tables,
+    row_problems,
+    text,
+    whole,
+)
 from utils.guidance.sens_merging.method import DISTANCES, LOSSES, SENSITIVITY, TENSORS
 from utils.pair.config import PairConfig
 
-FILES: Mapping[str, tuple[str, ...]] = {
-    SENSITIVITY: ("model", "layer", "sensitivity"),
-    DISTANCES: ("model", "other", "distance", "tokens"),
-    TENSORS: ("tensor", "layer", "component", "params"),
-    LOSSES: ("model", "samples", "loss"),
-}
+SENSITIVITY_TABLE = TableFormat(
+    SENSITIVITY, (expert("model"), whole("layer"), number("sensitivity")), key=("model", "layer")
+)
+DISTANCE_TABLE = TableFormat(
+    DISTANCES, (expert("model"), expert("other"), number("distance"), whole("tokens", 1)), key=("model", "other")
+)
+TENSOR_TABLE = TableFormat(
+    TENSORS,
+    (text("tensor"), whole("layer", -1), text("component", blank=True), whole("params", 1)),
+    key=("tensor",),
+)
+LOSS_TABLE = TableFormat(LOSSES, (expert("model"), whole("samples", 1), number("loss")))
 
 
 @dataclass(frozen=True)
@@ -53,115 +68,48 @@ def read_sensitivity(folder: Path, experts: Sequence[str], config: PairConfig) -
         config: the pair config, which may know further experts.
 
     Raises:
-        UserError: a file is missing or malformed; rows are missing, given twice or of no expert of the config; a value is
-            not a finite number of its kind. All problems of the tables are in the one message.
+        UserError: as `read_tables`; a row is missing, or one too many. All problems of the tables are in the one message.
     """
-    tables = {name: read_table(folder, name, FILES[name]) for name in (TENSORS, SENSITIVITY, DISTANCES)}
-    tensors, blocks, problems = _checked_tensors(tables[TENSORS])
-    known = {entry.type for entry in config.experts}
-    for name, keys in ((SENSITIVITY, ("model",)), (DISTANCES, ("model", "other"))):
-        strangers = {str(value) for key in keys for value in tables[name][key]} - known
-        problems += [f"{name}: {value!r} is no expert of the config" for value in sorted(strangers)]
+    known = [entry.type for entry in config.experts]
+    tensors, sensitivities, distances = read_tables(folder, (TENSOR_TABLE, SENSITIVITY_TABLE, DISTANCE_TABLE), known)
+    sensitivities = sensitivities[sensitivities["model"].isin(experts)]
+    distances = distances[distances[["model", "other"]].isin(experts).all(axis=1)]
+    blocks, problems = _depth(tensors)
     places = [(model, layer) for model in experts for layer in range(blocks)]
     pairs = [(model, other) for model in experts for other in experts if other != model]
-    sensitivities, found = _values(tables[SENSITIVITY], SENSITIVITY, ("model", "layer"), "sensitivity", places, experts)
-    problems += found
-    distances, found = _values(tables[DISTANCES], DISTANCES, ("model", "other"), "distance", pairs, experts)
-    problems += found
+    if not problems:
+        problems += row_problems(SENSITIVITY_TABLE, sensitivities, places)
+    problems += row_problems(DISTANCE_TABLE, distances, pairs)
     raise_collected(problems, f"dataframe folder {folder}")
-    table = np.zeros((len(experts), len(experts)))
-    for (model, other), value in distances.items():
-        table[experts.index(model), experts.index(other)] = value
-    ordered = np.array([sensitivities[place] for place in places]).reshape(len(experts), blocks)
-    return Sensitivity(ordered, table, tensors)
+    by_place = sensitivities.set_index(["model", "layer"])["sensitivity"]
+    matrix = np.zeros((len(experts), len(experts)))
+    for row in distances.itertuples():
+        matrix[experts.index(row.model), experts.index(row.other)] = row.distance
+    order = {name: place for place, name in enumerate([*filter(None, dict.fromkeys(tensors["component"])), ""])}
+    return Sensitivity(
+        by_place.loc[places].to_numpy().reshape(len(experts), blocks),
+        matrix,
+        tensors.sort_values(["component", "layer"], key=_ordered_by(order), kind="stable"),
+    )
 
 
-def _values(
-    table: pd.DataFrame,
-    file: str,
-    keys: tuple[str, str],
-    column: str,
-    wanted: Sequence[tuple[str, object]],
-    experts: Sequence[str],
-) -> tuple[dict[tuple[str, object], float], list[str]]:
-    """The numbers of a column by their key, and what is wrong with the rows of the experts asked for."""
-    values: dict[tuple[str, object], float] = {}
-    problems = []
-    for model, second, value in zip(table[keys[0]], table[keys[1]], table[column], strict=True):
-        if str(model) not in experts or (keys[1] == "other" and str(second) not in experts):
-            continue
-        key = (str(model), str(second)) if keys[1] == "other" else (str(model), _whole(second))
-        where = f"{file}: {keys[0]} {model}, {keys[1]} {second}"
-        if key not in wanted:
-            problems.append(f"{where}: there should be no such row")
-        elif key in values:
-            problems.append(f"{where} is there twice")
-        elif (number := _number(value)) is None:
-            problems.append(f"{where}: {column} is {value}, not a finite number of at least 0")
-        else:
-            values[key] = number
-            continue
-        values.setdefault(key, 0.0)
-    problems += [f"{file}: no row for {keys[0]} {a}, {keys[1]} {b}" for a, b in wanted if (a, b) not in values]
-    return values, problems
-
-
-def _checked_tensors(table: pd.DataFrame) -> tuple[pd.DataFrame, int, list[str]]:
-    """The tensors in order, the number of blocks they are of, and what is wrong with them."""
-    table = table.assign(component=table["component"].fillna("").astype(str))
-    problems = []
-    for row in table.itertuples():
-        where = f"{TENSORS}: {row.tensor}"
-        if not isinstance(row.tensor, str):
-            problems.append(f"{where}: not a tensor's name")
-        if _whole(row.layer, -1) is None:
-            problems.append(f"{where}: layer {row.layer} is not a whole number of at least -1")
-        if not _whole(row.params):
-            problems.append(f"{where}: params {row.params} is not a whole number above 0")
-    problems += [f"{TENSORS}: {name} is there twice" for name in table["tensor"][table["tensor"].duplicated()]]
-    parts = table[table["component"] != ""]
-    if problems or parts.empty:
-        return table, 0, problems or [f"{TENSORS}: no row has a component; measure again with --overwrite"]
-    table = table.astype({"layer": "int64", "params": "int64"})
-    names, blocks = list(dict.fromkeys(parts["component"])), int(parts["layer"].max()) + 1
-    problems += _grid_problems(table, names, blocks)
-    order = {name: place for place, name in enumerate([*names, ""])}
-    return table.sort_values(["component", "layer"], key=_ordered_by(order), kind="stable"), blocks, problems
-
-
-def _grid_problems(table: pd.DataFrame, components: Iterable[str], blocks: int) -> list[str]:
-    """Each component is in each block once, and nothing lies deeper than behind the last."""
-    counts = table.groupby(["component", "layer"]).size()
-    problems = []
-    for component in components:
-        for layer in range(blocks):
-            if (count := counts.get((component, layer), 0)) != 1:
-                problems.append(f"{TENSORS}: {count} rows for layer {layer}, component {component}; there must be one")
-        if counts.get((component, -1), 0):
-            problems.append(f"{TENSORS}: component {component} cannot be at layer -1")
-    deepest = int(table["layer"].max())
+def _depth(tensors: pd.DataFrame) -> tuple[int, list[Problem]]:
+    """The number of blocks, and what is wrong with it: each component is in each block once, nothing lies deeper."""
+    parts = tensors[tensors["component"] != ""]
+    if parts.empty:
+        problem = f"{TENSORS}: no row has a component; measure again with --overwrite"
+        return 0, [Problem(problem, "table-row-missing")]
+    blocks, deepest = int(parts["layer"].max()) + 1, int(tensors["layer"].max())
+    problems = grid_problems(parts, blocks, TENSORS)
+    problems += [
+        Problem(f"{TENSORS}: component {name} cannot be at layer -1", "table-row-unexpected")
+        for name in dict.fromkeys(parts.loc[parts["layer"] < 0, "component"])
+    ]
     if deepest > blocks:
-        problems.append(f"{TENSORS}: layer {deepest}, but the components are of {blocks} blocks")
-    return problems
+        message = f"{TENSORS}: layer {deepest}, but the components are of {blocks} blocks"
+        problems.append(Problem(message, "table-row-missing"))
+    return blocks, problems
 
 
 def _ordered_by(order: Mapping[str, int]):
     return lambda column: column.map(order) if column.name == "component" else column
-
-
-def _number(value: object) -> float | None:
-    """A finite number of at least 0, or None."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if 0 <= found < float("inf") else None
-
-
-def _whole(value: object, low: int = 0) -> int | None:
-    """A whole number of at least `low`, or None."""
-    try:
-        found = int(value)
-        return found if found == float(value) and found >= low else None
-    except (TypeError, ValueError, OverflowError):
-        return None

@@ -76,7 +76,8 @@ def _naming(job: DecideJob, tensors: pd.DataFrame, groups: Sequence[_Group]) -> 
         left = [tensor.name for kind in naming.coverage.uncovered.values() for tensor in kind]
         raise UserError(
             f"{job.folder / TENSORS} lacks {', '.join(left[:4])} of the base model, which would get no weight; measure "
-            "again with --overwrite"
+            "again with --overwrite",
+            "table-row-missing",
         )
     return naming
 

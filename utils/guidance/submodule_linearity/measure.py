@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import pandas as pd
 import torch
 
 from utils.errors import UserError
-from utils.guidance.folder import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
 from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
-from utils.guidance.submodule_linearity.method import GRAM, NAME, SCORES, TENSOR, TENSORS
+from utils.guidance.submodule_linearity.method import NAME, TENSOR
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
 from utils.guidance.submodule_linearity.part_changes import PartChanges
-from utils.guidance.submodule_linearity.tables import GRAM_COLUMNS, SCORES_COLUMNS, TENSORS_COLUMNS
+from utils.guidance.submodule_linearity.tables import GRAM_TABLE, SCORE_TABLE, TENSOR_TABLE
 from utils.models.weight_source import match_names, tied_names
 from utils.passes.subjects import Subject
 from utils.runtime import gigabytes
@@ -44,12 +42,13 @@ def measure(job: MeasureJob) -> Measured:
     _refuse_not_finite(job, parts)
     types = [expert.entry.type for expert in job.experts]
     text_of = {one: list(job.config.texts).index(job.config.text_of(one)) for one in types}
-    files = {
-        GRAM: _gram_table(parts, types, text_of),
-        TENSORS: _tensors_table(compared[0], parts),
-        SCORES: _scores_table(parts, types),
+    rows = {
+        GRAM_TABLE: _gram_rows(parts, types, text_of),
+        TENSOR_TABLE: _tensor_rows(compared[0], parts),
+        SCORE_TABLE: _score_rows(parts, types),
     }
-    return Measured({name: csv_bytes(table) for name, table in files.items()}, warnings=tuple(_warnings(job, parts)))
+    files = {form.file: form.content(own) for form, own in rows.items()}
+    return Measured(files, warnings=tuple(_warnings(job, parts)))
 
 
 def _with_head(subject: Subject) -> Subject:
@@ -108,7 +107,7 @@ def _warnings(job: MeasureJob, parts: Sequence[PartChanges]) -> list[str]:
     return found
 
 
-def _gram_table(parts: Sequence[PartChanges], types: Sequence[str], text_of: Mapping[str, int]) -> pd.DataFrame:
+def _gram_rows(parts: Sequence[PartChanges], types: Sequence[str], text_of: Mapping[str, int]) -> list[tuple]:
     """The Gram matrices; experts that share a text have equal rows for it.
 
     Args:
@@ -125,10 +124,10 @@ def _gram_table(parts: Sequence[PartChanges], types: Sequence[str], text_of: Map
                 for first, model in enumerate(types):
                     for second in range(first, len(types)):
                         rows.append((level, part.layer, part.name, text, model, types[second], gram[first][second]))
-    return pd.DataFrame(rows, columns=list(GRAM_COLUMNS))
+    return rows
 
 
-def _tensors_table(base: Subject, parts: Sequence[PartChanges]) -> pd.DataFrame:
+def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
     """The tensors of the parts, by their names in the base's checkpoint (its headers include the head).
 
     A tied parameter has the other one's tensor; where a checkpoint stores both, it has both, so that they are merged
@@ -151,16 +150,15 @@ def _tensors_table(base: Subject, parts: Sequence[PartChanges]) -> pd.DataFrame:
             for one in names[-1:] if base.headers is None else names:
                 row = (part.layer, part.name, base.stored_name(one), components.get(one, ""), params)
                 rows += [(level, *row) for level in part.levels]
-    return pd.DataFrame(rows, columns=list(TENSORS_COLUMNS))
+    return rows
 
 
-def _scores_table(parts: Sequence[PartChanges], types: Sequence[str]) -> pd.DataFrame:
+def _score_rows(parts: Sequence[PartChanges], types: Sequence[str]) -> list[tuple]:
     """The non-linearity scores, without those of what is no larger part."""
-    rows = [
+    return [
         (level, part.layer, part.name, types[expert], float(score))
         for part in parts
         for level in part.levels
         if level != TENSOR
         for expert, score in sorted(part.scores.items())
     ]
-    return pd.DataFrame(rows, columns=list(SCORES_COLUMNS))

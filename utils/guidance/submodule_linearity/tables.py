@@ -16,13 +16,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError, raise_collected
-from utils.guidance.folder import read_csv, read_table
+from utils.errors import Problem, raise_collected
+from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
 from utils.guidance.submodule_linearity.method import BLOCK, GRAM, LEVELS, SCORES, TENSOR, TENSORS
 
-GRAM_COLUMNS = ("level", "layer", "submodule", "text", "model", "other", "value")
-TENSORS_COLUMNS = ("level", "layer", "submodule", "tensor", "component", "params")
-SCORES_COLUMNS = ("level", "layer", "submodule", "model", "score")
+_PART = (text("level", names=LEVELS), whole("layer", -1), text("submodule"))
+GRAM_TABLE = TableFormat(
+    GRAM, (*_PART, expert("text"), expert("model"), expert("other"), number("value", least=-float("inf")))
+)
+TENSOR_TABLE = TableFormat(
+    TENSORS,
+    (*_PART, text("tensor"), text("component", blank=True), whole("params", 1)),
+    key=("level", "layer", "submodule", "tensor"),
+)
+SCORE_TABLE = TableFormat(
+    SCORES,
+    (*_PART, expert("model"), number("score")),
+    key=("level", "layer", "submodule", "model"),
+    may_be_empty=True,
+)
 _OUTSIDE = TENSOR  # the level under which what lies outside the blocks is recorded
 _DEPTH = BLOCK  # the level that has one part for each block
 
@@ -33,33 +45,27 @@ def read_tensors(folder: Path, level: str) -> pd.DataFrame:
     """The rows of one level and of what lies outside the blocks; `component` is "" for what is none.
 
     Raises:
-        UserError: the file is missing or malformed, a layer is missing, a tensor is in two parts of the blocks.
+        UserError: as `read_tables`; a layer is missing, a tensor is in two parts of the blocks.
     """
-    table = read_table(folder, TENSORS, TENSORS_COLUMNS)
-    where = str(folder / TENSORS)
-    table["component"] = table["component"].fillna("")
-    problems = _unknown(table, "level", LEVELS)
-    for column in ("submodule", "tensor", "component"):
-        if not all(isinstance(value, str) for value in table[column]):
-            problems.append(f"a {column} is missing")
-    for column, least in (("layer", -1), ("params", 1)):
-        problems += _not_whole(table, column, least)
-    raise_collected(problems, where)
-    depth = table.loc[table["level"] == _DEPTH, "layer"].max() + 1
-    inside = (table["layer"] >= 0) & (table["layer"] < depth)
-    chosen = table[(inside & (table["level"] == level)) | (~inside & (table["level"] == _OUTSIDE))]
-    there = set(table.loc[inside & (table["level"] == level), "layer"])
-    lost = sorted(set(range(int(depth) if depth == depth else 1)) - there)
-    problems += [f"level {level}: layer {layer} is missing" for layer in lost[:5]]
+    (table,) = read_tables(folder, [TENSOR_TABLE], ())
+    at_depth = table.loc[table["level"] == _DEPTH, "layer"]
+    depth = int(at_depth.max()) + 1 if len(at_depth) else 0
+    inside = table["layer"].between(0, depth - 1)
+    chosen = table[table["level"] == np.where(inside, level, _OUTSIDE)]
+    inside = inside[chosen.index]
+    there = set(chosen.loc[inside, "layer"])
+    problems = [
+        Problem(f"level {level}: layer {layer} is missing", "table-row-missing")
+        for layer in range(max(depth, 1))
+        if layer not in there
+    ]
     for tensor, rows in chosen.groupby("tensor", sort=False):
-        if rows.duplicated(["layer", "submodule"]).any() or (
-            len(rows) > 1 and rows["layer"].isin(range(len(there))).any()
-        ):
-            problems.append(f"{tensor} is there twice")
+        if len(rows) > 1 and inside[rows.index].any():
+            problems.append(Problem(f"{tensor} is there twice", "table-row-twice"))
         if rows["params"].nunique() > 1:
-            problems.append(f"{tensor} has several sizes")
-    raise_collected(problems, where)
-    return chosen.astype({"layer": int, "params": int}).reset_index(drop=True)
+            problems.append(Problem(f"{tensor} has several sizes", "table-bad-value"))
+    raise_collected(problems, str(folder / TENSORS))
+    return chosen.reset_index(drop=True)
 
 
 def read_grams(
@@ -77,41 +83,30 @@ def read_grams(
         By part, G [task, expert, expert] float64, symmetric.
 
     Raises:
-        UserError: the file is missing or malformed; a type is unknown; a value is missing, given twice or not finite; an
-            expert's product with itself is negative.
+        UserError: as `read_tables`; a value is missing or given twice; an expert's product with itself is negative.
     """
-    table = read_table(folder, GRAM, GRAM_COLUMNS)
-    where = str(folder / GRAM)
-    problems = _unknown(table, "level", LEVELS) + _not_whole(table, "layer", -1)
-    for column in ("text", "model", "other"):
-        problems += _unknown(table, column, known, "belongs to no expert of the config")
-    raise_collected(problems, where)
-    table["layer"] = table["layer"].astype(int)
+    (table,) = read_tables(folder, [GRAM_TABLE], known)
     wanted = tensors[["level", "layer", "submodule"]].drop_duplicates()
     table = table.merge(wanted, on=["level", "layer", "submodule"])
     table = table[table[["text", "model", "other"]].isin(types).all(axis=1)]
-    values = pd.to_numeric(table["value"], errors="coerce").to_numpy(dtype="float64")
-    number = {name: place for place, name in enumerate(types)}
-    indices = [table[column].map(number).to_numpy(dtype=int) for column in ("text", "model", "other")]
+    places = [table[column].map(list(types).index).to_numpy(dtype=int) for column in ("text", "model", "other")]
     found = {(row.layer, row.submodule): np.full((len(types),) * 3, np.nan) for row in wanted.itertuples()}
+    problems = []
     for layer, submodule, task, one, other, value in zip(
-        table["layer"], table["submodule"], *indices, values, strict=True
+        table["layer"], table["submodule"], *places, table["value"], strict=True
     ):
         gram = found[layer, submodule][task]
         what = f"layer {layer}, {submodule}, text {types[task]}, {types[one]} with {types[other]}"
-        if not np.isfinite(value) or (one == other and value < 0):
-            problems.append(f"{what}: {value} is no finite number" + (" of at least 0" if one == other else ""))
-        elif np.isfinite(gram[one, other]):
-            problems.append(f"{what} is there twice")
-        else:
-            gram[one, other] = gram[other, one] = value
-    if not problems:
-        for (layer, submodule), grams in found.items():
-            for task, one, other in np.argwhere(np.isnan(grams))[:1]:
-                problems.append(
-                    f"layer {layer}, {submodule}, text {types[task]}, {types[one]} with {types[other]} is missing"
-                )
-    raise_collected(problems, where)
+        if one == other and value < 0:
+            problems.append(Problem(f"{what}: {value} is below 0, as no square is", "table-bad-value"))
+        elif not np.isnan(gram[one, other]):
+            problems.append(Problem(f"{what} is there twice", "table-row-twice"))
+        gram[one, other] = gram[other, one] = value
+    for (layer, submodule), grams in found.items():
+        for task, one, other in np.argwhere(np.isnan(grams))[:1]:
+            what = f"layer {layer}, {submodule}, text {types[task]}, {types[one]} with {types[other]}"
+            problems.append(Problem(f"{what} is missing", "table-row-missing"))
+    raise_collected(problems, str(folder / GRAM))
     return found
 
 
@@ -119,32 +114,7 @@ def read_scores(folder: Path, known: Sequence[str]) -> pd.DataFrame:
     """The non-linearity scores; no rows if none were measured.
 
     Raises:
-        UserError: the file is missing or malformed, a type is unknown, a score is given twice, not finite or negative.
+        UserError: as `read_tables`.
     """
-    path = folder / SCORES
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run lewis_importance.py with this config and guidance first")
-    table = read_csv(path)
-    if list(table.columns) != list(SCORES_COLUMNS):
-        raise UserError(f"{path}: columns must be {','.join(SCORES_COLUMNS)}, got {','.join(map(str, table.columns))}")
-    if table.empty:
-        return table
-    problems = _unknown(table, "level", LEVELS) + _not_whole(table, "layer", -1)
-    problems += _unknown(table, "model", known, "belongs to no expert of the config")
-    scores = pd.to_numeric(table["score"], errors="coerce")
-    if not ((scores >= 0) & (scores < float("inf"))).all():
-        problems.append("a score is no finite number of at least 0")
-    if table.duplicated(["level", "layer", "submodule", "model"]).any():
-        problems.append("a score is there twice")
-    raise_collected(problems, str(path))
-    return table.assign(score=scores.astype("float64"), layer=table["layer"].astype(int))
-
-
-def _unknown(table: pd.DataFrame, column: str, known: Sequence[str], why: str = "is unknown") -> list[str]:
-    return [f"{column} {value!r} {why}" for value in table[column].unique().tolist() if value not in known]
-
-
-def _not_whole(table: pd.DataFrame, column: str, least: int) -> list[str]:
-    values = pd.to_numeric(table[column], errors="coerce")
-    bad = table.loc[~((values >= least) & (values < 2**53) & (values % 1 == 0)), column]
-    return [f"{column} {value!r} is no whole number of at least {least}" for value in bad.unique().tolist()[:3]]
+    (table,) = read_tables(folder, [SCORE_TABLE], known)
+    return table

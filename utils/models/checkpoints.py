@@ -36,7 +36,7 @@ _OTHER_WEIGHTS = {
     ".gguf": "give the checkpoint that the GGUF file was made from",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLED),
 }
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
+SMALL_FILES = ("README.md", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
 
 
 @dataclass(frozen=True)

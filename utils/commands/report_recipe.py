@@ -1,0 +1,160 @@
+"""A planned merge as the values that a report shows: its facts, a heatmap for each expert, and the models that went in.
+
+planned = plan_recipe(settings, recipe, say)          # utils.merging.planning: headers alone are read
+page = Page(..., recipe=planned_recipe(planned), run=Run(models=model_records(planned), ...))
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from utils.merging.guided.methods import own_method
+from utils.merging.model_card import recipe_text
+from utils.merging.parameters import input_values
+from utils.merging.plan import MergePlan, OutputTensor
+from utils.merging.planning import PlannedMerge
+from utils.models.checkpoints import Checkpoint, weight_file_record
+from utils.models.license import stated_license
+from utils.reports.values import Heatmap, ModelRecord, Page, Recipe, Run, Verdict
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_WEIGHT = ".weight"
+_SHOWN = 4  # significant digits of a fact
+
+
+def planned_recipe(planned: PlannedMerge) -> Recipe:
+    """What a recipe comes to, tensor by tensor: its settings, and heatmaps of what differs between tensors."""
+    plan = planned.plan
+    method = own_method(planned.config.merge_method)
+    facts = [("merge method", planned.config.merge_method)]
+    if method is not None:
+        facts.append(("what it does", method.summary))
+    shared = dict(plan.tensors[0].task.parameters.items()) if plan.tensors else {}
+    facts += [(name, _shown(value)) for name, value in shared.items() if _is_setting(value)]
+    facts += [("computed in", plan.dtype or "the inputs' dtype"), ("saved in", plan.out_dtype)]
+    heatmaps = []
+    for label, name, tensors in _numbers(plan):
+        if len({value for _, value in tensors}) == 1:
+            facts.append((f"{name}, {label}", _shown(tensors[0][1])))
+            continue
+        heatmap = layer_heatmap(label, name, ((tensor.name, tensor.shape, value) for tensor, value in tensors))
+        if heatmap is not None:
+            heatmaps.append(heatmap)
+        facts += [
+            (f"{name}, {label}, {tensor.name.removesuffix(_WEIGHT)}", _shown(value))
+            for tensor, value in tensors
+            if _LAYER.search(tensor.name) is None and len(tensor.shape or ()) > 1
+        ]
+    facts += [(f"vectors, {name}", file.label) for file in planned.saliency for name in file.tensors]
+    return Recipe(tuple(facts), tuple(heatmaps), recipe_text(planned))
+
+
+def model_records(planned: PlannedMerge) -> tuple[ModelRecord, ...]:
+    """The models that went in, with revision and license where they are known."""
+    base = planned.plan.inputs.config.base_model
+    return tuple(
+        ModelRecord(
+            model.label,
+            "base" if model.reference == base else "expert",
+            _fingerprint(model.checkpoint),
+            stated_license(model.checkpoint.folder),
+        )
+        for model in planned.plan.inputs.models
+    )
+
+
+def merge_page(planned: PlannedMerge, run: Run) -> Page:
+    """The page of a merged folder, which nothing has been measured of.
+
+    Args:
+        planned: the merge.
+        run: what was run; its models are added here.
+    """
+    name = planned.settings.output_path.resolve().name
+    inputs = planned.plan.inputs
+    experts = [model.label for model in inputs.models if model.reference != inputs.config.base_model]
+    onto = f" into {inputs.label(inputs.config.base_model)}" if inputs.config.base_model else ""
+    sentence = f"{name} is a merge of {', '.join(experts)}{onto} by {planned.config.merge_method}."
+    details = ("Nothing on this page says how well it does: that takes an evaluation.",)
+    return Page(
+        title=name,
+        verdict=Verdict(sentence, None, details),
+        recipe=planned_recipe(planned),
+        run=Run(**{**vars(run), "models": model_records(planned)}),
+        warnings=planned.warnings,
+    )
+
+
+def _numbers(plan: MergePlan) -> Iterator[tuple[str, str, list[tuple[OutputTensor, float]]]]:
+    """Each expert's own numeric parameters: its label, the parameter's name, and the tensors with their values."""
+    for model in plan.inputs.models:
+        if model.reference == plan.inputs.config.base_model:
+            continue
+        found: dict[str, list[tuple[OutputTensor, float]]] = {}
+        for tensor in plan.tensors:
+            for name, value in input_values(tensor, model.reference).items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(name, []).append((tensor, float(value)))
+        for name, tensors in sorted(found.items()):
+            yield model.label, name, tensors
+
+
+def layer_heatmap(
+    title: str, quantity: str, values: Iterable[tuple[str, tuple[int, ...] | None, float]]
+) -> Heatmap | None:
+    """Layers by components; tensors of one place, such as a layer's many experts, are averaged by their parameters.
+
+    Norms and biases are left out: they are a thousandth of a model and would take half of the columns.
+
+    Args:
+        title, quantity: as the heatmap has them.
+        values: name, shape (None if unknown) and number of each tensor; those outside the layers are passed over.
+    """
+    cells: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for name, shape, value in values:
+        place = _LAYER.search(name)
+        if place is None or (shape is not None and len(shape) < 2):
+            continue
+        component = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name[place.end() :].removesuffix(_WEIGHT))
+        cells.setdefault((int(place[1]), component), []).append((value, math.prod(shape or (1,))))
+    if not cells:
+        return None
+    layers = sorted({layer for layer, _ in cells})
+    components = list(dict.fromkeys(component for _, component in cells))
+    rows = tuple(tuple(_mean(cells.get((layer, component))) for component in components) for layer in layers)
+    return Heatmap(title, quantity, tuple(map(str, layers)), tuple(_short_names(components)), rows)
+
+
+def _short_names(components: list[str]) -> list[str]:
+    """The last parts of the names, as few as tell them apart: `q_proj`, but `self_attn.dense` beside `mlp.dense`."""
+    parts = [component.split(".") for component in components]
+    for count in range(1, max(map(len, parts)) + 1):
+        short = [".".join(part[-count:]) for part in parts]
+        if len(set(short)) == len(short):
+            return short
+    return components
+
+
+def _mean(values: list[tuple[float, int]] | None) -> float | None:
+    if not values:
+        return None
+    total = sum(params for _, params in values)
+    return math.fsum(value * params for value, params in values) / total
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """The commit of a model from the hub; of one on disk the hash of its headers, which costs no reading of weights."""
+    record = weight_file_record(checkpoint)
+    if record["revision"]:
+        return f"revision {record['revision']}"
+    return f"headers {record['header_sha256'][:16]}"
+
+
+def _is_setting(value: object) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.{_SHOWN}g}" if isinstance(value, float) else str(value)

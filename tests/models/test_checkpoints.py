@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import resave, save_tiny
 from tests.tiny_pairs import contents
 from utils.errors import UserError
@@ -60,9 +61,9 @@ def index_of(weight_map: object) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
 
 
-def refusal(folder: Path, **kwargs) -> str:
+def refusal(code: str, folder: Path, **kwargs) -> str:
     before = contents(folder) if folder.is_dir() else None
-    with pytest.raises(UserError) as caught:
+    with refused(code) as caught:
         open_checkpoint(str(folder), **kwargs)
     assert before is None or contents(folder) == before
     message = str(caught.value)
@@ -116,7 +117,7 @@ def test_the_dtype_of_most_bytes_counts(tmp_path):
 def test_weights_that_are_mostly_no_floats_are_quantized(tmp_path, dtype):
     table = {"a": {"dtype": dtype, "shape": [40], "data_offsets": [0, 40]}}
     checkpoint = open_checkpoint(str(model(tmp_path / "m", {SINGLE: packed(table)})))
-    with pytest.raises(UserError, match=f"most weights are {dtype}; give the unquantized checkpoint"):
+    with refused("model-quantized"):
         _ = checkpoint.float_dtype
 
 
@@ -184,101 +185,129 @@ def test_missing_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("x")
-    for name, words in {
-        "./none": f"model folder ./none does not exist (looked in {tmp_path})",
-        "./loop": "model folder ./loop is a broken symbolic link",
-        "file": "model file is a file; give the folder that holds config.json",
-        "~no_such_user/m": "does not exist",
+    for name, code in {
+        "./none": "model-missing",
+        "./loop": "model-missing",
+        "file": "model-is-file",
+        "~no_such_user/m": "model-missing",
     }.items():
-        with pytest.raises(UserError) as caught:
+        with refused(code):
             find_small_files(name)
-        assert words in str(caught.value)
     model(tmp_path / "m")
-    with pytest.raises(UserError, match="is a local folder, which has no revision 'main'; remove the key"):
+    with refused("model-revision"):
         find_small_files("./m", "main")
 
 
 GGUF = b"GGUF\x03\0\0\0" + bytes(64)
 PICKLE = b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94"
 FOLDERS = {
-    "no config": ({}, None, "has no config.json; is it a model folder?"),
-    "weights without a config": (None, None, "has no config.json; is it a model folder?"),
-    "only GGUF, no config": ({"m.gguf": GGUF}, None, "only m.gguf; give the checkpoint that the GGUF file was made from"),
-    "only GGUF": ({"m.gguf": GGUF}, CONFIG, "only m.gguf; give the checkpoint that the GGUF file was made from"),
-    "only pickles": ({"pytorch_model.bin": PICKLE}, CONFIG, "only pytorch_model.bin; pickled weights can run code"),
-    "pickles and GGUF": ({"x.pth": PICKLE, "m.gguf": GGUF}, CONFIG, "only m.gguf"),
-    "an adapter": ({"adapter_config.json": b"{}", "adapter_model.safetensors": packed(TABLE)}, None, "is a LoRA adapter: merge it into its base model first"),
-    "an adapter with a config": ({"adapter_config.json": b"{}", "adapter_model.safetensors": packed(TABLE)}, CONFIG, "is a LoRA adapter"),
-    "another file name": ({"weights.safetensors": packed(TABLE)}, CONFIG, f"only weights.safetensors; a sharded model needs its {INDEX}"),
-    "shards without an index": ({"model-00001-of-00002.safetensors": packed(TABLE)}, CONFIG, f"a sharded model needs its {INDEX}"),
-    "no weights": ({}, CONFIG, "holds no model.safetensors and no model.safetensors.index.json"),
-    "no tensors": ({SINGLE: packed({})}, CONFIG, "hold no tensors"),
-    "a stale single file": ({SINGLE: packed(TABLE), INDEX: index_of({"a": SINGLE})}, CONFIG, "two sets of weights; remove the stale one"),
+    "no config": ({}, None, "model-no-config"),
+    "weights without a config": (None, None, "model-no-config"),
+    "only GGUF, no config": ({"m.gguf": GGUF}, None, "model-format"),
+    "only GGUF": ({"m.gguf": GGUF}, CONFIG, "model-format"),
+    "only pickles": ({"pytorch_model.bin": PICKLE}, CONFIG, "model-format"),
+    "pickles and GGUF": ({"x.pth": PICKLE, "m.gguf": GGUF}, CONFIG, "model-format"),
+    "an adapter": ({"adapter_config.json": b"{}", "adapter_model.safetensors": packed(TABLE)}, None, "model-is-adapter"),
+    "an adapter with a config": ({"adapter_config.json": b"{}", "adapter_model.safetensors": packed(TABLE)}, CONFIG, "model-is-adapter"),
+    "another file name": ({"weights.safetensors": packed(TABLE)}, CONFIG, "model-format"),
+    "shards without an index": ({"model-00001-of-00002.safetensors": packed(TABLE)}, CONFIG, "model-format"),
+    "no weights": ({}, CONFIG, "model-no-weights"),
+    "no tensors": ({SINGLE: packed({})}, CONFIG, "model-no-tensors"),
+    "a stale single file": ({SINGLE: packed(TABLE), INDEX: index_of({"a": SINGLE})}, CONFIG, "model-two-weights"),
     # config.json
-    "config is not JSON": (None, b"{", "config.json is not valid JSON"),
-    "config is a list": (None, b"[]", "config.json must hold a JSON object, but holds a list"),
-    "config is not UTF-8": (None, b"\xff\xfe", "config.json is not valid JSON"),
-    "config is nested too deeply": (None, b"[" * 100_000, "config.json is not valid JSON"),
-    "no architecture": (None, {"model_type": "llama"}, "config.json names no model class"),
-    "architectures null": (None, {"architectures": None}, "config.json names no model class"),
-    "architectures empty": (None, {"architectures": []}, "config.json names no model class"),
-    "architectures numbers": (None, {"architectures": [1]}, "config.json names no model class"),
-    "encoder-decoder": (None, {**CONFIG, "is_encoder_decoder": True}, "is an encoder-decoder (LlamaForCausalLM)"),
-    "quantized": (None, {**CONFIG, "quantization_config": {"quant_method": "gptq"}}, "is quantized (gptq); give the unquantized checkpoint"),
-    "quantized somehow": (None, {**CONFIG, "quantization_config": {"bits": 4}}, "is quantized (unknown method)"),
-    "quantized as text": (None, {**CONFIG, "quantization_config": "fp8"}, "is quantized (unknown method)"),
+    "config is not JSON": (None, b"{", "json-invalid"),
+    "config is a list": (None, b"[]", "json-no-object"),
+    "config is not UTF-8": (None, b"\xff\xfe", "json-invalid"),
+    "config is nested too deeply": (None, b"[" * 100_000, "json-invalid"),
+    "no architecture": (None, {"model_type": "llama"}, "model-no-architecture"),
+    "architectures null": (None, {"architectures": None}, "model-no-architecture"),
+    "architectures empty": (None, {"architectures": []}, "model-no-architecture"),
+    "architectures numbers": (None, {"architectures": [1]}, "model-no-architecture"),
+    "encoder-decoder": (None, {**CONFIG, "is_encoder_decoder": True}, "model-encoder-decoder"),
+    "quantized": (None, {**CONFIG, "quantization_config": {"quant_method": "gptq"}}, "model-quantized"),
+    "quantized somehow": (None, {**CONFIG, "quantization_config": {"bits": 4}}, "model-quantized"),
+    "quantized as text": (None, {**CONFIG, "quantization_config": "fp8"}, "model-quantized"),
     # the index
-    "index is not JSON": ({INDEX: b"{,"}, CONFIG, f"{INDEX} is not valid JSON"),
-    "index without a map": ({INDEX: b"{}"}, CONFIG, "has no weight_map"),
-    "index with an empty map": ({INDEX: index_of({})}, CONFIG, "has no weight_map"),
-    "index with a list": ({INDEX: index_of(["a"])}, CONFIG, "has no weight_map"),
-    "index names a missing shard": ({INDEX: index_of({"a": "x.safetensors"})}, CONFIG, "names x.safetensors, which is missing from"),
-    "index names a missing tensor": ({"x.safetensors": packed(TABLE), INDEX: index_of({"zz": "x.safetensors"})}, CONFIG, "lists zz in x.safetensors, but it is not there"),
-    "index leads out of the folder": ({INDEX: index_of({"a": "../x.safetensors"})}, CONFIG, "names '../x.safetensors', which is not a plain file name"),
-    "index names an absolute path": ({INDEX: index_of({"a": "/etc/passwd"})}, CONFIG, "names '/etc/passwd', which is not a plain file name"),
-    "index names the parent": ({INDEX: index_of({"a": ".."})}, CONFIG, "names '..', which is not a plain file name"),
-    "index names nothing": ({INDEX: index_of({"a": ""})}, CONFIG, "names '', which is not a plain file name"),
-    "index names a NUL": ({INDEX: index_of({"a": "x\0y"})}, CONFIG, "names 'x\\x00y', which is not a plain file name"),
-    "index names half a character": ({INDEX: index_of({"a": "x\ud800"})}, CONFIG, "names 'x\\ud800', which is not a plain file name"),
-    "index names a very long file": ({INDEX: index_of({"a": "x" * 300})}, CONFIG, "which is missing from"),
-    "index names a number": ({INDEX: index_of({"a": 5})}, CONFIG, "names 5, which is missing from"),
-    "index names null": ({INDEX: index_of({"a": None})}, CONFIG, "names None, which is missing from"),
+    "index is not JSON": ({INDEX: b"{,"}, CONFIG, "json-invalid"),
+    "index without a map": ({INDEX: b"{}"}, CONFIG, "model-index-damaged"),
+    "index with an empty map": ({INDEX: index_of({})}, CONFIG, "model-index-damaged"),
+    "index with a list": ({INDEX: index_of(["a"])}, CONFIG, "model-index-damaged"),
+    "index names a missing shard": ({INDEX: index_of({"a": "x.safetensors"})}, CONFIG, "model-shard-missing"),
+    "index names a missing tensor": ({"x.safetensors": packed(TABLE), INDEX: index_of({"zz": "x.safetensors"})}, CONFIG, "model-index-wrong"),
+    "index leads out of the folder": ({INDEX: index_of({"a": "../x.safetensors"})}, CONFIG, "model-index-outside"),
+    "index names an absolute path": ({INDEX: index_of({"a": "/etc/passwd"})}, CONFIG, "model-index-outside"),
+    "index names the parent": ({INDEX: index_of({"a": ".."})}, CONFIG, "model-index-outside"),
+    "index names nothing": ({INDEX: index_of({"a": ""})}, CONFIG, "model-index-outside"),
+    "index names a NUL": ({INDEX: index_of({"a": "x\0y"})}, CONFIG, "model-index-outside"),
+    "index names half a character": ({INDEX: index_of({"a": "x\ud800"})}, CONFIG, "model-index-outside"),
+    "index names a very long file": ({INDEX: index_of({"a": "x" * 300})}, CONFIG, "model-shard-missing"),
+    "index names a number": ({INDEX: index_of({"a": 5})}, CONFIG, "model-shard-missing"),
+    "index names null": ({INDEX: index_of({"a": None})}, CONFIG, "model-shard-missing"),
     # a weight file
-    "zero bytes": ({SINGLE: b""}, CONFIG, "model.safetensors is truncated (0 bytes); copy or download it again"),
-    "a few bytes": ({SINGLE: b"1234567"}, CONFIG, "is truncated (7 bytes)"),
-    "a header of 100 GB": ({SINGLE: struct.pack("<Q", 100 * 2**30) + bytes(100)}, CONFIG, "truncated or not a safetensors file (header of 107374182400 bytes)"),
-    "a header of all bits": ({SINGLE: b"\xff" * 100}, CONFIG, "truncated or not a safetensors file"),
-    "a truncated header": ({SINGLE: packed(TABLE)[:40]}, CONFIG, "is truncated or not a safetensors file"),
-    "truncated data": ({SINGLE: packed(TABLE)[:-1]}, CONFIG, "model.safetensors is truncated: "),
-    "trailing bytes": ({SINGLE: packed(TABLE) + b"x"}, CONFIG, "model.safetensors is damaged: "),
-    "a pickle of that name": ({SINGLE: PICKLE + bytes(100)}, CONFIG, "truncated or not a safetensors file"),
-    "an LFS pointer": ({SINGLE: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n"}, CONFIG, "truncated or not a safetensors file"),
-    "a header that is a list": ({SINGLE: packed(b"[]", b"")}, CONFIG, "malformed safetensors header"),
-    "a header that is no JSON": ({SINGLE: packed(b"{x}", b"")}, CONFIG, "malformed safetensors header"),
-    "a header that is no UTF-8": ({SINGLE: packed(b'{"\xff": 1}', b"")}, CONFIG, "malformed safetensors header"),
-    "a header nested too deeply": ({SINGLE: packed(b"[" * 100_000, b"")}, CONFIG, "malformed safetensors header"),
-    "overlapping tensors": ({SINGLE: packed({**TABLE, "c": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}})}, CONFIG, "overlaps another or leaves a gap; the file is damaged"),
-    "a gap": ({SINGLE: packed({"a": TABLE["a"], "b": {**TABLE["b"], "data_offsets": [13, 29]}})}, CONFIG, "overlaps another or leaves a gap"),
-    "a tensor twice": ({SINGLE: packed(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x")}, CONFIG, "a name is given twice"),
-    "a shape that does not fit": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 4]}})}, CONFIG, "12 bytes do not hold BF16 [2, 4]"),
-    "a negative shape": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [-2, -3]}})}, CONFIG, "must be whole numbers of at least 0"),
-    "a shape of a fraction": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 3.5]}})}, CONFIG, "must be whole numbers"),
-    "a shape of infinity": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, float("inf")]}})}, CONFIG, "must be whole numbers"),
-    "a shape of very many axes": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [10**18] * 5000}})}, CONFIG, "must be whole numbers"),
-    "offsets the wrong way": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": [12, 0]}}, bytes(12))}, CONFIG, "malformed safetensors header"),
-    "offsets as text": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": "12"}}, bytes(12))}, CONFIG, "malformed safetensors header"),
-    "one offset": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": [12]}}, bytes(12))}, CONFIG, "malformed safetensors header"),
-    "no dtype": ({SINGLE: packed({"a": {"shape": [1], "data_offsets": [0, 4]}})}, CONFIG, "malformed safetensors header"),
-    "dtype a list": ({SINGLE: packed({"a": {**TABLE["a"], "dtype": []}})}, CONFIG, "malformed safetensors header"),
-    "an entry that is a number": ({SINGLE: packed(b'{"a": 1}', b"")}, CONFIG, "malformed safetensors header"),
-    "a name of half a character": ({SINGLE: packed({"a\ud800": TABLE["a"]})}, CONFIG, "malformed safetensors header"),
+    "zero bytes": ({SINGLE: b""}, CONFIG, "weights-truncated"),
+    "a few bytes": ({SINGLE: b"1234567"}, CONFIG, "weights-truncated"),
+    "a header of 100 GB": ({SINGLE: struct.pack("<Q", 100 * 2**30) + bytes(100)}, CONFIG, "weights-truncated"),
+    "a header of all bits": ({SINGLE: b"\xff" * 100}, CONFIG, "weights-truncated"),
+    "a truncated header": ({SINGLE: packed(TABLE)[:40]}, CONFIG, "weights-truncated"),
+    "truncated data": ({SINGLE: packed(TABLE)[:-1]}, CONFIG, "weights-truncated"),
+    "trailing bytes": ({SINGLE: packed(TABLE) + b"x"}, CONFIG, "weights-damaged"),
+    "a pickle of that name": ({SINGLE: PICKLE + bytes(100)}, CONFIG, "weights-truncated"),
+    "an LFS pointer": ({SINGLE: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n"}, CONFIG, "weights-truncated"),
+    "a header that is a list": ({SINGLE: packed(b"[]", b"")}, CONFIG, "weights-damaged"),
+    "a header that is no JSON": ({SINGLE: packed(b"{x}", b"")}, CONFIG, "weights-damaged"),
+    "a header that is no UTF-8": ({SINGLE: packed(b'{"\xff": 1}', b"")}, CONFIG, "weights-damaged"),
+    "a header nested too deeply": ({SINGLE: packed(b"[" * 100_000, b"")}, CONFIG, "weights-damaged"),
+    "overlapping tensors": ({SINGLE: packed({**TABLE, "c": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}})}, CONFIG, "weights-damaged"),
+    "a gap": ({SINGLE: packed({"a": TABLE["a"], "b": {**TABLE["b"], "data_offsets": [13, 29]}})}, CONFIG, "weights-damaged"),
+    "a tensor twice": ({SINGLE: packed(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x")}, CONFIG, "weights-damaged"),
+    "a shape that does not fit": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 4]}})}, CONFIG, "weights-damaged"),
+    "a negative shape": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [-2, -3]}})}, CONFIG, "weights-damaged"),
+    "a shape of a fraction": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 3.5]}})}, CONFIG, "weights-damaged"),
+    "a shape of infinity": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, float("inf")]}})}, CONFIG, "weights-damaged"),
+    "a shape of very many axes": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [10**18] * 5000}})}, CONFIG, "weights-damaged"),
+    "offsets the wrong way": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": [12, 0]}}, bytes(12))}, CONFIG, "weights-damaged"),
+    "offsets as text": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": "12"}}, bytes(12))}, CONFIG, "weights-damaged"),
+    "one offset": ({SINGLE: packed({"a": {**TABLE["a"], "data_offsets": [12]}}, bytes(12))}, CONFIG, "weights-damaged"),
+    "no dtype": ({SINGLE: packed({"a": {"shape": [1], "data_offsets": [0, 4]}})}, CONFIG, "weights-damaged"),
+    "dtype a list": ({SINGLE: packed({"a": {**TABLE["a"], "dtype": []}})}, CONFIG, "weights-damaged"),
+    "an entry that is a number": ({SINGLE: packed(b'{"a": 1}', b"")}, CONFIG, "weights-damaged"),
+    "a name of half a character": ({SINGLE: packed({"a\ud800": TABLE["a"]})}, CONFIG, "weights-damaged"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_refused_from_names_and_headers(tmp_path, case):
-    weights, config, words = FOLDERS[case]
-    assert words in refusal(model(tmp_path / "m", weights, config))
+    weights, config, code = FOLDERS[case]
+    refusal(code, model(tmp_path / "m", weights, config))
+
+
+WORDING = {
+    "no config": "model PATH: PATH has no config.json; is it a model folder?",
+    "only GGUF": "model PATH: no model.safetensors and no model.safetensors.index.json, only m.gguf; give the checkpoint "
+    "that the GGUF file was made from",
+    "another file name": "model PATH: no model.safetensors and no model.safetensors.index.json, only weights.safetensors; "
+    "a sharded model needs its model.safetensors.index.json, a single file must be called model.safetensors",
+    "an adapter": "model PATH is a LoRA adapter: merge it into its base model first, give the result",
+    "config is a list": "model PATH: config.json must hold a JSON object, but holds a list",
+    "quantized": "model PATH is quantized (gptq); give the unquantized checkpoint",
+    "encoder-decoder": "model PATH is an encoder-decoder (LlamaForCausalLM); only decoders are supported",
+    "index names a missing shard": "model PATH: model.safetensors.index.json names x.safetensors, which is missing from "
+    "PATH",
+    "index names a missing tensor": "model PATH: model.safetensors.index.json lists zz in x.safetensors, but it is not "
+    "there",
+    "index names the parent": "model PATH: model.safetensors.index.json names '..', which is not a plain file name in the "
+    "folder",
+    "a gap": "model PATH: model.safetensors: tensor b overlaps another or leaves a gap; the file is damaged",
+    "truncated data": "model PATH: model.safetensors is truncated: 164 bytes where its header says 165; copy or download "
+    "it again",
+}
+
+
+@pytest.mark.parametrize("case", WORDING)
+def test_what_a_message_says(tmp_path, case):
+    weights, config, code = FOLDERS[case]
+    said = refusal(code, model(tmp_path / "m", weights, config))
+    assert said == WORDING[case].replace("PATH", str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX])
@@ -290,13 +319,15 @@ def test_links_that_lead_nowhere_and_folders_in_place_of_files(tmp_path, name):
             (folder / name).symlink_to(name)
         else:
             (folder / name).mkdir()
-        assert name in refusal(folder) or "config.json" in refusal(folder)
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(str(folder))
+        assert name in str(caught.value) or "config.json" in str(caught.value)
 
 
 def test_a_shard_that_is_a_folder(tmp_path):
     folder = model(tmp_path / "m", {INDEX: index_of({"a": "x.safetensors"})})
     (folder / "x.safetensors").mkdir()
-    assert "x.safetensors is a folder or a broken link, not a file" in refusal(folder)
+    assert "x.safetensors is a folder or a broken link, not a file" in refusal("weights-missing", folder)
 
 
 def test_no_weight_bytes_are_read(tmp_path):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix
-from utils.errors import UserError
 from utils.models.decoder import Component, find_decoder, is_transposed, matching_paths, short_names, weight_matrix
 
 SMALL = {
@@ -32,8 +32,8 @@ def family(name: str) -> nn.Module:
     return skeleton(model_type, **own, **extra)
 
 
-def refusal(model: nn.Module, components=None, prefixes=None) -> str:
-    with pytest.raises(UserError) as caught:
+def refusal(code: str, model: nn.Module, components=None, prefixes=None) -> str:
+    with refused(code) as caught:
         find_decoder(model, components, prefixes or {}, "model m")
     assert str(caught.value).startswith("model m")
     return str(caught.value)
@@ -89,23 +89,25 @@ def test_conv1d_weights_are_seen_as_out_by_in():
 
 
 @pytest.mark.parametrize(
-    ("components", "prefixes", "words"),
+    ("components", "prefixes"),
     [
-        (["q_prj"], {}, "component 'q_prj' is not a linear part of its blocks; they have self_attn.q_proj"),
-        (["proj"], {}, "component 'proj' is not a linear part"),  # a suffix of a name is not a name
-        (["input_layernorm"], {}, "component 'input_layernorm' is not a linear part"),
-        (["q"], {"q": "attn.q_proj"}, "component 'q' (prefix_mapping: attn.q_proj) is not a linear part"),
-        (["q"], {"q": "q_proj"}, "component 'q' (prefix_mapping: q_proj) is not a linear part"),  # needs the whole path
-        (["q_proj"], {"q_proj": "self_attn"}, "(prefix_mapping: self_attn) is not a linear part"),
-        (["lm_head"], {}, "component 'lm_head' is not a linear part"),
+        (["q_prj"], {}),
+        (["proj"], {}),  # a suffix of a name is not a name
+        (["input_layernorm"], {}),
+        (["q"], {"q": "attn.q_proj"}),
+        (["q"], {"q": "q_proj"}),  # needs the whole path
+        (["q_proj"], {"q_proj": "self_attn"}),
+        (["lm_head"], {}),
     ],
 )
-def test_components_that_are_not_there(components, prefixes, words):
-    assert words in refusal(family("llama"), components, prefixes)
+def test_components_that_are_not_there(components, prefixes):
+    said = refusal("component-unknown", family("llama"), components, prefixes)
+    named = f"{components[0]!r}" + "".join(f" (prefix_mapping: {path})" for path in prefixes.values())
+    assert f"component {named} is not a linear part of its blocks; they have self_attn.q_proj" in said
 
 
 def test_an_ambiguous_component():
-    said = refusal(family("gpt2"), ["c_proj"])
+    said = refusal("component-ambiguous", family("gpt2"), ["c_proj"])
     assert "component 'c_proj' may mean attn.c_proj or mlp.c_proj; write the longer name" in said
 
 
@@ -114,16 +116,16 @@ JAMBA = {"mamba_d_state": 4, "num_experts": 1, "attn_layer_period": 2, "attn_lay
 
 def test_a_hybrid_measures_what_every_block_has():
     model = skeleton("jamba", **JAMBA)
-    said = refusal(model)
+    said = refusal("model-hybrid", model)
     assert "exist in some blocks only (a hybrid model); list under components the ones every block has: " in said
     everywhere = said.rpartition(": ")[2].split(", ")
     assert find_decoder(model, everywhere, {}, "m").components == tuple(Component(path, path) for path in everywhere)
-    assert "is in some blocks only; choose components that every block has" in refusal(model, ["q_proj"])
+    refusal("component-partial", model, ["q_proj"])
 
 
 def test_mixture_of_experts_is_not_passed_over_in_silence():
     model = skeleton("mixtral", num_local_experts=2)
-    said = refusal(model)
+    said = refusal("model-moe", model)
     assert "are matrices outside linear modules (mixture-of-experts layers are not measured)" in said
     assert "self_attn.q_proj" in said
     assert find_decoder(model, ["q_proj", "o_proj"], {}, "m").components  # asked for by name: only these
@@ -131,7 +133,7 @@ def test_mixture_of_experts_is_not_passed_over_in_silence():
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_encoders_are_refused(model_type):
-    assert f"is an encoder ({model_type}); only decoders are supported" in refusal(skeleton(model_type))
+    refusal("model-encoder", skeleton(model_type))
     assert find_decoder(skeleton(model_type, is_decoder=True), ["query"], {}, "m").components
 
 
@@ -146,14 +148,16 @@ def test_the_same_last_word_at_two_depths_gets_two_names():
 def test_a_model_without_blocks():
     model = family("llama")
     model.model.layers = model.model.layers[:1]
-    assert f"LlamaForCausalLM has no list of {LAYERS} decoder blocks; it is not supported" in refusal(model)
+    assert f"LlamaForCausalLM has no list of {LAYERS} decoder blocks; it is not supported" in refusal(
+        "model-no-blocks", model
+    )
 
 
 def test_blocks_without_linear_modules():
     model = family("llama")
     for index in range(LAYERS):
         model.model.layers[index] = nn.LayerNorm(4, device="meta")
-    assert "its blocks have no linear modules" in refusal(model)
+    refusal("model-no-linear", model)
 
 
 PART = st.sampled_from(["a", "b", "c", "proj", "a_proj"])

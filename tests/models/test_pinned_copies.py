@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.errors import UserError
+from tests.refusals import refused
 from utils.models import pinned_copies
 from utils.models.checkpoints import read_headers
 from utils.models.pinned_copies import PinnedCopies
@@ -100,7 +100,7 @@ def test_a_file_that_ends_early_is_an_error_and_the_next_call_works(folder):
     first = min((header for header in headers.values() if header.nbytes), key=lambda header: header.start)
     with PinnedCopies({file}, CPU) as copies:
         os.truncate(file, last.start)
-        with pytest.raises(UserError, match="changed while it was read"):
+        with refused("weights-changed"):
             copies.fetch({last.name: last}, torch.float32, None)
         file.write_bytes(whole)
         found = copies.fetch({first.name: first}, torch.float64, None)
@@ -110,6 +110,6 @@ def test_a_file_that_ends_early_is_an_error_and_the_next_call_works(folder):
 def test_a_dtype_that_cannot_be_read_names_file_and_tensor(tmp_path):
     save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     headers = read_headers(tmp_path, "m")
-    stored_as = pytest.raises(UserError, match=r"model\.safetensors: w is stored as F8_E4M3")
+    stored_as = refused("weights-dtype")
     with PinnedCopies({tmp_path / "model.safetensors"}, CPU) as copies, stored_as:
         copies.fetch(headers, torch.float32, None)

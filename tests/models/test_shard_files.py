@@ -4,13 +4,12 @@ import json
 import os
 import random
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from utils.errors import UserError
+from tests.refusals import refused
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import as_bytes
 
@@ -74,7 +73,7 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
     with ShardFiles(tmp_path, [TensorSpec("x", "float32", (3,))], 0) as files:
         monkeypatch.setattr(os, "pwrite", fail)
-        with pytest.raises(UserError, match="No space left on device; make room"):
+        with refused("weights-unwritable"):
             files.write("x", 0, as_bytes(torch.ones(3)))
 
 
@@ -88,6 +87,6 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "model.safetensors").write_text("mine")
-    with pytest.raises(UserError, match="File exists"), ShardFiles(tmp_path, [TensorSpec("x", "float32", (9,))], 0):
+    with refused("weights-unwritable"), ShardFiles(tmp_path, [TensorSpec("x", "float32", (9,))], 0):
         pass
     assert (tmp_path / "model.safetensors").read_text() == "mine"

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from tests.tiny_pairs import BOS_CHAT, CHATML, save_tokenizer
-from utils.errors import UserError
 from utils.pair.calibration import (
     Sample,
     choose_samples,
@@ -35,8 +34,8 @@ def source(folder: Path, rows: list, **settings) -> CalibrationSource:
     return CalibrationSource(path=str(path), **settings)
 
 
-def refusal(call, *args) -> str:
-    with pytest.raises(UserError) as caught:
+def refusal(code: str, call, *args) -> str:
+    with refused(code) as caught:
         call(*args)
     return str(caught.value)
 
@@ -62,7 +61,7 @@ def test_as_many_samples_as_rows_use_every_row_once(tmp_path):
 
 @pytest.mark.parametrize(("rows", "wanted"), [(0, 1), (3, 15), (1000, 1_000_000)])
 def test_too_few_rows_are_told_in_plain_digits(tmp_path, rows, wanted):
-    said = refusal(choose_samples, source(tmp_path, [{"text": "x"}] * rows), wanted)
+    said = refusal("text-too-few-rows", choose_samples, source(tmp_path, [{"text": "x"}] * rows), wanted)
     assert f"has {rows} rows, but nsamples is {wanted}; lower nsamples" in said
 
 
@@ -86,7 +85,7 @@ def test_defaults_of_the_built_in_data_sets(tmp_path):
 
 @pytest.mark.parametrize("key", ["subset", "split"])
 def test_a_file_has_no_subset_and_no_split(tmp_path, key):
-    said = refusal(choose_samples, source(tmp_path, [{"text": "x"}], **{key: "train"}), 1)
+    said = refusal("text-key-of-file", choose_samples, source(tmp_path, [{"text": "x"}], **{key: "train"}), 1)
     assert f"dataset.{key}: " in said and f"is a file, which has no {key}; remove the key" in said
 
 
@@ -96,11 +95,11 @@ def test_a_hub_data_set_that_cannot_be_had(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Dataset scripts are no longer supported, but found x.py\nmore")
 
-    said = refusal(choose_samples, CalibrationSource(path="nobody/nothing"), 1)  # offline
+    said = refusal("text-not-loadable", choose_samples, CalibrationSource(path="nobody/nothing"), 1)  # offline
     assert said.startswith("dataset nobody/nothing, split train: cannot be loaded: ")
     assert "For a local file give dataset.path its name" in said
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    said = refusal(choose_samples, CalibrationSource(name="gsm8k"), 1)
+    said = refusal("text-not-loadable", choose_samples, CalibrationSource(name="gsm8k"), 1)
     assert said.startswith("dataset openai/gsm8k (main), split train: cannot be loaded: Dataset scripts are no longer")
     assert "\n" not in said and len(said) < 500
 
@@ -134,51 +133,70 @@ def test_templates(tmp_path, template, row, text):
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "code"),
     [
-        ("{}", "write columns as {column}, nothing else in the braces"),
-        ("{q:>10}", "write columns as {column}"),
-        ("{q!r}", "write columns as {column}"),
-        ("{q", "is not a template: expected '}'"),
-        ("q}", "is not a template: Single '}'"),
-        ("{q} {", "is not a template"),
-        ("no column", "names no column; write for example {question}"),
-        ("{{literal}}", "names no column"),
-        ("{q.__class__}", "no column 'q.__class__' (columns: q)"),
-        ("{q[0]}", "no column 'q[0]' (columns: q)"),
-        ("{0}", "no column '0' (columns: q)"),
-        ("{Q}", "no column 'Q' (columns: q)"),
+        ("{}", "template-invalid"),
+        ("{q:>10}", "template-invalid"),
+        ("{q!r}", "template-invalid"),
+        ("{q", "template-invalid"),
+        ("q}", "template-invalid"),
+        ("{q} {", "template-invalid"),
+        ("no column", "template-no-column"),
+        ("{{literal}}", "template-no-column"),
+        ("{q.__class__}", "text-no-column"),
+        ("{q[0]}", "text-no-column"),
+        ("{0}", "text-no-column"),
+        ("{Q}", "text-no-column"),
     ],
 )
-def test_templates_refused(tmp_path, template, words):
-    assert words in refusal(text_of, tmp_path, template, {"q": "x"})
+def test_templates_refused(tmp_path, template, code):
+    refusal(code, text_of, tmp_path, template, {"q": "x"})
+
+
+def test_what_is_said_of_a_template(tmp_path):
+    for code, template, words in (
+        ("template-invalid", "{}", "dataset.text '{}': write columns as {column}, nothing else in the braces"),
+        ("template-no-column", "word", "dataset.text 'word' names no column; write for example {question}"),
+    ):
+        assert refusal(code, text_of, tmp_path, template, {"q": "x"}) == words
+    assert "is not a template: expected '}'" in refusal("template-invalid", text_of, tmp_path, "{q", {"q": "x"})
 
 
 def test_a_wrong_template_is_told_before_the_file_is_read(tmp_path):
-    with pytest.raises(UserError, match="is not a template"):
+    with refused("template-invalid"):
         choose_samples(CalibrationSource(path=str(tmp_path / "none.jsonl"), text="{q"), 1)
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "code"),
     [
-        (None, "column 'q' holds nothing (null), not text"),
-        (float("nan"), "column 'q' holds nan, not text"),
-        (float("-inf"), "column 'q' holds -inf, not text"),
-        (["x"], "column 'q' holds a list, not text"),
-        ({"a": 1}, "column 'q' holds a dict, not text"),
-        ("", "row 0 is empty; remove the row or choose another seed"),
-        (" \n\t\u3000", "row 0 is empty"),
-        ("half \ud83d", "row 0 holds half of a surrogate pair"),
+        (None, "text-bad-value"),
+        (float("nan"), "text-bad-value"),
+        (float("-inf"), "text-bad-value"),
+        (["x"], "text-bad-value"),
+        ({"a": 1}, "text-bad-value"),
+        ("", "text-empty"),
+        (" \n\t\u3000", "text-empty"),
+        ("half \ud83d", "text-surrogate"),
     ],
 )
-def test_values_that_are_no_text(tmp_path, value, words):
-    said = refusal(text_of, tmp_path, "{q}", {"q": value})
-    assert words in said and str(tmp_path / "rows.jsonl") in said
+def test_values_that_are_no_text(tmp_path, value, code):
+    said = refusal(code, text_of, tmp_path, "{q}", {"q": value})
+    assert said.startswith(f"dataset {tmp_path / 'rows.jsonl'}, row 0")
+
+
+def test_what_is_said_of_a_value(tmp_path):
+    where = f"dataset {tmp_path / 'rows.jsonl'}, row 0"
+    for code, value, words in (
+        ("text-bad-value", None, ": column 'q' holds nothing (null), not text"),
+        ("text-bad-value", ["x"], ": column 'q' holds a list, not text"),
+        ("text-empty", "", " is empty; remove the row or choose another seed"),
+    ):
+        assert refusal(code, text_of, tmp_path, "{q}", {"q": value}) == where + words
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
-    said = refusal(text_of, tmp_path, None, {"question": "x", "answer": "y"})
+    said = refusal("text-no-column", text_of, tmp_path, None, {"question": "x", "answer": "y"})
     assert "no column 'text' (columns: question, answer); give dataset.text" in said
 
 
@@ -194,25 +212,32 @@ def chat(folder: Path, messages) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("messages", "words"),
+    ("messages", "code"),
     [
-        (None, "column 'm' is not a list of chat messages"),
-        ("Hi", "is not a list of chat messages"),
-        (["Hi"], "is not a list of chat messages"),
-        ({"role": "user"}, "is not a list of chat messages"),
-        ([], "holds no messages"),
-        ([{"from": "human", "value": "Hi"}], "message 1 must have a role and a content, both text; it has from, value"),
-        ([USER, {"role": None, "content": "x"}], "message 2 must have a role and a content"),
-        ([{"role": "user", "content": None}], "message 1 must have a role and a content"),
-        ([{"role": "user"}], "message 1 must have a role and a content"),
+        (None, "text-bad-messages"),
+        ("Hi", "text-bad-messages"),
+        (["Hi"], "text-bad-messages"),
+        ({"role": "user"}, "text-bad-messages"),
+        ([], "text-bad-messages"),
+        ([{"from": "human", "value": "Hi"}], "text-bad-messages"),
+        ([USER, {"role": None, "content": "x"}], "text-bad-messages"),
+        ([{"role": "user", "content": None}], "text-bad-messages"),
+        ([{"role": "user"}], "text-bad-messages"),
     ],
 )
-def test_columns_that_are_no_chat(tmp_path, messages, words):
-    assert words in refusal(chat, tmp_path, messages)
+def test_columns_that_are_no_chat(tmp_path, messages, code):
+    refusal(code, chat, tmp_path, messages)
+
+
+def test_what_is_said_of_a_message(tmp_path):
+    said = refusal("text-bad-messages", chat, tmp_path, [{"from": "human", "value": "Hi"}])
+    assert said.endswith("message 1 must have a role and a content, both text; it has from, value")
 
 
 def test_a_missing_chat_column(tmp_path):
-    assert "no column 'chat' (columns: m)" in refusal(choose_samples, source(tmp_path, [{"m": []}], messages="chat"), 1)
+    assert "no column 'chat' (columns: m)" in refusal(
+        "text-no-column", choose_samples, source(tmp_path, [{"m": []}], messages="chat"), 1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +304,7 @@ def test_chat_made_of_columns_that_are_not_there(tmp_path, content, code):
 
 
 def test_chat_without_a_template(tmp_path, tokenizers):
-    said = refusal(encode, chat(tmp_path, [USER]), tokenizers(), 99, "model x")
+    said = refusal("text-no-chat-template", encode, chat(tmp_path, [USER]), tokenizers(), 99, "model x")
     assert said == "model x: its tokenizer has no chat template; give dataset.text instead"
 
 
@@ -287,25 +312,25 @@ def test_roles_that_the_template_refuses(tmp_path, tokenizers):
     strict = (
         "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('only user') }}{% endif %}x{% endfor %}"
     )
-    said = refusal(encode, chat(tmp_path, [ASSISTANT]), tokenizers(strict), 99, "model x")
+    said = refusal("text-chat-refused", encode, chat(tmp_path, [ASSISTANT]), tokenizers(strict), 99, "model x")
     assert said == "model x: the chat template refuses row 0: only user"
     undefined = "{{ messages[0]['nothing']['more'] }}"
-    assert "the chat template refuses row 0" in refusal(encode, chat(tmp_path, [USER]), tokenizers(undefined), 99, "m")
+    refusal("text-chat-refused", encode, chat(tmp_path, [USER]), tokenizers(undefined), 99, "m")
     syntax = "{% for %}"
-    assert "the chat template refuses row 0" in refusal(encode, chat(tmp_path, [USER]), tokenizers(syntax), 99, "m")
+    refusal("text-chat-refused", encode, chat(tmp_path, [USER]), tokenizers(syntax), 99, "m")
 
 
 def test_a_template_runs_in_a_sandbox(tmp_path, tokenizers):
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    assert "the chat template refuses row 0" in refusal(encode, chat(tmp_path, [USER]), tokenizers(escape), 99, "m")
+    refusal("text-chat-refused", encode, chat(tmp_path, [USER]), tokenizers(escape), 99, "m")
 
 
 def test_chat_that_renders_to_nothing_or_to_no_text(tmp_path, tokenizers):
     assert "row 0 of the data set gives no tokens" in refusal(
-        encode, chat(tmp_path, [USER]), tokenizers("{{ '' }}"), 9, "m"
+        "text-no-tokens", encode, chat(tmp_path, [USER]), tokenizers("{{ '' }}"), 9, "m"
     )
     half = chat(tmp_path, [{"role": "user", "content": "\ud83d"}])
-    assert "half of a surrogate pair" in refusal(encode, half, tokenizers(CHATML), 99, "m")
+    refusal("text-surrogate", encode, half, tokenizers(CHATML), 99, "m")
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -322,7 +347,9 @@ def test_a_row_that_gives_no_tokens(tokenizers):
         def __call__(self, text, **kwargs):
             return {"input_ids": []}
 
-    assert "row 7 of the data set gives no tokens: 'zzz'" in refusal(encode, [Sample(7, "zzz")], Silent(), 9, "m")
+    assert "row 7 of the data set gives no tokens: 'zzz'" in refusal(
+        "text-no-tokens", encode, [Sample(7, "zzz")], Silent(), 9, "m"
+    )
 
 
 def test_a_tokenizer_that_cannot_encode(tmp_path):
@@ -330,7 +357,7 @@ def test_a_tokenizer_that_cannot_encode(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="<none>")))
-    said = refusal(encode, [Sample(3, "b")], fast, 9, "model x")
+    said = refusal("text-not-encodable", encode, [Sample(3, "b")], fast, 9, "model x")
     assert said.startswith("model x: its tokenizer cannot encode row 3 of the data set: ")
 
 

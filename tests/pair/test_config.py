@@ -462,14 +462,14 @@ ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
     "key", ["nsamples", "dataset", "components", "global_parameters", "model_info", "seed", "parity"]
 )
 def test_a_value_that_aliases_blow_up_is_neither_printed_nor_copied(tmp_path, key):
-    start = time.perf_counter()
+    start = time.process_time()
     value = "{k: *a10}" if key == "global_parameters" else "*a10"
     text = "".join(line for line in yaml.safe_dump(pair_settings()).splitlines(True) if not line.startswith(key))
     with pytest.raises(UserError) as caught:
         read_text(tmp_path, ALIASES + (text if key not in ("model_info", "dataset") else "") + f"{key}: {value}\n")
     assert key in str(caught.value)
     assert len(str(caught.value)) < 5000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_value_that_holds_itself(tmp_path):

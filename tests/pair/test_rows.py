@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.refusals import refused
 from utils.errors import UserError
 from utils.pair.rows import READERS, local_rows, looks_like_file
 
@@ -47,9 +48,9 @@ def write(folder: Path, kind: str) -> Path:
     return path
 
 
-def refusal(path: Path) -> str:
+def refusal(code: str, path: Path) -> str:
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(UserError) as caught:
+    with refused(code) as caught:
         local_rows(str(path))
     assert before is None or path.read_bytes() == before
     message = str(caught.value)
@@ -126,7 +127,7 @@ def test_an_empty_file_has_no_rows_or_is_refused(tmp_path, kind):
     path = tmp_path / f"x{kind}"
     path.touch()
     if kind == ".parquet":
-        assert "is not a readable Parquet file" in refusal(path)
+        refusal("text-invalid", path)
     else:
         assert len(local_rows(str(path))) == 0
 
@@ -139,42 +140,62 @@ def test_mixed_schemas_are_rows_like_any_other(tmp_path):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 BROKEN = {
-    "a broken line": (".jsonl", b'{"a": 1}\n\n{"a": \n', "line 3: not valid JSON"),
-    "a trailing comma": (".jsonl", b'{"a": 1,}\n', "line 1: not valid JSON"),
-    "a comma between rows": (".jsonl", b'{"a": 1},\n{"a": 2}\n', "line 1: not valid JSON: Extra data"),
-    "a truncated last line": (".jsonl", b'{"a": 1}\n{"a": "x', "line 2: not valid JSON"),
-    "a row that is a list": (".jsonl", b"[1]\n", "line 1: a row must be an object, got list"),
-    "a row that is text": (".jsonl", b'"x"\n', "line 1: a row must be an object, got str"),
-    "Latin-1": (".jsonl", '{"a": "caf\u00e9"}\n'.encode("latin-1"), "line 1: not UTF-8 text (byte 10)"),
-    "UTF-16": (".jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: not UTF-8 text (byte 0)"),
-    "binary bytes": (".jsonl", bytes(range(128, 256)), "line 1: not UTF-8 text"),
-    "nested too deeply": (".jsonl", b"[" * 100_000, "line 1: not valid JSON"),
-    "a number of many digits": (".jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
-    "a text line in Latin-1": (".txt", b"fine\ncaf\xe9\n", "line 2: not UTF-8 text (byte 3)"),
-    "a JSON list cut short": (".json", b'[{"a": 1},', "is not valid JSON"),
-    "a JSON list of numbers": (".json", b"[1, 2]", "must hold a list of objects"),
-    "a JSON list of many digits": (".json", b"[" + b"9" * 5000 + b"]", "is not valid JSON"),
-    "a JSON list in Latin-1": (".json", '[{"a": "caf\u00e9"}]'.encode("latin-1"), "is not UTF-8 text (byte 11)"),
-    "a JSON object over several lines": (".json", b'{\n "data": [{"a": 1}]\n}', "line 1: not valid JSON"),
-    "too many fields": (".csv", b"a,b\n1,2\n1,2,3\n", "line 3: 3 fields where the first line has 2"),
-    "too many fields in every row": (".csv", b"a,b\n1,2,3\n4,5,6\n", "line 2: 3 fields where the first line has 2"),
-    "too few fields": (".csv", b"a,b\n1\n", "line 2: 1 fields where the first line has 2"),
-    "an open quote": (".csv", b'a,b\n"1,2\n3,4\n', "not valid CSV"),
-    "text behind a quote": (".csv", b'a,b\n"1"x,2\n', "line 2: not valid CSV"),
-    "a column twice": (".csv", b"a,b,a\n1,2,3\n", "a column is given twice (a, b, a)"),
-    "a CSV in Latin-1": (".csv", b"a\ncaf\xe9\n", "is not UTF-8 text (byte 5)"),
-    "a long CSV in Latin-1": (".csv", b"a\n" + b"x\n" * 50_000 + b"caf\xe9\n", "is not UTF-8 text (byte 100005)"),
-    "a CSV in UTF-16": (".csv", "a\nb\n".encode("utf-16"), "is not UTF-8 text (byte 0)"),
-    "a text as Parquet": (".parquet", b"PAR1 but not really PAR1", "is not a readable Parquet file"),
+    "a broken line": (".jsonl", b'{"a": 1}\n\n{"a": \n', "text-invalid", "line 3"),
+    "a trailing comma": (".jsonl", b'{"a": 1,}\n', "text-invalid", "line 1"),
+    "a comma between rows": (".jsonl", b'{"a": 1},\n{"a": 2}\n', "text-invalid", "line 1"),
+    "a truncated last line": (".jsonl", b'{"a": 1}\n{"a": "x', "text-invalid", "line 2"),
+    "a row that is a list": (".jsonl", b"[1]\n", "text-bad-row", "line 1"),
+    "a row that is text": (".jsonl", b'"x"\n', "text-bad-row", "line 1"),
+    "Latin-1": (".jsonl", '{"a": "caf\u00e9"}\n'.encode("latin-1"), "text-not-utf8", "line 1"),
+    "UTF-16": (".jsonl", '{"a": 1}\n'.encode("utf-16"), "text-not-utf8", "line 1"),
+    "binary bytes": (".jsonl", bytes(range(128, 256)), "text-not-utf8", "line 1"),
+    "nested too deeply": (".jsonl", b"[" * 100_000, "text-invalid", "line 1"),
+    "a number of many digits": (".jsonl", b'{"a": ' + b"9" * 5000 + b"}", "text-invalid", "line 1"),
+    "a text line in Latin-1": (".txt", b"fine\ncaf\xe9\n", "text-not-utf8", "line 2"),
+    "a JSON list cut short": (".json", b'[{"a": 1},', "text-invalid", ""),
+    "a JSON list of numbers": (".json", b"[1, 2]", "text-bad-row", ""),
+    "a JSON list of many digits": (".json", b"[" + b"9" * 5000 + b"]", "text-invalid", ""),
+    "a JSON list in Latin-1": (".json", '[{"a": "caf\u00e9"}]'.encode("latin-1"), "text-not-utf8", "byte 11"),
+    "a JSON object over several lines": (".json", b'{\n "data": [{"a": 1}]\n}', "text-invalid", "line 1"),
+    "too many fields": (".csv", b"a,b\n1,2\n1,2,3\n", "text-bad-row", "line 3"),
+    "too many fields in every row": (".csv", b"a,b\n1,2,3\n4,5,6\n", "text-bad-row", "line 2"),
+    "too few fields": (".csv", b"a,b\n1\n", "text-bad-row", "line 2"),
+    "an open quote": (".csv", b'a,b\n"1,2\n3,4\n', "text-invalid", ""),
+    "text behind a quote": (".csv", b'a,b\n"1"x,2\n', "text-invalid", "line 2"),
+    "a column twice": (".csv", b"a,b,a\n1,2,3\n", "text-column-twice", ""),
+    "a CSV in Latin-1": (".csv", b"a\ncaf\xe9\n", "text-not-utf8", "byte 5"),
+    "a long CSV in Latin-1": (".csv", b"a\n" + b"x\n" * 50_000 + b"caf\xe9\n", "text-not-utf8", "byte 100005"),
+    "a CSV in UTF-16": (".csv", "a\nb\n".encode("utf-16"), "text-not-utf8", "byte 0"),
+    "a text as Parquet": (".parquet", b"PAR1 but not really PAR1", "text-invalid", ""),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_named_with_the_line(tmp_path, case):
-    kind, content, words = BROKEN[case]
+    kind, content, code, place = BROKEN[case]
     path = tmp_path / f"x{kind}"
     path.write_bytes(content)
-    assert words in refusal(path)
+    assert place in refusal(code, path)
+
+
+WORDING = {
+    "a comma between rows": "dataset.path PATH, line 1: not valid JSON: Extra data: line 1 column 9 (char 8)",
+    "a row that is a list": "dataset.path PATH, line 1: a row must be an object, got list",
+    "Latin-1": "dataset.path PATH, line 1: not UTF-8 text (byte 10)",
+    "a JSON list of numbers": "dataset.path PATH must hold a list of objects",
+    "a CSV in Latin-1": "dataset.path PATH is not UTF-8 text (byte 5)",
+    "too few fields": "dataset.path PATH, line 2: 1 fields where the first line has 2 (fields are separated by commas; "
+    "quote a field that holds one)",
+    "a column twice": "dataset.path PATH: a column is given twice (a, b, a)",
+}
+
+
+@pytest.mark.parametrize("case", WORDING)
+def test_what_a_message_says(tmp_path, case):
+    kind, content, code, _ = BROKEN[case]
+    path = tmp_path / f"x{kind}"
+    path.write_bytes(content)
+    assert refusal(code, path) == WORDING[case].replace("PATH", str(path))
 
 
 def test_a_parquet_file_with_a_column_twice(tmp_path):
@@ -183,7 +204,7 @@ def test_a_parquet_file_with_a_column_twice(tmp_path):
 
     table = pyarrow.table([[1], [2]], names=["a", "a"])
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    assert "a column is given twice (a, a)" in refusal(tmp_path / "x.parquet")
+    assert "(a, a)" in refusal("text-column-twice", tmp_path / "x.parquet")
 
 
 def test_a_parquet_file_whose_text_is_no_text(tmp_path):
@@ -192,7 +213,7 @@ def test_a_parquet_file_whose_text_is_no_text(tmp_path):
 
     broken = pyarrow.array([b"caf\xe9", b"fine"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"a": broken}), tmp_path / "x.parquet")
-    assert "is not a readable Parquet file" in refusal(tmp_path / "x.parquet")
+    assert "is not a readable Parquet file" in refusal("text-invalid", tmp_path / "x.parquet")
 
 
 def test_a_parquet_file_below_a_folder_with_an_equals_sign_gains_no_column(tmp_path):
@@ -213,7 +234,7 @@ def test_compressed_files_under_any_name(tmp_path, kind, method):
     packed = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zip": lambda c: zipped(c, tmp_path)}
     path = tmp_path / f"x{kind}"
     path.write_bytes(packed[method](content))
-    assert f"is compressed ({method}), whatever its name says; unpack it first" in refusal(path)
+    assert f"is compressed ({method}), whatever its name says; unpack it first" in refusal("text-compressed", path)
 
 
 def test_paths_that_are_no_files(tmp_path, monkeypatch):
@@ -222,21 +243,21 @@ def test_paths_that_are_no_files(tmp_path, monkeypatch):
     (tmp_path / "x.pdf").write_text("x")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for path, words in {
-        "none.jsonl": f"does not exist (looked in {tmp_path})",
-        "folder.jsonl": "is a folder; give the file",
-        "x.pdf": "unknown kind of file; known: .jsonl, .ndjson, .json, .csv, .parquet, .txt, .md",
-        "x.jsonl.gz": "does not exist",
-        "loop.jsonl": "is a broken symbolic link",
-        "pipe.jsonl": "is not a plain file",
-        "/dev/zero": "is not a plain file",
-        "https://example.org/x.jsonl": "is a URL; download the file and give its name",
-        "~no_such_user/x.jsonl": "does not exist",
-        "x" * 300 + ".jsonl": "does not exist",
+    for path, code in {
+        "none.jsonl": "text-missing",
+        "folder.jsonl": "text-is-folder",
+        "x.pdf": "text-kind",
+        "x.jsonl.gz": "text-missing",
+        "loop.jsonl": "text-missing",
+        "pipe.jsonl": "text-not-a-file",
+        "/dev/zero": "text-not-a-file",
+        "https://example.org/x.jsonl": "text-url",
+        "~no_such_user/x.jsonl": "text-missing",
+        "x" * 300 + ".jsonl": "text-missing",
     }.items():
-        with pytest.raises(UserError) as caught:
+        with refused(code) as caught:
             local_rows(path)
-        assert words in str(caught.value)
+        assert str(caught.value).startswith(f"dataset.path {path}")
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -248,7 +269,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(builtins, "open", denied)
-    with pytest.raises(UserError, match=r"rows\.jsonl cannot be read: permission denied"):
+    with refused("text-unreadable"):
         local_rows(str(path))
 
 

@@ -17,6 +17,7 @@ from utils.errors import run_command
 from utils.flags import FlagParser, number, path
 from utils.guidance.method import chosen_method, declare_flags, own_options
 from utils.recipes.coefficients import CONTROLS
+from utils.recipes.recipe import DTYPE, DTYPES
 
 
 def main() -> None:
@@ -49,9 +50,16 @@ def main() -> None:
         choices=CONTROLS,
     )
     parser.flag("lambda", "factor on the merged delta, above 0", type=number(0, low_open=True))
-    parser.flag("out_dtype", "precision of the merged weights", choices=("float32", "bfloat16", "float16"))
+    parser.flag(
+        "dtype",
+        "precision to merge in; float32 keeps small changes of models that are stored in it",
+        choices=DTYPES,
+        default=DTYPE,
+    )
+    parser.flag("out_dtype", "precision of the merged weights, where it is another one", choices=DTYPES)
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
+    parser.switch("quiet", "print warnings, what was written and the next command only")
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
     declare_flags(parser, "decide")
     flags = parser.parse()
@@ -63,22 +71,27 @@ def main() -> None:
 
     from utils.commands.decide import decide
     from utils.commands.options import DecideOptions
+    from utils.guidance.guided_recipe import RecipeOptions
 
     decide(
         DecideOptions(
             config=config,
-            method=method,
-            method_options=own_options(method, "decide", flags),
+            recipe=RecipeOptions(
+                method=method,
+                method_options=own_options(method, "decide", flags),
+                merge_method=flags.merge_method,
+                mean_density=flags.mean_density,
+                lambda_=getattr(flags, "lambda"),
+                dtype=flags.dtype,
+                out_dtype=flags.out_dtype,
+            ),
             delta_dfs_in_dir=flags.delta_dfs_in_dir,
             out_dir=flags.out_dir,
-            merge_method=method.merge_method if flags.merge_method is None else flags.merge_method,
-            mean_density=flags.mean_density,
             control=flags.control,
-            lambda_=getattr(flags, "lambda"),
-            out_dtype=flags.out_dtype,
             plot=flags.plot,
             overwrite=flags.overwrite,
             trust_remote_code=flags.trust_remote_code,
+            quiet=flags.quiet,
         )
     )
 

@@ -15,6 +15,7 @@ from benchmarks.quality_texts import Texts
 from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.options import DecideOptions
+from utils.guidance.guided_recipe import RecipeOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.pair.config import PairConfig, read_pair_config
 
@@ -82,18 +83,16 @@ def recipe_of(pair: Pair, config: Path, guidance: str, flags: Mapping[str, Any],
     flags = dict(flags)
     own = defaults(method, "decide") | {key: flags.pop(key) for key in defaults(method, "decide") if key in flags}
     shared = {"lambda_" if key == "lambda" else key: value for key, value in flags.items()}
-    out = pair.folder / "recipes"
+    control, out = shared.pop("control", None), pair.folder / "recipes"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         names = decide(
             DecideOptions(
                 config=pair.configs[config],
-                method=method,
-                method_options=own,
+                recipe=RecipeOptions(method, own, **shared),
                 delta_dfs_in_dir=measured(pair, guidance, device),
                 out_dir=out,
-                merge_method=shared.pop("merge_method", method.merge_method),
+                control=control,
                 overwrite=True,
-                **shared,
             )
         )
     return tuple(out / name for name in names)

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors
 from tests.tiny_pairs import save_pair, write_config
-from utils.commands.decide import decide
+from tests.tiny_recipes import decide_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.merge import merge
-from utils.commands.options import DecideOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.merging.settings import MergeSettings
 from utils.pair.config import PairConfig, read_pair_config
@@ -111,10 +110,8 @@ def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(tmp_path, mon
     pair = save_pair(tmp_path)
     write_config(pair, {"calibration": CALIBRATION})
     monkeypatch.chdir(pair)
-    config = measured_here(guidance_methods()["saliency_budget"])
-    options = {"merge_method": method, "mean_density": 0.3}
-    decided = DecideOptions(config, guidance_methods()["saliency_budget"], {"mask": mask}, HERE, Path("out"), **options)
-    (name,) = decide(decided)
-    merge(MergeSettings(Path("cpu"), Path("out") / name, device="cpu", quiet=True))
-    run_on_device(pair, "utils/merger.py", "--output_path", "sim", "--merge_config", Path("out") / name)
+    measured_here(guidance_methods()["saliency_budget"])
+    (made,) = decide_here("saliency_budget", HERE, mask=mask, merge_method=method, mean_density=0.3)
+    merge(MergeSettings(Path("cpu"), made, device="cpu", quiet=True))
+    run_on_device(pair, "utils/merger.py", "--output_path", "sim", "--merge_config", made)
     assert_same_models(pair / "cpu", pair / "sim")

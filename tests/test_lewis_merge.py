@@ -109,7 +109,8 @@ def test_golden_recipes_come_out_byte_for_byte(golden, tmp_path, run_command_lin
         done = run_command_line("lewis_merge.py", *common, *more, cwd=golden)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / name).read_bytes() == (golden / "sparsity50" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([TIES, DARE])
+    names = [name.replace(".yaml", end) for name in (TIES, DARE) for end in (".yaml", ".manifest.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_golden_recipes_of_unpruned_models(golden, tmp_path, monkeypatch, call):
@@ -142,7 +143,7 @@ def test_the_printout_holds_what_a_person_wants(work, call):
     frame = pd.read_csv(work / "dfs" / "math_delta.csv")
     assert "density       min 0.3000" in out and "max 0.8000" in out
     assert "by layer" in out and "by component" in out
-    assert f"filters: {frame.size} per expert; each hits its own tensor and nothing else" in out
+    assert f"filters: {frame.size} per expert; each hits its own tensors and nothing else" in out
     assert "covered: 21 of 29 tensors" in out
     assert "embeddings and head: 26.1%, model.embed_tokens.weight" in out
     assert "norms and biases" in out
@@ -152,7 +153,9 @@ def test_the_printout_holds_what_a_person_wants(work, call):
     written = sorted(path.name for path in (work / "out").iterdir())
     stem = TIES.removesuffix(".yaml")
     uniform = TIES.replace("_ties_", "_ties_uniform_")
-    assert written == sorted([TIES, uniform, f"{stem}_math_density.png", f"{stem}_code_density.png"])
+    pictures = [f"{stem}_math_density.png", f"{stem}_code_density.png"]
+    manifests = [name.replace(".yaml", ".manifest.json") for name in (TIES, uniform)]
+    assert written == sorted([TIES, uniform, *manifests, *pictures])
 
 
 def _densities(path, expert=1):
@@ -201,7 +204,7 @@ def test_clip_says_how_much_is_at_its_bounds(work, call):
 
 def test_lambda_and_out_dtype_reach_the_recipe(work, call):
     assert call(*_flags(work, "--lambda", "0.7", "--out-dtype", "float32"))[0] == 0
-    recipe = yaml.safe_load((work / "out" / TIES).read_text())
+    recipe = yaml.safe_load((work / "out" / TIES.replace("_ties_", "_ties_lambda0.7_out_float32_")).read_text())
     assert recipe["parameters"] == {"normalize": True, "int8_mask": True, "lambda": 0.7}
     assert recipe["out_dtype"] == "float32"
 
@@ -220,7 +223,7 @@ def test_a_repeated_run_succeeds_and_changes_nothing(work, call):
     assert call(*flags)[0] == 0
     before = {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()}
     code, out, _ = call(*flags)
-    assert code == 0 and out.count("already holds exactly this") == 4
+    assert code == 0 and out.count("already holds exactly this") == 6
     assert {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()} == before
 
 
@@ -230,9 +233,22 @@ def test_other_content_needs_overwrite(work, call):
     code, _, err = call(*_flags(work, "--control", "uniform"))
     assert code == 2 and TIES in err and "--overwrite" in err
     assert (work / "out" / TIES).read_text() == "mine"
-    assert len(list((work / "out").iterdir())) == 1  # the control was not written either
+    assert not list((work / "out").glob("*uniform*"))  # the control was not written either
     assert call(*_flags(work, "--overwrite"))[0] == 0
     assert yaml.safe_load((work / "out" / TIES).read_text())["merge_method"] == "ties"
+
+
+def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work, call):
+    """The same recipe of another measurement: its manifest changes, unless it is a file of the user's."""
+    call(*_flags(work))
+    manifest = work / "out" / TIES.replace(".yaml", ".manifest.json")
+    before = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**before, "versions": {}}))
+    assert call(*_flags(work))[0] == 0
+    assert json.loads(manifest.read_text()) == before
+    manifest.write_text("mine")
+    code, _, err = call(*_flags(work))
+    assert code == 2 and manifest.name in err and manifest.read_text() == "mine"
 
 
 def test_files_of_others_stay(work, call):
@@ -250,7 +266,7 @@ def test_recorded_names_are_used_where_the_models_are_not_here(work, golden, cal
     (work / "models").unlink()
     code, out, err = call(*_flags(work, "--control", "uniform"))
     assert code == 0, err
-    assert "proven only against each other" in out and err == ""
+    assert "proven only against each other" in out and "no manifest.json" not in err
     assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
 
 
@@ -266,7 +282,7 @@ def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden
 
 def test_a_full_folder_is_silent(work, golden, call):
     _write_norms(work, golden)
-    code, out, err = call(*_flags(work))
+    code, out, err = call(*_flags(work, "--lambda", "0.4"))
     assert (code, err) == (0, "")
     assert "15 samples of gsm8k, sparsity_ratio 0.5" in out
 

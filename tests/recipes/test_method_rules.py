@@ -33,6 +33,7 @@ def test_the_table_is_mergekits():
     for name, ours in DENSITY_METHODS.items():
         method = known[name]
         assert isinstance(method, GeneralizedTaskArithmeticMerge) and method.sparsification_method is not None
+        assert ours.votes == (method.consensus_method is not None)
         specs = {parameter.name: parameter for parameter in method.spec.parameters}
         extras = set(specs) - {"density", "weight", "normalize", "int8_mask", "rescale", "lambda"}
         assert extras == ({ours.extra} if ours.extra else set())
@@ -182,7 +183,7 @@ def test_only_switches_that_are_mergekits_are_left_out():
 def test_counterparts_are_mergekits():
     from dataclasses import replace
 
-    assert counterpart(replace(GUIDED_MEAN, keeps=""), "guided_mean") is TASK_ARITHMETIC
-    assert counterpart(GUIDED_MEAN, "guided_mean").name == "breadcrumbs"
-    assert counterpart(GUIDED_TIES, "ties") is DENSITY_METHODS["ties"]
-    assert counterpart(TASK_ARITHMETIC, "task_arithmetic") is TASK_ARITHMETIC
+    assert counterpart(replace(GUIDED_MEAN, keeps=""), GUIDED_MEAN) is TASK_ARITHMETIC
+    assert counterpart(GUIDED_MEAN, GUIDED_MEAN).name == "breadcrumbs"
+    assert counterpart(GUIDED_TIES, DENSITY_METHODS["ties"]) is DENSITY_METHODS["ties"]
+    assert counterpart(TASK_ARITHMETIC, TASK_ARITHMETIC) is TASK_ARITHMETIC

@@ -18,7 +18,6 @@ from utils.recipes.recipe import (
     recipe,
     recipe_bytes,
     recipe_name,
-    weights_cancel,
 )
 
 BASE, MATH, CODE = (ModelEntry(f"models/{name}", name) for name in ("base", "math", "code"))
@@ -62,8 +61,9 @@ def test_keys_come_in_the_released_codes_order():
     }
 
 
-def test_lambda_and_out_dtype_have_their_places():
+def test_lambda_and_the_dtypes_have_their_places():
     parameters = {"normalize": True, "lambda": 2}
+    assert _recipe(dtype="float32")["dtype"] == "float32" and _recipe()["dtype"] == "bfloat16"
     result = _recipe(parameters=parameters, lambda_=0.5, out_dtype="float32")
     assert result["parameters"] == {"normalize": True, "lambda": 0.5}
     assert parameters["lambda"] == 2  # the config's own mapping is left alone
@@ -123,21 +123,6 @@ def test_file_names():
         check_file_names([recipe_name(Path("x" * 240 + ".yaml"), (0.3, 0.8), "ties")], config)
 
 
-@pytest.mark.parametrize(
-    ("method", "experts", "parameters", "cancel"),
-    [
-        ("ties", (MATH,), {}, True),
-        ("ties", (MATH,), {"normalize": False}, False),
-        ("ties", (MATH, CODE), {}, False),
-        ("dare_ties", (MATH,), {}, False),
-        ("dare_ties", (MATH,), {"normalize": True}, True),
-    ],
-)
-def test_weights_that_cancel_are_noticed(method, experts, parameters, cancel):
-    settings = RecipeSettings(DENSITY_METHODS[method], BASE, experts, parameters, as_weights=True)
-    assert weights_cancel(settings) is cancel
-
-
 def _merge(data, folder, golden, monkeypatch):
     """Run stock mergekit on a recipe and return the merged tensors."""
     from mergekit.config import MergeConfiguration
@@ -172,8 +157,7 @@ def test_densities_do_what_they_say_in_a_merge(golden, tmp_path, monkeypatch):
     """One expert, TIES without division: exactly the asked share of a tensor's entries moves."""
     from safetensors.torch import load_file
 
-    data = _recipe(densities=(0.1, 0.5, 0.9), experts=(MATH,), parameters={"normalize": False}, out_dtype="float32")
-    data["dtype"] = "float32"
+    data = _recipe(densities=(0.1, 0.5, 0.9), experts=(MATH,), parameters={"normalize": False}, dtype="float32")
     merged = _merge(data, tmp_path / "merged", golden, monkeypatch)
     base = load_file(golden / "models" / "base" / "model.safetensors")
     for layer, density in enumerate((0.1, 0.5, 0.9)):

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.commands.options import DecideOptions, Result
-from utils.guidance.decide_job import Decision
+from utils.commands.options import DecideOptions
+from utils.guidance.guided_recipe import Control, GuidedRecipe
+from utils.guidance.measured_pair import MeasuredPair
 from utils.recipes.coefficients import by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
-from utils.recipes.method_rules import OWN_METHODS, normalizes
-from utils.recipes.recipe import RecipeSettings
+from utils.recipes.method_rules import normalizes
+from utils.recipes.recipe import DTYPE, RecipeSettings
 from utils.runtime import versions
 
 if TYPE_CHECKING:
@@ -25,73 +26,74 @@ def warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def say_choices(
-    options: DecideOptions, settings: RecipeSettings, decision: Decision, manifest: Mapping[str, Any] | None
-) -> None:
+def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedRecipe) -> None:
     """Print what the recipe is made from, and how."""
+    settings, decision, asked = made.settings, made.decision, made.choices.options
+    given, method = options.config.global_parameters, settings.method
     found = versions()
     print(
         "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "mergekit", "transformers", "pandas"))
     )
-    experts = ", ".join(entry.type for entry in options.experts)
-    print(f"guidance: {options.method.name}, {options.method.summary}")
+    print(f"guidance: {asked.method.name}, {asked.method.summary}")
     places = decision.table[decision.table["component"] != ""]
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
-    print(f"measured: {size}, experts {experts}{_samples(manifest)}")
-    method = settings.method
-    print(f"method:   {method.name}, {_what_it_does(options, settings)}")
-    if method.name in OWN_METHODS:
-        idle = set(options.config.global_parameters) - set(settings.parameters)
-        if idle:
-            print(f"left out: {', '.join(sorted(idle))} of global_parameters, which {method.name} does not have")
+    experts = ", ".join(entry.type for entry in settings.experts)
+    print(f"measured: {size}, experts {experts}{_samples(measured.manifest)}")
+    print(f"method:   {method.name}, {_what_it_does(given, settings)}")
+    idle = set(given) - set(settings.parameters) if method.own else set()
+    if idle:
+        print(f"left out: {', '.join(sorted(idle))} of global_parameters, which {method.name} does not have")
     for label, text in decision.how:
         print(f"{label + ':' if label else '':<9} {text}")
     if settings.lambda_ is not None:
-        before = options.config.global_parameters.get("lambda")
+        before = given.get("lambda")
         print(f"lambda:   {settings.lambda_}" + (f" (replaces the config's {before})" if before is not None else ""))
     if method.extra:
         wanted = settings.parameters.get(method.extra, method.extra_default)
         print(
             f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
         )
-    if options.out_dtype:
-        print(f"written:  in {options.out_dtype}")
+    if settings.dtype != DTYPE:
+        print(f"merged:   in {settings.dtype}")
+    if settings.out_dtype:
+        print(f"written:  in {settings.out_dtype}")
 
 
-def _what_it_does(options: DecideOptions, settings: RecipeSettings) -> str:
+def _what_it_does(given: Mapping[str, Any], settings: RecipeSettings) -> str:
     method = settings.method
     does = [f"keeps {method.keeps}"] if method.keeps else []
     if not method.keeps or method.whole:
         does.append(method.does)
     if "normalize" in method.switches:
         divides = normalizes(method, settings.parameters)
-        asked = options.config.global_parameters.get("normalize")
-        replaced = " (weights per layer need that; the config's true is for densities)" if asked and not divides else ""
-        does.append(f"normalize {'true' if divides else 'false'}{replaced}")
+        replaced = " (weights per layer need that; the config's true is for densities)"
+        does.append(
+            f"normalize {'true' if divides else 'false'}{replaced if given.get('normalize') and not divides else ''}"
+        )
     shared = (
         number.name for number in method.numbers if number.name != "lambda" and number.name in settings.parameters
     )
     return "; ".join([*does, *(f"{name} {settings.parameters[name]}" for name in shared)])
 
 
-def say_result(options: DecideOptions, settings: RecipeSettings, result: Result) -> None:
+def say_result(made: GuidedRecipe, control: Control | None) -> None:
     """Print each expert's densities and weights, what the filters cover, and the control's."""
+    settings, table, naming = made.settings, made.decision.table, made.decision.naming
     columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
-    naming = result.decision.naming
-    for entry in options.experts:
-        part = result.decision.table[result.decision.table["model"] == entry.type]
+    for entry in settings.experts:
+        part = table[table["model"] == entry.type]
         print(f"\n{entry.type} ({entry.name})")
         for column in columns:
             _say_column(part if column == "weight" else part[part["component"] != ""], column)
-        if result.control is not None:
-            own = result.control[result.control["model"] == entry.type]
-            _say_control(own[own["component"] != ""], columns, str(options.control))
-    for line in result.decision.after:
+        if control is not None:
+            own = control.table[control.table["model"] == entry.type]
+            _say_control(own[own["component"] != ""], columns, control.kind)
+    for line in made.decision.after:
         print(line)
-    count = len(set((naming.group_filters or naming.filters).values()))
     if not columns:
         print("\nfilters: none; every tensor of an expert is merged alike")
         return
+    count = len(set((naming.group_filters or naming.filters).values()))
     print(f"\nfilters: {count} per expert; {naming.evidence}")
     if naming.coverage is not None:
         _say_coverage(naming.coverage)
@@ -140,23 +142,24 @@ def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[st
         )
 
 
-def heatmaps(options: DecideOptions, settings: RecipeSettings, decision: Decision) -> dict[str, bytes]:
-    """A PNG per expert by the end of its file name; all on one color scale."""
+def pictures(made: GuidedRecipe) -> dict[str, bytes]:
+    """PNGs by the end of their file names: a heatmap per expert, all on one color scale, and the guidance's own."""
     from utils.plots import heatmap
 
-    column = "weight" if options.method.gives == "weights" else "density"
-    table = decision.table[decision.table["component"] != ""]
-    low, high = decision.scale or (float(table[column].min()), float(table[column].max()))
-    how = "\n".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
-    pictures = {}
-    for entry in options.experts:
+    settings, decision = made.settings, made.decision
+    column = "weight" if settings.as_weights and made.choices.method.gives == "weights" else "density"
+    found = {}
+    for entry in settings.experts if column == "weight" or settings.method.keeps else ():
+        table = decision.table[decision.table["component"] != ""]
+        low, high = decision.scale or (float(table[column].min()), float(table[column].max()))
+        how = "\n".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
         part = table[table["model"] == entry.type]
         wide = part.pivot(index="layer", columns="component", values=column)[list(dict.fromkeys(part["component"]))]
         mean = mean_density(part, column)
         shown = f"mean {mean:.4f}" if mean is not None else f"mean over tensors {part[column].mean():.4f}"
-        title = f"{entry.type}: {settings.method.name} {column}, {options.method.name}\n{how}; {shown}"
-        pictures[f"{entry.type}_{column}.png"] = heatmap(wide, title, low, high, column)
-    return pictures
+        title = f"{entry.type}: {settings.method.name} {column}, {made.choices.method.name}\n{how}; {shown}"
+        found[f"{entry.type}_{column}.png"] = heatmap(wide, title, low, high, column)
+    return found | dict(decision.pictures())
 
 
 def _samples(manifest: Mapping[str, Any] | None) -> str:

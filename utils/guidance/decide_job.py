@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.models.checkpoints import Checkpoint
 from utils.pair.config import ModelEntry, PairConfig
-from utils.recipes.naming import Naming
+from utils.recipes.method_rules import DeltaMethod
+from utils.recipes.naming import LocalModels, Naming
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,19 +18,19 @@ class DecideJob:
     """Everything a *decide* half needs.
 
     `experts` are those to merge, in their order in the recipe. `folder` is the dataframe folder, `manifest` what it says
-    (None: a folder of bare CSVs). `local` are the checkpoints on this machine, by type. `options` are the values of the
-    method's own flags. `mean_density` is the share of the measured parameters to keep, None where the user gave none.
+    (None: a folder of bare CSVs). `models` are those on this machine, and what the merge will write. `merge_method` is the
+    one that the recipe names. `options` are the values of the method's own flags. `mean_density` is the share of the
+    measured parameters to keep, None where the user gave none.
     """
 
     config: PairConfig
     experts: tuple[ModelEntry, ...]
     folder: Path
     manifest: Mapping[str, Any] | None
-    local: Mapping[str, Checkpoint]
-    merge_method: str
+    models: LocalModels
+    merge_method: DeltaMethod
     options: Mapping[str, Any]
     mean_density: float | None
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,9 @@ class Decision:
         warnings: sentences.
         numbers: gamma and epsilon, where the recipe's file name begins with them.
         tags: what the recipe's file name says of the other options, before the guidance's name.
+        tags_beside: more of that, left out where there is nothing else to say (the released code's names lack it).
         lambda_: the factor on the merged delta if neither a flag nor the pair config gives one; None: mergekit's.
-        merge_method: the method the recipe names, if it is not the one asked for.
-        parameters: global parameters that the recipe gains.
-        vectors: by expert type, the content of the file of saliency vectors that `merge_method` reads.
+        vectors: by expert type, the content of the file of saliency vectors that the merge method reads.
         pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
         scale: the ends of the color scale of the heatmaps, None for those of the table.
     """
@@ -62,9 +61,8 @@ class Decision:
     warnings: tuple[str, ...] = ()
     numbers: tuple[float, ...] = ()
     tags: tuple[str, ...] = ()
+    tags_beside: tuple[str, ...] = ()
     lambda_: float | None = None
-    merge_method: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
     vectors: Mapping[str, bytes] = field(default_factory=dict)
     pictures: Callable[[], Mapping[str, bytes]] = dict
     scale: tuple[float, float] | None = None

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from utils.errors import UserError
 from utils.flags import FlagParser
+from utils.recipes.method_rules import DeltaMethod
 
 if TYPE_CHECKING:
     from utils.guidance.decide_job import DecideJob, Decision
@@ -59,6 +60,9 @@ class GuidanceMethod:
         config_keys: keys of the pair config that this method uses and others do not.
         own_merge_methods: this project's merge methods (`utils/recipes/method_rules.py`) that `--merge_method` may name
             beside mergekit's.
+        merge_rule: turns the merge method asked for, and the values of the method's own flags, into the one that the
+            recipe names.
+        several: the merge method to suggest where there are several experts, if it is not `merge_method`.
     """
 
     name: str
@@ -74,6 +78,8 @@ class GuidanceMethod:
     text_per_task: bool = False
     config_keys: tuple[str, ...] = ()
     own_merge_methods: tuple[str, ...] = ()
+    merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
+    several: str = ""
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""

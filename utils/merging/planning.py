@@ -84,7 +84,7 @@ def plan_recipe(
     plan = _plan(inputs, settings, device)
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan, method)]
     warnings += _idle_flags(settings, device)
-    plan, saliency, idle = bind_saliency(plan, method)
+    plan, saliency, idle = bind_saliency(plan, method, recipe.path.parent)
     stamps |= {file.path: _stamp(file.path) for file in saliency}
     warnings += idle
     densities = tuple(density_summaries(plan, method))

@@ -42,8 +42,15 @@ class SaliencyFile:
         return self.path.name if Path(self.written).expanduser().is_absolute() else self.written
 
 
-def bind_saliency(plan: MergePlan, method: MergeMethod) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
+def bind_saliency(
+    plan: MergePlan, method: MergeMethod, folder: Path
+) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
     """Check the saliency files that a recipe names, and tie the tasks to their vectors. No weights are read.
+
+    Args:
+        plan: the merge.
+        method: its method.
+        folder: where the recipe lies; paths in it are relative to that.
 
     Returns:
         The plan with tied tasks; the files (none for a method without saliency); warnings (sentences).
@@ -56,7 +63,7 @@ def bind_saliency(plan: MergePlan, method: MergeMethod) -> tuple[MergePlan, tupl
     if not isinstance(method, OwnMethod):
         return plan, (), []
     raise_collected(shortened(list(_slips(plan, method))), "merge recipe: values")
-    named = {text: Path(text).expanduser().resolve() for text in _named_files(plan)}
+    named = {text: (folder / Path(text).expanduser()).resolve() for text in _named_files(plan)}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
     problems: list[str] = []
     used: dict[str, dict[str, int]] = {text: {} for text in named}

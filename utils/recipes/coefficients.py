@@ -166,15 +166,16 @@ def by_depth(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, 
         groups = [layers[start:end] for start, end in itertools.pairwise(cuts)]
     labels = [f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups]
     return [
-        (label, _mean(table[table["layer"].isin(group)], column)) for label, group in zip(labels, groups, strict=True)
+        (label, average(table[table["layer"].isin(group)], column)) for label, group in zip(labels, groups, strict=True)
     ]
 
 
 def by_component(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, float]]:
     """(component, mean of a column) in the table's order."""
-    return [(str(name), _mean(part, column)) for name, part in table.groupby("component", sort=False)]
+    return [(str(name), average(part, column)) for name, part in table.groupby("component", sort=False)]
 
 
-def _mean(table: "pd.DataFrame", column: str) -> float:
+def average(table: "pd.DataFrame", column: str) -> float:
+    """Mean of a column over parameters, or over tensors where their sizes are not known."""
     mean = mean_density(table, column)
     return float(table[column].mean()) if mean is None else mean

@@ -16,13 +16,17 @@ from utils.errors import UserError, raise_collected
 
 @dataclass(frozen=True)
 class SharedNumber:
-    """A parameter of a merge method, one for all models: a number from `low` (or above it: `low_open`) to `high`."""
+    """A parameter of a merge method, one for all models: a number from `low` (or above it: `low_open`) to `high`.
+
+    `is_written` if a recipe says it even where the user does not.
+    """
 
     name: str
     default: float
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
+    is_written: bool = False
 
     def allows(self, value: Any) -> bool:
         """Whether a value is such a number."""
@@ -49,7 +53,8 @@ class DeltaMethod:
     `normalize` is its default: whether the sum of weighted deltas is divided by the sum of the weights. `extra` is the
     one further per-tensor parameter it has ("" for none), `extra_default` mergekit's value for it. `switches` are its
     shared parameters that are true or false, `numbers` those that are numbers. `does` says what it does with what is
-    kept. `whole` if it keeps all unless it is told a mean density.
+    kept. `whole` if it keeps all unless a mean density is asked for. `votes` if in each entry only the experts that change
+    it in the direction of the majority count, `averages` if it divides by all of them. `own` if it is this project's.
     """
 
     name: str
@@ -61,6 +66,9 @@ class DeltaMethod:
     numbers: tuple[SharedNumber, ...] = (LAMBDA,)
     does: str = "adds whole deltas"
     whole: bool = False
+    votes: bool = False
+    averages: bool = False
+    own: bool = False
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -71,13 +79,13 @@ class DeltaMethod:
 DENSITY_METHODS: Mapping[str, DeltaMethod] = {
     method.name: method
     for method in (
-        DeltaMethod("ties", "the largest entries", normalize=True),
-        DeltaMethod("dare_ties", "random entries", normalize=False),
+        DeltaMethod("ties", "the largest entries", normalize=True, votes=True),
+        DeltaMethod("dare_ties", "random entries", normalize=False, votes=True),
         DeltaMethod("dare_linear", "random entries", normalize=False),
-        DeltaMethod("della", "random entries, larger ones more often", True, "epsilon", 0.15),
+        DeltaMethod("della", "random entries, larger ones more often", True, "epsilon", 0.15, votes=True),
         DeltaMethod("della_linear", "random entries, larger ones more often", False, "epsilon", 0.15),
         DeltaMethod("breadcrumbs", "the largest entries but the very largest", False, "gamma", 0.01),
-        DeltaMethod("breadcrumbs_ties", "the largest entries but the very largest", False, "gamma", 0.01),
+        DeltaMethod("breadcrumbs_ties", "the largest entries but the very largest", False, "gamma", 0.01, votes=True),
     )
 }
 
@@ -90,16 +98,20 @@ WEIGHT_METHODS: Mapping[str, DeltaMethod] = {
 }
 
 # This project's own, by vectors that a file holds (`utils/merging/guided/methods.py`).
-GUIDED_TIES = DeltaMethod("guided_ties", "the entries of largest saliency", True, switches=("normalize", "vote"))
+GUIDED_TIES = DeltaMethod(
+    "guided_ties", "the entries of largest saliency", True, switches=("normalize", "vote"), votes=True, own=True
+)
 GUIDED_MEAN = DeltaMethod(
     "guided_mean",
     "the entries of largest saliency",
     normalize=False,
     switches=(),
     # defaults measured by benchmarks/quality.py
-    numbers=(LAMBDA, SharedNumber("power", 0.5, 0, 1, low_open=True), SharedNumber("floor", 0.1, 0)),
+    numbers=(LAMBDA, SharedNumber("power", 0.5, 0, 1, True, True), SharedNumber("floor", 0.1, 0, is_written=True)),
     does="averages the experts' deltas, each entry weighed by its squared gradient",
     whole=True,
+    averages=True,
+    own=True,
 )
 OWN_METHODS: Mapping[str, DeltaMethod] = {method.name: method for method in (GUIDED_TIES, GUIDED_MEAN)}
 
@@ -123,6 +135,11 @@ OTHER_METHODS: Mapping[str, str] = {
 _DELLA_ROOM = 0.99  # della's epsilon takes at most this share of the room between a density and 0 or 1
 
 
+def own_method(name: str) -> DeltaMethod:
+    """Look up one of this project's merge methods; KeyError if there is none of that name."""
+    return OWN_METHODS[name]
+
+
 def weight_method(name: str) -> DeltaMethod:
     """Look up `--merge_method` for guidance that gives weights.
 
@@ -134,7 +151,7 @@ def weight_method(name: str) -> DeltaMethod:
     _refuse_own(name)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), WEIGHT_METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(WEIGHT_METHODS)}"
-    raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}")
+    raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}", "merge-method-unfit")
 
 
 def density_method(name: str, own: Sequence[str] = ()) -> DeltaMethod:
@@ -152,21 +169,28 @@ def density_method(name: str, own: Sequence[str] = ()) -> DeltaMethod:
     if name in OTHER_METHODS:
         raise UserError(
             f"--merge_method {name} ignores densities ({OTHER_METHODS[name]}), so the guidance would do nothing; use "
-            f"one of {', '.join(DENSITY_METHODS)}"
+            f"one of {', '.join(DENSITY_METHODS)}",
+            "merge-method-unfit",
         )
     _refuse_own(name)
     known = (*DENSITY_METHODS, *own)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"--merge_method {name!r} is unknown; {hint}")
+    raise UserError(f"--merge_method {name!r} is unknown; {hint}", "merge-method-unknown")
 
 
 def _refuse_own(name: str) -> None:
     """Refuse a method of this project's where there are no vectors for it."""
     if name == GUIDED_TIES.name:
-        raise UserError(f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)")
+        raise UserError(
+            f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)",
+            "merge-method-unfit",
+        )
     if name in OWN_METHODS:
-        raise UserError(f"--merge_method {name} needs vectors that --guidance saliency_budget measures; choose that")
+        raise UserError(
+            f"--merge_method {name} needs vectors that --guidance saliency_budget measures; choose that",
+            "merge-method-unfit",
+        )
 
 
 def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +199,7 @@ def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict
     return {name: value for name, value in parameters.items() if name not in idle}
 
 
-def counterpart(method: DeltaMethod, asked: str) -> DeltaMethod:
+def counterpart(method: DeltaMethod, asked: DeltaMethod) -> DeltaMethod:
     """mergekit's method that does what an own one does, without vectors; any other is its own counterpart.
 
     Args:
@@ -184,7 +208,7 @@ def counterpart(method: DeltaMethod, asked: str) -> DeltaMethod:
     """
     if method.name == GUIDED_MEAN.name:  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
         return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
-    return DENSITY_METHODS[asked] if method.name in OWN_METHODS else method
+    return asked if method.own else method
 
 
 def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:

@@ -1,14 +1,21 @@
-"""How the measured places are called in the merge: as recorded, as in the checkpoint, or by assumption."""
+"""How the measured tensors are called in the merge, and the filters that hit them: proven against what a merge writes."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from utils.models.checkpoints import Checkpoint, open_without_download
-from utils.pair.config import ModelEntry, PairConfig
+from utils.pair.config import ModelEntry
 from utils.recipes import filters
 from utils.recipes.filters import Coverage, NamedTensor
 from utils.recipes.group_filters import group_filters
+
+if TYPE_CHECKING:
+    from utils.models.architecture import ArchitecturePlan
+
+NOT_HERE = "the base model is not on this machine"
+RECORDED_EVIDENCE = f"{NOT_HERE}; proven only against each other, with the names recorded while measuring"
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Naming:
     """Names, filters and sizes of the measured tensors, and how far they are proven.
 
     `names` is by what was measured: (layer, component), or the name in the checkpoint. `filters` and `params` are by
-    name; `group_filters` too, where tensors that share their weight share filters. `twins` are names that the merge may
+    name; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
     write beside (a head that is tied in the base), with the name whose weight they take. `coverage` is None without a
     base checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings`
     are sentences for the user.
@@ -29,17 +36,68 @@ class Naming:
     evidence: str
     warnings: tuple[str, ...] = ()
     group_filters: Mapping[str, str] | None = None
-    twins: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_local_models(config: PairConfig, experts: Sequence[ModelEntry]) -> dict[str, Checkpoint]:
-    """The base and the experts that lie on this machine, by type; nothing is downloaded.
+@dataclass(frozen=True)
+class WrittenTensors:
+    """The tensors that a merge onto `base` writes, and mergekit's plan that says so."""
+
+    base: Checkpoint
+    plan: "ArchitecturePlan"
+    tensors: tuple[NamedTensor, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that filters are matched on."""
+        return [tensor.name for tensor in self.tensors]
+
+    @property
+    def where(self) -> str:
+        """What to call the base in a message."""
+        return f"base model {self.base.name}"
+
+    @property
+    def evidence(self) -> str:
+        """The clause that says what filters were proven against, and by which of mergekit's ways."""
+        from utils.models.architecture import DEFINITION
+
+        why = "" if self.plan.origin == DEFINITION else f" ({self.plan.reason})"
+        return f"each hits its own tensors and nothing else in {self.base.name}, by {self.plan.origin}{why}"
+
+
+class LocalModels:
+    """The models of a merge that lie on this machine; what the merge writes is planned when it is first asked for.
+
+    Args:
+        base: the base.
+        experts: the experts to merge.
+        trust_remote_code: let a checkpoint's config load code from its folder.
 
     Raises:
-        UserError: a local folder is malformed.
+        UserError: a local folder is malformed. Nothing is downloaded.
     """
-    opened = {entry.type: open_without_download(entry.name, entry.revision) for entry in (config.base, *experts)}
-    return {model_type: checkpoint for model_type, checkpoint in opened.items() if checkpoint is not None}
+
+    def __init__(self, base: ModelEntry, experts: Sequence[ModelEntry], *, trust_remote_code: bool = False) -> None:
+        opened = {entry.type: open_without_download(entry.name, entry.revision) for entry in (base, *experts)}
+        self.base_type, self.trust_remote_code = base.type, trust_remote_code
+        self.checkpoints = {key: checkpoint for key, checkpoint in opened.items() if checkpoint is not None}
+
+    @cached_property
+    def written(self) -> WrittenTensors | None:
+        """What the merge writes, None without the base.
+
+        Raises:
+            UserError: the models cannot be merged.
+        """
+        from utils.models.architecture import plan_architecture
+
+        base = self.checkpoints.get(self.base_type)
+        if base is None:
+            return None
+        others = [checkpoint for checkpoint in self.checkpoints.values() if checkpoint is not base]
+        plan = plan_architecture(base, others, trust_remote_code=self.trust_remote_code)
+        return WrittenTensors(base, plan, tuple(filters.planned_tensors(plan, base)))
 
 
 @dataclass(frozen=True)
@@ -52,70 +110,40 @@ class Recorded:
     group: Hashable = None
 
 
-def name_recorded(
-    config: PairConfig,
-    recorded: Mapping[str, Recorded],
-    local: Mapping[str, Checkpoint],
-    *,
-    grouped: bool,
-    trust_remote_code: bool = False,
-) -> Naming:
+def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | None, *, grouped: bool) -> Naming:
     """Name tensors that were recorded one by one as mergekit will see them, and prove their filters.
 
     Args:
-        config: the pair config.
         recorded: what was recorded, by name in the base's checkpoint.
-        local: the checkpoints on this machine, by type.
+        written: what the merge writes; None: names are taken as they were recorded.
         grouped: whether groups get filters too.
-        trust_remote_code: let a checkpoint's config load code from its folder.
 
     Raises:
-        UserError: a tensor is not in the base, a filter hits something else, or the models cannot be merged.
+        UserError: a tensor is not in the base, or a filter hits something else.
     """
-    base = local.get(config.base_model_type)
-    if base is None:
-        names = {name: name for name in recorded}
-        return _with_filters(recorded, names, {}, list(names), NOT_HERE, RECORDED_EVIDENCE, None, grouped)
-
-    from utils.models.architecture import DEFINITION, plan_architecture
-
-    others = [checkpoint for checkpoint in local.values() if checkpoint is not base]
-    plan = plan_architecture(base, others, trust_remote_code=trust_remote_code)
-    where = f"base model {base.name}"
-    tensors = filters.planned_tensors(plan, base)
-    names = filters.as_planned({name: name for name in recorded}, plan, where)
-    own = set(names.values())
-    twins = {
-        planned.name: names[stored]
-        for planned in plan.tensors
-        if planned.name not in own and (stored := planned.stored_name(base.tensors)) in names
-    }
-    why = "" if plan.origin == DEFINITION else f" ({plan.reason})"
-    evidence = f"each hits its own tensors and nothing else in {base.name}, by {plan.origin}{why}"
-    written = [tensor.name for tensor in tensors]
-    return _with_filters(recorded, names, twins, written, where, evidence, tensors, grouped)
-
-
-def _with_filters(
-    recorded: Mapping[str, Recorded],
-    names: Mapping[str, str],
-    twins: Mapping[str, str],
-    written: Sequence[str],
-    where: str,
-    evidence: str,
-    tensors: Sequence[NamedTensor] | None,
-    grouped: bool,
-) -> Naming:
-    dense = [names[name] for name, one in recorded.items() if one.has_density]
-    proof = filters.exact_filters(dense, written, where)
-    params = {names[name]: one.params for name, one in recorded.items()}
+    names, tied = {name: name for name in recorded}, {}
+    where, evidence = NOT_HERE, RECORDED_EVIDENCE
+    if written is not None:
+        where, evidence = written.where, written.evidence
+        names = filters.as_planned(names, written.plan, where)
+        own, stored = set(names.values()), written.base.tensors
+        tied = {
+            planned.name: names[source]
+            for planned in written.plan.tensors
+            if planned.name not in own and (source := planned.stored_name(stored)) in names
+        }
+    all_names = list(names.values()) if written is None else written.names
+    proof = filters.exact_filters([names[name] for name, one in recorded.items() if one.has_density], all_names, where)
     shared = None
     if grouped:
         groups = {names[name]: one.group for name, one in recorded.items()}
-        shared = group_filters(groups | {twin: groups[name] for twin, name in twins.items()}, written, where)
-    covered = None if tensors is None else filters.coverage(shared or proof, tensors)
-    return Naming(names, proof, params, covered, evidence, group_filters=shared, twins=twins)
-
-
-NOT_HERE = "the base model is not on this machine"
-RECORDED_EVIDENCE = f"{NOT_HERE}; proven only against each other, with the names recorded while measuring"
+        shared = group_filters(groups | {other: groups[name] for other, name in tied.items()}, all_names, where)
+    return Naming(
+        names=names,
+        filters=proof,
+        params={names[name]: one.params for name, one in recorded.items()},
+        coverage=None if written is None else filters.coverage(shared or proof, written.tensors),
+        evidence=evidence,
+        group_filters=shared,
+        tied=tied,
+    )

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.models.checkpoints import is_local
 from utils.pair.config import ModelEntry
-from utils.recipes.method_rules import DeltaMethod, extra_value, normalizes
+from utils.recipes.method_rules import DeltaMethod, extra_value
 from utils.recipes.naming import Naming
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OUT_DTYPES = ("float32", "bfloat16", "float16")
-_DTYPE = "bfloat16"
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE = "bfloat16"  # as the released code writes it
 _TOKENIZER_SOURCE = "union"
 _MAX_NAME_BYTES = 255
 
@@ -29,8 +29,9 @@ class RecipeSettings:
     """What a recipe says beside the coefficients.
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
-    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`. `saliency` names the
-    file of saliency vectors by expert type, for the method that reads them.
+    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`. `dtype` is what the
+    merge computes in. `saliency` names the file of saliency vectors by expert type, for the method that reads them: a
+    path relative to the recipe's folder.
     """
 
     method: DeltaMethod
@@ -40,6 +41,7 @@ class RecipeSettings:
     as_weights: bool = False
     weight: float = 1
     lambda_: float | None = None
+    dtype: str = DTYPE
     out_dtype: str | None = None
     saliency: Mapping[str, str] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         "merge_method": settings.method.name,
         "base_model": model_key(settings.base),
         "parameters": shared,
-        "dtype": _DTYPE,
+        "dtype": settings.dtype,
     }
     if settings.out_dtype is not None:
         result["out_dtype"] = settings.out_dtype
@@ -115,11 +117,6 @@ def check_file_names(names: Sequence[str], config: Path) -> None:
         raise UserError(f"the file name {longest[:60]}... would be too long; give {config.name} a shorter name")
 
 
-def weights_cancel(settings: RecipeSettings) -> bool:
-    """Whether weights have no effect: one expert, and the merge divides by the sum of the weights."""
-    return settings.as_weights and len(settings.experts) == 1 and normalizes(settings.method, settings.parameters)
-
-
 def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:
     """The weights under their filters, each filter once. Raises ValueError if tensors of a group differ in weight."""
     by_tensor = dict(zip(rows["tensor"], map(float, rows["weight"]), strict=True))
@@ -127,7 +124,7 @@ def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:
         return _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
     found: dict[str, float] = {}
     for tensor, text in naming.group_filters.items():
-        weight = by_tensor[naming.twins.get(tensor, tensor)]
+        weight = by_tensor[naming.tied.get(tensor, tensor)]
         if found.setdefault(text, weight) != weight:
             raise ValueError(f"{tensor} has another weight than the rest of its group")
     return _conditional(list(found), list(found.values()))

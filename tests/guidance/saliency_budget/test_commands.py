@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from tests.guidance.saliency_budget.test_squared_gradients import plain
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import contents, save_pair, write_config
-from utils.commands.decide import decide
+from tests.tiny_recipes import decide_here, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.merge import merge
-from utils.commands.options import DecideOptions
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods
 from utils.merging.settings import MergeSettings
@@ -75,10 +74,7 @@ def measured(point="both", out="dfs", power=0.5, **settings):
 
 
 def decided(mask="magnitude", out="out", **settings):
-    options = {"merge_method": "ties", **settings}
-    config = read_pair_config(Path("pair.yaml"))
-    names = decide(DecideOptions(config, METHOD, {"mask": mask}, Path("dfs"), Path(out), **options))
-    return yaml.safe_load((Path(out) / names[0]).read_text())
+    return read_here(decide_here(METHOD.name, out=out, mask=mask, **settings)[0])
 
 
 def merged(recipe, name, **keys):
@@ -285,6 +281,8 @@ def test_the_three_commands(pair, run_command_line):
         STEM.format("_saliency_mask").replace("_merge_config", "_uniform_merge_config"),
         *(f"{stem}_{name}_saliency.safetensors" for name in TEXTS),
         *(f"{stem}_{name}_density.png" for name in TEXTS),
+        f"{stem}.manifest.json",
+        f"{stem.replace('_merge_config', '_uniform_merge_config')}.manifest.json",
     }
     run("utils/merger.py", "--output_path", "merged", "--merge_config", f"out/{guided}", "--device", "cpu")
     assert len(tensors(folder / "merged")) == len(tensors(folder / "base"))

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_merges import merge_here, save_models, tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
-from utils.commands.decide import decide
+from tests.tiny_recipes import decide_here, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
-from utils.commands.options import DecideOptions
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
@@ -62,10 +61,8 @@ def pair(measured, tmp_path, monkeypatch):
 
 
 def decided(mask="magnitude", out="out", **settings):
-    options = {"merge_method": "guided_mean", **settings}
-    config = read_pair_config(Path("pair.yaml"))
-    names = decide(DecideOptions(config, METHOD, {"mask": mask}, Path("dfs"), Path(out), **options))
-    return [yaml.safe_load((Path(out) / name).read_text()) for name in names]
+    asked = {"merge_method": "guided_mean", "mask": mask, **settings}
+    return [read_here(path) for path in decide_here(METHOD.name, out=out, **asked)]
 
 
 def merged(recipe, name="merged", **keys):
@@ -122,6 +119,8 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
         f"{stem}.yaml",
         STEM.format("uniform_"),
         *(f"{stem}_{name}_saliency.safetensors" for name in NAMES),
+        f"{stem}.manifest.json",
+        STEM.format("uniform_").replace(".yaml", ".manifest.json"),
     }
     for name in NAMES:  # F itself, of every tensor
         assert (folder / f"out/{stem}_{name}_saliency.safetensors").read_bytes() == (
@@ -143,7 +142,7 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
     assert done.returncode == 0, done.stderr
     found, base = tensors(folder / "merged"), tensors(folder / "base")
     assert sorted(found) == sorted(base)
-    assert f"saliency of ./math: {len(base)} tensors are weighed by the vectors in out/{stem}_math" in done.stdout
+    assert f"saliency of ./math: {len(base)} tensors are weighed by the vectors in {stem}_math" in done.stdout
     files = {name: f"dfs/{name}_saliency.safetensors" for name in NAMES}
     for name, value in found.items():
         expected = dense(recipe, name, files=files).float()
@@ -251,7 +250,6 @@ def refused(do, *arguments, **settings):
 def test_command_2_refuses(pair):
     folder = pair()
     assert "--mask saliency does nothing for --merge_method guided_mean" in refused(decided, "saliency")
-    assert "--plot has no densities to draw" in refused(decided, plot=True)
     assert "unknown; did you mean guided_mean?" in refused(decided, merge_method="guided_maen")
     for parameters, words in (({"power": 2}, "power must be a number above 0 and at most 1, got 2"),
                               ({"floor": -1}, "floor must be a number of at least 0"),

@@ -22,7 +22,7 @@ def decide(job: DecideJob) -> Decision:
             "least, epsilon of what changed most; swap them"
         )
     measured = _read(job)
-    naming = name_tensors(job.config, measured, job.local, trust_remote_code=job.trust_remote_code)
+    naming = name_tensors(job.config, measured, job.models.written)
     columns = list(measured.deltas[job.experts[0].type].columns)
     parts = []
     for entry in job.experts:
@@ -41,6 +41,7 @@ def decide(job: DecideJob) -> Decision:
         warnings=measured.warnings,
         numbers=(gamma, epsilon),
         tags=clip,
+        tags_beside=("weights",) if as_weights else (),
         scale=(gamma, epsilon) if job.mean_density is None else None,
     )
 
@@ -54,7 +55,9 @@ def _read(job: DecideJob) -> Measurements:
         for entry in config.experts
         if entry.type not in merged and (folder / delta_file(entry.type)).exists()
     ]
-    measured = read_measurements(folder, [*merged, *spare], config.base_model_type, config.components)
+    measured = read_measurements(
+        folder, [*merged, *spare], config.base_model_type, config.components, has_norms=job.manifest is not None
+    )
     first = measured.deltas[merged[0]]
     for model_type in merged[1:]:
         if set(measured.deltas[model_type].columns) != set(first.columns):

@@ -7,56 +7,41 @@ import pandas as pd
 
 from utils.errors import raise_collected
 from utils.guidance.lewis.tables import Measurements
-from utils.models.checkpoints import Checkpoint
 from utils.pair.config import PairConfig
 from utils.recipes import filters
 from utils.recipes.filters import NamedTensor, Place
-from utils.recipes.naming import NOT_HERE, RECORDED_EVIDENCE, Naming
+from utils.recipes.naming import NOT_HERE, RECORDED_EVIDENCE, Naming, WrittenTensors
 
 _BLOCK_TENSOR = re.compile(r"(?P<prefix>.+?)\.(?P<layer>\d+)\.(?P<path>.+)\.weight")
 
 
-def name_tensors(
-    config: PairConfig, measured: Measurements, local: Mapping[str, Checkpoint], *, trust_remote_code: bool = False
-) -> Naming:
+def name_tensors(config: PairConfig, measured: Measurements, written: WrittenTensors | None) -> Naming:
     """Name the measured tensors as mergekit will see them, and prove their filters as far as this machine allows.
 
-    Names come from `norms.csv`, else from the base checkpoint, else they are assumed as the released code does. If the
-    base checkpoint is here, the filters are proven against its names.
+    Names come from `norms.csv`, else from what the merge writes, else they are assumed as the released code does.
 
     Args:
         config: the pair config.
         measured: the dataframe folder.
-        local: the checkpoints on this machine, by type.
-        trust_remote_code: let a checkpoint's config load code from its folder.
+        written: what the merge writes, to prove the filters against; None without the base checkpoint.
 
     Raises:
-        UserError: names are missing or ambiguous, a filter hits something else, or the models cannot be merged.
+        UserError: names are missing or ambiguous, or a filter hits something else.
     """
     frame = next(iter(measured.deltas.values()))
     layers, components = len(frame), list(frame.columns)
     recorded, params = None, {}
     if measured.norms is not None:
         recorded, params = measured_names(measured.norms, config.base_model_type, layers, components)
-    base = local.get(config.base_model_type)
-    if base is None:
+    if written is None:
         return _unproven(recorded or assumed_names(layers, components, config.prefix_mapping), params)
-
-    from utils.models.architecture import DEFINITION, plan_architecture
-
-    others = [checkpoint for checkpoint in local.values() if checkpoint is not base]
-    plan = plan_architecture(base, others, trust_remote_code=trust_remote_code)
-    where = f"base model {base.name}"
-    tensors = filters.planned_tensors(plan, base)
     if recorded:
-        names = filters.as_planned(recorded, plan, where)
+        names = filters.as_planned(recorded, written.plan, written.where)
     else:
-        names = found_names(tensors, layers, components, config.prefix_mapping, where)
-    proof = filters.exact_filters(list(names.values()), [tensor.name for tensor in tensors], where)
-    why = "" if plan.origin == DEFINITION else f" ({plan.reason})"
-    evidence = f"each hits its own tensor and nothing else in {base.name}, by {plan.origin}{why}"
-    sizes = {tensor.name: tensor.params for tensor in tensors}
-    return Naming(names, proof, sizes, filters.coverage(proof, tensors), evidence)
+        names = found_names(written.tensors, layers, components, config.prefix_mapping, written.where)
+    proof = filters.exact_filters(list(names.values()), written.names, written.where)
+    sizes = {tensor.name: tensor.params for tensor in written.tensors}
+    return Naming(names, proof, sizes, filters.coverage(proof, written.tensors), written.evidence)
 
 
 def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:

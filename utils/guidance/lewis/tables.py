@@ -12,13 +12,11 @@ A folder that holds only delta CSVs (from the reference, or edited by hand) can 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from utils.errors import UserError, raise_collected
 from utils.guidance.csv_files import csv_bytes, read_csv
-from utils.guidance.folder import check_folder, hash_warnings, read_manifest
 from utils.guidance.lewis.method import DELTA_SUFFIX, NORMS, delta_file
 
 NORM_COLUMNS = ("model", "layer", "component", "tensor", "norm", "params")
@@ -30,14 +28,13 @@ class Measurements:
     """A dataframe folder in memory.
 
     `deltas` maps each expert's type to a frame with one row per layer and one column per component (plain component
-    names), the normalized deltas. `norms` (columns `NORM_COLUMNS`) and `manifest` are None for a folder of bare CSVs.
-    `warnings` says, in sentences, what could not be checked or does not match.
+    names), the normalized deltas. `norms` (columns `NORM_COLUMNS`) is None for a folder of bare CSVs. `warnings` says, in
+    sentences, what could not be checked.
     """
 
     folder: Path
     deltas: Mapping[str, pd.DataFrame]
     norms: pd.DataFrame | None
-    manifest: Mapping[str, Any] | None
     warnings: tuple[str, ...]
 
 
@@ -63,7 +60,12 @@ def table_files(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame, base_ty
 
 
 def read_measurements(
-    folder: Path, expert_types: Sequence[str], base_type: str, components: Sequence[str] | None
+    folder: Path,
+    expert_types: Sequence[str],
+    base_type: str,
+    components: Sequence[str] | None,
+    *,
+    has_norms: bool = False,
 ) -> Measurements:
     """Read and check a dataframe folder.
 
@@ -72,14 +74,12 @@ def read_measurements(
         expert_types: the experts to merge, from the pair config.
         base_type: the base's type.
         components: the config's components, or None for `auto` (every component in the files).
+        has_norms: whether norms.csv should be there; if it is not, a warning says so.
 
     Raises:
         UserError: the folder or a CSV is missing, a CSV belongs to no expert of the config, or columns, rows or values
             are missing, duplicated, not finite or negative. All problems are reported together.
     """
-    manifest = read_manifest(folder)
-    check_folder(folder, manifest, "lewis")
-    warnings = [] if manifest else [_NO_MANIFEST.format(folder=folder)]
     wanted = {delta_file(model_type): model_type for model_type in expert_types}
     problems = [
         f"{path.name} belongs to no expert of the config (types: {', '.join(expert_types)}); move it away"
@@ -96,15 +96,8 @@ def read_measurements(
         deltas[model_type] = frame
     raise_collected(problems, f"dataframe folder {folder}")
     _same_shape(folder, deltas)
-    norms, norm_warnings = _read_norms(folder, manifest is not None)
-    warnings += hash_warnings(folder, manifest, [*wanted, NORMS])
-    return Measurements(folder, deltas, norms, manifest, (*warnings, *norm_warnings))
-
-
-_NO_MANIFEST = (
-    "{folder} has no manifest.json (it was written by the reference, by hand, or by a run that was killed): which "
-    "models, samples and options these numbers come from cannot be checked"
-)
+    norms, warnings = _read_norms(folder, has_norms)
+    return Measurements(folder, deltas, norms, tuple(warnings))
 
 
 def _read_deltas(

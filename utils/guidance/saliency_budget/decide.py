@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
 from utils.guidance.saliency_budget.shares import shares_of_budget
 from utils.guidance.saliency_budget.tables import (
@@ -15,7 +14,7 @@ from utils.guidance.saliency_budget.tables import (
     read_vectors_of,
 )
 from utils.recipes.coefficients import coefficient_table
-from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES, DeltaMethod
+from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES
 from utils.recipes.naming import Naming, Recorded, name_recorded
 from utils.recipes.saliency_vectors import vector_file_bytes
 
@@ -24,51 +23,31 @@ _USUAL_BUDGET = 0.4  # in the middle of what LEWIS's densities of 0.3 to 0.8 com
 
 def decide(job: DecideJob) -> Decision:
     """Densities that spend the budget on the largest saliencies, and the vectors that the merge method reads."""
-    method = _own_merge_method(job)
+    method = job.merge_method
     experts = [entry.type for entry in job.experts]
     measured = read_saliency(job.folder, experts, job.config)
     power = read_power(job.manifest)
     tensors = measured[experts[0]].tensors
     recorded = {row.tensor: Recorded(row.params, has_density=True) for row in tensors.itertuples()}
-    naming = name_recorded(job.config, recorded, job.local, grouped=False, trust_remote_code=job.trust_remote_code)
-    usual = 1.0 if method is GUIDED_MEAN else _USUAL_BUDGET
+    naming = name_recorded(recorded, job.models.written, grouped=False)
+    usual = 1.0 if method.name == GUIDED_MEAN.name else _USUAL_BUDGET
     budget = usual if job.mean_density is None else job.mean_density
     vectors = {}
-    if method is GUIDED_TIES:
+    if method.name == GUIDED_TIES.name:
         raised = {name: read_vectors_of(job.folder, name, naming.names, power) for name in experts}
         vectors = {name: vector_file_bytes(axes) for name, axes in raised.items()}
-    elif method is GUIDED_MEAN:
+    elif method.name == GUIDED_MEAN.name:
         vectors = {name: read_vector_file(job.folder, name, list(naming.names)) for name in experts}
     table = pd.concat([_densities(name, measured[name], naming, budget) for name in experts], ignore_index=True)
-    given = job.config.global_parameters
-    numbers = {one.name: one.default for one in GUIDED_MEAN.numbers if one.name != "lambda" and one.name not in given}
     return Decision(
         table=table,
         naming=naming,
         writes_weights=False,
-        how=tuple(_how(job, method, budget, power)),
-        after=tuple(_after(table, experts) if method is not GUIDED_MEAN or job.mean_density else ()),
-        tags=("saliency_mask",) if method is GUIDED_TIES else (),
-        merge_method=method.name if method else None,
-        parameters=numbers if method is GUIDED_MEAN else {},
+        how=tuple(_how(job, budget, power)),
+        after=tuple(_after(table, experts) if method.keeps else ()),
+        tags=("saliency_mask",) if method.name == GUIDED_TIES.name else (),
         vectors=vectors,
     )
-
-
-def _own_merge_method(job: DecideJob) -> DeltaMethod | None:
-    """This project's merge method that the recipe will name, None for mergekit's."""
-    by_saliency = job.options["mask"] == "saliency"
-    if by_saliency and job.merge_method == GUIDED_MEAN.name:
-        raise UserError(
-            f"--mask saliency does nothing for --merge_method {GUIDED_MEAN.name}, which keeps the entries of largest "
-            "saliency wherever --mean_density is given; leave it out"
-        )
-    if by_saliency and job.merge_method != "ties":
-        raise UserError(
-            f"--mask saliency cannot be used with --merge_method {job.merge_method}: only {GUIDED_TIES.name}, this "
-            "project's ties, selects entries by saliency; give --merge_method ties, or leave out --mask"
-        )
-    return GUIDED_TIES if by_saliency else GUIDED_MEAN if job.merge_method == GUIDED_MEAN.name else None
 
 
 def _densities(model: str, measured: ExpertSaliency, naming: Naming, budget: float) -> pd.DataFrame:
@@ -79,7 +58,8 @@ def _densities(model: str, measured: ExpertSaliency, naming: Naming, budget: flo
     return coefficient_table(model, wide, names, naming.params)
 
 
-def _how(job: DecideJob, method: DeltaMethod | None, budget: float, power: float) -> list[tuple[str, str]]:
+def _how(job: DecideJob, budget: float, power: float) -> list[tuple[str, str]]:
+    method = job.merge_method
     usual = "; --mean_density sets another" if job.mean_density is None else ""
     saliency = "delta^2 F" if power == 1 else f"delta^2 F^{power:g}"
     density = (
@@ -89,19 +69,19 @@ def _how(job: DecideJob, method: DeltaMethod | None, budget: float, power: float
     )
     needs = (
         "this recipe needs this project's utils/merger.py and the files of vectors beside it (stock mergekit-yaml does "
-        f"not know {method.name if method else ''})"
+        f"not know {method.name})"
     )
-    if method is GUIDED_MEAN:
+    if method.name == GUIDED_MEAN.name:
         whole = ("density", "1, whole deltas; --mean_density shares out less by saliency")
         return [
             whole if job.mean_density is None else density,
             ("entries", f"each expert counts by F^power of its own text, F by one vector per axis; {needs}"),
             ("weight", "1 for each expert; only ratios of weights matter"),
         ]
-    if method is GUIDED_TIES:
+    if method.name == GUIDED_TIES.name:
         entries = f"those of largest saliency, by one vector per axis; {needs}"
     else:
-        entries = f"as {job.merge_method} chooses them; --mask saliency keeps the most salient instead"
+        entries = f"as {method.name} chooses them; --mask saliency keeps the most salient instead"
     return [density, ("entries", entries), ("weight", "1")]
 
 

@@ -16,9 +16,13 @@ The vectors also serve `--merge_method guided_mean`, which needs no budget: each
 of the experts', weighed by F^0.5 of each (Fisher-weighted averaging, arXiv 2111.09832).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from utils.errors import UserError
 from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
-from utils.recipes.method_rules import GUIDED_MEAN
+from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES, DeltaMethod
 
 TENSORS = "saliency_budget_tensors.csv"
 HISTOGRAM = "saliency_budget_histogram.csv"
@@ -31,6 +35,29 @@ def vector_file(model_type: str) -> str:
     return f"{model_type}_saliency.safetensors"
 
 
+def merge_rule(asked: DeltaMethod, options: Mapping[str, Any]) -> DeltaMethod:
+    """`guided_ties` in place of `ties` where entries are chosen by saliency, else the merge method asked for.
+
+    Raises:
+        UserError: `--mask saliency` with a merge method for which it does nothing.
+    """
+    if options["mask"] != "saliency":
+        return asked
+    if asked.name == GUIDED_MEAN.name:
+        raise UserError(
+            f"--mask saliency does nothing for --merge_method {asked.name}, which keeps the entries of largest "
+            "saliency wherever --mean_density is given; leave it out",
+            "flag-no-effect",
+        )
+    if asked.name != "ties":
+        raise UserError(
+            f"--mask saliency cannot be used with --merge_method {asked.name}: only {GUIDED_TIES.name}, this "
+            "project's ties, selects entries by saliency; give --merge_method ties, or leave out --mask",
+            "flag-no-effect",
+        )
+    return GUIDED_TIES
+
+
 METHOD = GuidanceMethod(
     name="saliency_budget",
     package=__package__,
@@ -38,6 +65,8 @@ METHOD = GuidanceMethod(
     gives="densities",
     merge_method="ties",
     own_merge_methods=(GUIDED_MEAN.name,),
+    merge_rule=merge_rule,
+    several=GUIDED_MEAN.name,
     tables=(TENSORS, HISTOGRAM),
     expert_file=vector_file,
     measure_flags=(

@@ -25,7 +25,7 @@ def decide(job: DecideJob) -> Decision:
         row.tensor: Recorded(int(row.params), bool(row.component), _group(row.layer, measured))
         for row in measured.tensors.itertuples()
     }
-    naming = name_recorded(job.config, recorded, job.local, grouped=True, trust_remote_code=job.trust_remote_code)
+    naming = name_recorded(recorded, job.models.written, grouped=True)
     return Decision(
         table=_table(job, measured, weights, naming.names),
         naming=naming,

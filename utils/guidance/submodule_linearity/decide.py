@@ -71,7 +71,7 @@ def _naming(job: DecideJob, tensors: pd.DataFrame, groups: Sequence[_Group]) -> 
         row.tensor: Recorded(row.params, bool(row.component), number_of[row.tensor])
         for row in tensors.drop_duplicates("tensor").itertuples()
     }
-    naming = name_recorded(job.config, recorded, job.local, grouped=True, trust_remote_code=job.trust_remote_code)
+    naming = name_recorded(recorded, job.models.written, grouped=True)
     if naming.coverage is not None and naming.coverage.uncovered:
         left = [tensor.name for kind in naming.coverage.uncovered.values() for tensor in kind]
         raise UserError(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.commands.provenance import changed_checkpoints, compare_with_manifest
 from utils.errors import UserError
+from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
 from utils.models.checkpoints import header_hash, open_checkpoint
 from utils.pair.config import read_pair_config
 

@@ -1,0 +1,179 @@
+"""A recipe made in memory is the one that command 2 writes; nothing is written or printed on the way.
+
+python -m pytest tests/guidance/test_guided_recipe.py
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.refusals import refused
+from tests.tiny_pairs import contents, save_pair, write_config
+from tests.tiny_recipes import decide_here, own_defaults
+from utils.commands.measure import MeasureOptions, measure_pair
+from utils.guidance.guided_recipe import RecipeOptions, control_recipe, guided_recipe, settle
+from utils.guidance.measured_pair import open_measured
+from utils.guidance.method import guidance_methods
+from utils.guidance.recipe_files import recipe_files
+from utils.pair.config import read_pair_config
+
+GUIDANCE = tuple(guidance_methods())
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    folder = save_pair(tmp_path_factory.mktemp("pair"))
+    texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
+    write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = read_pair_config("pair.yaml")
+        for name in ("lewis", "saliency_budget"):
+            method = guidance_methods()[name]
+            own = own_defaults(name, "measure")
+            measure_pair(MeasureOptions(config, method, own, Path(f"dfs_{name}"), dtype="float32", device="cpu"))
+    return folder
+
+
+TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
+
+
+@pytest.fixture
+def pair(pristine, tmp_path, monkeypatch) -> Path:
+    folder = shutil.copytree(pristine, tmp_path / "pair")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def options_of(name, merge_method=None, own=None, **asked):
+    return RecipeOptions(guidance_methods()[name], own_defaults(name) | (own or {}), merge_method, **asked)
+
+
+CASES = {
+    "lewis": ("lewis", {}),
+    "lewis, scaled": ("lewis", {"mean_density": 0.2, "lambda_": 0.4, "merge_method": "della"}),
+    "saliency": ("saliency_budget", {"mean_density": 0.3, "out_dtype": "float32"}),
+    "saliency mask": ("saliency_budget", {"own": {"mask": "saliency"}, "mean_density": 0.3}),
+    "saliency mean": ("saliency_budget", {"merge_method": "guided_mean", "dtype": "float32"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_recipe_in_memory_is_the_one_that_is_written(case, pair, capfd):
+    name, asked = CASES[case]
+    before, config = contents(pair), read_pair_config("pair.yaml")
+    measured = open_measured(config, guidance_methods()[name], Path(f"dfs_{name}"))
+    made = guided_recipe(measured, settle(config, options_of(name, **asked)))
+    control = control_recipe(measured, made, "uniform")
+    assert contents(pair) == before and capfd.readouterr() == ("", "")
+    files = recipe_files(measured, made) | recipe_files(measured, made, control)
+    asked = {**asked, **asked.get("own", {})}
+    asked.pop("own", None)
+    written = decide_here(name, f"dfs_{name}", control="uniform", **asked)
+    assert [path.name for path in written] == [made.name, control.name]
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == files
+    assert yaml.safe_load(written[0].read_text()) == made.data
+    assert all((Path("out") / file).read_bytes() == content for file, content in made.vectors.items())
+
+
+def test_one_opened_measurement_serves_many_recipes(pair, monkeypatch):
+    """The manifest is read and the merge planned once; each recipe has the name it is given."""
+    from utils.models import architecture
+
+    plans, plan = [], architecture.plan_architecture
+    monkeypatch.setattr(
+        architecture, "plan_architecture", lambda *args, **keys: plans.append(args) or plan(*args, **keys)
+    )
+    config = read_pair_config("pair.yaml")
+    measured = open_measured(config, guidance_methods()["saliency_budget"], Path("dfs_saliency_budget"))
+    Path("dfs_saliency_budget/manifest.json").unlink()
+    asked = options_of("saliency_budget", "guided_mean")
+    for number, lambda_ in enumerate((0.3, 0.7, 1.0)):
+        made = guided_recipe(
+            measured, settle(config, dataclasses.replace(asked, lambda_=lambda_)), name=f"trial_{number}.yaml"
+        )
+        assert made.data["parameters"]["lambda"] == lambda_
+        assert set(made.vectors) == {f"trial_{number}_{expert}_saliency.safetensors" for expert in TEXTS}
+        assert {m["parameters"]["saliency"] for m in made.data["models"][1:]} == set(made.vectors)
+    assert len(plans) == 1
+
+
+def test_what_changes_a_recipe_is_in_its_name(pair):
+    config = read_pair_config("pair.yaml")
+    measured = open_measured(config, guidance_methods()["lewis"], Path("dfs_lewis"))
+
+    def name(**asked):
+        return guided_recipe(measured, settle(config, options_of("lewis", **asked))).name
+
+    weights = {"apply_lewis_to_weights": True}
+    plain = "pair_0.3_0.8_generated_ties_merge_config.yaml"
+    assert name() == name(own=weights) == plain  # the released code's two names
+    changes = [
+        {"lambda_": 0.4}, {"lambda_": 0.5}, {"lambda_": 0.4, "own": weights}, {"dtype": "float32"},
+        {"out_dtype": "float32"}, {"mean_density": 0.5}, {"own": {"bound": "clip"}},
+        {"own": {"bound": "clip", **weights}}, {"own": {"gamma": 0.2}}, {"merge_method": "della"},
+    ]  # fmt: skip
+    names = [name(**asked) for asked in changes]
+    assert len({*names, plain}) == len(changes) + 1
+    assert name(lambda_=0.4, dtype="float32", own=weights) == (
+        "pair_0.3_0.8_generated_ties_lambda0.4_dtype_float32_weights_merge_config.yaml"
+    )
+
+
+def test_the_manifest_says_what_the_recipe_was_made_of(pair):
+    (path,) = decide_here("saliency_budget", "dfs_saliency_budget", mask="saliency", lambda_=0.5)
+    found = json.loads(path.with_name(path.name.replace(".yaml", ".manifest.json")).read_text())
+    source = Path("dfs_saliency_budget/manifest.json").read_bytes()
+    measurement = json.loads(source)
+    assert found["recipe"] == {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert len(found["vectors"]) == 2
+    for name, digest in found["vectors"].items():
+        assert hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == digest
+    assert (found["guidance"], found["guidance_options"]) == ("saliency_budget", {"mask": "saliency"})
+    assert found["measure_options"] == measurement["guidance_options"]
+    assert (found["merge_method"], found["lambda"], found["control"]) == ("guided_ties", 0.5, None)
+    assert found["samples"] == measurement["samples"] and found["options"]["nsamples"] == 4
+    assert found["measurement"] == {
+        "sha256": hashlib.sha256(source).hexdigest(),
+        "versions": measurement["versions"],
+    }
+    assert "torch" in found["versions"]
+
+
+def test_a_moved_recipe_finds_its_vectors(pair):
+    """Vectors are named relative to the recipe: the folder may move, and the merge may start anywhere."""
+    from tests.tiny_merges import tensors
+    from utils.commands.merge import merge
+    from utils.merging.settings import MergeSettings
+
+    (path,) = decide_here("saliency_budget", "dfs_saliency_budget", merge_method="guided_mean")
+    assert {
+        Path(model["parameters"]["saliency"]).parent for model in yaml.safe_load(path.read_text())["models"][1:]
+    } == {Path(".")}
+    merge(MergeSettings(Path("first"), path, device="cpu", quiet=True))
+    shutil.move("out", "elsewhere")
+    merge(MergeSettings(Path("second"), Path("elsewhere") / path.name, device="cpu", quiet=True))
+    first, second = tensors(Path("first")), tensors(Path("second"))
+    assert all(bool((first[name] == second[name]).all()) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "code"),
+    [
+        ("lewis", {"merge_method": "slerp"}, "merge-method-unfit"),
+        ("lewis", {"merge_method": "tise"}, "merge-method-unknown"),
+        ("lewis", {"merge_method": "guided_mean"}, "merge-method-unfit"),
+        ("sens_merging", {"merge_method": "della"}, "merge-method-unfit"),
+        ("sens_merging", {"mean_density": 0.5}, "flag-no-effect"),
+        ("saliency_budget", {"merge_method": "guided_mean", "own": {"mask": "saliency"}}, "flag-no-effect"),
+        ("saliency_budget", {"merge_method": "della", "own": {"mask": "saliency"}}, "flag-no-effect"),
+    ],
+)
+def test_what_needs_no_measurement_is_refused_without_one(name, asked, code, pair):
+    with refused(code):
+        settle(read_pair_config("pair.yaml"), options_of(name, **asked))

@@ -1,0 +1,74 @@
+"""The manifest beside a recipe: written, read again, and not taken for another recipe's."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.refusals import refused
+from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest
+
+MANIFEST = RecipeManifest(
+    recipe={"name": "a_merge_config.yaml", "sha256": "12"},
+    vectors={"a.safetensors": "34"},
+    guidance="lewis",
+    guidance_options={"gamma": 0.3, "epsilon": 0.8},
+    measure_options={},
+    control=None,
+    merge_method="ties",
+    mean_density=None,
+    lambda_=0.4,
+    dtype="bfloat16",
+    out_dtype=None,
+    options={"nsamples": 15},
+    samples={"rows": [3, 1, 2]},
+    measurement={"sha256": "56", "versions": {"torch": "2"}},
+    versions={"python": "3"},
+)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "a_merge_config.yaml"
+    (tmp_path / manifest_name(path.name)).write_bytes(MANIFEST.as_bytes())
+    return path
+
+
+def test_what_is_written_is_read_again(recipe):
+    assert read_recipe_manifest(recipe, "12") == (MANIFEST, "")
+    data = json.loads((recipe.parent / "a_merge_config.manifest.json").read_text())
+    assert data["command"] == "lewis_merge" and data["lambda"] == 0.4
+    fields = {field.name.rstrip("_") for field in dataclasses.fields(RecipeManifest)}
+    assert set(data) == {"command", *fields}
+
+
+def test_the_docstring_names_every_key():
+    from utils.recipes import recipe_manifest
+
+    assert all(f"`{key}`" in recipe_manifest.__doc__ for key in json.loads(MANIFEST.as_bytes()))
+
+
+def test_an_edited_recipe_has_none(recipe):
+    found, said = read_recipe_manifest(recipe, "13")
+    assert found is None and "edited since" in said
+
+
+def test_a_recipe_without_one(tmp_path):
+    assert read_recipe_manifest(tmp_path / "other.yml", "12") == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("{", "recipe-manifest-unreadable"),
+        ("\udcff", "recipe-manifest-unreadable"),
+        ("[]", "recipe-manifest-malformed"),
+        ('{"command": "lewis_merge"}', "recipe-manifest-malformed"),
+        ('{"command": "merger", "recipe": {}}', "recipe-manifest-malformed"),
+    ],
+)
+def test_files_that_are_none(recipe, text, code):
+    (recipe.parent / manifest_name(recipe.name)).write_bytes(text.encode(errors="surrogateescape"))
+    with refused(code):
+        read_recipe_manifest(recipe, "12")

@@ -1,0 +1,51 @@
+"""Recipes by command 2's own function, in the current folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.commands.decide import decide
+from utils.commands.options import DecideOptions
+from utils.guidance.guided_recipe import RecipeOptions
+from utils.guidance.method import guidance_methods
+from utils.pair.config import read_pair_config
+
+
+def own_defaults(guidance: str, half: str = "decide") -> dict[str, Any]:
+    """The values of a method's own flags where none is given."""
+    return {flag.name: flag.default for flag in guidance_methods()[guidance].flags(half)}
+
+
+def decide_here(guidance: str, measured: str | Path = "dfs", out: str | Path = "out", **asked: Any) -> list[Path]:
+    """Make recipes of `pair.yaml` and what was measured; returns their paths, the guided one first.
+
+    Args:
+        guidance: the method's name.
+        measured: the dataframe folder.
+        out: the folder to write into.
+        asked: flags of the method, fields of `RecipeOptions` and of `DecideOptions`, by name.
+    """
+    own = own_defaults(guidance)
+    own |= {name: asked.pop(name) for name in own if name in asked}
+    fields = {field.name for field in dataclasses.fields(RecipeOptions)}
+    recipe = {name: asked.pop(name) for name in fields if name in asked}
+    options = DecideOptions(
+        config=read_pair_config("pair.yaml"),
+        recipe=RecipeOptions(guidance_methods()[guidance], own, **recipe),
+        delta_dfs_in_dir=Path(measured),
+        out_dir=Path(out),
+        **asked,
+    )
+    return [Path(out) / name for name in decide(options)]
+
+
+def read_here(path: Path) -> dict[str, Any]:
+    """A recipe as plain data, its files of vectors named from the current folder instead of its own."""
+    data = yaml.safe_load(path.read_text())
+    for model in data["models"]:
+        parameters = model.get("parameters", {})
+        if "saliency" in parameters:
+            parameters["saliency"] = str(path.parent / parameters["saliency"])
+    return data

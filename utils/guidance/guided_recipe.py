@@ -1,0 +1,253 @@
+"""From a measurement to a recipe as plain data, without files and prints: what command 2 writes and a search tries.
+
+measured = open_measured(config, method, folder)              once: manifest, hashes, the models that are here
+choices = settle(config, RecipeOptions(method, own_options))   all that is known without the measurement
+made = guided_recipe(measured, choices)                        the recipe, the files of vectors it names, doubts
+control = control_recipe(made, "uniform")                      the unguided recipe to compare it with
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.guidance.decide_job import DecideJob, Decision
+from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.guidance.method import DEFAULT, GuidanceMethod
+from utils.pair.config import ModelEntry, PairConfig
+from utils.recipes.coefficients import control_table
+from utils.recipes.doubts import cancelled_weights, doubts
+from utils.recipes.method_rules import (
+    DeltaMethod,
+    check_global_parameters,
+    counterpart,
+    density_method,
+    known_parameters,
+    own_method,
+    weight_method,
+)
+from utils.recipes.recipe import DTYPE, RecipeSettings, recipe, recipe_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What is asked of a recipe; None: the usual. `method_options` are the values of the guidance method's own flags."""
+
+    method: GuidanceMethod
+    method_options: Mapping[str, Any]
+    merge_method: str | None = None
+    mean_density: float | None = None
+    lambda_: float | None = None
+    dtype: str = DTYPE
+    out_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class RecipeChoices:
+    """What is settled before a measurement is looked at.
+
+    `asked` is the merge method asked for; `rule` the one that the recipe names, which keeps whole deltas where no density
+    is wanted. `parameters` are the recipe's shared ones. `density` is the share of the measured parameters to keep, None
+    where the guidance alone says it.
+    """
+
+    options: RecipeOptions
+    experts: tuple[ModelEntry, ...]
+    asked: DeltaMethod
+    rule: DeltaMethod
+    parameters: Mapping[str, Any]
+    density: float | None
+
+    @property
+    def method(self) -> GuidanceMethod:
+        """The guidance method."""
+        return self.options.method
+
+
+@dataclass(frozen=True)
+class Control:
+    """An unguided recipe with the guided one's means: its kind, file name, content, and the table it was made of."""
+
+    kind: str
+    name: str
+    data: Mapping[str, Any]
+    table: "pd.DataFrame"
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GuidedRecipe:
+    """A recipe and what it is made of.
+
+    `name` is its file name, `data` the YAML as plain data; `vectors` are the files it names beside itself, by file name.
+    `warnings` are sentences.
+    """
+
+    choices: RecipeChoices
+    decision: Decision
+    settings: RecipeSettings
+    name: str
+    data: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    vectors: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def stem(self) -> str:
+        """What the names of the files beside the recipe begin with."""
+        return self.name.removesuffix(".yaml")
+
+
+def settle(config: PairConfig, options: RecipeOptions) -> RecipeChoices:
+    """Settle all that needs no measurement: the merge method, its parameters, the share to keep. Reads no file.
+
+    Raises:
+        UserError: the merge method does not exist or would not use the guidance; an option that would do nothing;
+            global parameters that the method does not have; too few experts.
+    """
+    method = options.method
+    asked = _asked_method(options)
+    if options.mean_density is not None and not asked.keeps:
+        raise UserError(
+            f"--mean_density {options.mean_density} has no effect with --merge_method {asked.name}, which adds whole "
+            "deltas; leave it out, or use ties, dare_ties or dare_linear",
+            "flag-no-effect",
+        )
+    rule = method.merge_rule(asked, options.method_options)
+    experts = experts_to_merge(config)
+    method.check_experts(config, len(experts))
+    parameters = _parameters(config, method, rule)
+    check_global_parameters(rule, parameters, f"pair config {config.path}")
+    parameters |= {one.name: one.default for one in rule.numbers if one.is_written and one.name not in parameters}
+    density = options.mean_density
+    if density is None and method.gives == "weights" and rule.keeps:
+        density = _USUAL_DENSITY
+    if rule.whole and options.mean_density is None:
+        rule = replace(rule, keeps="")
+    return RecipeChoices(options, experts, asked, rule, parameters, density)
+
+
+def _asked_method(options: RecipeOptions) -> DeltaMethod:
+    name = options.method.merge_method if options.merge_method is None else options.merge_method
+    if name in options.method.own_merge_methods:
+        return own_method(name)
+    if options.method.gives == "weights":
+        return weight_method(name)
+    return density_method(name, options.method.own_merge_methods)
+
+
+def _parameters(config: PairConfig, method: GuidanceMethod, rule: DeltaMethod) -> dict[str, Any]:
+    """The config's `global_parameters`; weights are never divided by their sum, which would undo them.
+
+    What only mergekit's methods know is left out for one of this project's.
+    """
+    parameters = dict(config.global_parameters)
+    if method.gives == "weights":
+        for name in ("density", "weight"):  # in a config that was made for another kind of guidance
+            parameters.pop(name, None)
+        parameters["normalize"] = False
+    return known_parameters(rule, parameters) if rule.own else parameters
+
+
+def guided_recipe(measured: MeasuredPair, choices: RecipeChoices, name: str | None = None) -> GuidedRecipe:
+    """Make a recipe of a measurement.
+
+    Args:
+        measured: the opened dataframe folder, measured by the method of `choices`.
+        choices: what was settled.
+        name: the recipe's file name, after which the files of vectors are called too; None: named after the options.
+
+    Raises:
+        UserError: what the guidance method's *decide* half raises: tables that do not fit, filters that miss.
+    """
+    decision = choices.method.decide(
+        DecideJob(
+            config=measured.config,
+            experts=choices.experts,
+            folder=measured.folder,
+            manifest=measured.manifest,
+            models=measured.models,
+            merge_method=choices.rule,
+            options=choices.options.method_options,
+            mean_density=choices.density,
+        )
+    )
+    name = name or _file_name(measured.config, choices, decision)
+    stem = name.removesuffix(".yaml")
+    vectors = {expert: f"{stem}_{expert}_saliency.safetensors" for expert in decision.vectors}
+    lambda_ = choices.options.lambda_
+    if lambda_ is None and "lambda" not in choices.parameters:
+        lambda_ = decision.lambda_
+    settings = RecipeSettings(
+        method=choices.rule,
+        base=measured.config.base,
+        experts=choices.experts,
+        parameters=choices.parameters,
+        as_weights=decision.writes_weights,
+        lambda_=lambda_,
+        dtype=choices.options.dtype,
+        out_dtype=choices.options.out_dtype,
+        saliency=vectors,
+    )
+    return GuidedRecipe(
+        choices=choices,
+        decision=decision,
+        settings=settings,
+        name=name,
+        data=recipe(decision.table, decision.naming, settings),
+        warnings=(
+            *decision.warnings,
+            *decision.naming.warnings,
+            *doubts(settings, decision.table, measured.models.checkpoints.values()),
+        ),
+        vectors={vectors[expert]: content for expert, content in decision.vectors.items()},
+    )
+
+
+def _file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, control: str = "") -> str:
+    """The released code's name where only its options are given; every other option that changes a recipe is in it."""
+    options = choices.options
+    given = {
+        "mean": options.mean_density,
+        "lambda": options.lambda_,
+        "dtype_": None if options.dtype == DTYPE else options.dtype,
+        "out_": options.out_dtype,
+    }
+    tags = [*decision.tags, *(f"{key}{value}" for key, value in given.items() if value is not None)]
+    beside = decision.tags_beside if tags else ()
+    tags += [
+        *beside,
+        *([] if choices.method.name == DEFAULT else [choices.method.name]),
+        *([control] if control else []),
+    ]
+    return recipe_name(config.path, decision.numbers, choices.asked.name, tags)
+
+
+def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Control:
+    """The unguided recipe of a kind (`uniform` or `lines`) with the means of a guided one.
+
+    For a method of this project's it names mergekit's that does the same without vectors.
+
+    Raises:
+        UserError: tensor sizes are not known.
+    """
+    settings, choices = made.settings, made.choices
+    plain = replace(settings, as_weights=settings.as_weights or kind == "lines", saliency={})
+    method = counterpart(settings.method, choices.asked)
+    if method is not settings.method:
+        parameters = dict(measured.config.global_parameters)
+        if settings.method.whole:  # a mean of deltas
+            parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
+            parameters |= {method.extra: 0.0} if method.extra else {}
+            plain = replace(plain, weight=1 / len(choices.experts))
+        plain = replace(plain, method=method, parameters=parameters)
+    table = control_table(kind, made.decision.table)
+    table = table.assign(weight=table["weight"] * plain.weight)
+    name = _file_name(measured.config, choices, made.decision, kind)
+    cancelled = "" if cancelled_weights(settings, "") else cancelled_weights(plain, "the control's weights")
+    data = recipe(table, made.decision.naming, plain)
+    return Control(kind, name, data, table, (cancelled,) if cancelled else ())

@@ -1,0 +1,68 @@
+"""What was measured of a pair, opened once: the dataframe folder, its manifest, and the models that lie on this machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.guidance.folder import check_folder, hash_warnings, read_manifest
+from utils.guidance.method import GuidanceMethod
+from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
+from utils.pair.config import ModelEntry, PairConfig
+from utils.publish import MANIFEST, file_sha256
+from utils.recipes.naming import LocalModels
+
+
+@dataclass(frozen=True)
+class MeasuredPair:
+    """A dataframe folder that belongs to a pair config.
+
+    `manifest` is what the folder says of itself, `sha256` the hash of that file; both None for a folder of bare tables.
+    `warnings` are sentences about what could not be checked or does not match.
+    """
+
+    config: PairConfig
+    folder: Path
+    manifest: Mapping[str, Any] | None
+    sha256: str | None
+    models: LocalModels
+    warnings: tuple[str, ...]
+
+
+def experts_to_merge(config: PairConfig) -> tuple[ModelEntry, ...]:
+    """The experts to merge, in the order of `target_model_names`."""
+    by_type = {entry.type: entry for entry in config.experts}
+    return tuple(by_type[name] for name in config.target_model_names)
+
+
+def open_measured(
+    config: PairConfig, method: GuidanceMethod, folder: Path, *, trust_remote_code: bool = False
+) -> MeasuredPair:
+    """Open what a method measured of a pair. Tables and weights are not read, nothing is downloaded.
+
+    Args:
+        config: the pair config.
+        method: the guidance method.
+        folder: the dataframe folder.
+        trust_remote_code: let a checkpoint's config load code from its folder.
+
+    Raises:
+        UserError: no such folder; another method, another base or other experts were measured; a local model is
+            malformed.
+    """
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    check_folder(folder, manifest, method.name)
+    experts = experts_to_merge(config)
+    warnings = [] if manifest else [_NO_MANIFEST.format(folder=folder)]
+    warnings += compare_with_manifest(config, experts, manifest)
+    warnings += hash_warnings(folder, manifest, method.files(config))
+    models = LocalModels(config.base, experts, trust_remote_code=trust_remote_code)
+    warnings += changed_checkpoints(manifest, models.checkpoints)
+    sha256 = None if manifest is None else file_sha256(folder / MANIFEST)
+    return MeasuredPair(config, folder, manifest, sha256, models, tuple(warnings))
+
+
+_NO_MANIFEST = (
+    "{folder} has no manifest.json (it was written by the reference, by hand, or by a run that was killed): which "
+    "models, samples and options these numbers come from cannot be checked"
+)

@@ -1,0 +1,60 @@
+"""The files of a recipe: the vectors it names, its YAML, and the manifest that says what it was made of."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from utils.guidance.guided_recipe import Control, GuidedRecipe
+from utils.guidance.measured_pair import MeasuredPair
+from utils.pair.config import PairConfig
+from utils.recipes.recipe import recipe_bytes
+from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
+from utils.runtime import versions
+
+
+def recipe_files(measured: MeasuredPair, made: GuidedRecipe, control: Control | None = None) -> dict[str, bytes]:
+    """Contents by file name, in the order to publish them in: a recipe after its vectors, its manifest after it.
+
+    Args:
+        measured: what the recipe was made of.
+        made: the guided recipe.
+        control: the unguided recipe made beside it; its files instead of the guided one's.
+    """
+    name, data, vectors = (made.name, made.data, made.vectors) if control is None else (control.name, control.data, {})
+    content = recipe_bytes(data)
+    record = RecipeManifest(
+        recipe={"name": name, "sha256": _sha256(content)},
+        vectors={file: _sha256(bytes_) for file, bytes_ in vectors.items()},
+        guidance=made.choices.method.name,
+        guidance_options=dict(made.choices.options.method_options),
+        measure_options=(measured.manifest or {}).get("guidance_options"),
+        control=None if control is None else control.kind,
+        merge_method=data["merge_method"],
+        mean_density=made.choices.options.mean_density,
+        lambda_=data["parameters"].get("lambda"),
+        dtype=data["dtype"],
+        out_dtype=data.get("out_dtype"),
+        options=_pair_options(measured.config),
+        samples=(measured.manifest or {}).get("samples"),
+        measurement=_measurement(measured),
+        versions=versions(),
+    )
+    return {**vectors, name: content, manifest_name(name): record.as_bytes()}
+
+
+def _pair_options(config: PairConfig) -> dict[str, Any]:
+    return {
+        **config.options(),
+        "target_model_names": dict(config.target_model_names),
+        "global_parameters": dict(config.global_parameters),
+    }
+
+
+def _measurement(measured: MeasuredPair) -> Mapping[str, Any] | None:
+    if measured.manifest is None:
+        return None
+    return {"sha256": measured.sha256, "versions": measured.manifest.get("versions")}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,91 @@
+"""The manifest beside a recipe: what the recipe was made of, for whoever merges by it. JSON; the recipe stays as it is.
+
+`<recipe without .yaml>.manifest.json` holds, under the keys of this file:
+
+| key | content |
+|---|---|
+| `command` | the command that wrote it |
+| `recipe` | `name` and `sha256` of the recipe it belongs to |
+| `vectors` | SHA-256 of the files that the recipe names, by file name |
+| `guidance`, `guidance_options` | the method, and the values of command 2's own flags of it (gamma, epsilon ...) |
+| `measure_options` | the values of command 1's flags of it |
+| `control` | null, or the kind of unguided recipe this is |
+| `merge_method`, `mean_density`, `lambda`, `dtype`, `out_dtype` | what else the recipe was asked for |
+| `options` | the pair config's settings, `global_parameters` and `target_model_names` among them |
+| `samples` | texts and their rows, as the measurement's manifest has them |
+| `measurement` | `sha256` of the measurement's manifest, and its `versions`; null for bare tables |
+| `versions` | of the libraries that command 2 ran with |
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+COMMAND = "lewis_merge"
+SUFFIX = ".manifest.json"
+
+
+@dataclass(frozen=True)
+class RecipeManifest:
+    """What a recipe was made of. The fields are the keys of the file, `lambda_` as `lambda`."""
+
+    recipe: Mapping[str, str]
+    vectors: Mapping[str, str]
+    guidance: str
+    guidance_options: Mapping[str, Any]
+    measure_options: Mapping[str, Any] | None
+    control: str | None
+    merge_method: str
+    mean_density: float | None
+    lambda_: float | None
+    dtype: str
+    out_dtype: str | None
+    options: Mapping[str, Any]
+    samples: Any
+    measurement: Mapping[str, Any] | None
+    versions: Mapping[str, str]
+
+    def as_bytes(self) -> bytes:
+        """The file's content."""
+        data = {"command": COMMAND} | {key.rstrip("_"): value for key, value in vars(self).items()}
+        return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def manifest_name(recipe: str) -> str:
+    """The file name of the manifest of a recipe of this file name; it lies beside it."""
+    return recipe.removesuffix(".yaml").removesuffix(".yml") + SUFFIX
+
+
+def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | None, str]:
+    """The manifest beside a recipe, and a sentence if there is one that does not belong to it.
+
+    Args:
+        recipe: the recipe file.
+        sha256: the hash of the recipe's bytes.
+
+    Returns:
+        (manifest, ""); (None, "") without the file; (None, sentence) if it belongs to other bytes: an edited recipe.
+
+    Raises:
+        UserError: the file is not one of these manifests.
+    """
+    path = recipe.with_name(manifest_name(recipe.name))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_REMEDY}", "recipe-manifest-unreadable") from error
+    own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__}
+    if not isinstance(data, dict) or data.get("command") != COMMAND or set(own) - set(data):
+        raise UserError(f"{path} is not a manifest as lewis_merge.py writes it; {_REMEDY}", "recipe-manifest-malformed")
+    if not isinstance(data["recipe"], dict) or data["recipe"].get("sha256") != sha256:
+        return None, f"{path.name} was written for other content of {recipe.name} (edited since?); it is not used"
+    return RecipeManifest(**{field: data[key] for key, field in own.items()}), ""
+
+
+_REMEDY = "make the recipe again with --overwrite, or remove the manifest"

@@ -59,7 +59,6 @@ def main() -> None:
     parser.flag("out_dtype", "precision of the merged weights, where it is another one", choices=DTYPES)
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
-    parser.switch("quiet", "print warnings, what was written and the next command only")
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
     declare_flags(parser, "decide")
     flags = parser.parse()

@@ -203,7 +203,7 @@ def test_flags_change_the_weights_and_the_name(pair):
     pair.decide("--alignment", "similarity", "--temperature", 0.3, "--lambda", 0.7)
     for tags, temperature, alignment, lambda_ in (
         ("", METHOD.decide_flags[0].default, "distance", 0.4),
-        ("temperature0.3_similarity_", 0.3, "similarity", 0.7),
+        ("temperature0.3_similarity_lambda0.7_", 0.3, "similarity", 0.7),
     ):
         recipe, weights = pair.recipe(tags=tags), derived(pair.folder, temperature, alignment)
         assert recipe["parameters"]["lambda"] == lambda_ and recipe["parameters"]["normalize"] is False

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.publish import (
     file_sha256,
     foreign_files,
+    left_over,
     locked_folder,
     prepare_folder,
     publish_files,
@@ -383,8 +384,50 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert (tmp_path / "model").is_symlink()
 
 
+def test_a_failure_removes_the_folders_it_made(tmp_path):
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "a" / "b" / "model") as folder:
+        fill(folder, NEW)
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {}
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="no"), staged_folder(tmp_path / "a" / "b" / "model"):
+        raise ValueError("no")
+    assert contents(tmp_path) == {"a": None}
+
+
+def test_two_runs_cannot_make_the_same_folder(tmp_path):
+    with staged_folder(tmp_path / "model"), staged_folder(tmp_path / "model.2"):
+        assert left_over(tmp_path / "model") == []
+        with refused("out-in-use"), staged_folder(tmp_path / "model"):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.2"]
+
+
+def test_what_a_killed_run_left_is_named_and_kept(tmp_path):
+    (tmp_path / ".model.ab_cd123.part").mkdir()
+    (tmp_path / ".model.mine.part").mkdir()
+    assert left_over(tmp_path / "model") == [tmp_path / ".model.ab_cd123.part"]
+    stage(tmp_path / "model", NEW)
+    assert (tmp_path / ".model.ab_cd123.part").exists() and contents(tmp_path / "model") == NEW
+
+
+def test_files_get_the_permissions_of_new_files(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        with staged_folder(tmp_path / "model") as folder:
+            (folder / "x").write_text("x")
+            (folder / "x").chmod(0o600)
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "model" / "x").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+
+
+LAST_SYNC = len(NEW) + 2  # every file, the folder, and then, with the new folder in its place, the one it lies in
+
+
 @pytest.mark.parametrize("forever", [False, True])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 2, 3, LAST_SYNC])
 @pytest.mark.parametrize("where", ["rename", "fsync", "chmod"])
 def test_a_failing_swap_loses_neither_folder(tmp_path, monkeypatch, where, at, forever):
     before = contents(fill(tmp_path, {"model/x": b"old"}))
@@ -401,7 +444,7 @@ def test_a_failing_swap_loses_neither_folder(tmp_path, monkeypatch, where, at, f
     if forever and where == "rename" and at == 2:  # moved away, and neither can be moved in: the old one is still there
         assert b"old" in after.values()
     else:
-        assert after == (before if failed and not (where == "fsync" and at == 2) else new)
+        assert after == (before if failed and not (where == "fsync" and (at == LAST_SYNC)) else new)
 
 
 def test_a_signal_during_the_swap_waits(tmp_path, monkeypatch):

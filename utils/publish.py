@@ -11,11 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from utils.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK = 8 * 2**20
+_STAGE_SUFFIX = ".part"
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
 
@@ -87,9 +89,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
                 ) from error
             yield
         except BaseException:
-            for parent in made:  # leave no empty folders behind a run that published nothing
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+            _remove_empty(made)
             raise
 
 
@@ -140,28 +140,49 @@ def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overw
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replaceable: Mapping[str, Any] | list[str] = ()) -> Iterator[Path]:
+def staged_folder(target: Path, *, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty temporary sibling of `target`; when the block ends well, it becomes `target`.
+
+    Every file reaches the disk before the rename, with the permissions that new files have (safetensors are written for
+    their owner alone). Two runs cannot make the same folder at once. A failure removes what was written, and the parent
+    folders that were made for it.
 
     Args:
         target: the folder to publish. It may exist if it is empty, or if it holds nothing but `replaceable`.
         replaceable: relative paths of files, listed by an earlier run's manifest, that may be removed.
 
     Raises:
-        UserError: `target` holds a file that is not `replaceable` by the time of the rename.
+        UserError: another run is at it, or `target` holds a file that is not `replaceable` by the time of the rename.
     """
     target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".part", dir=target.parent))
+    refuse_parallel_run(target)
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        yield stage
-        os.chmod(stage, 0o777 & ~_umask())
-        sync_folder(stage)
-        with _signals_held():
-            _swap_in(stage, target, set(replaceable))
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=_stage_prefix(target), suffix=_STAGE_SUFFIX, dir=target.parent))
+        try:
+            with _held(stage):
+                yield stage
+                _settle(stage)
+                with _signals_held():
+                    _swap_in(stage, target, set(replaceable))
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def refuse_parallel_run(target: Path) -> None:
+    """Raise a `UserError` if another run is making this folder."""
+    if any(_is_held(folder) for folder in _stages(target)):
+        raise UserError(f"{target} is being written by another run; wait for it or choose another folder", "out-in-use")
+
+
+def left_over(target: Path) -> list[Path]:
+    """Hidden folders beside a target that a killed run has left; nobody works in them any more."""
+    return [folder for folder in _stages(target) if not _is_held(folder)]
 
 
 def foreign_files(folder: Path, known: set[str]) -> list[str]:
@@ -213,7 +234,7 @@ def _swap_in(stage: Path, target: Path, replaceable: set[str]) -> None:
             f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first",
             "out-foreign-files",
         )
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".old", dir=target.parent))
+    retired = Path(tempfile.mkdtemp(prefix=_stage_prefix(target), suffix=".old", dir=target.parent))
     try:
         os.rename(target, retired / "old")
         try:
@@ -259,7 +280,54 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _settle(folder: Path) -> None:
+    """Have everything in a folder reach the disk, with the permissions of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, 0o666 & ~mask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    os.chmod(folder, 0o777 & ~mask)
+    sync_folder(folder)
+
+
+def _stage_prefix(target: Path) -> str:
+    return f".{target.name[:64]}."
+
+
+def _stages(target: Path) -> list[Path]:
+    if not target.parent.is_dir():
+        return []
+    form = re.compile(re.escape(_stage_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_STAGE_SUFFIX))  # tempfile's names
+    return [path for path in target.parent.iterdir() if form.fullmatch(path.name) and path.is_dir()]
+
+
+@contextlib.contextmanager
+def _held(stage: Path) -> Iterator[None]:
+    """Lock a folder as long as this process works in it; the lock ends with the process, even by a kill."""
+    descriptor = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(stage: Path) -> bool:
+    descriptor = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for a run that published nothing, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

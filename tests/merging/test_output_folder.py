@@ -9,7 +9,8 @@ import pytest
 
 from tests.tiny_pairs import contents
 from utils.errors import UserError
-from utils.merging.output_folder import COMMAND, check_apart, check_output, check_space, left_over, open_stage
+from utils.merging.output_folder import COMMAND, check_apart, check_output, check_space
+from utils.publish import staged_folder
 
 
 def published(folder: Path, *names: str, command: str = COMMAND) -> Path:
@@ -118,55 +119,7 @@ def test_disk_space(tmp_path, monkeypatch):
         check_space(output, 3 * 10**9)
 
 
-def test_a_failure_removes_the_folders_it_made(tmp_path):
-    output = check_output(tmp_path / "a" / "b" / "model", overwrite=False)
-    with pytest.raises(KeyboardInterrupt), open_stage(output) as stage:
-        (stage / "x").write_text("x")
-        raise KeyboardInterrupt
-    assert contents(tmp_path) == {}
-    (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match="no"), open_stage(output):
-        raise ValueError("no")
-    assert contents(tmp_path) == {"a": None}
-
-
-def test_two_runs_cannot_make_the_same_folder(tmp_path):
-    output = check_output(tmp_path / "model", overwrite=False)
-    other = check_output(tmp_path / "model.2", overwrite=False)
-    with open_stage(output), open_stage(other):
-        assert left_over(output) == []
+def test_a_folder_that_another_run_is_making(tmp_path):
+    with staged_folder(tmp_path / "model"):
         refused(tmp_path / "model", "written by another run")
-        with pytest.raises(UserError, match="written by another run"), open_stage(output):
-            pass
         check_output(tmp_path / "mode", overwrite=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.2"]
-
-
-def test_what_a_killed_run_left_is_named_and_kept(tmp_path):
-    (tmp_path / ".model.ab_cd123.part").mkdir()
-    (tmp_path / ".model.mine.part").mkdir()
-    output = check_output(tmp_path / "model", overwrite=False)
-    assert left_over(output) == [tmp_path / ".model.ab_cd123.part"]
-    with open_stage(output) as stage:
-        (stage / "x").write_text("x")
-    assert (tmp_path / ".model.ab_cd123.part").exists() and (tmp_path / "model" / "x").exists()
-
-
-def test_a_link_to_a_folder_is_followed(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "model").symlink_to("real")
-    with open_stage(check_output(tmp_path / "model", overwrite=False)) as stage:
-        (stage / "x").write_text("x")
-    assert (tmp_path / "model").is_symlink() and (tmp_path / "real" / "x").read_text() == "x"
-
-
-def test_files_get_the_permissions_of_new_files(tmp_path):
-    previous = os.umask(0o027)
-    try:
-        with open_stage(check_output(tmp_path / "model", overwrite=False)) as stage:
-            (stage / "x").write_text("x")
-            (stage / "x").chmod(0o600)
-    finally:
-        os.umask(previous)
-    assert (tmp_path / "model" / "x").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750

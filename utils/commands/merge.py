@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from utils.merging.output_folder import check_apart, check_output, left_over, open_stage
+from utils.merging.output_folder import check_apart, check_output
 from utils.merging.quick_check import check_quickly
 from utils.merging.recipe_file import read_recipe
 from utils.merging.settings import MergeSettings
 from utils.models.page_cache import AHEAD, read_ahead
+from utils.publish import left_over, staged_folder
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def merge(settings: MergeSettings) -> None:
 
     ready = preflight(settings, recipe, output, lambda line: _say([line], settings))
     _warn(ready.warnings)
-    _warn(f"a killed run has left {folder}; remove it" for folder in left_over(output))
+    _warn(f"a killed run has left {folder}; remove it" for folder in left_over(output.target))
     if settings.dry_run:
         print("dry run: everything was checked, nothing was written")
         return
@@ -48,7 +49,7 @@ def merge(settings: MergeSettings) -> None:
     from utils.merging.small_files import describe_result, write_small_files
 
     start = time.perf_counter()
-    with open_stage(output) as stage:
+    with staged_folder(output.target, replaceable=output.replaceable) as stage:
         run_merge(ready.plan, settings, ready.device, stage)
         ready.check_unchanged()
         seconds = time.perf_counter() - start

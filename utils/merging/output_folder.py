@@ -1,18 +1,15 @@
 """Where a merged model may be written: never over an input, never over files that an earlier merge did not write."""
 
-import contextlib
-import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.publish import MANIFEST, foreign_files, prepare_folder, staged_folder
+from utils.publish import MANIFEST, foreign_files, prepare_folder, refuse_parallel_run
 from utils.runtime import gigabytes
 
 FLAG = "--output_path"
@@ -50,7 +47,7 @@ def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
     prepare_folder(target, FLAG)
     if target.exists():
         prepare_folder(target.parent, FLAG)  # the result is made beside it and renamed
-    _refuse_parallel_run(target)
+    refuse_parallel_run(target)
     return OutputFolder(target, _replaceable(path, target, overwrite))
 
 
@@ -94,79 +91,6 @@ def check_space(output: OutputFolder, needed: int) -> int:
             "room or choose another disk"
         )
     return free
-
-
-@contextlib.contextmanager
-def open_stage(output: OutputFolder) -> Iterator[Path]:
-    """Yield an empty folder beside the output; when the block ends well, it becomes the output.
-
-    Two runs cannot make the same output at once. A failure removes what was written, and the parent folders that were
-    made for it. Every file reaches the disk before the rename, with the permissions that new files have (safetensors
-    are written for their owner alone).
-
-    Raises:
-        UserError: another run is at it, or foreign files have appeared in the output folder meanwhile.
-    """
-    _refuse_parallel_run(output.target)
-    made = [parent for parent in output.target.parents if not parent.exists()]
-    try:
-        with staged_folder(output.target, replaceable=list(output.replaceable)) as stage, _held(stage):
-            yield stage
-            _settle(stage)
-    except BaseException:
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def left_over(output: OutputFolder) -> list[Path]:
-    """Hidden folders beside the output that a killed run has left; nobody works in them any more."""
-    return [folder for folder in _stages(output.target) if not _is_held(folder)]
-
-
-@contextlib.contextmanager
-def _held(stage: Path) -> Iterator[None]:
-    """Lock a folder as long as this process works in it; the lock ends with the process, even by a kill."""
-    descriptor = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_held(stage: Path) -> bool:
-    descriptor = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _stages(target: Path) -> list[Path]:
-    if not target.parent.is_dir():
-        return []
-    form = re.compile(re.escape(f".{target.name[:64]}.") + r"[a-z0-9_]{8}\.part")  # as tempfile names them
-    return [path for path in target.parent.iterdir() if form.fullmatch(path.name) and path.is_dir()]
-
-
-def _refuse_parallel_run(target: Path) -> None:
-    if any(_is_held(folder) for folder in _stages(target)):
-        raise UserError(f"{target} is being written by another run; wait for it or choose another folder")
-
-
-def _settle(folder: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            os.chmod(path, 0o666 & ~mask)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
 
 
 def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import selection
 from utils.selection import band_mask, smallest_per_row_mask, top_k_mask
@@ -26,7 +27,7 @@ def place(request, monkeypatch):
     "bits" runs the path of other devices on the CPU, so that it is tested on machines without a GPU.
     """
     if request.param == "bits":
-        monkeypatch.setattr(selection, "_counts_patterns", lambda device: False)
+        monkeypatch.setattr(selection, "counts_patterns", lambda device: False)
     return (lambda x: x.cuda()) if request.param == "cuda" else (lambda x: x)
 
 
@@ -297,7 +298,7 @@ def test_temporaries_of_rows_are_bounded_by_the_chunk():
 @pytest.mark.parametrize("rows", [False, True])
 def test_the_search_over_bits_needs_4_bytes_an_entry_at_most(dtype, rows, monkeypatch):
     """One chunk, in the way of other devices: the sum of a mask must not make an int64 copy of it."""
-    monkeypatch.setattr(selection, "_counts_patterns", lambda device: False)
+    monkeypatch.setattr(selection, "counts_patterns", lambda device: False)
     x = torch.rand(512, selection.CHUNK_ENTRIES["cpu"] // 512).to(dtype)
     work = (lambda: smallest_per_row_mask(x, 100)) if rows else (lambda: band_mask(x, 1000, 50_000))
     largest, _ = allocations(work)
@@ -305,20 +306,21 @@ def test_the_search_over_bits_needs_4_bytes_an_entry_at_most(dtype, rows, monkey
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_on_the_cpu_one_thread_of_torchs_selects_and_the_setting_is_put_back(monkeypatch, fails):
-    toggle, seen = selection._toggle, []
+def test_on_the_cpu_one_thread_of_torchs_selects_and_the_setting_is_put_back(fails):
+    seen = []
 
-    def watched(*given):
-        seen.append(torch.get_num_threads())
-        if fails:
-            raise MemoryError
-        toggle(*given)
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.gt.Scalar:  # of patterns with the threshold
+                seen.append(torch.get_num_threads())
+                if fails:
+                    raise MemoryError
+            return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(selection, "_toggle", watched)
     before, x = torch.get_num_threads(), torch.randn(50)
     torch.set_num_threads(3)
     try:
-        with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        with pytest.raises(MemoryError) if fails else contextlib.nullcontext(), Watching():
             band_mask(x, 3, 20)
         assert torch.get_num_threads() == 3 and set(seen) == {1}
     finally:

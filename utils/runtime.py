@@ -1,15 +1,13 @@
 """The machine a command runs on: device and dtype choices with their reasons, library versions, memory."""
 
 import atexit
-import contextlib
 import ctypes
 import gc
 import importlib
 import os
 import platform
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -83,39 +81,21 @@ def choose_device(asked: str) -> tuple["torch.device", str]:
         return (torch.device("cuda:0"), "a GPU is there") if count else (torch.device("cpu"), "no GPU is there")
     try:
         device = torch.device(asked)
-    except RuntimeError:
-        raise UserError(f"--device {asked!r} is unknown; use auto, cpu, cuda or cuda:n") from None
+    except RuntimeError as error:
+        raise UserError(f"--device {asked!r} is unknown; use auto, cpu, cuda or cuda:n", "device-unknown") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {asked!r} is not supported; use auto, cpu, cuda or cuda:n")
+        raise UserError(f"--device {asked!r} is not supported; use auto, cpu, cuda or cuda:n", "device-unknown")
     if device.type == "cpu":
         device = torch.device("cpu")  # cpu:1 is the same place
     if device.type == "cuda":
         if not count:
-            raise UserError(f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+            raise UserError(
+                f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu", "device-missing"
+            )
         device = torch.device("cuda", device.index or 0)
         if device.index >= count:
-            raise UserError(f"--device {asked}: there are {count} GPUs, numbered from 0")
+            raise UserError(f"--device {asked}: there are {count} GPUs, numbered from 0", "device-missing")
     return device, "asked for"
-
-
-_setting_threads = threading.Lock()
-
-
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Have torch compute on one core while the context lasts, in this thread and those that start meanwhile."""
-    import torch
-
-    if torch.get_num_threads() == 1:
-        yield
-        return
-    with _setting_threads:  # of two threads at a time, one would take the other's setting for the one to put back
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def available_bytes(device: "torch.device") -> int:

@@ -15,13 +15,12 @@ difference of two bfloat16 models. That path leaves every number on the device; 
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from utils.runtime import one_torch_thread
 
 # Entries at a time. On the CPU a chunk's patterns (1 MiB at most) stay in cache between the steps; on a GPU a chunk must be
 # long enough to hide the start of each kernel, and bounds the temporaries to 64 MiB each.
@@ -54,6 +53,24 @@ class _Cut:
 
     pattern: int | Tensor
     ties_kept: int | Tensor
+
+
+_setting_threads = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Have torch compute on one core while the context lasts, in this thread and those that start meanwhile."""
+    if torch.get_num_threads() == 1:
+        yield
+        return
+    with _setting_threads:  # of two threads at a time, one would take the other's setting for the one to put back
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def top_k_mask(x: Tensor, k: int) -> Tensor:
@@ -95,7 +112,7 @@ def band_mask(x: Tensor, skip: int, k: int) -> Tensor:
     # on the CPU torch's threads would wait for each other after every short step; where they outnumber the free cores, a
     # wait is a time slice of the system's, and a selection takes longer than the sort it replaces
     with one_torch_thread() if x.device.type == "cpu" else contextlib.nullcontext():
-        for cut in (_cuts_by_counting if _counts_patterns(x.device) else _cuts_by_bits)(x, kind, partial):
+        for cut in (_cuts_by_counting if counts_patterns(x.device) else _cuts_by_bits)(x, kind, partial):
             _toggle(mask, x, kind, cut)
     return mask
 
@@ -127,7 +144,7 @@ def smallest_per_row_mask(metric: Tensor, k: int) -> Tensor:
     rows_at_once = max(1, _chunk_entries(metric) // columns)
     for rows, out in zip(metric.split(rows_at_once), mask.split(rows_at_once), strict=True):
         patterns = _patterns(rows.contiguous(), kind)
-        if _counts_patterns(metric.device):
+        if counts_patterns(metric.device):
             _smallest_on_host(patterns, k, out)
         else:
             _smallest_on_device(patterns, k, kind.bits, out)
@@ -145,7 +162,7 @@ def pattern_of(dtype: torch.dtype) -> Pattern:
     return _PATTERNS[dtype]
 
 
-def _counts_patterns(device: torch.device) -> bool:
+def counts_patterns(device: torch.device) -> bool:
     """Whether thresholds are found on the host, by tables and partitions; else by the search that needs no synchronization."""
     return device.type == "cpu"
 

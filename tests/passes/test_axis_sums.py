@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.passes import axis_sums as room
 from utils.passes.axis_sums import AxisSums, explained_share, row_column_factors
 
 
@@ -27,10 +26,8 @@ def test_factors_and_what_they_explain_against_numpy(seed, shape, noise, at_once
     squares = drawn(seed, shape, noise)
     if holes:
         squares[torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "_AT_ONCE", at_once)
-        rows, columns = row_column_factors(squares)
-        share = explained_share(squares, rows, columns)
+    rows, columns = row_column_factors(squares, at_once)
+    share = explained_share(squares, rows, columns, at_once)
     dense = squares.double().numpy()
     assert rows.numpy() == pytest.approx(dense.sum(axis=1), rel=1e-12)
     total = dense.sum()
@@ -84,11 +81,9 @@ def test_constants(value):
 )
 def test_sums_of_squares_that_come_in_parts(seed, shape, count, at_once, dtype):
     gradients = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
-    sums = AxisSums(shape, torch.device("cpu"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "_AT_ONCE", at_once)
-        for gradient in gradients:
-            sums.add_squares(gradient)
+    sums = AxisSums(shape, torch.device("cpu"), at_once)
+    for gradient in gradients:
+        sums.add_squares(gradient)
     dense = (gradients.double().numpy() ** 2).sum(axis=0)
     found = [axis.numpy() for axis in sums.factors()]
     if len(shape) < 2:

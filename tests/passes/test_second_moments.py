@@ -14,11 +14,9 @@ WIDTH = 6
 
 
 @pytest.fixture(params=["by sample", "gathered", pytest.param("cuda", marks=needs_cuda)])
-def device(request, monkeypatch) -> torch.device:
-    """Each way padded inputs are summed; "gathered" takes that of a GPU on the CPU."""
-    if request.param == "gathered":
-        monkeypatch.setattr(second_moments, "_gathers_rows", lambda device: True)
-    return torch.device("cuda" if request.param == "cuda" else "cpu")
+def way(request) -> tuple[torch.device, bool | None]:
+    """Each way padded inputs are summed, as a device and `gather`; "gathered" takes that of a GPU on the CPU."""
+    return torch.device("cuda" if request.param == "cuda" else "cpu"), True if request.param == "gathered" else None
 
 
 def batch_of(lengths: tuple[int, ...]) -> MicroBatch:
@@ -43,8 +41,9 @@ def block_of(*paths: str) -> nn.ModuleDict:
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_are_those_of_the_real_tokens(device, dtype, flat):
-    block, moments = block_of("q", "k", "down"), SecondMoments(["q", "k", "down"])
+def test_sums_are_those_of_the_real_tokens(way, dtype, flat):
+    device, gather = way
+    block, moments = block_of("q", "k", "down"), SecondMoments(["q", "k", "down"], gather=gather)
     expected, tokens = torch.zeros(2, WIDTH, dtype=torch.float64), 0
     with moments.attached(block):
         for number, lengths in enumerate(LENGTHS):
@@ -64,11 +63,10 @@ def test_sums_are_those_of_the_real_tokens(device, dtype, flat):
 
 
 def test_rows_are_looked_up_once_and_gathered_once_an_input(monkeypatch):
-    monkeypatch.setattr(second_moments, "_gathers_rows", lambda device: True)
     looked_up, summed = [], []
     monkeypatch.setattr(second_moments, "real_rows", lambda *args: looked_up.append(args) or real_rows(*args))
     monkeypatch.setattr(second_moments, "column_square_sums", lambda x: summed.append(x) or column_square_sums(x))
-    block, moments = block_of("q", "k", "down"), SecondMoments(["q", "k", "down"])
+    block, moments = block_of("q", "k", "down"), SecondMoments(["q", "k", "down"], gather=True)
     with moments.attached(block):
         for lengths in ((4, 2, 1), (3, 3), (2, 5)):
             batch = batch_of(lengths)
@@ -92,7 +90,8 @@ def test_on_the_cpu_each_sample_is_summed_by_itself():
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_real_rows_are_the_places_of_the_tokens(lengths, device):
+def test_real_rows_are_the_places_of_the_tokens(lengths, way):
+    device, _ = way
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows = real_rows(mask.to(device), sum(lengths))
     assert rows.dtype == torch.int64 and rows.device.type == device.type

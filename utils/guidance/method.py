@@ -111,7 +111,8 @@ class GuidanceMethod:
         if count < self.fewest_experts:
             raise UserError(
                 f"--guidance {self.name} weighs experts against each other and needs at least {self.fewest_experts}; "
-                f"pair config {config.path} has {count} to merge"
+                f"pair config {config.path} has {count} to merge",
+                "guidance-few-experts",
             )
 
 
@@ -159,7 +160,7 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(methods)}"
-        raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}")
+        raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}", "config-unknown-guidance")
     return methods[name]
 
 
@@ -176,6 +177,9 @@ def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace) -
             if value is None:
                 continue
             if flag.name not in own:
-                raise UserError(f"--{flag.name} belongs to --guidance {other.name}; it does nothing for {method.name}")
+                raise UserError(
+                    f"--{flag.name} belongs to --guidance {other.name}; it does nothing for {method.name}",
+                    "flag-no-effect",
+                )
             own[flag.name] = value
     return own

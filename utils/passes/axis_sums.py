@@ -11,20 +11,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**22  # entries in temporaries together
+ENTRIES_AT_ONCE = 2**22  # in temporaries together
 _IN_CACHE = 2**18  # entries that a CPU sums several times as fast, because it keeps them at hand
 
 
-def row_column_factors(squares: Tensor) -> tuple[Tensor, Tensor]:
+def row_column_factors(squares: Tensor, at_once: int = ENTRIES_AT_ONCE) -> tuple[Tensor, Tensor]:
     """The two vectors whose outer product stands for F: r, and c divided by the sum of F.
 
     Args:
         squares: F [a, b], float32, at least 0, any device.
+        at_once: entries in temporaries together.
 
     Returns:
         float64 [a] and [b] on the CPU; all zeros where F is.
     """
-    sums = AxisSums(squares.shape, squares.device)
+    sums = AxisSums(squares.shape, squares.device, at_once)
     sums.add(squares)
     rows, columns = sums.factors()
     return rows, columns
@@ -36,9 +37,11 @@ class AxisSums:
     Args:
         shape: of the parameter, two axes; one or none has F itself summed up.
         device: where F comes.
+        at_once: entries in temporaries together.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device, at_once: int = ENTRIES_AT_ONCE) -> None:
+        self.at_once = at_once
         self.dimensions = len(shape)
         size = (shape[0] if shape else 1, shape[1] if len(shape) == 2 else 1)
         self.rows, self.columns = (torch.zeros(length, dtype=torch.float64, device=device) for length in size)
@@ -65,7 +68,7 @@ class AxisSums:
         matrix = values if self.dimensions == 2 else values.reshape(-1, 1)
         if (more := len(matrix) - len(self.rows)) > 0:
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more)])
-        return _row_parts(matrix, min(_AT_ONCE, _IN_CACHE) if values.device.type == "cpu" else _AT_ONCE)
+        return _row_parts(matrix, min(self.at_once, _IN_CACHE) if values.device.type == "cpu" else self.at_once)
 
     def _add_rows(self, start: int, squares: Tensor) -> None:
         self.rows[start : start + len(squares)] += squares.sum(1, dtype=torch.float64)
@@ -73,7 +76,7 @@ class AxisSums:
             self.columns += squares.sum(0, dtype=torch.float64)
 
 
-def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:
+def explained_share(squares: Tensor, rows: Tensor, columns: Tensor, at_once: int = ENTRIES_AT_ONCE) -> float:
     """How much of the variance of log F an outer product explains, over the entries above 0.
 
     A constant factor does not count, since it changes no order. 1 is all of it, also where log F does not vary; an
@@ -82,11 +85,12 @@ def explained_share(squares: Tensor, rows: Tensor, columns: Tensor) -> float:
     Args:
         squares: F [a, b], float32, at least 0.
         rows: [a], columns: [b]: above 0 wherever F has an entry above 0 in that row or column.
+        at_once: entries in temporaries together.
     """
     device = squares.device
     across, down = (axis.to(device).log2().float() for axis in (columns, rows))
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # entries, y, y^2, residual, residual^2
-    for start, part in _row_parts(squares, _AT_ONCE):
+    for start, part in _row_parts(squares, at_once):
         there = part > 0
         logs = part.log2()
         residual = logs - down[start : start + len(part), None] - across

@@ -170,7 +170,8 @@ def _forward(
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of sample {place + 1} of {len(losses)} is {loss}: weights or hidden states are not finite "
-                "in this dtype; check the checkpoint, or use --dtype float32 or bfloat16"
+                "in this dtype; check the checkpoint, or use --dtype float32 or bfloat16",
+                "measured-not-finite",
             )
     return losses
 
@@ -241,7 +242,8 @@ def _placed_outside(decoder: Decoder, weights: WeightSource, device: torch.devic
         if absent:
             raise UserError(
                 f"{type(model).__name__}: the weights hold no {', '.join(absent[:4])}; gradients need the whole model, "
-                "its language-model head included"
+                "its language-model head included",
+                "model-no-head",
             )
         yield around
 
@@ -251,7 +253,8 @@ def _refuse_short(samples: Sequence[Sequence[int]]) -> None:
         if len(ids) < 2:
             raise UserError(
                 f"sample {place + 1} of {len(samples)} of the calibration text has {len(ids)} token(s), so no next "
-                "token to predict; gradients need longer text: choose another seed, column or data set"
+                "token to predict; gradients need longer text: choose another seed, column or data set",
+                "text-too-short",
             )
 
 
@@ -267,5 +270,6 @@ def _refuse_shared(decoder: Decoder) -> None:
     if shared:
         raise UserError(
             f"{type(decoder.model).__name__}: {', '.join(shared[:4])} is shared between decoder blocks or with what "
-            "lies outside them; gradients block by block are not supported for it"
+            "lies outside them; gradients block by block are not supported for it",
+            "model-unsupported",
         )

@@ -229,7 +229,8 @@ class Flow:
         if at != layer:
             raise UserError(
                 f"{type(self.body).__name__} does not visit its blocks once each and in order (block {layer} was due, "
-                f"it {'ended' if at is None else f'came to {at}'}); this architecture is not supported"
+                f"it {'ended' if at is None else f'came to {at}'}); this architecture is not supported",
+                "model-unsupported",
             )
 
     def result(self) -> torch.Tensor:

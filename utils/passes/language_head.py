@@ -49,7 +49,8 @@ def require_head(decoder: Decoder, stored: Mapping[str, Any], where: str) -> Non
     if absent:
         raise UserError(
             f"{where}: its checkpoint holds no {', '.join(absent)}, so it gives neither logits nor a loss; this guidance "
-            "needs the whole causal language model: save it with its head"
+            "needs the whole causal language model: save it with its head",
+            "model-no-head",
         )
 
 

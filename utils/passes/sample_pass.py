@@ -209,7 +209,10 @@ def _run(flow: Flow, output: Any = None) -> None:
 
 
 def _refuse_frozen(flow: Flow) -> None:
-    raise UserError(f"{type(flow.body).__name__} computes a part without gradients; gradients are not supported for it")
+    raise UserError(
+        f"{type(flow.body).__name__} computes a part without gradients; gradients are not supported for it",
+        "model-unsupported",
+    )
 
 
 def _loss(flow: Flow) -> torch.Tensor:
@@ -251,7 +254,8 @@ def _refuse_state(value: Any) -> Any:
         return value
     raise UserError(
         f"the model hands its blocks a {type(value).__name__}, which may carry values from block to block; gradients "
-        "block by block are not supported for it"
+        "block by block are not supported for it",
+        "model-unsupported",
     )
 
 

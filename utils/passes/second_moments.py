@@ -37,14 +37,6 @@ def real_rows(mask: torch.Tensor, tokens: int) -> torch.Tensor:
     return padding.argsort(stable=True)[:tokens]
 
 
-def _gathers_rows(device: torch.device) -> bool:
-    """Whether the real rows of a padded input are copied together first: one kernel instead of some a sample.
-
-    On the CPU a view of each sample costs nothing.
-    """
-    return device.type != "cpu"
-
-
 class SecondMoments:
     """Sums x_j^2 over real tokens for each input channel j of some linear parts of one block.
 
@@ -53,10 +45,12 @@ class SecondMoments:
 
     Args:
         paths: module paths inside a block.
+        gather: whether the real rows of a padded input are copied together first, one kernel instead of some a sample;
+            None: on any device but the CPU, where a view of each sample costs nothing.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = tuple(paths)
+    def __init__(self, paths: Sequence[str], *, gather: bool | None = None) -> None:
+        self.paths, self.gather = tuple(paths), gather
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.batch: MicroBatch | None = None
@@ -92,7 +86,8 @@ class SecondMoments:
             if seen != expected_tokens:
                 raise UserError(
                     f"{path} of block {layer} saw {seen} tokens where the text has {expected_tokens}; it does not "
-                    "process each token once and cannot be measured (leave it out of components)"
+                    "process each token once and cannot be measured (leave it out of components)",
+                    "model-unsupported",
                 )
         return self.sums
 
@@ -112,11 +107,12 @@ class SecondMoments:
         if x.numel() != samples * length * x.shape[-1]:
             raise UserError(
                 f"{path} is given {x.numel() // x.shape[-1]} rows for {samples * length} tokens; it does not process "
-                "each token once and cannot be measured (leave it out of components)"
+                "each token once and cannot be measured (leave it out of components)",
+                "model-unsupported",
             )
         if self.batch.mask is None:
             return column_square_sums(x.reshape(-1, x.shape[-1]))
-        if _gathers_rows(x.device):
+        if x.device.type != "cpu" if self.gather is None else self.gather:
             if self._real_rows is None:
                 self._real_rows = real_rows(self.batch.mask, self.batch.tokens)
             return column_square_sums(x.reshape(-1, x.shape[-1]).index_select(0, self._real_rows))

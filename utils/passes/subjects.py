@@ -148,7 +148,9 @@ def _batched(
     rows = check_tokens(model, longest, max(max(ids) for ids in encoded), where)
     if parity:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token")
+            raise UserError(
+                f"{where}: parity: reference pads with EOS, but the tokenizer has no EOS token", "tokenizer-no-eos"
+            )
         left = tokenizer.padding_side == "left"
         return EncodedText(encoded, reference_batches(encoded, seqlen, tokens_at_once, tokenizer.eos_token_id, left))
     return EncodedText(encoded, micro_batches(encoded, tokens_at_once, pad_token(tokenizer, rows)))
@@ -165,12 +167,15 @@ def check_tokens(model: Any, longest: int, top: int, where: str) -> int:
     """
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and longest > positions:
-        raise UserError(f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen")
+        raise UserError(
+            f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen", "text-too-long"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if top >= rows:
         raise UserError(
             f"{where}: its tokenizer gives token {top}, but its embedding has {rows} rows; the tokenizer does not "
-            "belong to these weights"
+            "belong to these weights",
+            "tokenizer-other-model",
         )
     return rows
 
@@ -213,10 +218,13 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
         raise UserError(
-            f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})"
-        ) from None
+            f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})",
+            "tokenizer-unreadable",
+        ) from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where files are missing
-        raise UserError(f"model {name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}")
+        raise UserError(
+            f"model {name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}", "tokenizer-missing"
+        )
     return tokenizer
 
 
@@ -230,7 +238,8 @@ def _refuse_integer_weights(checkpoint: Checkpoint, headers: "Mapping[str, Tenso
         if header.dtype not in FLOAT_DTYPES:
             raise UserError(
                 f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
-                f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint"
+                f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint",
+                "model-quantized",
             )
 
 
@@ -249,25 +258,29 @@ def _same_structure(base: Subject, expert: Subject) -> None:
     """Refuse an expert whose blocks are not shaped like the base's: the norms could not be compared nor merged."""
     where = f"model {expert.entry.name} is no fine-tune of the base {base.entry.name}, so they cannot be compared"
     if expert is not base and expert.checkpoint.folder == base.checkpoint.folder:
-        raise UserError(f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0")
+        raise UserError(
+            f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0", "model-twice"
+        )
     for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
         values = [getattr(one.decoder.model.config, key, None) for one in (expert, base)]
         if values[0] != values[1]:
-            raise UserError(f"{where}: {key} is {values[0]} against {values[1]}")
+            raise UserError(f"{where}: {key} is {values[0]} against {values[1]}", "model-not-of-base")
     ours, theirs = len(base.decoder.blocks), len(expert.decoder.blocks)
     if ours != theirs:
-        raise UserError(f"{where}: {theirs} decoder blocks against {ours}")
+        raise UserError(f"{where}: {theirs} decoder blocks against {ours}", "model-not-of-base")
     for component in base.decoder.components:
         name = base.decoder.weight_name(0, component)
         shapes = []
         for subject in (base, expert):
             try:
                 module = subject.decoder.blocks[0].get_submodule(component.path)
-            except AttributeError:
-                raise UserError(f"{where}: it has no {component.path} ({expert.checkpoint.architecture})") from None
+            except AttributeError as error:
+                raise UserError(
+                    f"{where}: it has no {component.path} ({expert.checkpoint.architecture})", "model-not-of-base"
+                ) from error
             shapes.append(tuple(module.weight.shape))
         if shapes[0] != shapes[1]:
-            raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}")
+            raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}", "model-not-of-base")
 
 
 def memory_estimate(subject: Subject) -> int:

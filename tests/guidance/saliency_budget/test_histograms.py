@@ -6,9 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.guidance.saliency_budget import histograms as saliency_histograms
 from utils.guidance.saliency_budget.bins import BINS
-from utils.guidance.saliency_budget.histograms import bin_edges, saliency_histogram
+from utils.guidance.saliency_budget.histograms import saliency_histogram
+
+
+def bin_edges() -> torch.Tensor:
+    """The roots at which bins begin and end, e(0) to e(BINS), from the definition: the floats of patterns b 2^19."""
+    return (torch.arange(BINS + 1, dtype=torch.int32) * 2**19).view(torch.float32)
 
 
 def drawn(seed: int, shape: tuple[int, ...], zeros: float = 0.2) -> tuple[torch.Tensor, ...]:
@@ -28,9 +32,7 @@ def drawn(seed: int, shape: tuple[int, ...], zeros: float = 0.2) -> tuple[torch.
 )
 def test_bins_are_those_of_the_sorted_roots(seed, rows, at_once, power):
     base, expert, squares = drawn(seed, (rows, 9))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saliency_histograms, "_AT_ONCE", at_once)
-        found = saliency_histogram(base, expert, squares, power)
+    found = saliency_histogram(base, expert, squares, power, at_once=at_once)
     change = expert.numpy() - base.numpy()
     factors = np.sqrt(squares.numpy()) if power == 1 else squares.pow(power / 2).numpy()  # as rounded
     roots = (np.abs(change) * factors).ravel()

@@ -70,7 +70,8 @@ def _norms(
         if not value < float("inf"):
             raise UserError(
                 f"model {subject.entry.name}: the norm of {weight} is {value}: its weights or its inputs are not "
-                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16"
+                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16",
+                "measured-not-finite",
             )
         rows.append(
             {

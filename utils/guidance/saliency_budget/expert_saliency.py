@@ -58,8 +58,8 @@ def measure_saliency(
             tensor = base.stored_name(base.decoder.weight_name(part.layer, part.component))
             try:
                 histogram = saliency_histogram(part.base, part.expert, part.squares, power)
-            except ValueError:
-                raise _not_finite(tensor, base, expert) from None
+            except ValueError as error:
+                raise _not_finite(tensor, base, expert) from error
             vectors[tensor] = row_column_factors(part.squares)
             explained = explained_share(part.squares, *vectors[tensor])
             tensors.append(_tensor_row(name, tensor, part, histogram, explained))
@@ -76,7 +76,8 @@ def measure_saliency(
 def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:
     return UserError(
         f"{tensor}: the weights of {base.entry.name} or {expert.entry.name}, or their gradients, are not finite in "
-        f"{expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16"
+        f"{expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16",
+        "measured-not-finite",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.guidance.saliency_budget.bins import BINS, SHIFT
 
-_AT_ONCE = 2**22  # entries in temporaries together
+ENTRIES_AT_ONCE = 2**22  # in temporaries together
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,21 @@ class SaliencyHistogram:
     norm: float
 
 
-def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor, power: float = 1.0) -> SaliencyHistogram:
+def saliency_histogram(
+    base: Tensor, expert: Tensor, squares: Tensor, power: float = 1.0, *, at_once: int = ENTRIES_AT_ONCE
+) -> SaliencyHistogram:
     """Count the saliencies of a tensor; temporaries are bounded, whatever its size.
 
     Args:
         base, expert: the weights, of one shape, any floating-point dtype; the change is taken in float32.
         squares: F, float32, of that shape and on that device.
         power: the exponent of F, above 0.
+        at_once: entries in temporaries together.
 
     Raises:
         ValueError: a saliency is not finite.
     """
-    parts = [tensor.reshape(-1).split(_AT_ONCE) for tensor in (base, expert, squares)]
+    parts = [tensor.reshape(-1).split(at_once) for tensor in (base, expert, squares)]
     counts = torch.zeros(BINS, dtype=torch.int64, device=squares.device)
     changed = torch.zeros((), dtype=torch.int64, device=squares.device)
     norm = torch.zeros((), dtype=torch.float64, device=squares.device)
@@ -57,8 +60,3 @@ def saliency_histogram(base: Tensor, expert: Tensor, squares: Tensor, power: flo
         counts += found
     counts[0] -= zeros
     return SaliencyHistogram(counts.cpu(), int(zeros), int(changed), float(norm.sqrt()))
-
-
-def bin_edges() -> Tensor:
-    """The roots at which bins begin and end, e(0) to e(BINS): float32 [BINS + 1], the last one infinite."""
-    return (torch.arange(BINS + 1, dtype=torch.int32) << SHIFT).view(torch.float32)

@@ -83,7 +83,8 @@ def _refuse_what_cannot_be_compared(job: MeasureJob, expert: Subject) -> None:
             raise UserError(
                 f"--guidance sens_merging compares the experts' logits token by token, but {expert.entry.name} and "
                 f"{first.entry.name} split the text of {other.entry.type} into different tokens; use experts with the "
-                "same tokenizer, or another --guidance"
+                "same tokenizer, or another --guidance",
+                "tokenizer-differs",
             )
 
 
@@ -107,7 +108,8 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
         raise UserError(
             f"model {base.entry.name}: its checkpoint has no {', '.join(absent[:4])}, which the model has under that "
             "name: transformers renames tensors while loading, or the head is missing. A recipe could not weigh them; "
-            "save the models with the names they have in memory"
+            "save the models with the names they have in memory",
+            "model-renamed",
         )
     return rows
 
@@ -123,7 +125,8 @@ def _passes(job: MeasureJob, expert: Subject, device: torch.device, on_block: On
         if not value < float("inf"):
             raise UserError(
                 f"model {expert.entry.name}: the sensitivity of block {layer} is {value}: gradients are not finite in "
-                f"{expert.dtype}; use --dtype float32 or bfloat16"
+                f"{expert.dtype}; use --dtype float32 or bfloat16",
+                "measured-not-finite",
             )
     batches = [batch for text in expert.texts.values() for batch in text.batches]
     weights = job.open_weights(expert, device)
@@ -172,7 +175,10 @@ def _distances(
             distance = float(mean)
             names = f"{expert.entry.name} and {other.entry.name}"
             if not distance < float("inf"):
-                raise UserError(f"the distance between the logits of {names} is {distance}; use --dtype float32")
+                raise UserError(
+                    f"the distance between the logits of {names} is {distance}; use --dtype float32",
+                    "measured-not-finite",
+                )
             if sizes[0] != sizes[1]:
                 warnings.append(f"{names} have {sizes[0]} and {sizes[1]} logits; the first {min(sizes)} were compared")
             rows.append((expert.entry.type, other.entry.type, distance, len(finals[0])))

@@ -94,7 +94,10 @@ def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
     paths, _ = outside_submodules(base)
     for where, expert in experts.items():
         if outside_submodules(expert)[0] != paths:
-            raise UserError(f"{where} has other modules outside its blocks than the base; it is no fine-tune of it")
+            raise UserError(
+                f"{where} has other modules outside its blocks than the base; it is no fine-tune of it",
+                "model-not-of-base",
+            )
         for layer, pair in enumerate(zip(base.blocks, expert.blocks, strict=True)):
             require_same_parameters(*pair, f"{where}: block {layer}")
 

@@ -43,7 +43,8 @@ def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tens
     else:
         raise UserError(
             f"{what} gives {list(shape)} for {samples} samples of {length} tokens; it does not process each token once "
-            "and cannot be measured"
+            "and cannot be measured",
+            "model-unsupported",
         )
     rows = rows.float()
     if mask is not None:

@@ -59,7 +59,8 @@ def _with_head(subject: Subject) -> Subject:
     if headers is None:
         raise UserError(
             f"model {subject.entry.name}: its checkpoint holds no language-model head; save the whole causal language "
-            "model"
+            "model",
+            "model-no-head",
         )
     return replace(subject, headers=headers)
 
@@ -90,7 +91,8 @@ def _refuse_not_finite(job: MeasureJob, parts: Sequence[PartChanges]) -> None:
         if not bool(part.grams.isfinite().all()):
             raise UserError(
                 f"what the experts change about {part.name} of layer {part.layer} is not finite: the weights of a model "
-                f"or the hidden states of {job.base.entry.name} are not; check the checkpoints"
+                f"or the hidden states of {job.base.entry.name} are not; check the checkpoints",
+                "measured-not-finite",
             )
 
 

@@ -84,7 +84,9 @@ class OutsideChanges:
     def head(self, finals: Sequence[torch.Tensor], passages: Sequence[Passage]) -> PartChanges:
         """The head's changes, from the final hidden states [samples, length, hidden] of each micro-batch."""
         if not isinstance(self.base.decoder.model.get_submodule(self.head_path), nn.Linear):
-            raise UserError(f"{self.head_path} is no linear map; this architecture is not supported")
+            raise UserError(
+                f"{self.head_path} is no linear map; this architecture is not supported", "model-unsupported"
+            )
         heads = [_fetched_head(model, self.head_path) for model in (self.base, *self.experts)]
         biased = heads[0][1] is not None
         part = self._empty_part(self.head_path, len(self.base.decoder.blocks))
@@ -108,7 +110,8 @@ class OutsideChanges:
         own = own_parameters(base)
         if len(own) < sum(1 for _ in base.parameters()):
             raise UserError(
-                f"{path} holds parameters beside modules that hold some; this architecture is not supported"
+                f"{path} holds parameters beside modules that hold some; this architecture is not supported",
+                "model-unsupported",
             )
         if module is expert.decoder.model.get_input_embeddings() and isinstance(module, nn.Embedding):
             tensors = {"weight": self._seen_rows(path, expert, base.weight)}
@@ -137,7 +140,9 @@ def _fetched_head(model: ComparedModel, path: str) -> Head:
         full = f"{path}.{name}"
         fetched = model.stored.fetch([full, *([tied[full]] if full in tied else [])])
         if not fetched:
-            raise UserError(f"{model.where}: its checkpoint holds no {full}; save it with its language-model head")
+            raise UserError(
+                f"{model.where}: its checkpoint holds no {full}; save it with its language-model head", "model-no-head"
+            )
         found.append(fetched.get(full, next(iter(fetched.values()))))
     return found[0], found[1] if len(found) > 1 else None
 

@@ -60,7 +60,8 @@ class PartChanges:
             often = "never" if self.calls == 0 else f"{self.calls} times"
             raise UserError(
                 f"{where} is called {often} in {expected} passes of text through the model; parts that do not process "
-                "each text once cannot be weighed, so this architecture is not supported"
+                "each text once cannot be weighed, so this architecture is not supported",
+                "model-unsupported",
             )
 
 

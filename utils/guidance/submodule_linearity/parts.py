@@ -27,14 +27,12 @@ class Submodule:
     """A part of a block.
 
     `path` is the path of its module inside the block, empty for the block itself; `parameters` the names inside the
-    block of those of the module's parameters that are the part's; `levels` those it belongs to; `whole` whether that is
-    all the module has.
+    block of those of the module's parameters that are the part's; `levels` those it belongs to.
     """
 
     path: str
     parameters: tuple[str, ...]
     levels: tuple[str, ...]
-    whole: bool
 
     @property
     def name(self) -> str:
@@ -57,10 +55,7 @@ def block_submodules(block: nn.Module) -> list[Submodule]:
     for path, module in block.named_modules():
         if own := _own(module, path):
             add(TENSOR, path, own)
-    return [
-        Submodule(path, names, tuple(levels), len(names) == len(_below(block.get_submodule(path), path)))
-        for (path, names), levels in found.items()
-    ]
+    return [Submodule(path, names, tuple(levels)) for (path, names), levels in found.items()]
 
 
 def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
@@ -85,7 +80,10 @@ def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
             others.append(path)
     if head_path is None or others:
         problem = f"{', '.join(others)} are neither body nor head" if others else "it has no language-model head"
-        raise UserError(f"{type(model).__name__} cannot be measured part by part: {problem}; it is not supported")
+        raise UserError(
+            f"{type(model).__name__} cannot be measured part by part: {problem}; it is not supported",
+            "model-unsupported",
+        )
     return paths, head_path
 
 
@@ -100,7 +98,8 @@ def require_same_parameters(base: nn.Module, other: nn.Module, where: str) -> No
     if shapes[0] != shapes[1]:
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
         raise UserError(
-            f"{where} has other parameters than the base ({differing[0][0]} among them); it is no fine-tune of it"
+            f"{where} has other parameters than the base ({differing[0][0]} among them); it is no fine-tune of it",
+            "model-not-of-base",
         )
 
 

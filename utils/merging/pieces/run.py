@@ -18,7 +18,7 @@ from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import TensorFiles, as_bytes
-from utils.runtime import one_torch_thread
+from utils.selection import one_torch_thread
 
 READ_AHEAD = 512 * 2**20  # bytes that the system is asked to read before their turn
 

@@ -164,11 +164,10 @@ def _front(contenders: tuple[Contender, ...], gains: list[dict[str, float]], nam
     for one in contenders:
         if one.name not in places:
             continue
-        x, y = places[one.name]
-        beaten = any(a >= x and b >= y and (a, b) != (x, y) for a, b in places.values())
-        label = one.name if one.role is Role.CONTROL or one.name.endswith("0.00") else ""
-        points.append(FrontPoint(one.name, x, y, not beaten, one.role, label))
-    return Front(f"gain kept on {names[0]}", f"gain kept on {names[1]}", tuple(points))
+        chosen = one.role is Role.CANDIDATE and one.name.endswith("0.00")
+        label = one.name if one.role is Role.CONTROL or chosen else ""
+        points.append(FrontPoint(one.name, *places[one.name], chosen, one.role, label))
+    return Front(names[0], names[1], tuple(points))
 
 
 def _sample(index: int, found: list[Contender]) -> Sample:

@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.reports.document import read
 from utils.reports.colors import color_at, hexadecimal, luminance, text_on
@@ -131,15 +133,31 @@ def test_trials_lie_in_order_and_by_value():
 
 
 def test_a_front_joins_what_nothing_beats_on_both():
-    points = (FrontPoint("a", 0.1, 0.9, True), FrontPoint("b", 0.5, 0.5, True), FrontPoint("c", 0.2, 0.2))
+    points = (FrontPoint("a", 0.1, 0.9), FrontPoint("b", 0.5, 0.5, True), FrontPoint("c", 0.2, 0.2))
     drawn = read(draw_front(Front("math", "code", points), "front"))
     first, second = drawn.all("line", "front")
     marks = {use.attributes["href"]: use for use in drawn.all("use", "pruned")}
     assert set(marks) == {"#mark-pruned"}
     full = sorted(drawn.all("use", "candidate"), key=at)
+    ring = drawn.one("use", "chosen")
+    assert (at(ring), at(ring, "y")) == (at(full[1]), at(full[1], "y"))
     # up to the first point's x at the height of the second: (0.1, 0.5) is reached by both
     assert (at(first, "x2"), at(first, "y2")) == (at(full[0]), at(full[1], "y"))
     assert (at(second, "x2"), at(second, "y2")) == (at(full[1]), at(full[1], "y"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=30), st.booleans())
+def test_nobody_beats_those_on_the_front_and_somebody_beats_the_others(places, higher):
+    points = tuple(FrontPoint(str(index), float(x), float(y)) for index, (x, y) in enumerate(places))
+    edge = Front("x", "y", (*points, FrontPoint("?", None, 1.0)), higher_is_better=higher).unbeaten
+
+    def beats(one: FrontPoint, other: FrontPoint) -> bool:
+        ahead = [(one.x - other.x) * (1 if higher else -1), (one.y - other.y) * (1 if higher else -1)]
+        return min(ahead) >= 0 and max(ahead) > 0
+
+    for point in points:
+        assert (point in edge) == (not any(beats(other, point) for other in points))
+    assert [point.x for point in edge] == sorted(point.x for point in edge)
 
 
 def test_tables_below_the_pictures():
@@ -148,5 +166,5 @@ def test_tables_below_the_pictures():
     assert table.rows[0].cells[:2] == ("20.0%", "complete, known by hand") and table.rows[3].cells[0] == "\N{EN DASH}"
     shares = importance_table(Importance("fANOVA", (("a", 0.2), ("b", 0.8), ("c", float("nan")))))
     assert [(row.name, row.cells[1]) for row in shares.rows] == [("b", "80.0%"), ("a", "20.0%")]
-    front = front_table(Front("x", "y", (FrontPoint("beaten", 0.1, 0.1), FrontPoint("best", 0.2, 0.2, True))))
+    front = front_table(Front("x", "y", (FrontPoint("beaten", 0.1, 0.1), FrontPoint("best", 0.2, 0.2))))
     assert [row.name for row in front.rows] == ["best", "beaten"]

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from utils.reports import svg
 from utils.reports.frame import BOTTOM, HEIGHT, RIGHT, Frame, across, up
-from utils.reports.values import Front, FrontPoint, History, Trial, TrialState, is_known
+from utils.reports.values import Front, FrontPoint, History, Role, Trial, TrialState, is_known
 
 _LONGEST_LABEL = 32
 
@@ -48,23 +48,23 @@ def best_so_far(history: History) -> list[tuple[int, float]]:
 def draw_front(front: Front, name: str) -> Markup:
     """The points between two tasks; those that none beats on both are filled and joined by a stepped line."""
     known = [point for point in front.points if is_known(point.x) and is_known(point.y)]
-    keep = [point for point in known if point.best or point.label]
+    edge = front.unbeaten
+    keep = [*edge, *(point for point in known if point.chosen or point.label)]
+    x_name, y_name = (f"gain kept on {task}" if front.percent else task for task in (front.x_name, front.y_name))
     frame = Frame(
         across([point.x for point in known], [point.x for point in keep]),
         up([point.y for point in known], [point.y for point in keep]),
-        front.x_name,
-        front.y_name,
+        x_name,
+        y_name,
         front.percent,
         front.percent,
     )
-    edge = sorted((point.x, point.y) for point in known if point.best)
     parts = frame.draw() + (frame.zeros() if front.percent else [])
-    parts += _staircase([frame.at(*each) for each in edge], falls_late=front.higher_is_better)
-    for point in sorted(known, key=lambda each: bool(each.label) + each.best):  # what matters is drawn last
-        parts += _point_marks(frame, point)
-    best = sum(point.best for point in known)
-    said = f"{front.x_name} against {front.y_name}: {len(known)} points, {best} of them not beaten on both"
-    return svg.picture(parts, HEIGHT, f"{front.x_name} and {front.y_name}", said, name)
+    parts += _staircase([frame.at(point.x, point.y) for point in edge], falls_late=front.higher_is_better)
+    for point in sorted(known, key=lambda each: bool(each.label) + each.chosen):  # what matters is drawn last
+        parts += _point_marks(frame, point, filled=point in edge)
+    said = f"{x_name} against {y_name}: {len(known)} points, {len(edge)} of them not beaten on both"
+    return svg.picture(parts, HEIGHT, f"{x_name} and {y_name}", said, name)
 
 
 def _steps(places: Sequence[tuple[float, float]], end: float) -> list[Markup]:
@@ -99,10 +99,12 @@ def _trial_mark(frame: Frame, trial: Trial) -> Markup:
     return svg.mark("control" if trial.known else "candidate", x, y, "control" if trial.known else "candidate small")
 
 
-def _point_marks(frame: Frame, point: FrontPoint) -> list[Markup]:
+def _point_marks(frame: Frame, point: FrontPoint, filled: bool) -> list[Markup]:
     x, y = frame.at(point.x, point.y)
-    style = str(point.role) if point.best or point.role != "candidate" else "pruned"
-    parts = [svg.mark("pruned" if style == "pruned" else point.role, x, y, style)]
+    hollow = point.role is Role.CANDIDATE and not filled
+    parts = [svg.mark("pruned", x, y, "pruned") if hollow else svg.mark(point.role, x, y)]
+    if point.chosen:
+        parts.append(svg.mark("chosen", x, y))
     if point.label:
         anchor, shift = ("end", -1.5) if x > 60 else ("start", 1.5)
         words = point.label if len(point.label) <= _LONGEST_LABEL else point.label[: _LONGEST_LABEL - 1] + "…"

@@ -13,7 +13,7 @@ from utils.reports.lines import draw_front, draw_history
 from utils.reports.plain_tables import front_table, heatmap_table, history_table, importance_table
 from utils.reports.score_tables import forgetting_table, standings_table, task_table
 from utils.reports.tables import Table
-from utils.reports.values import Heatmap, Page, Role, Run, is_known
+from utils.reports.values import Heatmap, Page, Role, Run, TrialState, is_known
 from utils.runtime import gigabytes
 
 FILE_NAME = "report.html"
@@ -21,6 +21,7 @@ MOST_SAMPLES = 8
 _MOST_HEATMAPS = 6
 _MOST_LETTERS = 4000  # of a prompt or an answer
 _MOST_NUMBERS = 20_000  # of all heatmaps' tables together
+_LINE = "line"  # in a legend, in the place of a shape
 _SECTIONS = {
     "tasks": "Each task",
     "overall": "All tasks together",
@@ -34,12 +35,13 @@ _SECTIONS = {
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture, its heading, the table of its numbers, and a sentence below it."""
+    """A picture, its heading, the table of its numbers, a sentence below it, and its legend: shape, style and words."""
 
     heading: str
     drawing: Markup
     table: Table | None
     note: str = ""
+    legend: tuple[tuple[str, str, str], ...] = ()
 
 
 def render(page: Page) -> str:
@@ -57,7 +59,7 @@ def render(page: Page) -> str:
         sections={name: heading for name, heading in _SECTIONS.items() if _has(page, name)},
         roles=[role for role in Role if any(each.role is role for each in page.contenders)],
         tasks=tasks,
-        corrected=any(is_known(score.p) for task in page.tasks for score in task.scores),
+        tested=any(is_known(score.p) for task in page.tasks for score in task.scores),
         standings=standings,
         forgetting=forgetting,
         beyond={
@@ -116,17 +118,36 @@ def _heatmaps(page: Page) -> list[tuple[str, Markup, list[_Picture]]]:
 
 
 def _history(page: Page) -> _Picture | None:
-    if not (page.history and page.history.trials):
+    history = page.history
+    if not (history and history.trials):
         return None
-    return _Picture("Trials in order", draw_history(page.history, "history"), history_table(page.history))
+    states = {trial.state for trial in history.trials}
+    legend = [
+        ("candidate", "candidate", "trial"),
+        ("control", "control", "known by hand, tried first") if any(trial.known for trial in history.trials) else None,
+        ("pruned", "pruned", TrialState.PRUNED) if TrialState.PRUNED in states else None,
+        ("failed", "failed", TrialState.FAILED) if TrialState.FAILED in states else None,
+        (_LINE, "best", "best so far"),
+        (_LINE, "reference", history.reference_name or "reference") if is_known(history.reference) else None,
+    ]
+    shown = tuple(filter(None, legend))
+    return _Picture("Trials in order", draw_history(history, "history"), history_table(history), legend=shown)
 
 
 def _fronts(page: Page) -> list[_Picture]:
-    return [
-        _Picture(f"{front.x_name} and {front.y_name}", draw_front(front, f"front-{index}"), front_table(front))
-        for index, front in enumerate(page.fronts)
-        if front.points
-    ]
+    pictures = []
+    for index, front in enumerate(page.fronts):
+        if not front.points:
+            continue
+        roles = {point.role for point in front.points} - {Role.CANDIDATE}
+        legend = [("candidate", "candidate", "not beaten on both"), ("pruned", "pruned", "beaten")]
+        legend += [(role, role, role) for role in Role if role in roles]
+        if any(point.chosen for point in front.points):
+            legend.append(("chosen", "chosen", "recommended"))
+        heading = f"Between {front.x_name} and {front.y_name}"
+        drawing = draw_front(front, f"front-{index}")
+        pictures.append(_Picture(heading, drawing, front_table(front), legend=tuple(legend)))
+    return pictures
 
 
 def _resources(run: Run) -> list[tuple[str, str]]:

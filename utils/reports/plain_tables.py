@@ -53,9 +53,10 @@ def front_table(front: Front) -> Table:
     def shown(value: float | None) -> str:
         return percent(value) if front.percent else number(value, decimals)
 
-    points = sorted(front.points, key=lambda point: not point.best)
+    edge = front.unbeaten
+    points = sorted(front.points, key=lambda point: point not in edge)
     rows = [
-        Row(point.name, (shown(point.x), shown(point.y), "not beaten on both" if point.best else ""))
+        Row(point.name, (shown(point.x), shown(point.y), "not beaten on both" if point in edge else ""))
         for point in points[:MOST_ROWS]
     ]
     columns = (Column(front.x_name), Column(front.y_name), Column("on the front", "text"))

@@ -14,6 +14,7 @@ MOST_ROWS, MOST_COLUMNS = 256, 64  # beyond, a part is drawn, which is said
 _WRITTEN_ROWS, _WRITTEN_COLUMNS = 40, 16
 _LEFT, _RIGHT = 9.0, 91.0
 _SHADES = 64
+_EVERY, _MOST_LABELS = (2, 5, 10, 20), 24  # which layers are labeled where there are many
 _LONGEST_LABEL = 18
 _LETTER, _SLOPE = 6.2, 0.64  # width of a letter in pixels; sine of the 40 degrees that labels are turned by
 
@@ -48,7 +49,7 @@ def draw_heatmap(heatmap: Heatmap, low: float, high: float, name: str) -> Markup
     longest = max((min(len(each), _LONGEST_LABEL) for each in heatmap.components), default=0)
     top = round(14 + longest * _LETTER * _SLOPE)
     parts = [_column_label(_LEFT + width * (i + 0.5), top, label) for i, label in enumerate(heatmap.components)]
-    every = 1 if written else max(1, -(-14 // height), rows // 24)
+    every = 1 if written else next((each for each in _EVERY if rows <= each * _MOST_LABELS), rows)
     for row, label in list(enumerate(heatmap.layers))[::every]:
         parts.append(svg.text(_LEFT - 1, top + (row + 0.5) * height + 4, _shortened(label), "end"))
     if written:

@@ -19,7 +19,7 @@ _SHAPES = {
     "worst": "M-4-5L0 3 4-5",
     "pruned": "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
     "failed": "M-4-4L4 4M-4 4L4-4",
-    "chosen": "M-9 0a9 9 0 1 0 18 0a9 9 0 1 0-18 0z",
+    "chosen": "M-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z",
     "beyond-right": "M-3-5L4 0-3 5z",
     "beyond-left": "M3-5L-4 0 3 5z",
 }

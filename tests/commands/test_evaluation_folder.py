@@ -1,0 +1,99 @@
+"""An evaluation read back from its files, as a model card needs it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.refusals import refused
+from utils.commands.evaluation_folder import candidate_of, read_evaluation
+from utils.reports.card_table import evaluation_section
+from utils.reports.page import render
+from utils.reports.values import Estimate, Role
+
+COLUMNS = (
+    "candidate", "role", "task", "measure", "value", "low", "high", "against", "difference", "difference_low",
+    "difference_high", "p",
+)  # fmt: skip
+LINES = (
+    ("base", "base", "math", "loss", 2.5, 2.4, 2.6, "plain", 0.3, 0.2, 0.4, 0.001),
+    ("base", "base", "math", "perplexity", 12.2, "", "", "", "", "", "", ""),
+    ("base", "base", "math", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
+    ("base", "base", "all tasks", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
+    ("plain", "control", "math", "loss", 2.2, 2.1, 2.3, "", "", "", "", ""),
+    ("plain", "control", "all tasks", "gain_kept", 0.4, 0.3, 0.5, "", "", "", "", ""),
+    ("ours", "candidate", "math", "loss", 2.1, 2.0, 2.2, "plain", -0.1, -0.15, -0.05, 0.002),
+    ("ours", "candidate", "math", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.002),
+    ("ours", "candidate", "all tasks", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.004),
+    ("ours", "candidate", "math", "worst_gain_kept", 0.53, "", "", "", "", "", "", ""),
+    ("ours", "candidate", "general", "forgetting", 0.02, 0.01, 0.03, "", "", "", "", ""),
+    ("ours", "candidate", "gsm8k", "exact_match", 0.31, "", "", "", "", "", "", ""),
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    with open(tmp_path / "scores.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *LINES])
+    manifest = {"best_on_validation": "ours", "tasks": [{"name": "math", "rows": {"test": [3, 5, 8]}}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def test_everything_in_the_files_is_read(folder):
+    page = read_evaluation(folder)
+    assert [(one.name, one.role) for one in page.contenders] == [
+        ("base", Role.BASE), ("plain", Role.CONTROL), ("ours", Role.CANDIDATE),
+    ]  # fmt: skip
+    assert (page.reference, page.winner) == ("plain", "ours")
+    math, gsm8k = page.tasks
+    assert (math.name, math.rows, math.higher_is_better) == ("math", 3, False)
+    assert (gsm8k.name, gsm8k.measure, gsm8k.higher_is_better) == ("gsm8k", "exact_match", True)
+    base, plain, ours = math.scores
+    assert base.perplexity == 12.2 and plain.difference is None and plain.perplexity is None
+    assert ours.difference == Estimate(-0.1, -0.15, -0.05) and (ours.p, ours.gain) == (0.002, 0.53)
+    standing = page.standings[2]
+    assert (standing.worst, standing.worst_task, standing.p) == (0.53, "math", 0.004)
+    assert standing.forgetting == Estimate(0.02, 0.01, 0.03)
+    assert "0.53" not in render(page) and "53.0%" in render(page)
+
+
+def test_the_card_of_a_merge_by_an_evaluated_recipe(folder):
+    page = read_evaluation(folder)
+    text = evaluation_section(page, candidate_of(page, Path("recipes/ours.yaml")))
+    assert "**ours**" in text and "+13.0 points (+10.0 to +16.0) better" in text
+
+
+def test_another_recipe_is_refused(folder):
+    with refused("evaluation-other-recipe"):
+        candidate_of(read_evaluation(folder), Path("theirs.yaml"))
+
+
+def test_a_manifest_is_not_needed_and_scores_are(folder):
+    (folder / "manifest.json").unlink()
+    page = read_evaluation(folder)
+    assert page.winner == "" and page.tasks[0].rows is None
+    (folder / "scores.csv").unlink()
+    with refused("evaluation-not-found"):
+        read_evaluation(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "candidate,role\nours,candidate\n", ",".join(COLUMNS) + "\nours,chef,t,loss" + ",1" * 8 + "\n",
+     ",".join(COLUMNS) + "\nours,base,t,loss,much" + ",1" * 7 + "\n"],
+)  # fmt: skip
+def test_what_is_no_evaluation_is_refused(folder, text):
+    (folder / "scores.csv").write_text(text)
+    with refused("evaluation-unreadable"):
+        read_evaluation(folder)
+
+
+def test_a_broken_manifest_is_refused(folder):
+    (folder / "manifest.json").write_text("[1]")
+    with refused("evaluation-unreadable"):
+        read_evaluation(folder)
+    (folder / "manifest.json").write_text("{")
+    with refused("evaluation-unreadable"):
+        read_evaluation(folder)

@@ -8,18 +8,17 @@ VOCABULARY = 96
 LAYERS = 3
 HIDDEN = 32
 
-_COMMON = {
+_SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
-    "intermediate_size": 48,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+_COMMON = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 _LLAMA_PATHS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                 "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
@@ -49,6 +48,22 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
 }
 
 
+# model_type: what it needs. Other positions, projections around the blocks, scaled logits, experts.
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "granite": {
+        "intermediate_size": 48,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+    },
+    "cohere": {"intermediate_size": 48, "logit_scale": 0.25},
+    "bloom": {"n_head": 4},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+}
+
+
 def block_prefix(family: str) -> str:
     """What stands before the layer number in a tensor name."""
     return {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(family, "model.layers")
@@ -56,13 +71,25 @@ def block_prefix(family: str) -> str:
 
 def save_tiny(family: str, folder: Path, seed: int = 0, layers: int = LAYERS, **overrides: Any) -> Path:
     """Save a random model of `family` into `folder` (bfloat16 safetensors) and return the folder."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     model_type, own, _ = FAMILIES[family]
     settings = {**_COMMON, "num_hidden_layers": layers, **own, **overrides}
     if model_type == "gpt2":
         settings |= {"n_embd": HIDDEN, "n_layer": layers, "n_head": 4, "n_positions": 64}
+    return _save_random(model_type, settings, folder, seed)
+
+
+def save_any(family: str, folder: Path, **overrides: Any) -> Path:
+    """The same for a family of `FAMILIES`, or a model type of `OTHERS` (without overrides)."""
+    if family in FAMILIES:
+        return save_tiny(family, folder, **overrides)
+    assert not overrides
+    return _save_random(family, {**_SIZES, **OTHERS[family]}, folder, seed=0)
+
+
+def _save_random(model_type: str, settings: Mapping[str, Any], folder: Path, seed: int) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     with torch.no_grad():

@@ -6,69 +6,11 @@ import weakref
 import pytest
 import torch
 
-from tests.tiny_checkpoints import FAMILIES, HIDDEN, LAYERS, VOCABULARY, save_tiny
+from tests.plain_gradients import CPU, opened, plain_gradients, token_lists
+from tests.tiny_checkpoints import FAMILIES, HIDDEN, LAYERS, OTHERS, save_any, save_tiny
 from utils.errors import UserError
-from utils.models.checkpoints import open_checkpoint
-from utils.models.decoder import find_decoder
-from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
+from utils.models.weight_source import ResidentWeights, StreamedWeights
 from utils.passes.block_gradients import backward_pass, observe_gradients
-
-CPU = torch.device("cpu")
-LENGTHS = (17, 2, 23)  # longer than the sliding windows (8) of Gemma 2 and 3, and the shortest there is
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-# What tiny_checkpoints does not have: other positions, projections around the blocks, scaled logits, experts.
-OTHERS = {
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "granite": {
-        "intermediate_size": 48,
-        "logits_scaling": 4.0,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-    },
-    "cohere": {"intermediate_size": 48, "logit_scale": 0.25},
-    "bloom": {"n_head": 4},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-}
-
-
-def save(family, folder, **overrides):
-    if family in FAMILIES:
-        return save_tiny(family, folder, **overrides)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **OTHERS[family]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def token_lists(lengths=LENGTHS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-
-
-def opened(folder, dtype=torch.float32, resident=None, weights_class=StreamedWeights):
-    checkpoint = open_checkpoint(str(folder))
-    model = build_skeleton(checkpoint, dtype, trust_remote_code=False)
-    decoder = find_decoder(model, [], {}, "test model")
-    headers = match_names(model, checkpoint, head=True)
-    if resident or headers is None:
-        assert resident is not False
-        return decoder, ResidentWeights(checkpoint, CPU, dtype, False)
-    return decoder, weights_class(headers, CPU, dtype)
 
 
 class Keeper:
@@ -87,22 +29,6 @@ class Keeper:
         self.finished.append((layer, {name: value.clone() for name, value in parameters.items()}))
 
 
-def oracle(folder, samples, dtype=torch.float32):
-    """The whole model, loaded by transformers, all gradients held: losses, and gradients by name and sample."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    losses, gradients = [], {}
-    for sample, ids in enumerate(samples):
-        model.zero_grad(set_to_none=True)
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
-        loss = -logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].mean()
-        loss.backward()
-        losses.append(loss.item())
-        gradients |= {(name, sample): p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return model, losses, gradients
-
-
 def assert_same(found, expected, relative=2e-5):
     """Equal up to a share of each gradient's largest entry."""
     assert found.keys() == expected.keys()
@@ -116,11 +42,11 @@ def assert_same(found, expected, relative=2e-5):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_every_gradient_equals_plain_autograd(family, tmp_path):
-    save(family, tmp_path)
+    save_any(family, tmp_path)
     samples, keeper = token_lists(), Keeper()
     decoder, weights = opened(tmp_path)
     losses = observe_gradients(decoder, weights, samples, keeper, CPU, outside=True)
-    model, expected_losses, expected = oracle(tmp_path, samples)
+    model, expected_losses, expected = plain_gradients(tmp_path, samples)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert_same(keeper.gradients, expected)
     parameters = dict(model.named_parameters())
@@ -133,12 +59,12 @@ def test_every_gradient_equals_plain_autograd(family, tmp_path):
 
 def test_families_that_stream_are_streamed(tmp_path):
     for family in ("llama", "gemma3", "phi3", "gpt2", "qwen2", "opt"):
-        save(family, tmp_path / family)
+        save_any(family, tmp_path / family)
         opened(tmp_path / family, resident=False)
 
 
 def test_a_model_that_transformers_loads_gives_the_same(tmp_path):
-    save("gemma2", tmp_path)
+    save_any("gemma2", tmp_path)
     keepers = Keeper(), Keeper()
     for keeper, resident in zip(keepers, (False, True), strict=True):
         observe_gradients(*opened(tmp_path, resident=resident), token_lists(), keeper, CPU, outside=True)
@@ -147,12 +73,12 @@ def test_a_model_that_transformers_loads_gives_the_same(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_bfloat16_is_within_its_rounding(family, tmp_path):
-    save(family, tmp_path)
+    save_any(family, tmp_path)
     samples, keeper = token_lists(), Keeper()
     decoder, weights = opened(tmp_path, torch.bfloat16)
     files = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     losses = observe_gradients(decoder, weights, samples, keeper, CPU, outside=True)
-    _, expected_losses, expected = oracle(tmp_path, samples, torch.bfloat16)
+    _, expected_losses, expected = plain_gradients(tmp_path, samples, torch.bfloat16)
     assert losses == pytest.approx(expected_losses, rel=0.02)
     assert {gradient.dtype for gradient in keeper.gradients.values()} == {torch.bfloat16}
     assert_same(keeper.gradients, expected, 0.1)
@@ -160,10 +86,10 @@ def test_bfloat16_is_within_its_rounding(family, tmp_path):
 
 
 def test_only_what_is_wanted_is_differentiated(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     keeper = Keeper(lambda name: name.endswith("1.mlp.up_proj.weight"))
     observe_gradients(*opened(tmp_path), token_lists(), keeper, CPU, outside=True)
-    _, _, expected = oracle(tmp_path, token_lists())
+    _, _, expected = plain_gradients(tmp_path, token_lists())
     assert_same(keeper.gradients, {key: expected[key] for key in expected if keeper.wants(key[0])})
     nothing = Keeper(lambda name: False)
     assert observe_gradients(*opened(tmp_path), token_lists(), nothing, CPU) != ()
@@ -177,7 +103,7 @@ def test_two_models_in_lock_step(tmp_path):
     samples, folders = token_lists(), (tmp_path / "base", tmp_path / "expert")
     keepers, oracles = (Keeper(), Keeper()), []
     for seed, folder in enumerate(folders):
-        oracles.append(oracle(save_tiny("qwen3", folder, seed=seed), samples))
+        oracles.append(plain_gradients(save_tiny("qwen3", folder, seed=seed), samples))
     base, expert = (
         backward_pass(*opened(folder), samples, keeper, CPU) for folder, keeper in zip(folders, keepers, strict=True)
     )
@@ -289,7 +215,7 @@ def pristine(decoder):
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_pass_that_is_left_early_leaves_the_model_as_it_was(steps, tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     with backward_pass(decoder, weights, token_lists(), Keeper(), CPU, outside=True) as model:
         for _ in range(steps):
@@ -305,7 +231,7 @@ def test_a_failing_observer_leaves_the_model_as_it_was(where, tmp_path):
     def fail(*args):
         raise RuntimeError("planned")
 
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     keeper = Keeper()
     setattr(keeper, where, fail)
@@ -315,7 +241,7 @@ def test_a_failing_observer_leaves_the_model_as_it_was(where, tmp_path):
 
 
 def test_the_callers_gradient_mode_is_left_alone(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     expected = Keeper()
     observe_gradients(*opened(tmp_path), token_lists(), expected, CPU)
     with torch.no_grad():
@@ -330,13 +256,13 @@ def test_the_callers_gradient_mode_is_left_alone(tmp_path):
 
 
 def test_a_sample_without_a_next_token_is_refused(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     with pytest.raises(UserError, match=r"sample 2 of 3 .* has 1 token\(s\).*longer text"):
         observe_gradients(*opened(tmp_path), [[1, 2], [3], [4, 5]], Keeper(), CPU)
 
 
 def test_weights_without_the_head_are_refused(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     del weights.headers["lm_head.weight"]
     with pytest.raises(UserError, match=r"hold no lm_head\.weight"):
@@ -347,7 +273,7 @@ def test_weights_without_the_head_are_refused(tmp_path):
 def test_a_head_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -360,12 +286,12 @@ def test_a_head_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
 def test_a_stored_head_that_differs_from_its_tied_embedding_stays_its_own(tmp_path):
     import json
 
-    save("qwen2", tmp_path)  # not tied: both are stored
+    save_any("qwen2", tmp_path)  # not tied: both are stored
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     keeper = Keeper()
     observe_gradients(*opened(tmp_path), token_lists(), keeper, CPU, outside=True)
-    _, _, expected = oracle(tmp_path, token_lists())
+    _, _, expected = plain_gradients(tmp_path, token_lists())
     assert ("lm_head.weight", 0) in expected
     assert_same(keeper.gradients, expected)
 
@@ -373,7 +299,7 @@ def test_a_stored_head_that_differs_from_its_tied_embedding_stays_its_own(tmp_pa
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"][0] = float("inf")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -382,7 +308,7 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path):
 
 
 def test_blocks_that_share_parameters_are_refused(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     decoder.blocks[2].mlp = decoder.blocks[0].mlp
     with pytest.raises(UserError, match=r"mlp.* is shared between decoder blocks"):
@@ -390,7 +316,7 @@ def test_blocks_that_share_parameters_are_refused(tmp_path):
 
 
 def test_a_model_that_skips_a_block_is_refused(tmp_path):
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     decoder.body.config.num_hidden_layers = 2  # Llama's forward slices its blocks by this number
     with pytest.raises(UserError, match="once each and in order"):

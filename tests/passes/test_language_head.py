@@ -7,15 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.passes.test_block_gradients import OTHERS, opened, save, token_lists
-from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_tiny
+from tests.plain_gradients import CPU, opened, token_lists
+from tests.tiny_checkpoints import FAMILIES, OTHERS, VOCABULARY, save_any, save_tiny
 from utils.errors import UserError
 from utils.models.weight_source import ResidentWeights
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
-
-CPU = torch.device("cpu")
 
 
 class Nothing:
@@ -57,7 +55,7 @@ def logits_by_parts(folder, ids, chunk):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_every_familys_logits_are_the_models_own(family, tmp_path):
-    save(family, tmp_path)
+    save_any(family, tmp_path)
     ids = token_lists((13,))[0]
     torch.testing.assert_close(logits_by_parts(tmp_path, ids, 5), plain_logits(tmp_path, ids), atol=2e-6, rtol=2e-5)
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.guidance.saliency_budget.test_squared_gradients import plain
+from tests.plain_gradients import plain_squares
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, read_here
@@ -93,7 +93,7 @@ def samples(expert):
 def fisher(expert, point):
     """F of every parameter, with all gradients of the whole model held."""
     models = {"base": ["base"], "expert": [expert], "both": ["base", expert]}[point]
-    found = [plain(Path(model), samples(expert))[1] for model in models]
+    found = [plain_squares(Path(model), samples(expert))[1] for model in models]
     return {name: sum(squares[name] for squares in found) for name in found[0]}
 
 

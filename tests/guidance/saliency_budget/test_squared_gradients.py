@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.plain_gradients import CPU, plain_squares
 from tests.tiny_checkpoints import LAYERS, VOCABULARY, save_tiny
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
 from utils.models.checkpoints import open_checkpoint
@@ -10,7 +11,6 @@ from utils.models.decoder import find_decoder
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
 from utils.passes.squared_gradients import SquaredGradients
 
-CPU = torch.device("cpu")
 SAMPLES = [[2 + (7 * i + 3 * j) % (VOCABULARY - 2) for i in range(length)] for j, length in enumerate((17, 2, 23))]
 
 
@@ -27,28 +27,13 @@ def layers_and_parts(one):
     return [(layer, part) for layer in range(LAYERS) for part in one.decoder.components]
 
 
-def plain(folder, samples):
-    """The whole model by transformers: parameters, and F with every gradient in memory."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    squares = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-    for ids in samples:
-        model.zero_grad()
-        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        (-logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].mean()).backward()
-        for name, value in model.named_parameters():
-            squares[name] += value.grad**2
-    return dict(model.named_parameters()), squares
-
-
 @pytest.mark.parametrize("points", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
     ("family", "resident"), [("llama", False), ("llama", True), ("gemma3", False), ("phi3", False), ("gpt2", False)]
 )
 def test_squares_and_weights_are_those_of_plain_autograd(family, points, resident, tmp_path):
     folders = [save_tiny(family, tmp_path / name, seed=seed) for seed, name in enumerate(("base", "expert"))]
-    oracles = [plain(folder, SAMPLES) for folder in folders]
+    oracles = [plain_squares(folder, SAMPLES) for folder in folders]
     sides = [side(folder, SAMPLES if at else None, resident) for folder, at in zip(folders, points, strict=True)]
     seen, blocks = [], []
     with squares_pass(*sides, CPU, blocks.append) as both:
@@ -93,7 +78,7 @@ def test_a_head_that_only_the_expert_has_of_its_own(tmp_path):
         save_tiny("qwen2", tmp_path / "base", tie_word_embeddings=True),
         save_tiny("qwen2", tmp_path / "expert", 1),
     ]
-    oracles = [plain(folder, SAMPLES)[1] for folder in folders]
+    oracles = [plain_squares(folder, SAMPLES)[1] for folder in folders]
     with squares_pass(*(side(folder, SAMPLES) for folder in folders), CPU, lambda layer: None) as both:
         assert sum(1 for _ in both.parts) == LAYERS * 7
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -106,7 +91,7 @@ def test_a_head_that_only_the_expert_has_of_its_own(tmp_path):
 
 def test_a_vocabulary_that_the_expert_has_extended(tmp_path):
     folders = [save_tiny("llama", tmp_path / name, vocab_size=VOCABULARY + more) for name, more in (("b", 0), ("e", 5))]
-    oracles = [plain(folder, SAMPLES)[1] for folder in folders]
+    oracles = [plain_squares(folder, SAMPLES)[1] for folder in folders]
     with squares_pass(*(side(folder, SAMPLES) for folder in folders), CPU, lambda layer: None) as both:
         assert sum(1 for _ in both.parts) == LAYERS * 7
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from tests.passes.test_block_gradients import oracle
+from tests.plain_gradients import plain_gradients
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
 from tests.tiny_pairs import contents, pair_settings, save_pair, save_tokenizer, write_config
@@ -123,7 +123,7 @@ def test_what_is_measured_equals_plain_passes_over_whole_models(saved, family):
     found = {name: pd.read_csv(folder / "dfs" / name, keep_default_na=False) for name in METHOD.files(None)}
     for expert, other in (("code", "math"), ("math", "code")):
         samples = encoded(folder, expert)
-        model, losses, gradients = oracle(folder / expert, samples)
+        model, losses, gradients = plain_gradients(folder / expert, samples)
         parameters = dict(model.named_parameters())
         sums = [0.0, 0.0]
         for (name, _), gradient in gradients.items():

@@ -6,15 +6,15 @@ python -m pytest tests/guidance/sens_merging/test_sensitivities.py
 import pytest
 import torch
 
-from tests.passes.test_block_gradients import CPU, opened, oracle, save, token_lists
-from tests.tiny_checkpoints import LAYERS
+from tests.plain_gradients import CPU, opened, plain_gradients, token_lists
+from tests.tiny_checkpoints import LAYERS, save_any
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
 from utils.passes.block_gradients import observe_gradients
 
 
 def expected(folder, samples, layers=LAYERS, dtype=torch.float32):
     """The formula by autograd: per block, the sum over samples and parameters of |parameter * gradient|."""
-    model, _, gradients = oracle(folder, samples, dtype)
+    model, _, gradients = plain_gradients(folder, samples, dtype)
     parameters = dict(model.named_parameters())
     sums = [0.0] * layers
     for (name, _), gradient in gradients.items():
@@ -35,7 +35,7 @@ def measured(folder, samples, dtype=torch.float32, at_once=None):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "phi3", "gpt2", "qwen2", "qwen3_moe"])
 def test_sums_equal_plain_autograd(family, tmp_path):
-    save(family, tmp_path)
+    save_any(family, tmp_path)
     samples = token_lists()
     found = measured(tmp_path, samples)
     assert found.dtype == torch.float64
@@ -44,14 +44,14 @@ def test_sums_equal_plain_autograd(family, tmp_path):
 
 def test_samples_do_not_cancel_each_other(tmp_path):
     """Per-sample gradients: the sum over samples of absolute products, not the absolute product of a sum."""
-    save("llama", tmp_path)
+    save_any("llama", tmp_path)
     samples = token_lists()
     alone = sum(measured(tmp_path, [ids]) for ids in samples)
     torch.testing.assert_close(measured(tmp_path, samples), alone, rtol=1e-6, atol=0)
 
 
 def test_large_tensors_are_taken_in_pieces(tmp_path):
-    save("gpt2", tmp_path)
+    save_any("gpt2", tmp_path)
     samples = token_lists((7,))
     torch.testing.assert_close(measured(tmp_path, samples, at_once=100), measured(tmp_path, samples), rtol=1e-6, atol=0)
 
@@ -70,7 +70,7 @@ def test_products_of_half_precision_are_not_rounded_to_it():
 
 
 def test_only_parameters_of_blocks_are_wanted(tmp_path):
-    save("gemma3", tmp_path)
+    save_any("gemma3", tmp_path)
     decoder, _ = opened(tmp_path)
     observer = SensitivityObserver(decoder, CPU)
     wanted = {name for name, _ in decoder.model.named_parameters() if observer.wants(name)}

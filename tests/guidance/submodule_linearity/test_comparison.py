@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.passes.test_block_gradients import save
-from tests.tiny_checkpoints import FAMILIES, VOCABULARY
+from tests.plain_gradients import CPU, token_lists
+from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_any
 from utils.errors import UserError
 from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
 from utils.guidance.submodule_linearity.nonlinearity import GRID
@@ -17,14 +17,8 @@ from utils.models.decoder import find_decoder
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
 from utils.pair.calibration import micro_batches
 
-CPU = torch.device("cpu")
 NAMES = ("base", "one", "two")
 LENGTHS = ((17, 2, 23, 4), (9, 21, 12))  # of each text; longer than the sliding windows (8)
-
-
-def token_lists(lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 TEXTS = [token_lists(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
@@ -34,7 +28,7 @@ def save_models(family, folder, names=NAMES, size=0.02):
     """A base, and experts that differ from it a little everywhere."""
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(save(family, folder / "base"), dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(save_any(family, folder / "base"), dtype=torch.bfloat16)
     for seed, name in enumerate(names[1:]):
         torch.manual_seed(seed + 7)
         other = copy.deepcopy(base)
@@ -310,8 +304,8 @@ def test_a_part_that_is_called_twice_or_never_is_refused(tmp_path):
 
 
 def test_models_of_other_parts_are_refused_without_weights(tmp_path):
-    save("llama", tmp_path / "base")
-    save("llama_bias", tmp_path / "one")
+    save_any("llama", tmp_path / "base")
+    save_any("llama_bias", tmp_path / "one")
     base, one = (compared(tmp_path, name).decoder for name in ("base", "one"))
     with pytest.raises(UserError, match="model one: block 0 has other parameters"):
         require_comparable(base, {"model one": one})

@@ -2,16 +2,14 @@
 
 import math
 
-import pandas as pd
 import pytest
 
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
 from utils.errors import UserError
-from utils.guidance.lewis.naming import assumed_names, found_names, measured_names
+from utils.guidance.lewis.naming import found_names
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
 from utils.recipes.filters import (
-    NamedTensor,
     as_planned,
     coverage,
     exact_filters,
@@ -53,19 +51,6 @@ def test_every_family(family, tmp_path):
     assert uncovered == {name for name in base.tensors if name not in expected}
 
 
-def test_short_component_names_and_prefix_mapping_find_the_same(tmp_path):
-    base = open_checkpoint(str(save_tiny("llama", tmp_path)))
-    tensors = planned_tensors(plan_architecture(base), base)
-    short = found_names(tensors, LAYERS, ["q_proj"], {}, "model")
-    mapped = found_names(tensors, LAYERS, ["query"], {"query": "self_attn.q_proj"}, "model")
-    assert list(short.values()) == list(mapped.values())
-    assert list(short.values()) == list(assumed_names(LAYERS, ["q_proj"], {"q_proj": "self_attn.q_proj"}).values())
-
-
-def _matrices(*names):
-    return [NamedTensor(name, 2, 4) for name in names]
-
-
 def test_layer_1_does_not_hit_layer_11():
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(12)]
     filters = exact_filters(names, names, "model")
@@ -100,49 +85,6 @@ def test_a_tensor_that_is_not_merged_is_an_error():
 def test_two_components_cannot_mean_one_tensor():
     with pytest.raises(UserError, match="two components"):
         exact_filters(["a.0.q.weight", "a.0.q.weight"], ["a.0.q.weight"], "model")
-
-
-def test_an_ambiguous_component_lists_its_candidates():
-    tensors = _matrices("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight")
-    with pytest.raises(UserError, match=r"transformer\.h\.\*\.attn\.c_proj, transformer\.h\.\*\.mlp\.c_proj"):
-        found_names(tensors, 1, ["c_proj"], {}, "model")
-    assert found_names(tensors, 1, ["mlp.c_proj"], {}, "model") == {(0, "mlp.c_proj"): tensors[1].name}
-
-
-def test_a_component_that_is_not_there_lists_what_is():
-    with pytest.raises(UserError, match=r"'q_porj'.*a\.\*\.q_proj.*prefix_mapping"):
-        found_names(_matrices("a.0.q_proj.weight"), 1, ["q_porj"], {}, "model")
-
-
-def test_a_component_must_be_in_every_layer():
-    with pytest.raises(UserError, match="2 rows"):
-        found_names(_matrices("a.0.q.weight"), 2, ["q"], {}, "model")
-
-
-def _norms(*rows):
-    return pd.DataFrame(rows, columns=["model", "layer", "component", "tensor", "norm", "params"])
-
-
-def test_recorded_names_and_sizes():
-    norms = _norms(("base", 0, "q", "a.0.q.weight", 1.0, 6), ("x", 0, "q", "a.0.q.weight", 2.0, 6))
-    assert measured_names(norms, "base", 1, ["q"]) == ({(0, "q"): "a.0.q.weight"}, {"a.0.q.weight": 6})
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([("base", 0, "q", "a.0.q.weight", 1.0, 6)], "layer 1, component q is missing"),
-        ([("base", layer, "q", f"a.{layer}.q.weight", 1.0, 6) for layer in range(3)], "a row was lost"),
-        ([("base", 0, "q", "t", 1.0, 6)] * 2, "there twice"),
-        ([("base", 0, "q", float("nan"), 1.0, 6)], "missing or wrong"),
-        ([("base", 0, "q", "t", 1.0, float("nan"))], "missing or wrong"),
-        ([("base", 0.5, "q", "t", 1.0, 6)], "missing or wrong"),
-        ([("base", "zero", "q", "t", 1.0, 6)], "missing or wrong"),
-    ],
-)
-def test_recorded_names_must_be_complete(rows, message):
-    with pytest.raises(UserError, match=message):
-        measured_names(_norms(*rows), "base", 2, ["q"])
 
 
 def test_recorded_names_must_be_the_models(tmp_path):

@@ -66,7 +66,8 @@ def number(name: str, least: float = 0.0) -> Column:
 class TableFormat:
     """A file, its columns in their order, and those whose values together no two rows share (none: no such rule).
 
-    `last` may stand behind the columns or not; `may_be_empty` allows a table without rows.
+    `last` may stand behind the columns or not, and counts for the key where it does; `may_be_empty` allows a table without
+    rows.
     """
 
     file: str
@@ -116,21 +117,37 @@ def read_tables(folder: Path, formats: Sequence[TableFormat], experts: Collectio
 def _read(folder: Path, form: TableFormat, experts: Collection[str]) -> tuple[pd.DataFrame, list[Problem]]:
     path = folder / form.file
     table = read_csv(path, [column.name for column in (*form.columns, *form.last) if column.is_text])
-    columns = [*form.columns, *form.last] if len(table.columns) > len(form.columns) else list(form.columns)
-    if list(table.columns) != [column.name for column in columns]:
+    if list(table.columns) not in (form.names, [*form.names, *(column.name for column in form.last)]):
         got = ",".join(map(str, table.columns))
         raise UserError(f"{path}: columns must be {','.join(form.names)}, got {got}", "table-columns")
     if table.empty and not form.may_be_empty:
         raise UserError(f"{path} has no rows; measure again with --overwrite", "table-no-rows")
+    return checked(table, form, experts)
+
+
+def checked(
+    table: pd.DataFrame, form: TableFormat, experts: Collection[str] = ()
+) -> tuple[pd.DataFrame, list[Problem]]:
+    """A table that `read_csv` gave, in its columns' kinds, and what is wrong with its cells and its key.
+
+    Args:
+        table: has the format's columns, those of `last` or not.
+        form: the format.
+        experts: every type of the pair config.
+    """
+    columns = [column for column in (*form.columns, *form.last) if column.name in table.columns]
     problems = [problem for column in columns for problem in _cell_problems(table, form, column, experts)]
     if problems:
         return table, problems
-    numbers = {
-        column.name: "int64" if column.kind == "whole" else "float64" for column in columns if not column.is_text
-    }
-    table = table.astype(numbers)
-    twice = table[table.duplicated(list(form.key))] if form.key else table[:0]
+    kinds = {"whole": "int64", "number": "float64"}
+    table = table.astype({column.name: kinds[column.kind] for column in columns if not column.is_text})
+    key = _key_of(form, table.columns)
+    twice = table[table.duplicated(key)] if key else table[:0]
     return table, [Problem(f"{_place(form, row)} is there twice", "table-row-twice") for _, row in twice.iterrows()]
+
+
+def _key_of(form: TableFormat, columns: Collection[str]) -> list[str]:
+    return [name for name in form.key if name in columns]
 
 
 def _cell_problems(table: pd.DataFrame, form: TableFormat, column: Column, experts: Collection[str]) -> list[Problem]:
@@ -167,7 +184,8 @@ def _cell_problems(table: pd.DataFrame, form: TableFormat, column: Column, exper
 
 
 def _place(form: TableFormat, row: pd.Series) -> str:
-    return f"{form.file}, line {row.name + 2}" + (f" ({_named(form.key, row)})" if form.key else "")
+    key = _key_of(form, row.index)
+    return f"{form.file}, line {row.name + 2}" + (f" ({_named(key, row)})" if key else "")
 
 
 def _named(key: Sequence[str], values: Mapping[str, object] | pd.Series) -> str:

@@ -19,7 +19,8 @@ def decide(job: DecideJob) -> Decision:
     if gamma > epsilon:
         raise UserError(
             f"--gamma {gamma} is above --epsilon {epsilon}: gamma is the density of what changed "
-            "least, epsilon of what changed most; swap them"
+            "least, epsilon of what changed most; swap them",
+            "flag-invalid",
         )
     measured = _read(job)
     naming = name_tensors(job.config, measured, job.models.written)
@@ -63,7 +64,8 @@ def _read(job: DecideJob) -> Measurements:
         if set(measured.deltas[model_type].columns) != set(first.columns):
             raise UserError(
                 f"dataframe folder {folder}: {delta_file(merged[0])} and {delta_file(model_type)} hold different "
-                "components; measure both experts with the same config"
+                "components; measure both experts with the same config",
+                "dataframes-other-config",
             )
     return measured
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from utils.errors import raise_collected
-from utils.guidance.lewis.tables import Measurements
+from utils.errors import Problem, raise_collected
+from utils.guidance.lewis.method import NORMS
+from utils.guidance.lewis.tables import TEXT, Measurements
 from utils.pair.config import PairConfig
 from utils.recipes import filters
 from utils.recipes.filters import NamedTensor, Place
@@ -61,39 +62,20 @@ def measured_names(
     """Tensor names by (layer, component), and sizes by tensor name, from the base's rows of `norms.csv`.
 
     Raises:
-        UserError: a place is missing or given twice, a name is not text, or a layer or size not a whole number.
+        UserError: a place is missing.
     """
-    own = norms[norms["model"].astype(str) == base]
-    if "text" in own.columns:  # the base was measured on several texts
-        own = own[own["text"] == own["text"].iloc[0]] if len(own) else own
-    names: dict[Place, str] = {}
-    params: dict[str, int] = {}
-    problems = []
-    for layer, component, tensor, size in zip(
-        own["layer"], own["component"], own["tensor"], own["params"], strict=True
-    ):
-        place = (layer, component)
-        if not _is_whole(layer) or not _is_whole(size) or not isinstance(tensor, str) or place in names:
-            problems.append(
-                f"layer {layer}, component {component}: a value is missing or wrong, or the row is there twice"
-            )
-            continue
-        names[int(layer), component] = tensor
-        params[tensor] = int(size)
+    own = norms[norms["model"] == base]
+    if TEXT in own.columns:  # the base was measured on several texts
+        own = own[own[TEXT] == own[TEXT].iloc[0]] if len(own) else own
+    names = {(row.layer, row.component): row.tensor for row in own.itertuples()}
     wanted = [(layer, component) for component in components for layer in range(layers)]
-    problems += [f"layer {layer}, component {name} is missing" for layer, name in wanted if (layer, name) not in names]
-    deeper = [layer for layer, component in names if component in components and layer >= layers]
-    if deeper:
-        problems.append(f"it has layer {max(deeper)}, but the delta tables have {layers} rows: a row was lost")
-    raise_collected(problems[:5], f"norms.csv, rows of {base!r}")
-    return {place: names[place] for place in wanted}, params
-
-
-def _is_whole(value: object) -> bool:
-    try:
-        return float(value) == int(value) >= 0
-    except (TypeError, ValueError, OverflowError):
-        return False
+    problems = [
+        Problem(f"layer {layer}, component {name} is missing", "table-row-missing")
+        for layer, name in wanted
+        if (layer, name) not in names
+    ]
+    raise_collected(problems[:5], f"{NORMS}, rows of {base!r}")
+    return {place: names[place] for place in wanted}, dict(zip(own["tensor"], own["params"].tolist(), strict=True))
 
 
 def found_names(
@@ -121,14 +103,16 @@ def found_names(
         if len(fitting) != 1:
             listed = [f"{prefix}.*.{path}" for prefix, path in (fitting or found)]
             state = "means several tensors" if fitting else f"({wanted}) names no tensor"
-            problems.append(f"component {component!r} {state}; there are {', '.join(listed)}. Use prefix_mapping")
+            message = f"component {component!r} {state}; there are {', '.join(listed)}. Use prefix_mapping"
+            problems.append(Problem(message, "component-ambiguous" if fitting else "component-unknown"))
             continue
         there = found[fitting[0]]
         if sorted(there) != list(range(layers)):
-            problems.append(
+            message = (
                 f"component {component!r}: the delta tables have {layers} rows, the model has "
                 f"{'.'.join([fitting[0][0], '*', fitting[0][1]])} in {len(there)} layers"
             )
+            problems.append(Problem(message, "table-row-missing"))
         names |= {(layer, component): there[layer] for layer in range(layers) if layer in there}
     raise_collected(problems, where)
     return names

@@ -15,12 +15,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.errors import UserError, raise_collected
-from utils.guidance.csv_files import csv_bytes, read_csv
+from utils.errors import Problem, raise_collected
+from utils.guidance.columns import TableFormat, checked, number, read_tables, text, whole
+from utils.guidance.csv_files import MISSING, csv_bytes, read_csv
 from utils.guidance.lewis.method import DELTA_SUFFIX, NORMS, delta_file
 
-NORM_COLUMNS = ("model", "layer", "component", "tensor", "norm", "params")
 TEXT = "text"
+NORM_TABLE = TableFormat(
+    NORMS,
+    (text("model"), whole("layer"), text("component"), text("tensor"), number("norm"), whole("params", 1)),
+    key=("model", TEXT, "layer", "component"),
+    last=(text(TEXT),),
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Measurements:
     """A dataframe folder in memory.
 
     `deltas` maps each expert's type to a frame with one row per layer and one column per component (plain component
-    names), the normalized deltas. `norms` (columns `NORM_COLUMNS`) is None for a folder of bare CSVs. `warnings` says, in
+    names), the normalized deltas. `norms` (columns of `NORM_TABLE`) is None for a folder of bare CSVs. `warnings` says, in
     sentences, what could not be checked.
     """
 
@@ -48,14 +54,14 @@ def table_files(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame, base_ty
 
     Args:
         deltas: per expert type, layer x component.
-        norms: tidy norms with the columns `NORM_COLUMNS`, and perhaps `text`.
+        norms: tidy norms with the columns of `NORM_TABLE`, with `text` or without.
         base_type: the base's type, part of the column names.
     """
     files = {}
     for model_type, frame in deltas.items():
         named = frame.rename(columns=lambda name, model_type=model_type: delta_column(name, model_type, base_type))
         files[delta_file(model_type)] = csv_bytes(named)
-    files[NORMS] = csv_bytes(norms[[*NORM_COLUMNS, *([TEXT] if TEXT in norms.columns else [])]])
+    files[NORMS] = csv_bytes(norms[[*NORM_TABLE.names, *([TEXT] if TEXT in norms.columns else [])]])
     return files
 
 
@@ -77,35 +83,40 @@ def read_measurements(
         has_norms: whether norms.csv should be there; if it is not, a warning says so.
 
     Raises:
-        UserError: the folder or a CSV is missing, a CSV belongs to no expert of the config, or columns, rows or values
-            are missing, duplicated, not finite or negative. All problems are reported together.
+        UserError: a CSV is missing or belongs to no expert of the config; columns, rows or values are missing, given
+            twice, not finite or negative. The message names the file that lacks a row.
     """
     wanted = {delta_file(model_type): model_type for model_type in expert_types}
     problems = [
-        f"{path.name} belongs to no expert of the config (types: {', '.join(expert_types)}); move it away"
+        Problem(
+            f"{path.name} belongs to no expert of the config (types: {', '.join(expert_types)}); move it away",
+            "table-unknown-expert",
+        )
         for path in sorted(folder.glob(f"*{DELTA_SUFFIX}"))
         if path.name not in wanted
     ]
     deltas = {}
     for name, model_type in wanted.items():
         if not (folder / name).is_file():
-            problems.append(f"{name} is missing; run lewis_importance.py with this config first")
+            problems.append(Problem(f"{name} is missing; run lewis_importance.py with this config first", MISSING))
             continue
-        frame, found = _read_deltas(folder / name, model_type, base_type, components)
+        deltas[model_type], found = _read_deltas(folder / name, model_type, base_type, components)
         problems += found
-        deltas[model_type] = frame
     raise_collected(problems, f"dataframe folder {folder}")
-    _same_shape(folder, deltas)
-    norms, warnings = _read_norms(folder, has_norms)
+    norms, warnings = None, []
+    if (folder / NORMS).exists():
+        (norms,) = read_tables(folder, [NORM_TABLE], ())
+    elif has_norms:
+        warnings.append(f"{folder / NORMS} is missing: tensor names and sizes come from elsewhere")
+    raise_collected(_lost_rows(deltas, norms), f"dataframe folder {folder}")
     return Measurements(folder, deltas, norms, tuple(warnings))
 
 
 def _read_deltas(
     path: Path, model_type: str, base_type: str, components: Sequence[str] | None
-) -> tuple[pd.DataFrame, list[str]]:
+) -> tuple[pd.DataFrame, list[Problem]]:
     raw = read_csv(path)
     suffix = delta_column("", model_type, base_type)
-    problems = []
     if components is None:
         named = {column: column.removesuffix(suffix) for column in raw.columns if column.endswith(suffix)}
     else:
@@ -113,41 +124,30 @@ def _read_deltas(
     unknown = [str(column) for column in raw.columns if column not in named]
     absent = [column for column in named if column not in raw.columns]
     if absent or unknown or not named:
-        problems.append(
+        message = (
             f"{path.name}: columns must be <component>{suffix}"
             + (f"; missing: {', '.join(absent)}" if absent else "")
             + (f"; unknown: {', '.join(unknown)}" if unknown else "")
         )
-        return pd.DataFrame(), problems
+        return raw, [Problem(message, "table-columns")]
     if raw.empty:
-        return pd.DataFrame(), [f"{path.name} has no rows; it needs one per decoder block"]
-    frame = raw[list(named)].rename(columns=named)
-    for component in frame.columns:
-        values = pd.to_numeric(frame[component], errors="coerce").astype("float64")
-        bad = values.isna() | values.isin([float("inf")]) | (values < 0)
-        if bad.any():
-            row = int(bad.idxmax())
-            shown = frame[component].iloc[row]
-            problems.append(
-                f"{path.name}: column {delta_column(component, model_type, base_type)}, layer {row}: {shown!r} is not "
-                "a finite number of at least 0"
-            )
-        frame[component] = values
-    return frame, problems
+        return raw, [Problem(f"{path.name} has no rows; it needs one per decoder block", "table-no-rows")]
+    frame, problems = checked(raw[list(named)], TableFormat(path.name, tuple(map(number, named))))
+    return frame.rename(columns=named), problems
 
 
-def _same_shape(folder: Path, deltas: Mapping[str, pd.DataFrame]) -> None:
-    shapes = {model_type: frame.shape for model_type, frame in deltas.items()}
-    if len(set(shapes.values())) > 1:
-        listed = ", ".join(f"{delta_file(key)}: {rows} layers x {columns}" for key, (rows, columns) in shapes.items())
-        raise UserError(f"dataframe folder {folder}: the experts' tables differ in shape ({listed}); a row is missing")
-
-
-def _read_norms(folder: Path, expected: bool) -> tuple[pd.DataFrame | None, list[str]]:
-    path = folder / NORMS
-    if not path.exists():
-        return None, [f"{path} is missing: tensor names and sizes come from elsewhere"] if expected else []
-    norms = read_csv(path)
-    if list(norms.columns) not in (list(NORM_COLUMNS), [*NORM_COLUMNS, TEXT]):
-        raise UserError(f"{path}: columns must be {','.join(NORM_COLUMNS)}, got {','.join(map(str, norms.columns))}")
-    return norms, []
+def _lost_rows(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame | None) -> list[Problem]:
+    """The files that have rows for fewer layers than another one: a row of theirs is missing."""
+    layers = {delta_file(model_type): len(frame) for model_type, frame in deltas.items()}
+    if norms is not None:
+        layers[NORMS] = int(norms["layer"].max()) + 1
+    deepest = max(layers, key=layers.__getitem__)
+    return [
+        Problem(
+            f"{name} has rows for {count} layers, but {deepest} for {layers[deepest]}: a row is missing from {name}; put "
+            "it back, or measure again with --overwrite",
+            "table-row-missing",
+        )
+        for name, count in layers.items()
+        if count < layers[deepest]
+    ]

@@ -54,7 +54,8 @@ def main() -> None:
 
     let_waiting_threads_sleep()
 
-    from utils.commands.measure import MeasureOptions, measure_pair
+    from utils.commands.measure import measure_pair
+    from utils.commands.measure_options import MeasureOptions
 
     measure_pair(
         MeasureOptions(
@@ -68,6 +69,7 @@ def main() -> None:
             trust_remote_code=flags.trust_remote_code,
             overwrite=flags.overwrite,
             devices=flags.devices,
+            quiet=flags.quiet,
         )
     )
 

@@ -13,7 +13,8 @@ import yaml
 from benchmarks.quality_models import Trained
 from benchmarks.quality_texts import Texts
 from utils.commands.decide import decide
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import RecipeOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods

@@ -20,7 +20,8 @@ from tests.conftest import ROOT
 from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors
 from tests.tiny_pairs import save_pair, write_config
 from tests.tiny_recipes import decide_here
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.commands.merge import merge
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.merging.settings import MergeSettings

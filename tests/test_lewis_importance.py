@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.tiny_checkpoints import save_tiny
@@ -125,12 +126,32 @@ def test_measures_says_what_it_chose_and_what_comes_next(pair, command):
     assert lines[3] == "text: 4 samples of rows.jsonl, seed 42, at most 32 tokens"
     assert lines[4] == f"components: {', '.join(COMPONENTS)} (every linear part of a block)"
     assert "4 samples" in ended.out and "bfloat16 (the checkpoint's own)" in ended.out and "memory: about" in ended.out
-    assert lines[-3:] == [
-        "next:",
-        "  python3 lewis_merge.py --delta_dfs_in_dir out/deltas --config_file pair.yaml \\",
-        "    --out_dir out/merge_configs --gamma 0.3 --epsilon 0.8 --merge_method ties",
+    proposed = ended.out.partition("next:\n")[2].replace("\\\n", " ").split()
+    assert Path(proposed[1]).resolve() == ROOT / "lewis_merge.py"
+    assert proposed[2:] == [
+        *("--delta_dfs_in_dir", "out/deltas", "--config_file", "pair.yaml", "--out_dir", "out/merge_configs"),
+        *("--merge_method", "ties", "--gamma", "0.3", "--epsilon", "0.8", "--lambda", "0.4"),
     ]
     assert "error" not in ended.err and "warning" not in ended.err and "block" in ended.err
+
+
+def test_quiet_leaves_warnings_and_the_last_lines(pair, command):
+    (pair / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4)
+    ended = measure(command, "--quiet")
+    assert ended.out.startswith("wrote out/deltas/") and ended.out.splitlines()[1] == "next:"
+    assert ended.err and all(line.startswith("warning: ") for line in ended.err.splitlines())
+
+
+def test_tokens_are_counted_by_text(pair, command):
+    texts = {name: {"path": "rows.jsonl", "text": f"{{{name}}}"} for name in ("question", "answer")}
+    write_config(pair, {"calibration": {"code": texts["answer"], "math": texts["question"]}})
+    lines = measure(command).out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("base: ./base"))
+    base, code = lines[place + 1 : place + 3], lines[place + 4]
+    assert [line.split(":")[0] for line in base] == ["  on the text for code", "  on the text for math"]
+    assert base[0] == code and base[0].split(": ")[1] != base[1].split(": ")[1]
+    counts = json.loads((pair / "out/deltas/manifest.json").read_text())["models"][0]["tokens"]
+    assert sum(int(line.split(": ")[1].split()[0]) for line in base) == counts
 
 
 def test_the_next_command_can_be_pasted_whatever_the_paths(pair, command):
@@ -617,10 +638,25 @@ def test_fuzz_the_small_files_of_a_model(pair, name):
 
 
 def test_help_and_mistakes_answer_without_the_heavy_libraries(pair, run_command_line):
+    models = [{"name": "./base", "type": "base"}, {"name": "./gone", "type": "code"}]
+    spoiled = {
+        "model.yaml": {"model_info": models},
+        "adapter.yaml": {"model_info": [models[0], {"name": "base+adapter", "type": "code"}]},
+        "text.yaml": {"dataset": {"path": "gone.jsonl"}},
+    }
+    for name, changes in spoiled.items():
+        (pair / name).write_text(yaml.safe_dump({**pair_settings(), **changes}))
     before = contents(pair)
     for arguments, code, words in (
+        (("--config", "model.yaml", "--out_dir", "out"), 2, "model folder ./gone does not exist"),
+        (("--config", "adapter.yaml", "--out_dir", "out"), 2, "adapters (model+adapter) are for merge recipes"),
+        (("--config", "text.yaml", "--out_dir", "out"), 2, "dataset.path gone.jsonl does not exist"),
         (("--help",), 0, "--micro_batch_tokens"),
-        (("--config", "none.yaml", "--out_dir", "out"), 2, "error: pair config none.yaml does not exist\n"),
+        (
+            ("--config", "none.yaml", "--out_dir", "out"),
+            2,
+            "error: pair config none.yaml does not exist [file-missing]\n",
+        ),
         (("--config", "pair.yaml", "--out_dir", "rows.jsonl"), 2, "rows.jsonl is a file, not a folder"),
     ):
         command = [sys.executable, "-X", "importtime", str(ROOT / SCRIPT), *arguments]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,8 +148,6 @@ def test_the_printout_holds_what_a_person_wants(work, call):
     assert "covered: 21 of 29 tensors" in out
     assert "embeddings and head: 26.1%, model.embed_tokens.weight" in out
     assert "norms and biases" in out
-    assert f"python3 utils/merger.py --output_path {work / 'merged_models'}" in out
-    assert f"--merge_config {work / 'out' / TIES}" in out
     assert "has no manifest.json" in err and "has no manifest.json" not in out
     written = sorted(path.name for path in (work / "out").iterdir())
     stem = TIES.removesuffix(".yaml")
@@ -156,6 +155,34 @@ def test_the_printout_holds_what_a_person_wants(work, call):
     pictures = [f"{stem}_math_density.png", f"{stem}_code_density.png"]
     manifests = [name.replace(".yaml", ".manifest.json") for name in (TIES, uniform)]
     assert written == sorted([TIES, uniform, *manifests, *pictures])
+
+
+def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work, call):
+    """Each recipe's model has a folder of its own; the evaluator is named with the config."""
+    _, out, _ = call(*_flags(work, "--control", "uniform"))
+    lines = [line for line in out.partition("next:\n")[2].replace("\\\n", " ").splitlines() if "--" in line]
+    merges, (evaluation,) = lines[:-1], lines[-1:]
+    assert "utils/evaluator.py" in evaluation and f"--config {work / 'pair.yaml'}" in evaluation
+    assert evaluation.split()[-2:] == [
+        str(work / "out" / TIES),
+        str(work / "out" / TIES.replace("_ties_", "_ties_uniform_")),
+    ]
+    assert len({merge.partition("--output_path ")[2] for merge in merges}) == 2
+    for number, merge in enumerate(merges):
+        done = subprocess.run(["bash", "-c", f"{merge} --dry_run"], capture_output=True, text=True, cwd=work)
+        assert done.returncode == 0, done.stderr
+        if number == 0:
+            assert "dry run" in done.stdout
+
+
+def test_quiet_leaves_warnings_and_the_last_lines(work, call):
+    code, out, err = call(*_flags(work, "--quiet"))
+    assert code == 0 and "warning: " in err
+    assert (
+        out.startswith(f"wrote {work / 'out' / TIES}\n")
+        and "next:\n" in out
+        and "density" not in out.split("next:")[0].replace("_density", "")
+    )
 
 
 def _densities(path, expert=1):

@@ -15,7 +15,8 @@ import yaml
 from tests.refusals import refused
 from tests.tiny_pairs import contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.guidance.guided_recipe import RecipeOptions, control_recipe, guided_recipe, settle
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.method import guidance_methods

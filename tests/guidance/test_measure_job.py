@@ -10,7 +10,8 @@ import torch
 
 from tests.tiny_pairs import save_pair
 from utils.commands import measure as measurement
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob, Work
 from utils.guidance.method import guidance_methods

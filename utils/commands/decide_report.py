@@ -1,10 +1,10 @@
 """What command 2 prints, and the heatmaps it draws: the choices first, then what was decided, then what to do next."""
 
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
@@ -121,7 +121,7 @@ def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> Non
 
 
 def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
-    """Print what was written, what was there already, and the next command for each recipe.
+    """Print what was written, what was there already, and the next commands.
 
     Args:
         options: for the folder.
@@ -129,17 +129,22 @@ def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[st
         names: every file name.
         written: those that were not there with this very content.
     """
-    print()
+    if not options.quiet:
+        print()
     for name in names:
         path = options.out_dir / name
         print(f"wrote {path}" if name in written else f"{path} already holds exactly this; left as it is")
+    remote = {"trust_remote_code": options.trust_remote_code}
     print("next:")
-    for recipe, suffix in zip(recipes, ("", f"_{options.control}"), strict=False):
-        target = options.out_dir.parent / f"merged_models{suffix}"
+    for recipe in recipes:
+        model = options.out_dir.parent / "merged_models" / recipe.removesuffix(".yaml").removesuffix("_merge_config")
         print(
-            f"  python3 utils/merger.py --output_path {shlex.quote(str(target))} \\\n"
-            f"    --merge_config {shlex.quote(str(options.out_dir / recipe))}"
+            next_command("utils/merger.py", {"merge_config": options.out_dir / recipe, "output_path": model, **remote})
         )
+    print("or, to see first on held-out text whether it helps:")
+    out = options.out_dir.parent / "evaluation"
+    candidates = [options.out_dir / recipe for recipe in recipes]
+    print(next_command("utils/evaluator.py", {"config": options.config.path, "out_dir": out, **remote}, candidates))
 
 
 def pictures(made: GuidedRecipe) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _INDENT = "  "
+_WIDTH = 110  # characters of a line, where words allow
 
 
 def next_command(
@@ -18,7 +19,7 @@ def next_command(
     *,
     interpreter: str | None = None,
 ) -> str:
-    """A command line of this project, quoted for a shell, one pair of flags a line.
+    """A command line of this project, quoted for a shell, broken into lines.
 
     Args:
         script: a command's path in the project, such as `utils/merger.py`.
@@ -26,14 +27,18 @@ def next_command(
         arguments: what follows the flags.
         interpreter: the running one if None.
     """
-    words = []
+    words = [shlex.quote(python_name(interpreter or sys.executable)) + " " + shlex.quote(script_path(script))]
     for name, value in flags.items():
         if value is None or value is False:
             continue
         words.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
     words += [shlex.quote(str(argument)) for argument in arguments]
-    start = f"{shlex.quote(python_name(interpreter or sys.executable))} {shlex.quote(script_path(script))}"
-    lines = [" ".join([start, *words[:2]]), *(" ".join(words[place : place + 2]) for place in range(2, len(words), 2))]
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(word) < _WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
     return _INDENT + f" \\\n{_INDENT * 2}".join(lines)
 
 
@@ -52,6 +57,7 @@ def script_path(script: str) -> str:
 
 
 def from_here(path: Path) -> str:
-    """A path below the current folder or beside it relative to that, any other absolute; links are left as they are."""
-    relative = os.path.relpath(path)
-    return str(path.absolute()) if relative.startswith(os.path.join("..", "..")) else relative
+    """A path relative to the current folder where that is not longer than the absolute one; links are left as they are."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute)
+    return relative if len(relative) <= len(absolute) else absolute

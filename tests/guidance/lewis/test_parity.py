@@ -20,7 +20,8 @@ needs_data = pytest.mark.skipif(not DATA, reason="LEWIS_TEST_DATA names no folde
 
 def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devices=None, **changes) -> Path:
     """Measure a golden pair from the folder its model names are relative to, in this process."""
-    from utils.commands.measure import MeasureOptions, measure_pair
+    from utils.commands.measure import measure_pair
+    from utils.commands.measure_options import MeasureOptions
     from utils.guidance.method import chosen_method
     from utils.pair.config import read_pair_config
 

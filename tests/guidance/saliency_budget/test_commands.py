@@ -19,7 +19,8 @@ from tests.plain_gradients import plain_squares
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, read_here
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.commands.merge import merge
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_merges import merge_here, save_models, tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
 from tests.tiny_recipes import decide_here, read_here
-from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config

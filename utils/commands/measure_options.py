@@ -1,0 +1,26 @@
+"""What command 1 was asked to do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.guidance.method import GuidanceMethod
+from utils.pair.config import PairConfig
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What command 1 was asked to do. `method_options` are the values of the guidance method's own flags."""
+
+    config: PairConfig
+    method: GuidanceMethod
+    method_options: Mapping[str, Any]
+    out_dir: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    micro_batch_tokens: int | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    devices: str | None = None
+    quiet: bool = False

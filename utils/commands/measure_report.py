@@ -1,0 +1,122 @@
+"""What command 1 prints: the choices first, then doubts, then what it wrote and what to do next."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from utils.commands.measure_options import MeasureOptions
+from utils.commands.next_command import next_command
+from utils.guidance.measure_job import MeasureJob
+from utils.guidance.method import DEFAULT
+from utils.pair.calibration import text_doubts, with_defaults
+from utils.pair.source import CalibrationSource
+from utils.passes.subjects import Samples, Subject, memory_estimate, model_doubts
+from utils.runtime import available_bytes, gigabytes, versions
+
+_FIRST_IDS = 5
+
+
+def versions_line() -> str:
+    """The versions that the numbers depend on."""
+    found = versions()
+    return "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
+
+
+def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Iterator[str]:
+    """Lines that say what will be measured, on which text, and how."""
+    config, method = options.config, options.method
+    yield f"guidance: {method.name}, {method.summary}"
+    for source, chosen in samples.items():
+        full = with_defaults(source)
+        split = f", split {full.split}" if full.split and not source.path else ""
+        whose = f" for {_users(job, source)}" if config.calibration else ""
+        yield f"text{whose}: {len(chosen)} samples of {full.path}{split}, seed {full.seed}, at most {full.seqlen} tokens"
+    yield from method.choices(job)
+    for subject in job.subjects:
+        yield from _subject_lines(options, job, subject)
+    need, free = _memory(job)
+    yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {gigabytes(free)} are free"
+
+
+def _subject_lines(options: MeasureOptions, job: MeasureJob, subject: Subject) -> Iterator[str]:
+    """One line, or where experts have texts of their own one more for each text that the model is measured on."""
+    why = "the checkpoint's own" if options.dtype == "auto" else "asked for"
+    line = (
+        f"{subject.entry.type}: {subject.entry.name}, {subject.checkpoint.architecture}, "
+        f"{len(subject.decoder.blocks)} blocks, {gigabytes(subject.checkpoint.total_bytes)}, "
+        f"{str(subject.dtype).removeprefix('torch.')} ({why})"
+    )
+    own = list(job.config.texts) if subject is job.base else [job.config.text_of(subject.entry.type)]
+    counts = [
+        f"{text.tokens} tokens in {len(text.batches)} micro-batches, first ids {text.encoded[0][:_FIRST_IDS]}"
+        for text in (subject.texts[source] for source in own)
+    ]
+    if len(job.config.texts) == 1:
+        yield f"{line}, {counts[0]}"
+        return
+    yield line
+    for source, count in zip(own, counts, strict=True):
+        yield f"  on the text for {_users(job, source)}: {count}"
+
+
+def _users(job: MeasureJob, source: CalibrationSource) -> str:
+    return ", ".join(entry.type for entry in job.config.experts if job.config.text_of(entry.type) == source)
+
+
+def _memory(job: MeasureJob) -> tuple[int, int]:
+    """Bytes that measuring needs beside the runtime, and bytes that are free, on the first device."""
+    return job.at_once * max(memory_estimate(subject) for subject in job.subjects), available_bytes(job.devices[0])
+
+
+def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -> list[str]:
+    """Sentences about text, models and memory; `idle_keys` are keys of the pair config that the method has no use for."""
+    config, method = options.config, options.method
+    found = [
+        line for source, text in job.base.texts.items() for line in text_doubts(with_defaults(source), text.encoded)
+    ]
+    found += [line for subject in job.subjects for line in model_doubts(job.base, subject)]
+    found += [f"{key} in the pair config has no effect with guidance {method.name}" for key in idle_keys]
+    if method.text_per_task and len(config.texts) < len(config.experts):
+        found.append(
+            f"guidance {method.name} means each expert to be measured on text of its own task, but several share one; "
+            "give calibration: {type: text} in the pair config"
+        )
+    need, free = _memory(job)
+    if need > free:
+        found.append(
+            f"{gigabytes(need)} may not fit into {gigabytes(free)}; lower nsamples, seqlen or --micro_batch_tokens, or use "
+            "--device cpu"
+        )
+    found += [
+        f"transformers converts the names of {subject.entry.name} while loading, so all of it "
+        f"({gigabytes(subject.checkpoint.total_bytes)}) is loaded into memory"
+        for subject in job.subjects
+        if subject.headers is None
+    ]
+    return found
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, each once."""
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def say_next(options: MeasureOptions) -> None:
+    """Print the command that makes a recipe of what was measured."""
+    flags: Mapping[str, object] = {
+        "delta_dfs_in_dir": options.out_dir,
+        "config_file": options.config.path,
+        "out_dir": options.out_dir.parent / "merge_configs",
+        **_recipe_flags(options),
+        "trust_remote_code": options.trust_remote_code,
+    }
+    print("next:\n" + next_command("lewis_merge.py", flags))
+
+
+def _recipe_flags(options: MeasureOptions) -> Mapping[str, object]:
+    """The guidance and the merge method that fits it; where deltas are added up, no more of them than held in tests."""
+    method, several = options.method, len(options.config.target_model_names) > 1
+    merge_method = method.several if several and method.several else method.merge_method
+    if method.name != DEFAULT:
+        return {"guidance": method.name, "merge_method": merge_method}
+    return {"merge_method": merge_method, "gamma": 0.3, "epsilon": 0.8, **({"lambda": 0.4} if several else {})}

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit import merge_methods, sparsify
+from mergekit.graph import Executor
 from mergekit.sparsify import RescaleNorm, SparsificationMethod
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models
 from utils import selection
 from utils.errors import UserError
+from utils.merging import planning
 from utils.merging import run as merge_run
 from utils.merging.fast_sparsifiers import selecting_exactly
-from utils.merging.pieces import choice as direct_tensors
+from utils.merging.pieces import choice
 from utils.selection import pattern_of
 
 STOCK = (sparsify.magnitude, sparsify.magnitude_outliers)
@@ -257,9 +260,27 @@ def room(llamas, tmp_path) -> Path:
 @pytest.fixture
 def by_executor(monkeypatch) -> list:
     """Merges in pieces are switched off, as on a GPU; the list fills with mergekit's functions while it merges."""
-    execute, seen = merge_run._execute, []
-    monkeypatch.setattr(merge_run, "divide", lambda plan, settings: PIECES)
-    monkeypatch.setattr(merge_run, "_execute", lambda *given: seen.append(in_place()) or execute(*given))
+    leave_all_to_mergekit(monkeypatch)
+    return watch_executor(monkeypatch)
+
+
+def leave_all_to_mergekit(monkeypatch) -> None:
+    def divide(plan, settings):
+        return replace(choice.divide(plan, settings), direct=(), left=tuple((one, PIECES) for one in plan.tensors))
+
+    monkeypatch.setattr(planning, "divide", divide)
+
+
+def watch_executor(monkeypatch) -> list:
+    """A list that fills with mergekit's functions as they are when its executor runs."""
+    seen = []
+
+    class Watched(Executor):
+        def run(self, *given, **named):
+            seen.append(in_place())
+            return super().run(*given, **named)
+
+    monkeypatch.setattr(merge_run, "Executor", Watched)
     return seen
 
 
@@ -295,7 +316,7 @@ def test_where_changes_tie_the_executor_and_the_merge_in_pieces_agree(room, meth
     data = recipe(room, method, dtype="float32")
     in_pieces = merge_here(room, data)
     with monkeypatch.context() as patch:
-        patch.setattr(merge_run, "divide", lambda plan, settings: PIECES)
+        leave_all_to_mergekit(patch)
         by_executor = merge_here(room, data, "executor")
     assert_same_tensors(by_executor, in_pieces)
 
@@ -328,9 +349,8 @@ def test_other_methods_replace_nothing(room, by_executor, method):
 
 
 def test_unknown_code_is_not_replaced_and_the_output_says_so(room, monkeypatch, capsys):
-    execute, seen = merge_run._execute, []
-    monkeypatch.setattr(merge_run, "_execute", lambda *given: seen.append(in_place()) or execute(*given))
-    monkeypatch.setattr(direct_tensors, "replaced_code", lambda: "0123456789abcdef")
+    seen = watch_executor(monkeypatch)
+    monkeypatch.setattr(choice, "replaced_code", lambda: "0123456789abcdef")
     data = recipe(room)
     assert_same_tensors(merge_here(room, data, quiet=False), merge_stock(room, data))
     reason = "this mergekit computes ties by other code than the one compared with (0123456789ab)"
@@ -344,10 +364,9 @@ def test_the_reason_on_a_gpu(code, monkeypatch):
     from types import SimpleNamespace
 
     if code == "unknown":
-        monkeypatch.setattr(direct_tensors, "replaced_code", lambda: "0123456789abcdef")
-    inputs = SimpleNamespace(config=SimpleNamespace(merge_method="ties"))
-    plan = SimpleNamespace(options=SimpleNamespace(device="cuda:0"), inputs=inputs)
-    reason = direct_tensors.divide(plan, SimpleNamespace(fast_selection=True, multi_gpu=False))
+        monkeypatch.setattr(choice, "replaced_code", lambda: "0123456789abcdef")
+    plan = SimpleNamespace(options=SimpleNamespace(device="cuda:0"), method=merge_methods.get("ties"), tensors=["x"])
+    ((_, reason),) = choice.divide(plan, SimpleNamespace(fast_selection=True, multi_gpu=False)).left
     assert (reason == PIECES) == (code == "known")
     assert code == "known" or "other code than the one compared with" in reason
 

@@ -50,7 +50,7 @@ def test_every_block_has_the_bits_of_the_written_model(llamas, tmp_path, method,
             model.pop("parameters", None)
     merged = merge_here(tmp_path, data, random_seed=7)
     plan = planned(tmp_path / "recipe.yaml", data, random_seed=7)
-    work = prepare(plan.plan, plan.settings)
+    work = prepare(plan)
     blocks = in_blocks([tensor.name for tensor in plan.plan.tensors])
     assert len(blocks) > 3
     found = {}
@@ -70,7 +70,7 @@ def test_several_recipes_over_the_same_models_share_a_call(llamas, tmp_path):
         recipe(llamas, "ties", experts=("code",)),
     ]
     plans = [planned(tmp_path / f"{place}.yaml", data) for place, data in enumerate(recipes)]
-    works = [prepare(plan.plan, plan.settings) for plan in plans]
+    works = [prepare(plan) for plan in plans]
     found: list[dict[str, torch.Tensor]] = [{} for _ in works]
     for names in in_blocks([tensor.name for tensor in plans[0].plan.tensors]):
         for before, some in zip(found, merged_tensors(works, names), strict=True):
@@ -84,14 +84,14 @@ def test_an_aligned_vocabulary(llamas, tmp_path):
         shutil.copytree(llamas / name, tmp_path / name)
     data = recipe(tmp_path, tokenizer={"source": "union", "pad_to_multiple_of": 64})
     plan = planned(tmp_path / "recipe.yaml", data)
-    work = prepare(plan.plan, plan.settings)
+    work = prepare(plan)
     (found,) = merged_tensors([work], [tensor.name for tensor in plan.plan.tensors])
     assert_equals_written(found, merge_here(tmp_path, data))
 
 
 def test_drawing_leaves_the_callers_own_numbers_alone(llamas, tmp_path):
     plan = planned(tmp_path / "recipe.yaml", recipe(llamas, "dare_ties"))
-    work = prepare(plan.plan, plan.settings)
+    work = prepare(plan)
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -102,7 +102,7 @@ def test_drawing_leaves_the_callers_own_numbers_alone(llamas, tmp_path):
 def test_a_tensor_that_is_not_finite_and_a_method_that_samples_are_refused(llamas, tmp_path):
     data = recipe(llamas, dtype="float16", parameters={"lambda": 1e30})
     plan = planned(tmp_path / "recipe.yaml", data)
-    work = prepare(plan.plan, plan.settings)
+    work = prepare(plan)
     with refused("merge-not-finite"):
         merged_tensors([work], ["model.layers.0.mlp.down_proj.weight"])
     with pytest.raises(KeyError):
@@ -112,4 +112,4 @@ def test_a_tensor_that_is_not_finite_and_a_method_that_samples_are_refused(llama
         model.pop("parameters", None)
     plan = planned(tmp_path / "other.yaml", sampling)
     with refused("merge-draws"):
-        prepare(plan.plan, plan.settings)
+        prepare(plan)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.tiny_merges import (
 )
 from tests.tiny_pairs import contents
 from utils.errors import UserError
+from utils.merging import planning
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +102,13 @@ def test_a_tensor_that_the_merge_would_lose(room, capsys, no_weights):
 
 def test_a_plan_that_passes_over_a_tensor(room, no_weights, monkeypatch):
     """The proof does not rest on plan_architecture alone."""
-    import utils.merging.planning as room_under_test
-
-    plan = room_under_test.plan_merge
+    plan = planning.plan_merge
 
     def forgetful(*arguments):
-        import dataclasses
-
         made = plan(*arguments)
-        return dataclasses.replace(made, tensors=made.tensors[1:])
+        return replace(made, tensors=made.tensors[1:])
 
-    monkeypatch.setattr(room_under_test, "plan_merge", forgetful)
+    monkeypatch.setattr(planning, "plan_merge", forgetful)
     refused(room, recipe(room), "the merge would leave out model.embed_tokens.weight of .*base")
 
 
@@ -374,7 +372,8 @@ def test_memory_estimate_against_a_measurement(tmp_path):
 MEASURED = """
 import threading, time
 from pathlib import Path
-from utils.merging import resources as merge_memory
+from dataclasses import replace
+from utils.merging import planning
 from utils.merging import run as merge_run
 from utils.commands.merge import merge
 from utils.merging.resources import memory_estimate
@@ -391,19 +390,20 @@ def watch():
         seen["peak"] = max(seen["peak"], private())
         time.sleep(0.002)
 
-def watched(plan, settings, *rest):
+def watched(planned, folder):
     before, thread = private(), threading.Thread(target=watch)
     thread.start()
     try:
-        run(plan, settings, *rest)
+        run(planned, folder)
     finally:
         seen["stop"] = True
         thread.join()
-    seen.update(need=memory_estimate(plan, settings), used=seen["peak"] - before)
+    seen.update(need=memory_estimate(planned.plan, planned.division, planned.settings), used=seen["peak"] - before)
 
 merge_run.run_merge = watched
+divide = planning.divide
 if {executor}:
-    merge_run.divide = merge_memory.divide = lambda plan, settings: "mergekit's executor is measured"
+    planning.divide = lambda plan, settings: replace(divide(plan, settings), direct=(), left=())
 folder = Path({folder!r})
 merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", device="cpu", quiet=True,
                     out_shard_size=10**6, overwrite=True, fast_selection={counting}))

@@ -134,14 +134,13 @@ def test_normalize_falls_back_to_the_methods_default(name, parameters, expected)
 
 
 def test_the_table_of_own_methods_is_what_is_registered():
-    from utils.merging.guided.methods import own_method, register_methods
+    from utils.mergekit_api import merge_method
+    from utils.merging.guided.methods import register_methods
 
     register_methods()
     for name, rule in OWN_METHODS.items():
-        specs = {one.name: one for one in own_method(name).spec.parameters}
-        assert {*rule.shared, "weight", "density", "saliency"} <= set(specs) <= {
-            *rule.shared, "weight", "density", "saliency", "int8_mask"
-        }  # fmt: skip
+        specs = {one.name: one for one in merge_method(name).spec.parameters}
+        assert set(specs) == {*rule.shared, "weight", "density", "saliency"}
         assert all(specs[number.name].default == number.default for number in rule.numbers)
         assert all(number.allows(number.default) for number in rule.numbers)
         assert "normalize" not in specs or specs["normalize"].default == rule.normalize

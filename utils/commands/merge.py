@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from utils.merging.inputs import find_models
 from utils.merging.output_folder import check_apart, check_output
-from utils.merging.quick_check import check_quickly
+from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import read_recipe
 from utils.merging.settings import MergeSettings
 from utils.models.page_cache import AHEAD, read_ahead
@@ -27,17 +28,19 @@ def merge(settings: MergeSettings) -> None:
     Raises:
         UserError: anything the user can mend. The output folder is then as it was.
     """
+    if settings.transformers_cache:  # read once, when huggingface_hub is imported
+        os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     recipe = read_recipe(settings.merge_config)
     check_apart(settings.output_path, recipe.local_folders())
     output = check_output(settings.output_path, overwrite=settings.overwrite)
-    checkpoints = check_quickly(recipe, settings.lora_merge_cache)
+    found = find_models(check_recipe(recipe), settings.lora_merge_cache)
     if not settings.dry_run:
-        read_ahead(checkpoints, min(AHEAD, available_host_bytes() // 4))
+        read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
     _set_up_libraries(settings)
 
     from utils.merging.preflight import preflight
 
-    ready = preflight(settings, recipe, output, lambda line: _say([line], settings))
+    ready = preflight(settings, found, output, lambda line: _say([line], settings))
     _warn(ready.warnings)
     _warn(f"a killed run has left {folder}; remove it" for folder in left_over(output.target))
     if settings.dry_run:
@@ -50,7 +53,7 @@ def merge(settings: MergeSettings) -> None:
 
     start = time.perf_counter()
     with staged_folder(output.target, replaceable=output.replaceable) as stage:
-        run_merge(ready.plan, settings, ready.device, stage)
+        run_merge(ready, stage)
         ready.check_unchanged()
         seconds = time.perf_counter() - start
         write_small_files(ready, stage)
@@ -61,8 +64,6 @@ def merge(settings: MergeSettings) -> None:
 
 
 def _set_up_libraries(settings: MergeSettings) -> None:
-    if settings.transformers_cache:  # read once, when huggingface_hub is imported
-        os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
 
     import_libraries("utils.mergekit_api")

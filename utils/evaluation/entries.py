@@ -87,7 +87,7 @@ class Preparing:
         names = {name: header.name for name, header in headers.items()}
 
         def prepared() -> MergedModel:
-            return MergedModel(prepare(plan, planned.settings), names, dtype)
+            return MergedModel(prepare(planned), names, dtype)
 
         return ReadyCandidate(candidate, decoder, donor.folder, dtype, prepared)
 
@@ -104,7 +104,7 @@ class Preparing:
         """The model that command 3 would write, in a temporary folder for as long as the context lasts."""
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=beside) as text:
             folder = Path(text)
-            run_merge(planned.plan, planned.settings, planned.device, folder)
+            run_merge(planned, folder)
             write_small_files(planned, folder)
             stored = Candidate(candidate.name, model=text, role=candidate.role)
             yield replace(self.model(stored), candidate=candidate)

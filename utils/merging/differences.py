@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from utils.errors import UserError, raise_collected
+from utils.errors import Problem, UserError, raise_collected
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.merging.plan import MergePlan
+from utils.merging.plan import MergePlan, gathered
 from utils.models.architecture import quiet_mergekit
 
 _SHOWN = 4
@@ -32,10 +32,11 @@ def check_configs(inputs: MergeInputs, *, trust_remote_code: bool) -> list[str]:
     warnings, problems = [], []
     for model in inputs.models[1:]:
         if inputs.config.models is not None and (other := _depth(model, trust_remote_code)) != depth:
-            problems.append(
+            text = (
                 f"{model.checkpoint.name} has {other} layers, {donor.checkpoint.name} has {depth}; a whole merge needs "
                 "equal depths (slices can combine different ones)"
             )
+            problems.append(Problem(text, "merge-depths"))
         theirs = _settings(model.checkpoint.config)
         differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         if differing:
@@ -76,7 +77,7 @@ def prove_coverage(plan: MergePlan) -> str:
         passed = stored - used - set(plan.architecture.dropped.get(model.checkpoint.folder, ()))
         if passed and not converted:
             names = ", ".join(sorted(passed)[:_SHOWN])
-            raise UserError(f"the merge would leave out {names} of {model.checkpoint.name}")
+            raise UserError(f"the merge would leave out {names} of {model.checkpoint.name}", "merge-left-out")
         read, total = read + len(used), total + len(stored)
     others = ", others through transformers' conversion" if converted else ""
     return f"coverage: {read} of {total} tensors of the inputs are read{others}"
@@ -86,9 +87,11 @@ def own_heads(plan: MergePlan) -> Iterator[str]:
     """Warnings about tensors that other models store and the donor only ties: does the result use them?"""
     donor = plan.inputs.donor
     for tensor in plan.tensors:
+        if tensor.shape is None or donor.reference not in gathered(tensor.task).weight_info:
+            continue  # a slice that takes nothing from the donor
         own = {tensor.name, *(tensor.weight.aliases or ())}
         header = tensor.sources.get(donor.reference)
-        if tensor.shape is None or (header is not None and header.name in own):
+        if header is not None and header.name in own:
             continue
         stored = [m.label for m in plan.inputs.models if (h := tensor.sources.get(m.reference)) and h.name in own]
         tied = getattr(plan.config, "tie_word_embeddings", False)

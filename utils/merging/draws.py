@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.mergekit_api import ExecuteMergeMethodTask, Executor, MergeMethod, SparsificationMethod, merge_method
+from utils.mergekit_api import ExecuteMergeMethodTask, Executor, MergeMethod, SparsificationMethod
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.models.checkpoints import FLOAT_DTYPES
 
@@ -33,7 +33,7 @@ def generator_states(plan: MergePlan, seed: int) -> dict[str, Tensor]:
     Raises:
         UserError: the method draws numbers in a way that is not known here, or a tensor's shape is not known.
     """
-    method = merge_method(plan.inputs.config.merge_method)
+    method = plan.method
     name = method.spec.name
     if name in _SAMPLING:
         raise UserError(f"{name} samples entries by chance, so its tensors cannot be merged one by one", "merge-draws")

@@ -16,42 +16,14 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from utils.mergekit_api import (
-    GeneralizedTaskArithmeticMerge,
     RescaleNorm,
     SparsificationMethod,
     Sparsifier,
-    merge_method,
     replaced_sparsifiers,
     rescaled_masked_tensor,
 )
-from utils.merging.pieces.choice import Division, kept_band, unknown_code
-from utils.merging.plan import MergePlan, OutputTensor
-from utils.merging.settings import MergeSettings
+from utils.merging.pieces.choice import kept_band
 from utils.selection import band_mask, pattern_of
-
-_BY_MAGNITUDE = (SparsificationMethod.magnitude, SparsificationMethod.magnitude_outliers)
-
-
-def selects_exactly(plan: MergePlan, settings: MergeSettings) -> bool:
-    """Whether mergekit's sparsifiers are to be replaced for a merge: it was asked for, and their code is known."""
-    method = merge_method(plan.inputs.config.merge_method)
-    return (
-        settings.fast_selection
-        and type(method) is GeneralizedTaskArithmeticMerge
-        and method.sparsification_method in _BY_MAGNITUDE
-        and unknown_code(method) is None
-    )
-
-
-def path_taken(plan: MergePlan, settings: MergeSettings, division: Division | str) -> str:
-    """What is done where, and why, as a clause."""
-    if isinstance(division, str):
-        text, left = f"all tensors by mergekit: {division}", list(plan.tensors)
-    else:
-        text, left = division.summary, [tensor for tensor, _ in division.left]
-    if selects_exactly(plan, settings) and any(_is_cut(tensor) for tensor in left):
-        return f"{text}; mergekit's executor selects by counting, without sorting"
-    return text
 
 
 @contextlib.contextmanager
@@ -101,7 +73,3 @@ def _can_rank(tensor: Tensor) -> bool:
     except TypeError:  # float64
         return False
     return tensor.numel() > 0
-
-
-def _is_cut(tensor: OutputTensor) -> bool:
-    return any(values.get("density", 1.0) < 1 for _, values in tensor.task.input_parameters.items())

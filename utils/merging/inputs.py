@@ -1,23 +1,35 @@
-"""The models a recipe names, opened: hub ids and relative paths become absolute folders, mergekit's config follows.
+"""The models a recipe names, found and opened: hub ids and relative paths become absolute folders.
 
 mergekit gets absolute folders only, so that it neither asks the hub about local names nor misses files there. The
 names the user wrote stay with each input, for messages and for the model card.
+
+Finding comes first and needs no mergekit, which takes seconds to import: every folder, the small files of hub ids, the
+headers of local models. Opening downloads weights and merges adapters.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
-
-from utils.errors import raise_collected
-from utils.mergekit_api import ModelPath, ModelReference
-from utils.merging.quick_check import find_folders, open_named
-from utils.merging.recipe_schema import OrderedConfiguration
+from utils.errors import Problem, UserError, raise_collected
+from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
 from utils.merging.settings import MergeSettings
-from utils.models.adapters import merged_folder
-from utils.models.checkpoints import Checkpoint, is_local, open_checkpoint
+from utils.models.adapters import check_adapter, merged_folder
+from utils.models.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
+
+if TYPE_CHECKING:
+    from utils.mergekit_api import ModelReference
+    from utils.merging.configuration import OrderedConfiguration
+
+
+@dataclass(frozen=True)
+class FoundModels:
+    """A recipe whose models were found: the folder of each, and the checkpoints of those that lie on this machine."""
+
+    recipe: CheckedRecipe
+    folders: Mapping[ModelName, Path]
+    checkpoints: Mapping[ModelName, Checkpoint] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class MergeInput:
     path. `hub_ids` are the repositories it comes from: none, the model, or the model and its adapter.
     """
 
-    reference: ModelReference
+    reference: "ModelReference"
     checkpoint: Checkpoint
     label: str
     hub_ids: tuple[str, ...] = ()
@@ -38,10 +50,10 @@ class MergeInput:
 class MergeInputs:
     """All models of a merge, the donor of config and tokenizer (the base, if there is one) first.
 
-    `config` is the recipe as mergekit gets it, with absolute folders; nothing in it is shared with the recipe's own.
+    `config` is the recipe as mergekit gets it, with absolute folders.
     """
 
-    config: OrderedConfiguration
+    config: "OrderedConfiguration"
     models: tuple[MergeInput, ...]
 
     @property
@@ -49,116 +61,105 @@ class MergeInputs:
         """The model whose config, tokenizer and small files the result gets."""
         return self.models[0]
 
-    def label(self, reference: ModelReference) -> str:
+    def label(self, reference: "ModelReference") -> str:
         """The publishable name of an input."""
         return next(model.label for model in self.models if model.reference == reference)
 
 
-def open_inputs(config: OrderedConfiguration, settings: MergeSettings) -> MergeInputs:
-    """Open every model that a recipe names.
-
-    The small files of all come first, so that a mistake in one shows before gigabytes have moved.
+def find_models(recipe: CheckedRecipe, adapter_cache: Path | None) -> FoundModels:
+    """Find every model that a recipe names, and open those that are folders here; hub ids get their small files.
 
     Raises:
-        UserError: a model is missing, malformed, quantized, not a decoder; an adapter cannot be merged; two entries
-            are the same folder; nothing but the base would be merged.
+        UserError: a model is missing, malformed, quantized, not a decoder; an adapter has no cache; two entries are the
+            same folder; nothing but the base would be merged.
     """
-    merged = config.referenced_models()
-    others = [reference for reference in dict.fromkeys(_references(config)) if reference not in merged]
-    folders = find_folders((*merged, *others), settings.lora_merge_cache)
-    places, inputs = {}, {}
-    for reference in others:  # tokenizer donors: no weights needed
-        places[reference] = ModelReference(model=ModelPath(path=str(folders[reference])))
-    for reference in merged:
-        checkpoint = _open(reference, settings)
-        places[reference] = ModelReference(model=ModelPath(path=str(checkpoint.folder)))
-        local = places[reference]
-        inputs.setdefault(local, MergeInput(local, checkpoint, published_name(reference), tuple(_hub_ids(reference))))
-    _refuse_repeats(config, places)
-    config = replace_references(config, places)
+    folders, checkpoints = {}, {}
+    merged = recipe.models
+    for name in (*merged, *recipe.donors):
+        if name.override_architecture:
+            text = f"model {name}: override_architecture is not supported here; use mergekit-yaml"
+            raise UserError(text, "recipe-override")
+        if name.lora:
+            check_adapter(str(name), adapter_cache)
+        place = recipe.file.locate(name.model.path)
+        folders[name] = find_small_files(place, name.model.revision)
+        read_model_config(folders[name], str(name))
+        if name in merged and not name.lora and is_local(place):
+            checkpoints[name] = _open(recipe, name)
+    _refuse_repeats(recipe, folders)
+    return FoundModels(recipe, folders, checkpoints)
+
+
+def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
+    """Open every model to merge: hub ids are downloaded, adapters merged into their models.
+
+    Raises:
+        UserError: a model is malformed, quantized, or an adapter cannot be merged.
+    """
+    from utils.merging.configuration import configuration, local_reference
+
+    recipe, folders, inputs = found.recipe, dict(found.folders), {}
+    for name in recipe.models:
+        checkpoint = found.checkpoints.get(name) or _open(recipe, name)
+        if name.lora:
+            checkpoint = _with_adapter(recipe, name, checkpoint, settings)
+        folders[name] = checkpoint.folder
+        local = local_reference(checkpoint.folder)
+        inputs.setdefault(local, MergeInput(local, checkpoint, published_name(name), tuple(_hub_ids(recipe, name))))
+    config = configuration(recipe, folders)
     return MergeInputs(config, tuple(inputs[reference] for reference in config.referenced_models()))
 
 
-def published_name(reference: ModelReference) -> str:
+def published_name(name: ModelName) -> str:
     """A model's name as the user wrote it, without the folders of an absolute path."""
-    parts = [reference.model, *([reference.lora] if reference.lora else [])]
-    return "+".join(_published(part) for part in parts)
-
-
-def _hub_ids(reference: ModelReference) -> Iterator[str]:
-    for part in (reference.model, reference.lora):
-        if part and not is_local(part.path):
-            yield part.path
+    return "+".join(_published(part) for part in (name.model, name.lora) if part)
 
 
 def _published(part: ModelPath) -> str:
     path = Path(part.path).expanduser()
-    name = path.name if path.is_absolute() else part.path
-    return f"{name}@{part.revision}" if part.revision else name
+    shown = path.name if path.is_absolute() else part.path
+    return f"{shown}@{part.revision}" if part.revision else shown
 
 
-def absolute_paths(config: OrderedConfiguration) -> dict[str, str]:
-    """Absolute paths in a recipe's model names, with what to publish in their place."""
-    paths = [part for reference in _references(config) for part in (reference.model, reference.lora) if part]
-    return {part.path: Path(part.path).name for part in paths if Path(part.path).expanduser().is_absolute()}
+def _hub_ids(recipe: CheckedRecipe, name: ModelName) -> Iterator[str]:
+    for part in (name.model, name.lora):
+        if part and not is_local(recipe.file.locate(part.path)):
+            yield part.path
 
 
-def replace_references(value: Any, places: Mapping[ModelReference, ModelReference]) -> Any:
-    """A deep copy of (a part of) a configuration with every model reference replaced."""
-    if isinstance(value, ModelReference):
-        return places[value]
-    if isinstance(value, BaseModel):
-        parts = {name: replace_references(getattr(value, name), places) for name in type(value).model_fields}
-        return value.model_copy(update=parts)
-    if isinstance(value, dict):
-        return {key: replace_references(item, places) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(replace_references(item, places) for item in value)
-    return value
+def _open(recipe: CheckedRecipe, name: ModelName) -> Checkpoint:
+    """Open the checkpoint that a recipe names; a message about it says how '@' is read if there is one."""
+    place = recipe.file.locate(name.model.path)
+    try:
+        opened = open_checkpoint(place, name.model.revision)
+    except UserError as error:
+        if "@" in str(name) and is_local(place):
+            raise UserError(f"{error} (mergekit reads '@' as 'model@revision')", error.code) from error
+        raise
+    return replace(opened, name=name.model.path)
 
 
-def _references(value: Any) -> Iterator[ModelReference]:
-    if isinstance(value, ModelReference):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _references(getattr(value, name))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _references(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _references(item)
+def _with_adapter(recipe: CheckedRecipe, name: ModelName, model: Checkpoint, settings: MergeSettings) -> Checkpoint:
+    assert name.lora is not None and settings.lora_merge_cache is not None
+    adapter, revision = recipe.file.locate(name.lora.path), name.lora.revision
+    folder = merged_folder(model, adapter, revision, settings.lora_merge_cache, settings.lora_merge_dtype)
+    return replace(open_checkpoint(str(folder)), name=str(name))
 
 
-def _open(reference: ModelReference, settings: MergeSettings) -> Checkpoint:
-    path, revision = reference.model.path, reference.model.revision
-    checkpoint = open_named(path, revision, str(reference))
-    if not reference.lora:
-        return checkpoint
-    assert settings.lora_merge_cache is not None
-    folder = merged_folder(
-        checkpoint,
-        reference.lora.path,
-        reference.lora.revision,
-        settings.lora_merge_cache,
-        settings.lora_merge_dtype,
-    )
-    merged = open_checkpoint(str(folder))
-    return Checkpoint(str(reference), None, merged.folder, merged.config, merged.tensors)
-
-
-def _refuse_repeats(config: OrderedConfiguration, places: Mapping[ModelReference, ModelReference]) -> None:
-    if config.models is None:
+def _refuse_repeats(recipe: CheckedRecipe, folders: Mapping[ModelName, Path]) -> None:
+    content = recipe.content
+    if content.models is None:
         return
-    seen: dict[ModelReference, ModelReference] = {}
+    seen: dict[tuple[Path, ModelPath | None], ModelName] = {}
     problems = []
-    for entry in config.models:
-        place = places[entry.model]
+    for entry in content.models:
+        place = folders[entry.model].resolve(), entry.model.lora
         if place in seen:
-            problems.append(f"{seen[place]} and {entry.model} are the same model; name it once")
+            text = f"{seen[place]} and {entry.model} are the same model; name it once"
+            problems.append(Problem(text, "recipe-model-twice"))
         seen[place] = entry.model
-    base = places[config.base_model] if config.base_model else None
-    if base is not None and set(seen) == {base}:
-        problems.append(f"{config.base_model} is both the base and the only model; there is nothing to merge into it")
+    base = content.base_model
+    if base is not None and set(seen) == {(folders[base].resolve(), base.lora)}:
+        text = f"{base} is both the base and the only model; there is nothing to merge into it"
+        problems.append(Problem(text, "recipe-only-base"))
     raise_collected(problems, "merge recipe: models")

@@ -1,8 +1,8 @@
 """The tensors of a merge without a model written: what command 3 would write, some tensors at a time, in memory.
 
-    work = [prepare(planned.plan, planned.settings) for planned in recipes]    # planned: utils.merging.planning
-    for names in blocks:                                                       # output names, e.g. of one block
-        for tensors in merged_tensors(work, names): ...                        # one dict for each recipe
+    work = [prepare(planned) for planned in recipes]       # planned: utils.merging.planning
+    for names in blocks:                                   # output names, e.g. of one block
+        for tensors in merged_tensors(work, names): ...    # one dict for each recipe
 
 The functions are those that command 3 merges with: pieces where they give mergekit's bits, else mergekit's executor. So
 every tensor has the bits that the written model has (with the same settings, on the same kind of device).
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from utils.merging.draws import generator_states
-from utils.merging.fast_sparsifiers import selecting_exactly, selects_exactly
+from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.pieces.by_mergekit import merge_by_mergekit
-from utils.merging.pieces.choice import DirectTensor, divide
+from utils.merging.pieces.choice import DirectTensor
 from utils.merging.pieces.run import merge_directly
 from utils.merging.plan import MergePlan, OutputTensor, set_up_loading
-from utils.merging.settings import MergeSettings
+from utils.merging.planning import PlannedMerge
 from utils.models.tensor_files import as_bytes
 
 
@@ -30,33 +30,29 @@ class MergeWork:
     """A planned merge with how each of its tensors is merged.
 
     `direct` are the tensors merged in pieces, `left` those that mergekit's executor merges, by name. `states` are
-    those of torch's generator before each tensor, for methods that draw. `exact` replaces mergekit's sorting.
+    those of torch's generator before each tensor, for methods that draw. `by_counting` replaces mergekit's sorting.
     """
 
     plan: MergePlan
     direct: Mapping[str, DirectTensor] = field(repr=False)
     left: Mapping[str, OutputTensor] = field(repr=False)
     states: Mapping[str, Tensor] = field(repr=False)
-    exact: bool
+    by_counting: bool
 
 
-def prepare(plan: MergePlan, settings: MergeSettings) -> MergeWork:
-    """Find out how the tensors of a plan are merged; for methods that draw, also where their numbers begin.
+def prepare(planned: PlannedMerge) -> MergeWork:
+    """Find out how the tensors of a planned merge are merged; for methods that draw, also where their numbers begin.
 
     The latter draws every number of the merge once (some 10 ns each on a CPU).
-
-    Args:
-        plan: the planned merge (`utils.merging.planning.plan_recipe`).
-        settings: the flags it was planned with.
 
     Raises:
         UserError: tensors of this method cannot be merged one by one (code `merge-draws`).
     """
-    division = divide(plan, settings)
-    direct = {} if isinstance(division, str) else {tensor.name: tensor for tensor in division.direct}
-    left = {tensor.name: tensor for tensor in plan.tensors if tensor.name not in direct}
-    states = generator_states(plan, settings.random_seed)
-    return MergeWork(plan, direct, left, states, selects_exactly(plan, settings))
+    plan, division = planned.plan, planned.division
+    direct = {tensor.name: tensor for tensor in division.direct}
+    left = {tensor.name: tensor for tensor, _ in division.left}
+    states = generator_states(plan, planned.settings.random_seed)
+    return MergeWork(plan, direct, left, states, division.by_counting)
 
 
 def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -88,8 +84,8 @@ def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dic
                 (drawn if work.states else others).append((place, work.left[name]))
     if pieces:
         merge_directly(pieces, torch.get_num_threads(), lambda name, nbytes: None)
-    for exact in (False, True):
-        alike = [one for one in others if works[one[0]].exact == exact]
+    for by_counting in (False, True):
+        alike = [one for one in others if works[one[0]].by_counting == by_counting]
         _by_mergekit(works, alike, merged)
     for one in drawn:
         with _numbers_from(works[one[0]], one[1].name):
@@ -116,7 +112,7 @@ def _by_mergekit(
         return
     first = works[tensors[0][0]]
     set_up_loading(first.plan.options)
-    with selecting_exactly(first.exact):
+    with selecting_exactly(first.by_counting):
         planned = [(works[place].plan, tensor) for place, tensor in tensors]
         for number, value in merge_by_mergekit(planned, first.plan.options.device):
             place, tensor = tensors[number]

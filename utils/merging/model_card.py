@@ -1,15 +1,16 @@
 """What a merged model says about itself: README.md, the recipe beside it, and the manifest.
 
-No absolute path of this machine is written: a model that was named by one appears under its folder's name.
+No absolute path of this machine is written: a model that was named by one appears under its folder's name, and in the
+recipe, which has to find it again, by its path relative to the output folder.
 """
 
 import datetime
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.merging.guided.methods import own_method
-from utils.merging.inputs import absolute_paths
+from utils.merging.guided.methods import OwnMethod
 from utils.merging.output_folder import COMMAND
 from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import weight_file_record
@@ -21,14 +22,22 @@ RECIPE = "mergekit_config.yml"
 _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
 
 
-def recipe_text(done: PlannedMerge) -> str:
+def shown_recipe(done: PlannedMerge) -> str:
     """The recipe as the user wrote it, with absolute paths cut down to their last part."""
-    text = done.recipe.text
-    paths = absolute_paths(done.config)
-    paths |= {file.written: file.label for file in done.saliency if file.label != file.written}
-    for path, name in sorted(paths.items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(path, name)
-    return text if text.endswith("\n") else text + "\n"
+    return _ended(done.recipe.rewritten(lambda name: Path(name).name if _is_absolute(name) else name))
+
+
+def runnable_recipe(done: PlannedMerge) -> str:
+    """The recipe as it runs again from the output folder: names of local folders and files are relative to that."""
+    folder = done.settings.output_path.resolve()
+
+    def from_there(name: str) -> str:
+        parts = [Path(part).expanduser() for part in map(done.recipe.locate, name.split("+"))]
+        if not all(part.exists() for part in parts):
+            return name  # a hub id
+        return "+".join(os.path.relpath(part.resolve(), folder) for part in parts)
+
+    return _ended(done.recipe.rewritten(from_there))
 
 
 def card_text(done: PlannedMerge) -> str:
@@ -57,7 +66,7 @@ def card_text(done: PlannedMerge) -> str:
         "## Recipe",
         "",
         "```yaml",
-        recipe_text(done).rstrip(),
+        shown_recipe(done).rstrip(),
         "```",
         "",
         "## How it was made",
@@ -83,12 +92,16 @@ def manifest(done: PlannedMerge, folder: Path) -> dict[str, Any]:
         "versions": versions(),
         "seed": done.settings.random_seed,
         "device": done.device,
-        "merge_method": done.config.merge_method,
+        "merge_method": done.plan.method.spec.name,
         "dtype": done.plan.dtype,
         "out_dtype": done.plan.out_dtype,
         "architecture": done.plan.architecture.origin,
         "vocabulary": done.plan.vocabulary.summary,
-        "recipe": {"name": done.recipe.path.name, "sha256": done.recipe.sha256},
+        "recipe": {
+            "name": done.recipe.path.name,
+            "sha256": done.recipe.sha256,
+            "published": {"name": RECIPE, "sha256": file_sha256(folder / RECIPE)},
+        },
         "options": done.settings.options(),
         "inputs": inputs,
         **({"saliency": _saliency_record(done)} if done.saliency else {}),
@@ -129,14 +142,14 @@ def _density_table(done: PlannedMerge) -> list[str]:
 
 
 def _method(done: PlannedMerge) -> str:
-    method = own_method(done.config.merge_method)
-    if method is not None:
-        return f"`{done.config.merge_method}` ({method.summary})"
-    return f"mergekit's `{done.config.merge_method}`"
+    method = done.plan.method
+    if isinstance(method, OwnMethod):
+        return f"`{method.spec.name}` ({method.summary})"
+    return f"mergekit's `{method.spec.name}`"
 
 
 def _saliency_lines(done: PlannedMerge) -> list[str]:
-    method = own_method(done.config.merge_method)
+    method = done.plan.method
     lines = [
         f"- `{label}`: {method.effect} in {count} tensors, by `{file.label}`"
         for file in done.saliency
@@ -150,6 +163,14 @@ def _saliency_record(done: PlannedMerge) -> list[dict[str, Any]]:
         {"name": file.label, "bytes": file.nbytes, "sha256": file.sha256, "tensors": dict(file.tensors)}
         for file in done.saliency
     ]
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _is_absolute(name: str) -> bool:
+    return Path(name).expanduser().is_absolute()
 
 
 def _listed(names: list[str]) -> str:

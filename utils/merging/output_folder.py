@@ -36,14 +36,16 @@ def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
             `overwrite`, foreign ones with it.
     """
     if path.name != path.name.strip():
-        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: a slip in quoting?")
+        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: a slip in quoting?", "out-dir-name")
     try:
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{FLAG} {str(path)!r} cannot be used: {error}") from None
+        raise UserError(f"{FLAG} {str(path)!r} cannot be used: {error}", "out-dir-unusable") from error
     here = Path.cwd()
     if target == here or target in here.parents:
-        raise UserError(f"{FLAG} {path} is the current folder or one above it; give a folder of its own")
+        raise UserError(
+            f"{FLAG} {path} is the current folder or one above it; give a folder of its own", "out-dir-current"
+        )
     prepare_folder(target, FLAG)
     if target.exists():
         prepare_folder(target.parent, FLAG)  # the result is made beside it and renamed
@@ -65,11 +67,11 @@ def check_apart(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     for name, folder in inputs:
         resolved = Path(os.path.realpath(folder))
         if target == resolved:
-            raise UserError(f"{FLAG} {path} is the model {name} itself; give another folder")
+            raise UserError(f"{FLAG} {path} is the model {name} itself; give another folder", "out-dir-is-input")
         if target in resolved.parents:
-            raise UserError(f"{FLAG} {path} holds the model {name}; give a folder beside it")
+            raise UserError(f"{FLAG} {path} holds the model {name}; give a folder beside it", "out-dir-holds-input")
         if resolved in target.parents:
-            raise UserError(f"{FLAG} {path} lies inside the model {name}; give a folder beside it")
+            raise UserError(f"{FLAG} {path} lies inside the model {name}; give a folder beside it", "out-dir-in-input")
 
 
 def check_space(output: OutputFolder, needed: int) -> int:
@@ -88,7 +90,8 @@ def check_space(output: OutputFolder, needed: int) -> int:
     if free < needed:
         raise UserError(
             f"{FLAG} {output.target}: the result needs {gigabytes(needed)}, {folder} has {gigabytes(free)} free; make "
-            "room or choose another disk"
+            "room or choose another disk",
+            "disk-full",
         )
     return free
 
@@ -100,17 +103,21 @@ def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:
     if manifest is None:
         raise UserError(
             f"{FLAG} {path} holds files and no manifest of an earlier merge, so nothing there is touched; give an "
-            "empty or new folder"
+            "empty or new folder",
+            "out-dir-not-ours",
         )
     if not overwrite:
-        raise UserError(f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it")
+        raise UserError(
+            f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-dir-exists"
+        )
     known = {*manifest["files"], MANIFEST}
     foreign = foreign_files(target, known)
     if foreign:
         files = f"{', '.join(foreign[:5])} {'is' if len(foreign) == 1 else 'are'}"
         raise UserError(
             f"{FLAG} {path}: {files} not of the earlier merge, so nothing there is touched; move what is yours away, "
-            "or give another folder"
+            "or give another folder",
+            "out-dir-foreign-files",
         )
     return tuple(sorted(known))
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import raise_collected
-from utils.mergekit_api import ConditionalParameter, MergeMethod, ModelReference, ParameterScope
-from utils.merging.plan import MergePlan, OutputTensor, gathered
-from utils.merging.recipe_names import settings_blocks
-from utils.merging.recipe_schema import uses_density
+from utils.errors import Problem, raise_collected
+from utils.mergekit_api import ConditionalParameter, ModelReference, ParameterScope
+from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
+from utils.merging.recipe_check import settings_blocks
 
 _ANY = (None, "", "*")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class DensitySummary:
     tensors: int
 
 
-def check_parameters(plan: MergePlan, method: MergeMethod) -> list[str]:
+def check_parameters(plan: MergePlan) -> list[str]:
     """Check filters and values of a planned merge.
 
     Returns:
@@ -43,15 +41,13 @@ def check_parameters(plan: MergePlan, method: MergeMethod) -> list[str]:
     Raises:
         UserError: a filter decides nothing, or a value would stop the method in the middle of the merge.
     """
-    raise_collected(shortened(list(_idle_filters(plan, method))), "merge recipe: filters")
+    raise_collected(shortened(list(_idle_filters(plan))), "merge recipe: filters")
     raise_collected(shortened(list(_bad_values(plan))), "merge recipe: values")
     return list(_cancelling_weights(plan))
 
 
-def density_summaries(plan: MergePlan, method: MergeMethod) -> list[DensitySummary]:
-    """Densities by model, for methods that use them; parameters of unknown shape count as one."""
-    if not uses_density(method):
-        return []
+def density_summaries(plan: MergePlan) -> list[DensitySummary]:
+    """Densities by model, for a method that uses them; parameters of unknown shape count as one."""
     summaries = []
     for model in plan.inputs.models:
         found = [
@@ -93,9 +89,9 @@ def idle_conditions(setting: Any, names: Sequence[str]) -> list[tuple[str, bool]
     ]
 
 
-def _idle_filters(plan: MergePlan, method: MergeMethod) -> Iterator[str]:
+def _idle_filters(plan: MergePlan) -> Iterator[Problem]:
     config = plan.inputs.config
-    scopes = {parameter.name: parameter.scope for parameter in method.spec.parameters}
+    scopes = {parameter.name: parameter.scope for parameter in plan.method.spec.parameters}
     for where, parameters, of_input, model in settings_blocks(config):
         if of_input:
             inputs = [tensor.task for tensor in plan.tensors if model in tensor.task.model_order]
@@ -107,7 +103,9 @@ def _idle_filters(plan: MergePlan, method: MergeMethod) -> Iterator[str]:
                 continue  # without effect as a whole, which the user has been told
             for text, hidden in idle_conditions(setting, names) if names else ():
                 why = "is hidden behind an earlier one that matches the same tensors" if hidden else "matches no tensor"
-                yield f"{where}.{name}: the filter {text!r} {why}; tensors are called like {names[len(names) // 2]}"
+                example = names[len(names) // 2]
+                found = f"{where}.{name}: the filter {text!r} {why}; tensors are called like {example}"
+                yield Problem(found, "recipe-idle-filter")
 
 
 def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, Any]:
@@ -118,29 +116,31 @@ def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str
     return task.input_parameters[reference]
 
 
-def _bad_values(plan: MergePlan) -> Iterator[str]:
+def _bad_values(plan: MergePlan) -> Iterator[Problem]:
     for tensor in plan.tensors:
         for model in plan.inputs.models:
-            values = input_values(tensor, model.reference)
-            density, epsilon = values.get("density"), values.get("epsilon")
-            at = f"{model.label}, {tensor.name}"
-            for name, value in values.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    yield f"{at}: {name} is {value}"
-            if density is not None and not 0 <= density <= 1:
-                yield f"{at}: density {density} is outside [0, 1]"
-            elif density is not None and epsilon is not None and 0 < density < 1:
-                if not density - epsilon > 0 or not density + epsilon < 1:
-                    yield (
-                        f"{at}: density {density:g} with epsilon {epsilon:g}; this method needs both density - "
-                        "epsilon and density + epsilon strictly between 0 and 1: give epsilon the same filters with "
-                        "smaller values"
-                    )
-                elif tensor.shape and tensor.shape[min(1, len(tensor.shape) - 1)] == 1:
-                    yield f"{at}: shape {list(tensor.shape)} cannot be ranked by this method; give it density 1"
-            gamma = values.get("gamma")
-            if gamma is not None and not 0 <= gamma <= 1:
-                yield f"{at}: gamma {gamma} is outside [0, 1]"
+            for text in _bad_numbers(input_values(tensor, model.reference), tensor.shape):
+                yield Problem(f"{model.label}, {tensor.name}: {text}", "recipe-bad-value")
+
+
+def _bad_numbers(values: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator[str]:
+    """What a method would stop at in one model's parameters for one tensor."""
+    density, epsilon, gamma = (values.get(name) for name in ("density", "epsilon", "gamma"))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}"
+    if density is not None and not 0 <= density <= 1:
+        yield f"density {density} is outside [0, 1]"
+    elif density is not None and epsilon is not None and 0 < density < 1:
+        if not density - epsilon > 0 or not density + epsilon < 1:
+            yield (
+                f"density {density:g} with epsilon {epsilon:g}; this method needs both density - epsilon and density + "
+                "epsilon strictly between 0 and 1: give epsilon the same filters with smaller values"
+            )
+        elif shape and shape[min(1, len(shape) - 1)] == 1:
+            yield f"shape {list(shape)} cannot be ranked by this method; give it density 1"
+    if gamma is not None and not 0 <= gamma <= 1:
+        yield f"gamma {gamma} is outside [0, 1]"
 
 
 def _cancelling_weights(plan: MergePlan) -> Iterator[str]:
@@ -159,9 +159,3 @@ def _cancelling_weights(plan: MergePlan) -> Iterator[str]:
             f"the weights of {experts[0].label} have no effect: with one expert, normalize: true divides by them "
             "again; set normalize: false to use them"
         )
-
-
-def shortened(problems: list[str]) -> list[str]:
-    """The first few problems, and how many more there are."""
-    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    return problems[:_SHOWN] + more

@@ -5,15 +5,16 @@ every input tensor a task reads is there and fits.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.errors import UserError, raise_collected
+from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import (
     ExecuteMergeMethodTask,
     GatherTensors,
     LoaderCache,
+    MergeMethod,
     MergeOptions,
     MergePlanner,
     ModelReference,
@@ -68,6 +69,7 @@ class MergePlan:
     inputs: MergeInputs
     architecture: ArchitecturePlan
     vocabulary: VocabularyPlan
+    method: MergeMethod
     tensors: tuple[OutputTensor, ...] = field(repr=False)
     config: Any = field(repr=False)
     options: MergeOptions
@@ -89,6 +91,7 @@ def plan_merge(
     inputs: MergeInputs,
     architecture: ArchitecturePlan,
     vocabulary: VocabularyPlan,
+    method: MergeMethod,
     settings: MergeSettings,
     device: str,
 ) -> MergePlan:
@@ -108,10 +111,10 @@ def plan_merge(
             # nothing is written: the folder is that of mergekit's own writer, whose place ours takes
             targets = MergePlanner(planned, architecture.info, options, config).plan_to_disk(out_path="")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"merge recipe: {error}") from None
+        raise UserError(f"merge recipe: {error}", "recipe-not-mergekits") from error
     by_name = {tensor.name: tensor for tensor in architecture.tensors}
     out_dtype = recipe.out_dtype or recipe.dtype
-    problems: list[str] = []
+    problems: list[Problem] = []
     tensors = []
     for task in (target.tensor_task for target in targets if isinstance(target, SaveTensor)):
         info, sources = task.output_weight, {}
@@ -122,11 +125,11 @@ def plan_merge(
         shape = _shape(inputs, info, sources, vocabulary, settings, problems)
         dtype = info.force_dtype or _out_dtype(out_dtype, inputs, sources)
         tensors.append(OutputTensor(info.name, shape, dtype, info.vocabulary_axis, task, info, sources))
-    raise_collected(_first(problems), "the models do not fit together")
+    raise_collected(shortened(problems, "tensors"), "the models do not fit together")
     _adopt_truncation(config, architecture, tensors, vocabulary, settings)
     shown = (out_dtype or inputs.donor.checkpoint.float_dtype).removeprefix("torch.")
     dtype = recipe.dtype.removeprefix("torch.") if recipe.dtype else None
-    return MergePlan(inputs, architecture, vocabulary, tuple(tensors), config, options, dtype, shown)
+    return MergePlan(inputs, architecture, vocabulary, method, tuple(tensors), config, options, dtype, shown)
 
 
 def merge_options(settings: MergeSettings, device: str) -> MergeOptions:
@@ -176,7 +179,7 @@ def _source(
     reference: ModelReference,
     weight: WeightInfo,
     known: PlannedTensor | None,
-    problems: list[str],
+    problems: list[Problem],
 ) -> TensorHeader | None:
     checkpoint = next(model.checkpoint for model in inputs.models if model.reference == reference)
     tensor = PlannedTensor(weight.name, weight.optional, tuple(weight.aliases or ()), tuple(weight.tied_names or ()))
@@ -185,7 +188,7 @@ def _source(
         return checkpoint.tensors[stored]
     # plan_architecture has already found that it is there after conversion, or optional, for every layer it knows
     if known is None and not weight.optional:
-        problems.append(f"{weight.name} is not in {checkpoint.name}")
+        problems.append(Problem(f"{weight.name} is not in {checkpoint.name}", "merge-tensor-missing"))
     return None
 
 
@@ -195,7 +198,7 @@ def _shape(
     sources: Mapping[ModelReference, TensorHeader],
     vocabulary: VocabularyPlan,
     settings: MergeSettings,
-    problems: list[str],
+    problems: list[Problem],
 ) -> tuple[int, ...] | None:
     """The shape of the merged tensor; a mismatch that nothing settles is added to the problems."""
     shapes = {reference: header.shape for reference, header in sources.items()}
@@ -215,7 +218,7 @@ def _shape(
         remedy = ""
         if axis is not None and not vocabulary.task and len({len(shape) for shape in shapes.values()}) == 1:
             remedy = "; the vocabularies differ: add tokenizer_source: union (or base) to the recipe"
-        problems.append(f"{weight.name} has different shapes: {listed}{remedy}")
+        problems.append(Problem(f"{weight.name} has different shapes: {listed}{remedy}", "merge-shapes"))
     return first
 
 
@@ -242,7 +245,8 @@ def _adopt_truncation(
         set_config_value(config, architecture.info.vocab_size_config_key or "vocab_size", rows.pop())
 
 
-def _first(problems: list[str]) -> Iterator[str]:
-    yield from problems[:_SHOWN]
-    if len(problems) > _SHOWN:
-        yield f"and {len(problems) - _SHOWN} more tensors"
+def shortened(problems: Sequence[Problem], what: str = "") -> list[Problem]:
+    """The first few problems, and how many more (`what`) there are."""
+    more = len(problems) - _SHOWN
+    last = [Problem(f"and {more} more{' ' if what else ''}{what}", problems[-1].code)] if more > 0 else []
+    return [*problems[:_SHOWN], *last]

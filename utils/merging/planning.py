@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.merging.device import choose_merge_device
+from utils.mergekit_api import MergeMethod, merge_method
 from utils.merging.differences import check_configs, left_out, own_heads, prove_coverage
-from utils.merging.guided.methods import own_method
-from utils.merging.inputs import MergeInputs, open_inputs
+from utils.merging.guided.methods import OwnMethod, register_methods
+from utils.merging.inputs import FoundModels, MergeInputs, find_models, open_inputs
 from utils.merging.parameters import DensitySummary, check_parameters, density_summaries
+from utils.merging.pieces.choice import Division, divide
 from utils.merging.plan import MergePlan, plan_merge
+from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import MergeRecipe
-from utils.merging.recipe_schema import OrderedConfiguration, parse_recipe
+from utils.merging.resources import choose_merge_device
 from utils.merging.saliency_plan import SaliencyFile, bind_saliency
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import plan_vocabulary
@@ -31,15 +33,15 @@ from utils.runtime import device_name, gigabytes, versions
 class PlannedMerge:
     """A merge that is known to fit together.
 
-    `recipe` is the file, `config` the recipe as mergekit's value with the names the user wrote. `device` is torch's
-    name. `saliency` are the files of vectors that a guided method reads. `warnings` are sentences. `stamps` are sizes
-    and times of the inputs' weight files and of those.
+    `recipe` is the file. `division` says which tensors are merged in pieces. `device` is torch's name. `densities` are
+    there for a method that uses them, `saliency` are the files of vectors that a guided method reads. `warnings` are
+    sentences. `stamps` are sizes and times of the inputs' weight files and of those.
     """
 
     settings: MergeSettings
     recipe: MergeRecipe
-    config: OrderedConfiguration
     plan: MergePlan
+    division: Division
     device: str
     densities: tuple[DensitySummary, ...]
     saliency: tuple[SaliencyFile, ...]
@@ -50,63 +52,86 @@ class PlannedMerge:
         """Raise a `UserError` if a file that was read for the merge has changed since it was planned."""
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
-                raise UserError(f"{path} changed while it was merged, so nothing was published; merge again")
+                text = f"{path} changed while it was merged, so nothing was published; merge again"
+                raise UserError(text, "merge-input-changed")
 
 
-def plan_recipe(
+def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, tell: Callable[[str], None]) -> PlannedMerge:
+    """Check a recipe, find its models and plan the merge; the output folder of the settings is not looked at.
+
+    Args:
+        settings: the flags.
+        recipe: the recipe file.
+        tell: takes the lines of the report, as the facts become known.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    return plan_models(settings, find_models(check_recipe(recipe), settings.lora_merge_cache), tell)
+
+
+def plan_models(
     settings: MergeSettings,
-    recipe: MergeRecipe,
+    found: FoundModels,
     tell: Callable[[str], None],
     opened: Callable[[MergeInputs], None] = lambda inputs: None,
 ) -> PlannedMerge:
-    """Plan a merge as far as possible without reading weights.
+    """Plan the merge of models that were found, as far as possible without reading weights.
 
     Args:
         settings: the flags; the output folder is not looked at.
-        recipe: the recipe file, already checked in itself.
+        found: the checked recipe and its models.
         tell: takes the lines of the report, as the facts become known.
         opened: called once the models are open, before the merge is planned.
 
     Raises:
         UserError: anything the user can mend; see the functions this calls.
     """
-    config, method, warnings = parse_recipe(recipe)
+    checked, recipe = found.recipe, found.recipe.file
+    register_methods()
+    method = merge_method(checked.method.name)
     device, why = choose_merge_device(settings, method)
     tell(", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit")))
     tell(f"device: {device_name(device)}, {why}")
-    inputs = open_inputs(config, settings)
+    inputs = open_inputs(found, settings)
     checkpoints = [model.checkpoint for model in inputs.models]
     stamps = {file: _stamp(file) for checkpoint in checkpoints for file in checkpoint.files}
     for line in _input_lines(inputs):
         tell(line)
     opened(inputs)
-    warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
-    plan = _plan(inputs, settings, device)
-    warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan, method)]
+    warnings = [*checked.idle_parameters(), *check_configs(inputs, trust_remote_code=settings.trust_remote_code)]
+    plan = _plan(inputs, method, settings, device)
+    warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan)]
     warnings += _idle_flags(settings, device)
-    plan, saliency, idle = bind_saliency(plan, method, recipe.path.parent)
+    plan, saliency, idle = bind_saliency(plan, recipe)
     stamps |= {file.path: _stamp(file.path) for file in saliency}
     warnings += idle
-    densities = tuple(density_summaries(plan, method))
+    densities = tuple(density_summaries(plan)) if checked.method.cuts else ()
     tell(
-        f"merge: {config.merge_method} by {recipe.path.name}, seed {settings.random_seed}; computed in "
+        f"merge: {checked.method.name} by {recipe.path.name}, seed {settings.random_seed}; computed in "
         f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
     )
-    for line in _plan_lines(plan, densities):
-        tell(line)
-    for line in _saliency_lines(config.merge_method, saliency):
+    for line in (*_plan_lines(plan, densities), *_saliency_lines(plan, saliency)):
         tell(line)
     return PlannedMerge(
-        settings, recipe, config, plan, str(device), densities, saliency, tuple(dict.fromkeys(warnings)), stamps
+        settings=settings,
+        recipe=recipe,
+        plan=plan,
+        division=divide(plan, settings),
+        device=str(device),
+        densities=densities,
+        saliency=saliency,
+        warnings=tuple(dict.fromkeys(warnings)),
+        stamps=stamps,
     )
 
 
-def _plan(inputs: MergeInputs, settings: MergeSettings, device: torch.device) -> MergePlan:
+def _plan(inputs: MergeInputs, method: MergeMethod, settings: MergeSettings, device: torch.device) -> MergePlan:
     donor, *others = (model.checkpoint for model in inputs.models)
     trust = settings.trust_remote_code
     architecture = plan_architecture(donor, others, trust_remote_code=trust, allow_mixed=settings.allow_crimes)
     vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust)
-    return plan_merge(inputs, architecture, vocabulary, settings, str(device))
+    return plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -153,8 +178,8 @@ def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Itera
         )
 
 
-def _saliency_lines(name: str, saliency: tuple[SaliencyFile, ...]) -> Iterator[str]:
-    method = own_method(name)
-    for file in saliency if method else ():
+def _saliency_lines(plan: MergePlan, saliency: tuple[SaliencyFile, ...]) -> Iterator[str]:
+    method = plan.method
+    for file in saliency if isinstance(method, OwnMethod) else ():
         for label, count in file.tensors.items():
             yield f"saliency of {label}: {count} tensors are {method.use} by the vectors in {file.written}"

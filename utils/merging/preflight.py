@@ -9,11 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from utils.merging.inputs import MergeInputs
+from utils.merging.inputs import FoundModels, MergeInputs
 from utils.merging.output_folder import OutputFolder, check_apart, check_space
-from utils.merging.plan import MergePlan
-from utils.merging.planning import PlannedMerge, plan_recipe
-from utils.merging.recipe_file import MergeRecipe
+from utils.merging.planning import PlannedMerge, plan_models
 from utils.merging.resources import memory_estimate
 from utils.merging.settings import MergeSettings
 from utils.models.tokenizer_files import small_bytes
@@ -23,13 +21,13 @@ _SPARE = 2**20  # bytes for config, card and manifest
 
 
 def preflight(
-    settings: MergeSettings, recipe: MergeRecipe, output: OutputFolder, tell: Callable[[str], None]
+    settings: MergeSettings, found: FoundModels, output: OutputFolder, tell: Callable[[str], None]
 ) -> PlannedMerge:
     """Plan a merge, and check that its result has a place of its own and finds room.
 
     Args:
         settings: the flags.
-        recipe: the recipe file, already checked in itself.
+        found: the checked recipe and its models.
         output: the output folder, already checked in itself.
         tell: takes the lines of the report, as the facts become known.
 
@@ -40,23 +38,18 @@ def preflight(
     def apart(inputs: MergeInputs) -> None:
         check_apart(settings.output_path, [(one.checkpoint.name, one.checkpoint.folder) for one in inputs.models])
 
-    planned = plan_recipe(settings, recipe, tell, apart)
-    short = _check_room(planned.plan, settings, output, torch.device(planned.device), tell)
+    planned = plan_models(settings, found, tell, apart)
+    short = _check_space(planned, output, tell)
     return replace(planned, warnings=(*planned.warnings, *short))
 
 
-def _check_room(
-    plan: MergePlan,
-    settings: MergeSettings,
-    output: OutputFolder,
-    device: torch.device,
-    tell: Callable[[str], None],
-) -> Iterator[str]:
+def _check_space(planned: PlannedMerge, output: OutputFolder, tell: Callable[[str], None]) -> Iterator[str]:
     """Compare disk and memory with what the merge needs; a warning if memory looks short."""
+    plan, device = planned.plan, torch.device(planned.device)
     needed = plan.nbytes + small_bytes(plan.inputs.donor.checkpoint.folder) + _SPARE
     free = check_space(output, needed)
     tell(f"disk: {gigabytes(needed)} for the result, {gigabytes(free)} free")
-    memory, available = memory_estimate(plan, settings), available_bytes(device)
+    memory, available = memory_estimate(plan, planned.division, planned.settings), available_bytes(device)
     tell(f"memory: about {gigabytes(memory)} on {device.type} beside the runtime; {gigabytes(available)} free")
     if memory > available:
         yield (

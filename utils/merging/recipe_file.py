@@ -1,24 +1,29 @@
-"""A merge recipe as somebody wrote it: read, and checked as far as that goes without mergekit.
+"""A merge recipe as somebody wrote it: its text, the data in it, and the names of models and files that stand there.
 
-mergekit ignores what it does not know, so that a slip of the pen changes a merge without a word. Here the values are
-checked (in milliseconds); `utils/merging/recipe_schema.py` checks the names against mergekit itself (which takes seconds to
-import).
+Names of folders that are relative begin where the command runs, as mergekit has it, or beside the recipe: a recipe that
+moves together with what it names goes on working, and so does the one that lies beside a merged model.
 """
 
 import hashlib
-import math
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, raise_collected
+import yaml
+
+from utils.errors import Problem, UserError, raise_collected
 from utils.safe_yaml import read_text, read_yaml_mapping
 
 INPUT_KEYS = ("models", "slices", "modules")
-_MODEL_KEYS = ("model", "base_model", "path", "tokenizer_source", "source")
-_SHARES = ("density", "select_topk")  # parameters that are shares of a tensor's entries
+MODEL_KEYS = ("model", "base_model", "lora", "path", "tokenizer_source", "source")
+FILE_KEYS = ("saliency",)  # parameters that name a file
+KEYWORDS = ("union", "base")  # what the tokenizer's keys take beside models
+_DONOR_KEYS = ("tokenizer_source", "source")
+_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # what YAML reads as text without quotes
 
 
 @dataclass(frozen=True)
@@ -39,41 +44,79 @@ class MergeRecipe:
         """SHA-256 of the text, as lower-case hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def locate(self, name: str) -> str:
+        """Where a name leads: itself, or the path beside the recipe if only there is something of that name.
+
+        Raises:
+            UserError: there are two different things of that name.
+        """
+        here = Path(os.path.expanduser(name))
+        beside = self.path.parent / here  # an absolute path stays what it is
+        if not name or not _exists(beside) or (_exists(here) and os.path.samefile(here, beside)):
+            return name
+        if _exists(here):
+            raise UserError(
+                f"{self.where}: {name} is here ({here.resolve()}) and beside the recipe ({beside.resolve()}); write "
+                "the whole path of the one that is meant",
+                "recipe-ambiguous-name",
+            )
+        return str(beside)
+
     def local_folders(self) -> list[tuple[str, Path]]:
         """The models that are folders here, as far as plain names tell: name and folder."""
-        names = dict.fromkeys(model_names(self.data))
-        return [(name, Path(name).expanduser()) for name in names if os.path.isdir(os.path.expanduser(name))]
+        names = {name: Path(os.path.expanduser(self.locate(name))) for name in model_names(self.data)}
+        return [(name, folder) for name, folder in names.items() if folder.is_dir()]
+
+    def rewritten(self, name: Callable[[str], str]) -> str:
+        """The text with every name of a model or a file replaced, and all else as it was."""
+        text = self.text
+        spots = [(node, new) for node, old in _named_nodes(yaml.compose(text)) if (new := name(old)) != old]
+        for node, new in sorted(spots, key=lambda spot: -spot[0].start_mark.index):
+            written = new if _PLAIN.fullmatch(new) else json.dumps(new, ensure_ascii=False)
+            text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
+        return text
 
 
 def read_recipe(path: Path) -> MergeRecipe:
-    """Read a merge recipe and check its outline and its numbers.
+    """Read a merge recipe.
 
     Raises:
-        UserError: not a readable YAML mapping; no merge method; not exactly one of `models`, `slices` and `modules`;
-            numbers that are not finite, densities outside [0, 1]. All problems are reported together.
+        UserError: not a readable YAML mapping, or not a recipe for this command.
     """
-    data = read_yaml_mapping(path, "merge recipe")
-    return checked_recipe(path, read_text(path, "merge recipe"), data)
+    text = read_text(path, "merge recipe")
+    if _documents(text) > 1:
+        raise UserError(
+            f"merge recipe {path} holds several documents, one for each of several merges; mergekit-multi takes such a "
+            "file, or save each document as a recipe of its own",
+            "recipe-many-documents",
+        )
+    return checked_recipe(path, text, read_yaml_mapping(path, "merge recipe"))
 
 
 def checked_recipe(path: Path, text: str, data: Mapping[str, Any]) -> MergeRecipe:
-    """A recipe from its text and the data in it, checked as `read_recipe` checks one; nothing is read.
+    """A recipe from its text and the data in it, with its outline checked; nothing is read.
 
     Raises:
-        UserError: as `read_recipe`; `path` is what to call it.
+        UserError: a file for another command; no merge method; not exactly one of `models`, `slices` and `modules`.
+            `path` is what to call it.
     """
     if "model_info" in data:
-        raise UserError(f"merge recipe {path} is a pair config; give the recipe that lewis_merge.py made of it")
+        text = f"merge recipe {path} is a pair config; give the recipe that lewis_merge.py made of it"
+        raise UserError(text, "recipe-pair-config")
+    if "experts" in data and "merge_method" not in data:
+        raise UserError(
+            f"merge recipe {path} makes a mixture of experts out of whole models; mergekit-moe takes it: mergekit-moe "
+            f"{path} FOLDER",
+            "recipe-moe",
+        )
     problems = []
     if not isinstance(data.get("merge_method"), str):
-        problems.append(f"merge_method must name a method, e.g. ties, got {data.get('merge_method')!r}")
+        got = data.get("merge_method")
+        problems.append(Problem(f"merge_method must name a method, e.g. ties, got {got!r}", "recipe-no-method"))
     present = [key for key in INPUT_KEYS if data.get(key)]
     if len(present) != 1:
         got = " and ".join(present) if present else "none of them"
-        problems.append(f"needs exactly one of models, slices and modules, got {got}")
-    for where, parameters in _parameter_blocks(data, ""):
-        for name, value in parameters.items():
-            problems += [f"{where}.{name}: {slip}" for slip in _value_slips(str(name), value)]
+        problems.append(Problem(f"needs exactly one of models, slices and modules, got {got}", "recipe-inputs"))
     raise_collected(problems, f"merge recipe {path}")
     return MergeRecipe(path, text, data)
 
@@ -82,8 +125,9 @@ def model_names(node: Any) -> Iterator[str]:
     """Every text under the keys by which mergekit knows models."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            if key in _MODEL_KEYS and isinstance(value, str) and "\0" not in value:
-                yield value
+            if key in MODEL_KEYS and isinstance(value, str) and "\0" not in value:
+                if not (key in _DONOR_KEYS and value in KEYWORDS):
+                    yield value
             else:
                 yield from model_names(value)
     elif isinstance(node, list):
@@ -91,46 +135,35 @@ def model_names(node: Any) -> Iterator[str]:
             yield from model_names(value)
 
 
-def _parameter_blocks(node: Any, where: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Every `parameters` mapping of a recipe with its place in it."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            inner = f"{where}.{key}" if where else str(key)
-            if key == "parameters" and isinstance(value, Mapping):
-                yield inner, value
-            else:
-                yield from _parameter_blocks(value, inner)
-    elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _parameter_blocks(value, f"{where}[{place}]")
-
-
-def _value_slips(name: str, setting: Any) -> Iterator[str]:
-    """What is wrong with the numbers of one parameter: a scalar, a gradient, or `{filter, value}` entries."""
-    if setting is None:
-        yield "has no value"
-    elif isinstance(setting, Mapping):
-        if "value" in setting:
-            at = f"filter {setting['filter']!r}: " if setting.get("filter") is not None else ""
-            yield from (at + slip for slip in _value_slips(name, setting["value"]))
-        else:
-            yield f"{dict(setting)!r} has no value"
-    elif isinstance(setting, list):
-        for item in setting:
-            yield from _value_slips(name, item)
-    elif not isinstance(setting, bool):
-        number = _as_number(setting)
-        if number is not None and not math.isfinite(number):
-            yield f"{setting!r} is not a finite number"
-        elif number is not None and name in _SHARES and not 0 <= number <= 1:
-            yield f"{setting!r} is outside [0, 1]"
-        elif number is None and name in (*_SHARES, "weight"):
-            yield f"{setting!r} is not a number"
-
-
-def _as_number(value: Any) -> float | None:
-    """A number, or text that mergekit would read as one (YAML reads `1e-3` as text)."""
+def _documents(text: str) -> int:
+    """How many YAML documents a text holds, as far as it is YAML."""
+    if not re.search(r"^---(?:\s|$)", text, flags=re.M):
+        return 1
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+        return sum(isinstance(event, yaml.DocumentStartEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError:
+        return 1  # which is said when the data is read
+
+
+def _named_nodes(node: yaml.Node | None, named: bool = False) -> Iterator[tuple[yaml.ScalarNode, str]]:
+    """The scalars of a YAML tree that name models and files, each once, with what they say."""
+    for key, value in _children(node):
+        here = key in (*MODEL_KEYS, *FILE_KEYS) or (named and key in ("value", None))
+        if not isinstance(value, yaml.ScalarNode):
+            yield from _named_nodes(value, key in FILE_KEYS or (named and key is None))
+        elif here and value.value and not (key in _DONOR_KEYS and value.value in KEYWORDS):
+            yield value, value.value
+
+
+def _children(node: yaml.Node | None) -> Iterator[tuple[str | None, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        yield from ((key.value, value) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from ((None, value) for value in node.value)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

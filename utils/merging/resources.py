@@ -1,24 +1,49 @@
-"""How much memory a merge takes: the largest tensor's arithmetic and the weight file in the making, or a few pieces."""
+"""Where a merge computes, and how much memory it takes there."""
 
 import math
 
 import torch
 
-from utils.mergekit_api import SparsificationMethod, merge_method
-from utils.merging.fast_sparsifiers import selects_exactly
+from utils.mergekit_api import MergeMethod, SparsificationMethod
 from utils.merging.guided.mean import TEMPORARIES
-from utils.merging.guided.methods import GUIDED_MEAN, own_method
-from utils.merging.pieces.choice import divide
+from utils.merging.guided.methods import GuidedMean, OwnMethod
+from utils.merging.pieces.choice import Division, reason_against
 from utils.merging.pieces.tensor import buffer_bytes, table_bytes
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.settings import MergeSettings
+from utils.runtime import choose_device
+
+# A thread merges some 50 M parameters a second of two experts by `ties` in pieces, and all threads read and write at the
+# same time (benchmarks/merging.py). mergekit's executor, which a GPU needs, reads, computes and writes in turn: with 8
+# bytes to move for a parameter it would have to move 3 GB a second to keep up with 8 threads.
+ENOUGH_THREADS = 8
 
 _ITEM = {"float64": 8, "float32": 4}
 _SORT = 24  # bytes per entry: a float32 copy, the sorted copy, int64 indices and their exchange buffer
 _COUNT = 1  # bytes per entry of a mask found by counting (`utils/merging/fast_sparsifiers.py`)
 
 
-def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
+def choose_merge_device(settings: MergeSettings, method: MergeMethod) -> tuple[torch.device, str]:
+    """The device of a merge and the reason for it.
+
+    `auto` takes a GPU if one is there, unless the method can be merged in pieces on a CPU with enough threads, and no
+    flag that is about GPU memory is given.
+
+    Raises:
+        UserError: a device that is unknown or not there.
+    """
+    device, why = choose_device(settings.device)
+    if settings.device != "auto" or device.type == "cpu" or settings.low_cpu_memory or settings.read_to_gpu:
+        return device, why
+    threads = torch.get_num_threads()
+    if threads < ENOUGH_THREADS or reason_against(settings, method) is not None:
+        return device, why
+    name = method.spec.name
+    reason = f"{name} is merged in pieces while files are read and written (a GPU: --device {device})"
+    return torch.device("cpu"), reason
+
+
+def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings) -> int:
     """Bytes that a merge takes at its peak beside the runtime, about; file pages that can be dropped are not counted.
 
     The formula is fitted to mergekit 0.1.5 on the CPU (measured with one tensor of 65 M entries): for n changed models
@@ -36,8 +61,8 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
     `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
     `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
     """
-    division, ranking = divide(plan, settings), _COUNT if selects_exactly(plan, settings) else _SORT
-    if not isinstance(division, str):
+    ranking = _COUNT if division.by_counting else _SORT
+    if division.direct:
         threads = torch.get_num_threads()
         tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
         buffers = max(buffer_bytes(tensor) for tensor in division.direct)
@@ -50,19 +75,17 @@ def memory_estimate(plan: MergePlan, settings: MergeSettings) -> int:
 
 def _arithmetic(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
     """Bytes that one tensor's arithmetic takes; `ranking` bytes per entry go to finding a mask by magnitude."""
-    name = plan.inputs.config.merge_method
-    rows = min(TEMPORARIES, 24 * tensor.params) if name == GUIDED_MEAN else 0
+    rows = min(TEMPORARIES, 24 * tensor.params) if isinstance(plan.method, GuidedMean) else 0
     return _per_entry(plan, tensor, ranking) * tensor.params + rows
 
 
 def _per_entry(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
-    name = plan.inputs.config.merge_method
-    method = merge_method(name)
+    method = plan.method
     item = _ITEM.get(plan.dtype or tensor.dtype or "", 2)
     stored = {header.nbytes // max(1, math.prod(header.shape)) for header in tensor.sources.values()}
     converted = len(tensor.sources) * item if stored - {item} else 0
-    if own_method(name) is not None:
-        guided = _mean_per_entry if name == GUIDED_MEAN else _guided_per_entry
+    if isinstance(method, OwnMethod):
+        guided = _mean_per_entry if isinstance(method, GuidedMean) else _guided_per_entry
         return converted + guided(tensor, item)
     if not hasattr(method, "sparsification_method"):  # the others work in float32, on all inputs at once
         return converted + (len(tensor.sources) + 2) * 4

@@ -4,12 +4,12 @@ The last is asked of transformers itself, with all parameters on the meta device
 but no weights enter memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from utils.errors import raise_collected
+from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import get_auto_cls
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
@@ -35,12 +35,22 @@ def check_result(plan: MergePlan, settings: MergeSettings, folder: Path) -> list
         UserError: the result is not what was planned or does not load. It is then not published.
     """
     headers = read_headers(folder, "the result")
-    problems = [*_tensor_problems(plan, headers), *_loading_problems(folder, settings)]
-    problems += _small_file_problems(plan, settings, folder)
-    rows, row_problems = _vocabulary(plan, settings, folder, headers)
-    raise_collected([*problems, *row_problems], "the merged model did not pass its checks")
+    _refuse(_tensor_problems(plan, headers))
+    _refuse([*_small_file_problems(plan, settings, folder), *_loading_problems(folder, settings)])
+    rows, problems = _vocabulary(plan, settings, folder, headers)
+    _refuse(problems)
     checked = f"{len(headers)} tensors are finite and have the planned names, shapes and dtypes"
     return [f"checked: {checked}; transformers loads them all", *rows]
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = [Problem(text, "merge-result-wrong") for text in problems]
+    raise_collected(found, "the merged model did not pass its checks")
+
+
+def _does_not_load(what: str, error: Exception) -> UserError:
+    text = f"the merged model did not pass its checks: {what}: {type(error).__name__}: {error}"
+    return UserError(text, "merge-result-unloadable")
 
 
 def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Iterator[str]:
@@ -70,8 +80,7 @@ def _loading_problems(folder: Path, settings: MergeSettings) -> Iterator[str]:
                 trust_remote_code=settings.trust_remote_code,
             )
     except Exception as error:  # whatever it is, the result does not load
-        yield f"transformers cannot load it: {type(error).__name__}: {error}"
-        return
+        raise _does_not_load("transformers cannot load it", error) from error
     for key, what in (
         ("missing_keys", "are missing for the model class"),
         ("unexpected_keys", "are not known to the model class"),
@@ -104,8 +113,8 @@ def _vocabulary(
         with quiet_mergekit():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:
-        return [], [f"its tokenizer cannot be loaded: {type(error).__name__}: {error}"]
+    except Exception as error:  # tokenizers raise anything
+        raise _does_not_load("its tokenizer cannot be loaded", error) from error
     rows = {
         headers[tensor.name].shape[tensor.vocabulary_axis]
         for tensor in plan.tensors

@@ -26,11 +26,11 @@ from utils.mergekit_api import (
     TensorWriter,
     TensorWriterTask,
 )
-from utils.merging.fast_sparsifiers import path_taken, selecting_exactly, selects_exactly
+from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.pieces.arithmetic import is_finite, not_finite
-from utils.merging.pieces.choice import divide
 from utils.merging.pieces.run import run_directly
 from utils.merging.plan import MergePlan, forget_inputs
+from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.progress_bar import progress_bar
 from utils.runtime import gigabytes
@@ -79,25 +79,23 @@ class CheckedWriterTask(TensorWriterTask, arbitrary_types_allowed=True):
         return self.writer
 
 
-def run_merge(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
+def run_merge(planned: PlannedMerge, folder: Path) -> None:
     """Merge all tensors of a plan into safetensors shards in `folder`.
 
     Args:
-        plan: the planned merge.
-        settings: the flags.
-        device: torch's name of the device to compute on.
+        planned: the planned merge.
         folder: where the shards go; it exists.
 
     Raises:
         UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
     """
+    plan, settings, division = planned.plan, planned.settings, planned.division
     forget_inputs(plan.options)
-    division = divide(plan, settings)
     if not settings.quiet:
-        print(f"path: {path_taken(plan, settings, division)}", flush=True)
-    with selecting_exactly(selects_exactly(plan, settings)):
-        if isinstance(division, str):
-            _run_by_mergekit(plan, settings, device, folder)
+        print(f"path: {division.summary}", flush=True)
+    with selecting_exactly(division.by_counting):
+        if not division.direct:
+            _run_by_mergekit(plan, settings, planned.device, folder)
             return
         with _progress_bar(plan, settings) as progress, _readable_failures():
             shown = partial(_show, progress, {}, len(plan.tensors))
@@ -173,12 +171,15 @@ def _readable_failures() -> Iterator[None]:
     except SafetensorError as error:
         text = str(error)
         remedy = "make room, or choose another --output_path" if "os error 28" in text else "is an input incomplete?"
-        raise UserError(f"reading or writing weights failed: {text}; {remedy}") from None
+        raise UserError(f"reading or writing weights failed: {text}; {remedy}", "merge-weights-io") from error
     except torch.OutOfMemoryError as error:
         free = gigabytes(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else "little"
         first = str(error).splitlines()[0]
         raise UserError(
-            f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU nobody else uses"
-        ) from None
-    except MemoryError:
-        raise UserError("memory ran out; give a smaller --out_shard_size, or dtype: bfloat16 in the recipe") from None
+            f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU nobody else uses",
+            "memory-gpu",
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            "memory ran out; give a smaller --out_shard_size, or dtype: bfloat16 in the recipe", "memory-host"
+        ) from error

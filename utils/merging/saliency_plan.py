@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.errors import UserError, raise_collected
-from utils.mergekit_api import GatherTensors, MergeMethod, ModelReference
+from utils.errors import Problem, UserError, raise_collected
+from utils.mergekit_api import GatherTensors, ModelReference
 from utils.merging.guided.methods import SALIENCY, OwnMethod
 from utils.merging.inputs import MergeInput
-from utils.merging.parameters import input_values, shortened
-from utils.merging.plan import MergePlan, OutputTensor, gathered
+from utils.merging.parameters import input_values
+from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
+from utils.merging.recipe_file import MergeRecipe
 from utils.models.checkpoints import FLOAT_DTYPES
 from utils.publish import file_sha256
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
@@ -42,15 +43,12 @@ class SaliencyFile:
         return self.path.name if Path(self.written).expanduser().is_absolute() else self.written
 
 
-def bind_saliency(
-    plan: MergePlan, method: MergeMethod, folder: Path
-) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
+def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
     """Check the saliency files that a recipe names, and tie the tasks to their vectors. No weights are read.
 
     Args:
         plan: the merge.
-        method: its method.
-        folder: where the recipe lies; paths in it are relative to that.
+        recipe: where the files' names come from: they lead to what is here or beside it.
 
     Returns:
         The plan with tied tasks; the files (none for a method without saliency); warnings (sentences).
@@ -60,12 +58,13 @@ def bind_saliency(
             not fit it, or are negative or not finite; a vocabulary is aligned, so that its rows are not those measured;
             a parameter is outside the method's range.
     """
+    method = plan.method
     if not isinstance(method, OwnMethod):
         return plan, (), []
     raise_collected(shortened(list(_slips(plan, method))), "merge recipe: values")
-    named = {text: (folder / Path(text).expanduser()).resolve() for text in _named_files(plan)}
+    named = {text: Path(recipe.locate(text)).expanduser().resolve() for text in _named_files(plan)}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
-    problems: list[str] = []
+    problems: list[Problem] = []
     used: dict[str, dict[str, int]] = {text: {} for text in named}
     tensors = []
     for tensor in plan.tensors:
@@ -82,7 +81,7 @@ def bind_saliency(
             try:
                 keys[model.reference] = _checked_key(plan, tensor, model, opened[named[text]], method.remedy)
             except UserError as error:
-                problems.append(str(error))
+                problems.append(Problem(str(error), error.code))
             used[text][model.label] = used[text].get(model.label, 0) + 1
         tensors.append(_tied(tensor, keys))
     raise_collected(shortened(problems), f"merge recipe: {SALIENCY}")
@@ -92,7 +91,7 @@ def bind_saliency(
     return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files, method))
 
 
-def _slips(plan: MergePlan, method: OwnMethod) -> Iterator[str]:
+def _slips(plan: MergePlan, method: OwnMethod) -> Iterator[Problem]:
     """Parameters that the method cannot work with; the same ones for many tensors are told of the first."""
     seen: set[str] = set()
     for tensor in plan.tensors:
@@ -103,7 +102,7 @@ def _slips(plan: MergePlan, method: OwnMethod) -> Iterator[str]:
             for slip in method.slips(shared, values):
                 if slip not in seen:
                     seen.add(slip)
-                    yield f"{model.label}, {tensor.name}: {slip}"
+                    yield Problem(f"{model.label}, {tensor.name}: {slip}", "recipe-bad-value")
 
 
 def _named_files(plan: MergePlan) -> list[str]:
@@ -120,19 +119,25 @@ def _checked_key(
     task = tensor.task
     weight = gathered(task).weight_info[model.reference]
     if not isinstance(task.gather_tensors, GatherTensors):
-        raise UserError(f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {remedy}")
+        raise UserError(
+            f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {remedy}",
+            "saliency-vocabulary",
+        )
     stored = tensor.sources[model.reference].name  # of a head that is tied in this model: the embedding's
     planned = {weight.name, plan.architecture.spellings.get(stored, stored)}
     spellings = (name for name, own in plan.architecture.spellings.items() if own in planned)
     found = vectors.of_these(dict.fromkeys((weight.name, stored, *spellings)))
     if not found:
-        raise UserError(f"{model.label}: {vectors.path} has no vectors of {weight.name}; {remedy}")
+        raise UserError(
+            f"{model.label}: {vectors.path} has no vectors of {weight.name}; {remedy}", "saliency-missing-tensor"
+        )
     shape = vectors.shape(found[0])
     if tensor.shape is not None and shape != (tensor.shape or (1,)):
         lengths = " and ".join(map(str, shape))
         raise UserError(
             f"{model.label}: {vectors.path} has vectors of length {lengths} for {weight.name}, whose shape is "
-            f"{list(tensor.shape)}; were they measured on this model?"
+            f"{list(tensor.shape)}; were they measured on this model?",
+            "saliency-shape",
         )
     vectors.vectors(found[0])
     return VectorKey(vectors.path, found[0])

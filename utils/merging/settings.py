@@ -62,17 +62,22 @@ def read_settings(flags: argparse.Namespace) -> MergeSettings:
     given = dict(vars(flags))
     cuda, gpu_rich = given.pop("cuda"), given.pop("gpu_rich")
     if not given.pop("safe_serialization"):
-        raise UserError("--safe_serialization False would write pickles, which can run code when loaded; remove it")
+        raise UserError(
+            "--safe_serialization False would write pickles, which can run code when loaded; remove it", "flag-pickles"
+        )
     if gpu_rich:
         given |= {"low_cpu_memory": True, "read_to_gpu": True, "multi_gpu": True}
     if given["device"] is None:
         given["device"] = "cuda" if cuda or gpu_rich else "auto"
     elif given["device"] == "cpu" and (cuda or gpu_rich or given["multi_gpu"]):
         flag = "cuda" if cuda else "gpu_rich" if gpu_rich else "multi_gpu"
-        raise UserError(f"--device cpu contradicts --{flag}; give one of them")
+        raise UserError(f"--device cpu contradicts --{flag}; give one of them", "flag-device-contradiction")
     if given["multi_gpu"]:
         if ":" in given["device"]:
-            raise UserError(f"--multi_gpu uses every GPU, --device {given['device']} one of them; give one of the two")
+            raise UserError(
+                f"--multi_gpu uses every GPU, --device {given['device']} one of them; give one of the two",
+                "flag-device-contradiction",
+            )
         given["device"] = "cuda"
     return MergeSettings(**given)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from utils.errors import UserError, raise_collected
+from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, get_vocab_size, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.models.architecture import ArchitecturePlan, quiet_mergekit
@@ -69,7 +69,8 @@ def plan_vocabulary(inputs: MergeInputs, architecture: ArchitecturePlan, *, trus
     if donor.reference not in prints:
         raise UserError(
             f"model {donor.checkpoint.name} has no tokenizer, which the recipe's tokenizer block needs; add its "
-            "tokenizer files, or remove tokenizer_source from the recipe"
+            "tokenizer files, or remove tokenizer_source from the recipe",
+            "merge-no-tokenizer",
         )
     if same and _is_plain(config):
         size = len(_vocabulary(donor, trust_remote_code))
@@ -137,7 +138,9 @@ def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
             loaded = AutoTokenizer.from_pretrained(model.checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {first}") from None
+        raise UserError(
+            f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {first}", "merge-tokenizer-unreadable"
+        ) from error
     return loaded.get_vocab()
 
 
@@ -194,7 +197,7 @@ def _build(task: BuildTokenizer, inputs: MergeInputs) -> TokenizerInfo:
             return task.execute()
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         names = ", ".join(model.label for model in inputs.models)
-        raise UserError(f"the tokenizers of {names} cannot be joined: {error}") from None
+        raise UserError(f"the tokenizers of {names} cannot be joined: {error}", "merge-tokenizers-apart") from error
 
 
 def _check_permutations(
@@ -207,11 +210,12 @@ def _check_permutations(
         rows = min(embedding_rows(architecture, model.checkpoint).values(), default=0)
         short = [token for token, place in vocabulary.items() if places.get(place, rows) >= rows]
         if short:
-            problems.append(
+            text = (
                 f"model {model.checkpoint.name}: its tokenizer knows {len(short)} tokens without an embedding row "
                 f"({', '.join(map(repr, short[:_SHOWN]))}; it has {rows} rows); remove them from its tokenizer, or "
                 "tokenizer_source from the recipe"
             )
+            problems.append(Problem(text, "merge-tokens-without-rows"))
     raise_collected(problems, "tokenizers")
 
 

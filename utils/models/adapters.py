@@ -28,12 +28,14 @@ def check_adapter(shown: str, cache: Path | None) -> None:
     if os.path.exists(os.path.expanduser(shown)):
         raise UserError(
             f"model {shown}: mergekit reads '+' as 'model+LoRA adapter', but a folder has this very name; write "
-            f"model: {{model: {{path: {shown!r}}}}}"
+            f"model: {{model: {{path: {shown!r}}}}}",
+            "adapter-folder-name",
         )
     if cache is None:
         raise UserError(
             f"model {shown} means a model with a LoRA adapter. Give --lora_merge_cache FOLDER to have the adapter "
-            "merged into the model there first, or do that with peft (merge_and_unload) and name the result"
+            "merged into the model there first, or do that with peft (merge_and_unload) and name the result",
+            "adapter-no-cache",
         )
 
 
@@ -72,7 +74,7 @@ def _merge(model: Checkpoint, adapter: Path, name: str, stage: Path, dtype: str)
             merged = Path(reference.merged(cache_dir=str(stage), lora_merge_dtype=dtype).model.path)
     except (ValueError, RuntimeError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"LoRA adapter {name} cannot be merged into {model.name}: {first}") from None
+        raise UserError(f"LoRA adapter {name} cannot be merged into {model.name}: {first}", "adapter-unfit") from error
     for path in list(merged.iterdir()):
         shutil.move(path, stage / path.name)
     merged.rmdir()
@@ -83,5 +85,5 @@ def _adapter_files(name: str, revision: str | None) -> Path:
     folder = find_small_files(name, revision) if is_local(name) else download(name, revision, [CONFIG, WEIGHTS])
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise UserError(f"LoRA adapter {name}: {folder} has no {file}")
+            raise UserError(f"LoRA adapter {name}: {folder} has no {file}", "adapter-no-files")
     return folder

@@ -120,13 +120,15 @@ def plan_architecture(
         name, absent = candidates[-1].lacking[0]
         raise UserError(
             f"model {name}: its weights lack {_some(absent)}, which its architecture ({base.architecture}) needs for a "
-            "merge; is the checkpoint complete?"
+            "merge; is the checkpoint complete?",
+            "model-incomplete",
         )
     best = min(complete, key=lambda candidate: sum(map(len, candidate.plan.dropped.values())))
     for checkpoint, lost in best.lost:
         raise UserError(
             f"model {checkpoint.name}: mergekit would leave {_some(lost)} out of the merge, which the model "
-            f"({base.architecture}) has; this architecture cannot be merged with this mergekit"
+            f"({base.architecture}) has; this architecture cannot be merged with this mergekit",
+            "model-not-mergeable",
         )
     return best.plan
 
@@ -298,7 +300,9 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     except Exception as error:  # whatever a malformed config makes transformers raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if trust_remote_code else "; if the model needs its own code, give --trust_remote_code"
-        raise UserError(f"model {checkpoint.name}: config.json cannot be loaded: {first}{hint}") from None
+        raise UserError(
+            f"model {checkpoint.name}: config.json cannot be loaded: {first}{hint}", "model-config-unreadable"
+        ) from error
     config.architectures = [checkpoint.architecture]  # mergekit takes exactly one
     return config
 
@@ -308,7 +312,8 @@ def _same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
         if other.architecture != base.architecture:
             raise UserError(
                 f"model {other.name} is a {other.architecture}, the base {base.name} a {base.architecture}; "
-                "an expert must be a fine-tune of the base"
+                "an expert must be a fine-tune of the base",
+                "model-architectures-differ",
             )
 
 

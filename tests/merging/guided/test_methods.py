@@ -17,7 +17,6 @@ from utils.merging.guided.methods import (
     GuidedMean,
     GuidedTies,
     OwnMethod,
-    own_method,
     register_methods,
 )
 from utils.recipes.saliency_vectors import vector_file_bytes
@@ -103,13 +102,10 @@ def test_it_is_the_dense_version(folder, seed, shape, experts, normalize, vote, 
     experts=st.lists(an_expert, min_size=1, max_size=5),
     constant=st.sampled_from([None, 1.0, 3e-13, 7e20]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-    int8_mask=st.booleans(),
     normalize=st.booleans(),
     scale=st.sampled_from([1.0, 0.3]),
 )
-def test_constant_saliency_and_none_are_mergekits_ties(
-    folder, seed, experts, constant, dtype, int8_mask, normalize, scale
-):
+def test_constant_saliency_and_none_are_mergekits_ties(folder, seed, experts, constant, dtype, normalize, scale):
     """Bit for bit, where no magnitudes tie."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn((13, 7), generator=generator).to(dtype)
@@ -123,7 +119,6 @@ def test_constant_saliency_and_none_are_mergekits_ties(
         "density": [density for _, density in experts],
         "normalize": normalize,
         "lambda": scale,
-        "int8_mask": int8_mask,
     }
     guided = {**parameters, "saliency": [file] * len(experts)}
     ours = merge_tensors([base, *others], GUIDED_TIES, parameters=guided, base_index=0, name=NAME)
@@ -222,7 +217,7 @@ def test_registering_twice_changes_nothing(run_command_line, tmp_path):
     register_methods()
     own = [method for method in merge_methods.registered_methods() if isinstance(method, OwnMethod)]
     assert [type(method) for method in own] == [GuidedTies, GuidedMean]
-    assert own == [own_method(name) for name in (GUIDED_TIES, GUIDED_MEAN)] and own_method("ties") is None
+    assert own == [merge_methods.get(name) for name in (GUIDED_TIES, GUIDED_MEAN)]
     probe = (
         "from mergekit import merge_methods\n"
         "before = merge_methods.registered_methods()\n"

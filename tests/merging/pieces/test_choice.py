@@ -19,7 +19,7 @@ from tests.merging.test_preflight import MEASURED
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors, write_recipe
 from tests.tiny_pairs import contents
 from utils.errors import UserError
-from utils.merging.pieces import choice as direct_tensors
+from utils.merging.pieces import choice
 from utils.merging.pieces.choice import REPLACED, replaced_code
 
 
@@ -60,7 +60,7 @@ def test_the_replaced_code_is_the_code_that_was_compared():
 
 
 def test_with_other_code_mergekit_does_everything(room, monkeypatch, capsys):
-    monkeypatch.setattr(direct_tensors, "replaced_code", lambda: "0123456789abcdef")
+    monkeypatch.setattr(choice, "replaced_code", lambda: "0123456789abcdef")
     merge_here(room, recipe(room), quiet=False)
     assert "all tensors by mergekit: this mergekit computes ties by other code" in path_line(capsys.readouterr().out)
 

@@ -26,7 +26,6 @@ from utils.mergekit_api import (
     BasePolicy,
     GroupMergeMethod,
     InputContract,
-    MergeMethod,
     MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
@@ -34,7 +33,6 @@ from utils.mergekit_api import (
     TensorGroup,
     merge_method,
     register_merge_method,
-    registered_merge_methods,
 )
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
@@ -85,7 +83,6 @@ class GuidedTies(OwnMethod):
         normalize: divide by the sum of the weights that agree (default true), as `ties`.
         lambda: factor of the merged change (default 1).
         vote: leave out entries whose sign is not that of the sum (default true); false adds up all.
-        int8_mask: dtype of the sign mask, as `ties`; changes no result.
 
     Dtype and roundings are mergekit's: changes are taken in the working dtype, saliencies ranked in float32. Of equal
     ranks the lowest index is kept.
@@ -96,7 +93,6 @@ class GuidedTies(OwnMethod):
         pretty_name="TIES guided by saliency",
         reference_url="https://arxiv.org/abs/2306.01708",
         parameters=(
-            ParameterSpec("int8_mask", bool, ParameterScope.SHARED, default=False),
             ParameterSpec("normalize", bool, ParameterScope.SHARED, default=True),
             ParameterSpec("vote", bool, ParameterScope.SHARED, default=True),
             ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
@@ -125,7 +121,7 @@ class GuidedTies(OwnMethod):
             UserError: a file of vectors cannot be read or does not fit. (Command 3 has checked that before.)
         """
         base = _base_of(group)
-        shared = {name: parameters[name] for name in ("normalize", "lambda", "int8_mask")}
+        shared = {name: parameters[name] for name in ("normalize", "lambda")}
         entries = tuple(
             entry if entry is base else _trimmed(entry, base.tensor, group.metadata.name, parameters)
             for entry in group.entries
@@ -137,6 +133,7 @@ class GuidedTies(OwnMethod):
             weight=parameters["weight"],
             density=dict.fromkeys(parameters["density"], 1.0),
             rescale=False,
+            int8_mask=False,
             **shared,
         )
 
@@ -210,7 +207,7 @@ class GuidedMean(OwnMethod):
         try:
             return guided_mean(base.tensor, models, scale=parameters["lambda"], **numbers)
         except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}", "saliency-shape") from error
 
     def _weighed(
         self, entry: TensorEntry, base: Tensor, name: str | None, parameters: Mapping[str, Any]
@@ -246,16 +243,10 @@ def register_methods() -> None:
             register_merge_method(method())
             continue
         if not isinstance(known, method):
-            raise UserError(f"another package has registered a merge method {name} with mergekit; remove that package")
-
-
-def own_method(name: str) -> OwnMethod | None:
-    """The method of a name if it is this project's, None if it is mergekit's (or not registered yet)."""
-    return next((one for one in registered_merge_methods() if one.spec.name == name and _is_own(one)), None)
-
-
-def _is_own(method: MergeMethod) -> bool:
-    return isinstance(method, OwnMethod)
+            raise UserError(
+                f"another package has registered a merge method {name} with mergekit; remove that package",
+                "recipe-method-taken",
+            )
 
 
 def _base_of(group: TensorGroup) -> TensorEntry:
@@ -290,4 +281,4 @@ def _by_saliency(change: Tensor, k: int, axes: "tuple[Tensor, ...] | list[Tensor
     try:
         return saliency_mask(change, k, *axes)
     except ValueError as error:
-        raise UserError(f"saliency file {key.file}: {key.tensor}: {error}") from None
+        raise UserError(f"saliency file {key.file}: {key.tensor}: {error}", "saliency-shape") from error

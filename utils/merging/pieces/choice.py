@@ -25,7 +25,6 @@ from utils.mergekit_api import (
     SparsificationMethod,
     dtype_from_name,
     linear_merge,
-    merge_method,
     replaceable_code,
 )
 from utils.merging.pieces.arithmetic import MOST_CHANGES, Average, Combination
@@ -71,39 +70,50 @@ class DirectTensor:
 
 @dataclass(frozen=True)
 class Division:
-    """A plan's tensors: those merged here, and those left to mergekit, with the reason for each of these."""
+    """A plan's tensors: those merged here, and those left to mergekit, with the reason for each of these.
+
+    `by_counting`: of the latter, mergekit's executor selects entries by counting in place of its sorting
+    (`utils/merging/fast_sparsifiers.py`).
+    """
 
     direct: tuple[DirectTensor, ...]
     left: tuple[tuple[OutputTensor, str], ...]
+    by_counting: bool
 
     @property
     def summary(self) -> str:
         """What is done where, and why, as a clause."""
         total = len(self.direct) + len(self.left)
-        text = f"{len(self.direct)} of {total} tensors by exact selection in pieces, without mergekit's sorting"
         reasons = ", ".join(dict.fromkeys(reason for _, reason in self.left))
-        return f"{text}; {len(self.left)} by mergekit ({reasons})" if self.left else text
+        text = f"{len(self.direct)} of {total} tensors by exact selection in pieces, without mergekit's sorting"
+        if not self.direct:
+            text = f"all tensors by mergekit: {reasons}"
+        elif self.left:
+            text += f"; {len(self.left)} by mergekit ({reasons})"
+        cut = any(_is_cut(tensor) for tensor, _ in self.left)
+        return f"{text}; mergekit's executor selects by counting, without sorting" if self.by_counting and cut else text
 
 
-def divide(plan: MergePlan, settings: MergeSettings) -> Division | str:
-    """Divide a plan's tensors between this project and mergekit, or say why all are mergekit's."""
-    method = merge_method(plan.inputs.config.merge_method)
-    if (reason := reason_against(settings, method)) is not None:
-        return reason
-    if plan.options.device != "cpu" or settings.multi_gpu:
-        return "merging in pieces is for the CPU"
-    if any(tensor.shape is None or tensor.dtype is None for tensor in plan.tensors):
-        return "some tensors are converted while loading or are not floating-point numbers"
-    if len({tensor.name for tensor in plan.tensors}) < len(plan.tensors):
-        return "the recipe makes a tensor twice"
+def divide(plan: MergePlan, settings: MergeSettings) -> Division:
+    """Divide a plan's tensors between this project and mergekit."""
+    method = plan.method
+    by_magnitude = getattr(method, "sparsification_method", None) in _BANDS[1:]
+    by_counting = settings.fast_selection and by_magnitude and _is_known(method) and unknown_code(method) is None
+    against = reason_against(settings, method)
+    if against is None and (plan.options.device != "cpu" or settings.multi_gpu):
+        against = "merging in pieces is for the CPU"
+    if against is None and any(tensor.shape is None or tensor.dtype is None for tensor in plan.tensors):
+        against = "some tensors are converted while loading or are not floating-point numbers"
+    if against is None and len({tensor.name for tensor in plan.tensors}) < len(plan.tensors):
+        against = "the recipe makes a tensor twice"
     direct, left = [], []
     for tensor in plan.tensors:
-        found = _direct(tensor, method)
+        found = _direct(tensor, method) if against is None else against
         if isinstance(found, str):
             left.append((tensor, found))
         else:
             direct.append(found)
-    return Division(tuple(direct), tuple(left)) if direct else left[0][1]
+    return Division(tuple(direct), tuple(left), by_counting)
 
 
 def reason_against(settings: MergeSettings, method: MergeMethod) -> str | None:
@@ -137,11 +147,19 @@ def _unsuitable_method(method: MergeMethod) -> str | None:
     name = method.spec.name
     if method is linear_merge:
         return None
-    if type(method) is not GeneralizedTaskArithmeticMerge or method.consensus_method == ConsensusMethod.count:
+    if not _is_known(method) or method.consensus_method == ConsensusMethod.count:
         return f"{name} has no faster way here"
     if method.sparsification_method not in _BANDS:
         return f"{name} draws random numbers, in mergekit's order"
     return None
+
+
+def _is_known(method: MergeMethod) -> bool:
+    return type(method) is GeneralizedTaskArithmeticMerge
+
+
+def _is_cut(tensor: OutputTensor) -> bool:
+    return any(values.get("density", 1.0) < 1 for _, values in tensor.task.input_parameters.items())
 
 
 def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from mergekit import merge_methods
 
-from utils.merging import device as merge_device
-from utils.merging.device import ENOUGH_THREADS, choose_merge_device
+from utils.merging import resources
 from utils.merging.pieces import choice as direct_tensors
+from utils.merging.resources import ENOUGH_THREADS, choose_merge_device
 from utils.merging.settings import MergeSettings
 
 GPU = torch.device("cuda", 0)
@@ -24,7 +24,7 @@ def machine(monkeypatch):
         def choose(asked: str) -> tuple[torch.device, str]:
             return (device, "it is there") if asked == "auto" else (torch.device(asked), "asked for")
 
-        monkeypatch.setattr(merge_device, "choose_device", choose)
+        monkeypatch.setattr(resources, "choose_device", choose)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
     return have

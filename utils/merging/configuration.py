@@ -1,0 +1,72 @@
+"""A checked recipe as mergekit's own configuration, with the models where they lie on this machine."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.mergekit_api import MergeConfiguration, ModelPath, ModelReference, set_chat_template
+from utils.merging.recipe_check import CheckedRecipe, ModelName, merged_models
+from utils.merging.recipe_file import KEYWORDS
+
+
+class OrderedConfiguration(MergeConfiguration):
+    """A `MergeConfiguration` whose models keep the order of the recipe, the base first.
+
+    mergekit collects them in a set, so that the donor of a merge without `base_model` and the order of the tokens that
+    a vocabulary union adds differ from run to run.
+    """
+
+    def referenced_models(self) -> list[ModelReference]:
+        """The base and the merged models, each once."""
+        return merged_models(self)
+
+
+def local_reference(folder: Path) -> ModelReference:
+    """mergekit's reference to a folder; safe for paths that hold '+' or '@'."""
+    return ModelReference(model=ModelPath(path=str(folder)))
+
+
+def configuration(recipe: CheckedRecipe, folders: Mapping[ModelName, Path]) -> OrderedConfiguration:
+    """Make mergekit's configuration of a recipe, in which every model is an absolute folder.
+
+    Raises:
+        UserError: mergekit does not take it; a chat template that is none.
+    """
+    try:
+        config = OrderedConfiguration.model_validate(_plain(recipe.content, folders))
+    except (ValueError, RuntimeError) as error:  # what this project's own check lets pass
+        first = " ".join(str(error).split())
+        raise UserError(f"{recipe.file.where}: mergekit does not take it: {first}", "recipe-not-mergekits") from error
+    if config.chat_template and config.chat_template != "auto":
+        try:
+            set_chat_template(_TemplateHolder(), config)
+        except RuntimeError as error:
+            raise UserError(
+                f"{recipe.file.where}: chat_template {config.chat_template!r} is neither auto, nor a template mergekit "
+                "ships, nor a Jinja template",
+                "recipe-chat-template",
+            ) from error
+    return config
+
+
+class _TemplateHolder:
+    """Stands in for a tokenizer while a recipe's chat template is checked."""
+
+    chat_template: str | None = None
+
+
+def _plain(value: Any, folders: Mapping[ModelName, Path]) -> Any:
+    """A recipe's value as plain data without the keys that are not given, models by their folders."""
+    if isinstance(value, ModelName):
+        found = folders.get(value)
+        return str(value) if found is None or str(value) in KEYWORDS else {"model": {"path": str(found)}}
+    if is_dataclass(value):
+        given = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: _plain(one, folders) for name, one in given.items() if one is not None}
+    if isinstance(value, dict):
+        return {key: _plain(one, folders) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, folders) for one in value]
+    return value

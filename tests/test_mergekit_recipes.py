@@ -23,12 +23,12 @@ def test_recipe(path, monkeypatch):
     from mergekit.config import MergeConfiguration
 
     from utils.merger import read_flags
+    from utils.merging.recipe_check import check_recipe
     from utils.merging.recipe_file import read_recipe
-    from utils.merging.recipe_schema import parse_recipe
 
     assert MergeConfiguration.model_validate(yaml.safe_load(path.read_text())).merge_method in path.stem
-    _, method, warnings = parse_recipe(read_recipe(path))
-    assert method.spec.name in path.stem and warnings == []
+    checked = check_recipe(read_recipe(path))
+    assert checked.method.name in path.stem and not list(checked.idle_parameters())
     words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
     assert words[:2] == ["python3", "utils/merger.py"]
     monkeypatch.chdir(ROOT)

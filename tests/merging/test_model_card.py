@@ -1,5 +1,6 @@
 """What a merged folder says about itself: true, complete, and nothing about this machine."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny_merges import merge_here, recipe, save_models, write_recipe
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, write_recipe
 from tests.tiny_pairs import save_tokenizer
+from utils.commands.merge import merge
+from utils.merging.settings import MergeSettings
 from utils.models.tokenizer_files import has_tokenizer
 
 
@@ -47,24 +50,40 @@ def test_absolute_names_become_folder_names_and_others_stay(room, monkeypatch):
     data = recipe(room)
     data["models"][2]["model"] = "./math"
     merged = merge_here(room, data)
-    kept = yaml.safe_load((merged / "mergekit_config.yml").read_text())
-    assert [entry["model"] for entry in kept["models"]] == ["base", "code", "./math"] and kept["base_model"] == "base"
     manifest = json.loads((merged / "manifest.json").read_text())
     assert [entry["name"] for entry in manifest["inputs"]] == ["base", "code", "./math"]
     metadata, text = card(merged)
     assert "`code` and `./math` into `base`" in text and "base_model" not in metadata
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert [entry["model"] for entry in shown["models"]] == ["base", "code", "./math"] and shown["base_model"] == "base"
 
 
-def test_the_recipe_stays_as_it_was_written(room, monkeypatch):
+def test_the_card_has_the_recipe_as_it_was_written(room, monkeypatch):
     monkeypatch.chdir(room)
     text = "# my notes: ümläut\n" + yaml.safe_dump(recipe(Path()))
     (room / "mine.yaml").write_text(text)
-    from utils.commands.merge import merge
-    from utils.merging.settings import MergeSettings
-
     merge(MergeSettings(output_path=Path("merged"), merge_config=Path("mine.yaml"), device="cpu"))
-    assert (room / "merged" / "mergekit_config.yml").read_text() == text
     assert text.rstrip() in (room / "merged" / "README.md").read_text()
+    assert (room / "merged" / "mergekit_config.yml").read_text().startswith("# my notes: ümläut\n")
+
+
+def test_the_published_recipe_runs_again_as_it_is_and_both_hashes_are_recorded(room, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(room)
+    write_recipe(room / "mine.yaml", recipe(Path(), tokenizer_source="union"))
+    merge(MergeSettings(output_path=Path("out/merged"), merge_config=Path("mine.yaml"), device="cpu", quiet=True))
+    published = room / "out/merged/mergekit_config.yml"
+    recorded = json.loads((room / "out/merged/manifest.json").read_text())["recipe"]
+    assert recorded["sha256"] == hashlib.sha256((room / "mine.yaml").read_bytes()).hexdigest()
+    assert recorded["published"] == {
+        "name": published.name,
+        "sha256": hashlib.sha256(published.read_bytes()).hexdigest(),
+    }
+    for place in (tmp_path_factory.mktemp("elsewhere"), published.parent):
+        monkeypatch.chdir(place)
+        again = room / "again" / place.name
+        merge(MergeSettings(output_path=again, merge_config=published, device="cpu", quiet=True))
+        assert_same_tensors(again, room / "out/merged")
+    assert_same_tensors(merge_stock(room / "again", yaml.safe_load(published.read_text())), room / "out/merged")
 
 
 def test_card_tells_method_densities_versions_and_seed(room):

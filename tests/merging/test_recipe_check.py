@@ -109,6 +109,22 @@ def test_models_and_donors_in_the_order_of_the_recipe(tmp_path, golden):
     assert not checked(tmp_path, two(rest="tokenizer_source: base")).donors
 
 
+@pytest.mark.parametrize("rest", ["tokenizer_source: base", "tokenizer: {source: union, tokens: {x: {source: base}}}"])
+def test_a_model_may_be_called_like_a_word_of_the_tokenizer(tmp_path, rest):
+    from utils.merging.configuration import configuration
+
+    found = checked(
+        tmp_path, two(rest=rest).replace("model: a", "model: base").replace("base_model: a", "base_model: base")
+    )
+    config = configuration(found, {name: tmp_path / str(name) for name in (*found.models, *found.donors)})
+    assert [model.model.path for model in config.referenced_models()] == [str(tmp_path / "base"), str(tmp_path / "b")]
+    if config.tokenizer:
+        assert config.tokenizer.source == "union"
+        assert config.tokenizer.tokens["x"].source.model.path == str(tmp_path / "base")
+    else:
+        assert config.tokenizer_source == "base"
+
+
 def test_parameters_without_effect_are_told(tmp_path):
     data = recipe(tmp_path, "task_arithmetic")
     data["models"][0]["parameters"] = {"weight": 1}

@@ -8,8 +8,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from utils.merging.guided.methods import own_method
-from utils.merging.model_card import recipe_text
+from utils.merging.guided.methods import OwnMethod
+from utils.merging.model_card import shown_recipe
 from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.planning import PlannedMerge
@@ -25,9 +25,9 @@ _SHOWN = 4  # significant digits of a fact
 def planned_recipe(planned: PlannedMerge) -> Recipe:
     """What a recipe comes to, tensor by tensor: its settings, and heatmaps of what differs between tensors."""
     plan = planned.plan
-    method = own_method(planned.config.merge_method)
-    facts = [("merge method", planned.config.merge_method)]
-    if method is not None:
+    method = plan.method
+    facts = [("merge method", method.spec.name)]
+    if isinstance(method, OwnMethod):
         facts.append(("what it does", method.summary))
     shared = dict(plan.tensors[0].task.parameters.items()) if plan.tensors else {}
     facts += [(name, _shown(value)) for name, value in shared.items() if _is_setting(value)]
@@ -46,7 +46,7 @@ def planned_recipe(planned: PlannedMerge) -> Recipe:
             if _LAYER.search(tensor.name) is None and len(tensor.shape or ()) > 1
         ]
     facts += [(f"vectors, {name}", file.label) for file in planned.saliency for name in file.tensors]
-    return Recipe(tuple(facts), tuple(heatmaps), recipe_text(planned))
+    return Recipe(tuple(facts), tuple(heatmaps), shown_recipe(planned))
 
 
 def model_records(planned: PlannedMerge) -> tuple[ModelRecord, ...]:
@@ -74,7 +74,7 @@ def merge_page(planned: PlannedMerge, run: Run) -> Page:
     inputs = planned.plan.inputs
     experts = [model.label for model in inputs.models if model.reference != inputs.config.base_model]
     onto = f" into {inputs.label(inputs.config.base_model)}" if inputs.config.base_model else ""
-    sentence = f"{name} is a merge of {', '.join(experts)}{onto} by {planned.config.merge_method}."
+    sentence = f"{name} is a merge of {', '.join(experts)}{onto} by {planned.plan.method.spec.name}."
     details = ("Nothing on this page says how well it does: that takes an evaluation.",)
     return Page(
         title=name,

@@ -7,8 +7,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.mergekit_api import MergeConfiguration, ModelPath, ModelReference, set_chat_template
-from utils.merging.recipe_check import CheckedRecipe, ModelName, merged_models
-from utils.merging.recipe_file import KEYWORDS
+from utils.merging.recipe_check import CheckedRecipe, ModelName, is_keyword, merged_models
 
 
 class OrderedConfiguration(MergeConfiguration):
@@ -60,11 +59,14 @@ class _TemplateHolder:
 def _plain(value: Any, folders: Mapping[ModelName, Path]) -> Any:
     """A recipe's value as plain data without the keys that are not given, models by their folders."""
     if isinstance(value, ModelName):
-        found = folders.get(value)
-        return str(value) if found is None or str(value) in KEYWORDS else {"model": {"path": str(found)}}
+        return {"model": {"path": str(folders[value])}}
     if is_dataclass(value):
         given = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {name: _plain(one, folders) for name, one in given.items() if one is not None}
+        return {
+            name: str(one) if is_keyword(value, name) else _plain(one, folders)
+            for name, one in given.items()
+            if one is not None
+        }
     if isinstance(value, dict):
         return {key: _plain(one, folders) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -203,11 +203,8 @@ class CheckedRecipe:
     @property
     def donors(self) -> list[ModelName]:
         """Models of which only tokens are taken."""
-        block = self.content.tokenizer
-        parts = (self.content.tokenizer_source, block.source if block else None, block.tokens if block else None)
         merged = self.models
-        found = dict.fromkeys(name for name in _names(parts) if str(name) not in KEYWORDS)
-        return [name for name in found if name not in merged]
+        return [name for name in dict.fromkeys(_names(self.content)) if name not in merged]
 
     def idle_parameters(self) -> Iterator[str]:
         """Sentences about parameters that are accepted and do nothing."""
@@ -261,6 +258,14 @@ def settings_blocks(content: Any) -> Iterator[tuple[str, Mapping[str, Any], bool
                 yield where, source.parameters or {}, True, source.model
 
 
+def is_keyword(holder: Any, key: str) -> bool:
+    """Whether a key of a recipe's value says `union` or `base` where it could name a model whose tokenizer is taken."""
+    donor = (isinstance(holder, Recipe) and key == "tokenizer_source") or (
+        isinstance(holder, Tokenizer) and key == "source"
+    )
+    return donor and str(getattr(holder, key)) in KEYWORDS
+
+
 def _sources(slices: Iterable[Any] | None) -> Iterator[Any]:
     for output_slice in slices or ():
         yield from output_slice.sources
@@ -271,7 +276,8 @@ def _names(value: Any) -> Iterator[ModelName]:
     if isinstance(value, ModelName):
         yield value
     elif is_dataclass(value):
-        yield from (name for field in fields(value) for name in _names(getattr(value, field.name)))
+        given = {field.name: getattr(value, field.name) for field in fields(value)}
+        yield from (name for key, one in given.items() if not is_keyword(value, key) for name in _names(one))
     elif isinstance(value, dict):
         yield from (name for one in value.values() for name in _names(one))
     elif isinstance(value, (list, tuple)):

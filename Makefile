@@ -1,11 +1,12 @@
 # make demo       virtual environment, install, then the whole job on an embedded offline example
 # make test       virtual environment, install, then everything CI runs
+# make test-fast  virtual environment, install, then the mathematics and one run of each command (tests/fast.txt)
 # make test-slow  the tests that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-fast test-slow clean
 
 demo: $(VENV)/demo-ready
 	$(RUN) demo/run.py
@@ -13,6 +14,9 @@ demo: $(VENV)/demo-ready
 # One thread per worker: short parallel regions of several processes on the same cores wait for each other.
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+
+test-fast: $(VENV)/test-ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 @tests/fast.txt
 
 test-slow: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow

@@ -125,6 +125,12 @@ def changes_layers(candidate: Candidate) -> bool:
     return any(recipe.get(key) for key in _LAYER_KEYS) or recipe.get("merge_method") == "passthrough"
 
 
+def vector_files(data: Mapping[str, Any]) -> list[Path]:
+    """The files of saliency vectors that a recipe names and that are there, each once."""
+    paths = (Path(text).expanduser() for _, _, text in _names(dict(data), keys=("saliency",)))
+    return list(dict.fromkeys(path for path in paths if path.is_file()))
+
+
 def _place(name: str, revision: str | None) -> tuple[str, str | None]:
     return (str(Path(os.path.expanduser(name)).resolve()) if is_local(name) else name, revision)
 
@@ -143,11 +149,12 @@ def _resolve(node: Any, folder: Path) -> None:
             holder[key] = str(place.resolve())
 
 
-def _names(node: Any, named: bool = False) -> Iterator[tuple[Any, Any, str]]:
+def _names(node: Any, keys: Sequence[str] = _NAME_KEYS, named: bool = False) -> Iterator[tuple[Any, Any, str]]:
+    """Every text under one of some keys (or under their conditional values): its holder, its key there, the text."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
-        here = key in _NAME_KEYS or (named and (key == "value" or isinstance(node, list)))
+        here = key in keys or (named and (key == "value" or isinstance(node, list)))
         if isinstance(value, str) and here:
             yield node, key, value
         else:
-            yield from _names(value, here)
+            yield from _names(value, keys, here)

@@ -7,6 +7,8 @@ A recipe's losses are, to the bit, those of the model that command 3 writes from
 settings and number of threads.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,16 +19,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models
+from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
 from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
 from utils.evaluation.entries import Preparing, ReadyCandidate
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights
 from utils.merging.settings import MergeSettings
-from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
+from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
 from utils.pair.config import PairConfig
 from utils.passes.subjects import check_tokens, load_tokenizer, pad_token, tokenizer_digest
+from utils.publish import file_sha256
 from utils.runtime import available_bytes
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")
@@ -128,12 +131,29 @@ class Scorer:
             self._encoded[key] = tokenizer, rows
         return self._encoded[key]
 
-    def score(self, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    def fingerprint(self, candidate: Candidate) -> str:
+        """SHA-256 of everything that decides a candidate's weights: recipe, weight files, files of vectors."""
+        if candidate.recipe is None:
+            checkpoint = open_checkpoint(candidate.model, candidate.revision)
+            parts = [_weights(checkpoint)]
+        else:
+            recipe = candidate.merge_recipe().data
+            vectors = [file_sha256(path) for path in vector_files(recipe)]
+            parts = [recipe, vectors, [_weights(one) for one in self.inputs.values()]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def score(
+        self,
+        candidates: Sequence[Candidate],
+        rows: Mapping[str, Sequence[int]],
+        keep: Callable[[pd.DataFrame], None] = lambda losses: None,
+    ) -> pd.DataFrame:
         """Losses of candidates on some rows.
 
         Args:
             candidates: of distinct names.
             rows: by task, the numbers of its rows.
+            keep: takes the losses of each pass's candidates as soon as they are there.
 
         Returns:
             One row for each candidate, task and row, in that order: `candidate`, `task`, `row`, `nll` (float64: the
@@ -165,12 +185,16 @@ class Scorer:
         done = 0
         for group in groups:
             start = done
-            frames |= self._pass(group, rows, lambda layer, start=start: self.on_step(start + layer + 1, steps))
+            scored = self._pass(group, rows, lambda layer, start=start: self.on_step(start + layer + 1, steps))
+            keep(pd.concat(scored.values(), ignore_index=True))
+            frames |= scored
             done += len(group[0].decoder.blocks)
         for candidate, planned, why in to_write:
             self.tell(f"{candidate.name} is merged into a temporary folder and scored there: {why}")
             with self._preparing.written(candidate, planned, self.settings.scratch) as one:
-                frames |= self._pass([one], rows, lambda layer: None)
+                scored = self._pass([one], rows, lambda layer: None)
+            keep(scored[candidate.name])
+            frames |= scored
             done += 1
             self.on_step(done, steps)
         return pd.concat([frames[one.name] for one in candidates], ignore_index=True)
@@ -236,3 +260,9 @@ class Scorer:
         ids = [row.ids for rows in encoded.values() for row in rows]
         where = f"candidate {one.candidate.name}"
         check_tokens(one.decoder.model, max(map(len, ids)), max(map(max, ids)), where)
+
+
+def _weights(checkpoint: Checkpoint) -> list[Any]:
+    """What tells a checkpoint's weights from others, wherever it lies."""
+    record = weight_file_record(checkpoint)
+    return [record[key] for key in ("files", "modified_ns", "header_sha256")]

@@ -64,6 +64,11 @@ class Task:
     experts: tuple[str, ...] = ()
     summary: str = ""
 
+    @property
+    def measures_gain(self) -> bool:
+        """Whether experts are meant to be good at it: any text but the general one."""
+        return self.name != GENERAL
+
     def part(self, name: str) -> list[int]:
         """The numbers of the rows for `validation` or `test`."""
         return [number for number, row in enumerate(self.rows) if row.part == name]

@@ -1,0 +1,96 @@
+"""Losses that were computed, kept on disk: each candidate's on each task's rows in a file that is written once.
+
+A file is named after everything that its numbers depend on, so that it can be used again by whoever asks the same: after
+a kill, with one more candidate, or in a search.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from utils.evaluation.candidates import Candidate
+from utils.evaluation.scoring import COLUMNS, Scorer
+
+
+class LossStore:
+    """A folder of losses; made when the first are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, key: str) -> dict[int, tuple[float, int]] | None:
+        """Loss and tokens by row, or None if they are not there (or not readable: then they are computed again)."""
+        try:
+            data = json.loads(self._path(key).read_text(encoding="utf-8"))
+            return {int(row): (math.nan if nll is None else nll, tokens) for row, nll, tokens in data["losses"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, key: str, described: Mapping[str, Any], losses: pd.DataFrame) -> None:
+        """Write losses of one candidate on one task; whole or not at all."""
+        rows = [
+            [int(row), nll if math.isfinite(nll) else None, int(tokens)]
+            for row, nll, tokens in zip(losses["row"], losses["nll"], losses["tokens"], strict=True)
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False, encoding="utf-8") as file:
+            try:
+                json.dump({**described, "losses": rows}, file, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, self._path(key))
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key[:40]}.json"
+
+
+def score_new(
+    scorer: Scorer, store: LossStore, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]
+) -> tuple[pd.DataFrame, int]:
+    """What `Scorer.score` gives, of which only what the store has not is computed.
+
+    Returns:
+        The losses, and how many candidates had to be scored.
+    """
+    keys = {one.name: {task: _key(scorer, one, task, numbers) for task, numbers in rows.items()} for one in candidates}
+    found: dict[tuple[str, str], dict[int, tuple[float, int]]] = {}
+    wanted: dict[tuple[str, ...], list[Candidate]] = {}  # candidates by the tasks that are missing
+    for one in candidates:
+        for task in rows:
+            if (losses := store.find(keys[one.name][task])) is not None:
+                found[one.name, task] = losses
+        if missing := tuple(task for task in rows if (one.name, task) not in found):
+            wanted.setdefault(missing, []).append(one)
+
+    def keep(table: pd.DataFrame) -> None:
+        for (name, task), part in table.groupby(["candidate", "task"], sort=False):
+            described = {"candidate": name, "task": task, "settings": scorer.settings.record()}
+            store.keep(keys[name][task], described, part)
+            found[name, task] = {
+                row: (nll, tokens)
+                for row, nll, tokens in part[["row", "nll", "tokens"]].itertuples(index=False, name=None)
+            }
+
+    for tasks, group in wanted.items():
+        scorer.score(group, {task: rows[task] for task in tasks}, keep)
+    table = [
+        (one.name, task, row, *found[one.name, task][row]) for one in candidates for task in rows for row in rows[task]
+    ]
+    frame = pd.DataFrame(table, columns=list(COLUMNS)).astype({"nll": "float64"})
+    return frame, sum(map(len, wanted.values()))
+
+
+def _key(scorer: Scorer, candidate: Candidate, task: str, rows: Sequence[int]) -> str:
+    digest = next(one.digest for one in scorer.tasks if one.name == task)
+    parts = [scorer.fingerprint(candidate), digest, list(rows), scorer.settings.record()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

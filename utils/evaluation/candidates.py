@@ -4,8 +4,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.merging.recipe_file import INPUT_KEYS, MergeRecipe, checked_recipe, model_names, read_recipe
 from utils.models.checkpoints import is_local
 from utils.pair.config import PairConfig
+from utils.safe_yaml import read_yaml_mapping
 
 _SUFFIXES = (".yaml", ".yml")
 _LAYER_KEYS = ("slices", "modules")
@@ -26,7 +27,8 @@ class Candidate:
     """One row of the table: a recipe (plain data, as in its YAML) or a model (folder or hub id), never both.
 
     `folder` is where a recipe's relative names (models, files of vectors) begin; None for the current folder, which is
-    what command 3 takes. `role` is `candidate`, or `base`, `expert` or `control` for those that the command adds.
+    what command 3 takes. `role` is `candidate`, or `base`, `expert` or `control` for those that the command adds. `source`
+    is the file that a recipe was read from, if it was.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Candidate:
     folder: Path | None = None
     revision: str | None = None
     role: str = "candidate"
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.model is None):
@@ -64,7 +67,7 @@ def read_candidate(text: str) -> Candidate:
     """
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
-        return Candidate(path.stem, recipe=read_recipe(path).data)
+        return Candidate(path.stem, recipe=read_recipe(path).data, source=path)
     if is_local(text) and not path.is_dir():
         raise UserError(
             f"candidate {text}: no such folder or file (looked in {Path.cwd()}); give a recipe (.yaml), a model folder "
@@ -74,13 +77,30 @@ def read_candidate(text: str) -> Candidate:
     return Candidate(path.name if is_local(text) else text, model=text)
 
 
-def distinct_names(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates, with a number behind names that several have."""
-    seen: dict[str, int] = {}
+def found_recipes(folder: Path) -> list[Candidate]:
+    """The recipes (`*.yaml`) in a folder and in the folders in it, in name order; other YAML files are passed over.
+
+    Raises:
+        UserError: a recipe with slips in it.
+    """
+    paths = sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])
+    return [Candidate(path.stem, recipe=read_recipe(path).data, source=path) for path in paths if _is_recipe(path)]
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        return "merge_method" in read_yaml_mapping(path, "YAML file")
+    except UserError:
+        return False
+
+
+def distinct_names(candidates: Sequence[Candidate], taken: Collection[str] = ()) -> list[Candidate]:
+    """The candidates, with a number behind names that several have, or that are taken already."""
+    seen = dict.fromkeys(taken, 1)
     found = []
     for one in candidates:
         seen[one.name] = count = seen.get(one.name, 0) + 1
-        found.append(one if count == 1 else Candidate(**{**vars(one), "name": f"{one.name} ({count})"}))
+        found.append(one if count == 1 else replace(one, name=f"{one.name} ({count})"))
     return found
 
 

@@ -79,7 +79,7 @@ def merit(losses: Mapping[str, TaskLosses], name: str) -> float:
     -inf for a candidate without losses.
     """
     place = next(iter(losses.values())).names.index(name)
-    gains = [task.gain()[place] for task in losses.values() if task.expert]
+    gains = [task.gain()[place] for task in losses.values() if task.has_gain]
     value = float(np.mean(gains)) if gains else float("nan")
     if np.isfinite(value):
         return value
@@ -127,7 +127,7 @@ def _figures(drawn: Resampled, name: str, against: str | None, base: str, genera
         )
     measured = {key: one.gain.value for key, one in tasks.items() if np.isfinite(one.gain.value)}
     worst = min(measured, key=lambda key: measured[key], default="")
-    has_gain = any(task.expert for task in drawn.tasks.values())
+    has_gain = any(task.has_gain for task in drawn.tasks.values())
     return CandidateFigures(
         name,
         tasks,

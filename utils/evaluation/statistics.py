@@ -45,6 +45,11 @@ class TaskLosses:
         """Nats per token, [candidates]; every token counts alike."""
         return self.nll.sum(axis=1) / self.tokens.sum(axis=1)
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether the expert is better than the base, so that there is a gain to keep a share of."""
+        return self.expert is not None and bool(self.of(self.base).sum() > self.of(self.expert).sum())
+
     def gain(self) -> np.ndarray:
         """The share of the expert's gain over the base that each candidate keeps, [candidates]: base 0, expert 1.
 
@@ -77,9 +82,12 @@ class Resampled:
     losses: Mapping[str, np.ndarray] = field(repr=False)
 
     def mean_gain(self, name: str, against: str | None = None) -> Interval:
-        """The mean share of gain over tasks, or how much larger it is than another candidate's."""
-        points = [task.gain() for task in self.tasks.values() if task.expert]
-        return self._interval(np.mean(points, axis=0), np.mean(list(self.gains.values()), axis=0), name, against)
+        """The mean share of gain over the tasks that have one, or how much larger it is than another candidate's."""
+        measured = [key for key, task in self.tasks.items() if task.has_gain]
+        if not measured:
+            return Interval(math.nan, math.nan, math.nan)
+        points = np.mean([self.tasks[key].gain() for key in measured], axis=0)
+        return self._interval(points, np.mean([self.gains[key] for key in measured], axis=0), name, against)
 
     def gain(self, task: str, name: str, against: str | None = None) -> Interval:
         """The same of one task."""
@@ -168,14 +176,13 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def gain_contributions(tasks: Mapping[str, TaskLosses], name: str, other: str) -> np.ndarray:
     """What each row adds to the difference in mean gain of one candidate over another; they sum up to it.
 
-    The experts' gains are taken as they are over these rows. Rows of all tasks, one after the other.
+    The experts' gains are taken as they are over these rows. Rows of all tasks that have a gain, one after the other.
     """
-    measured = [task for task in tasks.values() if task.expert]
-    parts = []
+    measured = [task for task in tasks.values() if task.has_gain]
+    parts = [np.zeros(0)]
     for task in measured:
         whole = task.of(task.base).sum() - task.of(task.expert).sum()
-        scale = 1 / (len(measured) * whole) if whole > 0 else math.nan
-        parts.append((task.of(other) - task.of(name)) * scale)
+        parts.append((task.of(other) - task.of(name)) / (len(measured) * whole))
     return np.concatenate(parts)
 
 

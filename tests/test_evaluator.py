@@ -1,0 +1,188 @@
+"""The evaluator as a user runs it: real processes, real files, bad input.
+
+python -m pytest tests/test_evaluator.py
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.refusals import refusal_code
+from tests.tiny_evaluations import save_evaluated_pair, write_rows
+from tests.tiny_merges import merge_here, recipe, write_recipe
+from tests.tiny_pairs import contents, write_config
+
+ROWS = ("--validation_rows", 4, "--test_rows", 8)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """A pair with two recipes beside its output folder; read only but for new output folders."""
+    folder = save_evaluated_pair(tmp_path_factory.mktemp("pair"))
+    (folder / "out" / "recipes").mkdir(parents=True)
+    write_recipe(folder / "out" / "recipes" / "first.yaml", recipe(folder))
+    write_recipe(folder / "out" / "recipes" / "second.yaml", recipe(folder, "task_arithmetic"))
+    return folder
+
+
+@pytest.fixture
+def run(run_command_line, pair):
+    def start(*arguments, out="out/evaluation", config=None):
+        given = "--config", config or pair / "pair.yaml", "--out_dir", pair / out
+        return run_command_line("utils/evaluator.py", *given, *ROWS, *arguments, cwd=pair)
+
+    return start
+
+
+def table(pair: Path, out: str = "out/evaluation") -> pd.DataFrame:
+    return pd.read_csv(pair / out / "scores.csv")
+
+
+def test_from_recipes_to_a_page(run, pair, tmp_path):
+    done = run()
+    assert done.returncode == 0, done.stderr
+    out = pair / "out" / "evaluation"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best_uniform.yaml",
+        "losses",
+        "manifest.json",
+        "report.html",
+        "samples.parquet",
+        "scores.csv",
+    ]
+    scores = table(pair)
+    assert list(dict.fromkeys(scores["role"])) == ["base", "expert", "control", "candidate"]
+    assert {"first", "second"} <= set(scores["candidate"])
+    samples = pd.read_parquet(out / "samples.parquet")
+    for (name, task), rows in samples.groupby(["candidate", "task"]):
+        cell = scores[(scores.candidate == name) & (scores.task == task) & (scores.measure == "loss")]
+        assert cell["value"].item() == pytest.approx(rows["nll"].sum() / rows["tokens"].sum())
+        assert cell["low"].item() <= cell["value"].item() <= cell["high"].item()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["command"] == "utils/evaluator.py"
+    for task in manifest["tasks"]:
+        assert len(task["rows"]["test"]) == 8 and not set(task["rows"]["test"]) & set(task["rows"]["validation"])
+    assert "next:" in done.stdout and "utils/merger.py" in done.stdout
+    uniform = yaml.safe_load((out / "best_uniform.yaml").read_text())
+    assert uniform["merge_method"] in ("task_arithmetic", "ties")
+    before = contents(out / "losses")
+    again = run("--quiet")  # nothing is scored again, and one candidate more costs only itself
+    assert again.returncode == 0 and contents(out / "losses") == before
+    assert (scores["value"].equals(table(pair)["value"])) and "block" not in again.stderr
+    more = run(pair / "out/recipes/first.yaml", pair / "out/recipes/second.yaml", pair / "base")
+    assert more.returncode == 0, more.stderr
+    grown = contents(out / "losses")
+    assert before.items() <= grown.items()
+    assert "scored 1 new candidates" in more.stdout or len(grown) == len(before)
+
+
+def test_a_written_model_stands_beside_its_recipe_with_the_same_figures(run, pair, tmp_path):
+    written = merge_here(tmp_path, recipe(pair))
+    done = run("out/recipes/first.yaml", written, "--no-controls", "--against", written, out="out/written")
+    assert done.returncode == 0, done.stderr
+    scores = table(pair, "out/written").set_index(["candidate", "task", "measure"])["value"]
+    for task in ("code", "math"):
+        assert scores["first", task, "loss"] == scores["merged", task, "loss"]
+    assert "control" not in set(table(pair, "out/written")["role"])
+    assert set(table(pair, "out/written")["against"].dropna()) == {"merged"}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
+    whole = run(out="out/whole")
+    assert whole.returncode == 0
+    shutil.copytree(pair / "out/whole/losses", pair / "out/half/losses")
+    kept = sorted((pair / "out/half/losses").iterdir())
+    for path in kept[::2]:
+        path.unlink()
+    kept[1].write_text("{")  # torn
+    done = run(out="out/half")
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(table(pair, "out/half"), table(pair, "out/whole"))
+
+
+def test_files_of_somebody_else_are_kept(run, pair):
+    out = pair / "out" / "theirs"
+    out.mkdir()
+    (out / "scores.csv").write_text("mine")
+    assert refusal_code(run(out="out/theirs")) == "out-exists"
+    assert contents(out) == {"scores.csv": b"mine"}
+    done = run("--overwrite", "--no-controls", out="out/theirs")
+    assert done.returncode == 0, done.stderr
+    (out / "scores.csv").write_text("changed by hand")
+    assert refusal_code(run("--no-controls", out="out/theirs")) == "out-exists"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["absent.yaml"], None),
+        (["./absent"], "candidate-not-found"),
+        (["out/recipes/first.yaml", "--against", "nobody"], "evaluate-against-unknown"),
+        (["pair.yaml"], None),
+        (["--test_rows", "1"], None),
+        (["--device", "cuda:9"], None),
+    ],
+)
+def test_bad_words(run, pair, words, code):
+    done = run(*words, out="out/bad")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+    if code:
+        assert refusal_code(done) == code
+    assert not (pair / "out/bad").exists()
+
+
+def test_bad_recipes_and_texts_are_refused_before_work(run, pair, tmp_path):
+    shutil.copytree(pair / "base", tmp_path / "stranger")
+    other = recipe(pair)
+    other["models"][1]["model"] = str(tmp_path / "stranger")
+    slip = recipe(pair)
+    slip["models"][1]["parameters"]["densitiy"] = 0.5
+    for data, code in ((other, "candidate-other-models"), (slip, None)):
+        done = run(write_recipe(tmp_path / "bad.yaml", data), out="out/bad")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert code is None or refusal_code(done) == code
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "empty.jsonl").write_text("")
+    text = {"path": str(config / "empty.jsonl"), "text": "{question}"}
+    keys = json.loads(json.dumps(dict(read_keys(pair))))
+    done = run(config=write_config(config, keys | {"evaluation": {"code": text}}), out="out/bad")
+    assert refusal_code(done) == "evaluation-no-rows"
+    done = run(config=write_config(config, keys | {"nsamples": 39}), out="out/bad")
+    assert refusal_code(done) == "evaluation-no-rows"
+    assert not (pair / "out/bad").exists()
+
+
+def read_keys(pair: Path) -> dict:
+    return yaml.safe_load((pair / "pair.yaml").read_text())
+
+
+def test_forgetting_is_measured_on_a_third_text(run, pair, tmp_path):
+    write_rows(tmp_path / "prose.jsonl", "prose", 40)
+    general = {"path": str(tmp_path / "prose.jsonl"), "text": "{question}", "seqlen": 48}
+    config = write_config(tmp_path, read_keys(pair) | {"general": general})
+    done = run("out/recipes/first.yaml", "--no-controls", config=config, out="out/general")
+    assert done.returncode == 0, done.stderr
+    scores = table(pair, "out/general").set_index(["candidate", "task", "measure"])["value"]
+    expected = scores["first", "general", "loss"] - scores["base", "general", "loss"]
+    assert scores["first", "general", "forgetting"] == pytest.approx(expected)
+
+
+def test_a_candidate_that_is_not_finite_is_told_and_stops_nothing(run, pair, tmp_path):
+    bad = write_recipe(tmp_path / "bad.yaml", recipe(pair, dtype="float16", parameters={"lambda": 1e30}))
+    done = run(bad, "out/recipes/first.yaml", "--no-controls", out="out/nan")
+    assert done.returncode == 0, done.stderr
+    assert "bad has no losses" in done.stdout + done.stderr
+    scores = table(pair, "out/nan")
+    assert scores[scores.candidate == "bad"].query("measure == 'loss'")["value"].isna().all()
+    assert scores[scores.candidate == "first"].query("measure == 'loss'")["value"].notna().all()
+
+
+def test_help_explains_every_flag(run_command_line):
+    done = run_command_line("utils/evaluator.py", "--help", cwd=Path(os.sep))
+    assert done.returncode == 0 and "--against" in done.stdout

@@ -1,0 +1,174 @@
+"""An evaluation as the plain values that `utils/reports` shows."""
+
+import datetime
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from utils.evaluation.statistics import DRAWS, Interval
+from utils.reports.values import (
+    Contender,
+    Estimate,
+    ModelRecord,
+    Page,
+    Recipe,
+    Role,
+    Run,
+    Sample,
+    Score,
+    Standing,
+    TaskScores,
+    TextRecord,
+    Verdict,
+)
+from utils.reports.verdict import judge
+
+if TYPE_CHECKING:
+    from utils.commands.evaluated import Evaluated
+    from utils.evaluation.scoring import Scorer
+
+
+def evaluation_page(
+    scorer: "Scorer",
+    evaluated: "Evaluated",
+    request: Mapping[str, Any],
+    warnings: Sequence[str],
+    next_command: str,
+    samples: Sequence[Sample] = (),
+) -> Page:
+    """The report of an evaluation; candidates are listed by their mean gain, the best first."""
+    standings = tuple(_standing(evaluated, one.name) for one in evaluated.candidates)
+    ordered = sorted(evaluated.candidates, key=lambda one: _rank(evaluated.figures[one.name].gain.value))
+    return Page(
+        title=f"Evaluation of {scorer.config.path.stem}",
+        verdict=_verdict(evaluated, standings),
+        contenders=tuple(Contender(one.name, Role(one.role), _note(one)) for one in ordered),
+        reference=evaluated.reference or "",
+        winner=evaluated.winner or "",
+        tasks=tuple(_task_scores(scorer, evaluated, task) for task in scorer.tasks),
+        standings=standings,
+        recipe=_recipe(evaluated),
+        samples=tuple(samples),
+        run=_run(scorer, evaluated, request),
+        notes=tuple(_notes(scorer, evaluated)),
+        warnings=(*warnings, *_failures(evaluated)),
+        next_command=next_command,
+    )
+
+
+def _rank(gain: float) -> float:
+    return -gain if math.isfinite(gain) else math.inf
+
+
+def _note(one: Any) -> str:
+    if one.recipe is not None:
+        return f"{one.recipe['merge_method']} recipe"
+    return "model" if one.role == "candidate" else str(one.model)
+
+
+def _verdict(evaluated: "Evaluated", standings: Sequence[Standing]) -> Verdict | None:
+    if evaluated.winner is None:
+        return None
+    if not any(math.isfinite(one.gain.value) for one in evaluated.figures.values()):
+        return Verdict(
+            "No expert is better than the base on its text, so there is no gain to keep; compare the losses."
+        )
+    return judge(evaluated.winner, evaluated.reference or "", standings, evaluated.reference_is)
+
+
+def _standing(evaluated: "Evaluated", name: str) -> Standing:
+    figures = evaluated.figures[name]
+    return Standing(
+        name,
+        _estimate(figures.gain),
+        _estimate(figures.difference) if figures.difference else None,
+        figures.p,
+        figures.worst if math.isfinite(figures.worst) else None,
+        figures.worst_task,
+        _estimate(figures.forgetting) if figures.forgetting else None,
+    )
+
+
+def _task_scores(scorer: "Scorer", evaluated: "Evaluated", task: Any) -> TaskScores:
+    scores = []
+    for one in evaluated.candidates:
+        found = evaluated.figures[one.name].tasks[task.name]
+        gain = found.gain.value if math.isfinite(found.gain.value) else None
+        difference = _estimate(found.loss_difference) if found.loss_difference else None
+        p = found.loss_difference.p if found.loss_difference else None
+        perplexity = found.perplexity if math.isfinite(found.perplexity) else None
+        scores.append(Score(one.name, _estimate(found.loss), difference, p, gain, perplexity))
+    measure = "loss, nats per token"
+    return TaskScores(task.name, measure, False, tuple(scores), len(task.part("test")), note=task.summary)
+
+
+def _estimate(interval: Interval) -> Estimate:
+    known = [value if math.isfinite(value) else None for value in (interval.value, interval.low, interval.high)]
+    return Estimate(*known)
+
+
+def _recipe(evaluated: "Evaluated") -> Recipe | None:
+    winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
+    if winner is None or winner.recipe is None:
+        return None
+    text = yaml.safe_dump(dict(winner.recipe), sort_keys=False, allow_unicode=True)
+    return Recipe(facts=(("method", str(winner.recipe["merge_method"])),), text=text)
+
+
+def _notes(scorer: "Scorer", evaluated: "Evaluated") -> Iterator[str]:
+    yield (
+        f"Intervals are 95% paired bootstrap intervals over rows ({DRAWS} resamples, the same for everybody): they hold "
+        "the noise of the text, so what other rows of this kind would give, not that of training the experts again."
+    )
+    several = [one for one in evaluated.candidates if one.role == "candidate"]
+    if len(several) > 1 and evaluated.reference:
+        yield f"p values of the mean gain are corrected for {len(several)} candidates (Holm)."
+    controls = [one for one in evaluated.candidates if one.role == "control"]
+    if controls:
+        yield (
+            "The settings of the uniform merges, and who is recommended, were chosen on validation rows; all figures are "
+            "of test rows, which nothing was chosen on."
+        )
+    for task in scorer.tasks:
+        base = scorer.config.base.type
+        if task.measures_gain and not math.isfinite(evaluated.figures[base].tasks[task.name].gain.value):
+            yield f"On {task.name} no expert is better than the base, so it has no share in the mean."
+
+
+def _failures(evaluated: "Evaluated") -> Iterator[str]:
+    for one in evaluated.candidates:
+        losses = [each.loss.value for each in evaluated.figures[one.name].tasks.values()]
+        if not all(map(math.isfinite, losses)):
+            yield f"{one.name} has no losses: its merge, or what it computes, is not finite."
+
+
+def _run(scorer: "Scorer", evaluated: "Evaluated", request: Mapping[str, Any]) -> Run:
+    models = tuple(
+        ModelRecord(
+            checkpoint.name,
+            "base" if name == scorer.config.base.type else "expert",
+            request_model["revision"] or request_model["header_sha256"][:12],
+        )
+        for (name, checkpoint), request_model in zip(scorer.inputs.items(), request["models"], strict=True)
+    )
+    texts = tuple(
+        TextRecord(task.name, task.summary, part, len(task.part(part)), task.digest[:12])
+        for task in scorer.tasks
+        for part in ("validation", "test")
+    )
+    settings = scorer.settings.record()
+    return Run(
+        commands=(shlex.join(["python3", *sys.argv]),),
+        versions=dict(request["versions"]),
+        models=models,
+        texts=texts,
+        seeds=(("merge", settings["random_seed"]),),
+        device=settings["device"],
+        seconds=evaluated.seconds,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=(("dtype", settings["dtype"]), ("tokens at a time", str(settings["batch_tokens"]))),
+    )

@@ -1,4 +1,4 @@
-"""The tree is clean: lint, format, and the one import-path line that `utils/merger.py` needs."""
+"""The tree is clean: lint, format, and the one import-path line that the commands in `utils/` need."""
 
 import re
 import subprocess
@@ -15,9 +15,9 @@ def test_ruff_is_content(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_library_changes_the_import_path_in_one_place():
+def test_the_library_changes_the_import_path_in_its_commands_only():
     touching = [path.name for path in (ROOT / "utils").rglob("*.py") if "sys.path" in path.read_text()]
-    assert touching == ["merger.py"]
+    assert set(touching) <= {"merger.py", "evaluator.py", "searcher.py"}
 
 
 def test_no_room_of_utils_shadows_a_package():

@@ -93,7 +93,8 @@ def _candidates(options: EvaluateOptions) -> "list[Candidate]":
     """What was asked for on the command line; without that, the recipes beside the output folder."""
     from utils.evaluation.candidates import distinct_names, found_recipes, read_candidate, refuse_other_models
 
-    asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
+    place = options.out_dir.resolve()
+    asked = [read_candidate(text) for text in options.candidates] or found_recipes(place.parent, place)
     for one in asked:
         refuse_other_models(one, options.config)
     return distinct_names(asked, {entry.type for entry in options.config.model_info})

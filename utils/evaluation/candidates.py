@@ -77,14 +77,15 @@ def read_candidate(text: str) -> Candidate:
     return Candidate(path.name if is_local(text) else text, model=text)
 
 
-def found_recipes(folder: Path) -> list[Candidate]:
-    """The recipes (`*.yaml`) in a folder and in the folders in it, in name order; other YAML files are passed over.
+def found_recipes(folder: Path, apart_from: Path) -> list[Candidate]:
+    """The recipes (`*.yaml`) in a folder and in the folders in it but one, in name order; other files are passed over.
 
     Raises:
         UserError: a recipe with slips in it.
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])
-    return [Candidate(path.stem, recipe=read_recipe(path).data, source=path) for path in paths if _is_recipe(path)]
+    found = [path for path in paths if path.parent != apart_from and _is_recipe(path)]
+    return [Candidate(path.stem, recipe=read_recipe(path).data, source=path) for path in found]
 
 
 def _is_recipe(path: Path) -> bool:

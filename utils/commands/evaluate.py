@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from utils.commands.evaluated import Evaluated
 from utils.commands.measure import quiet_libraries
 from utils.errors import UserError
+from utils.evaluation.candidates import UNIFORM
 from utils.pair.config import PairConfig
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing, to_json
 from utils.runtime import choose_device, device_name, peak_gpu_memory, versions
@@ -30,7 +31,6 @@ COMMAND = "utils/evaluator.py"
 SCORES, SAMPLES = "scores.csv", "samples.parquet"
 LOSSES = "losses"  # the folder of what is kept for the next time
 REPORT = "report.html"
-UNIFORM = "best_uniform.yaml"  # the recipe of the best uniform merge
 FILES = (SCORES, SAMPLES, REPORT, UNIFORM, MANIFEST)
 
 
@@ -93,8 +93,7 @@ def _candidates(options: EvaluateOptions) -> "list[Candidate]":
     """What was asked for on the command line; without that, the recipes beside the output folder."""
     from utils.evaluation.candidates import distinct_names, found_recipes, read_candidate, refuse_other_models
 
-    place = options.out_dir.resolve()
-    asked = [read_candidate(text) for text in options.candidates] or found_recipes(place.parent, place)
+    asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
     for one in asked:
         refuse_other_models(one, options.config)
     return distinct_names(asked, {entry.type for entry in options.config.model_info})

@@ -17,6 +17,7 @@ from utils.models.checkpoints import is_local
 from utils.pair.config import PairConfig
 from utils.safe_yaml import read_yaml_mapping
 
+UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
 _SUFFIXES = (".yaml", ".yml")
 _LAYER_KEYS = ("slices", "modules")
 _NAME_KEYS = ("model", "base_model", "path", "tokenizer_source", "source", "saliency")
@@ -77,14 +78,15 @@ def read_candidate(text: str) -> Candidate:
     return Candidate(path.name if is_local(text) else text, model=text)
 
 
-def found_recipes(folder: Path, apart_from: Path) -> list[Candidate]:
-    """The recipes (`*.yaml`) in a folder and in the folders in it but one, in name order; other files are passed over.
+def found_recipes(folder: Path) -> list[Candidate]:
+    """The recipes (`*.yaml`) in a folder and in the folders in it, in name order; other YAML files are passed over, and
+    so are the uniform merges that evaluations write.
 
     Raises:
         UserError: a recipe with slips in it.
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])
-    found = [path for path in paths if path.parent != apart_from and _is_recipe(path)]
+    found = [path for path in paths if path.name != UNIFORM and _is_recipe(path)]
     return [Candidate(path.stem, recipe=read_recipe(path).data, source=path) for path in found]
 
 

@@ -158,9 +158,11 @@ def _draw_differences(axes, rows: Sequence[Comparison]) -> None:
     rows = sorted(rows, key=lambda row: row.interval.mean)
     for place, row in enumerate(rows):
         low, high = (100 * max(min(end, 10.0), -10.0) for end in (row.interval.low, row.interval.high))
-        color = "gray" if not row.interval.excludes_zero else "tab:green" if row.interval.low > 0 else "tab:red"
+        better = row.interval.low > 0
+        color, mark = ("tab:blue", "^") if better else ("tab:orange", "v")
+        color, mark = (color, mark) if row.interval.excludes_zero else ("gray", "o")
         axes.plot([low, high], [place, place], color=color, lw=2)
-        axes.plot([100 * row.interval.mean], [place], "o", color=color)
+        axes.plot([100 * row.interval.mean], [place], mark, color=color)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=8)
     axes.set_xlabel("points of gain kept more than the best uniform merge (95 % interval)")

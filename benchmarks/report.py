@@ -10,6 +10,7 @@ CSVs, and draws cost against model size and against tokens (`cost_by_size.png`, 
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +50,8 @@ NAMES = {
     "mergekit-fast-options": "stock, its fastest options",
     "floor": "reading the inputs, writing the output",
 }
+OURS = ": ours"
+STYLES = (("tab:blue", "o", "-"), ("tab:orange", "s", "--"), ("tab:gray", "^", "-."), ("black", "v", ":"))
 HEADING = ["what", "baseline", "job s, ours / baseline", "job, times faster", "process s, ours / baseline"]
 HEADING += ["process, times faster", "unreclaimable MB, ours / baseline"]
 ON_GPU = "GPU MB, ours / baseline"
@@ -94,15 +97,15 @@ def what(kind: str, row: pd.Series) -> str:
     return f"merging two experts, {size}, `{row['method']}` in {row['dtype']}{cache}, {name}"
 
 
-def series(kind: str, table: pd.DataFrame, against: str) -> dict[str, pd.DataFrame]:
-    """The series of one contender over at least three sizes (`params` or `tokens`), by what is the same in them."""
+def series(kind: str, table: pd.DataFrame, against: str, enough: int = ENOUGH) -> dict[str, pd.DataFrame]:
+    """The series of one contender over at least `enough` sizes (`params` or `tokens`), by what is the same in them."""
     figures = {*FIGURES, "runs", "machine", against}
     paired = {"params": {"shape"}, "tokens": {"nsamples", "tokens"}}[against]
     keys = [column for column in table.columns if column not in figures | paired]
     found = {}
     for _, rows in table.groupby(keys, sort=False, dropna=False):
         rows = rows[rows[against] > 0].sort_values(against)
-        if rows[against].nunique() >= ENOUGH:
+        if rows[against].nunique() >= enough:
             found[label(kind, rows.iloc[0], against)] = rows
     return found
 
@@ -124,31 +127,59 @@ def growth(rows: pd.DataFrame, against: str) -> Growth:
     return fit(list(rows[against].astype(float)), list(rows["job_seconds"].astype(float)))
 
 
-def draw(path: Path, found: dict[str, pd.DataFrame], against: str) -> None:
-    """Job seconds of several series against a size, each with its line."""
+def draw(path: Path, found: dict[str, list[pd.DataFrame]], against: str) -> None:
+    """Job seconds of several series against a size: ours and its baselines in one panel, each with its line.
+
+    The line of what ran at fewer than three sizes is in proportion to the largest, which the legend says.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     unit, title = {"params": (1e6, "million parameters"), "tokens": (1e3, "thousand tokens")}[against]
-    figure, panels = plt.subplots(1, len(found), figsize=(4.8 * len(found), 3.6), layout="constrained", squeeze=False)
-    for axes, (name, rows) in zip(panels[0], found.items(), strict=True):
-        line, end = growth(rows, against), float(rows[against].max())
-        axes.plot(rows[against] / unit, rows["job_seconds"], "o", color="tab:blue", label="median")
-        text = f"{line.fixed:.2f} s + {line.slope * unit:.3g} s per {title.split()[0]}, R² {line.r_squared:.3f}"
-        axes.plot([0, end / unit], [line.at(0), line.at(end)], "--", color="gray", label=text)
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.0), layout="constrained", squeeze=False)
+    for axes, (name, drawn) in zip(panels[0], found.items(), strict=True):
+        end = max(float(rows[against].max()) for rows in drawn)
+        for rows, (color, mark, dash) in zip(drawn, STYLES, strict=False):
+            what = NAMES[rows["contender"].iloc[0]].replace("`", "")
+            if rows[against].nunique() >= ENOUGH:
+                line = growth(rows, against)
+                start, slope = line.at(0), line.slope
+                text = f"{what}: {start:.2f} s + {slope * unit:.3g} s per {title.split()[0]}"
+            else:
+                start, slope = 0.0, float(rows["job_seconds"].iloc[-1] / rows[against].iloc[-1])
+                text = f"{what}, in proportion: {slope * unit:.3g} s per {title.split()[0]}"
+            axes.plot(rows[against] / unit, rows["job_seconds"], mark, color=color)
+            axes.plot([0, end / unit], [start, start + slope * end], dash, color=color, label=text)
         axes.set(xlabel=title, ylabel="seconds, start-up apart", xlim=(0, None), ylim=(0, None))
-        axes.set_title(name, fontsize=9)
-        axes.legend(loc="upper left", fontsize=8)
+        axes.set_title(textwrap.fill(name, 60), fontsize=9)
+        axes.legend(loc="upper left", fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def with_baselines(kind: str, table: pd.DataFrame, against: str) -> dict[str, list[pd.DataFrame]]:
+    """Our series by what they are, each with those of its baselines that ran the same work at any size."""
+    every = series(kind, table, against, enough=1)
+    return {
+        name.removesuffix(OURS): [
+            rows,
+            *(
+                every[other]
+                for base in BASELINES[kind]["ours"]
+                if (other := f"{name.removesuffix(OURS)}: {base}") in every
+            ),
+        ]
+        for name, rows in series(kind, table, against).items()
+        if name.endswith(OURS)
+    }
 
 
 def report(results: Path, say: Callable[[str], None]) -> list[Path]:
     """Write `summary.md` and the pictures; `say` gets every line of the summary."""
     lines: list[str] = []
-    pictures: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    pictures: dict[tuple[str, str], dict[str, list[pd.DataFrame]]] = {}
     for kind in BASELINES:
         path = results / f"{kind}.csv"
         if not path.exists():
@@ -161,10 +192,9 @@ def report(results: Path, say: Callable[[str], None]) -> list[Path]:
                     continue
                 found = series(kind, table, against)
                 lines += [f"- {name}: {growth(rows, against).sentence(unit, per)}." for name, rows in found.items()]
-                ours = {name: rows for name, rows in found.items() if rows["contender"].iloc[0] == "ours"}
                 picture = {"params": "cost_by_size", "tokens": "cost_by_samples"}[against]
                 place = "" if str(device) == "cpu" else f"_{str(device).partition(':')[0]}"
-                pictures.setdefault((f"{picture}{place}.png", against), {}).update(ours)
+                pictures.setdefault((f"{picture}{place}.png", against), {}).update(with_baselines(kind, table, against))
     summary = results / "summary.md"
     summary.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
     for line in lines:

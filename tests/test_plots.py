@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from utils.errors import UserError
-from utils.plots import heatmap, require_matplotlib
+from utils.plots import color_range, heatmap, require_matplotlib
 
 pytest.importorskip("matplotlib")
 
@@ -43,7 +45,7 @@ def _texts(monkeypatch, layers, title="math"):
 
 def test_cells_hold_their_densities_up_to_forty_layers(monkeypatch):
     frame = _frame(40)
-    assert _texts(monkeypatch, 40) == [f"{value:.2f}" for name in frame for value in frame[name]]
+    assert _texts(monkeypatch, 40) == [f"{value:.2f}" for value in frame.to_numpy().ravel()]
 
 
 def test_deep_models_get_the_color_bar_alone(monkeypatch):
@@ -56,23 +58,50 @@ def test_pictures_grow_with_the_model_but_stay_handy(layers):
     assert 500 <= width <= 2000 and 300 <= height <= 2500
 
 
-def test_cell_texts_do_not_overlap():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def test_small_differences_are_written_and_empty_cells_are_not(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **more: drawn.append(s))
+    heatmap(pd.DataFrame({"q": [0.995, 1.004], "other": [np.nan, 1.0]}), "math", *color_range(0.995, 1.004))
+    assert drawn == ["0.995", "1.004", "1.000"]
+
+
+@given(st.floats(-2, 2), st.floats(0, 3))
+def test_nearly_equal_numbers_share_a_color(low, spread):
+    ends = color_range(low, low + spread)
+    assert ends[0] <= low + 1e-12 and ends[1] >= low + spread - 1e-12
+    assert ends[1] - ends[0] == pytest.approx(max(spread, 0.2 * max(abs(low), abs(low + spread))))
+
+
+@pytest.mark.parametrize("layers", [3, 80])
+def test_long_titles_are_not_cut_off(layers, kept_figures):
+    words = "weight per part in closed form, each task counting alike, ridge 0.1 towards equal shares"
+    heatmap(_frame(layers, ("q",)), f"{words}\n{words}; {words}", 0.3, 0.8)
+    (figure,) = kept_figures
+    box = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert box.y0 >= figure.axes[0].get_window_extent().y1  # and covers nothing
+    assert " ".join(figure._suptitle.get_text().split()).count(words) == 3
+
+
+@pytest.fixture
+def kept_figures(monkeypatch):
+    """The figures that are saved."""
     from matplotlib.figure import Figure
 
-    saved = []
-    original = Figure.savefig
+    saved, original = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **keys: saved.append(self) or original(self, *args, **keys)
+    )
+    return saved
 
-    def keep(self, *arguments, **options):
-        saved.append(self)
-        return original(self, *arguments, **options)
 
-    Figure.savefig = keep
-    try:
-        heatmap(_frame(40, ("attention.query_key_value", "mlp.dense_4h_to_h", "q")), "math", 0.3, 0.8)
-    finally:
-        Figure.savefig = original
-    figure = saved[0]
+def test_cell_texts_do_not_overlap(kept_figures):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    heatmap(_frame(40, ("attention.query_key_value", "mlp.dense_4h_to_h", "q")), "math", 0.3, 0.8)
+    (figure,) = kept_figures
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes = figure.axes[0]
     for texts in (axes.texts, axes.get_xticklabels(), axes.get_yticklabels()):

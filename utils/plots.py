@@ -2,31 +2,35 @@
 
 import importlib.util
 import io
+import textwrap
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 _MAX_WRITTEN_LAYERS = 40  # up to here each cell holds its number; beyond, the color bar alone
 _INCH_PER_LAYER = 0.27
 _INCH_PER_COLUMN = 0.78
+_INCH_PER_LETTER = 0.082  # of a title, on average
+_LEAST_SPREAD = 0.2  # of the color scale, relative to the numbers on it
 _DPI = 120
 
 
 def require_matplotlib(flag: str) -> None:
     """Raise a `UserError` that names `flag` if matplotlib is not installed. Imports nothing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{flag} needs matplotlib: pip install matplotlib, or leave the flag out")
+        raise UserError(f"{flag} needs matplotlib: pip install matplotlib, or leave the flag out", "no-matplotlib")
 
 
 def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: str = "density") -> bytes:
     """A layer x component heatmap of one expert's densities, or of any such table, as a PNG.
 
     Args:
-        table: rows are layers (top to bottom), columns components.
-        title: may hold line breaks.
+        table: rows are layers (top to bottom), by what to call them; columns components. A cell that is NaN stays empty.
+        title: may hold line breaks; longer lines are broken to fit.
         low, high: the ends of the color scale.
         label: what the numbers are.
     """
@@ -36,18 +40,19 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
     layers, columns = table.shape
     written = layers <= _MAX_WRITTEN_LAYERS
     longest = max(len(str(name)) for name in table.columns)
-    width = max(_INCH_PER_COLUMN, 0.085 * longest) * columns + 2.0
-    height = (_INCH_PER_LAYER if written else 0.12) * layers + 1.5 + 0.2 * title.count("\n")
-    figure = Figure(figsize=(max(width, 5.2), max(height, 2.8)), dpi=_DPI, layout="constrained")
+    width = max(max(_INCH_PER_COLUMN, 0.085 * longest) * columns + 2.0, 5.2)
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / _INCH_PER_LETTER))]
+    height = (_INCH_PER_LAYER if written else 0.12) * layers + 1.3 + 0.2 * len(lines)
+    figure = Figure(figsize=(width, max(height, 2.8)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     high = high if high > low else low + 1e-6  # a constant table still needs a scale
     image = axes.imshow(table.to_numpy(dtype="float64"), vmin=low, vmax=high, cmap="viridis", aspect="auto")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
     axes.set_ylabel("layer")
     axes.set_xticks(range(columns), [str(name) for name in table.columns], fontsize=8)
     step = 1 if written else 5
-    axes.set_yticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)], fontsize=8)
+    axes.set_yticks(range(0, layers, step), [str(name) for name in table.index[::step]], fontsize=8)
     axes.tick_params(length=0)
     if written:
         _write_cells(axes, table, low, high)
@@ -59,9 +64,21 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
     return buffer.getvalue()
 
 
-def _write_cells(axes, table: "pd.DataFrame", low: float, high: float) -> None:
-    for column, name in enumerate(table.columns):
-        for layer, value in enumerate(table[name]):
-            bright = (value - low) / (high - low) > 0.55
-            color = "black" if bright else "white"
-            axes.text(column, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+def color_range(low: float, high: float) -> tuple[float, float]:
+    """The ends of a color scale on which nearly equal numbers look it: at least a fifth of their size apart."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    half = max(half, _LEAST_SPREAD / 2 * max(abs(low), abs(high)))
+    return middle - half, middle + half
+
+
+def _write_cells(axes: "Axes", table: "pd.DataFrame", low: float, high: float) -> None:
+    import numpy as np
+
+    values = table.to_numpy(dtype="float64")
+    spread = float(np.nanmax(values) - np.nanmin(values))
+    decimals = 3 if 0 < spread < 0.1 else 2
+    for (layer, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        color = "black" if (value - low) / (high - low) > 0.55 else "white"
+        axes.text(column, layer, f"{value:.{decimals}f}", ha="center", va="center", fontsize=8, color=color)

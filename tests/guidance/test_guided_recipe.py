@@ -163,6 +163,14 @@ def test_a_moved_recipe_finds_its_vectors(pair):
     assert all(bool((first[name] == second[name]).all()) for name in first)
 
 
+def test_a_plot_draws_what_there_is_of_a_mean(pair):
+    """Whole deltas have no densities; where the changes lie that matter is drawn instead."""
+    pytest.importorskip("matplotlib")
+    (path,) = decide_here("saliency_budget", "dfs_saliency_budget", merge_method="guided_mean", plot=True)
+    pictures = sorted(file.name for file in Path("out").glob("*.png"))
+    assert pictures == [f"{path.stem}_{expert}_saliency.png" for expert in ("code", "math")]
+
+
 @pytest.mark.parametrize(
     ("name", "asked", "code"),
     [

@@ -8,7 +8,8 @@ from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
-from utils.recipes.coefficients import by_component, by_depth, mean_density
+from utils.plots import color_range, heatmap
+from utils.recipes.coefficients import average, by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
 from utils.recipes.method_rules import normalizes
 from utils.recipes.recipe import DTYPE, RecipeSettings
@@ -35,7 +36,7 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
         "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "mergekit", "transformers", "pandas"))
     )
     print(f"guidance: {asked.method.name}, {asked.method.summary}")
-    places = decision.table[decision.table["component"] != ""]
+    places = _measured(decision.table)
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
     experts = ", ".join(entry.type for entry in settings.experts)
     print(f"measured: {size}, experts {experts}{_samples(measured.manifest)}")
@@ -84,10 +85,10 @@ def say_result(made: GuidedRecipe, control: Control | None) -> None:
         part = table[table["model"] == entry.type]
         print(f"\n{entry.type} ({entry.name})")
         for column in columns:
-            _say_column(part if column == "weight" else part[part["component"] != ""], column)
+            _say_column(part if column == "weight" else _measured(part), column)
         if control is not None:
             own = control.table[control.table["model"] == entry.type]
-            _say_control(own[own["component"] != ""], columns, control.kind)
+            _say_control(_measured(own), columns, control.kind)
     for line in made.decision.after:
         print(line)
     if not columns:
@@ -100,12 +101,11 @@ def say_result(made: GuidedRecipe, control: Control | None) -> None:
 
 
 def _say_column(part: "pd.DataFrame", column: str) -> None:
-    values, mean = part[column], mean_density(part, column)
-    kind = "mean over parameters" if mean is not None else "mean over tensors, sizes are not known"
-    shown = mean if mean is not None else float(values.mean())
-    print(f"  {column:<13} min {values.min():.4f}, mean {shown:.4f}, max {values.max():.4f} ({kind})")
+    values = part[column]
+    shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {_of_what(part)})"
+    print(f"  {column:<13} min {values.min():.4f}, {shown}")
     _say_pairs("by layer", by_depth(part, column))
-    components = by_component(part[part["component"] != ""], column)
+    components = by_component(_measured(part), column)
     if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
         components = [("each", components[0][1])]
     _say_pairs("by component", components)
@@ -148,23 +148,42 @@ def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[st
 
 
 def pictures(made: GuidedRecipe) -> dict[str, bytes]:
-    """PNGs by the end of their file names: a heatmap per expert, all on one color scale, and the guidance's own."""
-    from utils.plots import heatmap
+    """PNGs by the end of their file names: a heatmap per expert, all on one color scale, and the guidance's own.
 
+    Densities are those of the measured components, weights those of every tensor; means are as printed.
+    """
     settings, decision = made.settings, made.decision
-    column = "weight" if settings.as_weights and made.choices.method.gives == "weights" else "density"
+    by_weight = made.choices.method.gives == "weights"
+    column, table = ("weight", decision.table) if by_weight else ("density", _measured(decision.table))
     found = {}
-    for entry in settings.experts if column == "weight" or settings.method.keeps else ():
-        table = decision.table[decision.table["component"] != ""]
-        low, high = decision.scale or (float(table[column].min()), float(table[column].max()))
-        how = "\n".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
+    for entry in settings.experts if by_weight or settings.method.keeps else ():
         part = table[table["model"] == entry.type]
-        wide = part.pivot(index="layer", columns="component", values=column)[list(dict.fromkeys(part["component"]))]
-        mean = mean_density(part, column)
-        shown = f"mean {mean:.4f}" if mean is not None else f"mean over tensors {part[column].mean():.4f}"
-        title = f"{entry.type}: {settings.method.name} {column}, {made.choices.method.name}\n{how}; {shown}"
-        found[f"{entry.type}_{column}.png"] = heatmap(wide, title, low, high, column)
+        low, high = decision.scale or color_range(float(table[column].min()), float(table[column].max()))
+        how = "; ".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
+        title = (
+            f"{entry.type}: {settings.method.name} {column}, guidance {made.choices.method.name}\n{how}\n"
+            f"mean {average(part, column):.4f} over {_of_what(part)}"
+        )
+        found[f"{entry.type}_{column}.png"] = heatmap(by_place(part, column), title, low, high, column)
     return found | dict(decision.pictures())
+
+
+def by_place(part: "pd.DataFrame", column: str) -> "pd.DataFrame":
+    """One expert's rows as layer x component; what no component is ("other": norms, embeddings) as a mean per layer."""
+    blocks = _measured(part)["layer"]
+    names = {-1: "before", int(blocks.max()) + 1: "behind"}
+    components = part["component"].where(part["component"] != "", "other")
+    groups = part.assign(component=components).groupby(["layer", "component"], sort=False)
+    wide = groups.apply(lambda rows: average(rows, column), include_groups=False).unstack("component").sort_index()
+    return wide[list(dict.fromkeys(components))].rename(index=lambda layer: names.get(layer, layer))
+
+
+def _measured(table: "pd.DataFrame") -> "pd.DataFrame":
+    return table[table["component"] != ""]
+
+
+def _of_what(part: "pd.DataFrame") -> str:
+    return "parameters" if mean_density(part) is not None else "tensors, sizes are not known"
 
 
 def _samples(manifest: Mapping[str, Any] | None) -> str:

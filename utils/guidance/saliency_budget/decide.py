@@ -1,6 +1,7 @@
 """Saliency budget, decide half: densities that spend the budget on the largest saliencies, and vectors for the merge."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ from utils.guidance.saliency_budget.tables import (
     read_vector_file,
     read_vectors_of,
 )
+from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import coefficient_table
 from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES
 from utils.recipes.naming import Naming, Recorded, name_recorded
@@ -47,6 +49,7 @@ def decide(job: DecideJob) -> Decision:
         after=tuple(_after(table, experts) if method.keeps else ()),
         tags=("saliency_mask",) if method.name == GUIDED_TIES.name else (),
         vectors=vectors,
+        pictures=dict if method.keeps else partial(_saliency_pictures, measured, naming),
     )
 
 
@@ -56,6 +59,22 @@ def _densities(model: str, measured: ExpertSaliency, naming: Naming, budget: flo
     wide = wide[list(dict.fromkeys(tensors["component"]))]
     names = {(row.layer, row.component): naming.names[row.tensor] for row in tensors.itertuples()}
     return coefficient_table(model, wide, names, naming.params)
+
+
+def _saliency_pictures(measured: Mapping[str, ExpertSaliency], naming: Naming) -> dict[str, bytes]:
+    """Where whole deltas are kept: a heatmap per expert of where the changes lie that matter most."""
+    pictures = {}
+    for name, one in measured.items():
+        table = _densities(name, one, naming, _USUAL_BUDGET)
+        wide = table.pivot(index="layer", columns="component", values="density")[
+            list(dict.fromkeys(table["component"]))
+        ]
+        title = (
+            f"{name}: where its change matters most; whole deltas are merged\nshare of a tensor's entries among the "
+            f"{_USUAL_BUDGET:.0%} of all with the largest saliency"
+        )
+        pictures[f"{name}_saliency.png"] = heatmap(wide, title, *color_range(0.0, float(wide.max(axis=None))), "share")
+    return pictures
 
 
 def _how(job: DecideJob, budget: float, power: float) -> list[tuple[str, str]]:

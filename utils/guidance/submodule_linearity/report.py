@@ -44,11 +44,16 @@ def score_lines(scores: pd.DataFrame, types: Sequence[str]) -> list[str]:
         for level, rows in own.groupby("level", sort=False):
             worst = rows.loc[rows["score"].idxmax()]
             shown.append(
-                f"{level} median {rows['score'].median():.2g}, most {worst['score']:.2g} "
-                f"(layer {worst['layer']}, {worst['submodule']})"
+                f"{level} median {_shown(rows['score'].median())}, most {_shown(worst['score'])} "
+                f"at layer {worst['layer']}, {worst['submodule']}"
             )
         lines.append(f"{name}: non-linearity (0 is linear): {'; '.join(shown)}")
     return lines
+
+
+def _shown(score: float) -> str:
+    """A score and its root, which is what the pictures show."""
+    return f"{score:.2g} (root {score**0.5:.2%})"
 
 
 def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, bytes]:
@@ -66,6 +71,8 @@ def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, byte
         own = own.assign(score=100 * own["score"] ** 0.5)
         wide = own.pivot_table(index="layer", columns=["level", "submodule"], values="score", sort=False)
         wide.columns = [submodule for _, submodule in wide.columns]
-        title = f"{name}: what linearity in the parameters gets wrong,\n% of the whole change of a part's output"
+        title = (
+            f"{name}: root of the non-linearity, what linearity gets wrong in % of the whole change of a part's output"
+        )
         pictures[f"{name}_nonlinearity.png"] = heatmap(wide.sort_index(), title, 0.0, top, "deviation from linear, %")
     return pictures

@@ -24,7 +24,7 @@ ROWS = [
 
 def test_embeddings_norms_and_head_have_their_cells():
     table = by_place(pd.DataFrame(ROWS, columns=list(COLUMNS)), "weight")
-    assert list(table.index) == ["before", 0, 1, "behind"] and list(table.columns) == ["other", "q", "up"]
+    assert list(table.index) == ["before", 0, 1, "behind"] and list(table.columns) == ["q", "up", "other"]
     assert table.loc["before", "other"] == 0.5 and table.loc["behind", "other"] == 0.1
     assert table.loc[0, "other"] == pytest.approx((10 * 0.2 + 30 * 0.4) / 40)
     assert table["q"].tolist()[1:3] == [0.9, 0.7] and table["up"].tolist()[1:3] == [0.8, 0.6]

@@ -175,7 +175,8 @@ def by_place(part: "pd.DataFrame", column: str) -> "pd.DataFrame":
     components = part["component"].where(part["component"] != "", "other")
     groups = part.assign(component=components).groupby(["layer", "component"], sort=False)
     wide = groups.apply(lambda rows: average(rows, column), include_groups=False).unstack("component").sort_index()
-    return wide[list(dict.fromkeys(components))].rename(index=lambda layer: names.get(layer, layer))
+    order = sorted(dict.fromkeys(components), key=lambda name: name == "other")
+    return wide[order].rename(index=lambda layer: names.get(layer, layer))
 
 
 def _measured(table: "pd.DataFrame") -> "pd.DataFrame":

@@ -60,8 +60,7 @@ def compare_models(
         base, experts: models of one structure, their parameters on the meta device before and after.
         texts: the texts.
         device: where to compute.
-        scores: whether to take the non-linearity of blocks, attention and MLPs, on the first micro-batch of each
-            expert's text.
+        scores: whether to take the non-linearity of blocks, attention and MLPs, each expert's on its own text.
         on_block: called with the layer number after each block.
 
     Returns:
@@ -80,7 +79,7 @@ def compare_models(
     tokens = torch.tensor([text.tokens for text in texts], dtype=torch.float64)[:, None, None]
     for part in parts:
         part.grams = part.grams.cpu() / tokens
-        part.scores = {expert: score.cpu() for expert, score in part.scores.items()}
+        part.distances = {expert: sums.cpu() for expert, sums in part.distances.items()}
     return parts
 
 
@@ -118,10 +117,10 @@ class _Comparison:
         self.batches: list[MicroBatch] = []
         self.passages: list[Passage] = []
         for number, text in enumerate(texts):
-            for place, batch in enumerate(text.batches):
+            for batch in text.batches:
                 longer = _with_an_axis_of_tokens(batch, self.decoder)
                 self.batches.append(longer)
-                self.passages.append(_passage(longer.to(device), number, text.experts if place == 0 else ()))
+                self.passages.append(_passage(longer.to(device), number, text.experts))
         self.outside = OutsideChanges(base, experts, self.batches, len(texts), device)
         self.layer = -1
         self.passage: Passage | None = None
@@ -240,7 +239,7 @@ def _block_variant(submodule: Submodule, base: nn.Module, expert: nn.Module) -> 
 
 def _passage(batch: MicroBatch, text: int, scored: tuple[int, ...]) -> Passage:
     samples, length = batch.input_ids.shape
-    return Passage(text, samples, length, batch.mask, batch.tokens, scored)
+    return Passage(text, samples, length, batch.mask, scored)
 
 
 def _with_an_axis_of_tokens(batch: MicroBatch, decoder: Decoder) -> MicroBatch:

@@ -158,7 +158,7 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
 def _score_rows(parts: Sequence[PartChanges], types: Sequence[str]) -> list[tuple]:
     """The non-linearity scores, without those of what is no larger part."""
     return [
-        (level, part.layer, part.name, types[expert], float(score))
+        (level, part.layer, part.name, types[expert], score)
         for part in parts
         for level in part.levels
         if level != TENSOR

@@ -12,24 +12,30 @@ import torch
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def nonlinearity(outputs: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
-    """The score of one part.
+PAIRS = tuple((first, second) for first in range(len(GRID)) for second in range(first))  # the others mirror these
+
+
+def distance_sums(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sums over rows of the L2 distances of `PAIRS`, of some text; those of more text are added to them.
 
     Args:
         outputs: f(theta_0 + a delta) for each a of `GRID`, [rows, features] float32; rows of pads are equal in all.
-        tokens: how many rows are no pads.
 
     Returns:
-        A float64 scalar on the same device, 0 where the fine-tune changes nothing.
+        [pairs] float64, on the same device.
     """
-    whole = _distance(outputs[-1], outputs[0], tokens)
-    total = torch.zeros_like(whole)
-    for first in range(len(GRID)):
-        for second in range(first):  # the other half is the same, the diagonal 0
-            share = _distance(outputs[first], outputs[second], tokens) / whole - (GRID[first] - GRID[second])
-            total += 2 * share.square()
-    return torch.where(whole > 0, total / len(GRID) ** 2, 0.0)
+    distances = [torch.linalg.vector_norm(outputs[one] - outputs[other], dim=1) for one, other in PAIRS]
+    return torch.stack([distance.sum(dtype=torch.float64) for distance in distances])
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor, tokens: int) -> torch.Tensor:
-    return torch.linalg.vector_norm(one - other, dim=1).sum(dtype=torch.float64) / tokens
+def nonlinearity(sums: torch.Tensor) -> float:
+    """The score of one part, from `distance_sums` over all text; 0 where the fine-tune changes nothing.
+
+    D is a mean over tokens, but only ratios of D count.
+    """
+    found = dict(zip(PAIRS, sums.tolist(), strict=True))
+    whole = found[len(GRID) - 1, 0]
+    if whole == 0:
+        return 0.0
+    gaps = [distance / whole - (GRID[one] - GRID[other]) for (one, other), distance in found.items()]
+    return 2 * sum(gap**2 for gap in gaps) / len(GRID) ** 2  # each pair in both orders; the diagonal is 0

@@ -12,14 +12,14 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.guidance.submodule_linearity.gram import gram_matrix, token_rows
-from utils.guidance.submodule_linearity.nonlinearity import GRID, nonlinearity
+from utils.guidance.submodule_linearity.nonlinearity import GRID, distance_sums, nonlinearity
 from utils.models.decoder import is_linear, weight_matrix
 from utils.models.weight_source import placed
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A micro-batch on its way through the base: which text it belongs to, and its tokens.
+    """A micro-batch on its way through the base: which text it belongs to, and which of its tokens are real.
 
     `scored` are the experts whose non-linearity is taken on it.
     """
@@ -28,7 +28,6 @@ class Passage:
     samples: int
     length: int
     mask: torch.Tensor | None
-    tokens: int
     scored: tuple[int, ...] = ()
 
 
@@ -42,7 +41,7 @@ class PartChanges:
         name: path inside the block, or in the model.
         parameters: full names in the model.
         grams: [texts, experts, experts] float64, sums over tokens, on the device.
-        scores: non-linearity by expert, float64 scalars on the device.
+        distances: by expert, `distance_sums` over the expert's own text, on the device.
         calls: how often it was seen.
     """
 
@@ -51,8 +50,13 @@ class PartChanges:
     name: str
     parameters: tuple[str, ...]
     grams: torch.Tensor
-    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    distances: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: int = 0
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Non-linearity by expert."""
+        return {expert: nonlinearity(sums) for expert, sums in self.distances.items()}
 
     def require_calls(self, expected: int, where: str) -> None:
         """Raise a `UserError` unless the part was called once for each micro-batch."""
@@ -126,8 +130,8 @@ def observe(part: PartChanges, call: Call, variants: Sequence[Variant], passage:
     for expert in passage.scored:
         between = [_rows(_interpolated(variants[expert], call, share), passage, part.name) for share in GRID[1:-1]]
         outputs = [base_rows, *between, base_rows + changes[expert]]
-        score = nonlinearity(outputs, passage.tokens)
-        part.scores[expert] = torch.where(variants[expert].changed(), score, 0.0)
+        sums = distance_sums(outputs)
+        part.distances[expert] = part.distances[expert] + sums if expert in part.distances else sums
 
 
 def linear_change(call: Call, module: nn.Module) -> torch.Tensor:

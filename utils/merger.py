@@ -54,6 +54,10 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("hash_inputs", "also record the SHA-256 of the inputs' weight files, which reads them all")
     parser.switch("write_model_card", "write README.md", default=True)
     parser.flag(
+        "evaluation", "folder of an evaluation of this recipe: its figures go into the card and report", type=path
+    )
+    parser.switch("report", "write report.html: the recipe layer by layer, what was run, the figures of --evaluation")
+    parser.flag(
         "out_shard_size", "bytes per weight file, e.g. 500M, 5B, 2G; 0: one file", type=byte_count, default="5B"
     )
     parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n [default: auto]")

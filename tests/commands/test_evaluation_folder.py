@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
-from utils.commands.evaluation_folder import candidate_of, read_evaluation
+from utils.commands.evaluation_folder import read_evaluation
 from utils.reports.card_table import evaluation_section
 from utils.reports.page import render
 from utils.reports.values import Estimate, Role
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_everything_in_the_files_is_read(folder):
-    page = read_evaluation(folder)
+    page = read_evaluation(folder).page
     assert [(one.name, one.role) for one in page.contenders] == [
         ("base", Role.BASE), ("plain", Role.CONTROL), ("ours", Role.CANDIDATE),
     ]  # fmt: skip
@@ -59,20 +59,36 @@ def test_everything_in_the_files_is_read(folder):
     assert "0.53" not in render(page) and "53.0%" in render(page)
 
 
+def record(folder: Path, **more) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | more))
+
+
 def test_the_card_of_a_merge_by_an_evaluated_recipe(folder):
-    page = read_evaluation(folder)
-    text = evaluation_section(page, candidate_of(page, Path("recipes/ours.yaml")))
+    found = read_evaluation(folder)
+    text = evaluation_section(found.page, found.candidate_of(Path("recipes/ours.yaml"), "aa"))
     assert "**ours**" in text and "+13.0 points (+10.0 to +16.0) better" in text
 
 
-def test_another_recipe_is_refused(folder):
-    with refused("evaluation-other-recipe"):
-        candidate_of(read_evaluation(folder), Path("theirs.yaml"))
+def test_a_recipe_is_known_by_its_content(folder):
+    record(folder, candidates=[{"name": "base"}, {"name": "ours", "recipe_sha256": "aa"}])
+    found = read_evaluation(folder)
+    assert found.candidate_of(Path("renamed.yaml"), "aa") == "ours"
+    for path in ("ours.yaml", "theirs.yaml"):
+        with refused("evaluation-other-recipe"):
+            found.candidate_of(Path(path), "bb")
+
+
+def test_the_recipes_that_a_search_wrote(folder):
+    record(folder, best_on_validation=None, best={"ours": {}}, files={"best.yaml": "aa", "best_uniform.yaml": "bb"})
+    found = read_evaluation(folder)
+    assert found.candidate_of(Path("best.yaml"), "aa") == "ours"
+    assert found.candidate_of(Path("best_uniform.yaml"), "bb") == "plain"
 
 
 def test_a_manifest_is_not_needed_and_scores_are(folder):
     (folder / "manifest.json").unlink()
-    page = read_evaluation(folder)
+    page = read_evaluation(folder).page
     assert page.winner == "" and page.tasks[0].rows is None
     (folder / "scores.csv").unlink()
     with refused("evaluation-not-found"):

@@ -1,21 +1,24 @@
 """The figures of an evaluation (or a search) read back from its folder, for whoever shows them elsewhere.
 
-page = read_evaluation(Path("output/my_pair/evaluation"))
-name = candidate_of(page, Path("ties.yaml"))                # whose figures a merge by this recipe has
-text = evaluation_section(page, name)                       # utils.reports.card_table
+found = read_evaluation(Path("output/my_pair/evaluation"))
+name = found.candidate_of(recipe.path, recipe.sha256)       # whose figures a merge by this recipe has
+text = evaluation_section(found.page, name)                 # utils.reports.card_table
 """
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.merging.recipe_file import MergeRecipe
 from utils.publish import MANIFEST
 from utils.reports.values import Contender, Estimate, Page, Role, Score, Standing, TaskScores
 
 SCORES = "scores.csv"
+_BEST, _BEST_UNIFORM = "best.yaml", "best_uniform.yaml"  # what a search writes
 _LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING = "loss", "perplexity", "gain_kept", "worst_gain_kept", "forgetting"
 _ALL = "all tasks"
 _NOTE = (
@@ -26,11 +29,36 @@ _NOTE = (
 Rows = dict[tuple[str, str, str], dict[str, str]]  # (candidate, task, measure) -> a line of scores.csv
 
 
-def read_evaluation(folder: Path) -> Page:
-    """The scores in a folder as the values that a page shows; its history, samples and recipe are not in it.
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores in a folder as the values that a page shows, and the candidates by the SHA-256 of their recipe file."""
+
+    page: Page
+    recipes: Mapping[str, str]
+
+    def candidate_of(self, recipe: Path, sha256: str) -> str:
+        """The candidate that a recipe file is: the one of its content; where no contents were recorded, of its name.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = [one.name for one in self.page.contenders]
+        if sha256 in self.recipes:
+            return self.recipes[sha256]
+        if recipe.stem in names and recipe.stem not in self.recipes.values():
+            return recipe.stem
+        why = "has another content than when it was evaluated" if recipe.stem in names else "was not evaluated there"
+        raise UserError(
+            f"{recipe} {why} (candidates of {self.page.title}: {', '.join(names)}); evaluate it, or leave --evaluation out",
+            "evaluation-other-recipe",
+        )
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What is in a folder; history, samples and recipe are not read.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are no scores, or they cannot be read.
     """
     path = folder / SCORES
     try:
@@ -41,7 +69,8 @@ def read_evaluation(folder: Path) -> Page:
         manifest = _manifest(folder)
         rows = {(line["candidate"], line["task"], line["measure"]): line for line in lines}
         roles = {line["candidate"]: Role(line["role"]) for line in lines}
-        return _page(folder, rows, roles, manifest)
+        page = _page(folder, rows, roles, manifest)
+        return Evaluation(page, dict(_recipes(manifest, page)))
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: there is no {SCORES}, so this is no folder of utils/evaluator.py or utils/searcher.py",
@@ -54,20 +83,35 @@ def read_evaluation(folder: Path) -> Page:
         ) from error
 
 
-def candidate_of(page: Page, recipe: Path) -> str:
-    """The candidate that a recipe file is in an evaluation: the one of its name.
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation says of one recipe: the page of it all, and which candidate the recipe is."""
+
+    page: Page
+    name: str
+
+
+def read_measured(folder: Path | None, recipe: MergeRecipe) -> Measured | None:
+    """What the evaluation in a folder says of a recipe; None without a folder.
 
     Raises:
-        UserError: none has that name.
+        UserError: it is no evaluation, or not of this recipe.
     """
-    names = [one.name for one in page.contenders if one.role is Role.CANDIDATE]
-    if recipe.stem in names:
-        return recipe.stem
-    listed = ", ".join(names) or "none"
-    raise UserError(
-        f"{recipe} is none of the candidates of {page.title} ({listed}); evaluate this recipe, or say which it is",
-        "evaluation-other-recipe",
-    )
+    if folder is None:
+        return None
+    found = read_evaluation(folder)
+    return Measured(found.page, found.candidate_of(recipe.path, recipe.sha256))
+
+
+def _recipes(manifest: Mapping[str, Any], page: Page) -> Iterator[tuple[str, str]]:
+    """Recipe files by their hash: those that were given to an evaluation, and those that a search wrote."""
+    for one in manifest.get("candidates", []):
+        if one.get("recipe_sha256"):
+            yield one["recipe_sha256"], one["name"]
+    files = manifest.get("files", {})
+    for name, candidate in ((_BEST, page.winner), (_BEST_UNIFORM, page.reference)):
+        if candidate and name in files:
+            yield files[name], candidate
 
 
 def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping[str, Any]) -> Page:

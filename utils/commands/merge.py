@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from utils.commands.evaluation_folder import read_measured
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import check_apart, check_output
 from utils.merging.recipe_check import check_recipe
@@ -19,6 +20,7 @@ from utils.runtime import available_host_bytes, devices_used, gigabytes, import_
 if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge
 
+REPORT = "report.html"
 _LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
 
 
@@ -31,6 +33,7 @@ def merge(settings: MergeSettings) -> None:
     if settings.transformers_cache:  # read once, when huggingface_hub is imported
         os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     recipe = read_recipe(settings.merge_config)
+    measured = read_measured(settings.evaluation, recipe)
     check_apart(settings.output_path, recipe.local_folders())
     output = check_output(settings.output_path, overwrite=settings.overwrite)
     found = find_models(check_recipe(recipe), settings.lora_merge_cache)
@@ -47,6 +50,7 @@ def merge(settings: MergeSettings) -> None:
         print("dry run: everything was checked, nothing was written")
         return
 
+    from utils.commands.merge_report import card_addition, report_html
     from utils.merging.result_check import check_result
     from utils.merging.run import run_merge
     from utils.merging.small_files import describe_result, write_small_files
@@ -58,7 +62,9 @@ def merge(settings: MergeSettings) -> None:
         seconds = time.perf_counter() - start
         write_small_files(ready, stage)
         report = check_result(ready.plan, settings, stage)
-        written = describe_result(ready, stage)
+        if settings.report:
+            (stage / REPORT).write_text(report_html(ready, measured, seconds), encoding="utf-8")
+        written = describe_result(ready, stage, card_addition(ready, measured))
     _say(report, settings)
     _say_where(ready, written, seconds)
 

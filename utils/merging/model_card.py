@@ -7,6 +7,7 @@ recipe, which has to find it again, by its path relative to the output folder.
 import datetime
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from utils.runtime import versions
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"
 _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
+
+
+@dataclass(frozen=True)
+class CardAddition:
+    """What a command knows about a merge beside the merge: entries of the card's metadata, and Markdown by heading."""
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
 
 
 def shown_recipe(done: PlannedMerge) -> str:
@@ -40,8 +49,8 @@ def runnable_recipe(done: PlannedMerge) -> str:
     return _ended(done.recipe.rewritten(from_there))
 
 
-def card_text(done: PlannedMerge) -> str:
-    """The model card, Markdown with the metadata block that the hub reads."""
+def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
+    """The model card, Markdown with the metadata block that the hub reads; what is added stands before the recipe."""
     import yaml
 
     plan = done.plan
@@ -49,6 +58,8 @@ def card_text(done: PlannedMerge) -> str:
     hub_ids = list(dict.fromkeys(name for model in plan.inputs.models for name in model.hub_ids))
     metadata = {"base_model": hub_ids} if hub_ids else {}
     metadata |= {"library_name": "transformers", "tags": ["mergekit", "merge"]}
+    added = added or CardAddition()
+    metadata |= added.metadata
     experts = [model.label for model in plan.inputs.models if model.reference != base]
     onto = f" into `{plan.inputs.label(base)}`" if base else ""
     found = versions()
@@ -63,6 +74,7 @@ def card_text(done: PlannedMerge) -> str:
         "",
         *_density_table(done),
         *_saliency_lines(done),
+        *(line for heading, text in added.sections.items() for line in (f"## {heading}", "", text.rstrip(), "")),
         "## Recipe",
         "",
         "```yaml",

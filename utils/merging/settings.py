@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbgt]?)b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cache")
+_PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cache", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class MergeSettings:
     dry_run: bool = False
     hash_inputs: bool = False
     fast_selection: bool = True
+    evaluation: Path | None = None
+    report: bool = False
 
     def options(self) -> dict[str, Any]:
         """The settings for a manifest; folders of this machine are left out."""

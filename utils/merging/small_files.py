@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from utils.mergekit_api import set_chat_template, set_config_value
-from utils.merging.model_card import CARD, RECIPE, card_text, manifest, runnable_recipe
+from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, manifest, runnable_recipe
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
 from utils.publish import MANIFEST, to_json
@@ -29,10 +29,16 @@ def write_small_files(ready: PlannedMerge, folder: Path) -> None:
         _write_tokenizer(ready, donor, folder)
 
 
-def describe_result(ready: PlannedMerge, folder: Path) -> int:
-    """Write card, recipe and, last, the manifest. Returns the bytes of all files."""
+def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | None = None) -> int:
+    """Write card, recipe and, last, the manifest. Returns the bytes of all files.
+
+    Args:
+        ready: the merge.
+        folder: where its result lies.
+        added: what else the card says.
+    """
     if ready.settings.write_model_card:
-        (folder / CARD).write_text(card_text(ready), encoding="utf-8")
+        (folder / CARD).write_text(card_text(ready, added), encoding="utf-8")
     (folder / RECIPE).write_text(runnable_recipe(ready), encoding="utf-8")
     described = manifest(ready, folder)
     content = to_json(described)

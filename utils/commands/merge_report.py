@@ -1,0 +1,65 @@
+"""What a merge says beside its weights: licenses and figures for the model card, and the page of its folder."""
+
+import dataclasses
+import datetime
+import shlex
+import sys
+from pathlib import Path
+
+from utils.commands.evaluation_folder import Measured
+from utils.commands.report_recipe import merge_page, model_records
+from utils.merging.model_card import CardAddition
+from utils.merging.planning import PlannedMerge
+from utils.reports.card_table import evaluation_section, inputs_section, model_index
+from utils.reports.page import render
+from utils.reports.values import Run
+from utils.reports.verdict import judge
+from utils.runtime import versions
+
+
+def card_addition(ready: PlannedMerge, measured: Measured | None) -> CardAddition:
+    """The inputs with the licenses they state, and the figures of an evaluation of this recipe, if there is one."""
+    sections = {"Inputs": inputs_section(model_records(ready))}
+    if measured is None:
+        return CardAddition(sections=sections)
+    index = model_index(measured.page, measured.name, ready.settings.output_path.resolve().name)
+    figures = evaluation_section(measured.page, measured.name)
+    return CardAddition({"model-index": index} if index else {}, {"Evaluation": figures, **sections})
+
+
+def report_html(ready: PlannedMerge, measured: Measured | None, seconds: float) -> str:
+    """The page of a merged folder; with an evaluation of its recipe, that one's figures on it."""
+    found = versions()
+    run = Run(
+        commands=(shlex.join(["python3", *map(_published, sys.argv)]),),
+        versions={name: found[name] for name in ("python", "torch", "transformers", "mergekit") if name in found},
+        seeds=(("merge", ready.settings.random_seed),),
+        device=ready.device,
+        seconds=seconds,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    page = merge_page(ready, run)
+    if measured is None:
+        return render(page)
+    scored = measured.page
+    verdict = page.verdict
+    if any(one.contender == measured.name and one.gain.known for one in scored.standings):
+        verdict = judge(measured.name, scored.reference, scored.standings)
+    return render(
+        dataclasses.replace(
+            page,
+            verdict=verdict,
+            contenders=scored.contenders,
+            reference=scored.reference,
+            winner=measured.name,
+            tasks=scored.tasks,
+            standings=scored.standings,
+            notes=scored.notes,
+        )
+    )
+
+
+def _published(word: str) -> str:
+    """A word of the command line with the last part alone of an absolute path: the folder may be published."""
+    flag, separator, value = word.rpartition("=")
+    return f"{flag}{separator}{Path(value).name}" if Path(value).is_absolute() else word

@@ -83,7 +83,7 @@ def found_recipes(folder: Path) -> list[Candidate]:
     so are the uniform merges that evaluations write.
 
     Raises:
-        UserError: a recipe with slips in it.
+        UserError: a recipe with errors in it.
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])
     found = [path for path in paths if path.name != UNIFORM and _is_recipe(path)]

@@ -36,7 +36,7 @@ def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
             `overwrite`, foreign ones with it.
     """
     if path.name != path.name.strip():
-        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: a slip in quoting?", "out-dir-name")
+        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: an error in quoting?", "out-dir-name")
     try:
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:

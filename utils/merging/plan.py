@@ -1,6 +1,6 @@
 """The merge as mergekit plans it, tensor by tensor, with what the headers say about each. No weights are read.
 
-mergekit's planner makes the tasks; this room adds the shapes and dtypes that the result will have, and proves that
+mergekit's planner makes the tasks; this module adds the shapes and dtypes that the result will have, and proves that
 every input tensor a task reads is there and fits.
 """
 

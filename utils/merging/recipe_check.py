@@ -1,6 +1,6 @@
 """The names and values in a merge recipe, checked before mergekit is imported, which takes seconds.
 
-mergekit ignores keys and parameters that it does not know, so that a slip of the pen changes a merge without a word; here
+mergekit ignores keys and parameters that it does not know, so that a typing error changes a merge without a word; here
 each is an error with the nearest known name. What is known is the recipe as a type, and the merge methods with their
 parameters; tests compare both with the installed mergekit.
 """

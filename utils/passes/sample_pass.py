@@ -108,7 +108,7 @@ class SamplePass:
         """
         call = self.calls[layer]
         given = [leaf.grad for leaf in call.leaves()]
-        outputs, twins = _computed_again(call.arrival)
+        outputs, leaves = _computed_again(call.arrival)
         pairs = [
             (output, gradient)
             for output, gradient in zip(outputs, given, strict=True)
@@ -117,7 +117,7 @@ class SamplePass:
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
         del outputs, pairs
-        for place, (argument, copy) in enumerate(zip(call.arguments(), twins, strict=True)):
+        for place, (argument, copy) in enumerate(zip(call.arguments(), leaves, strict=True)):
             if copy.grad is not None:
                 self._take_back(call, place, argument, copy.grad)
         call.arrival = None
@@ -227,18 +227,18 @@ def _loss(flow: Flow) -> torch.Tensor:
 
 def _computed_again(arrival: Arrival) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """A block's outputs with a graph of the block alone, and the copies of its differentiable arguments it starts at."""
-    twins = []
+    leaves = []
 
-    def twin(value: Any) -> Any:
+    def leaf(value: Any) -> Any:
         if not (isinstance(value, torch.Tensor) and value.requires_grad):
             return value
-        twins.append(value.detach().requires_grad_())
-        return twins[-1]
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
 
-    args = _mapped(arrival.args, twin)
-    kwargs = {key: _mapped(value, twin) for key, value in arrival.kwargs.items()}
+    args = _mapped(arrival.args, leaf)
+    kwargs = {key: _mapped(value, leaf) for key, value in arrival.kwargs.items()}
     with torch.enable_grad():
-        return _floating(arrival.forward(*args, **kwargs)), twins
+        return _floating(arrival.forward(*args, **kwargs)), leaves
 
 
 def _leaf(value: Any) -> Any:

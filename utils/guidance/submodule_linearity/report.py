@@ -23,15 +23,15 @@ def spread_lines(types: Sequence[str], weights: Sequence[np.ndarray]) -> list[st
 
 def fit_lines(fits: Sequence[Misfit], weights: Sequence[np.ndarray]) -> list[str]:
     """What the merge is predicted to miss, beside the best that one weight for everything could do."""
-    told = [(fit, own) for fit, own in zip(fits, weights, strict=True) if fit.c > 0]
-    if not told:
+    moved = [(fit, own) for fit, own in zip(fits, weights, strict=True) if fit.c > 0]
+    if not moved:
         return []
     best = best_uniform_weight(fits)
-    ours = np.mean([fit.missed(own) for fit, own in told])
-    uniform = np.mean([fit.missed(np.full_like(own, best)) for fit, own in told])
+    ours = np.mean([fit.missed(own) for fit, own in moved])
+    uniform = np.mean([fit.missed(np.full_like(own, best)) for fit, own in moved])
     return [
         f"fit: were all parts linear, {ours:.1%} of what each expert changes on its own text would be missed; with one "
-        f"weight for all, {best:.4f} at best, {uniform:.1%}; by the base 100% (means over {len(told)} parts)"
+        f"weight for all, {best:.4f} at best, {uniform:.1%}; by the base 100% (means over {len(moved)} parts)"
     ]
 
 

@@ -46,11 +46,11 @@ def misfit(uses: Sequence[np.ndarray], weighting: str) -> Misfit:
     A, b, c = np.zeros((experts, experts)), np.zeros(experts), 0.0
     for grams in uses:
         own = np.einsum("ttt->t", grams)
-        told = own > 0
-        if not told.any():
+        moved = own > 0
+        if not moved.any():
             continue
-        scale = own[told] if weighting == "equal" else np.full(told.sum(), own[told].mean())
-        for task, size in zip(np.flatnonzero(told), scale, strict=True):
+        scale = own[moved] if weighting == "equal" else np.full(moved.sum(), own[moved].mean())
+        for task, size in zip(np.flatnonzero(moved), scale, strict=True):
             A += grams[task] / size
             b += grams[task, :, task] / size
             c += own[task] / size
@@ -88,6 +88,6 @@ def merging_weights(fit: Misfit, ridge: float, clip: float | None = None) -> np.
 
 def best_uniform_weight(fits: Sequence[Misfit]) -> float:
     """The one weight for all experts and parts that misses least, in the mean of `missed` over the parts."""
-    told = [fit for fit in fits if fit.c > 0]
-    square = sum(fit.A.sum() / fit.c for fit in told)
-    return float(sum(fit.b.sum() / fit.c for fit in told) / square) if square > 0 else 0.0
+    moved = [fit for fit in fits if fit.c > 0]
+    square = sum(fit.A.sum() / fit.c for fit in moved)
+    return float(sum(fit.b.sum() / fit.c for fit in moved) / square) if square > 0 else 0.0

@@ -33,7 +33,7 @@ from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader
 
 # Of the functions of mergekit 0.1.5 listed in `utils/mergekit_api.py`. To accept another version: compare those functions,
-# run the tests of this room with the new digest, then put it here.
+# run the tests of these modules with the new digest, then put it here.
 REPLACED = frozenset({"14e6350833c92f6c33e85647ac27500aa2b40bcdb1c027acfc4a71f50dd316fc"})
 STORED = {code: getattr(torch, name) for code, name in FLOAT_DTYPES.items() if name != "float64"}
 _BANDS = (None, SparsificationMethod.magnitude, SparsificationMethod.magnitude_outliers)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from utils.errors import UserError
+from tests.refusals import refused
 from utils.pair.config import ModelEntry
 from utils.recipes.coefficients import COLUMNS
 from utils.recipes.method_rules import DENSITY_METHODS
@@ -119,7 +119,7 @@ def test_file_names():
     name = recipe_name(config, (0.0, 1.0), "dare_ties", ("clip", "mean0.1", "uniform"))
     assert name == "gemma_2b_0.0_1.0_generated_dare_ties_clip_mean0.1_uniform_merge_config.yaml"
     check_file_names([name], config)
-    with pytest.raises(UserError, match="too long"):
+    with refused("file-name-too-long"):
         check_file_names([recipe_name(Path("x" * 240 + ".yaml"), (0.3, 0.8), "ties")], config)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.refusals import refused
 from utils.errors import UserError
 from utils.recipes.saliency_vectors import FORMAT, VectorKey, open_vectors, read_vectors, vector_file_bytes
 
@@ -137,7 +138,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         other.replace(path)
         assert read_vectors(VectorKey(path, NAME))[0].tolist() == [value, value]
     path.unlink()
-    with pytest.raises(UserError, match="does not exist"):
+    with refused("vectors-missing"):
         read_vectors(VectorKey(path, NAME))
 
 

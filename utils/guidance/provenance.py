@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import raise_collected
+from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import Checkpoint, header_hash, is_local
 from utils.pair.config import ModelEntry, PairConfig
 
@@ -34,14 +34,16 @@ def compare_with_manifest(
     for entry in (config.base, *experts):
         found = by_type.get(entry.type)
         if found is None:
-            problems.append(f"no {entry.type!r} was measured, only {', '.join(map(repr, by_type))}")
+            problems.append(
+                Problem(f"no {entry.type!r} was measured, only {', '.join(map(repr, by_type))}", "measured-without")
+            )
         elif not _same_model(entry, found):
-            problems.append(f"{entry.type!r} was measured as {_shown(found)}, the config says {_shown(vars(entry))}")
+            text = f"{entry.type!r} was measured as {_shown(found)}, the config says {_shown(vars(entry))}"
+            problems.append(Problem(text, "measured-other-model"))
     if options.get("base_model_type") != config.base_model_type:
-        problems.append(
-            f"measured against the base type {options.get('base_model_type')!r}, the config's is "
-            f"{config.base_model_type!r}"
-        )
+        before = options.get("base_model_type")
+        text = f"measured against the base type {before!r}, the config's is {config.base_model_type!r}"
+        problems.append(Problem(text, "measured-other-base"))
     raise_collected(problems, "the dataframes are of another pair config (measure again, or give theirs)")
     now, then = _flat(config.options()), _flat(options)
     return [

@@ -76,13 +76,14 @@ def with_mean_density(table: "pd.DataFrame", budget: float, *, as_weights: bool 
     parts = []
     for model, part in table.groupby("model", sort=False):
         if mean_density(part) is None:
-            raise UserError(_NO_SIZES.format(flag="--mean_density"))
+            raise UserError(_NO_SIZES.format(flag="--mean_density"), "tensor-sizes-unknown")
         density, weights = part["density"].to_numpy(), part["params"].to_numpy(dtype="float64")
         reachable = float(np.average(density > 0, weights=weights))
         if budget > reachable:
             raise UserError(
                 f"--mean_density {budget} cannot be reached for {model}: tensors with density 0 stay at 0, the others "
-                f"hold {reachable:.4g} of the parameters; raise --gamma above 0"
+                f"hold {reachable:.4g} of the parameters; raise --gamma above 0",
+                "mean-density-unreachable",
             )
         scaled = np.minimum(1.0, _scale_for(density, weights, budget) * density)
         parts.append(part.assign(density=scaled, weight=scaled if as_weights else part["weight"]))
@@ -145,7 +146,7 @@ def uniform_control(table: "pd.DataFrame") -> "pd.DataFrame":
         measured = part["component"] != ""
         density, weight = mean_density(part[measured]), mean_density(part, "weight")
         if density is None or weight is None:
-            raise UserError(_NO_SIZES.format(flag="--control"))
+            raise UserError(_NO_SIZES.format(flag="--control"), "tensor-sizes-unknown")
         parts.append(part.assign(density=part["density"].where(~measured, density), weight=weight))
     return pd.concat(parts)
 

@@ -88,7 +88,9 @@ def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> d
         UserError: a filter cannot be made to hit its own tensors only.
     """
     twice = sorted({target for target in targets if list(targets).count(target) > 1})
-    raise_collected([f"two components mean the same tensor {name}" for name in twice[:5]], where)
+    raise_collected(
+        [Problem(f"two components mean the same tensor {name}", "filter-of-two") for name in twice[:5]], where
+    )
     filters = {target: target.removesuffix(_WEIGHT) for target in targets}
     for target, extra in _misses(filters, names).items():
         if extra and target.endswith(_WEIGHT):
@@ -96,7 +98,7 @@ def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> d
     problems = []
     for target, extra in _misses(filters, names).items():
         hit = f"also hits {', '.join(extra[:3])}" if extra else "does not hit its tensor"
-        problems.append(f"the filter {filters[target]!r}, meant for {target}, {hit}")
+        problems.append(Problem(f"the filter {filters[target]!r}, meant for {target}, {hit}", "filter-inexact"))
     raise_collected(problems[:5], where)
     return filters
 

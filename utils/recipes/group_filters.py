@@ -6,7 +6,7 @@ dots and ended with one (`model.layers.3.self_attn.`), or whole names where no p
 
 from collections.abc import Hashable, Mapping, Sequence
 
-from utils.errors import raise_collected
+from utils.errors import Problem, raise_collected
 from utils.recipes.filters import first_match
 
 
@@ -40,7 +40,8 @@ def group_filters(groups: Mapping[str, Hashable], names: Sequence[str], where: s
         hit = first_match(filters, name)
         if (filters[hit] if hit else None) != chosen.get(name):
             meant = f"no filter is meant for {name}" if name not in chosen else f"{name} is meant for {chosen[name]!r}"
-            problems.append(f"{meant}, but {'none hits it' if hit is None else f'{filters[hit]!r} hits it'}")
+            but = "none hits it" if hit is None else f"{filters[hit]!r} hits it"
+            problems.append(Problem(f"{meant}, but {but}", "filter-inexact"))
     raise_collected(problems[:5], where)
     return filters
 

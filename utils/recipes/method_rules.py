@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import UserError, raise_collected
+from utils.errors import Problem, UserError, raise_collected
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ OTHER_METHODS: Mapping[str, str] = {
     "ramplus_tl": "it chooses its own entries",
 }
 
-_DELLA_ROOM = 0.99  # della's epsilon takes at most this share of the room between a density and 0 or 1
+_DELLA_MARGIN = 0.99  # della's epsilon takes at most this share of what lies between a density and 0 or 1
 
 
 def own_method(name: str) -> DeltaMethod:
@@ -222,8 +222,10 @@ def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
         return wanted
     if method.extra == "gamma":
         return min(wanted, 1 - density)
-    value = min(wanted, min(density, 1 - density) * _DELLA_ROOM)
-    inside = density - value > 0 and density + value < 1  # not so where rounding leaves no room, next to 0 and 1
+    value = min(wanted, min(density, 1 - density) * _DELLA_MARGIN)
+    inside = (
+        density - value > 0 and density + value < 1
+    )  # not so next to 0 and 1, where rounding leaves nothing between
     return value if inside else 0.0
 
 
@@ -234,23 +236,30 @@ def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], 
         UserError: unknown names (with the nearest known one), values of the wrong type, or names that the recipe sets
             per tensor; all of them in one message.
     """
-    numbers = {number.name: number for number in method.numbers}
     known = (*method.shared, *([method.extra] if method.extra else []))
     problems = []
     for name, value in parameters.items():
         if name in ("density", "weight"):
-            problems.append(f"{name} is set per tensor by this command, a global {name} would do nothing; remove it")
+            text = f"{name} is set per tensor by this command, a global {name} would do nothing; remove it"
+            problems.append(Problem(text, "global-parameter-no-effect"))
         elif name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
-            problems.append(f"{name!r} is unknown to the merge method {method.name}; {hint}")
-        elif name in method.switches and not _holds(value, _is_switch):
-            problems.append(f"{name} must be true or false, got {value!r}")
-        elif name in numbers and not _holds(value, numbers[name].allows):
-            problems.append(f"{name} must be {numbers[name].words}, got {value!r}")
-        elif name == method.extra and not (_is_number(value) and 0 <= value < 1):
-            problems.append(f"{name} must be a number of at least 0 and below 1, got {value!r}")
+            text = f"{name!r} is unknown to the merge method {method.name}; {hint}"
+            problems.append(Problem(text, "global-parameter-unknown"))
+        elif wanted := _wanted(method, name, value):
+            problems.append(Problem(f"{name} must be {wanted}, got {value!r}", "global-parameter-value"))
     raise_collected(problems, f"{source}: global_parameters")
+
+
+def _wanted(method: DeltaMethod, name: str, value: Any) -> str:
+    """What a value of one of the method's parameters must be, "" if it is that."""
+    numbers = {number.name: number for number in method.numbers}
+    if name in method.switches:
+        return "" if _holds(value, _is_switch) else "true or false"
+    if name in numbers:
+        return "" if _holds(value, numbers[name].allows) else numbers[name].words
+    return "" if _is_number(value) and 0 <= value < 1 else "a number of at least 0 and below 1"
 
 
 def _is_switch(value: Any) -> bool:

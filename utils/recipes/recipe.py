@@ -114,7 +114,10 @@ def check_file_names(names: Sequence[str], config: Path) -> None:
     """Raise a `UserError` if a file name would be longer than file systems allow."""
     longest = max(names, key=lambda name: len(name.encode()))
     if len(longest.encode()) > _MAX_NAME_BYTES:
-        raise UserError(f"the file name {longest[:60]}... would be too long; give {config.name} a shorter name")
+        raise UserError(
+            f"the file name {longest[:60]}... would be too long; give {config.name} a shorter name",
+            "file-name-too-long",
+        )
 
 
 def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ class SaliencyVectors:
             UserError: the file lacks the first one, or one is not a vector of float32.
         """
         if tensor not in self:
-            raise UserError(f"saliency file {self.path} has no {_keys(tensor)[0]}; {_REMEDY}")
+            raise UserError(f"saliency file {self.path} has no {_keys(tensor)[0]}; {_REMEDY}", "vectors-lack-tensor")
         return tuple(self._length(key) for key in self._keys_of(tensor))
 
     def vectors(self, tensor: str) -> "tuple[Tensor, ...]":
@@ -88,7 +88,9 @@ class SaliencyVectors:
         header = self._file.get_slice(key)
         shape, dtype = header.get_shape(), header.get_dtype()
         if len(shape) != 1 or dtype != "F32":
-            raise UserError(f"saliency file {self.path}: {key} is {dtype} {shape}, not a vector of F32")
+            raise UserError(
+                f"saliency file {self.path}: {key} is {dtype} {shape}, not a vector of F32", "vectors-malformed"
+            )
         return shape[0]
 
     def _axis(self, key: str) -> "Tensor":
@@ -97,7 +99,7 @@ class SaliencyVectors:
         axis = torch.tensor(self._file.get_tensor(key))
         if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
             what = f"{key} holds negative numbers or numbers that are not finite"
-            raise UserError(f"saliency file {self.path}: {what}; measure again")
+            raise UserError(f"saliency file {self.path}: {what}; measure again", "vectors-not-finite")
         return axis
 
 
@@ -134,16 +136,22 @@ def open_vectors(path: Path) -> SaliencyVectors:
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         state = "is a folder" if path.is_dir() else f"does not exist (looked in {Path.cwd()})"
-        raise UserError(f"saliency file {path} {state}; {_REMEDY}")
+        raise UserError(f"saliency file {path} {state}; {_REMEDY}", "vectors-missing")
     try:
         file = safe_open(path, "numpy")
         found, keys = (file.metadata() or {}).get("format"), frozenset(file.keys())
     except SafetensorError as error:
-        raise UserError(f"saliency file {path} is truncated or not safetensors: {brief(error)}; {_REMEDY}") from None
+        raise UserError(
+            f"saliency file {path} is truncated or not safetensors: {brief(error)}; {_REMEDY}", "vectors-malformed"
+        ) from error
     except OSError as error:
-        raise UserError(f"saliency file {path} cannot be read: {error.strerror or brief(error)}") from None
+        raise UserError(
+            f"saliency file {path} cannot be read: {error.strerror or brief(error)}", "vectors-unreadable"
+        ) from error
     if found != FORMAT:
-        raise UserError(f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}")
+        raise UserError(
+            f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}", "vectors-of-other-format"
+        )
     return SaliencyVectors(path, keys, file)
 
 

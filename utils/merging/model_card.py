@@ -14,6 +14,7 @@ from typing import Any
 from utils.merging.guided.methods import OwnMethod
 from utils.merging.output_folder import COMMAND
 from utils.merging.planning import PlannedMerge
+from utils.merging.provenance import origin_lines
 from utils.models.checkpoints import weight_file_record
 from utils.publish import MANIFEST, file_sha256
 from utils.runtime import versions
@@ -83,6 +84,7 @@ def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
         "",
         "## How it was made",
         "",
+        *(origin_lines(done.origin) if done.origin else ()),
         f"- Seed {done.settings.random_seed}; tensor names by {plan.architecture.origin}.",
         f"- Vocabulary: {plan.vocabulary.summary}.",
         "- " + ", ".join(f"{name} {found[name]}" for name in _PACKAGES if name in found) + ".",
@@ -114,6 +116,7 @@ def manifest(done: PlannedMerge, folder: Path) -> dict[str, Any]:
             "sha256": done.recipe.sha256,
             "published": {"name": RECIPE, "sha256": file_sha256(folder / RECIPE)},
         },
+        "origin": done.origin.as_data() if done.origin else None,
         "options": done.settings.options(),
         "inputs": inputs,
         **({"saliency": _saliency_record(done)} if done.saliency else {}),

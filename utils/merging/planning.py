@@ -19,6 +19,7 @@ from utils.merging.inputs import FoundModels, MergeInputs, find_models, open_inp
 from utils.merging.parameters import DensitySummary, check_parameters, density_summaries
 from utils.merging.pieces.choice import Division, divide
 from utils.merging.plan import MergePlan, plan_merge
+from utils.merging.provenance import publishable
 from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import MergeRecipe
 from utils.merging.resources import choose_merge_device
@@ -26,6 +27,7 @@ from utils.merging.saliency_plan import SaliencyFile, bind_saliency
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import plan_vocabulary
 from utils.models.architecture import DEFINITION, plan_architecture
+from utils.recipes.recipe_manifest import RecipeManifest, read_recipe_manifest
 from utils.runtime import device_name, gigabytes, versions
 
 
@@ -33,13 +35,14 @@ from utils.runtime import device_name, gigabytes, versions
 class PlannedMerge:
     """A merge that is known to fit together.
 
-    `recipe` is the file. `division` says which tensors are merged in pieces. `device` is torch's name. `densities` are
+    `recipe` is the file, `origin` what command 2 recorded of it, without folders of this machine. `division` says which tensors are merged in pieces. `device` is torch's name. `densities` are
     there for a method that uses them, `saliency` are the files of vectors that a guided method reads. `warnings` are
     sentences. `stamps` are sizes and times of the inputs' weight files and of those.
     """
 
     settings: MergeSettings
     recipe: MergeRecipe
+    origin: RecipeManifest | None
     plan: MergePlan
     division: Division
     device: str
@@ -99,7 +102,9 @@ def plan_models(
     for line in _input_lines(inputs):
         tell(line)
     opened(inputs)
-    warnings = [*checked.idle_parameters(), *check_configs(inputs, trust_remote_code=settings.trust_remote_code)]
+    origin, doubt = read_recipe_manifest(recipe.path, recipe.sha256)
+    warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
+    warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
     plan = _plan(inputs, method, settings, device)
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan)]
     warnings += _idle_flags(settings, device)
@@ -116,6 +121,7 @@ def plan_models(
     return PlannedMerge(
         settings=settings,
         recipe=recipe,
+        origin=publishable(origin) if origin else None,
         plan=plan,
         division=divide(plan, settings),
         device=str(device),

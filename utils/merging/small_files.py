@@ -4,6 +4,8 @@ mergekit leaves some of the base's files out (generation config and templates wh
 tokenizers); they are copied here.
 """
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -13,6 +15,7 @@ from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, mani
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
 from utils.publish import MANIFEST, to_json
+from utils.recipes.recipe_manifest import manifest_name
 
 
 def write_small_files(ready: PlannedMerge, folder: Path) -> None:
@@ -39,7 +42,11 @@ def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | Non
     """
     if ready.settings.write_model_card:
         (folder / CARD).write_text(card_text(ready, added), encoding="utf-8")
-    (folder / RECIPE).write_text(runnable_recipe(ready), encoding="utf-8")
+    recipe = runnable_recipe(ready).encode()
+    (folder / RECIPE).write_bytes(recipe)
+    if ready.origin:  # beside the published recipe, as command 2 left it beside the one that ran
+        its = {"name": RECIPE, "sha256": hashlib.sha256(recipe).hexdigest()}
+        (folder / manifest_name(RECIPE)).write_bytes(replace(ready.origin, recipe=its).as_bytes())
     described = manifest(ready, folder)
     content = to_json(described)
     (folder / MANIFEST).write_bytes(content)

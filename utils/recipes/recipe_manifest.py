@@ -49,10 +49,13 @@ class RecipeManifest:
     measurement: Mapping[str, Any] | None
     versions: Mapping[str, str]
 
+    def as_data(self) -> dict[str, Any]:
+        """The file's content as plain data."""
+        return {"command": COMMAND} | {key.rstrip("_"): value for key, value in vars(self).items()}
+
     def as_bytes(self) -> bytes:
         """The file's content."""
-        data = {"command": COMMAND} | {key.rstrip("_"): value for key, value in vars(self).items()}
-        return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return (json.dumps(self.as_data(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def manifest_name(recipe: str) -> str:

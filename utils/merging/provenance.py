@@ -1,0 +1,47 @@
+"""What the recipe of a merge was made of, as command 2 recorded it, on its way into the merged model's own files."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from utils.recipes.recipe_manifest import RecipeManifest
+
+
+def publishable(origin: RecipeManifest) -> RecipeManifest:
+    """The same record without absolute paths of this machine: of each only the last part remains."""
+    return replace(origin, **{field.name: _without_folders(getattr(origin, field.name)) for field in fields(origin)})
+
+
+def origin_lines(origin: RecipeManifest) -> Iterator[str]:
+    """What a model card says about it: guidance with its options, and the text that was measured on."""
+    what = f"Guidance `{origin.guidance}`"
+    if origin.control is not None:
+        what = f"An unguided control (`{origin.control}`) beside guidance `{origin.guidance}`"
+    yield f"- {what}{_listed(' with', origin.guidance_options)}."
+    if origin.measure_options:
+        yield f"- Measured{_listed(' with', origin.measure_options)}."
+    for text in origin.samples if isinstance(origin.samples, list) else [origin.samples]:
+        if isinstance(text, Mapping) and text.get("path"):
+            rows = text.get("rows")
+            count = f"{len(rows)} samples of " if isinstance(rows, list) else ""
+            parts = [f"{key} {text[key]}" for key in ("subset", "split", "seed") if text.get(key) is not None]
+            more = f" ({', '.join(parts)})" if parts else ""
+            yield f"- Measured on {count}`{text['path']}`{more}."
+    if origin.measurement:
+        yield f"- SHA-256 of the measurement's manifest: `{origin.measurement.get('sha256')}`."
+
+
+def _listed(before: str, options: Mapping[str, Any]) -> str:
+    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    return f"{before} {', '.join(given)}" if given else ""
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    if isinstance(value, Mapping):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(one) for one in value]
+    return value

@@ -1,8 +1,7 @@
 """Command 3: merge models by a recipe.
 
     python3 utils/merger.py --output_path output/gemma_2b/merged_models \\
-        --merge_config output/gemma_2b/merge_configs/gemma_2b_0.3_0.8_generated_ties_merge_config.yaml \\
-        --copy_tokenizer True --lazy_unpickle False --low_cpu_memory False --trust_remote_code True --allow_crimes True
+        --merge_config output/gemma_2b/merge_configs/gemma_2b_0.3_0.8_generated_ties_merge_config.yaml
 
 Checks the recipe, the models' headers, the tokenizers, the disk and the output folder first (--dry_run stops there),
 lets mergekit merge into a folder beside the output, checks the result, adds a model card and a manifest, and renames it

@@ -409,3 +409,33 @@ merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", 
                     out_shard_size=10**6, overwrite=True, fast_selection={counting}))
 print(seen["need"], seen["used"])
 """
+
+
+def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(room, capsys):
+    """Passthrough over slices: the tensors of another model's layers are stored by it alone, as they should be."""
+    sources = [("base", [0, 2]), ("code", [1, 3])]
+    data = {
+        "slices": [{"sources": [{"model": str(room / name), "layer_range": span}]} for name, span in sources],
+        "merge_method": "passthrough",
+        "dtype": "bfloat16",
+    }
+    merge_here(room, data, dry_run=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_is_quiet(room, run_command_line):
+    """The last lines remain; on stderr, where warnings and the bar would be, there is nothing at all."""
+    write_recipe(room / "recipe.yaml", recipe(room, tokenizer_source="union"))
+    words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu", "--quiet"]
+    for more in ([], ["--overwrite", "--fast_selection", "False"]):
+        done = run_command_line("utils/merger.py", *words, *more, cwd=room)
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        assert lines[1].startswith("merged in ") and len(lines) == 6, done.stdout
+
+
+def test_a_log_file_gets_no_carriage_return(room, run_command_line):
+    write_recipe(room / "recipe.yaml", recipe(room))
+    words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu"]
+    done = run_command_line("utils/merger.py", *words, cwd=room)
+    assert done.returncode == 0 and "merging: 100%" in done.stderr and "\r" not in done.stderr

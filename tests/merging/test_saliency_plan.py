@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.tiny_checkpoints import FAMILIES, block_prefix
-from tests.tiny_merges import merge_here, recipe, save_models, tensors, write_recipe
+from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors, write_recipe
 from tests.tiny_pairs import contents, save_tokenizer
 from utils import merger
+from utils.commands.merge import merge
 from utils.errors import UserError, run_command
+from utils.merging.settings import MergeSettings
 from utils.recipes.saliency_vectors import FORMAT, vector_file_bytes
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -126,6 +128,26 @@ def test_the_command_makes_what_the_dense_version_makes(tmp_path, family, run_co
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=lambda text, at=stored: f"{at}: {text}")
 
 
+def test_vectors_are_found_beside_the_recipe_wherever_the_folder_lies(room, tmp_path_factory, monkeypatch):
+    """The recipe names its vectors from where it lies; neither the current folder nor a move changes what they are."""
+    data = guided(room)
+    for model in data["models"]:
+        if "saliency" in model.get("parameters", {}):
+            model["parameters"]["saliency"] = Path(model["parameters"]["saliency"]).name
+    monkeypatch.chdir(room)
+    expected = merge_here(room, data, "here")
+    moved = tmp_path_factory.mktemp("moved") / "folder"
+    moved.mkdir()
+    for file in room.glob("*.vectors"):
+        file.rename(moved / file.name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert_same_tensors(merge_here(moved, data, "there"), expected)
+    again = moved.rename(moved.parent / "other")
+    published = again / "there" / "mergekit_config.yml"
+    merge(MergeSettings(output_path=again / "twice", merge_config=published, device="cpu", quiet=True))
+    assert_same_tensors(again / "twice", expected)
+
+
 def test_bfloat16_and_one_expert_by_magnitude(room):
     """bf16 rounds what is kept, not which; without vectors an expert is cut as ties cuts it."""
     data = guided(room, dtype="bfloat16")
@@ -205,7 +227,7 @@ def test_manifest_and_card_tell_the_files(room):
     assert "- `code`: the entries of largest saliency" in card and "in 21 tensors, by `code.vectors`" in card
     assert "| `code` |" in card and "| 21 of 30 |" in card
     kept = yaml.safe_load((merged / "mergekit_config.yml").read_text())
-    assert [entry["parameters"]["saliency"] for entry in kept["models"][1:]] == ["code.vectors", "math.vectors"]
+    assert [entry["parameters"]["saliency"] for entry in kept["models"][1:]] == ["../code.vectors", "../math.vectors"]
     for path in merged.rglob("*"):
         assert str(room).encode() not in path.read_bytes(), path.name
 
@@ -302,7 +324,7 @@ def _another_model(room, data):
         (set_entry(float("nan")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
         (set_entry(float("inf")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
         (set_entry(-1.0), ["code.vectors", f"{NAME}.axis1", "negative"]),
-        (_a_number, ["models[1].parameters.saliency", "string"]),
+        (_a_number, ["models[1].parameters.saliency must be text, got 5"]),
         (_shared, ["models[1].parameters.vote has no effect under one model"]),
     ],
 )

@@ -36,8 +36,9 @@ def check_result(plan: MergePlan, settings: MergeSettings, folder: Path) -> list
     """
     headers = read_headers(folder, "the result")
     _refuse(_tensor_problems(plan, headers))
-    rows, problems = _vocabulary(plan, settings, folder, headers)
-    _refuse([*_small_file_problems(plan, settings, folder), *_loading_problems(folder, settings), *problems])
+    problems = [*_small_file_problems(plan, settings, folder), *_loading_problems(folder, settings)]
+    rows, row_problems = _vocabulary(plan, settings, folder, headers)
+    _refuse([*problems, *row_problems])
     checked = f"{len(headers)} tensors are finite and have the planned names, shapes and dtypes"
     return [f"checked: {checked}; transformers loads them all", *rows]
 

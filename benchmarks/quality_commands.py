@@ -24,6 +24,7 @@ RECIPES = {
     "sens_merging": {"lambda": 0.3},
     "submodule_linearity": {"level": "attention_mlp"},
     "saliency_budget": {"mask": "saliency", "mean_density": 0.2},
+    "gram_mean": {},
 }
 
 

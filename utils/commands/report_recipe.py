@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from utils.merging.guided.methods import OwnMethod
+from utils.merging.guided.own_method import OwnMethod
 from utils.merging.model_card import shown_recipe
 from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor

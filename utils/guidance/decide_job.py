@@ -49,6 +49,9 @@ class Decision:
         tags_beside: more of that, left out where there is nothing else to say (the released code's names lack it).
         lambda_: the factor on the merged delta if neither a flag nor the pair config gives one; None: mergekit's.
         vectors: by expert type, the content of the file of saliency vectors that the merge method reads.
+        measured: by expert type, the name of a file in the dataframe folder that it reads instead, too large to be copied.
+        expert_weights: by expert type, its weight in all tensors, where they differ.
+        parameters: shared parameters of the merge method that the measurement decides where the pair config does not.
         pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
         scale: the ends of the color scale of the heatmaps, None for those of the table.
     """
@@ -64,5 +67,8 @@ class Decision:
     tags_beside: tuple[str, ...] = ()
     lambda_: float | None = None
     vectors: Mapping[str, bytes] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+    expert_weights: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     pictures: Callable[[], Mapping[str, bytes]] = dict
     scale: tuple[float, float] | None = None

@@ -186,12 +186,13 @@ def guided_recipe(measured: MeasuredPair, choices: RecipeChoices, name: str | No
         method=choices.rule,
         base=measured.config.base,
         experts=choices.experts,
-        parameters=choices.parameters,
+        parameters={**decision.parameters, **choices.parameters},
         as_weights=decision.writes_weights,
+        expert_weights=decision.expert_weights,
         lambda_=lambda_,
         dtype=choices.options.dtype,
         out_dtype=choices.options.out_dtype,
-        saliency=vectors,
+        saliency=vectors | {key: str((measured.folder / name).resolve()) for key, name in decision.measured.items()},
     )
     return GuidedRecipe(
         choices=choices,
@@ -243,7 +244,7 @@ def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Con
         if settings.method.whole:  # a mean of deltas
             parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
             parameters |= {method.extra: 0.0} if method.extra else {}
-            plain = replace(plain, weight=1 / len(choices.experts))
+            plain = replace(plain, weight=1 / len(choices.experts), expert_weights={})
         plain = replace(plain, method=method, parameters=parameters)
     table = control_table(kind, made.decision.table)
     table = table.assign(weight=table["weight"] * plain.weight)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.merging.guided.methods import OwnMethod
+from utils.merging.guided.own_method import OwnMethod
 from utils.merging.output_folder import COMMAND
 from utils.merging.planning import PlannedMerge
 from utils.merging.provenance import origin_lines

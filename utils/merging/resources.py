@@ -5,6 +5,7 @@ import math
 import torch
 
 from utils.mergekit_api import MergeMethod, SparsificationMethod
+from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mean import TEMPORARIES
 from utils.merging.guided.methods import GuidedMean, OwnMethod
 from utils.merging.pieces.choice import Division, reason_against
@@ -60,6 +61,7 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
 
     `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
     `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
+    `gram_mean` says itself what it takes.
     """
     ranking = _COUNT if division.by_counting else _SORT
     if division.direct:
@@ -75,6 +77,8 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
 
 def _arithmetic(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:
     """Bytes that one tensor's arithmetic takes; `ranking` bytes per entry go to finding a mask by magnitude."""
+    if isinstance(plan.method, GramMean):
+        return plan.method.arithmetic_bytes(tensor.shape or (), len(tensor.sources) - 1)
     rows = min(TEMPORARIES, 24 * tensor.params) if isinstance(plan.method, GuidedMean) else 0
     return _per_entry(plan, tensor, ranking) * tensor.params + rows
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import GatherTensors, ModelReference
-from utils.merging.guided.methods import SALIENCY, OwnMethod
+from utils.merging.guided.own_method import SALIENCY, OwnMethod
 from utils.merging.inputs import MergeInput
 from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
@@ -79,7 +79,7 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
                 keys[model.reference] = _NO_VECTORS
                 continue
             try:
-                keys[model.reference] = _checked_key(plan, tensor, model, opened[named[text]], method.remedy)
+                keys[model.reference] = _checked_key(plan, tensor, model, opened[named[text]], method)
             except UserError as error:
                 problems.append(Problem(str(error), error.code))
             used[text][model.label] = used[text].get(model.label, 0) + 1
@@ -114,9 +114,9 @@ def _named_files(plan: MergePlan) -> list[str]:
 
 
 def _checked_key(
-    plan: MergePlan, tensor: OutputTensor, model: MergeInput, vectors: SaliencyVectors, remedy: str
+    plan: MergePlan, tensor: OutputTensor, model: MergeInput, vectors: SaliencyVectors, method: OwnMethod
 ) -> VectorKey:
-    task = tensor.task
+    task, remedy = tensor.task, method.remedy
     weight = gathered(task).weight_info[model.reference]
     if not isinstance(task.gather_tensors, GatherTensors):
         raise UserError(
@@ -139,6 +139,8 @@ def _checked_key(
             f"{list(tensor.shape)}; were they measured on this model?",
             "saliency-shape",
         )
+    if tensor.shape is not None and (misfit := method.misfit(vectors, found[0], tensor.shape)):
+        raise UserError(f"{model.label}: {vectors.path}: {misfit}; were they measured on this model?", "grams-misfit")
     vectors.vectors(found[0])
     return VectorKey(vectors.path, found[0])
 

@@ -75,6 +75,23 @@ class Subject:
         return parameter if self.headers is None else self.headers[parameter].name
 
 
+def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
+    """A parameter's name in the first checkpoint that has it: its own, else that of the one it is tied to.
+
+    Raises:
+        ValueError: none of the models' checkpoints has it.
+    """
+    from utils.models.weight_source import tied_names
+
+    tied = tied_names(subjects[0].decoder.model)
+    others = [tied.get(parameter), *(name for name, other in tied.items() if other == parameter)]
+    for name in (parameter, *others):
+        for subject in subjects:
+            if name is not None and (subject.headers is None or name in subject.headers):
+                return subject.stored_name(name)
+    raise ValueError(f"no checkpoint has {parameter}")
+
+
 Samples = Mapping[CalibrationSource, Sequence[Sample]]
 Encoded = dict[CalibrationSource, list[list[int]]]
 

@@ -113,7 +113,22 @@ GUIDED_MEAN = DeltaMethod(
     averages=True,
     own=True,
 )
-OWN_METHODS: Mapping[str, DeltaMethod] = {method.name: method for method in (GUIDED_TIES, GUIDED_MEAN)}
+GRAM_MEAN = DeltaMethod(
+    "gram_mean",
+    "",
+    normalize=False,
+    switches=("embedding_rows",),
+    numbers=(
+        *GUIDED_MEAN.numbers,
+        SharedNumber("ridge", 1e-7, 0, 1, low_open=True, is_written=True),
+        SharedNumber("off_diagonal", 1.0, 0, 1),
+    ),
+    does="takes the change that answers as each expert does on its own inputs",
+    whole=True,
+    averages=True,
+    own=True,
+)
+OWN_METHODS: Mapping[str, DeltaMethod] = {method.name: method for method in (GUIDED_TIES, GUIDED_MEAN, GRAM_MEAN)}
 
 # Methods of mergekit that have no use for a density, with what they do instead.
 OTHER_METHODS: Mapping[str, str] = {
@@ -186,6 +201,10 @@ def _refuse_own(name: str) -> None:
             f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)",
             "merge-method-unfit",
         )
+    if name == GRAM_MEAN.name:
+        raise UserError(
+            f"--merge_method {name} needs what --guidance {name} measures; choose that", "merge-method-unfit"
+        )
     if name in OWN_METHODS:
         raise UserError(
             f"--merge_method {name} needs vectors that --guidance saliency_budget measures; choose that",
@@ -206,6 +225,8 @@ def counterpart(method: DeltaMethod, asked: DeltaMethod) -> DeltaMethod:
         method: the recipe's.
         asked: the method asked for on the command line, in whose place the recipe's may be.
     """
+    if method.name == GRAM_MEAN.name:
+        return TASK_ARITHMETIC
     if method.name == GUIDED_MEAN.name:  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
         return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
     return asked if method.own else method

@@ -29,9 +29,9 @@ class RecipeSettings:
     """What a recipe says beside the coefficients.
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
-    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`. `dtype` is what the
-    merge computes in. `saliency` names the file of saliency vectors by expert type, for the method that reads them: a
-    path relative to the recipe's folder.
+    coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`, or the expert's own
+    in `expert_weights` (by type). `dtype` is what the merge computes in. `saliency` names the file of saliency vectors by
+    expert type, for the method that reads them: a path relative to the recipe's folder, or an absolute one.
     """
 
     method: DeltaMethod
@@ -40,6 +40,7 @@ class RecipeSettings:
     parameters: Mapping[str, Any]
     as_weights: bool = False
     weight: float = 1
+    expert_weights: Mapping[str, float] = field(default_factory=dict)
     lambda_: float | None = None
     dtype: str = DTYPE
     out_dtype: str | None = None
@@ -62,7 +63,7 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         density = [float(value) for value in dense["density"]]
         parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
         weights = _weights(rows, naming) if settings.as_weights else []
-        parameters["weight"] = [*weights, {"value": settings.weight}]
+        parameters["weight"] = [*weights, {"value": settings.expert_weights.get(expert.type, settings.weight)}]
         if expert.type in settings.saliency:
             parameters["saliency"] = settings.saliency[expert.type]
         if settings.method.extra:

@@ -7,7 +7,8 @@ one vector, F itself.
 
 The format is safetensors, float32: under `TENSOR.axis0` a vector of length a; under `TENSOR.axis1` one of length b for a
 matrix, nothing for a tensor of one axis; and `{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor
-names and never taken apart. Entries are finite and at least 0; only their ratios within a vector matter.
+names and never taken apart. Entries are finite and at least 0; only their ratios within a vector matter. A file may hold
+more about a tensor (`utils/recipes/gram_file.py`).
 """
 
 import os
@@ -41,12 +42,14 @@ class VectorKey:
 class SaliencyVectors:
     """An open file of vectors. Nothing but its header has been read; vectors are, one tensor at a time.
 
-    `keys` are the names in the file, one or two per tensor.
+    `keys` are the names in the file, one or two per tensor and those of what else it holds; `file` is safetensors' own
+    handle, `metadata` what it says of itself.
     """
 
     path: Path
     keys: frozenset[str] = field(repr=False)
-    _file: Any = field(repr=False)
+    file: Any = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
 
     def __contains__(self, tensor: object) -> bool:
         """Whether the file has vectors of a tensor."""
@@ -85,7 +88,7 @@ class SaliencyVectors:
         return tuple(key for key in _keys(tensor) if key in self.keys)
 
     def _length(self, key: str) -> int:
-        header = self._file.get_slice(key)
+        header = self.file.get_slice(key)
         shape, dtype = header.get_shape(), header.get_dtype()
         if len(shape) != 1 or dtype != "F32":
             raise UserError(
@@ -96,7 +99,7 @@ class SaliencyVectors:
     def _axis(self, key: str) -> "Tensor":
         import torch
 
-        axis = torch.tensor(self._file.get_tensor(key))
+        axis = torch.tensor(self.file.get_tensor(key))
         if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
             what = f"{key} holds negative numbers or numbers that are not finite"
             raise UserError(f"saliency file {self.path}: {what}; measure again", "vectors-not-finite")
@@ -139,7 +142,7 @@ def open_vectors(path: Path) -> SaliencyVectors:
         raise UserError(f"saliency file {path} {state}; {_REMEDY}", "vectors-missing")
     try:
         file = safe_open(path, "numpy")
-        found, keys = (file.metadata() or {}).get("format"), frozenset(file.keys())
+        metadata, keys = file.metadata() or {}, frozenset(file.keys())
     except SafetensorError as error:
         raise UserError(
             f"saliency file {path} is truncated or not safetensors: {brief(error)}; {_REMEDY}", "vectors-malformed"
@@ -148,11 +151,11 @@ def open_vectors(path: Path) -> SaliencyVectors:
         raise UserError(
             f"saliency file {path} cannot be read: {error.strerror or brief(error)}", "vectors-unreadable"
         ) from error
-    if found != FORMAT:
+    if (found := metadata.get("format")) != FORMAT:
         raise UserError(
             f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}", "vectors-of-other-format"
         )
-    return SaliencyVectors(path, keys, file)
+    return SaliencyVectors(path, keys, file, metadata)
 
 
 def read_vectors(key: VectorKey) -> "tuple[Tensor, ...]":
@@ -161,11 +164,16 @@ def read_vectors(key: VectorKey) -> "tuple[Tensor, ...]":
     Raises:
         UserError: as `open_vectors` and `SaliencyVectors.vectors`.
     """
+    return open_once(key.file).vectors(key.tensor)
+
+
+def open_once(path: Path) -> SaliencyVectors:
+    """A file as `open_vectors` opens it, which stays open until it changes."""
     try:
-        found = key.file.stat()
+        found = path.stat()
     except OSError:
-        return open_vectors(key.file).vectors(key.tensor)  # says what is wrong
-    return _opened(key.file, (found.st_ino, found.st_size, found.st_mtime_ns)).vectors(key.tensor)
+        return open_vectors(path)  # says what is wrong
+    return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 @lru_cache(maxsize=_OPEN_AT_ONCE)

@@ -11,6 +11,7 @@ from mergekit.merge_methods.api import merge_tensors
 
 from tests.conftest import ROOT
 from utils.errors import UserError
+from utils.merging.guided.gram_method import GRAM_MEAN, GramMean
 from utils.merging.guided.methods import (
     GUIDED_MEAN,
     GUIDED_TIES,
@@ -216,8 +217,8 @@ def test_the_base_is_required():
 def test_registering_twice_changes_nothing(run_command_line, tmp_path):
     register_methods()
     own = [method for method in merge_methods.registered_methods() if isinstance(method, OwnMethod)]
-    assert [type(method) for method in own] == [GuidedTies, GuidedMean]
-    assert own == [merge_methods.get(name) for name in (GUIDED_TIES, GUIDED_MEAN)]
+    assert [type(method) for method in own] == [GuidedTies, GuidedMean, GramMean]
+    assert own == [merge_methods.get(name) for name in (GUIDED_TIES, GUIDED_MEAN, GRAM_MEAN)]
     probe = (
         "from mergekit import merge_methods\n"
         "before = merge_methods.registered_methods()\n"

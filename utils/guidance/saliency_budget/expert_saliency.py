@@ -1,6 +1,6 @@
 """What one expert's pass gives for the saliency budget: rows of its tables, and vectors for every parameter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from utils.guidance.measure_job import MeasureJob, OnBlock
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
-from utils.models.weight_source import tied_names
 from utils.passes.axis_sums import explained_share, row_column_factors
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, first_stored_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def measure_saliency(
             full = histogram.counts.nonzero().flatten().tolist()
             bins += [(name, tensor, number, int(histogram.counts[number])) for number in full]
         for parameter, axes in both.others.items():
-            tensor = _stored_name((base, expert), parameter)
+            tensor = first_stored_name((base, expert), parameter)
             if not all(bool(axis.isfinite().all()) for axis in axes):
                 raise _not_finite(tensor, base, expert)
             vectors[tensor] = axes
@@ -79,17 +78,6 @@ def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:
         f"{expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16",
         "measured-not-finite",
     )
-
-
-def _stored_name(subjects: Sequence[Subject], parameter: str) -> str:
-    """A parameter's name in the first checkpoint that has it: its own, else that of the one it is tied to."""
-    tied = tied_names(subjects[0].decoder.model)
-    others = [tied.get(parameter), *(name for name, other in tied.items() if other == parameter)]
-    for name in (parameter, *others):
-        for subject in subjects:
-            if name is not None and (subject.headers is None or name in subject.headers):
-                return subject.stored_name(name)
-    raise ValueError(f"no checkpoint has {parameter}")
 
 
 def _tensor_row(

@@ -13,10 +13,8 @@ keeps all.
 (`utils/merging/guided/mean.py`).
 """
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, float32, promote_types, where
@@ -34,39 +32,15 @@ from utils.mergekit_api import (
     merge_method,
     register_merge_method,
 )
+from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.merging.guided.own_method import SALIENCY, OwnMethod, base_of, vector_key
 from utils.recipes import method_rules
 from utils.recipes.saliency_vectors import VectorKey, read_vectors
 
 GUIDED_TIES = method_rules.GUIDED_TIES.name
 GUIDED_MEAN = method_rules.GUIDED_MEAN.name
-SALIENCY = "saliency"
-
-
-class OwnMethod(GroupMergeMethod):
-    """A method that reads vectors. Classes because mergekit's shorter form has no room for a parameter called `lambda`.
-
-    `summary` says what it is, `use` what is done to a tensor by its vectors; `question` and `effect` say in a model card
-    what was; `unused` when a file is read for nothing, `without` what is done without any, `remedy` what to do about a
-    tensor whose vectors are not there.
-    """
-
-    summary: str
-    use: str
-    question: str
-    effect: str
-    unused: str
-    without: str
-    remedy: str
-
-    @abstractmethod
-    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
-        """Whether a tensor of a model is merged by its vectors, given the model's parameters for it."""
-
-    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-        """What the method cannot work with in the shared parameters and in a model's own, as clauses."""
-        yield from ()
 
 
 class GuidedTies(OwnMethod):
@@ -120,7 +94,7 @@ class GuidedTies(OwnMethod):
         Raises:
             UserError: a file of vectors cannot be read or does not fit. (Command 3 has checked that before.)
         """
-        base = _base_of(group)
+        base = base_of(group)
         shared = {name: parameters[name] for name in ("normalize", "lambda")}
         entries = tuple(
             entry if entry is base else _trimmed(entry, base.tensor, group.metadata.name, parameters)
@@ -198,7 +172,7 @@ class GuidedMean(OwnMethod):
             ValueError: a parameter is outside its range. (Command 3 has checked that, and the files, before.)
             UserError: a file of vectors cannot be read or does not fit.
         """
-        base, name = _base_of(group), group.metadata.name
+        base, name = base_of(group), group.metadata.name
         for entry in group.non_base:
             for slip in self.slips(parameters, {"weight": parameters["weight"][entry.id]}):
                 raise ValueError(f"{GUIDED_MEAN}: {slip}")
@@ -215,7 +189,7 @@ class GuidedMean(OwnMethod):
         weight, source = parameters["weight"][entry.id], parameters[SALIENCY][entry.id]
         if not weight:
             return WeighedModel(entry.tensor, 0.0, None)
-        axes = read_vectors(_key(source, name)) if source else None
+        axes = read_vectors(vector_key(source, name)) if source else None
         k = kept_entries(base.numel(), parameters["density"][entry.id])
         if k == base.numel():
             return WeighedModel(entry.tensor, weight, axes)
@@ -226,7 +200,7 @@ class GuidedMean(OwnMethod):
         if axes is None:
             return WeighedModel(entry.tensor, weight, axes, magnitude_mask(change, k))
         powers = [axis.double().pow(parameters["power"]) for axis in axes]
-        return WeighedModel(entry.tensor, weight, axes, _by_saliency(change, k, powers, _key(source, name)))
+        return WeighedModel(entry.tensor, weight, axes, _by_saliency(change, k, powers, vector_key(source, name)))
 
 
 def register_methods() -> None:
@@ -235,7 +209,7 @@ def register_methods() -> None:
     Raises:
         UserError: mergekit has another method of that name.
     """
-    for method in (GuidedTies, GuidedMean):
+    for method in (GuidedTies, GuidedMean, GramMean):
         name = method.spec.name
         try:
             known = merge_method(name)
@@ -249,12 +223,6 @@ def register_methods() -> None:
             )
 
 
-def _base_of(group: TensorGroup) -> TensorEntry:
-    if group.base is None:
-        raise ValueError(f"{group.metadata.name} has no base")
-    return group.base
-
-
 def _trimmed(entry: TensorEntry, base: Tensor, name: str | None, parameters: Mapping[str, Any]) -> TensorEntry:
     """A model's tensor, equal to the base wherever its change is not kept."""
     density, source = parameters["density"][entry.id], parameters[SALIENCY][entry.id]
@@ -265,16 +233,12 @@ def _trimmed(entry: TensorEntry, base: Tensor, name: str | None, parameters: Map
         return replace(entry, tensor=base)
     change = entry.tensor - base
     if source:
-        key = _key(source, name)
+        key = vector_key(source, name)
         mask = _by_saliency(change, k, read_vectors(key), key)
     else:
         mask = magnitude_mask(change, k)
     del change  # before another tensor of that size is made
     return replace(entry, tensor=where(mask, entry.tensor, base))
-
-
-def _key(source: str | VectorKey, name: str | None) -> VectorKey:
-    return source if isinstance(source, VectorKey) else VectorKey(Path(source).expanduser(), name or "")
 
 
 def _by_saliency(change: Tensor, k: int, axes: "tuple[Tensor, ...] | list[Tensor]", key: VectorKey) -> Tensor:

@@ -1,0 +1,344 @@
+"""gram_mean from text to merged model: against dense formulas over plain forwards and gradients, its control, bad input.
+
+python -m pytest tests/merging/guided/test_gram_mean.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.refusals import refused
+from tests.tiny_merges import merge_here, tensors
+from tests.tiny_pairs import save_pair, write_config
+from utils.commands.decide import decide
+from utils.commands.measure import MeasureOptions, measure_pair
+from utils.commands.options import DecideOptions
+from utils.guidance.guided_recipe import RecipeOptions
+from utils.guidance.method import guidance_methods
+from utils.pair.config import read_pair_config
+
+METHOD = guidance_methods()["gram_mean"]
+NAMES = ("code", "math")
+TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
+FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
+
+
+def measure(out="dfs", accept=True, **settings):
+    config = read_pair_config(Path("pair.yaml"))
+    options = {"dtype": "float32", "device": "cpu", **settings}
+    measure_pair(MeasureOptions(config, METHOD, {"accept_useless_text": accept}, Path(out), **options))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Pairs by family, measured by command 1's function with texts of their own. Random models gain nothing on them."""
+    made = {}
+
+    def pair(family: str) -> Path:
+        if family not in made:
+            folder = made[family] = save_pair(tmp_path_factory.mktemp(family), family)
+            texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
+            write_config(folder, {"calibration": texts})
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                measure()
+        return made[family]
+
+    return pair
+
+
+@pytest.fixture
+def pair(measured, tmp_path, monkeypatch):
+    """A measured pair of one's own, as the current folder."""
+
+    def enter(family: str = "llama") -> Path:
+        folder = shutil.copytree(measured(family), tmp_path / "pair")
+        monkeypatch.chdir(folder)
+        return folder
+
+    return enter
+
+
+def decided(out="out", **settings):
+    own = {key: settings.pop(key) for key in ("mean_density", "lambda_", "merge_method") if key in settings}
+    options = RecipeOptions(METHOD, {}, **own)
+    config = read_pair_config(Path("pair.yaml"))
+    names = decide(DecideOptions(config, options, Path("dfs"), Path(out), **settings))
+    return [yaml.safe_load((Path(out) / name).read_text()) for name in names]
+
+
+def merged(recipe, name="merged", **keys):
+    return tensors(merge_here(Path(), {**recipe, **keys}, name))
+
+
+def samples(expert):
+    """Token ids of an expert's samples: the tiny tokenizer has BOS, and one token per character."""
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    chosen = json.loads(Path("dfs/manifest.json").read_text())["samples"][0]["rows"]
+    return [[0, *(ord(c) - 29 for c in TEXTS[expert].format(**rows[row]))] for row in chosen]
+
+
+class Plain:
+    """One model by transformers on some samples: input Grams of every linear module, gradients of every parameter."""
+
+    def __init__(self, folder, ids):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.grams, self.squares, self.rows, self.losses = {}, {}, {}, []
+        watched = {
+            path: module for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
+        }
+
+        def note(path):
+            def hook(module, args):
+                rows = args[0].detach().double().reshape(-1, args[0].shape[-1])
+                self.grams[f"{path}.weight"] = self.grams.get(f"{path}.weight", 0) + rows.T @ rows
+
+            return hook
+
+        for path, module in watched.items():
+            module.register_forward_pre_hook(note(path))
+        for row in ids:
+            model.zero_grad()
+            logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
+            loss = -logits.log_softmax(-1)[range(len(row) - 1), row[1:]].mean()
+            loss.backward()
+            self.losses.append(float(loss.detach()))
+            for name, value in model.named_parameters():
+                gradient = value.grad.double()
+                self.squares[name] = self.squares.get(name, 0) + gradient**2
+                if name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
+                    self.rows[name] = self.rows.get(name, 0) + gradient.T @ gradient
+        tokens = sum(map(len, ids))
+        self.grams = {name: gram / tokens for name, gram in self.grams.items()}
+
+
+def guided(changes, fisher, weights):
+    """The guided mean with power 1/2 and floor 0.1; F as the outer product of its sums."""
+    above, below = 0, 0
+    for name in NAMES:
+        own = fisher[name]
+        if own.dim() == 2:
+            own = own.sum(1, keepdim=True) * own.sum(0, keepdim=True) / own.sum()
+        q = (own / own.mean()) ** 0.5
+        above, below = above + weights[name] * q * changes[name], below + weights[name] * q
+    return above / (below + 0.1 * below.mean() / len(NAMES))
+
+
+def dense(plain, weights, name, transposed, rows=True, ridge=1e-7):
+    """One tensor of the merge from whole gradients and inputs, float64."""
+    base = tensors(Path("base"))[name].double()
+    changes = {expert: tensors(Path(expert))[name].double() - base for expert in NAMES}
+    fisher = {expert: sum(side.squares[name] for side in plain[expert]) for expert in NAMES}
+    if rows and name in plain["code"][0].rows:
+        metrics, pulls = {}, {}
+        for expert in NAMES:
+            gram = sum(side.rows[name] for side in plain[expert])
+            metrics[expert] = gram / gram.diagonal().mean() + 0.1 * torch.eye(len(gram), dtype=torch.float64)
+            worth = fisher[expert].sum(1)
+            pulls[expert] = weights[expert] * (worth / worth.mean() + 0.1)
+        solved = []
+        for row in range(len(base)):
+            matrix = sum(pulls[expert][row] * metrics[expert] for expert in NAMES)
+            right = sum(pulls[expert][row] * metrics[expert] @ changes[expert][row] for expert in NAMES)
+            solved.append(torch.linalg.solve(matrix, right))
+        return base + torch.stack(solved)
+    anchor = guided(changes, fisher, weights)
+    if name not in plain["code"][0].grams or "embed" in name or "lm_head" in name or "wte" in name:
+        return base + anchor
+    if transposed:
+        anchor, changes = anchor.T, {expert: change.T for expert, change in changes.items()}
+    grams = {expert: weights[expert] * sum(side.grams[name] for side in plain[expert]) for expert in NAMES}
+    joint = sum(grams.values())
+    r = ridge * joint.diagonal().mean() * torch.eye(len(joint), dtype=torch.float64)
+    found = (sum(changes[expert] @ grams[expert] for expert in NAMES) + anchor @ r) @ torch.linalg.inv(joint + r)
+    return base + (found.T if transposed else found)
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
+    """As processes; ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
+    folder = pair(family)
+    shutil.rmtree(folder / "dfs")
+    texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
+    write_config(folder, {"calibration": texts, "global_parameters": {"ridge": 1e-2, "embedding_rows": True}})
+    flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "gram_mean", "--device", "cpu"]
+    done = run_command_line("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (folder / "dfs").iterdir()} == {
+        "gram_mean_tensors.csv",
+        "gram_mean_losses.csv",
+        "code_grams.safetensors",
+        "math_grams.safetensors",
+        "manifest.json",
+    }
+    flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--guidance", "gram_mean"]
+    done = run_command_line("lewis_merge.py", *flags, "--out_dtype", "float32", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (written,) = (folder / "out").glob("*.yaml")
+    recipe = yaml.safe_load(written.read_text())
+    assert recipe["merge_method"] == "gram_mean"
+    recipe["dtype"] = "float32"
+    written.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert [model["parameters"]["saliency"] for model in recipe["models"][1:]] == [
+        str((folder / f"dfs/{name}_grams.safetensors").resolve()) for name in NAMES
+    ]
+    flags = ["--output_path", "merged", "--merge_config", f"out/{written.name}", "--device", "cpu"]
+    done = run_command_line("utils/merger.py", *flags, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found, base = tensors(folder / "merged"), tensors(folder / "base")
+    assert sorted(found) == sorted(base)
+    weights = {name: recipe["models"][place]["parameters"]["weight"][-1]["value"] for place, name in ((1, "code"), (2, "math"))}  # fmt: skip
+    plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
+    for name, value in found.items():
+        transposed = family == "gpt2" and ".h." in name
+        expected = dense(plain, weights, name, transposed, ridge=1e-2).float()
+        torch.testing.assert_close(value, expected, rtol=2e-3, atol=5e-5, msg=lambda text, at=name: f"{at}: {text}")
+    card = (folder / "merged/README.md").read_text()
+    assert "by `gram_mean` (the change that answers as each expert does on its own inputs)" in card
+
+
+def test_without_rows_embeddings_are_the_guided_means(pair):
+    """As below fifteen samples."""
+    folder = pair()
+    (recipe,) = decided()
+    assert recipe["parameters"] == {"embedding_rows": False, "power": 0.5, "floor": 0.1, "ridge": 1e-7}
+    found = merged(recipe, dtype="float32")
+    plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        expected = dense(plain, {"code": 0.5, "math": 0.5}, name, False, rows=False).float()
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_one_expert_gives_itself(pair):
+    folder = pair("gpt2")
+    write_config(folder, {"target_model_names": {"math": "./math"}})
+    (recipe,) = decided()
+    found, expert = merged(recipe, dtype="float32"), tensors(Path("math"))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expert[name].float(), rtol=1e-6, atol=1e-7)
+
+
+def test_losses_are_those_of_a_plain_forward_and_decide_the_weights(pair):
+    import pandas as pd
+
+    folder = pair()
+    table = pd.read_csv("dfs/gram_mean_losses.csv")
+    for name in NAMES:
+        own = table[table["model"] == name]
+        for column, model in (("base_loss", "base"), ("expert_loss", name)):
+            assert own[column].tolist() == pytest.approx(Plain(folder / model, samples(name)).losses, rel=1e-4)
+        assert own["tokens"].tolist() == [len(ids) - 1 for ids in samples(name)]
+    # gains of 0.5 and 0.25 nats: weights 1 to 2
+    table["expert_loss"] = table["base_loss"] - table["model"].map({"code": 0.5, "math": 0.25})
+    table.to_csv("dfs/gram_mean_losses.csv", index=False)
+    (recipe,) = decided()
+    assert [model["parameters"]["weight"] for model in recipe["models"][1:]] == [
+        [{"value": pytest.approx(share, abs=1e-5)}] for share in (1 / 3, 2 / 3)
+    ]
+
+
+def test_its_control_is_the_plain_mean(pair):
+    pair()
+    _, control = decided(control="uniform", lambda_=0.9)
+    assert control["merge_method"] == "task_arithmetic"
+    assert control["parameters"] == {"normalize": False, "lambda": 0.9}
+    assert [model["parameters"] for model in control["models"][1:]] == [{"weight": [{"value": 0.5}]}] * 2
+
+
+def test_a_model_without_matrices_has_the_guided_mean_everywhere(pair):
+    """A file of vectors alone, as saliency_budget writes it, is the method guided_mean."""
+    pair()
+    (recipe,) = decided()
+    for model, name in zip(recipe["models"][1:], NAMES, strict=True):
+        file = load_file(model["parameters"]["saliency"])
+        bare = {key: value for key, value in file.items() if key.endswith(("axis0", "axis1"))}
+        save_file(bare, f"{name}.bare", metadata={"format": "lewis saliency 1"})
+        model["parameters"]["saliency"] = f"{name}.bare"
+    ours = merged(recipe, dtype="float32")
+    kept = {key: recipe["parameters"][key] for key in ("power", "floor")}
+    theirs = merged({**recipe, "merge_method": "guided_mean", "parameters": kept}, "mean", dtype="float32")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_measuring_again_gives_the_same_bytes(pair):
+    pair()
+    measure("again")
+    for path in Path("again").iterdir():
+        if path.suffix != ".json":
+            assert path.read_bytes() == (Path("dfs") / path.name).read_bytes(), path.name
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_without_gain_is_refused_with_both_losses(pair):
+    pair()
+    with refused("text-without-gain"):
+        measure("none", accept=False)
+    assert not Path("none").exists()
+    manifest = json.loads(Path("dfs/manifest.json").read_text())
+    manifest["guidance_options"]["accept_useless_text"] = False
+    Path("dfs/manifest.json").write_text(json.dumps(manifest))
+    with refused("text-without-gain"):
+        decided()
+
+
+def test_command_2_refuses(pair):
+    pair()
+    with refused("merge-method-unfit"):
+        decided(merge_method="task_arithmetic")
+    shutil.copytree("dfs", "spare")
+
+    def spoiled(name, change):
+        shutil.rmtree("dfs")
+        shutil.copytree("spare", "dfs")
+        path = Path("dfs") / name
+        if name.endswith("csv"):
+            path.write_text(change(path.read_text()))
+        else:
+            file = load_file(path)
+            metadata = {"format": "lewis saliency 1", "shared": "{}"}
+            save_file(change(file) or file, path, metadata=metadata)
+
+    first = "model.layers.0.self_attn.q_proj.weight"
+    spoiled("gram_mean_losses.csv", lambda text: text[: text.index("math")])
+    with refused("grams-absent"):
+        decided()
+    spoiled("gram_mean_losses.csv", lambda text: text.replace("code,0,", "code,0,-", 1))
+    with refused("table-bad-value"):
+        decided()
+    spoiled("gram_mean_tensors.csv", lambda text: text.replace("code,0,q_proj", "code,0,p_proj"))
+    with refused("grams-differ"):
+        decided()
+    spoiled("code_grams.safetensors", lambda file: {**file, f"{first}.inputs1": file[f"{first}.inputs1"][:-1].clone()})
+    with refused("grams-misfit"):
+        decided()
+    assert not Path("out").exists()
+
+
+def test_command_3_refuses_matrices_of_another_model(pair):
+    pair()
+    (recipe,) = decided()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    file = load_file("dfs/math_grams.safetensors")
+    file[f"{name}.inputs1"] = torch.zeros(20 * 21 // 2)
+    shared = json.dumps({})
+    save_file(file, "dfs/math_grams.safetensors", metadata={"format": "lewis saliency 1", "shared": shared})
+    with refused("grams-misfit"):
+        merged(recipe)
+    file[f"{name}.inputs1"] = torch.full((32 * 33 // 2,), float("nan"))
+    save_file(file, "dfs/math_grams.safetensors", metadata={"format": "lewis saliency 1", "shared": shared})
+    with refused("grams-damaged"):
+        merged(recipe)
+    assert not Path("merged").exists()

@@ -1,0 +1,91 @@
+"""gram_mean, decide half: a weight for each expert from what it gains, and the files that the merge method reads."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from utils.errors import UserError
+from utils.guidance.decide_job import DecideJob, Decision
+from utils.guidance.gram_mean.method import ACCEPT, gram_file
+from utils.guidance.gram_mean.tables import read_grams
+from utils.guidance.text_gain import TextGain, refuse_useless_text
+from utils.recipes.coefficients import COLUMNS
+from utils.recipes.method_rules import GRAM_MEAN
+from utils.recipes.naming import Naming, Recorded, name_recorded
+
+_ENOUGH_SAMPLES = 15  # below, the guided mean merges embeddings as well (benchmarks/quality.py)
+_DIGITS = 6
+
+
+def decide(job: DecideJob) -> Decision:
+    """Weights by gain; everything else is in the files."""
+    if job.merge_method.name != GRAM_MEAN.name:
+        raise UserError(
+            f"--merge_method {job.merge_method.name} cannot merge by Gram matrices; leave it out, or give {GRAM_MEAN.name}",
+            "merge-method-unfit",
+        )
+    names = [entry.type for entry in job.experts]
+    measured = read_grams(job.folder, names, [entry.type for entry in job.config.experts])
+    tensors, gains = measured.tensors, measured.gains
+    recorded = {row.tensor: Recorded(row.params, has_density=False) for row in tensors.itertuples()}
+    naming = name_recorded(recorded, job.models.written, grouped=False)
+    weights, warnings = _weights(job, gains)
+    samples = min(one.samples for one in gains.values())
+    rows = samples >= _ENOUGH_SAMPLES
+    return Decision(
+        table=_table(tensors, naming, weights),
+        naming=naming,
+        writes_weights=False,
+        how=tuple(_how(gains, samples, rows)),
+        after=tuple(_after(tensors)),
+        warnings=tuple(warnings),
+        parameters={"embedding_rows": rows},
+        measured={name: gram_file(name) for name in names},
+        expert_weights=weights,
+    )
+
+
+def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, float], list[str]]:
+    """Shares of 1 by 1 / gain; equal ones where a gain that is not sure was accepted while measuring."""
+    doubtful = [name for name, one in gains.items() if not one.is_sure]
+    options = (job.manifest or {}).get("guidance_options")
+    accepted = isinstance(options, dict) and options.get(ACCEPT) is True
+    for name in doubtful if not accepted else ():
+        refuse_useless_text(name, gains[name], f"{ACCEPT} (of lewis_importance.py)")
+    pulls = {name: 1.0 if doubtful else 1 / one.gain for name, one in gains.items()}
+    total = sum(pulls.values())
+    weights = {name: float(f"{pull / total:.{_DIGITS}g}") for name, pull in pulls.items()}
+    told = f"{', '.join(doubtful)}: no sure gain over the base on its own text, so all experts have equal weights"
+    return weights, [told] if doubtful else []
+
+
+def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float]) -> pd.DataFrame:
+    names = [naming.names[tensor] for tensor in tensors["tensor"]]
+    table = tensors.assign(tensor=names, density=1.0, weight=[weights[name] for name in tensors["model"]])
+    return table[list(COLUMNS)].reset_index(drop=True)
+
+
+def _how(gains: Mapping[str, TextGain], samples: int, rows: bool) -> list[tuple[str, str]]:
+    shown = ", ".join(f"{name} {one.gain:.3f}" for name, one in gains.items())
+    embeddings = (
+        "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
+    )
+    return [
+        ("weight", f"in proportion to 1 / gain on each one's own text (nats per token: {shown})"),
+        ("linear layers", "the change that answers as each expert does on the inputs of its own text"),
+        ("embeddings", embeddings),
+        ("norms and biases", "by the guided mean"),
+        (
+            "files",
+            "this recipe needs this project's utils/merger.py and the files in the dataframe folder (stock "
+            f"mergekit-yaml does not know {GRAM_MEAN.name}); one expert alone is merged as it is",
+        ),
+    ]
+
+
+def _after(tensors: pd.DataFrame) -> list[str]:
+    short = tensors[tensors["tokens"] < tensors["channels"]]
+    if short.empty:
+        return []
+    counts = ", ".join(f"{name} {len(part)}" for name, part in short.groupby("model", sort=False))
+    return [f"layers with fewer tokens than input channels, where the guided mean fills up: {counts}"]

@@ -1,0 +1,56 @@
+"""Our own: each part of a model merged where the experts' own outputs agree best, on each expert's own text.
+
+| part | what is measured of each expert on its own text, at base and expert | how it is merged |
+|---|---|---|
+| linear layers | C_t, mean over tokens of x x' of their inputs x | sum_t w_t D_t C_t (sum_t w_t C_t)^-1 (RegMean, arXiv 2212.09849) |
+| embeddings, head | rows' squared gradients b_t, R_t = sum of g g' over rows g of gradients | row by row, in the metric b_tv R_t |
+| norms, biases | squared gradients, one vector per axis | guided mean (`utils/merging/guided/mean.py`) |
+
+D_t is what expert t changes, w_t ~ 1 / (loss of the base - loss of the expert): a task counts by what it has to lose, in
+units of what its expert gained. An expert without a sure gain on its text is refused.
+
+What command 1 measures has to travel to command 3. C_t goes to disk, not the solution: a triangle in float32 takes 2 n^2
+bytes, so that those of an 8 B model (n = 4096, 14336; q, k, v share one, gate and up another) are 16 GB an expert, as
+much as its weights in bfloat16, and weights, ridge and experts may be chosen anew without measuring. Solving while
+measuring would take all experts in lock-step through one process and leave one merged model that no recipe can vary. The
+recipe names the file where it lies; command 3 has one layer's matrices in memory at a time. In fewer bits C_t would need
+a ridge above its rounding (float16: 1e-3 of the diagonal), in which the directions that tell the experts apart drown.
+
+With fewer tokens than a layer has channels C_t is singular: directions that no text has inputs in are the guided mean's,
+by the ridge. Below 15 samples the rows of embeddings are, too: then it is as good.
+"""
+
+from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.recipes.method_rules import GRAM_MEAN
+
+TENSORS = "gram_mean_tensors.csv"
+LOSSES = "gram_mean_losses.csv"
+ACCEPT = "accept_useless_text"  # the flag
+
+
+def gram_file(model_type: str) -> str:
+    """The name of an expert's file of vectors and Gram matrices."""
+    return f"{model_type}_grams.safetensors"
+
+
+METHOD = GuidanceMethod(
+    name=GRAM_MEAN.name,
+    package=__package__,
+    summary="each part merged where the experts' outputs agree best, by Gram matrices of their inputs and gradients",
+    gives="weights",
+    merge_method=GRAM_MEAN.name,
+    own_merge_methods=(GRAM_MEAN.name,),
+    tables=(TENSORS, LOSSES),
+    expert_file=gram_file,
+    measure_flags=(
+        MethodFlag(
+            ACCEPT,
+            "measure experts that gain nothing over the base on their own text, too; all are merged by equal weights then",
+            switch=True,
+            default=False,
+        ),
+    ),
+    fewest_experts=1,
+    text_per_task=True,
+    config_keys=("components",),
+)

@@ -1,0 +1,185 @@
+"""The merge method `gram_mean`: each part of a model where the experts' own outputs agree best.
+
+| part | merged by |
+|---|---|
+| linear layers whose inputs were measured | `utils/merging/guided/gram.py`, with the guided mean as anchor |
+| embeddings and heads whose gradients were | `utils/merging/guided/row_gram.py` |
+| norms, biases and what is left | `utils/merging/guided/mean.py` |
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.mergekit_api import BasePolicy, InputContract, MergeMethodSpec, ParameterScope, ParameterSpec, TensorGroup
+from utils.merging.guided.gram import InputChange, gram_mean
+from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.merging.guided.own_method import SALIENCY, OwnMethod, base_of, vector_key
+from utils.merging.guided.row_gram import RowChange, row_gram_mean
+from utils.recipes import method_rules
+from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
+from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
+
+GRAM_MEAN = method_rules.GRAM_MEAN.name
+_SWITCHES = {"embedding_rows": True}
+
+
+class GramMean(OwnMethod):
+    """The method `gram_mean`. One model to merge gives that model.
+
+    Parameters, per model that is not the base:
+        weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
+        saliency: path of its file of vectors and Gram matrices (`utils/recipes/gram_file.py`), which must be given. A
+            tensor for which some model has "", or no matrices, is merged by the guided mean.
+
+    Shared:
+        lambda: factor of the merged change (default 1).
+        ridge: above 0; pull of directions without inputs to the guided mean (default 1e-7).
+        off_diagonal: factor on what inputs have in common with each other, 0 to 1 (default 1).
+        embedding_rows: merge embeddings and heads row by row (default true); false takes the guided mean.
+        power, floor: of the guided mean, as there.
+
+    Matrices are solved in float64, on a GPU too; the result is rounded once.
+    """
+
+    spec = MergeMethodSpec(
+        name=GRAM_MEAN,
+        pretty_name="Mean guided by inputs",
+        reference_url="https://arxiv.org/abs/2212.09849",
+        parameters=(
+            *(
+                ParameterSpec(number.name, float, ParameterScope.SHARED, default=number.default)
+                for number in method_rules.GRAM_MEAN.numbers
+            ),
+            *(ParameterSpec(name, bool, ParameterScope.SHARED, default=value) for name, value in _SWITCHES.items()),
+            ParameterSpec("weight", float, ParameterScope.NON_BASE),
+            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
+    summary = "the change that answers as each expert does on its own inputs"
+    use = "merged"
+    question = "What decided about a change"
+    effect = "the inputs and squared gradients of its own text"
+    unused = "where it applies, every weight is 0"
+    without = "the plain mean is taken"
+    remedy = "give it saliency '' (the guided mean, all its entries alike) or weight 0 by a filter"
+
+    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
+        """Everything that counts at all."""
+        return values["weight"] > 0
+
+    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        """Numbers outside their range."""
+        for number in method_rules.GRAM_MEAN.numbers:
+            if not number.allows(shared[number.name]):
+                yield f"{number.name} must be {number.words}, got {shared[number.name]}"
+        if not values["weight"] >= 0:
+            yield f"weight must be a number of at least 0, got {values['weight']}"
+
+    def misfit(self, file: SaliencyVectors, tensor: str, shape: tuple[int, ...]) -> str:
+        """Gram matrices of another number of channels."""
+        return misfit(file, tensor, shape)
+
+    def arithmetic_bytes(self, shape: tuple[int, ...], models: int) -> int:
+        """Bytes that a tensor's arithmetic takes at most beside inputs and result: float64 matrices of its width."""
+        width, entries = max(shape, default=1) if len(shape) == 2 else 0, torch.Size(shape).numel()
+        return 8 * (models + 3) * min(width, shape[-1] if shape else 0) ** 2 + 20 * entries
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor of the base and the other models; all on one device.
+
+        Raises:
+            ValueError: a parameter is outside its range. (Command 3 has checked that, and the headers, before.)
+            UserError: a file cannot be read or does not fit.
+        """
+        base, name = base_of(group).tensor, group.metadata.name
+        weights = {entry.id: parameters["weight"][entry.id] for entry in group.non_base}
+        for weight in weights.values():
+            for slip in self.slips(parameters, {"weight": weight}):
+                raise ValueError(f"{GRAM_MEAN}: {slip}")
+        models = []
+        for entry in group.non_base:
+            source = parameters[SALIENCY][entry.id]
+            if weights[entry.id]:
+                models.append(_Model(entry.tensor, weights[entry.id], vector_key(source, name) if source else None))
+        try:
+            return _merged(base, models, parameters, name or "")
+        except ValueError as error:
+            raise UserError(f"{name}: {error}", "grams-misfit") from error
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that counts, and where its vectors and matrices are; None lets its entries count alike."""
+
+    tensor: Tensor
+    weight: float
+    key: VectorKey | None
+
+
+def _merged(base: Tensor, models: Sequence[_Model], shared: Mapping[str, Any], name: str) -> Tensor:
+    if not models or not base.numel():
+        return base.clone()
+    exact, place = base.double() if _has_double(base) else base.cpu().double(), base.device
+    changes = [one.tensor.to(exact.device, torch.float64) - exact for one in models]
+    change = changes[0] if len(models) == 1 else _change(exact, models, changes, shared, name)
+    return (exact + shared["lambda"] * change).to(base.dtype).to(place)
+
+
+def _change(
+    exact: Tensor, models: Sequence[_Model], changes: Sequence[Tensor], shared: Mapping[str, Any], name: str
+) -> Tensor:
+    if exact.dim() == 2:
+        if shared["embedding_rows"] and None not in (grams := _all(models, row_gram)):
+            rows = [read_vectors(one.key)[0] for one in models]
+            parts = zip(changes, models, rows, grams, strict=True)
+            return row_gram_mean([RowChange(change, one.weight, row, gram) for change, one, row, gram in parts])
+        if None not in (inputs := _all(models, input_gram)):
+            return _linear(models, changes, inputs, shared, name)
+    return _guided(changes, models, shared)
+
+
+def _all(models: Sequence[_Model], read: Any) -> list:
+    """What a file has for each model, up to the first that has nothing."""
+    found: list = []
+    for one in models:
+        found.append(None if one.key is None else read(one.key))
+        if found[-1] is None:
+            break
+    return found
+
+
+def _linear(
+    models: Sequence[_Model],
+    changes: Sequence[Tensor],
+    inputs: Sequence[LayerInputs],
+    shared: Mapping[str, Any],
+    name: str,
+) -> Tensor:
+    """As [out, in], whichever way the weight is stored."""
+    anchor, turned = _guided(changes, models, shared), inputs[0].axis == 0
+    if turned:
+        anchor, changes = anchor.t(), [change.t() for change in changes]
+    experts = [
+        InputChange(change, one.weight, given.gram) for change, one, given in zip(changes, models, inputs, strict=True)
+    ]
+    merged = gram_mean(experts, anchor, ridge=shared["ridge"], off_diagonal=shared["off_diagonal"], label=name)
+    return merged.t() if turned else merged
+
+
+def _guided(changes: Sequence[Tensor], models: Sequence[_Model], shared: Mapping[str, Any]) -> Tensor:
+    """The guided mean of the changes, as changes of nothing."""
+    weighed = [
+        WeighedModel(change, one.weight, read_vectors(one.key) if one.key else None)
+        for change, one in zip(changes, models, strict=True)
+    ]
+    return guided_mean(torch.zeros_like(changes[0]), weighed, power=shared["power"], floor=shared["floor"])
+
+
+def _has_double(tensor: Tensor) -> bool:
+    return tensor.device.type in ("cpu", "cuda")

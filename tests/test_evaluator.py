@@ -16,6 +16,8 @@ from tests.refusals import refusal_code
 from tests.tiny_evaluations import save_evaluated_pair, write_rows
 from tests.tiny_merges import merge_here, recipe, write_recipe
 from tests.tiny_pairs import contents, write_config
+from utils.commands.evaluation_folder import read_evaluation
+from utils.merging.recipe_file import read_recipe
 
 ROWS = ("--validation_rows", 4, "--test_rows", 8)
 
@@ -68,6 +70,12 @@ def test_from_recipes_to_a_page(run, pair, tmp_path):
     for task in manifest["tasks"]:
         assert len(task["rows"]["test"]) == 8 and not set(task["rows"]["test"]) & set(task["rows"]["validation"])
     assert "next:" in done.stdout and "utils/merger.py" in done.stdout
+    found = read_evaluation(out)  # what a model card takes from here
+    recipe_file = read_recipe(pair / "out" / "recipes" / "first.yaml")
+    assert found.candidate_of(Path("renamed.yaml"), recipe_file.sha256) == "first"
+    scored = {(one.contender, task.name): one.value.value for task in found.page.tasks for one in task.scores}
+    losses = scores[scores.measure == "loss"]
+    assert scored == {(row.candidate, row.task): row.value for row in losses.itertuples()}
     uniform = yaml.safe_load((out / "best_uniform.yaml").read_text())
     assert uniform["merge_method"] in ("task_arithmetic", "ties")
     before = contents(out / "losses")

@@ -32,6 +32,13 @@ def test_the_table_holds_base_experts_controls_and_the_merge():
     assert ours["against task arithmetic 0.4"].endswith("better")
 
 
+def test_without_a_gain_to_keep_no_column_speaks_of_it():
+    page = full_page()
+    nothing = tuple(dataclasses.replace(one, gain=Estimate(None)) for one in page.standings)
+    head, *rows = cells(evaluation_section(dataclasses.replace(page, standings=nothing), MERGED))
+    assert "mean gain kept" not in head and {len(row) for row in rows} == {len(head)}
+
+
 def test_what_the_numbers_are_stands_below():
     text = evaluation_section(full_page(), MERGED)
     assert "- math: loss, nats per token, 400 rows, lower is better." in text

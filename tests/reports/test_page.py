@@ -212,6 +212,13 @@ def test_any_number_is_shown(value):
         assert 0 <= float(use.attributes["x"].rstrip("%")) <= 100
 
 
+def test_without_a_gain_to_keep_there_is_nothing_to_say_of_all_tasks():
+    nothing = tuple(dataclasses.replace(one, gain=Estimate(None), forgetting=None) for one in full_page().standings)
+    document = read(render(dataclasses.replace(full_page(), standings=nothing)))
+    present = [section.attributes.get("id") for section in document.all("section")]
+    assert "tasks" in present and not {"overall", "forgetting"} & set(present)
+
+
 def test_the_same_page_is_the_same_text(html):
     assert render(full_page()) == html
 

@@ -283,6 +283,19 @@ def _publish(
         print(f"next:\n\n    {next_command}")
 
 
+def _recipe_hash(candidate: "Candidate") -> str | None:
+    """SHA-256 of the recipe file that has been scored, so that a merge by it can show its figures."""
+    from utils.merging.recipe_file import read_recipe
+    from utils.recipes.recipe import recipe_bytes
+
+    if candidate.recipe is None:
+        return None
+    if candidate.source is None:  # a control, which may be written
+        return hashlib.sha256(recipe_bytes(candidate.recipe)).hexdigest()
+    written = read_recipe(candidate.source)
+    return written.sha256 if written.data == candidate.recipe else None
+
+
 def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -> dict[str, Any]:
     """What was asked, of what, on which rows: the manifest without the files."""
     from utils.models.checkpoints import weight_file_record
@@ -300,6 +313,7 @@ def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -
                 "role": one.role,
                 "model": one.model if one.model is None else os.path.basename(one.model.rstrip("/")),
                 "sha256": scorer.fingerprint(one),
+                "recipe_sha256": _recipe_hash(one),
             }
             for one in evaluated.candidates
         ],

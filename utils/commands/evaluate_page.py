@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from utils.commands.report_recipe import planned_recipe
 from utils.evaluation.statistics import DRAWS, Interval
+from utils.models.license import stated_license
 from utils.reports.values import (
     Contender,
     Estimate,
@@ -51,7 +51,7 @@ def evaluation_page(
         winner=evaluated.winner or "",
         tasks=tuple(_task_scores(scorer, evaluated, task) for task in scorer.tasks),
         standings=standings,
-        recipe=_recipe(evaluated),
+        recipe=_recipe(scorer, evaluated),
         samples=tuple(samples),
         run=_run(scorer, evaluated, request),
         notes=tuple(_notes(scorer, evaluated)),
@@ -111,12 +111,12 @@ def _estimate(interval: Interval) -> Estimate:
     return Estimate(*known)
 
 
-def _recipe(evaluated: "Evaluated") -> Recipe | None:
+def _recipe(scorer: "Scorer", evaluated: "Evaluated") -> Recipe | None:
+    """What the winner's recipe comes to, layer by layer; None where a model won."""
     winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
     if winner is None or winner.recipe is None:
         return None
-    text = yaml.safe_dump(dict(winner.recipe), sort_keys=False, allow_unicode=True)
-    return Recipe(facts=(("method", str(winner.recipe["merge_method"])),), text=text)
+    return planned_recipe(scorer.planned(winner))
 
 
 def _notes(scorer: "Scorer", evaluated: "Evaluated") -> Iterator[str]:
@@ -152,6 +152,7 @@ def _run(scorer: "Scorer", evaluated: "Evaluated", request: Mapping[str, Any]) -
             checkpoint.name,
             "base" if name == scorer.config.base.type else "expert",
             request_model["revision"] or request_model["header_sha256"][:12],
+            stated_license(checkpoint.folder),
         )
         for (name, checkpoint), request_model in zip(scorer.inputs.items(), request["models"], strict=True)
     )

@@ -108,7 +108,7 @@ def _recipes(manifest: Mapping[str, Any], page: Page) -> Iterator[tuple[str, str
     for one in manifest.get("candidates", []):
         if one.get("recipe_sha256"):
             yield one["recipe_sha256"], one["name"]
-    files = manifest.get("files", {})
+    files = manifest.get("files", {}) if "best" in manifest else {}
     for name, candidate in ((_BEST, page.winner), (_BEST_UNIFORM, page.reference)):
         if candidate and name in files:
             yield files[name], candidate

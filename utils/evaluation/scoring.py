@@ -25,6 +25,7 @@ from utils.evaluation.entries import Preparing, ReadyCandidate
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights
+from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
 from utils.pair.config import PairConfig
@@ -119,6 +120,10 @@ class Scorer:
         if not isinstance(ready, str):
             self._checked(ready)
         return list(planned.warnings)
+
+    def planned(self, candidate: Candidate) -> PlannedMerge:
+        """A recipe's merge, planned as command 3 would; headers alone are read."""
+        return self._preparing.plan(candidate)
 
     def encoded(self, folder: Path, name: str) -> tuple[Any, dict[str, list[EncodedRow]]]:
         """The tokenizer in a model's folder, and every task's rows in its tokens."""

@@ -38,7 +38,7 @@ def evaluation_section(page: Page, merged: str) -> str:
         if _gains(task):
             head.append(f"{task.name}, gain kept")
             align.append("---:")
-    standings = {one.contender: one for one in page.standings}
+    standings = {one.contender: one for one in page.standings if one.gain.known}
     if standings:
         head += ["mean gain kept", f"against {page.reference}"][: 1 + bool(page.reference)]
         align += ["---:", "---"][: 1 + bool(page.reference)]
@@ -57,7 +57,7 @@ def inputs_section(models: Sequence[ModelRecord]) -> str:
         [_escaped(one.name), _escaped(one.role), _escaped(one.fingerprint), _escaped(one.license or "not stated")]
         for one in models
     ]
-    head = ["input", "role", "revision or hash", "license"]
+    head = ["input", "role", "revision, or hash of headers", "license"]
     return "\n".join([_row(head), _row(["---"] * 4), *map(_row, rows)]) + "\n"
 
 

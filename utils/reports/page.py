@@ -50,7 +50,7 @@ def render(page: Page) -> str:
     Sections without data are left out. Equal pages give equal text.
     """
     tasks = [(task, task_table(page, task)) for task in page.tasks if task.scores]
-    standings = standings_table(page) if page.standings else None
+    standings = standings_table(page) if _has(page, "overall") else None
     forgetting = forgetting_table(page)
     template = _environment().get_template("page.html")
     return template.render(
@@ -87,7 +87,7 @@ def _has(page: Page, section: str) -> bool:
     recipe, run = page.recipe, page.run
     shown = {
         "tasks": any(task.scores for task in page.tasks),
-        "overall": page.standings,
+        "overall": any(one.gain.known for one in page.standings),
         "forgetting": any(one.forgetting and one.forgetting.known for one in page.standings),
         "recipe": recipe and (recipe.facts or recipe.heatmaps or recipe.text),
         "search": (page.history and page.history.trials) or (page.importance and page.importance.shares) or page.fronts,

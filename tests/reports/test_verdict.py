@@ -19,6 +19,11 @@ def test_better():
     )
 
 
+def test_a_reference_may_be_its_name_alone():
+    found = judge("ours", "plain", standings(Estimate(0.56), Estimate(0.21, 0.172, 0.248)), reference_is="")
+    assert found.sentence.startswith("ours is better than plain: it keeps 56.0%")
+
+
 def test_an_interval_that_holds_zero_is_no_difference():
     found = judge("ours", "plain", standings(Estimate(0.36), Estimate(0.01, -0.02, 0.04)))
     assert found.outcome is Outcome.UNCLEAR and found.sentence.startswith("No difference seen")

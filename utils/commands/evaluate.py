@@ -208,7 +208,7 @@ def _evaluate(
     with _progress(options, scorer, "scoring test rows"):
         table, more = score_new(scorer, store, everybody, rows)
     losses = task_losses(table, scorer.tasks, base, experts)
-    reference, reference_is = against, "asked for"
+    reference, reference_is = against, ""
     if against is None and chosen:
         reference, reference_is = max(chosen, key=lambda one: merits[one.name]).name, "the best uniform merge"
     ranked = [one.name for one in (*candidates, *chosen)]

@@ -16,7 +16,7 @@ def judge(
         winner: whom it is on.
         reference: what it is compared with; may be the same, if nothing is better, or empty, if there is nothing.
         standings: with both among them; the winner's `difference` is against the reference.
-        reference_is: what the reference is, in words.
+        reference_is: what the reference is, in words; empty where its name says it.
 
     Raises:
         ValueError: the winner has no standing.
@@ -27,20 +27,19 @@ def judge(
     ours = found[winner]
     if not ours.gain.known:
         return Verdict(f"{winner} could not be scored.", None)
+    named = ", ".join(filter(None, [reference, reference_is]))
     keeps = f"keeps {percent(ours.gain.value)} of the experts' gain over the base"
     if ours.gain.value < 0:
         keeps = f"is worse than the base, by {percent(-ours.gain.value)} of the experts' gain"
     if winner == reference:
-        return Verdict(
-            f"Nothing is better than {reference}, {reference_is}: it {keeps}.", Outcome.UNCLEAR, _details(ours)
-        )
+        return Verdict(f"Nothing is better than {named}: it {keeps}.", Outcome.UNCLEAR, _details(ours))
     if reference not in found or ours.difference is None or not ours.difference.known:
         return Verdict(f"{winner} {keeps}.", None, _details(ours))
     outcome = outcome_of(ours.difference, ours.p, higher_is_better=True)
     start = {
-        Outcome.BETTER: f"{winner} is better than {reference}, {reference_is}: it {keeps}",
-        Outcome.WORSE: f"{winner} is worse than {reference}, {reference_is}: it {keeps}",
-        Outcome.UNCLEAR: f"No difference seen between {winner} and {reference}, {reference_is}: {winner} {keeps}",
+        Outcome.BETTER: f"{winner} is better than {named}: it {keeps}",
+        Outcome.WORSE: f"{winner} is worse than {named}: it {keeps}",
+        Outcome.UNCLEAR: f"No difference seen between {winner} and {named}: {winner} {keeps}",
         None: f"{winner} {keeps}",
     }[outcome]
     return Verdict(f"{start}, {_apart(ours.difference, reference)}.", outcome, _details(ours))

@@ -8,7 +8,7 @@ own raise `Mistakes`.
 import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -172,7 +172,7 @@ def _type_at(kind: Any, place: Iterable[Any]) -> type:
 
 
 def _keys(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+    return tuple(field.alias or name for name, field in kind.__pydantic_fields__.items())
 
 
 def _parts(kind: Any) -> list[Any]:

@@ -512,7 +512,15 @@ FULL = {
     "calibration": {"math": {"path": "rows.jsonl", "text": "{question}"}},
     "evaluation": {"math": {"path": "rows.jsonl", "text": "{question} {answer}", "answer": "{answer}"}},
     "general": {"path": "rows.jsonl", "text": "{question}"},
-    "search": {"trials": 8},
+    "search": {
+        "merge_method": "ties",
+        "guidance": ["uniform", "lewis"],
+        "lambda": [0.2, 1],
+        "density": 0.5,
+        "depth_groups": 3,
+        "options": {"saliency_budget": {"mask": ["magnitude", "saliency"]}},
+        "objective_weights": {"math": 2.0},
+    },
 }
 
 

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from utils.errors import Problem
 from utils.pair.evaluation import TaskText, TextByTask
+from utils.pair.search import SearchSettings
 from utils.pair.source import CalibrationSource, Place, Seed, SequenceLength, TextByKey, TextSource
 from utils.safe_yaml import is_plain_data, read_yaml_mapping
 from utils.validation import Mistakes, Text, checked, nearest, read_checked, refuse, show
@@ -246,7 +247,7 @@ class PairSettings:
     parity: Annotated[bool, BeforeValidator(_is_reference)] = False
     guidance: Text | None = None
     evaluation: Annotated[TextByTask, BeforeValidator(_or_nothing)] = field(default_factory=dict)
-    search: Mapping[str, Any] | None = None
+    search: Annotated[SearchSettings, BeforeValidator(_or_nothing)] = field(default_factory=SearchSettings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,171 @@
+"""Racing on simulated losses: formulas written another way, and how rarely the best candidate is lost."""
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from scipy import stats
+
+from utils.searching import racing
+from utils.searching.objective import Objective, gain_scales
+
+TASKS = 2
+
+
+def simulate(rng, candidates: int, rows: int, spread: float, noise: float):
+    """Candidates of different true quality on rows of different length and difficulty, the base's losses being known."""
+    task = np.repeat(np.arange(TASKS), rows)
+    tokens = rng.integers(5, 60, TASKS * rows).astype(float)
+    difficulty = rng.gamma(4.0, 0.5, TASKS * rows)
+    true = rng.uniform(0.0, spread, (candidates, TASKS))
+    # What a candidate does to a row varies from row to row; longer rows vary less per token.
+    wobble = rng.normal(0.0, noise, (candidates, TASKS * rows)) / np.sqrt(tokens)
+    per_token = difficulty + true[:, task] + wobble
+    base = (difficulty + 1.0 + rng.normal(0.0, noise, TASKS * rows) / np.sqrt(tokens)) * tokens
+    return per_token * tokens, racing.Rows(task, tokens), base
+
+
+def interleaved(rows: int) -> np.ndarray:
+    """Positions that put the first rows of all tasks first."""
+    return np.arange(TASKS * rows).reshape(TASKS, rows).T.reshape(-1)
+
+
+MEAN = Objective.of("mean", ("a", "b"), {})
+SCALES = np.array([1.0, 1.0])
+
+
+def test_gains_are_those_of_sums_over_tokens():
+    rng = np.random.default_rng(0)
+    nll, rows, base = simulate(rng, 3, 7, 0.5, 0.3)
+    found = racing.gains(nll, rows, base, np.array([0.5, 2.0]))
+    for candidate in range(3):
+        for task, scale in enumerate((0.5, 2.0)):
+            own = [place for place in range(14) if rows.task[place] == task]
+            tokens = sum(rows.tokens[place] for place in own)
+            before, after = (
+                sum(base[place] for place in own) / tokens,
+                sum(nll[candidate, place] for place in own) / tokens,
+            )
+            assert found[candidate, task] == pytest.approx((before - after) / scale)
+
+
+def test_with_rows_of_one_length_the_test_is_students_paired_one():
+    """One task, equal lengths: the ratio of sums is a mean, and the chance that of scipy's paired t test."""
+    rng = np.random.default_rng(1)
+    nll = rng.normal(2.0, 0.3, (2, 12)) * 10
+    rows, objective = racing.Rows(np.zeros(12, int), np.full(12, 10.0)), Objective.of("mean", ("a",), {})
+    best, other = sorted(range(2), key=lambda one: nll[one].sum())
+    expected = stats.ttest_rel(nll[other], nll[best], alternative="greater").pvalue
+    for level, verdict in ((expected * 1.001, True), (expected * 0.999, False)):
+        found = racing.beaten(nll, rows, rng.normal(20, 3, 12), np.array([1.0]), objective, level)
+        assert list(found) == [one == other and verdict for one in range(2)]
+
+
+def test_holm_is_statsmodels_step_down():
+    """By hand: of 0.01, 0.03, 0.04, 0.005 at 0.05, the two smallest pass 0.05/4 and 0.05/3, the third fails 0.05/2."""
+    assert list(racing._holm(np.array([0.01, 0.03, 0.04, 0.005]), 0.05)) == [True, False, False, True]
+    assert racing._holm(np.array([0.01, 0.02, 0.001]), 0.05).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "worst", "weighted"])
+def test_the_best_is_rarely_lost_and_the_bad_leave(kind):
+    """Over 300 races of 24 candidates: what is lost to the winner is next to nothing, and most rows are never read."""
+    rng = np.random.default_rng(2)
+    objective = Objective.of(kind, ("a", "b"), {"a": 3.0, "b": 1.0})
+    lost, read, regret, rows = 0, 0.0, [], 64
+    for _ in range(300):
+        nll, whole, base = simulate(rng, 24, rows, 0.6, 0.8)
+        order = interleaved(rows)
+        nll, base, whole = nll[:, order], base[order], racing.Rows(whole.task[order], whole.tokens[order])
+        full = objective.figure(racing.gains(nll, whole, base, SCALES))  # what a search without races would go by
+        alive, before = np.arange(24), 0
+        for seen in map(sum, racing.schedule((rows, rows), 8)):
+            read += len(alive) * (seen - before) / (24 * 2 * rows)
+            before = seen
+            alive = alive[~racing.beaten(nll[alive][:, :seen], whole.first(seen), base[:seen], SCALES, objective)]
+        winner = alive[full[alive].argmax()]
+        lost += winner != full.argmax()
+        regret.append(full.max() - full[winner])
+    assert lost / 300 < 0.05
+    assert np.mean(regret) < 0.002
+    assert read / 300 < 0.5
+
+
+def test_of_equal_candidates_seldom_any_is_dropped():
+    rng = np.random.default_rng(3)
+    dropped = 0
+    for _ in range(400):
+        nll, rows, base = simulate(rng, 10, 16, 0.0, 0.8)
+        dropped += racing.beaten(nll, rows, base, SCALES, MEAN).any()
+    # The leader was picked by the same rows, which makes verdicts against the last ones more likely than the level says.
+    assert dropped / 400 < 0.15
+
+
+def test_too_few_rows_beat_nobody():
+    nll = np.array([[1.0, 1.0, 1.0, 1.0], [9.0, 9.1, 9.2, 9.3]])
+    rows = racing.Rows(np.array([0, 0, 1, 1]), np.ones(4))
+    assert not racing.beaten(nll, rows, np.zeros(nll.shape[1]), SCALES, MEAN).any()
+
+
+def test_a_candidate_with_the_very_same_losses_is_not_beaten():
+    nll = np.tile(np.linspace(1.0, 2.0, 10), (3, 1))
+    rows = racing.Rows(np.repeat([0, 1], 5), np.ones(10))
+    assert not racing.beaten(nll, rows, np.zeros(nll.shape[1]), SCALES, MEAN).any()
+    assert not racing.dominated(nll, rows, np.zeros(nll.shape[1]), SCALES).any()
+
+
+def test_on_a_front_each_task_has_its_best():
+    """One is best at a, one at b, one between them, one worse than the middle at both: that one alone leaves."""
+    rng = np.random.default_rng(4)
+    task, tokens = np.repeat([0, 1], 40), np.full(80, 20.0)
+    level = np.array([[1.0, 2.0], [2.0, 1.0], [1.4, 1.4], [1.7, 1.7]])
+    nll = (level[:, task] + rng.normal(0, 0.02, (4, 80))) * tokens
+    rows = racing.Rows(task, tokens)
+    assert list(racing.dominated(nll, rows, np.zeros(nll.shape[1]), SCALES)) == [False, False, False, True]
+    assert racing.beaten(nll, rows, np.zeros(nll.shape[1]), SCALES, MEAN)[3]
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=4), st.integers(1, 300))
+def test_the_schedule_grows_and_ends_with_every_row(per_task, first):
+    rounds = racing.schedule(per_task, first)
+    assert rounds[-1] == tuple(per_task)
+    for before, after in itertools.pairwise(rounds):
+        assert all(one <= two for one, two in zip(before, after, strict=True)) and before != after
+    assert all(seen <= there for each in rounds for seen, there in zip(each, per_task, strict=True))
+
+
+def test_the_estimate_of_a_beaten_one_is_nearer_than_its_own_rows_tell():
+    """What merges of the same models do to a row is alike; against the leader's figure on all rows, that cancels."""
+    rng = np.random.default_rng(5)
+    naive, paired = [], []
+    for _ in range(200):
+        nll, rows, base = simulate(rng, 2, 48, 0.5, 0.1)
+        nll = nll + rng.normal(0.0, 0.8, 96) * np.sqrt(rows.tokens)
+        order = interleaved(48)
+        nll, base, rows = nll[:, order], base[order], racing.Rows(rows.task[order], rows.tokens[order])
+        some = rows.first(16)
+        truth = racing.gains(nll, rows, base, SCALES)
+        estimate = racing.estimate(nll[0, :16], nll[1, :16], some, truth[1], base[:16], SCALES)
+        paired.append(np.abs(estimate - truth[0]).mean())
+        naive.append(np.abs(racing.gains(nll[:1, :16], some, base[:16], SCALES)[0] - truth[0]).mean())
+    assert np.mean(paired) < np.mean(naive) / 3
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_slopes_are_the_figures_derivative(seed):
+    rng = np.random.default_rng(seed)
+    gains = rng.uniform(-1, 1, (1, 3))
+    for kind in ("mean", "worst", "weighted"):
+        objective = Objective.of(kind, ("a", "b", "c"), {"a": 1, "b": 2, "c": 0.5})
+        step = 1e-7 * rng.choice([-1.0, 1.0], 3)
+        moved = objective.figure(gains + step) - objective.figure(gains)
+        assert moved == pytest.approx(objective.slopes(gains)[0] @ step, abs=1e-12)
+
+
+def test_a_task_whose_expert_gains_nothing_is_scaled_by_its_loss():
+    scales, without = gain_scales(np.array([2.0, 4.0, 3.0]), np.array([1.5, 4.1, np.nan]))
+    assert list(scales) == [0.5, 4.0, 3.0]
+    assert without == [1, 2]

@@ -1,0 +1,132 @@
+"""Points become recipes: as command 2 writes them, as stock mergekit merges them, tensor by tensor as the formula says."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_experts import save_experts
+from tests.tiny_merges import merge_here, merge_stock, tensors
+from utils.guidance.measured_pair import experts_to_merge
+from utils.guidance.method import guidance_methods
+from utils.pair.config import read_pair_config
+from utils.recipes.naming import LocalModels
+from utils.searching.knowns import knowns
+from utils.searching.measurements import find_measurements
+from utils.searching.recipes import RecipeMaker
+from utils.searching.space import Point, search_space
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """A pair, measured with every guidance; tests work in its folder."""
+    from utils.commands.measure import MeasureOptions, measure_pair
+
+    folder = save_experts(tmp_path_factory.mktemp("pair"))
+    before = Path.cwd()
+    os.chdir(folder)
+    config = read_pair_config(folder / "pair.yaml")
+    for name, method in guidance_methods().items():
+        options = {flag.name: flag.default for flag in method.measure_flags}
+        measure_pair(MeasureOptions(config, method, options, Path("out") / name, device="cpu"))
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture
+def maker(pair) -> RecipeMaker:
+    config = read_pair_config(pair / "pair.yaml")
+    measured, _ = find_measurements(config, None, Path("out/search"), trust_remote_code=False)
+    assert list(measured) == list(guidance_methods())
+    return RecipeMaker(
+        config, LocalModels(config.base, experts_to_merge(config)), measured, pair / "vectors", "bfloat16"
+    )
+
+
+def test_factors_of_experts_and_depth_are_those_of_the_merge(pair, maker):
+    """Uniform task arithmetic with all factors: base + lambda * sum of factor * factor of the block * delta."""
+    import torch
+
+    point = Point("task_arithmetic", "uniform", {"lambda": 0.6}, weights={"code": 1.25, "math": 0.75}, depth=(0.8, 1.2))
+    merged = tensors(merge_here(pair, maker.make(point).data, "factors"))
+    base, code, math = (tensors(pair / name) for name in ("base", "code", "math"))
+    for name, value in base.items():
+        block = {"0": 0.8, "1": 1.2}[name.split(".")[2]] if ".layers." in name else 1.0
+        delta = 1.25 * (code[name].float() - value.float()) + 0.75 * (math[name].float() - value.float())
+        wanted = (value.float() + 0.6 * block * delta).to(torch.bfloat16)
+        assert torch.allclose(merged[name].float(), wanted.float(), atol=2e-3, rtol=1e-2), name
+
+
+def test_lines_grow_with_depth(pair, maker):
+    data = maker.make(Point("task_arithmetic", "lines", {"lambda": 0.5})).data
+    weights = {item.get("filter"): item["value"] for item in data["models"][1]["parameters"]["weight"]}
+    assert weights == {"model.layers.0.": 0.5, "model.layers.1.": 1.5, None: 1}
+
+
+def test_guided_recipes_are_command_twos(pair, maker, run_command_line):
+    """LEWIS with gamma, epsilon and lambda, and a method of weights: densities, weights and parameters as it writes them."""
+    for guidance, flags, point in (
+        (
+            "lewis",
+            ("--gamma", 0.2, "--epsilon", 0.9, "--lambda", 0.7),
+            Point("ties", "lewis", {"lambda": 0.7, "gamma": 0.2, "epsilon": 0.9}),
+        ),
+        ("sens_merging", ("--lambda", 0.7), Point("task_arithmetic", "sens_merging", {"lambda": 0.7})),
+    ):
+        out = pair / f"by_command_two_{guidance}"
+        given = "--delta_dfs_in_dir", pair / "out" / guidance, "--config_file", pair / "pair.yaml", "--out_dir", out
+        done = run_command_line("lewis_merge.py", *given, "--guidance", guidance, *flags, cwd=pair)
+        assert done.returncode == 0, done.stderr
+        (file,) = out.glob("*.yaml")
+        written, made = yaml.safe_load(file.read_text()), dict(maker.make(point).data)
+        assert (made.pop("dtype"), made.pop("out_dtype")) == ("float32", "bfloat16")
+        written.pop("dtype")
+        assert made == written
+
+
+def test_every_default_is_made_again_from_its_numbers(maker):
+    """A guided way's defaults, all numbers said, give the recipe that saying none gives, to rounding."""
+    space = search_space(maker.config.search, list(maker.measured), ("code", "math"), 2)
+    for way in (way for way in space.ways if way.guided):
+        point = maker.default(way)
+        assert all(value is not None for value in point.numbers.values()), way.label
+        said, unsaid = maker.make(point), maker.make(Point(way.merge_method, way.guidance, dict.fromkeys(way.numbers)))
+        assert said.data["merge_method"] == unsaid.data["merge_method"] and said.stock == unsaid.stock
+        left, right = (made.data["models"][1]["parameters"] for made in (said, unsaid))
+        for key in left:
+            if isinstance(left[key], list):
+                values = [[item["value"] for item in own[key]] for own in (left, right)]
+                assert values[0] == pytest.approx(values[1], abs=2e-3), (way.label, key)
+
+
+def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
+    import torch
+
+    space = search_space(maker.config.search, list(maker.measured), ("code", "math"), 2)
+    listed = knowns(space, maker)
+    assert len({known.name for known in listed}) == len(listed)
+    assert len({maker.make(known.point).digest for known in listed}) == len(listed)
+    assert {known.point.guidance for known in listed} == {"uniform", "lines", *maker.measured}
+    for known in (listed[0], next(known for known in listed if known.point.merge_method == "ties")):
+        made = maker.make(known.point)
+        assert made.stock
+        ours, stock = (
+            tensors(merge_here(pair, made.data, "ours", overwrite=True)),
+            tensors(merge_stock(pair, made.data)),
+        )
+        # equal but for ties among magnitudes, of which small changes in bfloat16 have a few
+        same = [torch.eq(ours[name], stock[name]).flatten() for name in ours]
+        assert float(torch.cat(same).float().mean()) > 0.95
+
+
+def test_files_of_vectors_are_written_once_by_their_content(pair, maker):
+    first = maker.make(Point("guided_mean", "saliency_budget", {"lambda": 0.9, "power": 0.5, "floor": 0.1}))
+    second = maker.make(Point("guided_mean", "saliency_budget", {"lambda": 0.4, "power": 0.3, "floor": 0.0}))
+    assert not first.stock and first.vectors == second.vectors and len(first.vectors) == 2
+    assert first.digest != second.digest
+    assert all(path.is_absolute() and path.is_file() for path in first.vectors)
+    assert sorted(path.name for path in (pair / "vectors").iterdir()) == sorted(path.name for path in first.vectors)
+    named = [entry["parameters"]["saliency"] for entry in first.data["models"][1:]]
+    assert named == list(map(str, first.vectors))
+    assert (first.data["parameters"]["power"], second.data["parameters"]["floor"]) == (0.5, 0.0)

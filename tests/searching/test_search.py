@@ -1,0 +1,141 @@
+"""Whole searches over simulated losses: what they find, that a kill changes nothing, that nothing is scored twice."""
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from tests.refusals import refused
+from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run
+
+
+def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):
+    score = Formula()
+    search = a_search(tmp_path, score)
+    run(search, 28)
+    finished = search.study.finished(48)
+    best = max(finished, key=lambda trial: sum(trial.gains.values()))
+    off = best.point.numbers["lambda"] - BEST[best.point.merge_method]
+    assert 0.6 * off**2 < 0.02  # of a loss where the knowns' best is 0.0135 off, and noise 0.01
+    states = [trial.state.name for trial in search.study.trials]
+    assert len(states) == 28 and states.count("COMPLETE") > 20
+    assert len(set(score.scored)) == len(score.scored)
+    assert len(score.scored) < 0.85 * (28 + 2) * 48  # most rows were never read
+
+
+def test_what_is_not_finite_is_a_failed_trial_and_not_the_end(tmp_path):
+    """Every TIES of a lambda above 0.95 comes to NaN."""
+    search = a_search(tmp_path, Formula(), sampler="random")
+    run(search, 14)
+    trials = search.study.trials
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert failed and len(trials) == 14
+    assert all(trial.user_attrs["point"]["numbers"]["lambda"] > 0.95 for trial in failed)
+    assert all("finite" in trial.user_attrs["failure"] for trial in failed)
+
+
+def test_knowns_come_first_and_those_outside_the_space_too(tmp_path):
+    search = a_search(tmp_path, Formula())
+    run(search, 4)
+    trials = search.study.trials
+    assert [trial.user_attrs.get("known") for trial in trials] == [*(known.name for known in KNOWNS), None]
+    assert trials[0].params == {
+        "method": "task_arithmetic, uniform",
+        "lambda": 0.3,
+        "weight.code": 1.0,
+        "weight.math": 1.0,
+    }
+    assert trials[2].params == {} and trials[2].state.name == "COMPLETE"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_killed_anywhere_and_typed_again_it_comes_to_the_same(tmp_path, sampler):
+    whole = Formula()
+    unbroken = a_search(tmp_path / "unbroken", whole, sampler=sampler)
+    run(unbroken, 11)
+    expected = outcome(unbroken)
+    for stop in (2, 3, 7):
+        folder, scored = tmp_path / f"killed{stop}", []
+        for tried in range(100):
+            score = Formula(stop_after=stop if tried else 1)
+            try:
+                search = a_search(folder, score, sampler=sampler)
+                run(search, 11)
+                break
+            except KeyboardInterrupt:
+                continue
+            finally:
+                scored += score.scored
+        assert outcome(search) == expected
+        assert sorted(scored) == sorted(whole.scored)  # nothing twice
+
+
+def test_killed_while_told_it_comes_to_the_same(tmp_path, monkeypatch):
+    unbroken = a_search(tmp_path / "unbroken", Formula())
+    run(unbroken, 13)
+    for stop in (1, 5, 9):
+        folder, count = tmp_path / f"killed{stop}", 0
+        search = a_search(folder, Formula())
+        told = search.study.tell
+
+        def tell(*arguments, stop=stop, told=told):
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise KeyboardInterrupt
+            told(*arguments)
+
+        monkeypatch.setattr(search.study, "tell", tell)
+        with pytest.raises(KeyboardInterrupt):
+            run(search, 13)
+        again = a_search(folder, Formula())
+        run(again, 13)
+        assert outcome(again) == outcome(unbroken)
+
+
+def test_more_trials_extend_a_search(tmp_path):
+    whole = a_search(tmp_path / "whole", Formula())
+    run(whole, 13)
+    for trials in (8, 13):
+        search = a_search(tmp_path / "extended", Formula())
+        run(search, trials)
+        assert len(search.study.trials) == trials
+    assert outcome(search) == outcome(whole)
+
+
+def test_a_study_of_another_space_is_refused(tmp_path):
+    run(a_search(tmp_path, Formula()), 4)
+    with refused("search-other-study") as caught:
+        a_search(tmp_path, Formula(), merge_method=("ties",))
+    assert "space" in str(caught.value)
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / "study.db").write_bytes(b"not a database " * 100)
+    with refused("search-storage-unusable"):
+        a_search(tmp_path, Formula())
+    assert (tmp_path / "study.db").read_bytes() == b"not a database " * 100
+
+
+def test_a_front_keeps_what_is_best_at_either_task(tmp_path):
+    search = a_search(tmp_path, Formula(), pareto=True)
+    run(search, 9)
+    trials = [trial for trial in search.study.trials if trial.state.name == "COMPLETE"]
+    assert all(len(trial.values) == 2 for trial in trials)
+    front = [entrant.digest for entrant in search.champions(10**6)]
+    assert front and len(front) == len(set(front))
+
+
+def test_the_dashboards_view_of_the_storage(tmp_path):
+    """What optuna-dashboard reads: the study by its name in the file, through Optuna's own loader."""
+    import optuna
+
+    run(a_search(tmp_path, Formula()), 8)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.metric_names == ["mean gain kept"]
+    assert len(study.trials) == 8 and study.best_trial.user_attrs["point"]
+
+
+def test_a_gaussian_process_searches_numbers(tmp_path):
+    search = a_search(tmp_path, Formula(), sampler="gp")
+    run(search, 9)
+    assert len(search.study.trials) == 9

@@ -1,0 +1,249 @@
+"""The search as a user runs it: real processes, real files, kills, bad input. The losses are of tiny models, fine-tuned here.
+
+python -m pytest tests/test_searcher.py
+"""
+
+import fcntl
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+pytest.importorskip("optuna")
+
+from tests.conftest import ROOT
+from tests.refusals import refusal_code, refused
+from tests.tiny_experts import save_experts
+from tests.tiny_pairs import contents, write_config
+from utils.commands.search import search_pair
+from utils.commands.search_setup import SearchOptions
+from utils.pair.config import read_pair_config
+
+ROWS = ("--validation_rows", 24, "--test_rows", 24, "--first_rows", 6)
+UNGUIDED = {"guidance": ["uniform", "lines"], "depth_groups": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return save_experts(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(made, tmp_path, monkeypatch) -> Path:
+    """A copy of the pair to work in."""
+    folder = tmp_path / "pair"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def settings(folder: Path, **changes) -> Path:
+    """The pair's config with some keys replaced."""
+    return write_config(folder, {**yaml.safe_load((folder / "pair.yaml").read_text()), **changes})
+
+
+def options(folder: Path, **changes) -> SearchOptions:
+    """A search of the unguided ways, in this process."""
+    rows = {"validation_rows": 16, "test_rows": 16, "first_rows": 4}
+    given = {"out_dir": folder / "out/search", "trials": 14, "device": "cpu", "quiet": True, **rows, **changes}
+    return SearchOptions(read_pair_config(folder / "pair.yaml"), **given)
+
+
+def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_line):
+    """Three models and two JSONL files: the search measures, searches and judges; the command it prints merges."""
+    done = run_command_line(
+        "utils/searcher.py",
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "out/search",
+        *ROWS,
+        "--measure",
+        "--trials",
+        26,
+        cwd=pair,
+    )
+    assert done.returncode == 0, done.stderr
+    out = pair / "out/search"
+    written = {"best.yaml", "best_uniform.yaml", "trials.csv", "scores.csv", "report.html", "manifest.json", "study.db"}
+    assert written <= {path.name for path in out.iterdir()}
+    scores = pd.read_csv(out / "scores.csv")
+    best = json.loads((out / "manifest.json").read_text())["best"]
+    gains = scores[(scores.task == "all tasks") & (scores.measure == "gain_kept")].set_index("candidate")
+    assert gains.loc["code", "value"] != gains.loc["math", "value"]
+    winner = next(iter(best))
+    assert gains.loc[winner, "value"] > gains.loc["base", "value"] + 0.1
+    assert f"{winner}" in done.stdout and "95% interval" in done.stdout and "points" in done.stdout
+    assert "forecast:" in done.stdout + done.stderr
+    trials = pd.read_csv(out / "trials.csv")
+    assert len(trials) == 26 and {"lambda", "gain.code", "gain.math", "merge_method", "guidance"} <= set(trials.columns)
+    whole = trials[(trials.seen_rows == trials.all_rows) & (trials.state == "complete")]
+    assert (
+        whole["value"].max() == trials.loc[best[winner]["trial"], "value"] >= whole[whole.known.notna()]["value"].max()
+    )
+    page = (out / "report.html").read_text()
+    assert "The search" in page and winner in page
+    words = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", ""))[1:]
+    words[0] = "utils/merger.py"
+    merged = run_command_line(*words, cwd=pair)
+    assert merged.returncode == 0, merged.stderr
+    assert (Path(pair, words[words.index("--output_path") + 1]) / "model.safetensors").exists()
+    before = contents(out / "losses")
+    again = run_command_line(
+        "utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair
+    )
+    assert again.returncode == 0, again.stderr
+    assert contents(out / "losses") == before
+    assert pd.read_csv(out / "scores.csv").equals(scores)
+
+
+def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
+    settings(pair, search=UNGUIDED)
+    search_pair(options(pair, out_dir=pair / "whole"))
+    command = [
+        sys.executable,
+        ROOT / "utils/searcher.py",
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "killed",
+        "--device",
+        "cpu",
+    ]
+    command += ["--validation_rows", "16", "--test_rows", "16", "--first_rows", "4", "--trials", "14", "--quiet"]
+    for wanted in (12, 30):  # kept losses when it is killed
+        running = subprocess.Popen(
+            [str(word) for word in command], cwd=pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 240
+        while running.poll() is None and len(list((pair / "killed/losses").glob("*.json"))) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    kept = contents(pair / "killed/losses")
+    search_pair(options(pair, out_dir=pair / "killed"))
+    after = contents(pair / "killed/losses")
+    assert {name: after[name] for name in kept if name.endswith(".json")} == {
+        name: kept[name] for name in kept if name.endswith(".json")
+    }
+    timed = "seconds"
+    whole, killed = (pd.read_csv(pair / name / "trials.csv").drop(columns=timed) for name in ("whole", "killed"))
+    assert killed.equals(whole)
+    for name in ("best.yaml", "best_uniform.yaml"):
+        assert (pair / "killed" / name).read_bytes() == (pair / "whole" / name).read_bytes()
+    scores = [pd.read_csv(pair / name / "scores.csv") for name in ("killed", "whole")]
+    pd.testing.assert_frame_equal(*scores, rtol=1e-9)
+
+
+def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
+    """One folder: extended; then another space, another objective, another pair's weights, a second search at a time."""
+    settings(pair, search=UNGUIDED)
+    search_pair(options(pair))
+    search_pair(options(pair, trials=16))
+    assert len(pd.read_csv(pair / "out/search/trials.csv")) == 16
+    before = contents(pair / "out/search")
+    with refused("search-other-study"):
+        search_pair(options(pair, objective="worst"))
+    settings(pair, search={**UNGUIDED, "lambda": [0.2, 0.9]})
+    with refused("search-other-study") as caught:
+        search_pair(options(pair))
+    assert "space" in str(caught.value)
+    settings(pair, search=UNGUIDED)
+    descriptor = os.open(pair / "out/search", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(Exception, match="another run"):
+            search_pair(options(pair))
+    finally:
+        os.close(descriptor)
+    assert {name: value for name, value in contents(pair / "out/search").items() if "study.db" not in name} == {
+        name: value for name, value in before.items() if "study.db" not in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "code"),
+    [
+        ({}, {"trials": 3}, "search-too-few-trials"),
+        ({}, {"objective": "weighted"}, "search-no-weights"),
+        ({"search": {**UNGUIDED, "objective_weights": {"maths": 1}}}, {"objective": "weighted"}, "search-unknown-task"),
+        ({"search": {"guidance": ["lewis"]}}, {}, "search-not-measured"),
+        ({"search": {**UNGUIDED, "measurements": ["nowhere"]}}, {}, "search-no-measurement"),
+        ({"nsamples": 120}, {}, "evaluation-no-rows"),
+        ({"calibration": {}}, {"pareto": True}, "search-one-task"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_a_study_is_there(pair, keys, flags, code):
+    settings(pair, **{"search": UNGUIDED, **keys})
+    with refused(code):
+        search_pair(options(pair, **flags))
+    assert not (pair / "out").exists()
+
+
+def test_time_that_is_up_ends_with_what_there_is_and_is_gone_on_with(pair, capsys):
+    settings(pair, search=UNGUIDED)
+    with refused("search-nothing-finished"):
+        search_pair(options(pair, max_hours=1e-7))
+    assert not (pair / "out/search/best.yaml").exists()
+    search_pair(options(pair, trials=14))
+    search_pair(options(pair, trials=40, max_disk=1000))
+    assert "ended early: --max_disk" in capsys.readouterr().out
+    assert len(pd.read_csv(pair / "out/search/trials.csv").query("state == 'complete'")) == 14
+
+
+def test_files_that_are_in_the_way_are_not_touched(pair):
+    settings(pair, search=UNGUIDED)
+    (pair / "out/search").mkdir(parents=True)
+    (pair / "out/search/best.yaml").write_text("mine")
+    with pytest.raises(Exception, match=r"best\.yaml"):
+        search_pair(options(pair))
+    assert contents(pair / "out/search") == {"best.yaml": b"mine"}
+
+
+def test_a_full_disk_is_one_message_and_no_traceback(pair):
+    """A limit on file sizes stands for a disk that has no room for the storage."""
+    settings(pair, search=UNGUIDED)
+    command = [
+        sys.executable,
+        ROOT / "utils/searcher.py",
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "out/search",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--trials", "14", *map(str, ROWS)],
+        cwd=pair,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert refusal_code(done) == "search-storage-unusable"
+
+
+def test_a_front_over_the_tasks(pair):
+    settings(pair, search=UNGUIDED)
+    search_pair(options(pair, pareto=True, trials=16))
+    manifest = json.loads((pair / "out/search/manifest.json").read_text())
+    assert manifest["options"]["pareto"] and len(manifest["best"]) >= 2
+
+
+def test_each_device_scores_its_share(pair):
+    """`cpu,cpu` stands for two GPUs: the same losses, the same end."""
+    settings(pair, search=UNGUIDED)
+    search_pair(options(pair, out_dir=pair / "one"))
+    search_pair(options(pair, out_dir=pair / "two", devices="cpu,cpu"))
+    one, two = (pd.read_csv(pair / name / "trials.csv").drop(columns="seconds") for name in ("one", "two"))
+    assert one.equals(two)

@@ -1,0 +1,119 @@
+"""A search as the plain values that `utils/reports` shows: its history, what mattered, the front, the winner's recipe."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from utils.reports.values import Front, FrontPoint, History, Importance, Page, Recipe, Role, Trial, TrialState
+from utils.reports.values import Verdict as PageVerdict
+
+if TYPE_CHECKING:
+    from utils.commands.evaluate import Evaluated
+    from utils.commands.search_setup import Prepared
+    from utils.searching.winners import Winners
+
+
+def add_search(
+    page: Page, ready: "Prepared", evaluated: "Evaluated", winners: "Winners", names: Mapping[str, str]
+) -> Page:
+    """The page with all that a search adds to an evaluation."""
+    importance = ready.study.importances()
+    run = page.run and dataclasses.replace(
+        page.run,
+        seeds=(*page.run.seeds, ("search", ready.options.seed)),
+        facts=(*page.run.facts, ("sampler", ready.study.sampler), ("trials", str(len(ready.study.trials)))),
+    )
+    return dataclasses.replace(
+        page,
+        verdict=_verdict(page, evaluated, winners, names),
+        recipe=_recipe(page, ready, winners),
+        history=_history(ready, winners, names),
+        importance=Importance("PED-ANOVA, all trials with a value", tuple(importance.items())) if importance else None,
+        fronts=_fronts(ready, winners, names),
+        run=run,
+    )
+
+
+def _verdict(page: Page, evaluated: "Evaluated", winners: "Winners", names: Mapping[str, str]) -> PageVerdict | None:
+    """The evaluator's verdict, and whether the winner is ahead of every uniform merge, the nearest one named."""
+    if page.verdict is None or winners.best.point.uniform:
+        return page.verdict
+    own = evaluated.figures[names[winners.best.digest]].gain.value
+    others = {names[one.digest]: evaluated.figures[names[one.digest]].gain.value for one in winners.uniform}
+    if len(others) < 2:
+        return page.verdict
+    nearest = max(others, key=lambda name: others[name])
+    ahead = 100 * (own - others[nearest])
+    each = "each" if ahead > 0 else "not each"
+    said = (
+        f"On test rows it keeps more than {each} of the {len(others)} uniform merges that were tried; the nearest is "
+        f"{nearest}, {ahead:+.1f} points away."
+    )
+    return dataclasses.replace(page.verdict, details=(said, *page.verdict.details))
+
+
+def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
+    """The winner as the merge would plan it, tensor by tensor, and what the search set."""
+    from utils.commands.report_recipe import planned_recipe
+    from utils.evaluation.candidates import Candidate
+    from utils.merging.planning import plan_recipe
+
+    point, made = winners.best.point, ready.maker.make(winners.best.point)
+    planned = plan_recipe(
+        ready.scorer.settings.merge, Candidate("best", recipe=made.data).merge_recipe(), lambda line: None
+    )
+    recipe = planned_recipe(planned)
+    facts = [("guidance", point.guidance)]
+    facts += [(name, f"{value:.4g}") for name, value in point.numbers.items() if value is not None]
+    facts += [(name, str(value)) for name, value in point.options.items()]
+    facts += [(f"factor of {name}", f"{value:.4g}") for name, value in point.weights.items()]
+    facts += [(f"factor of depth {place + 1} of {len(point.depth)}", f"{v:.4g}") for place, v in enumerate(point.depth)]
+    facts.append(("runs in", "any mergekit" if made.stock else "this project's utils/merger.py"))
+    text = page.recipe.text if page.recipe else recipe.text
+    return Recipe((*facts, *recipe.facts), recipe.heatmaps, text)
+
+
+def _history(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> History:
+    """All trials, by the objective's figure on validation rows."""
+    import numpy as np
+
+    from utils.searching.space import Point
+
+    objective, trials = ready.objective, []
+    for place, trial in enumerate(ready.study.trials):
+        own = trial.user_attrs
+        gains = own.get("gains")
+        value = float(objective.figure(np.array([gains[task] for task in objective.tasks]))) if gains else None
+        seen, there = own.get("rows", (0, 0))
+        state = TrialState.FAILED if gains is None else TrialState.COMPLETE if seen == there else TrialState.PRUNED
+        what = own.get("known") or (Point.read(own["point"]).sentence() if "point" in own else "")
+        trials.append(Trial(place, value, state, what, seen, "known" in own))
+    uniform = winners.uniform[0] if winners.uniform else None
+    figure = {True: "least gain kept", False: "mean gain kept"}[objective.worst]
+    return History(
+        objective=f"{figure}, validation rows",
+        trials=tuple(trials),
+        percent=True,
+        reference=float(objective.figure(np.array(list(uniform.gains.values())))) if uniform else None,
+        reference_name=names[uniform.digest] if uniform else "",
+    )
+
+
+def _fronts(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> tuple[Front, ...]:
+    """What the first two tasks cost each other, all trials with a value; the front itself where it was asked for."""
+    tasks = ready.objective.tasks
+    if len(tasks) < 2:
+        return ()
+    best = {one.digest for one in (winners.front or (winners.best,))}
+    points = tuple(
+        FrontPoint(
+            one.known or f"trial {one.number}",
+            one.gains[tasks[0]],
+            one.gains[tasks[1]],
+            one.digest in best,
+            Role.CONTROL if one.point.uniform else Role.CANDIDATE,
+            names.get(one.digest, "") if one.digest in best else "",
+        )
+        for one in ready.study.finished()
+    )
+    return (Front(tasks[0], tasks[1], points),)

@@ -1,0 +1,221 @@
+"""What a search ends with: the winners scored on test rows, their recipes, tables, the page, the next command."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.commands.evaluated import Evaluated
+from utils.commands.next_command import from_here, next_command
+from utils.errors import UserError
+from utils.publish import MANIFEST, publish_files, to_json
+from utils.recipes.recipe import recipe_bytes
+from utils.runtime import versions
+
+if TYPE_CHECKING:
+    from utils.commands.search_setup import Prepared
+    from utils.evaluation.candidates import Candidate
+    from utils.reports.values import Page
+    from utils.searching.study import Finished
+    from utils.searching.winners import Winners
+
+TRIALS, SCORES, REPORT = "trials.csv", "scores.csv", "report.html"
+BEST, BEST_STOCK, BEST_UNIFORM = "best.yaml", "best_stock.yaml", "best_uniform.yaml"
+FILES = (BEST, BEST_STOCK, BEST_UNIFORM, TRIALS, SCORES, REPORT, MANIFEST)
+
+
+def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None]) -> None:
+    """Score the winners on test rows, publish all files, print the table, the verdict and the next command.
+
+    Args:
+        ready: the search, run.
+        stopped: why it ended before its last trial; empty if it did not.
+        say: prints, unless asked to be quiet.
+
+    Raises:
+        UserError: not one trial has a value.
+    """
+    from utils.commands.evaluate_tables import printed_table, scores_table
+    from utils.reports.page import render
+    from utils.searching.winners import choose, trials_table
+
+    finished = ready.study.finished(ready.yardstick.all_rows)
+    if not finished:
+        raise UserError(
+            "no trial has been scored on every validation row yet"
+            + (f" ({stopped})" if stopped else "")
+            + "; type the "
+            "command again to go on, with more of what it was short of",
+            "search-nothing-finished",
+        )
+    winners = choose(finished, ready.objective, pareto=ready.options.pareto)
+    names = _names(winners)
+    evaluated = _on_test_rows(ready, winners, names)
+    recipes = _recipes(ready, winners)
+    following = _next(ready)
+    warnings = [*ready.warnings, *([f"the search ended early: {stopped}"] if stopped else [])]
+    request = _request(ready, evaluated, winners, names, stopped)
+    page = _page(ready, evaluated, request, warnings, following, winners, names)
+    files: dict[str, bytes | Path] = {
+        **recipes,
+        TRIALS: trials_table(ready.study, ready.objective).to_csv(index=False).encode(),
+        SCORES: scores_table(ready.scorer, evaluated).to_csv(index=False).encode(),
+        REPORT: render(page).encode(),
+    }
+    request["files"] = {name: _sha256(content) for name, content in files.items()}
+    files[MANIFEST] = to_json(request)
+    publish_files(ready.options.out_dir, files, overwrite=True)
+    print(f"\n{printed_table(ready.scorer, evaluated)}\n")
+    for line in page.notes:
+        say(line)
+    for line in warnings[len(ready.warnings) :]:
+        print(f"warning: {line}")
+    if page.verdict:
+        print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
+    print(f"\n{names[winners.best.digest]}: {winners.best.point.sentence()}")
+    print("wrote " + ", ".join(str(ready.options.out_dir / name) for name in files))
+    print(f"next:\n{following}")
+
+
+def _names(winners: "Winners") -> dict[str, str]:
+    """What to call each winner in tables, by digest."""
+    found = {one.digest: one.known or f"trial {one.number}" for one in winners.all}
+    if not winners.best.known:
+        found[winners.best.digest] = f"best (trial {winners.best.number})"
+    if winners.stock.digest != winners.best.digest and not winners.stock.known:
+        found[winners.stock.digest] = f"best for any mergekit (trial {winners.stock.number})"
+    return found
+
+
+def _on_test_rows(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> Evaluated:
+    """Score the pair and all winners on test rows, which nothing was chosen on."""
+    from utils.evaluation.candidates import models_of_pair
+    from utils.evaluation.figures import all_figures, task_losses
+    from utils.evaluation.tasks import GENERAL, TEST
+
+    start, scorer = time.perf_counter(), ready.scorer
+    pair = models_of_pair(scorer.config)
+    chosen = [_candidate(ready, one, names[one.digest]) for one in winners.all]
+    rows = {task.name: task.part(TEST) for task in scorer.tasks}
+    table = ready.losses.score([*pair, *chosen], rows)
+    base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
+    losses = task_losses(table, scorer.tasks, base, experts)
+    reference = names[winners.uniform[0].digest] if winners.uniform else None
+    tried = [one.name for one in chosen if one.name != reference]
+    figures = all_figures(losses, reference, tried, GENERAL)
+    return Evaluated(
+        candidates=(*pair, *chosen),
+        figures={one.name: one for one in figures},
+        losses=table,
+        reference=reference,
+        reference_is="the best uniform merge",
+        winner=names[winners.best.digest],
+        scored=len(chosen),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _candidate(ready: "Prepared", one: "Finished", name: str) -> "Candidate":
+    from utils.evaluation.candidates import Candidate
+
+    role = "control" if one.point.uniform else "candidate"
+    return Candidate(name, recipe=ready.maker.make(one.point).data, role=role)
+
+
+def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
+    """The recipes by file name, after the files of vectors they name, which lie beside them."""
+    wanted = {BEST: winners.best}
+    if winners.stock.digest != winners.best.digest:
+        wanted[BEST_STOCK] = winners.stock
+    if winners.uniform:
+        wanted[BEST_UNIFORM] = winners.uniform[0]
+    files: dict[str, bytes | Path] = {}
+    for name, one in wanted.items():
+        made = ready.maker.make(one.point)
+        stem, places = name.removesuffix(".yaml"), {}
+        experts = [entry["parameters"].get("saliency") for entry in made.data["models"][1:]]
+        for path in made.vectors:
+            expert = ready.space.experts[experts.index(str(path))]
+            places[str(path)] = f"{stem}_{expert}_saliency.safetensors"
+            files[places[str(path)]] = path
+        files[name] = recipe_bytes({**made.data, "models": [_beside(entry, places) for entry in made.data["models"]]})
+    return files
+
+
+def _beside(entry: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    parameters = entry.get("parameters", {})
+    if "saliency" not in parameters:
+        return dict(entry)
+    return {**entry, "parameters": {**parameters, "saliency": places[parameters["saliency"]]}}
+
+
+def _next(ready: "Prepared") -> str:
+    """The command that merges the best recipe."""
+    folder = ready.options.out_dir
+    target = folder.resolve().parent / "merged_models" / folder.resolve().name
+    return next_command("utils/merger.py", {"output_path": from_here(target), "merge_config": folder / BEST})
+
+
+def _request(
+    ready: "Prepared", evaluated: Evaluated, winners: "Winners", names: Mapping[str, str], stopped: str
+) -> dict[str, Any]:
+    """What was searched, how, and what came first: the manifest without the files."""
+    from utils.commands.search_setup import COMMAND
+    from utils.models.checkpoints import weight_file_record
+
+    options, scorer = ready.options, ready.scorer
+    return {
+        "command": COMMAND,
+        "versions": versions(),
+        "settings": scorer.settings.record(),
+        "options": {
+            "trials": options.trials,
+            "batch": options.batch,
+            "sampler": ready.study.sampler,
+            "objective": options.objective,
+            "pareto": options.pareto,
+            "seed": options.seed,
+        },
+        "search": ready.space.plain(),
+        "measurements": {name: one.sha256 for name, one in ready.measured.items()},
+        "stopped": stopped,
+        "reference": evaluated.reference,
+        "best": {names[one.digest]: {"trial": one.number, **one.point.plain()} for one in winners.all},
+        "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
+        "tasks": [
+            {
+                "name": task.name,
+                "text": task.summary,
+                "experts": list(task.experts),
+                "rows_sha256": task.digest,
+                "rows": {part: [task.rows[row].place for row in task.part(part)] for part in ("validation", "test")},
+            }
+            for task in scorer.tasks
+        ],
+    }
+
+
+def _page(
+    ready: "Prepared",
+    evaluated: Evaluated,
+    request: Mapping[str, Any],
+    warnings: Sequence[str],
+    following: str,
+    winners: "Winners",
+    names: Mapping[str, str],
+) -> "Page":
+    """The evaluator's page of the winners, with the search on it."""
+    from utils.commands.evaluate_page import evaluation_page
+    from utils.commands.search_page import add_search
+
+    page = evaluation_page(ready.scorer, evaluated, request, warnings, following)
+    page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
+    return add_search(page, ready, evaluated, winners, names)
+
+
+def _sha256(content: bytes | Path) -> str:
+    from utils.publish import file_sha256
+
+    return file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()

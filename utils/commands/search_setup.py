@@ -1,0 +1,297 @@
+"""What a search is asked to do, and everything up to its first trial: rows, measurements, space, study, yardstick."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.pair.config import PairConfig
+from utils.runtime import choose_device, device_name
+
+if TYPE_CHECKING:
+    from utils.evaluation.scoring import Scorer
+    from utils.evaluation.store import LossStore
+    from utils.guidance.measured_pair import MeasuredPair
+    from utils.searching.knowns import Known
+    from utils.searching.losses import Losses
+    from utils.searching.objective import Objective
+    from utils.searching.recipes import RecipeMaker
+    from utils.searching.rounds import Search, Yardstick
+    from utils.searching.space import Space
+    from utils.searching.study import SearchStudy
+
+COMMAND = "utils/searcher.py"
+LOSSES = "losses"  # the folder of what was scored
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the search was asked to do.
+
+    `trials` in all, `batch` of them asked for and raced together, `first_rows` of each task in a race's first round.
+    `max_disk` is in bytes, of the output folder; `max_hours` of this run.
+    """
+
+    config: PairConfig
+    out_dir: Path
+    trials: int = 64
+    batch: int = 8
+    sampler: str = "auto"
+    objective: str = "mean"
+    pareto: bool = False
+    seed: int = 0
+    measure: bool = False
+    validation_rows: int = 64
+    test_rows: int = 128
+    first_rows: int = 8
+    device: str = "auto"
+    devices: str | None = None
+    dtype: str = "auto"
+    micro_batch_tokens: int | None = None
+    max_hours: float | None = None
+    max_disk: int | None = None
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class Prepared:
+    """A search that is ready to run: who scores, what is searched, and what gains are measured with."""
+
+    options: SearchOptions
+    scorer: "Scorer"
+    store: "LossStore"
+    measured: "Mapping[str, MeasuredPair]"
+    maker: "RecipeMaker"
+    space: "Space"
+    objective: "Objective"
+    yardstick: "Yardstick"
+    losses: "Losses"
+    study: "SearchStudy"
+    search: "Search"
+    warnings: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+
+def prepare_search(
+    options: SearchOptions,
+    say: Callable[[str], None],
+    first: "Sequence[Known] | None" = None,
+    scorers: "Sequence[Scorer] | None" = None,
+) -> Prepared:
+    """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
+
+    Args:
+        options: what was asked.
+        say: prints, unless asked to be quiet.
+        first: what to try first; None: the usual (`utils/searching/knowns.py`).
+        scorers: one for each device; None: those of the options.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    from utils.evaluation.store import LossStore
+    from utils.guidance.measured_pair import experts_to_merge
+    from utils.recipes.naming import LocalModels
+    from utils.searching.knowns import knowns
+    from utils.searching.losses import Losses
+    from utils.searching.measurements import find_measurements
+    from utils.searching.placing import score_side_by_side
+    from utils.searching.recipes import VECTORS, RecipeMaker
+    from utils.searching.rounds import Search
+    from utils.searching.space import search_space
+    from utils.searching.study import SearchStudy
+
+    config = options.config
+    scorers = scorers or make_scorers(options, say)
+    scorer = scorers[0]
+    objective = _objective(options, scorer)
+    measured, notes = find_measurements(
+        config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
+    )
+    experts = experts_to_merge(config)
+    models = LocalModels(config.base, experts, trust_remote_code=options.trust_remote_code)
+    dtype = scorer.inputs[config.base.type].float_dtype
+    maker = RecipeMaker(config, models, measured, options.out_dir / VECTORS, dtype)
+    space = search_space(config.search, list(measured), [one.type for one in experts], len(maker.blocks.filters))
+    tried = knowns(space, maker) if first is None else list(first)
+    if options.trials < len(tried):
+        raise UserError(
+            f"--trials {options.trials} is less than the {len(tried)} recipes that are tried first (uniform merges, every "
+            "guidance at its defaults); raise it, or narrow search.guidance in the pair config",
+            "search-too-few-trials",
+        )
+    for line in notes:
+        print(f"warning: {line}", file=sys.stderr)
+    store = LossStore(options.out_dir / LOSSES)
+    losses = Losses(lambda candidates, rows: score_side_by_side(scorers, store, candidates, rows))
+    study = SearchStudy(
+        options.out_dir,
+        space,
+        _identity(options, scorer, space, objective, measured),
+        sampler=options.sampler,
+        seed=options.seed,
+        tasks=[f"gain kept on {task}" for task in objective.tasks] if options.pareto else [_figure_name(options)],
+    )
+    study.queue(tried)
+    yardstick, doubts = _yardstick(options, scorer, objective, losses)
+    search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
+    ready = Prepared(
+        options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search, [*notes, *doubts]
+    )
+    _say_choices(ready, len(tried), say)
+    for line in doubts:
+        print(f"warning: {line}", file=sys.stderr)
+    return ready
+
+
+def make_scorers(options: SearchOptions, say: Callable[[str], None]) -> "list[Scorer]":
+    """A scorer for each device; the rows are the same."""
+    from utils.evaluation.scoring import Scorer, ScoreSettings
+    from utils.evaluation.tasks import evaluation_rows
+    from utils.merging.settings import MergeSettings
+
+    chosen = [choose_device(asked.strip()) for asked in (options.devices or options.device).split(",")]
+    if len({device.type for device, _ in chosen}) > 1:
+        raise UserError(
+            f"--devices {options.devices}: CPU and GPU give different roundings; name devices of one kind",
+            "devices-of-two-kinds",
+        )
+    listed = ", ".join(device_name(device) for device, _ in chosen)
+    side = f"; candidates side by side on {len(chosen)} of them" if len(chosen) > 1 else ""
+    say(f"device: {listed}, {chosen[0][1]}{side}")
+    tasks = evaluation_rows(options.config, validation=options.validation_rows, test=options.test_rows)
+    found = []
+    for device, _ in chosen:
+        merge = MergeSettings(
+            Path("unwritten"),
+            Path("recipe"),
+            device=str(device),
+            trust_remote_code=options.trust_remote_code,
+            quiet=True,
+        )
+        settings = ScoreSettings(
+            device, options.dtype, options.micro_batch_tokens, merge=merge, scratch=options.out_dir
+        )
+        found.append(Scorer(options.config, tasks, settings))
+    return found
+
+
+def _objective(options: SearchOptions, scorer: "Scorer") -> "Objective":
+    from utils.searching.objective import Objective
+
+    tasks = [task.name for task in scorer.tasks if task.measures_gain]
+    weights = options.config.search.objective_weights
+    unknown = [name for name in weights if name not in tasks]
+    if unknown:
+        raise UserError(
+            f"search.objective_weights names {unknown[0]!r}, which is no task with a gain; there are {', '.join(tasks)}",
+            "search-unknown-task",
+        )
+    if options.objective == "weighted" and not weights:
+        raise UserError(
+            "--objective weighted needs the weights: give search.objective_weights, such as "
+            f"{{{tasks[0]}: 2}}, in the pair config",
+            "search-no-weights",
+        )
+    if options.pareto and len(tasks) < 2:
+        raise UserError(
+            f"--pareto needs two tasks at least, there is {', '.join(tasks)}; give evaluation: in the pair config",
+            "search-one-task",
+        )
+    if weights and options.objective != "weighted":
+        print("warning: search.objective_weights counts with --objective weighted alone", file=sys.stderr)
+    return Objective.of(options.objective, tasks, weights)
+
+
+def _figure_name(options: SearchOptions) -> str:
+    return {"mean": "mean gain kept", "worst": "least gain kept", "weighted": "weighted gain kept"}[options.objective]
+
+
+def _identity(
+    options: SearchOptions,
+    scorer: "Scorer",
+    space: "Space",
+    objective: "Objective",
+    measured: "Mapping[str, MeasuredPair]",
+) -> dict[str, Any]:
+    """What makes trials comparable, by what to call it in a message."""
+    from utils.models.checkpoints import weight_file_record
+    from utils.searching.measurements import identity
+
+    return {
+        "pair": {name: weight_file_record(one) for name, one in scorer.inputs.items()},
+        "global_parameters": dict(options.config.global_parameters),
+        "rows": {task.name: [task.digest, len(task.part("validation"))] for task in scorer.tasks},
+        "rows of the first round": options.first_rows,
+        "space": space.plain(),
+        "measurements": identity(measured),
+        "objective": [options.objective, list(objective.weights), options.pareto],
+        "sampler": options.sampler,
+        "seed": options.seed,
+        "precision and device": scorer.settings.record(),
+    }
+
+
+def _yardstick(
+    options: SearchOptions, scorer: "Scorer", objective: "Objective", losses: "Losses"
+) -> "tuple[Yardstick, list[str]]":
+    """Score the pair's own models on all validation rows: what gains are measured with."""
+    import numpy as np
+
+    from utils.evaluation.candidates import models_of_pair
+    from utils.evaluation.tasks import VALIDATION
+    from utils.searching.losses import Entrant
+    from utils.searching.objective import gain_scales
+    from utils.searching.rounds import Yardstick
+
+    rows = {task.name: task.part(VALIDATION) for task in scorer.tasks if task.measures_gain}
+    pair = [Entrant(f"model {one.name}", one) for one in models_of_pair(scorer.config)]
+    losses.require(pair, rows)
+    base = next(one for one in pair if one.candidate.role == "base")
+    experts = {one.candidate.name: one.digest for one in pair if one.candidate.role == "expert"}
+    table = {name: losses.table([one.digest for one in pair], {name: own}).sum(axis=1) for name, own in rows.items()}
+    if not all(np.isfinite(sums).all() for sums in table.values()):
+        raise UserError(
+            "the losses of the base or of an expert are not finite on validation rows; check the checkpoints, or give "
+            "--dtype float32",
+            "search-pair-not-finite",
+        )
+    places = {one.digest: place for place, one in enumerate(pair)}
+    tokens = {name: losses.sizes(base.digest, {name: own}).sum() for name, own in rows.items()}
+    before = np.array([table[name][places[base.digest]] / tokens[name] for name in rows])
+    after = []
+    for task in (task for task in scorer.tasks if task.measures_gain):
+        own = [experts[name] for name in task.experts if name in experts] or list(experts.values())
+        after.append(min(table[task.name][places[digest]] for digest in own) / tokens[task.name])
+    scales, without = gain_scales(before, np.array(after))
+    doubts = [
+        f"on {objective.tasks[place]} no expert is better than the base ({after[place]:.4f} and {before[place]:.4f} nats per "
+        "token), so that there is no gain to keep: the search goes by the loss there, as a share of the base's"
+        for place in without
+    ]
+    return Yardstick(rows, base.digest, scales, objective, options.pareto), doubts
+
+
+def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> None:
+    options, space = ready.options, ready.space
+    for task in ready.scorer.tasks:
+        say(f"task {task.name}: {task.summary}")
+    for name, one in ready.measured.items():
+        say(f"measured: {name}, {one.folder}")
+    say(f"space: {len(space.ways)} ways to merge ({'; '.join(way.label for way in space.ways)})")
+    free = [f"weights of {len(space.weighed)} experts" if space.weighed else ""]
+    free += [f"{space.depth_groups} groups of blocks" if space.depth_groups else ""]
+    beside = " and ".join(text for text in free if text)
+    if beside:
+        say(f"beside their numbers: {beside}")
+    goal = "a Pareto front over the tasks" if options.pareto else _figure_name(options)
+    say(f"objective: {goal}; sampler {ready.study.sampler} (seed {options.seed}), {options.batch} at a time")
+    done = sum(trial.state.is_finished() for trial in ready.study.trials)
+    say(
+        f"trials: {options.trials}, of which {tried} are what a careful user tries by hand"
+        + (f"; {done} are done" if done else "")
+    )

@@ -1,0 +1,89 @@
+"""The dataframe folders a search can use: those it is told of, or those that lie beside its own folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.guidance.folder import read_manifest
+from utils.guidance.measured_pair import MeasuredPair, open_measured
+from utils.guidance.method import DEFAULT, guidance_methods
+from utils.pair.config import PairConfig
+from utils.publish import MANIFEST
+
+FOLDER = "measurements"  # in a search's folder: what it measured itself
+
+
+def find_measurements(
+    config: PairConfig, named: Sequence[str] | None, out_dir: Path, *, trust_remote_code: bool
+) -> tuple[dict[str, MeasuredPair], list[str]]:
+    """Open the measurements of a pair, one by guidance method.
+
+    Args:
+        config: the pair.
+        named: folders the user named; None: what the search measured itself, and the folders beside `out_dir`.
+        out_dir: the search's folder.
+        trust_remote_code: let a checkpoint's config load code from its folder.
+
+    Returns:
+        The measurements by guidance, in the order of the methods; sentences about what was left out or does not match.
+
+    Raises:
+        UserError: a named folder is missing or of another pair, or two named ones are of one guidance.
+    """
+    found: dict[str, MeasuredPair] = {}
+    notes: list[str] = []
+    for folder in _folders(named, out_dir):
+        try:
+            guidance = _guidance(folder, is_named=named is not None)
+            if guidance is None:
+                continue
+            method = guidance_methods()[guidance]
+            measured = open_measured(config, method, folder, trust_remote_code=trust_remote_code)
+        except UserError as error:
+            if named is not None:
+                raise
+            notes.append(f"{folder} is left out: {error}")
+            continue
+        if guidance not in found:
+            found[guidance] = measured
+        elif named is not None:
+            raise UserError(
+                f"search.measurements: {found[guidance].folder} and {folder} both hold what {guidance} measured; name one",
+                "search-measured-twice",
+            )
+        else:
+            notes.append(f"{folder} is left out: {found[guidance].folder} holds what {guidance} measured, too")
+    notes += [f"{one.folder}: {warning}" for one in found.values() for warning in one.warnings]
+    return {name: found[name] for name in guidance_methods() if name in found}, notes
+
+
+def identity(measured: Mapping[str, MeasuredPair]) -> dict[str, str]:
+    """What tells measurements apart: the hash of each one's manifest, or of its tables where there is none."""
+    return {name: one.sha256 or str(one.folder.resolve()) for name, one in measured.items()}
+
+
+def _folders(named: Sequence[str] | None, out_dir: Path) -> list[Path]:
+    if named is not None:
+        return [Path(name).expanduser() for name in named]
+    places = [out_dir / FOLDER, out_dir.resolve().parent]
+    return [
+        path for place in places if place.is_dir() for path in sorted(place.iterdir()) if (path / MANIFEST).is_file()
+    ]
+
+
+def _guidance(folder: Path, *, is_named: bool) -> str | None:
+    """The guidance method that filled a folder; None if it is something else's folder."""
+    if not folder.is_dir():
+        raise UserError(f"search.measurements: {folder} is no folder", "search-no-measurement")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return DEFAULT  # bare tables of the reference
+    guidance = manifest.get("guidance")
+    if manifest.get("command") == "lewis_importance" and guidance in guidance_methods():
+        return guidance
+    if is_named:
+        raise UserError(
+            f"search.measurements: {folder} holds nothing that lewis_importance.py of this version measured",
+            "search-no-measurement",
+        )
+    return None

@@ -16,8 +16,7 @@ Other guidance (`--guidance`, as command 1 measured) makes `<config>_generated_<
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
 from utils.guidance.method import chosen_method, declare_flags, own_options
-from utils.recipes.coefficients import CONTROLS
-from utils.recipes.recipe import DTYPE, DTYPES
+from utils.recipes.recipe import CONTROLS, DTYPE, DTYPES
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
 
     from utils.commands.decide import decide
     from utils.commands.options import DecideOptions
-    from utils.guidance.guided_recipe import RecipeOptions
+    from utils.guidance.recipe_choices import RecipeOptions
 
     decide(
         DecideOptions(

@@ -16,8 +16,8 @@ from utils.commands.decide import decide
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.options import DecideOptions
-from utils.guidance.guided_recipe import RecipeOptions
 from utils.guidance.method import GuidanceMethod, guidance_methods
+from utils.guidance.recipe_choices import RecipeOptions
 from utils.pair.config import PairConfig, read_pair_config
 
 CALIBRATION_SAMPLES = 48  # at most; every method gets the same ones

@@ -79,10 +79,10 @@ def test_long_titles_are_not_cut_off(layers, kept_figures):
     words = "weight per part in closed form, each task counting alike, ridge 0.1 towards equal shares"
     heatmap(_frame(layers, ("q",)), f"{words}\n{words}; {words}", 0.3, 0.8)
     (figure,) = kept_figures
-    box = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
+    box = figure.texts[0].get_window_extent(figure.canvas.get_renderer())
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert box.y0 >= figure.axes[0].get_window_extent().y1  # and covers nothing
-    assert " ".join(figure._suptitle.get_text().split()).count(words) == 3
+    assert " ".join(figure.texts[0].get_text().split()).count(words) == 3
 
 
 @pytest.fixture

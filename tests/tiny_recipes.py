@@ -8,8 +8,8 @@ import yaml
 
 from utils.commands.decide import decide
 from utils.commands.options import DecideOptions
-from utils.guidance.guided_recipe import RecipeOptions
 from utils.guidance.method import guidance_methods
+from utils.guidance.recipe_choices import RecipeOptions
 from utils.pair.config import read_pair_config
 
 

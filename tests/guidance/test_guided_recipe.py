@@ -17,9 +17,10 @@ from tests.tiny_pairs import contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
-from utils.guidance.guided_recipe import RecipeOptions, control_recipe, guided_recipe, settle
+from utils.guidance.guided_recipe import control_recipe, guided_recipe
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.method import guidance_methods
+from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.guidance.recipe_files import recipe_files
 from utils.pair.config import read_pair_config
 

@@ -4,11 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from utils.commands import decide_report as report
 from utils.commands.options import DecideOptions
-from utils.guidance.guided_recipe import control_recipe, guided_recipe, settle
 from utils.guidance.measured_pair import open_measured
-from utils.guidance.recipe_files import recipe_files
+from utils.guidance.recipe_choices import settle
 from utils.plots import require_matplotlib
 from utils.publish import locked_folder, prepare_folder, publish_files, refuse_existing
 from utils.recipes.recipe import check_file_names
@@ -34,6 +32,12 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
         options.delta_dfs_in_dir,
         trust_remote_code=options.trust_remote_code,
     )
+
+    # pandas and what is built on it, once nothing simpler can be wrong
+    from utils.commands import decide_report as report
+    from utils.guidance.guided_recipe import control_recipe, guided_recipe
+    from utils.guidance.recipe_files import recipe_files
+
     made = guided_recipe(measured, choices)
     control = None if options.control is None else control_recipe(measured, made, options.control)
     files = recipe_files(measured, made)

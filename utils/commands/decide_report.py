@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
@@ -14,9 +16,6 @@ from utils.recipes.filters import Coverage, NamedTensor, name_template
 from utils.recipes.method_rules import normalizes
 from utils.recipes.recipe import DTYPE, RecipeSettings
 from utils.runtime import versions
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _PER_LINE = 6
 
@@ -100,7 +99,7 @@ def say_result(made: GuidedRecipe, control: Control | None) -> None:
         _say_coverage(naming.coverage)
 
 
-def _say_column(part: "pd.DataFrame", column: str) -> None:
+def _say_column(part: pd.DataFrame, column: str) -> None:
     values = part[column]
     shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {_of_what(part)})"
     print(f"  {column:<13} min {values.min():.4f}, {shown}")
@@ -111,7 +110,7 @@ def _say_column(part: "pd.DataFrame", column: str) -> None:
     _say_pairs("by component", components)
 
 
-def _say_control(part: "pd.DataFrame", columns: Sequence[str], kind: str) -> None:
+def _say_control(part: pd.DataFrame, columns: Sequence[str], kind: str) -> None:
     density, weight = part["density"].iloc[0], part["weight"]
     if "density" in columns:
         print(f"  control       {density:.6f} everywhere")
@@ -168,7 +167,7 @@ def pictures(made: GuidedRecipe) -> dict[str, bytes]:
     return found | dict(decision.pictures())
 
 
-def by_place(part: "pd.DataFrame", column: str) -> "pd.DataFrame":
+def by_place(part: pd.DataFrame, column: str) -> pd.DataFrame:
     """One expert's rows as layer x component; what no component is ("other": norms, embeddings) as a mean per layer."""
     blocks = _measured(part)["layer"]
     names = {-1: "before", int(blocks.max()) + 1: "behind"}
@@ -179,11 +178,11 @@ def by_place(part: "pd.DataFrame", column: str) -> "pd.DataFrame":
     return wide[order].rename(index=lambda layer: names.get(layer, layer))
 
 
-def _measured(table: "pd.DataFrame") -> "pd.DataFrame":
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["component"] != ""]
 
 
-def _of_what(part: "pd.DataFrame") -> str:
+def _of_what(part: pd.DataFrame) -> str:
     return "parameters" if mean_density(part) is not None else "tensors, sizes are not known"
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.guidance.guided_recipe import RecipeOptions
+from utils.guidance.recipe_choices import RecipeOptions
 from utils.pair.config import PairConfig
 
 

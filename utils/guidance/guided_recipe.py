@@ -1,72 +1,26 @@
 """From a measurement to a recipe as plain data, without files and prints: what command 2 writes and a search tries.
 
-measured = open_measured(config, method, folder)              once: manifest, hashes, the models that are here
-choices = settle(config, RecipeOptions(method, own_options))   all that is known without the measurement
-made = guided_recipe(measured, choices)                        the recipe, the files of vectors it names, doubts
-control = control_recipe(made, "uniform")                      the unguided recipe to compare it with
+In order: `open_measured` (`measured_pair.py`) once: manifest, hashes, the models that are here; `settle`
+(`recipe_choices.py`) once per recipe: all that is known without the measurement; `guided_recipe`: the recipe, the files
+of vectors it names, doubts; `control_recipe`: the unguided recipe to compare it with; `recipe_files` (`recipe_files.py`):
+their bytes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.errors import UserError
+import pandas as pd
+
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
-from utils.guidance.method import DEFAULT, GuidanceMethod
-from utils.pair.config import ModelEntry, PairConfig
+from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.method import DEFAULT
+from utils.guidance.recipe_choices import RecipeChoices
+from utils.pair.config import PairConfig
 from utils.recipes.coefficients import control_table
 from utils.recipes.doubts import cancelled_weights, doubts
-from utils.recipes.method_rules import (
-    DeltaMethod,
-    check_global_parameters,
-    counterpart,
-    density_method,
-    known_parameters,
-    own_method,
-    weight_method,
-)
+from utils.recipes.method_rules import counterpart
 from utils.recipes.recipe import DTYPE, RecipeSettings, recipe, recipe_name
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-_USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density
-
-
-@dataclass(frozen=True)
-class RecipeOptions:
-    """What is asked of a recipe; None: the usual. `method_options` are the values of the guidance method's own flags."""
-
-    method: GuidanceMethod
-    method_options: Mapping[str, Any]
-    merge_method: str | None = None
-    mean_density: float | None = None
-    lambda_: float | None = None
-    dtype: str = DTYPE
-    out_dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class RecipeChoices:
-    """What is settled before a measurement is looked at.
-
-    `asked` is the merge method asked for; `rule` the one that the recipe names, which keeps whole deltas where no density
-    is wanted. `parameters` are the recipe's shared ones. `density` is the share of the measured parameters to keep, None
-    where the guidance alone says it.
-    """
-
-    options: RecipeOptions
-    experts: tuple[ModelEntry, ...]
-    asked: DeltaMethod
-    rule: DeltaMethod
-    parameters: Mapping[str, Any]
-    density: float | None
-
-    @property
-    def method(self) -> GuidanceMethod:
-        """The guidance method."""
-        return self.options.method
 
 
 @dataclass(frozen=True)
@@ -76,7 +30,7 @@ class Control:
     kind: str
     name: str
     data: Mapping[str, Any]
-    table: "pd.DataFrame"
+    table: pd.DataFrame
     warnings: tuple[str, ...] = ()
 
 
@@ -100,57 +54,6 @@ class GuidedRecipe:
     def stem(self) -> str:
         """What the names of the files beside the recipe begin with."""
         return self.name.removesuffix(".yaml")
-
-
-def settle(config: PairConfig, options: RecipeOptions) -> RecipeChoices:
-    """Settle all that needs no measurement: the merge method, its parameters, the share to keep. Reads no file.
-
-    Raises:
-        UserError: the merge method does not exist or would not use the guidance; an option that would do nothing;
-            global parameters that the method does not have; too few experts.
-    """
-    method = options.method
-    asked = _asked_method(options)
-    if options.mean_density is not None and not asked.keeps:
-        raise UserError(
-            f"--mean_density {options.mean_density} has no effect with --merge_method {asked.name}, which adds whole "
-            "deltas; leave it out, or use ties, dare_ties or dare_linear",
-            "flag-no-effect",
-        )
-    rule = method.merge_rule(asked, options.method_options)
-    experts = experts_to_merge(config)
-    method.check_experts(config, len(experts))
-    parameters = _parameters(config, method, rule)
-    check_global_parameters(rule, parameters, f"pair config {config.path}")
-    parameters |= {one.name: one.default for one in rule.numbers if one.is_written and one.name not in parameters}
-    density = options.mean_density
-    if density is None and method.gives == "weights" and rule.keeps:
-        density = _USUAL_DENSITY
-    if rule.whole and options.mean_density is None:
-        rule = replace(rule, keeps="")
-    return RecipeChoices(options, experts, asked, rule, parameters, density)
-
-
-def _asked_method(options: RecipeOptions) -> DeltaMethod:
-    name = options.method.merge_method if options.merge_method is None else options.merge_method
-    if name in options.method.own_merge_methods:
-        return own_method(name)
-    if options.method.gives == "weights":
-        return weight_method(name)
-    return density_method(name, options.method.own_merge_methods)
-
-
-def _parameters(config: PairConfig, method: GuidanceMethod, rule: DeltaMethod) -> dict[str, Any]:
-    """The config's `global_parameters`; weights are never divided by their sum, which would undo them.
-
-    What only mergekit's methods know is left out for one of this project's.
-    """
-    parameters = dict(config.global_parameters)
-    if method.gives == "weights":
-        for name in ("density", "weight"):  # in a config that was made for another kind of guidance
-            parameters.pop(name, None)
-        parameters["normalize"] = False
-    return known_parameters(rule, parameters) if rule.own else parameters
 
 
 def guided_recipe(measured: MeasuredPair, choices: RecipeChoices, name: str | None = None) -> GuidedRecipe:

@@ -16,13 +16,11 @@ tables. "Mean" always is the mean over parameters, not over tensors.
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
 
 COLUMNS = ("model", "tensor", "layer", "component", "density", "weight", "params")
 _PER_LAYER = 12  # up to this many layers, "by depth" means per layer; beyond, thirds
@@ -30,12 +28,12 @@ _PER_LAYER = 12  # up to this many layers, "by depth" means per layer; beyond, t
 
 def coefficient_table(
     model: str,
-    density: "pd.DataFrame",
+    density: pd.DataFrame,
     tensors: Mapping[tuple[int, str], str],
     params: Mapping[str, int],
     *,
     as_weights: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The rows of one expert.
 
     Args:
@@ -45,8 +43,6 @@ def coefficient_table(
         params: number of parameters per tensor name; may be empty.
         as_weights: use the densities as weights too; otherwise every weight is 1.
     """
-    import pandas as pd
-
     rows = [
         (model, tensors[layer, component], layer, component, float(value), float(value) if as_weights else 1.0)
         for component in density.columns
@@ -56,7 +52,7 @@ def coefficient_table(
     return table.assign(params=[int(params.get(tensor, 0)) for tensor in table["tensor"]])
 
 
-def mean_density(table: "pd.DataFrame", column: str = "density") -> float | None:
+def mean_density(table: pd.DataFrame, column: str = "density") -> float | None:
     """Mean of a column over the parameters of the table's tensors, or None if their sizes are not known."""
     weights = table["params"].to_numpy(dtype="float64")
     if not len(weights) or not (weights > 0).all():
@@ -64,15 +60,12 @@ def mean_density(table: "pd.DataFrame", column: str = "density") -> float | None
     return float((table[column].to_numpy() * weights).sum() / weights.sum())
 
 
-def with_mean_density(table: "pd.DataFrame", budget: float, *, as_weights: bool = False) -> "pd.DataFrame":
+def with_mean_density(table: pd.DataFrame, budget: float, *, as_weights: bool = False) -> pd.DataFrame:
     """Scale each expert's densities so that their mean is `budget`: `min(1, c * density)`, c by bisection.
 
     Raises:
         UserError: tensor sizes are not known, or densities of 0 leave too little to reach the budget.
     """
-    import numpy as np
-    import pandas as pd
-
     parts = []
     for model, part in table.groupby("model", sort=False):
         if mean_density(part) is None:
@@ -90,9 +83,8 @@ def with_mean_density(table: "pd.DataFrame", budget: float, *, as_weights: bool 
     return pd.concat(parts)
 
 
-def _scale_for(density: "np.ndarray", weights: "np.ndarray", budget: float) -> float:
+def _scale_for(density: np.ndarray, weights: np.ndarray, budget: float) -> float:
     """The c for which the weighted mean of min(1, c * density) is `budget`; to the last bit of c."""
-    import numpy as np
 
     def excess(scale: float) -> float:
         return float(np.average(np.minimum(1.0, scale * density), weights=weights)) - budget
@@ -103,15 +95,12 @@ def _scale_for(density: "np.ndarray", weights: "np.ndarray", budget: float) -> f
     return min((low, high), key=lambda scale: abs(excess(scale)))
 
 
-CONTROLS = ("uniform", "lines")
-
-
-def control_table(kind: str, table: "pd.DataFrame") -> "pd.DataFrame":
+def control_table(kind: str, table: pd.DataFrame) -> pd.DataFrame:
     """The unguided table of a kind (`uniform` or `lines`) to compare a guided one with; see the two functions."""
     return uniform_control(table) if kind == "uniform" else lines_control(table)
 
 
-def lines_control(table: "pd.DataFrame") -> "pd.DataFrame":
+def lines_control(table: pd.DataFrame) -> pd.DataFrame:
     """LiNeS (arXiv 2410.17146): weights that grow linearly with depth, threefold from the first layer to the last.
 
     Each expert keeps its mean density and its mean weight m: the weight of layer l of L is c (1/2 + l / (L - 1)) m, with
@@ -121,8 +110,6 @@ def lines_control(table: "pd.DataFrame") -> "pd.DataFrame":
     Raises:
         UserError: tensor sizes are not known.
     """
-    import pandas as pd
-
     parts = []
     for _, part in uniform_control(table).groupby("model", sort=False):
         depth = part["layer"].clip(0, None)
@@ -133,14 +120,12 @@ def lines_control(table: "pd.DataFrame") -> "pd.DataFrame":
     return pd.concat(parts)
 
 
-def uniform_control(table: "pd.DataFrame") -> "pd.DataFrame":
+def uniform_control(table: pd.DataFrame) -> pd.DataFrame:
     """Each expert's components all at their mean density, and all its tensors at their mean weight.
 
     Raises:
         UserError: tensor sizes are not known.
     """
-    import pandas as pd
-
     parts = []
     for _, part in table.groupby("model", sort=False):
         measured = part["component"] != ""
@@ -157,7 +142,7 @@ _NO_SIZES = (
 )
 
 
-def by_depth(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, float]]:
+def by_depth(table: pd.DataFrame, column: str = "density") -> list[tuple[str, float]]:
     """(label, mean of a column) per layer, or per third of the depth in deeper models."""
     layers = sorted(set(table["layer"]))
     if len(layers) <= _PER_LAYER:
@@ -171,12 +156,12 @@ def by_depth(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, 
     ]
 
 
-def by_component(table: "pd.DataFrame", column: str = "density") -> list[tuple[str, float]]:
+def by_component(table: pd.DataFrame, column: str = "density") -> list[tuple[str, float]]:
     """(component, mean of a column) in the table's order."""
     return [(str(name), average(part, column)) for name, part in table.groupby("component", sort=False)]
 
 
-def average(table: "pd.DataFrame", column: str) -> float:
+def average(table: pd.DataFrame, column: str) -> float:
     """Mean of a column over parameters, or over tensors where their sizes are not known."""
     mean = mean_density(table, column)
     return float(table[column].mean()) if mean is None else mean

@@ -1,21 +1,19 @@
 """What a recipe that is sound may yet do wrong, as sentences: weights without effect, too much added, changes rounded away."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from utils.models.checkpoints import Checkpoint
 from utils.recipes.coefficients import average
 from utils.recipes.method_rules import normalizes
 from utils.recipes.recipe import RecipeSettings
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _ADDED = 1.2  # sum over experts of lambda x mean weight; what averages or solves for its weights stays near or below 1
 _HELD = "with two experts, validation text chose a lambda of 0.2 to 0.4 (benchmarks/results/quality.csv); see --lambda"
 
 
-def doubts(settings: RecipeSettings, table: "pd.DataFrame", checkpoints: Iterable[Checkpoint]) -> list[str]:
+def doubts(settings: RecipeSettings, table: pd.DataFrame, checkpoints: Iterable[Checkpoint]) -> list[str]:
     """Sentences about a recipe.
 
     Args:
@@ -38,7 +36,7 @@ def cancelled_weights(settings: RecipeSettings, what: str) -> str:
     )
 
 
-def _added_up(settings: RecipeSettings, table: "pd.DataFrame") -> str:
+def _added_up(settings: RecipeSettings, table: pd.DataFrame) -> str:
     """Several experts' changes in full: their sum leads away from all of them."""
     method, count = settings.method, len(settings.experts)
     lambda_ = settings.lambda_ if settings.lambda_ is not None else settings.parameters.get("lambda", 1)

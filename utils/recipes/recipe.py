@@ -18,6 +18,7 @@ from utils.recipes.naming import Naming
 if TYPE_CHECKING:
     import pandas as pd
 
+CONTROLS = ("uniform", "lines")  # unguided recipes to compare with (`utils/recipes/coefficients.py`)
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE = "bfloat16"  # as the released code writes it
 _TOKENIZER_SOURCE = "union"

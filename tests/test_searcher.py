@@ -175,7 +175,6 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
 @pytest.mark.parametrize(
     ("keys", "flags", "code"),
     [
-        ({}, {"trials": 3}, "search-too-few-trials"),
         ({}, {"objective": "weighted"}, "search-no-weights"),
         ({"search": {**UNGUIDED, "objective_weights": {"maths": 1}}}, {"objective": "weighted"}, "search-unknown-task"),
         ({"search": {"guidance": ["lewis"]}}, {}, "search-not-measured"),

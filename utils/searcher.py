@@ -61,7 +61,7 @@ def read_flags(words: Sequence[str] | None = None) -> "SearchOptions":
 def _declare_flags(parser: FlagParser) -> None:
     parser.flag("config", "pair config: the YAML that names models, text and space", type=path, required=True)
     parser.flag("out_dir", "the search's folder; made if needed, gone on with if it is there", type=path, required=True)
-    parser.flag("trials", "recipes to try in all, the knowns among them", type=whole_number(1, 10**6), default=64)
+    parser.flag("trials", "recipes to try in all, the knowns among them", type=whole_number(4, 10**6), default=64)
     parser.flag("batch", "recipes that are asked for and raced together", type=whole_number(1, 1024), default=8)
     parser.flag(
         "sampler",

@@ -21,7 +21,8 @@ from utils.searching.space import Point, search_space
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
     """A pair, measured with every guidance; tests work in its folder."""
-    from utils.commands.measure import MeasureOptions, measure_pair
+    from utils.commands.measure import measure_pair
+    from utils.commands.measure_options import MeasureOptions
 
     folder = save_experts(tmp_path_factory.mktemp("pair"))
     before = Path.cwd()
@@ -104,7 +105,8 @@ def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
     import torch
 
     space = search_space(maker.config.search, list(maker.measured), ("code", "math"), 2)
-    listed = knowns(space, maker)
+    listed = knowns(space, maker, 99)
+    assert knowns(space, maker, 5) == listed[:5] and len({known.point.merge_method for known in listed[:5]}) > 1
     assert len({known.name for known in listed}) == len(listed)
     assert len({maker.make(known.point).digest for known in listed}) == len(listed)
     assert {known.point.guidance for known in listed} == {"uniform", "lines", *maker.measured}

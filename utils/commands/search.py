@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.commands.measure import MeasureOptions, measure_pair, quiet_libraries
+from utils.commands.measure import measure_pair, quiet_libraries
+from utils.commands.measure_options import MeasureOptions
 from utils.commands.search_results import FILES, publish_results
 from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
 from utils.errors import UserError
@@ -79,6 +80,7 @@ def _measure_missing(options: SearchOptions) -> None:
                 devices=options.devices,
                 micro_batch_tokens=options.micro_batch_tokens,
                 trust_remote_code=options.trust_remote_code,
+                quiet=options.quiet,
             )
         )
 

@@ -117,13 +117,7 @@ def prepare_search(
     dtype = scorer.inputs[config.base.type].float_dtype
     maker = RecipeMaker(config, models, measured, options.out_dir / VECTORS, dtype)
     space = search_space(config.search, list(measured), [one.type for one in experts], len(maker.blocks.filters))
-    tried = knowns(space, maker) if first is None else list(first)
-    if options.trials < len(tried):
-        raise UserError(
-            f"--trials {options.trials} is less than the {len(tried)} recipes that are tried first (uniform merges, every "
-            "guidance at its defaults); raise it, or narrow search.guidance in the pair config",
-            "search-too-few-trials",
-        )
+    tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     for line in notes:
         print(f"warning: {line}", file=sys.stderr)
     store = LossStore(options.out_dir / LOSSES)
@@ -146,6 +140,11 @@ def prepare_search(
     for line in doubts:
         print(f"warning: {line}", file=sys.stderr)
     return ready
+
+
+def _knowns_share(trials: int) -> int:
+    """How many of the trials the knowns may be."""
+    return max(3, 3 * trials // 4)
 
 
 def make_scorers(options: SearchOptions, say: Callable[[str], None]) -> "list[Scorer]":

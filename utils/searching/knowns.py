@@ -6,9 +6,9 @@ from utils.recipes.method_rules import TASK_ARITHMETIC
 from utils.searching.recipes import RecipeMaker
 from utils.searching.space import DENSITY, LAMBDA, LINES, UNIFORM, Point, Space
 
-_LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-_LINES_LAMBDAS = (0.3, 0.5)
-_TIES = ((0.2, 1.0), (0.5, 0.5), (0.5, 1.0))  # density, lambda; what the papers and mergekit's examples take
+_LAMBDAS = (0.3, 0.4, 1.0, 0.2, 0.5, 0.7)
+_LINES_LAMBDAS = (0.5, 0.3)
+_TIES = ((0.5, 1.0), (0.2, 1.0), (0.5, 0.5))  # density, lambda; what the papers and mergekit's examples take
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,28 @@ class Known:
     point: Point
 
 
-def knowns(space: Space, maker: RecipeMaker, *, unguided_only: bool = False) -> list[Known]:
-    """Uniform task arithmetic at several lambdas (1 / experts among them), uniform TIES, LiNeS, each guided way of the
-    space at its defaults. The uniform ones are tried whatever the space holds: they are what a winner is compared with."""
-    experts = max(1, len(space.experts))
-    found = [
+def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
+    """Uniform task arithmetic at several lambdas (1 / experts first), uniform TIES, LiNeS, each guided way of the space at
+    its defaults; the most telling first, `most` at most. The uniform ones are tried whatever the space holds: they are
+    what a winner is compared with."""
+    arithmetic = [
         Known(f"uniform task arithmetic, lambda {value:g}", Point(TASK_ARITHMETIC.name, UNIFORM, {LAMBDA: value}))
-        for value in sorted({*_LAMBDAS, round(1 / experts, 3)})
+        for value in dict.fromkeys((round(1 / max(1, len(space.experts)), 3), *_LAMBDAS))
     ]
-    found += [
+    ties = [
         Known(
             f"uniform TIES, density {density:g}, lambda {scale:g}",
             Point("ties", UNIFORM, {LAMBDA: scale, DENSITY: density}),
         )
         for density, scale in _TIES
     ]
-    if unguided_only:
-        return found
-    if space.blocks > 1:
-        found += [
-            Known(f"LiNeS, lambda {value:g}", Point(TASK_ARITHMETIC.name, LINES, {LAMBDA: value}))
-            for value in _LINES_LAMBDAS
-        ]
-    return found + [Known(f"{way.label} at its defaults", maker.default(way)) for way in space.ways if way.guided]
+    lines = [
+        Known(f"LiNeS, lambda {value:g}", Point(TASK_ARITHMETIC.name, LINES, {LAMBDA: value}))
+        for value in _LINES_LAMBDAS
+        if space.blocks > 1
+    ]
+    first = [*arithmetic[:2], ties[0]]
+    room = max(0, most - len(first))
+    guided = [way for way in space.ways if way.guided][:room]
+    defaults = [Known(f"{way.label} at its defaults", maker.default(way)) for way in guided]
+    return [*first, *defaults, *lines[:1], arithmetic[2], ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]

@@ -48,6 +48,7 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
         "LEWIS clip": guided("lewis", bound="clip", **keep),
         "saliency budget": guided("saliency_budget", **keep),
         "saliency mask": guided("saliency_budget", mask="saliency", **keep),
+        "saliency mask, fitted anew": guided("gram_mean", **keep),
     }
 
 
@@ -79,6 +80,7 @@ def two_experts() -> dict[str, list[Variant]]:
         "saliency mean": [
             guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.7, 0.85, 1.0)
         ],
+        "gram mean": [guided("gram_mean", **{"lambda": scale}) for scale in (0.9, 1.0)],
     }
 
 

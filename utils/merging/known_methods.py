@@ -36,8 +36,7 @@ class KnownMethod:
 
 def _delta_method(rules: DeltaMethod) -> KnownMethod:
     shared = dict.fromkeys(rules.switches, bool) | dict.fromkeys((number.name for number in rules.numbers), float)
-    density = ["density"] if rules.keeps or not rules.own else []  # mergekit's take it even where they keep all
-    own = dict.fromkeys(("weight", *density, *([rules.extra] if rules.extra else [])), float)
+    own = dict.fromkeys(("weight", "density", *([rules.extra] if rules.extra else [])), float)
     file = {"saliency": str} if rules.name in OWN_METHODS else {}
     return KnownMethod(rules.name, "required", shared, own | file, cuts=bool(rules.keeps))
 

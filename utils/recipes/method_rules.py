@@ -115,13 +115,14 @@ GUIDED_MEAN = DeltaMethod(
 )
 GRAM_MEAN = DeltaMethod(
     "gram_mean",
-    "",
+    "the entries of largest saliency, fitted anew,",
     normalize=False,
     switches=("embedding_rows",),
     numbers=(
         *GUIDED_MEAN.numbers,
         SharedNumber("ridge", 1e-7, 0, 1, low_open=True, is_written=True),
         SharedNumber("off_diagonal", 1.0, 0, 1),
+        SharedNumber("refit_ridge", 1e-3, 0, low_open=True),
     ),
     does="takes the change that answers as each expert does on its own inputs",
     whole=True,
@@ -225,9 +226,10 @@ def counterpart(method: DeltaMethod, asked: DeltaMethod) -> DeltaMethod:
         method: the recipe's.
         asked: the method asked for on the command line, in whose place the recipe's may be.
     """
-    if method.name == GRAM_MEAN.name:
-        return TASK_ARITHMETIC
-    if method.name == GUIDED_MEAN.name:  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
+    if method.name in (
+        GUIDED_MEAN.name,
+        GRAM_MEAN.name,
+    ):  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
         return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
     return asked if method.own else method
 

@@ -342,3 +342,29 @@ def test_command_3_refuses_matrices_of_another_model(pair):
     with refused("grams-damaged"):
         merged(recipe)
     assert not Path("merged").exists()
+
+
+def test_one_expert_sparse_is_masked_and_fitted_anew(pair):
+    """Entries of largest saliency; those kept answer like the whole change on the layer's inputs."""
+    folder = pair()
+    write_config(folder, {"target_model_names": {"math": "./math"}})
+    (recipe,) = decided(mean_density=0.2)
+    cuts = recipe["models"][1]["parameters"]["density"]
+    assert len(cuts) == 15 and {cut["value"] for cut in cuts[:-1]} == {0.2} and cuts[-1] == {"value": 1}
+    found, base, expert = merged(recipe, dtype="float32"), tensors(Path("base")), tensors(Path("math"))
+    file = load_file("dfs/math_grams.safetensors")
+    plain = [Plain(folder / model, samples("math")) for model in ("base", "math")]
+    for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        change = expert[name].double() - base[name].double()
+        fisher = file[f"{name}.axis0"].double()[:, None] * file[f"{name}.axis1"].double()
+        worth = (change**2 * fisher**0.5).flatten()
+        kept = torch.zeros_like(worth, dtype=torch.bool).index_fill_(0, worth.topk(int(0.2 * len(worth))).indices, True)
+        kept, gram = kept.view_as(change), sum(side.grams[name] for side in plain)
+        r = 1e-3 * gram.diagonal().mean()
+        for row in range(len(change)):
+            chosen, rest = kept[row], ~kept[row]
+            own = gram[chosen][:, chosen] + r * torch.eye(int(chosen.sum()), dtype=torch.float64)
+            fitted = change[row, chosen] + torch.linalg.solve(own, gram[chosen][:, rest] @ change[row, rest])
+            expected = base[name][row].double().index_put((chosen.nonzero()[:, 0],), fitted, accumulate=True)
+            torch.testing.assert_close(found[name][row].double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found["model.embed_tokens.weight"], expert["model.embed_tokens.weight"].float())

@@ -27,16 +27,19 @@ def decide(job: DecideJob) -> Decision:
     names = [entry.type for entry in job.experts]
     measured = read_grams(job.folder, names, [entry.type for entry in job.config.experts])
     tensors, gains = measured.tensors, measured.gains
-    recorded = {row.tensor: Recorded(row.params, has_density=False) for row in tensors.itertuples()}
+    recorded = {
+        row.tensor: Recorded(row.params, has_density=bool(job.merge_method.keeps)) for row in tensors.itertuples()
+    }
     naming = name_recorded(recorded, job.models.written, grouped=False)
     weights, warnings = _weights(job, gains)
+    density = job.mean_density if job.merge_method.keeps else None
     samples = min(one.samples for one in gains.values())
     rows = samples >= _ENOUGH_SAMPLES
     return Decision(
-        table=_table(tensors, naming, weights),
+        table=_table(tensors, naming, weights, density),
         naming=naming,
         writes_weights=False,
-        how=tuple(_how(gains, samples, rows)),
+        how=tuple(_how(gains, samples, rows, density)),
         after=tuple(_after(tensors)),
         warnings=tuple(warnings),
         parameters={"embedding_rows": rows},
@@ -59,18 +62,26 @@ def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, f
     return weights, [told] if doubtful else []
 
 
-def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float]) -> pd.DataFrame:
+def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], density: float | None) -> pd.DataFrame:
     names = [naming.names[tensor] for tensor in tensors["tensor"]]
-    table = tensors.assign(tensor=names, density=1.0, weight=[weights[name] for name in tensors["model"]])
+    table = tensors.assign(
+        tensor=names, density=1.0 if density is None else density, weight=[weights[name] for name in tensors["model"]]
+    )
     return table[list(COLUMNS)].reset_index(drop=True)
 
 
-def _how(gains: Mapping[str, TextGain], samples: int, rows: bool) -> list[tuple[str, str]]:
+def _how(gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None) -> list[tuple[str, str]]:
     shown = ", ".join(f"{name} {one.gain:.3f}" for name, one in gains.items())
     embeddings = (
         "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
     )
+    kept = (
+        "1, whole changes; --mean_density keeps less of the linear layers, fitted anew to answer like the whole"
+        if density is None
+        else f"{density:g} of each linear layer's entries, those of largest saliency, fitted anew to answer like the whole"
+    )
     return [
+        ("density", kept),
         ("weight", f"in proportion to 1 / gain on each one's own text (nats per token: {shown})"),
         ("linear layers", "the change that answers as each expert does on the inputs of its own text"),
         ("embeddings", embeddings),

@@ -17,8 +17,10 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.mergekit_api import BasePolicy, InputContract, MergeMethodSpec, ParameterScope, ParameterSpec, TensorGroup
 from utils.merging.guided.gram import InputChange, gram_mean
+from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
 from utils.merging.guided.own_method import SALIENCY, OwnMethod, base_of, vector_key
+from utils.merging.guided.refit import refitted
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
@@ -33,6 +35,9 @@ class GramMean(OwnMethod):
 
     Parameters, per model that is not the base:
         weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
+        density: share of the entries of its change to a linear layer that are kept, those of largest delta^2 F^power,
+            fitted anew to answer like the whole change on the layer's inputs (`utils/merging/guided/refit.py`; where there
+            are no inputs, kept as they are). Default 1.
         saliency: path of its file of vectors and Gram matrices (`utils/recipes/gram_file.py`), which must be given. A
             tensor for which some model has "", or no matrices, is merged by the guided mean.
 
@@ -42,6 +47,7 @@ class GramMean(OwnMethod):
         off_diagonal: factor on what inputs have in common with each other, 0 to 1 (default 1).
         embedding_rows: merge embeddings and heads row by row (default true); false takes the guided mean.
         power, floor: of the guided mean, as there.
+        refit_ridge: above 0; pull of the entries that are kept to what they were (default 1e-3).
 
     Matrices are solved in float64, on a GPU too; the result is rounded once.
     """
@@ -57,6 +63,7 @@ class GramMean(OwnMethod):
             ),
             *(ParameterSpec(name, bool, ParameterScope.SHARED, default=value) for name, value in _SWITCHES.items()),
             ParameterSpec("weight", float, ParameterScope.NON_BASE),
+            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
             ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),
@@ -106,7 +113,8 @@ class GramMean(OwnMethod):
         for entry in group.non_base:
             source = parameters[SALIENCY][entry.id]
             if weights[entry.id]:
-                models.append(_Model(entry.tensor, weights[entry.id], vector_key(source, name) if source else None))
+                key, density = vector_key(source, name) if source else None, parameters["density"][entry.id]
+                models.append(_Model(entry.tensor, weights[entry.id], density, key))
         try:
             return _merged(base, models, parameters, name or "")
         except ValueError as error:
@@ -119,6 +127,7 @@ class _Model:
 
     tensor: Tensor
     weight: float
+    density: float
     key: VectorKey | None
 
 
@@ -126,9 +135,25 @@ def _merged(base: Tensor, models: Sequence[_Model], shared: Mapping[str, Any], n
     if not models or not base.numel():
         return base.clone()
     exact, place = base.double() if _has_double(base) else base.cpu().double(), base.device
-    changes = [one.tensor.to(exact.device, torch.float64) - exact for one in models]
+    changes = [_kept(one.tensor.to(exact.device, torch.float64) - exact, one, shared) for one in models]
     change = changes[0] if len(models) == 1 else _change(exact, models, changes, shared, name)
     return (exact + shared["lambda"] * change).to(base.dtype).to(place)
+
+
+def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
+    """What a density leaves of a change."""
+    k = kept_entries(change.numel(), model.density)
+    if k == change.numel():
+        return change
+    if model.key is None:
+        return torch.where(magnitude_mask(change, k), change, 0.0)
+    mask = saliency_mask(change, k, *(axis.double().pow(shared["power"]) for axis in read_vectors(model.key)))
+    inputs = input_gram(model.key)
+    if inputs is None:
+        return torch.where(mask, change, 0.0)
+    if inputs.axis == 0:
+        return refitted(change.t(), mask.t(), inputs.gram, shared["refit_ridge"]).t()
+    return refitted(change, mask, inputs.gram, shared["refit_ridge"])
 
 
 def _change(

@@ -18,8 +18,8 @@ from tests.tiny_pairs import save_pair, write_config
 from utils.commands.decide import decide
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.commands.options import DecideOptions
-from utils.guidance.guided_recipe import RecipeOptions
 from utils.guidance.method import guidance_methods
+from utils.guidance.recipe_choices import RecipeOptions
 from utils.pair.config import read_pair_config
 
 METHOD = guidance_methods()["gram_mean"]

@@ -3,6 +3,7 @@
 python -m pytest tests/pair/test_presence.py
 """
 
+import shutil
 import subprocess
 import sys
 
@@ -17,10 +18,11 @@ from utils.pair.presence import refuse_missing
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A pair's folder with its models as empty folders, and its text."""
+    """A pair's folder with its models as folders without weights, and its text."""
     monkeypatch.chdir(tmp_path)
     for name in ("base", "code", "math"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / "rows.jsonl").write_text("{}\n")
     return tmp_path
 
@@ -35,13 +37,14 @@ def test_what_is_there_passes_and_hub_names_are_not_looked_for(folder):
 
 
 def test_all_that_is_missing_is_said_at_once(folder):
-    (folder / "code").rmdir()
-    (folder / "math").rmdir()
+    shutil.rmtree(folder / "code")
+    shutil.rmtree(folder / "math")
     (folder / "math").write_text("")
+    (folder / "base/config.json").unlink()
     (folder / "rows.jsonl").unlink()
     with refused("model-missing") as caught:
         check(folder)
-    assert caught.value.codes == ("model-missing", "model-is-file", "text-missing")
+    assert caught.value.codes == ("model-no-config", "model-missing", "model-is-file", "text-missing")
     assert f"model folder ./code does not exist (looked in {folder})" in str(caught.value)
 
 
@@ -62,7 +65,7 @@ def test_a_model_with_an_adapter_is_for_recipes(folder, name):
 
 
 def test_no_library_loads_for_it(folder):
-    (folder / "code").rmdir()
+    shutil.rmtree(folder / "code")
     script = (
         "import sys; from utils.errors import UserError; from utils.pair.config import read_pair_config\n"
         "from utils.pair.presence import refuse_missing\n"

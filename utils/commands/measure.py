@@ -15,10 +15,10 @@ from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
-from utils.models.checkpoints import is_local, local_folder, read_model_config, weight_file_record
+from utils.models.checkpoints import weight_file_record
 from utils.pair.calibration import choose_samples, token_digest, with_defaults
 from utils.pair.config import PairConfig
-from utils.pair.rows import data_file, looks_like_file
+from utils.pair.presence import refuse_missing
 from utils.pair.source import CalibrationSource
 from utils.passes.subjects import Precision, Samples, Subject, memory_estimate, prepare_subjects
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
@@ -46,7 +46,7 @@ def measure_pair(options: MeasureOptions) -> None:
     names = [*method.files(config), MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
     _refuse_out_dir(options, names)
-    check_inputs(config)
+    refuse_missing(config)
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
     say(report.versions_line())
@@ -88,21 +88,6 @@ def measure_pair(options: MeasureOptions) -> None:
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
     report.say_next(options)
-
-
-def check_inputs(config: PairConfig) -> None:
-    """Check that models and texts on this machine are there, before any library is loaded.
-
-    Raises:
-        UserError: a model folder or a data file is missing or is not what it should be; a model with an adapter.
-    """
-    for entry in config.model_info:
-        if is_local(entry.name) or "+" in entry.name:
-            read_model_config(local_folder(entry.name, entry.revision), entry.name)
-    for source in config.texts:
-        path = with_defaults(source).path
-        if looks_like_file(path):
-            data_file(path)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""What a pair config names on this machine: is it there? Names only, so that a typing error shows before libraries load."""
+"""What a pair config names on this machine: is it there? A typing error shows before libraries load and files are read."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.models.checkpoints import is_local, local_folder
+from utils.models.checkpoints import is_local, local_folder, read_model_config
 from utils.pair.calibration import with_defaults
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.rows import data_file, looks_like_file
@@ -15,7 +16,7 @@ def refuse_missing(
     models: Iterable[ModelEntry] | None = None,
     texts: Iterable[CalibrationSource] | None = None,
 ) -> None:
-    """Refuse model folders and text files that are not there; hub ids are left to the download.
+    """Refuse model folders (by their config.json) and text files that are not there; hub ids are left to the download.
 
     Args:
         config: the pair config.
@@ -27,8 +28,8 @@ def refuse_missing(
     """
     problems = []
     for entry in config.model_info if models is None else models:
-        if is_local(entry.name):
-            problems += _refusal(local_folder, entry.name, entry.revision)
+        if is_local(entry.name) or "+" in entry.name:  # no hub id has a plus sign: a model with an adapter
+            problems += _refusal(_check_model, entry)
     for text in config.texts if texts is None else texts:
         path = with_defaults(text).path
         if path is not None and looks_like_file(path):
@@ -36,9 +37,13 @@ def refuse_missing(
     raise_collected(problems, f"pair config {config.path}")
 
 
-def _refusal(check, *arguments) -> list[Problem]:
+def _check_model(entry: ModelEntry) -> None:
+    read_model_config(local_folder(entry.name, entry.revision), entry.name)
+
+
+def _refusal(check: Callable[[Any], object], asked: Any) -> list[Problem]:
     try:
-        check(*arguments)
+        check(asked)
     except UserError as error:
         return [Problem(str(error), error.code)]
     return []

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.refusals import refusal_code
-from utils.errors import UserError, brief, raise_collected, run_command
+from utils.errors import Problem, UserError, brief, raise_collected, run_command
 
 
 def end_of(error: BaseException, capsys) -> tuple[int, str]:
@@ -63,11 +63,12 @@ def test_what_a_library_says_fits_on_a_line():
 def test_problems_are_collected():
     raise_collected([], "config")
     with pytest.raises(UserError) as one:
-        raise_collected(["a is 0", "a is 0"], "config")
-    assert str(one.value) == "config: a is 0"
+        raise_collected([Problem("a is 0", "zero")] * 2, "config")
+    assert (str(one.value), one.value.code) == ("config: a is 0", "zero")
     with pytest.raises(UserError) as two:
-        raise_collected(["a is 0", "b is 1"], "config")
+        raise_collected([Problem("a is 0", "zero"), Problem("b is 1", "one")], "config")
     assert str(two.value) == "config: 2 problems\n  - a is 0\n  - b is 1"
+    assert (two.value.code, two.value.codes) == ("several", ("zero", "one"))
 
 
 SCRIPT = """

@@ -46,15 +46,15 @@ def brief(error: BaseException, limit: int = 240) -> str:
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
-def raise_collected(problems: Iterable[Problem | str], heading: str) -> None:
+def raise_collected(problems: Iterable[Problem], heading: str) -> None:
     """Raise one `UserError` that lists every problem found, or return if there is none."""
     if found := list(problems):
         raise collected(found, heading)
 
 
-def collected(problems: Iterable[Problem | str], heading: str) -> UserError:
+def collected(problems: Iterable[Problem], heading: str) -> UserError:
     """One error that lists several problems, of which there is at least one; the same one twice counts once."""
-    found = list(dict.fromkeys(Problem(each, "") if isinstance(each, str) else each for each in problems))
+    found = list(dict.fromkeys(problems))
     if len(found) == 1:
         return UserError(f"{heading}: {found[0].text}", found[0].code)
     lines = "\n".join(f"  - {problem.text}" for problem in found[:_MOST_PROBLEMS])

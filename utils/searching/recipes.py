@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.guidance.guided_recipe import GuidedRecipe, RecipeOptions, guided_recipe, settle
+from utils.guidance.guided_recipe import GuidedRecipe, guided_recipe
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.method import guidance_methods
+from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
 from utils.recipes.coefficients import mean_density
 from utils.recipes.group_filters import group_filters

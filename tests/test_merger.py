@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY
 from tests.tiny_merges import (
+    assert_refused,
     assert_same_tensors,
     merge_here,
     merge_stock,
@@ -26,7 +28,6 @@ from tests.tiny_merges import (
     write_recipe,
 )
 from tests.tiny_pairs import contents
-from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +143,6 @@ def test_a_tied_base_and_an_expert_with_a_head_of_its_own(tmp_path):
 # --- what goes wrong while it merges ----------------------------------------------------------------------------------
 
 
-def refused(room: Path, data: dict, match: str, output: str = "merged", **settings) -> None:
-    """Merging stops with a message, and the folder is as it was but for the recipe."""
-    write_recipe(room / f"{output}.yaml", data)
-    before = contents(room)
-    with pytest.raises(UserError, match=match):
-        merge_here(room, data, output, **settings)
-    assert contents(room) == before
-
-
 def change(folder: Path, name: str, edit) -> None:
     """Edit one tensor of a single-file model."""
     found = load_file(folder / "model.safetensors")
@@ -168,12 +160,15 @@ def test_a_value_that_is_not_finite_stops_the_merge(room, value, async_write):
         return tensor
 
     change(room / "math", name, spoil)
-    refused(room, recipe(room, "task_arithmetic"), name, async_write=async_write, out_shard_size=10_000)
+    assert_refused(
+        room, recipe(room, "task_arithmetic"), "merge-not-finite", name, async_write=async_write, out_shard_size=10_000
+    )
 
 
 def test_overflow_of_the_saved_dtype_is_noticed(room):
     change(room / "code", "model.norm.weight", lambda tensor: tensor + 1e6)
-    refused(room, recipe(room, "task_arithmetic", dtype="float32", out_dtype="float16"), "model.norm.weight")
+    data = recipe(room, "task_arithmetic", dtype="float32", out_dtype="float16")
+    assert_refused(room, data, "merge-not-finite", "model.norm.weight")
 
 
 @pytest.mark.parametrize("error", ["full", "memory", "gpu"])
@@ -196,10 +191,16 @@ def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error):
         save(*arguments, **keywords)
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail_third)
-    refused(
+    code, words = {
+        "full": ("merge-weights-io", "make room"),
+        "memory": ("memory-host", "memory ran out"),
+        "gpu": ("memory-gpu", "--device cpu"),
+    }[error]
+    assert_refused(
         room,
         recipe(room),
-        {"full": "No space left.*make room", "memory": "memory ran out", "gpu": "--device cpu"}[error],
+        code,
+        words,
         out_shard_size=10_000,
         fast_selection=False,
     )
@@ -221,20 +222,20 @@ def test_a_full_disk_after_the_weights_leaves_nothing(room, monkeypatch, step):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "match"),
+    ("spoil", "ending", "words"),
     [
-        (lambda folder: (folder / "config.json").write_text("{}"), "cannot load it"),
-        (lambda folder: _edit_json(folder / "config.json", hidden_size=64), "do not fit config.json"),
-        (lambda folder: _edit_json(folder / "config.json", num_hidden_layers=4), "missing for the model class"),
-        (lambda folder: _edit_json(folder / "config.json", vocab_size=90), "vocab_size 90"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer of the base is missing"),
-        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json of the base is missing"),
-        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor[:5]), "has shape \\[5\\]"),
-        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor.float()), "planned was bfloat16"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "unloadable", "cannot load it"),
+        (lambda folder: _edit_json(folder / "config.json", hidden_size=64), "wrong", "do not fit config.json"),
+        (lambda folder: _edit_json(folder / "config.json", num_hidden_layers=4), "wrong", "missing for the model class"),
+        (lambda folder: _edit_json(folder / "config.json", vocab_size=90), "wrong", "vocab_size 90"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "unloadable", "tokenizer cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "wrong", "tokenizer of the base is missing"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "wrong", "generation_config.json of the base is missing"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor[:5]), "wrong", "has shape [5]"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor.float()), "wrong", "planned was bfloat16"),
     ],
 )  # fmt: skip
-def test_a_result_that_fails_its_checks_is_not_published(room, monkeypatch, spoil, match):
+def test_a_result_that_fails_its_checks_is_not_published(room, monkeypatch, spoil, ending, words):
     from utils.merging import small_files as result_files
 
     write = result_files.write_small_files
@@ -244,7 +245,7 @@ def test_a_result_that_fails_its_checks_is_not_published(room, monkeypatch, spoi
         spoil(folder)
 
     monkeypatch.setattr(result_files, "write_small_files", write_and_spoil)
-    refused(room, recipe(room), match)
+    assert_refused(room, recipe(room), f"merge-result-{ending}", words)
 
 
 def _edit_json(path: Path, **changes) -> None:
@@ -264,11 +265,11 @@ def test_smaller_shards_leave_no_stale_file(room):
 
 def test_an_earlier_merge_is_kept_unless_asked_and_if_the_new_one_fails(room):
     target = merge_here(room, recipe(room))
-    refused(room, recipe(room), "holds the result of an earlier merge; give --overwrite")
+    assert_refused(room, recipe(room), "out-exists", "give --overwrite")
     change(room / "code", "model.norm.weight", lambda tensor: tensor * float("nan"))
-    refused(room, recipe(room), "model.norm.weight", overwrite=True)
+    assert_refused(room, recipe(room), "merge-not-finite", "model.norm.weight", overwrite=True)
     (target / "notes.txt").write_text("mine")
-    refused(room, recipe(room), "notes.txt is not of the earlier merge", overwrite=True)
+    assert_refused(room, recipe(room), "out-foreign-files", "notes.txt", overwrite=True)
 
 
 def test_a_file_that_appears_during_the_merge_survives(room, monkeypatch):
@@ -282,7 +283,7 @@ def test_a_file_that_appears_during_the_merge_survives(room, monkeypatch):
         return describe(ready, folder)
 
     monkeypatch.setattr(result_files, "describe_result", meanwhile)
-    with pytest.raises(UserError, match=r"notes\.txt"):
+    with refused("out-foreign-files"):
         merge_here(room, recipe(room), overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     assert (target / "model.safetensors").exists()
@@ -396,7 +397,7 @@ def test_killed_in_the_middle(room, signum, capsys):
         if line.startswith("SHARD"):
             break
     if signum == signal.SIGKILL:  # meanwhile a second run of the same output is refused
-        with pytest.raises(UserError, match="written by another run"):
+        with refused("out-in-use"):
             merge_here(room, recipe(room), "out/model")
         (room / "out" / "model.yaml").unlink()
     process.send_signal(signum)

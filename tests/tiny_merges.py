@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import block_prefix, save_tiny
-from tests.tiny_pairs import save_tokenizer
+from tests.tiny_pairs import contents, save_tokenizer
 
 _LARGE = 10**6  # entries: ties of larger tensors are left alone, which only takes time
 NAMES = ("base", "code", "math")
@@ -96,6 +97,18 @@ def merge_here(folder: Path, data: Mapping[str, Any], output: str = "merged", **
     target = folder / output
     merge(MergeSettings(output_path=target, merge_config=path, **{"device": "cpu", "quiet": True, **settings}))
     return target
+
+
+def assert_refused(
+    folder: Path, data: Mapping[str, Any], code: str, words: str = "", output: str = "merged", **settings: Any
+) -> None:
+    """Merging stops with an error of this code and these words in it, and the folder is as it was but for the recipe."""
+    write_recipe(folder / f"{output}.yaml", data)
+    before = contents(folder)
+    with refused(code) as caught:
+        merge_here(folder, data, output, **settings)
+    assert words in str(caught.value), caught.value
+    assert contents(folder) == before
 
 
 def merge_stock(folder: Path, data: Mapping[str, Any], output: str = "stock", seed: int = 0, **options: Any) -> Path:

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_checkpoints import VOCABULARY, save_tiny
-from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors, write_recipe
-from tests.tiny_pairs import CHATML, contents, save_tokenizer
-from utils.errors import UserError
+from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors
+from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.models.tokenizer_files import copy_tokenizer, fingerprint, has_chat_template, has_tokenizer
 
 
@@ -183,17 +182,9 @@ def test_different_tokenizers_without_a_block_are_explained(room, capsys):
     assert_same_tensors(aligned, merge_stock(room, recipe(room, tokenizer_source="union"), "stock2"))
 
 
-def refused(room: Path, data, match: str, **settings) -> None:
-    write_recipe(room / "merged.yaml", data)
-    before = contents(room)
-    with pytest.raises(UserError, match=match):
-        merge_here(room, data, **settings)
-    assert contents(room) == before
-
-
 def test_different_row_counts_without_a_block_are_refused(room):
     add_tokens(room / "code", "<code>")
-    refused(room, recipe(room), "lm_head.weight has different shapes: .*97.*add tokenizer_source: union")
+    assert_refused(room, recipe(room), "merge-shapes", "add tokenizer_source: union")
     ours = merge_here(room, recipe(room), unsafe_truncate_embeddings=True)
     assert rows_of(ours) == 96 == json.loads((ours / "config.json").read_text())["vocab_size"]
     assert_same_tensors(ours, merge_stock(room, recipe(room), unsafe_truncate_embeddings=True))
@@ -206,7 +197,8 @@ def test_tokens_beyond_the_embeddings_are_refused(room):
     tokenizer.add_tokens(["<code>"])
     tokenizer.save_pretrained(room / "code")
     add_tokens(room / "math", "<code>")
-    refused(room, recipe(room, tokenizer_source="union"), r"code: its tokenizer knows 1 tokens without .*'<code>'")
+    data = recipe(room, tokenizer_source="union")
+    assert_refused(room, data, "merge-tokens-without-rows", "'<code>'")
 
 
 def test_missing_and_broken_tokenizers(room, capsys):
@@ -215,9 +207,10 @@ def test_missing_and_broken_tokenizers(room, capsys):
     merge_here(room, recipe(room, tokenizer_source="union"))
     assert "math has no tokenizer; its token ids are taken to be those of base" in capsys.readouterr().err
     (room / "code" / "tokenizer.json").write_text("{}")
-    refused(room, recipe(room, tokenizer_source="union"), "code: its tokenizer cannot be loaded", overwrite=True)
+    data = recipe(room, tokenizer_source="union")
+    assert_refused(room, data, "merge-tokenizer-unreadable", "code: its tokenizer cannot be loaded", overwrite=True)
     (room / "base" / "tokenizer.json").unlink()
-    refused(room, recipe(room, tokenizer_source="union"), "base has no tokenizer", overwrite=True)
+    assert_refused(room, data, "merge-no-tokenizer", "base has no tokenizer", overwrite=True)
 
 
 # --- templates and other small files ----------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors
 from tests.tiny_pairs import contents
-from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def with_adapter(room: Path, **keys):
 
 
 def test_an_adapter_needs_a_cache(room):
-    with pytest.raises(UserError, match=r"means a model with a LoRA adapter\. Give --lora_merge_cache"):
+    with refused("adapter-no-cache"):
         merge_here(room, with_adapter(room))
 
 
 def test_an_adapter_alone_is_explained(room):
     data = recipe(room, experts=("code", "adapter"))
-    with pytest.raises(UserError, match="adapter is a LoRA adapter: merge it into its base model first"):
+    with refused("model-is-adapter"):
         merge_here(room, data)
 
 
@@ -89,12 +89,12 @@ def test_a_failure_leaves_no_cache_entry(room, monkeypatch):
         raise ValueError("does not fit")
 
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
-    with pytest.raises(UserError, match=r"cannot be merged into .*base: does not fit"):
+    with refused("adapter-unfit"):
         merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")
     assert not contents(room / "cache")
 
 
 def test_an_adapter_without_safetensors(room):
     (room / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
+    with refused("adapter-no-files"):
         merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")

@@ -36,16 +36,14 @@ def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
             `overwrite`, foreign ones with it.
     """
     if path.name != path.name.strip():
-        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: an error in quoting?", "out-dir-name")
+        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: an error in quoting?", "out-name")
     try:
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{FLAG} {str(path)!r} cannot be used: {error}", "out-dir-unusable") from error
+        raise UserError(f"{FLAG} {str(path)!r} cannot be used: {error}", "out-unusable") from error
     here = Path.cwd()
     if target == here or target in here.parents:
-        raise UserError(
-            f"{FLAG} {path} is the current folder or one above it; give a folder of its own", "out-dir-current"
-        )
+        raise UserError(f"{FLAG} {path} is the current folder or one above it; give a folder of its own", "out-current")
     prepare_folder(target, FLAG)
     if target.exists():
         prepare_folder(target.parent, FLAG)  # the result is made beside it and renamed
@@ -67,11 +65,11 @@ def check_apart(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     for name, folder in inputs:
         resolved = Path(os.path.realpath(folder))
         if target == resolved:
-            raise UserError(f"{FLAG} {path} is the model {name} itself; give another folder", "out-dir-is-input")
+            raise UserError(f"{FLAG} {path} is the model {name} itself; give another folder", "out-is-input")
         if target in resolved.parents:
-            raise UserError(f"{FLAG} {path} holds the model {name}; give a folder beside it", "out-dir-holds-input")
+            raise UserError(f"{FLAG} {path} holds the model {name}; give a folder beside it", "out-holds-input")
         if resolved in target.parents:
-            raise UserError(f"{FLAG} {path} lies inside the model {name}; give a folder beside it", "out-dir-in-input")
+            raise UserError(f"{FLAG} {path} lies inside the model {name}; give a folder beside it", "out-in-input")
 
 
 def check_space(output: OutputFolder, needed: int) -> int:
@@ -104,11 +102,11 @@ def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:
         raise UserError(
             f"{FLAG} {path} holds files and no manifest of an earlier merge, so nothing there is touched; give an "
             "empty or new folder",
-            "out-dir-not-ours",
+            "out-not-ours",
         )
     if not overwrite:
         raise UserError(
-            f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-dir-exists"
+            f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-exists"
         )
     known = {*manifest["files"], MANIFEST}
     foreign = foreign_files(target, known)
@@ -117,7 +115,7 @@ def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:
         raise UserError(
             f"{FLAG} {path}: {files} not of the earlier merge, so nothing there is touched; move what is yours away, "
             "or give another folder",
-            "out-dir-foreign-files",
+            "out-foreign-files",
         )
     return tuple(sorted(known))
 

@@ -278,9 +278,9 @@ def test_a_file_that_appears_during_the_merge_survives(room, monkeypatch):
     target = merge_here(room, recipe(room))
     describe = result_files.describe_result
 
-    def meanwhile(ready, folder):
+    def meanwhile(*arguments):
         (target / "notes.txt").write_text("mine")
-        return describe(ready, folder)
+        return describe(*arguments)
 
     monkeypatch.setattr(result_files, "describe_result", meanwhile)
     with refused("out-foreign-files"):

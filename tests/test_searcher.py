@@ -72,6 +72,7 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
         "--trials",
         26,
         cwd=pair,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     out = pair / "out/search"
@@ -107,6 +108,7 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     assert pd.read_csv(out / "scores.csv").equals(scores)
 
 
+@pytest.mark.slow
 def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     settings(pair, search=UNGUIDED)
     search_pair(options(pair, out_dir=pair / "whole"))
@@ -125,7 +127,7 @@ def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
         running = subprocess.Popen(
             [str(word) for word in command], cwd=pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while running.poll() is None and len(list((pair / "killed/losses").glob("*.json"))) < wanted:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -222,7 +222,7 @@ def _identity(
     from utils.searching.measurements import identity
 
     return {
-        "pair": {name: weight_file_record(one) for name, one in scorer.inputs.items()},
+        "pair": {name: weight_file_record(one) | {"name": name} for name, one in scorer.inputs.items()},
         "global_parameters": dict(options.config.global_parameters),
         "rows": {task.name: [task.digest, len(task.part("validation"))] for task in scorer.tasks},
         "rows of the first round": options.first_rows,

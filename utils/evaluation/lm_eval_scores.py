@@ -1,0 +1,172 @@
+"""Accuracy with lm-eval: its tasks by name or from YAML files, one candidate's weights in memory at a time.
+
+Per-sample results are kept, so that candidates are compared question by question (exact McNemar). lm-eval's own response
+cache is not used: its key leaves the model out.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from utils.errors import UserError, brief
+from utils.evaluation.statistics import mcnemar_exact
+from utils.evaluation.whole_models import WholeModel
+
+OLDEST = (0, 4, 13)
+INSTALL = "pip install -r requirements-eval.txt"
+COLUMNS = ("candidate", "task", "metric", "filter", "doc", "prompt", "value")
+
+
+@dataclass(frozen=True)
+class AccuracyTasks:
+    """The tasks of lm-eval's that were asked for: names, folders of YAML files, and whether one runs code."""
+
+    names: tuple[str, ...]
+    manager: Any
+    unsafe: tuple[str, ...]
+
+
+def require_lm_eval() -> None:
+    """Raise a `UserError` with the line that installs lm-eval unless it is there and new enough."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"evaluation.*.lm_eval needs lm-eval, which is not installed: {INSTALL}", "lm-eval-missing")
+    found = metadata.version("lm_eval")
+    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST:
+        raise UserError(f"lm-eval {found} is installed; 0.4.13 or newer is needed: {INSTALL}", "lm-eval-version")
+
+
+def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
+    """Find tasks by name or YAML file and load their data; no model is needed yet.
+
+    Args:
+        asked: names of lm-eval's, or YAML files that hold a `task`.
+        confirmed: whether tasks may run code that models write.
+
+    Raises:
+        UserError: lm-eval is missing; a task is unknown, has no data, or runs code unconfirmed.
+    """
+    require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    from utils.safe_yaml import read_yaml_mapping
+
+    names, folders = [], []
+    for text in dict.fromkeys(asked):
+        path = Path(os.path.expanduser(text))
+        if path.suffix in (".yaml", ".yml"):
+            named = read_yaml_mapping(path, "lm-eval task").get("task")
+            if not isinstance(named, str):
+                raise UserError(f"lm-eval task {path} names no task: give it a line `task: NAME`", "lm-eval-no-name")
+            names.append(named)
+            folders.append(str(path.resolve().parent))
+        else:
+            names.append(text)
+    with _quiet():
+        manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None)
+        unknown = [name for name in names if name not in manager.task_index]
+        if unknown:
+            raise UserError(
+                f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, your own is a YAML file",
+                "lm-eval-unknown-task",
+            )
+        try:
+            loaded = manager.load(names)["tasks"]
+        except Exception as error:  # data sets, the hub, YAML tags and task code fail in ways of their own
+            raise UserError(f"lm-eval cannot load {', '.join(names)}: {brief(error)}", "lm-eval-no-data") from error
+    unsafe = tuple(name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False))
+    if unsafe and not confirmed:
+        raise UserError(
+            f"lm-eval task {', '.join(unsafe)} runs code that models write, on this machine: give "
+            "--confirm_run_unsafe_code if that is meant, best in a container",
+            "lm-eval-unsafe-code",
+        )
+    return AccuracyTasks(tuple(names), manager, unsafe)
+
+
+def accuracy(
+    name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int = 8, limit: int | None = None
+) -> pd.DataFrame:
+    """One candidate's per-sample results: `candidate, task, metric, filter, doc, prompt, value`.
+
+    `doc` and `prompt` are lm-eval's hashes of the document and of the prompt. Seeds are lm-eval's own defaults.
+
+    Args:
+        name: the candidate's.
+        whole: its model and the tokenizer that is handed over.
+        tasks: what `find_tasks` gave.
+        batch_size: rows at a time.
+        limit: most documents of a task.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        model = HFLM(pretrained=whole.model, tokenizer=whole.tokenizer, backend="causal", batch_size=batch_size)
+        found = simple_evaluate(
+            model=model,
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=bool(tasks.unsafe),
+        )
+    rows = [
+        (name, task, metric, sample["filter"], sample["doc_hash"], sample["prompt_hash"], float(sample[metric]))
+        for task, samples in found["samples"].items()
+        for sample in samples
+        for metric in sample["metrics"]
+        if isinstance(sample[metric], (bool, int, float))
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def compare(table: pd.DataFrame, name: str, other: str) -> dict[tuple[str, str, str], float]:
+    """Exact McNemar p-values between two candidates by task, metric and filter, for metrics that are right or wrong.
+
+    Samples are paired by document and prompt; those that only one has are left out.
+    """
+    found = {}
+    for key, part in table.groupby(["task", "metric", "filter"], sort=False):
+        sides = [
+            part[part["candidate"] == one].drop_duplicates(["doc", "prompt"]).set_index(["doc", "prompt"])["value"]
+            for one in (name, other)
+        ]
+        both = pd.concat(sides, axis=1, join="inner").to_numpy()
+        if both.size and set(both.ravel()) <= {0.0, 1.0}:
+            first, second = both[:, 0], both[:, 1]
+            found[key] = mcnemar_exact(int((first > second).sum()), int((second > first).sum()))
+    return found
+
+
+def means(table: pd.DataFrame) -> Mapping[tuple[str, str, str, str], tuple[float, int]]:
+    """Mean and number of samples by candidate, task, metric and filter."""
+    groups = table.groupby(["candidate", "task", "metric", "filter"], sort=False)["value"]
+    return {key: (float(values.mean()), len(values)) for key, values in groups}
+
+
+@contextmanager
+def _quiet():
+    """Keep lm-eval's log lines and bars off the screen; errors still show."""
+    import logging
+
+    loggers = [logging.getLogger("lm_eval"), logging.getLogger("lm-eval")]
+    before = [logger.level for logger in loggers]
+    bars = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+        if bars is None:
+            del os.environ["TQDM_DISABLE"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.refusals import refusal_code
-from tests.tiny_evaluations import save_evaluated_pair, write_rows
+from tests.tiny_evaluations import save_evaluated_pair, task_file, write_rows
 from tests.tiny_merges import merge_here, recipe, write_recipe
 from tests.tiny_pairs import contents, write_config
 from utils.commands.evaluation_folder import read_evaluation
@@ -35,8 +35,9 @@ def pair(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(run_command_line, pair):
     def start(*arguments, out="out/evaluation", config=None):
-        given = "--config", config or pair / "pair.yaml", "--out_dir", pair / out
-        return run_command_line("utils/evaluator.py", *given, *ROWS, *arguments, cwd=pair)
+        given = "--config", config or pair / "pair.yaml", "--out_dir", pair / out, *ROWS
+        quick = () if "--samples" in arguments else ("--no-samples",)
+        return run_command_line("utils/evaluator.py", *given, *quick, *arguments, cwd=pair)
 
     return start
 
@@ -189,6 +190,33 @@ def test_a_candidate_that_is_not_finite_is_told_and_stops_nothing(run, pair, tmp
     scores = table(pair, "out/nan")
     assert scores[scores.candidate == "bad"].query("measure == 'loss'")["value"].isna().all()
     assert scores[scores.candidate == "first"].query("measure == 'loss'")["value"].notna().all()
+
+
+def test_answers_stand_on_the_page_and_are_given_once(run, pair):
+    words = "out/recipes/first.yaml", "--no-controls", "--samples"
+    done = run(*words, out="out/answers")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("answers 8 prompts") == 4  # base, two experts, the best candidate
+    page = (pair / "out/answers/report.html").read_text()
+    assert "Answers to held-out prompts" in page
+    again = run(*words, out="out/answers")
+    assert again.returncode == 0 and "prompts" not in again.stdout
+    assert "Answers to held-out prompts" in (pair / "out/answers/report.html").read_text()
+
+
+def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
+    keys = read_keys(pair)
+    keys["evaluation"]["math"]["lm_eval"] = [str(task_file(tmp_path))]
+    done = run("out/recipes/first.yaml", "--no-controls", config=write_config(tmp_path, keys), out="out/lm_eval")
+    assert done.returncode == 0, done.stderr
+    scores = table(pair, "out/lm_eval").query("measure == 'acc'")
+    samples = pd.read_parquet(pair / "out/lm_eval/lm_eval_samples.parquet").query("metric == 'acc'")
+    assert scores.set_index("candidate")["value"].to_dict() == samples.groupby("candidate")["value"].mean().to_dict()
+    assert len(scores) == 4 and "tiny_choice acc: first" in done.stdout
+    keys["evaluation"]["math"]["lm_eval"] = ["no_such_task"]
+    refused = run(config=write_config(tmp_path, keys), out="out/bad")
+    assert refusal_code(refused) == "lm-eval-unknown-task"
 
 
 def test_help_explains_every_flag(run_command_line):

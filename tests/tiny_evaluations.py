@@ -8,6 +8,19 @@ from typing import Any
 from tests.tiny_merges import save_models
 from tests.tiny_pairs import write_config
 
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+{more}
+metric_list: [{{metric: acc}}]
+"""
+
 TEXT, ANSWER = "{question} {answer}", "{answer}"
 
 
@@ -56,3 +69,11 @@ def plain_losses(folder: Path, rows: list[tuple[list[int], int]], dtype: str = "
 def by_name(table: Any) -> Mapping[str, list[float]]:
     """A table of losses as one list for each candidate, in its order."""
     return {name: part["nll"].tolist() for name, part in table.groupby("candidate", sort=False)}
+
+
+def task_file(folder: Path, name: str = "tiny_choice", more: str = "") -> Path:
+    """A task of lm-eval's as a YAML file with data beside it: ten questions of two choices."""
+    rows = [{"question": f"is {n} even?", "choices": [" yes", " no"], "label": n % 2} for n in range(10)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "rows.jsonl", more=more))
+    return folder / f"{name}.yaml"

@@ -4,7 +4,6 @@ python -m pytest tests/evaluation/test_whole_models.py
 """
 
 import itertools
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.refusals import refused
-from tests.tiny_evaluations import save_evaluated_pair
+from tests.tiny_evaluations import save_evaluated_pair, task_file
 from tests.tiny_merges import merge_here, recipe
 from utils.evaluation.answers import greedy_answers, prompts_of
 from utils.evaluation.candidates import Candidate
@@ -20,19 +19,6 @@ from utils.evaluation.entries import Preparing
 from utils.evaluation.tasks import Row, Task
 from utils.evaluation.whole_models import whole_model
 from utils.merging.settings import MergeSettings
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-{more}
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +30,6 @@ def pair(tmp_path_factory) -> Path:
 def preparing() -> Preparing:
     settings = MergeSettings(Path("unwritten"), Path("recipe"), device="cpu", quiet=True)
     return Preparing(torch.device("cpu"), "float32", settings)
-
-
-def task_file(folder: Path, name: str = "tiny_choice", more: str = "") -> Path:
-    rows = [{"question": f"is {n} even?", "choices": [" yes", " no"], "label": n % 2} for n in range(10)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "rows.jsonl", more=more))
-    return folder / f"{name}.yaml"
 
 
 def test_a_recipes_model_answers_as_the_written_one_does_in_plain_transformers(pair, preparing, tmp_path):

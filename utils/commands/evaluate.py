@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.commands.evaluated import Evaluated
+from utils.commands.evaluate_generation import find_accuracy_tasks, generate
+from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.measure import quiet_libraries
 from utils.errors import UserError
 from utils.evaluation.candidates import UNIFORM
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 COMMAND = "utils/evaluator.py"
 SCORES, SAMPLES = "scores.csv", "samples.parquet"
 LOSSES = "losses"  # the folder of what is kept for the next time
+ACCURACY = "lm_eval_samples.parquet"
 REPORT = "report.html"
-FILES = (SCORES, SAMPLES, REPORT, UNIFORM, MANIFEST)
+FILES = (SCORES, SAMPLES, ACCURACY, REPORT, UNIFORM, MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,24 @@ def evaluate(options: EvaluateOptions) -> None:
     )
     device, why = choose_device(options.device)
     say(f"device: {device_name(device)}, {why}")
+    asked = [name for text in options.config.evaluation.values() for name in text.lm_eval]
+    accuracy = find_accuracy_tasks(asked, options.confirm_run_unsafe_code)
     scorer = _scorer(options, device, say)
     against = _reference(options, candidates)
     warnings = _check(scorer, candidates)
     _say_choices(scorer, candidates, say)
     from utils.evaluation.store import LossStore
 
+    store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         start = time.perf_counter()
-        evaluated = _evaluate(options, scorer, candidates, against, LossStore(options.out_dir / LOSSES), say)
+        evaluated = _evaluate(options, scorer, candidates, against, store, say)
         say(
             f"scored {evaluated.scored} new candidates in {time.perf_counter() - start:.2f} s (weights "
             f"{scorer.seconds.weights:.1f} s, forward {scorer.seconds.forward:.1f} s){peak_gpu_memory([device])}"
         )
-        _publish(options, scorer, evaluated, warnings, say)
+        generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
+        _publish(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
 
 
 def _candidates(options: EvaluateOptions) -> "list[Candidate]":
@@ -251,22 +257,24 @@ def _publish(
     options: EvaluateOptions,
     scorer: "Scorer",
     evaluated: Evaluated,
+    generated: Generated,
     warnings: Sequence[str],
-    say: Callable[[str], None],
 ) -> None:
     from utils.commands.evaluate_page import evaluation_page
-    from utils.commands.evaluate_tables import printed_table, samples_table, scores_table
+    from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
     from utils.recipes.recipe import recipe_bytes
     from utils.reports.page import render
 
     next_command = _next(options, evaluated)
     request = _request(options, scorer, evaluated)
-    page = evaluation_page(scorer, evaluated, request, warnings, next_command)
+    page = evaluation_page(scorer, evaluated, request, warnings, next_command, generated)
     files = {
-        SCORES: scores_table(scorer, evaluated).to_csv(index=False).encode(),
+        SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         SAMPLES: _parquet(samples_table(scorer, evaluated)),
         REPORT: render(page).encode(),
     }
+    if generated.accuracy is not None:
+        files[ACCURACY] = _parquet(generated.accuracy)
     best = evaluated.best_control()
     if best is not None:
         files[UNIFORM] = recipe_bytes(best.recipe)
@@ -274,6 +282,9 @@ def _publish(
     files[MANIFEST] = to_json({**request, "files": digests})
     publish_files(options.out_dir, files, overwrite=True)
     print(f"\n{printed_table(scorer, evaluated)}\n")
+    if generated.accuracy is not None:
+        files_line = printed_accuracy(evaluated, generated)
+        print(f"{files_line}\n")
     for line in page.notes:
         print(line)
     if page.verdict:

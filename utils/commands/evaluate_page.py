@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.commands.evaluate_tables import accuracy_cells
 from utils.commands.report_recipe import planned_recipe
 from utils.evaluation.statistics import DRAWS, Interval
 from utils.models.license import stated_license
 from utils.reports.values import (
+    Answer,
     Contender,
     Estimate,
     ModelRecord,
@@ -28,7 +30,7 @@ from utils.reports.values import (
 from utils.reports.verdict import judge
 
 if TYPE_CHECKING:
-    from utils.commands.evaluated import Evaluated
+    from utils.commands.evaluated import Evaluated, Generated
     from utils.evaluation.scoring import Scorer
 
 
@@ -38,7 +40,7 @@ def evaluation_page(
     request: Mapping[str, Any],
     warnings: Sequence[str],
     next_command: str,
-    samples: Sequence[Sample] = (),
+    generated: "Generated",
 ) -> Page:
     """The report of an evaluation; candidates are listed by their mean gain, the best first."""
     standings = tuple(_standing(evaluated, one.name) for one in evaluated.candidates)
@@ -49,15 +51,36 @@ def evaluation_page(
         contenders=tuple(Contender(one.name, Role(one.role), _note(one)) for one in ordered),
         reference=evaluated.reference or "",
         winner=evaluated.winner or "",
-        tasks=tuple(_task_scores(scorer, evaluated, task) for task in scorer.tasks),
+        tasks=(
+            *(_task_scores(scorer, evaluated, task) for task in scorer.tasks),
+            *_accuracy_scores(evaluated, generated),
+        ),
         standings=standings,
         recipe=_recipe(scorer, evaluated),
-        samples=tuple(samples),
+        samples=tuple(_sample(*answered) for answered in generated.answers),
         run=_run(scorer, evaluated, request),
         notes=tuple(_notes(scorer, evaluated)),
         warnings=(*warnings, *_failures(evaluated)),
         next_command=next_command,
     )
+
+
+def _sample(task: str, prompt: str, expected: str, answers: Mapping[str, str]) -> Sample:
+    return Sample(prompt, tuple(Answer(name, text) for name, text in answers.items()), task, expected)
+
+
+def _accuracy_scores(evaluated: "Evaluated", generated: "Generated") -> Iterator[TaskScores]:
+    """One task for each task and metric of lm-eval's."""
+    found: dict[tuple[str, str], list[Score]] = {}
+    for one in evaluated.candidates:
+        for cells in accuracy_cells(one.name, evaluated, generated):
+            difference = Estimate(cells["difference"]) if "difference" in cells else None
+            score = Score(one.name, Estimate(cells["value"]), difference, cells.get("p"))
+            found.setdefault((cells["task"], cells["measure"]), []).append(score)
+    for (task, measure), scores in found.items():
+        shares = all(0 <= score.value.value <= 1 for score in scores)
+        note = "By lm-eval; p values are those of the exact McNemar test, paired by document and prompt."
+        yield TaskScores(task, measure, True, tuple(scores), percent=shares, note=note)
 
 
 def _rank(gain: float) -> float:

@@ -9,17 +9,17 @@ import pandas as pd
 from utils.evaluation.statistics import Interval
 
 if TYPE_CHECKING:
-    from utils.commands.evaluated import Evaluated
+    from utils.commands.evaluated import Evaluated, Generated
     from utils.evaluation.scoring import Scorer
 
 MEAN = "all tasks"
 
 
-def scores_table(scorer: "Scorer", evaluated: "Evaluated") -> pd.DataFrame:
+def scores_table(evaluated: "Evaluated", generated: "Generated") -> pd.DataFrame:
     """One row for each candidate, task and measure, with its 95 % interval and its difference to the reference.
 
     Measures: `loss` (nats per token), `perplexity`, `gain_kept` (share; of `all tasks`: the mean), `worst_gain_kept`,
-    `forgetting` (nats per token above the base). `p` of the mean gain is Holm-corrected over the candidates.
+    `forgetting` (nats per token above the base), and the metrics of lm-eval's tasks. `p` of the mean gain is Holm-corrected over the candidates.
     """
     rows = []
     for one in evaluated.candidates:
@@ -36,6 +36,7 @@ def scores_table(scorer: "Scorer", evaluated: "Evaluated") -> pd.DataFrame:
         rows.append(start | {"task": figures.worst_task, "measure": "worst_gain_kept", "value": figures.worst})
         if figures.forgetting is not None:
             rows.append(start | {"task": "general", "measure": "forgetting"} | _cells(figures.forgetting, None))
+        rows += [start | cells for cells in accuracy_cells(one.name, evaluated, generated)]
     columns = ["candidate", "role", "task", "measure", "value", "low", "high"]
     columns += ["difference", "difference_low", "difference_high", "p"]
     table = pd.DataFrame(rows, columns=columns)
@@ -49,6 +50,38 @@ def _cells(value: Interval, difference: Interval | None) -> dict[str, Any]:
         found |= {"difference": difference.value, "difference_low": difference.low, "difference_high": difference.high}
         found |= {"p": difference.p}
     return found
+
+
+def accuracy_cells(name: str, evaluated: "Evaluated", generated: "Generated") -> Iterator[dict[str, Any]]:
+    """One candidate's mean of each metric of lm-eval's tasks, with its difference to the reference and McNemar's p."""
+    table = generated.accuracy
+    if table is None:
+        return
+    from utils.evaluation.lm_eval_scores import compare, means
+
+    found = means(table)
+    p_values = compare(table, name, evaluated.reference) if evaluated.reference not in (None, name) else {}
+    for (candidate, task, metric, filtered), (value, _) in found.items():
+        if candidate != name:
+            continue
+        cells = {"task": task, "measure": metric if filtered == "none" else f"{metric}, {filtered}", "value": value}
+        other = found.get((evaluated.reference, task, metric, filtered))
+        if other is not None and evaluated.reference != name:
+            cells |= {"difference": value - other[0], "p": p_values.get((task, metric, filtered), math.nan)}
+        yield cells
+
+
+def printed_accuracy(evaluated: "Evaluated", generated: "Generated") -> str:
+    """The metrics of lm-eval's tasks for the screen: a line for each task, metric and candidate."""
+    lines = []
+    for one in evaluated.candidates:
+        for cells in accuracy_cells(one.name, evaluated, generated):
+            against = ""
+            if math.isfinite(cells.get("difference", math.nan)):
+                against = f"  {100 * cells['difference']:+.1f} points against {evaluated.reference}"
+                against += f" (exact McNemar p {cells['p']:.4f})" if math.isfinite(cells["p"]) else ""
+            lines.append(f"{cells['task']} {cells['measure']}: {one.name} {cells['value']:.4f}{against}")
+    return "\n".join(sorted(lines))
 
 
 def samples_table(scorer: "Scorer", evaluated: "Evaluated") -> pd.DataFrame:

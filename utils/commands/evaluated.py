@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What whole models were needed for: answers to prompts, and per-sample results of lm-eval's tasks.
+
+    `answers` are (task, prompt, expected, answer by candidate). `warnings` say what was left out, and why.
+    """
+
+    answers: "tuple[tuple[str, str, str, Mapping[str, str]], ...]" = ()
+    accuracy: "pd.DataFrame | None" = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """What came out: everybody in the order of the table, figures by name, losses on test rows, and who is who.
 

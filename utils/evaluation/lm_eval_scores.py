@@ -4,6 +4,7 @@ Per-sample results are kept, so that candidates are compared question by questio
 cache is not used: its key leaves the model out.
 """
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,15 @@ COLUMNS = ("candidate", "task", "metric", "filter", "doc", "prompt", "value")
 
 @dataclass(frozen=True)
 class AccuracyTasks:
-    """The tasks of lm-eval's that were asked for: names, folders of YAML files, and whether one runs code."""
+    """The tasks of lm-eval's that were asked for, and those among them that run code.
+
+    `digest` is the SHA-256 of what decides their results beside the model: lm-eval's version, names, YAML files.
+    """
 
     names: tuple[str, ...]
     manager: Any
     unsafe: tuple[str, ...]
+    digest: str
 
 
 def require_lm_eval() -> None:
@@ -58,6 +63,7 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
     from utils.safe_yaml import read_yaml_mapping
 
     names, folders = [], []
+    digest = hashlib.sha256(metadata.version("lm_eval").encode())
     for text in dict.fromkeys(asked):
         path = Path(os.path.expanduser(text))
         if path.suffix in (".yaml", ".yml"):
@@ -65,6 +71,7 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
             if not isinstance(named, str):
                 raise UserError(f"lm-eval task {path} names no task: give it a line `task: NAME`", "lm-eval-no-name")
             names.append(named)
+            digest.update(path.read_bytes())
             folders.append(str(path.resolve().parent))
         else:
             names.append(text)
@@ -87,7 +94,8 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
             "--confirm_run_unsafe_code if that is meant, best in a container",
             "lm-eval-unsafe-code",
         )
-    return AccuracyTasks(tuple(names), manager, unsafe)
+    digest.update(repr(names).encode())
+    return AccuracyTasks(tuple(names), manager, unsafe, digest.hexdigest())
 
 
 def accuracy(

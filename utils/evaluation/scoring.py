@@ -136,6 +136,11 @@ class Scorer:
             self._encoded[key] = tokenizer, rows
         return self._encoded[key]
 
+    @property
+    def preparing(self) -> Preparing:
+        """How candidates are made ready here, for whoever needs their whole models."""
+        return self._preparing
+
     def fingerprint(self, candidate: Candidate) -> str:
         """SHA-256 of everything that decides a candidate's weights: recipe, weight files, files of vectors."""
         if candidate.recipe is None:

@@ -27,22 +27,34 @@ class LossStore:
 
     def find(self, key: str) -> dict[int, tuple[float, int]] | None:
         """Loss and tokens by row, or None if they are not there (or not readable: then they are computed again)."""
+        data = self.find_record(key)
         try:
-            data = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return {int(row): (math.nan if nll is None else nll, tokens) for row, nll, tokens in data["losses"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {int(row): (math.nan if nll is None else nll, tokens) for row, nll, tokens in (data or {})["losses"]}
+        except (ValueError, KeyError, TypeError):
             return None
 
+    def find_record(self, key: str) -> dict[str, Any] | None:
+        """Anything that was kept as plain data, or None."""
+        try:
+            data = json.loads(self._path(key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) else None
+
     def keep(self, key: str, described: Mapping[str, Any], losses: pd.DataFrame) -> None:
-        """Write losses of one candidate on one task; whole or not at all."""
+        """Write losses of one candidate on one task."""
         rows = [
             [int(row), nll if math.isfinite(nll) else None, int(tokens)]
             for row, nll, tokens in zip(losses["row"], losses["nll"], losses["tokens"], strict=True)
         ]
+        self.keep_record(key, {**described, "losses": rows})
+
+    def keep_record(self, key: str, data: Mapping[str, Any]) -> None:
+        """Write plain data; whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False, encoding="utf-8") as file:
             try:
-                json.dump({**described, "losses": rows}, file, ensure_ascii=False)
+                json.dump(dict(data), file, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, self._path(key))

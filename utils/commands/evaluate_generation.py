@@ -1,0 +1,140 @@
+"""What the evaluator needs whole models for, one in memory at a time: answers to held-out prompts, lm-eval's tasks."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from utils.commands.evaluated import Evaluated, Generated
+from utils.errors import UserError
+from utils.runtime import available_bytes, gigabytes
+
+if TYPE_CHECKING:
+    from utils.evaluation.candidates import Candidate
+    from utils.evaluation.lm_eval_scores import AccuracyTasks
+    from utils.evaluation.scoring import Scorer
+    from utils.evaluation.store import LossStore
+    from utils.evaluation.tasks import Row
+
+_NOT_FINITE = "merge-not-finite"
+
+
+def find_accuracy_tasks(asked: Sequence[str], confirmed: bool) -> "AccuracyTasks | None":
+    """The tasks of lm-eval's that `evaluation` names; None where it names none, and lm-eval is not needed.
+
+    Raises:
+        UserError: as `find_tasks`.
+    """
+    if not asked:
+        return None
+    from utils.evaluation.lm_eval_scores import find_tasks
+
+    return find_tasks(asked, confirmed)
+
+
+def generate(
+    scorer: "Scorer",
+    evaluated: Evaluated,
+    store: "LossStore",
+    accuracy: "AccuracyTasks | None",
+    *,
+    answers: bool,
+    say: Callable[[str], None],
+) -> Generated:
+    """Have whole models do what losses do not show; what the store has is not done again.
+
+    Everybody does lm-eval's tasks. Base, experts, the reference and the best candidate answer up to 8 test prompts.
+    """
+    import pandas as pd
+
+    from utils.evaluation.answers import expected, prompts_of, shown
+
+    prompts = prompts_of(scorer.tasks) if answers else []
+    speakers = _speakers(evaluated) if prompts else set()
+    warnings, tables, said = [], [], {}
+    for one in evaluated.candidates:
+        wanted = [row for _, row in prompts] if one.name in speakers else []
+        if not wanted and accuracy is None:
+            continue
+        try:
+            table, found = _work(scorer, one, store, accuracy, wanted, say)
+        except UserError as error:
+            if _NOT_FINITE not in error.codes and "evaluate-no-room" not in error.codes:
+                raise
+            warnings.append(f"{one.name} answers no prompts and does no lm-eval task: {error}")
+            continue
+        if table is not None:
+            tables.append(table)
+        if found:
+            said[one.name] = found
+    together = [
+        (task, shown(row), expected(row), {name: found[place] for name, found in said.items()})
+        for place, (task, row) in enumerate(prompts)
+    ]
+    return Generated(
+        tuple(each for each in together if each[3]),
+        pd.concat(tables, ignore_index=True) if tables else None,
+        tuple(warnings),
+    )
+
+
+def _speakers(evaluated: Evaluated) -> set[str]:
+    """Who answers prompts: base, experts, whom differences are taken against, the best uniform merge and the winner."""
+    names = {one.name for one in evaluated.candidates if one.role in ("base", "expert")}
+    best = evaluated.best_control()
+    return names | {evaluated.winner or "", evaluated.reference or "", best.name if best else ""}
+
+
+def _work(
+    scorer: "Scorer",
+    one: "Candidate",
+    store: "LossStore",
+    accuracy: "AccuracyTasks | None",
+    rows: "Sequence[Row]",
+    say: Callable[[str], None],
+) -> tuple:
+    """One candidate's table of lm-eval results and its answers, from the store or from its model."""
+    import pandas as pd
+
+    from utils.evaluation.lm_eval_scores import COLUMNS
+    from utils.evaluation.lm_eval_scores import accuracy as run_tasks
+    from utils.evaluation.whole_models import whole_model
+
+    mark = [scorer.fingerprint(one), scorer.settings.record()]
+    task_key = _key("lm-eval", *mark, accuracy.digest) if accuracy else ""
+    answer_key = _key("answers", *mark, [row.digest for row in rows])
+    kept_tasks = store.find_record(task_key) if accuracy else {}
+    kept_answers = store.find_record(answer_key) if rows else {}
+    if kept_tasks is None or kept_answers is None:
+        _refuse_too_large(scorer, one)
+        with whole_model(one, scorer.preparing, scorer.settings.scratch) as whole:
+            if kept_tasks is None:
+                say(f"{one.name} does {', '.join(accuracy.names)}")
+                table = run_tasks(one.name, whole, accuracy)
+                kept_tasks = {"rows": table[list(COLUMNS[1:])].values.tolist()}
+                store.keep_record(task_key, {"candidate": one.name, **kept_tasks})
+            if kept_answers is None:
+                from utils.evaluation.answers import greedy_answers
+
+                say(f"{one.name} answers {len(rows)} prompts")
+                kept_answers = {"answers": greedy_answers(whole, rows)}
+                store.keep_record(answer_key, {"candidate": one.name, **kept_answers})
+    if not accuracy:
+        return None, kept_answers.get("answers", [])
+    table = pd.DataFrame([(one.name, *row) for row in kept_tasks["rows"]], columns=list(COLUMNS))
+    return table, kept_answers.get("answers", [])
+
+
+def _refuse_too_large(scorer: "Scorer", one: "Candidate") -> None:
+    """Raise a `UserError` if a whole model of the pair's size does not fit into the memory that is free."""
+    needed = max(checkpoint.total_bytes for checkpoint in scorer.inputs.values())
+    free = available_bytes(scorer.settings.device)
+    if needed * 1.2 > free:
+        raise UserError(
+            f"its whole model takes {gigabytes(needed)} and {gigabytes(free)} are free; give --no-samples, or a larger device",
+            "evaluate-no-room",
+        )
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -214,9 +214,10 @@ def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
     samples = pd.read_parquet(pair / "out/lm_eval/lm_eval_samples.parquet").query("metric == 'acc'")
     assert scores.set_index("candidate")["value"].to_dict() == samples.groupby("candidate")["value"].mean().to_dict()
     assert len(scores) == 4 and "tiny_choice acc: first" in done.stdout
-    keys["evaluation"]["math"]["lm_eval"] = ["no_such_task"]
+    unsafe = task_file(tmp_path, "tiny_unsafe", "unsafe_code: true")
+    keys["evaluation"]["math"]["lm_eval"] = [str(unsafe)]
     refused = run(config=write_config(tmp_path, keys), out="out/bad")
-    assert refusal_code(refused) == "lm-eval-unknown-task"
+    assert refusal_code(refused) == "lm-eval-unsafe-code"
 
 
 def test_help_explains_every_flag(run_command_line):

@@ -242,3 +242,16 @@ def test_parsing_needs_no_heavy_import():
 def test_every_command_can_be_quiet_and_show_tracebacks():
     assert (parse().quiet, parse("--quiet").quiet, parse("--no-quiet").quiet) == (False, True, False)
     assert vars(parse("--traceback", "False")) == vars(parse())
+
+
+def test_a_switch_leaves_words_of_no_flag_to_the_command():
+    def read(*words):
+        parser = FlagParser(prog="x")
+        parser.add_argument("names", nargs="*")
+        parser.switch("controls", "uniform merges", default=True)
+        found = parser.parse(list(words))
+        return found.names, found.quiet, found.controls
+
+    assert read("--quiet", "a.yaml", "b") == (["a.yaml", "b"], True, True)
+    assert read("--no-controls", "a.yaml") == (["a.yaml"], False, False)
+    assert read("a.yaml", "--controls", "False", "--quiet") == (["a.yaml"], True, False)

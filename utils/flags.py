@@ -144,12 +144,31 @@ class FlagParser(argparse.ArgumentParser):
         stop_cleanly_on_termination()
         words = sys.argv[1:] if argv is None else list(argv)
         self._refuse_unknown_flags(words)  # before argparse misses the required flag that is misspelled
-        namespace, unknown = self.parse_known_args(words)
+        namespace, unknown = self.parse_known_args(self._switches_apart(words))
         if unknown:
             self.error(self._unknown(unknown[0]), "flag-unknown")
         namespace.__dict__.pop("_given", None)
         show_tracebacks(namespace.__dict__.pop("traceback"))
         return namespace
+
+    def _switches_apart(self, words: Sequence[str]) -> list[str]:
+        """The words with every switch spelled out before a word that is none of its own, where a command takes such."""
+        if not any(not action.option_strings for action in self._actions):
+            return list(words)
+        switches = {
+            text: action.dest for action in self._actions if action.type is boolean for text in action.option_strings
+        }
+        found = []
+        for word, following in zip(words, [*words[1:], "--"], strict=True):
+            name = switches.get(word)
+            if (
+                name is not None
+                and not following.startswith("--")
+                and following.lower() not in TRUE_WORDS | FALSE_WORDS
+            ):
+                word = f"--{name}={not word.startswith(('--no-', '--no_'))}"
+            found.append(word)
+        return found
 
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
         known = {option for action in self._actions for option in action.option_strings}

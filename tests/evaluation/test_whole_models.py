@@ -96,16 +96,28 @@ def test_accuracy_of_a_recipe_is_that_of_the_written_model(pair, preparing, tmp_
     assert compare(table, "recipe", "written") == {("tiny_choice", "acc", "none"): 1.0}
 
 
-def test_tasks_that_are_unknown_or_run_code_are_refused_before_a_model_is_loaded(tmp_path):
+def test_tasks_that_run_code_or_have_no_data_are_refused_before_a_model_is_loaded(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
+    from utils.evaluation.lm_eval_scores import find_tasks
+
+    unsafe = task_file(tmp_path, "tiny_unsafe", "unsafe_code: true")
+    with refused("lm-eval-unsafe-code"):
+        find_tasks([str(unsafe)], confirmed=False)
+    assert find_tasks([str(unsafe)], confirmed=True).unsafe == ("tiny_unsafe",)
+    unnamed = tmp_path / "unnamed.yaml"
+    unnamed.write_text("output_type: multiple_choice")
+    with refused("lm-eval-no-name"):
+        find_tasks([str(unnamed)], confirmed=True)
+    unnamed.unlink()
+    (tmp_path / "rows.jsonl").unlink()
+    with refused("lm-eval-no-data"):
+        find_tasks([str(unsafe)], confirmed=True)
+
+
+@pytest.mark.slow  # reads all of lm-eval's own tasks
+def test_a_task_that_is_unknown(tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
     from utils.evaluation.lm_eval_scores import find_tasks
 
     with refused("lm-eval-unknown-task"):
         find_tasks(["no_such_task"], confirmed=False)
-    unsafe = task_file(tmp_path, "tiny_unsafe", "unsafe_code: true")
-    with refused("lm-eval-unsafe-code"):
-        find_tasks([str(unsafe)], confirmed=False)
-    assert find_tasks([str(unsafe)], confirmed=True).unsafe == ("tiny_unsafe",)
-    (tmp_path / "rows.jsonl").unlink()
-    with refused("lm-eval-no-data"):
-        find_tasks([str(unsafe)], confirmed=True)

@@ -43,7 +43,9 @@ class Judge:
         self.judged = json.loads(self.memory.read_text()) if self.memory.exists() else {}
 
     def recipe_losses(self, recipe: Path, split: str) -> dict[str, float]:
-        """Mean loss per token of a recipe's merge on every task's text of a split."""
+        """Mean loss per token on every task's text of a split of a recipe's merge, or of a model folder in its place."""
+        if recipe.is_dir():
+            return self.model_losses(recipe, split)
         return self._remembered(_digest(recipe), split, lambda: self._merged(recipe))
 
     def model_losses(self, folder: Path, split: str) -> dict[str, float]:

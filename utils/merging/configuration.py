@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.mergekit_api import MergeConfiguration, ModelPath, ModelReference, set_chat_template
+from utils.mergekit_api import MergeConfiguration, ModelReference, set_chat_template
 from utils.merging.recipe_check import CheckedRecipe, ModelName, is_keyword, merged_models
 
 
@@ -20,11 +20,6 @@ class OrderedConfiguration(MergeConfiguration):
     def referenced_models(self) -> list[ModelReference]:
         """The base and the merged models, each once."""
         return merged_models(self)
-
-
-def local_reference(folder: Path) -> ModelReference:
-    """mergekit's reference to a folder; safe for paths that hold '+' or '@'."""
-    return ModelReference(model=ModelPath(path=str(folder)))
 
 
 def configuration(recipe: CheckedRecipe, folders: Mapping[ModelName, Path]) -> OrderedConfiguration:

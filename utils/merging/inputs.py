@@ -16,6 +16,7 @@ from utils.errors import Problem, UserError, raise_collected
 from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
 from utils.merging.settings import MergeSettings
 from utils.models.adapters import check_adapter, merged_folder
+from utils.models.architecture import model_reference
 from utils.models.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
     Raises:
         UserError: a model is malformed, quantized, or an adapter cannot be merged.
     """
-    from utils.merging.configuration import configuration, local_reference
+    from utils.merging.configuration import configuration
 
     recipe, folders, inputs = found.recipe, dict(found.folders), {}
     for name in recipe.models:
@@ -104,7 +105,7 @@ def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
         if name.lora:
             checkpoint = _with_adapter(recipe, name, checkpoint, settings)
         folders[name] = checkpoint.folder
-        local = local_reference(checkpoint.folder)
+        local = model_reference(checkpoint)
         inputs.setdefault(local, MergeInput(local, checkpoint, published_name(name), tuple(_hub_ids(recipe, name))))
     config = configuration(recipe, folders)
     return MergeInputs(config, tuple(inputs[reference] for reference in config.referenced_models()))

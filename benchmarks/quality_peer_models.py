@@ -16,6 +16,19 @@ WEIGHTS = "model.safetensors"
 Formula = Callable[[Sequence[Tensor]], Tensor]
 
 
+def peers_of_one(task: str, density: float) -> dict[str, Variant]:
+    """Peers of one expert at a share of its change's numbers."""
+    return {"truncated SVD": low_rank(task, density)}
+
+
+def peers_of_two() -> dict[str, list[Variant]]:
+    """Peers of several experts, each with the settings among which validation chooses."""
+    return {
+        "TSV-M": [task_vectors(scale) for scale in (0.5, 0.75, 1.0)],
+        "Iso-C": [isotropic_sum(scale) for scale in (0.5, 1.0)],
+    }
+
+
 def low_rank(task: str, density: float) -> Variant:
     """One expert's linear layers by a truncated SVD of the change that holds a share of its numbers; the rest whole."""
     return _variant(f"svd {task} {density:g}", lambda changes: truncated_svd(changes[0], density), tasks=(task,))

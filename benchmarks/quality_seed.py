@@ -9,7 +9,7 @@ from benchmarks.quality_losses import share_kept
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
 from benchmarks.quality_models import Trained, Training, train_or_find
 from benchmarks.quality_pairs import Pair, lay_out
-from benchmarks.quality_peer_models import isotropic_sum, low_rank, task_vectors
+from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO, Figure
 from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
 
@@ -50,17 +50,13 @@ def judge_seed(
     judge = Judge(pair, texts, rows, device)
     say = _Progress(f"{size}, seed {seed}")
     figures = []
-    peers = {
-        "TSV-M": [task_vectors(scale) for scale in (0.5, 0.75, 1.0)],
-        "Iso-C": [isotropic_sum(scale) for scale in (0.5, 1.0)],
-    }
     for task in texts.tasks:
         for budget in BUDGETS:
-            for contender, variant in (one_expert(task, budget) | {"truncated SVD": low_rank(task, budget)}).items():
+            for contender, variant in (one_expert(task, budget) | peers_of_one(task, budget)).items():
                 say(f"{task} {budget} {contender}")
                 losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
                 figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))
-    for contender, variants in (two_experts() | peers).items():
+    for contender, variants in (two_experts() | peers_of_two()).items():
         say(contender)
         best = _chosen(judge, pair, variants, device)
         losses = judge.recipe_losses(best.recipe(pair, device), TEST)

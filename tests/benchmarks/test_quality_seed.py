@@ -14,6 +14,7 @@ from benchmarks.quality_contenders import CONTROLS, Variant, lines, one_expert, 
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
 from benchmarks.quality_models import Trained, Training
 from benchmarks.quality_pairs import lay_out
+from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO
 from benchmarks.quality_seed import _chosen, judge_seed
 from benchmarks.quality_texts import TaskTexts, Texts
@@ -112,7 +113,8 @@ def test_one_seed_from_training_to_figures(tmp_path):
     )
     figures = judge_seed("tiny", training, 0, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
     tasks = {figure.task for figure in figures}
-    assert {figure.contender for figure in figures if figure.experiment == TWO} == set(two_experts())
-    assert len(figures) == len(tasks) * (4 * len(one_expert("math", 0.1)) + len(two_experts()))
+    assert {figure.contender for figure in figures if figure.experiment == TWO} == set(two_experts() | peers_of_two())
+    one, two = one_expert("math", 0.1) | peers_of_one("math", 0.1), two_experts() | peers_of_two()
+    assert len(figures) == len(tasks) * (4 * len(one) + len(two))
     again = judge_seed("tiny", training, 0, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
     assert [dataclasses.asdict(figure) for figure in again] == [dataclasses.asdict(figure) for figure in figures]

@@ -13,7 +13,7 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_evaluations import by_name, plain_losses, save_evaluated_pair
 from tests.tiny_merges import merge_here, recipe, tensors
-from tests.tiny_pairs import save_tokenizer
+from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
 from utils.evaluation.tasks import evaluation_rows
@@ -148,6 +148,20 @@ def test_recipes_of_other_layers_or_tokens_go_through_a_temporary_folder(made, t
     assert losses["recipe"] == losses["written"]
     assert any("recipe is merged into a temporary folder" in line for line in told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.yaml"]
+
+
+def test_a_union_of_tokenizers_that_differ_in_a_chat_template_alone_needs_no_folder(tmp_path):
+    folder = save_evaluated_pair(tmp_path / "pair")
+    save_tokenizer(folder / "code", chat_template=CHATML)
+    data = recipe(folder) | {"tokenizer_source": "union"}
+    told = []
+    scoring = scorer(folder)
+    scoring.tell = told.append
+    written = merge_here(tmp_path, data)
+    candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
+    losses = by_name(scoring.score(candidates, rows_of(scoring)))
+    assert losses["recipe"] == losses["written"]
+    assert not any("temporary folder" in line for line in told)
 
 
 def test_a_merge_that_is_not_finite_has_no_losses_and_stops_no_other(made):

@@ -16,6 +16,7 @@ from utils.merging.planning import PlannedMerge, plan_recipe
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
+from utils.merging.vocabulary import embedding_rows
 from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint
 from utils.models.decoder import Decoder, find_decoder
 from utils.models.weight_source import (
@@ -26,6 +27,7 @@ from utils.models.weight_source import (
     match_names,
 )
 from utils.passes.language_head import require_head
+from utils.passes.subjects import load_tokenizer
 
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
@@ -73,7 +75,7 @@ class Preparing:
         plan = planned.plan
         if changes_layers(candidate):
             return "it changes layers"
-        if plan.vocabulary.task is not None:
+        if plan.vocabulary.task is not None and not _keeps_vocabulary(planned, self.settings.trust_remote_code):
             return "it changes the vocabulary"
         if any(not tensor.sources and not tensor.weight.optional for tensor in plan.tensors):
             return "transformers converts its tensors while loading"
@@ -152,6 +154,19 @@ def _stored(decoder: Decoder, checkpoint: Checkpoint) -> dict[str, TensorHeader]
                 "model-quantized",
             )
     return headers
+
+
+def _keeps_vocabulary(planned: PlannedMerge, trust_remote_code: bool) -> bool:
+    """Whether the tokenizer that a recipe builds has the donor's tokens at the donor's ids, one for each row.
+
+    So it is where tokenizers differ in a chat template alone: then the donor's stands for it.
+    """
+    plan, donor = planned.plan, planned.plan.inputs.donor.checkpoint
+    ours = load_tokenizer(donor.folder, donor.name, trust_remote_code).get_vocab()
+    rows = {tensor.shape[tensor.vocabulary_axis] for tensor in plan.tensors if tensor.vocabulary_axis is not None
+            and tensor.shape is not None}  # fmt: skip
+    before = set(embedding_rows(plan.architecture, donor).values())
+    return plan.vocabulary.info.tokenizer.get_vocab() == ours and rows == before
 
 
 def _loaded(decoder: Decoder, weights: ResidentWeights, name: str) -> ResidentWeights:

@@ -24,7 +24,7 @@ from utils.recipes.saliency_vectors import FORMAT, vector_file_bytes
 
 METHOD = guidance_methods()["saliency_budget"]
 NAMES = ("code", "math")
-STEM = "pair_generated_guided_mean_saliency_budget_{}merge_config.yaml"
+STEM = "pair_generated_guided_mean_out_float32_saliency_budget_{}merge_config.yaml"
 FAMILIES = ("llama", "gpt2")  # untied head; positions, biases, transposed weights, tied head
 
 

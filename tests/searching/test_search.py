@@ -1,11 +1,14 @@
 """Whole searches over simulated losses: what they find, that a kill changes nothing, that nothing is scored twice."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("optuna")
 
 from tests.refusals import refused
 from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run
+from utils.searching.study import require_optuna
 
 
 def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):
@@ -139,3 +142,10 @@ def test_a_gaussian_process_searches_numbers(tmp_path):
     search = a_search(tmp_path, Formula(), sampler="gp")
     run(search, 9)
     assert len(search.study.trials) == 9
+
+
+def test_without_optuna_the_line_that_installs_it_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with refused("search-optuna-missing") as caught:
+        require_optuna()
+    assert "pip install -r requirements-search.txt" in str(caught.value)

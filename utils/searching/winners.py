@@ -26,8 +26,10 @@ class Winners:
     @property
     def all(self) -> tuple[Finished, ...]:
         """Each once."""
-        listed = (self.best, self.stock, *self.front, *self.uniform)
-        return tuple({one.digest: one for one in reversed(listed)}.values())[::-1]
+        found: dict[str, Finished] = {}
+        for one in (self.best, self.stock, *self.front, *self.uniform):
+            found.setdefault(one.digest, one)
+        return tuple(found.values())
 
 
 def choose(finished: list[Finished], objective: Objective, *, pareto: bool) -> Winners:

@@ -35,6 +35,8 @@ def test_every_method_that_measured_has_its_ways_and_numbers():
         ways = [way for way in found.ways if way.guidance == name]
         assert method.merge_method in [way.merge_method for way in ways]
         assert set(method.own_merge_methods) <= {way.merge_method for way in ways}
+        if method.merge_method in method.own_merge_methods:
+            assert set(method.own_merge_methods) == {way.merge_method for way in ways}
         for way in ways:
             assert way.numbers[0] == "lambda"
             if way.merge_method not in OWN_METHODS and name == "lewis":

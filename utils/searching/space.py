@@ -299,6 +299,8 @@ def _ways(guidance: str, settings: SearchSettings, methods: Mapping[str, Guidanc
         ]
     method = methods[guidance]
     usable = DENSITY_METHODS if method.gives == "densities" else WEIGHT_METHODS
+    if method.merge_method in method.own_merge_methods:  # what it measures serves its own merge methods alone
+        usable = {}
     own = {name: OWN_METHODS[name] for name in method.own_merge_methods}
     names = asked or dict.fromkeys((*_USUAL_METHODS, method.merge_method, *own))
     return [

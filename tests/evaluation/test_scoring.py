@@ -17,6 +17,7 @@ from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
 from utils.evaluation.tasks import evaluation_rows
+from utils.merging.settings import MergeSettings
 from utils.pair.config import read_pair_config
 from utils.recipes.saliency_vectors import vector_file_bytes
 
@@ -103,8 +104,8 @@ def plain(folder: Path) -> dict:
 
 
 def assert_scores_as_written(folder: Path, place: Path, data: dict, seed: int) -> None:
-    scoring = scorer(folder)
-    scoring.settings.merge.__dict__["random_seed"] = seed
+    merge = MergeSettings(Path("unwritten"), Path("recipe"), device="cpu", random_seed=seed, quiet=True)
+    scoring = scorer(folder, merge=merge)
     written = merge_here(place, data, random_seed=seed)
     candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
     losses = by_name(scoring.score(candidates, rows_of(scoring)))

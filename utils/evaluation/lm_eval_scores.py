@@ -7,7 +7,7 @@ cache is not used: its key leaves the model out.
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -163,7 +163,7 @@ def means(table: pd.DataFrame) -> Mapping[tuple[str, str, str, str], tuple[float
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Keep lm-eval's log lines and bars off the screen; errors still show."""
     import logging
 
@@ -180,3 +180,5 @@ def _quiet():
             logger.setLevel(level)
         if bars is None:
             del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = bars

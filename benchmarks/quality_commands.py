@@ -76,7 +76,7 @@ def _parts(recipe: Path) -> tuple[dict, list[str]]:
     """A recipe without the places of its vector files, and the digests of these."""
     data = yaml.safe_load(recipe.read_text())
     files = [model["parameters"].pop("saliency", None) for model in data["models"] if "parameters" in model]
-    return data, [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file]
+    return data, [hashlib.sha256((recipe.parent / file).read_bytes()).hexdigest() for file in files if file]
 
 
 def _same_weights(ours: Path, theirs: Path) -> None:

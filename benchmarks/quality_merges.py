@@ -91,7 +91,7 @@ def _digest(recipe: Path) -> str:
     """A digest of what a recipe asks for: its text, and the vector files it names."""
     digest = hashlib.sha256(recipe.read_bytes())
     for path in _vector_files(yaml.safe_load(recipe.read_text())):
-        digest.update(Path(path).read_bytes())
+        digest.update((recipe.parent / path).read_bytes())
     return digest.hexdigest()
 
 

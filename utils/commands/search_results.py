@@ -148,7 +148,8 @@ def _beside(entry: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, An
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    return {**entry, "parameters": {**parameters, "saliency": places[parameters["saliency"]]}}
+    named = parameters["saliency"]
+    return {**entry, "parameters": {**parameters, "saliency": places.get(named, named)}}
 
 
 def _next(ready: "Prepared") -> str:

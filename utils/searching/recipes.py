@@ -214,7 +214,8 @@ def _with_vectors(entry: Mapping[str, Any], places: Mapping[str, Path]) -> dict[
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    return {**entry, "parameters": {**parameters, "saliency": str(places[parameters["saliency"]])}}
+    named = parameters["saliency"]  # a file of the measurement's own keeps its place
+    return {**entry, "parameters": {**parameters, "saliency": str(places.get(named, named))}}
 
 
 def _no_rows() -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.commands.evaluated import Evaluated
+from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
 from utils.publish import MANIFEST, publish_files, to_json
@@ -61,7 +61,7 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     files: dict[str, bytes | Path] = {
         **recipes,
         TRIALS: trials_table(ready.study, ready.objective).to_csv(index=False).encode(),
-        SCORES: scores_table(ready.scorer, evaluated).to_csv(index=False).encode(),
+        SCORES: scores_table(evaluated, Generated()).to_csv(index=False).encode(),
         REPORT: render(page).encode(),
     }
     request["files"] = {name: _sha256(content) for name, content in files.items()}
@@ -211,7 +211,7 @@ def _page(
     from utils.commands.evaluate_page import evaluation_page
     from utils.commands.search_page import add_search
 
-    page = evaluation_page(ready.scorer, evaluated, request, warnings, following)
+    page = evaluation_page(ready.scorer, evaluated, request, warnings, following, Generated())
     page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
     return add_search(page, ready, evaluated, winners, names)
 

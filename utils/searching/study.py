@@ -124,7 +124,7 @@ class SearchStudy:
     def finished(self, all_rows: int | None = None) -> list[Finished]:
         """The trials that have a value; with `all_rows` only those that saw so many rows."""
         found = []
-        for trial in self.trials:
+        for place, trial in enumerate(self.trials):  # as they are counted without interrupted ones
             own = trial.user_attrs
             if trial.state.name != "COMPLETE":
                 continue
@@ -132,9 +132,7 @@ class SearchStudy:
             if all_rows is None or seen == all_rows:
                 point = Point.read(own[_POINT])
                 found.append(
-                    Finished(
-                        trial.number, own[_BATCH], own[_DIGEST], own.get(_KNOWN, ""), point, own[_GAINS], seen == there
-                    )
+                    Finished(place, own[_BATCH], own[_DIGEST], own.get(_KNOWN, ""), point, own[_GAINS], seen == there)
                 )
         return found
 

@@ -1,4 +1,4 @@
-"""The offline example from beginning to end: three small models, the three commands, the comparison.
+"""The offline example from beginning to end: three small models, the five commands.
 
 Run from the repository root, in the project's environment (`make demo` does both; at most four minutes, no network):
 
@@ -21,25 +21,25 @@ OUT = Path("output/demo")
 # Which output folders an earlier run of this script handed to the commands, and may therefore be overwritten.
 RECORD = OUT / "demo_folders.json"
 FRAMES, RECIPES = OUT / "delta_dfs", OUT / "merge_configs"
-MERGED = {"lewis": OUT / "merged_models/lewis", "uniform": OUT / "merged_models/uniform"}
-RECIPE_OF = {
-    "lewis": RECIPES / "demo_0.3_0.8_generated_ties_merge_config.yaml",
-    "uniform": RECIPES / "demo_0.3_0.8_generated_ties_uniform_merge_config.yaml",
-}
+EVALUATION, SEARCH, MERGED = OUT / "evaluation", OUT / "search", OUT / "merged_models"
+GUIDED = RECIPES / "demo_0.3_0.8_generated_ties_merge_config.yaml"
+TRIALS = 12
 
 
 def commands(ours: Collection[Path]) -> list[list[str]]:
-    """The commands in their order, without the interpreter; `--overwrite` where the output folder is in `ours`."""
+    """The commands in their order, without the interpreter; `--overwrite` where the output folder is in `ours`.
+
+    A search goes on in its folder by itself.
+    """
     config = "configs/demo.yaml"
     measure = ["lewis_importance.py", "--config", config, "--out_dir", str(FRAMES)]
     decide = ["lewis_merge.py", "--delta_dfs_in_dir", str(FRAMES), "--config_file", config, "--out_dir", str(RECIPES)]
     decide += ["--gamma", "0.3", "--epsilon", "0.8", "--merge_method", "ties", "--control", "uniform", "--plot"]
-    steps = [(measure, FRAMES), (decide, RECIPES)]
-    for name, folder in MERGED.items():
-        merge = ["utils/merger.py", "--output_path", str(folder), "--merge_config", str(RECIPE_OF[name])]
-        steps.append((merge, folder))
-    guided = [command + ["--overwrite"] * (folder in ours) for command, folder in steps]
-    return [["-m", "demo.train"], *guided, ["-m", "demo.compare"]]
+    evaluate = ["utils/evaluator.py", "--config", config, "--out_dir", str(EVALUATION)]
+    search = ["utils/searcher.py", "--config", config, "--out_dir", str(SEARCH), "--trials", str(TRIALS), "--measure"]
+    merge = ["utils/merger.py", "--output_path", str(MERGED), "--merge_config", str(SEARCH / "best.yaml")]
+    steps = [(measure, FRAMES), (decide, RECIPES), (evaluate, EVALUATION), (search, None), (merge, MERGED)]
+    return [["-m", "demo.train"], *(command + ["--overwrite"] * (folder in ours) for command, folder in steps)]
 
 
 def claim_folders() -> list[Path]:
@@ -51,7 +51,7 @@ def claim_folders() -> list[Path]:
         earlier = [Path(name) for name in json.loads(RECORD.read_text())]
     except (FileNotFoundError, ValueError):  # no earlier run, or one that was killed while it wrote the record
         earlier = []
-    folders = (FRAMES, RECIPES, *MERGED.values())
+    folders = (FRAMES, RECIPES, EVALUATION, MERGED)
     free = [path for path in folders if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(sorted({str(path) for path in (*earlier, *free)}), indent=2) + "\n")
@@ -88,9 +88,11 @@ def main() -> int:
         if code := run(command):
             print(f"error: the step above ended with exit code {code}; the example stops here", file=sys.stderr)
             return code
-    print("\nThe heatmaps of the densities, layer by component:")
+    print("\nThe pages to look at, in a browser:")
+    print(f"  {EVALUATION / 'report.html'}\n  {SEARCH / 'report.html'}")
+    print("The heatmaps of LEWIS's densities, layer by component:")
     print("\n".join(f"  {path}" for path in sorted(RECIPES.glob("*.png"))))
-    print(f"The recipes lie beside them, the merged models in {OUT / 'merged_models'}.")
+    print(f"The recipes lie beside them, the best one in {SEARCH}, its merged model in {MERGED}.")
     print(f"Whole example: {time.monotonic() - started:.0f} s")
     return 0
 

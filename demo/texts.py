@@ -46,7 +46,7 @@ class Sizes:
     base_math: int = 100
     train: int = 700
     calibration: int = 32
-    heldout: int = 80
+    heldout: int = 144
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,6 @@ class Texts:
     base: tuple[str, ...]
     code: Split
     math: Split
-
-    def calibration_mix(self) -> tuple[str, ...]:
-        """Code and arithmetic in turn, half and half."""
-        return tuple(row for pair in zip(self.code.calibration, self.math.calibration, strict=True) for row in pair)
 
 
 def build_texts(sizes: Sizes = Sizes(), seed: int = 0, library: Path | None = None) -> Texts:

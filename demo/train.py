@@ -95,11 +95,11 @@ def train_models(settings: Settings, texts: Texts, out: Path) -> None:
 
 
 def write_data(settings: Settings, texts: Texts, out: Path) -> None:
-    """Publish the calibration mix and both held-out texts as JSONL files with a column `text`."""
+    """Publish each expert's calibration text and held-out text as JSONL files with a column `text`."""
     files = {
-        "calibration.jsonl": texts.calibration_mix(),
-        "heldout_code.jsonl": texts.code.heldout,
-        "heldout_math.jsonl": texts.math.heldout,
+        f"{part}_{name}.jsonl": getattr(split, part)
+        for name, split in (("code", texts.code), ("math", texts.math))
+        for part in ("calibration", "heldout")
     }
     with _publish(out / "data", settings) as stage:
         for name, rows in files.items():

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from demo import compare
 from demo import run as demo_run
 from demo import texts as texts_module
 from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
@@ -46,8 +45,6 @@ def test_text_has_the_sizes_asked_for_and_no_row_twice():
     assert [len(part) for part in all_parts(texts)] == [60, 40, 8, 8, 40, 8, 8]
     rows = [row for part in all_parts(texts) for row in part]
     assert len(set(rows)) == len(rows)
-    assert len(texts.calibration_mix()) == 16
-    assert set(texts.calibration_mix()) == {*texts.code.calibration, *texts.math.calibration}
 
 
 def test_text_follows_from_the_seed_alone():
@@ -218,7 +215,8 @@ def test_data_files_hold_the_text(fast_demo):
         return [json.loads(line)["text"] for line in (fast_demo / "data" / name).read_text("utf-8").splitlines()]
 
     texts = build_texts(FAST.sizes, FAST.seed)
-    assert rows("calibration.jsonl") == list(texts.calibration_mix())
+    assert rows("calibration_code.jsonl") == list(texts.code.calibration)
+    assert rows("calibration_math.jsonl") == list(texts.math.calibration)
     assert rows("heldout_code.jsonl") == list(texts.code.heldout)
     assert rows("heldout_math.jsonl") == list(texts.math.heldout)
 
@@ -296,100 +294,6 @@ def test_windows_hold_the_stream_in_order():
     assert data.shape[1] == 16
 
 
-# --- comparison ---------------------------------------------------------------------------------------------------
-
-
-def losses(lewis: tuple[float, float], uniform: tuple[float, float] = (4.2, 1.4)) -> dict[str, dict[str, float]]:
-    rows = {
-        "base": (5.0, 2.0),
-        "code expert": (4.0, 3.0),
-        "math expert": (6.0, 1.0),
-        "uniform merge": uniform,
-        "LEWIS merge": lewis,
-    }
-    return {name: dict(zip(("code", "math"), pair, strict=True)) for name, pair in rows.items()}
-
-
-def test_words_when_lewis_is_better_on_both():
-    words = compare.verdict(losses((4.1, 1.3)))
-    assert "code text: LEWIS is better than uniform density at the same mean, by 0.1000 nats per token (2.4%)" in words
-    assert "gain over the base (1.0000), LEWIS keeps 90% and uniform 80%" in words
-    assert "math text: LEWIS is better than uniform density at the same mean, by 0.1000 nats per token (7.1%)" in words
-    assert "gain over the base (1.0000), LEWIS keeps 70% and uniform 60%" in words
-    assert "guidance helps" in words
-    assert "worse" not in words
-    assert "prove nothing" in words
-
-
-def test_words_when_lewis_is_worse_on_both():
-    words = compare.verdict(losses((4.3, 1.5)))
-    assert words.count("LEWIS is worse than uniform density") == 2
-    assert "LEWIS keeps 70% and uniform 80%" in words
-    assert "does not help" in words
-    assert "LEWIS is better" not in words
-    assert "prove nothing" in words
-
-
-def test_words_when_each_wins_one_text():
-    assert "LEWIS wins on math text and loses on code text" in compare.verdict(losses((4.3, 1.3)))
-    assert "LEWIS wins on code text and loses on math text" in compare.verdict(losses((4.1, 1.5)))
-
-
-def test_words_when_level_on_one_or_both():
-    words = compare.verdict(losses((4.2, 1.4001)))
-    assert words.count("no difference between LEWIS and uniform") == 2
-    assert "level on both texts" in words
-    assert "LEWIS wins on code text and loses on neither" in compare.verdict(losses((4.1, 1.4)))
-    assert "LEWIS loses on math text and wins on neither" in compare.verdict(losses((4.2, 1.5)))
-
-
-def test_words_when_a_merge_is_worse_than_the_base_or_an_expert_learned_nothing():
-    words = compare.verdict(losses((5.5, 1.3)))
-    assert "LEWIS keeps -50% and uniform 80%" in words
-    assert "negative share means worse than the base" in words
-    flat = losses((4.1, 1.3))
-    flat["math expert"]["math"] = 2.0
-    words = compare.verdict(flat)
-    assert "The math expert is not better than the base here" in words
-    assert "no gain to keep" in words
-
-
-def test_table_is_aligned_and_complete():
-    lines = compare.table(losses((4.1, 1.3))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert [line.split("  ")[0] for line in lines[2:]] == list(compare.MODELS)
-    assert lines[-1].split()[-2:] == ["4.1000", "1.3000"]
-
-
-def test_held_out_loss_counts_tokens_not_rows():
-    """Oracle: log-softmax by hand, one token at a time, averaged over all predicted tokens of all rows."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).eval()
-    rows = [[0, *(int(token) for token in torch.randint(0, 17, (1 + 3 * i % 10,)))] for i in range(11)]
-    assert len(rows) > compare.BATCH
-    assert len({len(row) for row in rows}) > 5
-    expected = []
-    with torch.no_grad():
-        for row in rows:
-            for end in range(1, len(row)):
-                logits = model(input_ids=torch.tensor([row[:end]])).logits[0, -1].double()
-                expected.append(float(torch.logsumexp(logits, 0) - logits[row[end]]))
-    assert compare.heldout_loss(model, rows) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-
-
-def test_comparison_without_models_is_a_clear_error(tmp_path):
-    result = demo_script("-m", "demo.compare", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "is missing: run `python3 demo/run.py`" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
@@ -400,17 +304,15 @@ def test_run_from_elsewhere_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_three_commands_are_called_as_documented():
+def test_the_commands_are_called_as_documented():
     assert [" ".join(command) for command in demo_run.commands([])] == [
         "-m demo.train",
         "lewis_importance.py --config configs/demo.yaml --out_dir output/demo/delta_dfs",
         "lewis_merge.py --delta_dfs_in_dir output/demo/delta_dfs --config_file configs/demo.yaml "
         "--out_dir output/demo/merge_configs --gamma 0.3 --epsilon 0.8 --merge_method ties --control uniform --plot",
-        "utils/merger.py --output_path output/demo/merged_models/lewis "
-        "--merge_config output/demo/merge_configs/demo_0.3_0.8_generated_ties_merge_config.yaml",
-        "utils/merger.py --output_path output/demo/merged_models/uniform "
-        "--merge_config output/demo/merge_configs/demo_0.3_0.8_generated_ties_uniform_merge_config.yaml",
-        "-m demo.compare",
+        "utils/evaluator.py --config configs/demo.yaml --out_dir output/demo/evaluation",
+        "utils/searcher.py --config configs/demo.yaml --out_dir output/demo/search --trials 12 --measure",
+        "utils/merger.py --output_path output/demo/merged_models --merge_config output/demo/search/best.yaml",
     ]
 
 
@@ -457,8 +359,10 @@ def test_config_names_what_training_writes():
     models = {entry["type"]: entry["name"] for entry in config["model_info"]}
     assert models == {name: f"output/demo/models/{name}" for name in ("base", "code", "math")}
     assert config["target_model_names"] == {name: models[name] for name in ("code", "math")}
-    assert config["nsamples"] == 2 * FULL.sizes.calibration
-    assert Path(config["dataset"]["path"]) == demo_run.OUT / "data/calibration.jsonl"
+    assert config["nsamples"] == FULL.sizes.calibration
+    for key, part in (("calibration", "calibration"), ("evaluation", "heldout")):
+        paths = {name: Path(text["path"]) for name, text in config[key].items()}
+        assert paths == {name: demo_run.OUT / f"data/{part}_{name}.jsonl" for name in ("code", "math")}
 
 
 def test_no_machine_path_in_the_example():

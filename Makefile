@@ -21,9 +21,9 @@ test-fast: $(VENV)/test-ready
 test-slow: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow
 
-$(VENV)/demo-ready: requirements.txt requirements-plots.txt
+$(VENV)/demo-ready: requirements.txt requirements-plots.txt requirements-search.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-plots.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(patsubst %,-r %,$^)
 	touch $@
 
 $(VENV)/test-ready: requirements.txt requirements-plots.txt requirements-search.txt requirements-test.txt

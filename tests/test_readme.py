@@ -48,7 +48,7 @@ def workplace(tmp_path: Path) -> Path:
     """A folder with the shipped Gemma config, its hub names and text replaced by local ones and nothing else."""
     for seed, name in enumerate(("gemma-2-2b", "gemma-2-2b-it")):
         save_tokenizer(save_tiny("gemma2", tmp_path / "google" / name, seed=seed, layers=2))
-    rows = [{"text": f"Add {i} to {i}.", "code": f"def f():\n    return {i} + {i}", "task_id": i} for i in range(20)]
+    rows = [{"text": f"Add {i} to {i}.", "code": f"def f():\n    return {i} + {i}", "task_id": i} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = (ROOT / "configs" / "gemma_2b.yaml").read_text()
     local = re.sub(r"^dataset: mbpp.*$", "dataset: {name: mbpp, path: rows.jsonl, seqlen: 48}", config, flags=re.M)
@@ -120,11 +120,14 @@ def test_every_config_key_is_explained():
 
 def test_the_yaml_in_it_is_valid(tmp_path):
     whole, dataset = fenced(ROOT / "docs/config.md", "yaml")
+    (search,) = fenced(ROOT / "docs/search.md", "yaml")
     path = tmp_path / "pair.yaml"
     path.write_text(whole)
     assert read_pair_config(path).experts[0].revision == "main"
     path.write_text(yaml.safe_dump(yaml.safe_load(whole) | yaml.safe_load(dataset)))
     assert read_pair_config(path).dataset.path == "data/my_task.jsonl"
+    path.write_text(whole + search)
+    assert read_pair_config(path).search.depth_groups == 3
 
 
 @pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])

@@ -108,6 +108,19 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     assert pd.read_csv(out / "scores.csv").equals(scores)
 
 
+def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, capsys):
+    texts = yaml.safe_load((pair / "pair.yaml").read_text())["calibration"]
+    swapped = {"code": texts["math"], "math": texts["code"]}
+    own = {"code": texts["code"], "math": texts["math"]}
+    settings(pair, calibration=swapped, evaluation=own, search={"guidance": ["gram_mean"]})
+    with refused("text-without-gain"):
+        search_pair(options(pair, measure=True))
+    settings(pair, calibration=swapped, evaluation=own, search={})
+    search_pair(options(pair, measure=True, trials=4, out_dir=pair / "out/all"))
+    assert "guidance gram_mean is left out" in (said := capsys.readouterr().err) and "[text-without-gain]" in said
+    assert (pair / "out/all/best.yaml").exists()
+
+
 @pytest.mark.slow
 def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     settings(pair, search=UNGUIDED)

@@ -1,5 +1,6 @@
 """The search's one job: what is measured and allowed -> a study of recipes, raced on validation rows -> the best, on test rows."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ def search_pair(options: SearchOptions) -> None:
 
 
 def _measure_missing(options: SearchOptions) -> None:
-    """Measure the pair with every guidance that is asked for (all that can be, without `search.guidance`) and missing."""
+    """Measure the pair with every guidance that is asked for (all that can be, without `search.guidance`) and missing.
+
+    A guidance that nobody asked for by name and that refuses this pair's models or text is left out, which is said.
+    """
     from utils.guidance.measured_pair import experts_to_merge
     from utils.guidance.method import guidance_methods
     from utils.searching.measurements import FOLDER, find_measurements
@@ -70,19 +74,24 @@ def _measure_missing(options: SearchOptions) -> None:
         wanted = name in asked if asked else experts >= method.fewest_experts
         if name in there or name in UNGUIDED or not wanted:
             continue
-        measure_pair(
-            MeasureOptions(
-                config=config,
-                method=method,
-                method_options={flag.name: flag.default for flag in method.measure_flags},
-                out_dir=options.out_dir / FOLDER / name,
-                device=options.device,
-                devices=options.devices,
-                micro_batch_tokens=options.micro_batch_tokens,
-                trust_remote_code=options.trust_remote_code,
-                quiet=options.quiet,
+        try:
+            measure_pair(
+                MeasureOptions(
+                    config=config,
+                    method=method,
+                    method_options={flag.name: flag.default for flag in method.measure_flags},
+                    out_dir=options.out_dir / FOLDER / name,
+                    device=options.device,
+                    devices=options.devices,
+                    micro_batch_tokens=options.micro_batch_tokens,
+                    trust_remote_code=options.trust_remote_code,
+                    quiet=options.quiet,
+                )
             )
-        )
+        except UserError as error:
+            if asked:
+                raise
+            print(f"warning: guidance {name} is left out: {error} [{error.code}]", file=sys.stderr)
 
 
 def _run(ready: Prepared) -> str:

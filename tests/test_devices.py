@@ -57,10 +57,13 @@ def assert_same_models(folder: Path, other: Path) -> None:
         torch.testing.assert_close(two[name].float(), value.float(), rtol=2**-7, atol=1e-6)
 
 
+ACCEPTING = {"accept_useless_text": True}  # experts of random numbers gain nothing
+
+
 def measured_here(method: GuidanceMethod) -> PairConfig:
     """Measure the pair in the current folder on the CPU, in this process; the tables are in `HERE`."""
     config = read_pair_config(Path("pair.yaml"))
-    own = {flag.name: flag.default for flag in method.measure_flags}
+    own = {flag.name: flag.default for flag in method.measure_flags} | (ACCEPTING if method.name == "gram_mean" else {})
     measure_pair(MeasureOptions(config, method, own, HERE, "cpu", "float32", 64))
     return config
 
@@ -81,6 +84,7 @@ def test_every_guidance_measures_the_same_as_on_the_cpu(tmp_path, monkeypatch, n
     waits = run_on_device(
         pair, "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", "there", "--guidance", name),
         *("--dtype", "float32", "--micro_batch_tokens", "64"),
+        *(f"--{flag}" for flag in (ACCEPTING if name == "gram_mean" else ())),
     )  # fmt: skip
     monkeypatch.chdir(pair)
     measured_here(guidance_methods()[name])
@@ -89,7 +93,8 @@ def test_every_guidance_measures_the_same_as_on_the_cpu(tmp_path, monkeypatch, n
         vectors, others = load_file(file), load_file(pair / "there" / file.name)
         assert vectors.keys() == others.keys()
         for key, vector in vectors.items():
-            np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-2 if GPU else 1e-4, atol=1e-9)
+            least = 1e-6 * float(vector.abs().max())  # sums that cancel have the rounding of their terms
+            np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-2 if GPU else 1e-4, atol=least)
     # results are fetched once, after the last block; transformers looks once at every padded mask, before the first
     assert not [wait for wait in waits if "_through_block" in wait["stack"]]
     assert waits or GPU

@@ -151,7 +151,7 @@ def test_a_lines_control_has_the_same_means_and_grows_with_depth(pair, measure, 
     first, second = ([value for text, value in weights.items() if f"layers.{layer}." in text] for layer in (0, 1))
     assert len(set(first)) == len(set(second)) == 1 and second[0] == pytest.approx(3 * first[0])
     assert len({entry["value"] for entry in control["density"][:-1]}) == 1
-    assert "by depth" in ended.stdout and "merged_models_lines" in ended.stdout
+    assert "by depth" in ended.stdout and "merged_models/pair_0.3_0.8_generated_ties_lines" in ended.stdout
 
 
 def test_lines_keeps_the_mean_weight_over_parameters():

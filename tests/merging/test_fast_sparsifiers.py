@@ -51,7 +51,7 @@ def place(request, monkeypatch):
     """Each way of selecting, as a function that puts a tensor where that way is taken."""
     monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"cpu": 29, "default": 29})
     if request.param == "search over bits":
-        monkeypatch.setattr(selection, "_counts_patterns", lambda device: False)
+        monkeypatch.setattr(selection, "counts_patterns", lambda device: False)
     return (lambda x: x.cuda()) if request.param == "cuda" else (lambda x: x)
 
 

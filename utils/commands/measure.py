@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def measure_pair(options: MeasureOptions) -> None:
+def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     """Check everything that can be known without weights, measure every model, publish the dataframe folder.
+
+    Args:
+        options: what was asked for.
+        alone: whether this is all that runs, so that the next command is named at the end.
 
     Raises:
         UserError: anything the user can mend; nothing is written then.
@@ -70,7 +74,8 @@ def measure_pair(options: MeasureOptions) -> None:
         if not options.overwrite:
             if _already_there(options.out_dir, request):
                 print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
-                report.say_next(options)
+                if alone:
+                    report.say_next(options)
                 return
             refuse_existing(options.out_dir, names)
         for line in report.choices(options, job, samples):
@@ -87,7 +92,8 @@ def measure_pair(options: MeasureOptions) -> None:
         files = folder_files(measured.files, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite)
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
-    report.say_next(options)
+    if alone:
+        report.say_next(options)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ def _measure_missing(options: SearchOptions) -> None:
                     micro_batch_tokens=options.micro_batch_tokens,
                     trust_remote_code=options.trust_remote_code,
                     quiet=options.quiet,
-                )
+                ),
+                alone=False,
             )
         except UserError as error:
             if asked:

@@ -6,6 +6,7 @@ python -m pytest tests/guidance/sens_merging/test_commands.py
 import importlib
 import io
 import json
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from tests.conftest import ROOT
 from tests.plain_gradients import plain_gradients
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
@@ -295,11 +297,12 @@ def test_the_three_commands_as_a_user_runs_them(saved, tmp_path, run_command_lin
     done = run_command_line("lewis_importance.py", *flags, cwd=folder)
     for script in ("lewis_merge.py", "utils/merger.py"):  # each command says what to run next
         assert done.returncode == 0, done.stderr
-        words = done.stdout.split("next:")[-1].replace("\\\n", " ").split()
-        assert words[:2] == ["python3", script]
+        words = shlex.split(done.stdout.split("next:")[-1].split("\nor,")[0].replace("\\\n", " "))
+        assert words[0] == sys.executable and Path(words[1]) == ROOT / script
         done = run_command_line(script, *words[2:], cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert tensors(folder / "run/merged_models").keys() == tensors(folder / "base").keys()
+    (merged,) = (folder / "run/merged_models").iterdir()
+    assert tensors(merged).keys() == tensors(folder / "base").keys()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

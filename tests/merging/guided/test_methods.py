@@ -12,6 +12,7 @@ from mergekit.merge_methods.api import merge_tensors
 from tests.conftest import ROOT
 from tests.refusals import refused
 from utils.errors import UserError
+from utils.merging.guided import mean as guided_mean
 from utils.merging.guided.gram_method import GRAM_MEAN, GramMean
 from utils.merging.guided.methods import (
     GUIDED_MEAN,
@@ -227,7 +228,7 @@ def test_registering_twice_changes_nothing(run_command_line, tmp_path):
         "assert merge_methods.registered_methods() == before, 'importing must not register'\n"
         "register_methods(); register_methods()\n"
         "after = merge_methods.registered_methods()\n"
-        "own = tuple(merge_methods.get(name) for name in ('guided_ties', 'guided_mean'))\n"
+        "own = tuple(merge_methods.get(name) for name in ('guided_ties', 'guided_mean', 'gram_mean'))\n"
         "assert tuple(after) == (*before, *own)\n"
         "print('fine')"
     )
@@ -330,13 +331,11 @@ def test_equal_squares_without_a_floor_are_the_plain_mean(folder, constant, dtyp
 
 
 def test_a_mean_in_several_pieces_is_that_of_one(folder, monkeypatch):
-    from utils.merging.guided import mean as guided_average
-
     base, *others = torch.randn((3, 50, 8), generator=torch.Generator().manual_seed(4))
     files = [write_vectors(folder / f"s{place}", torch.rand(50), torch.rand(8)) for place in range(2)]
     parameters = {"weight": [1.0, 2.0], "density": [1.0, 0.4], "saliency": files}
     merged = [merge_tensors([base, *others], GUIDED_MEAN, parameters=parameters, base_index=0, name=NAME)]
-    monkeypatch.setattr(guided_average, "_AT_ONCE", 3 * 8)
+    monkeypatch.setattr(guided_mean, "ENTRIES_AT_ONCE", 3 * 8)
     merged.append(merge_tensors([base, *others], GUIDED_MEAN, parameters=parameters, base_index=0, name=NAME))
     assert torch.equal(*merged)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**21  # entries in temporaries together
-TEMPORARIES = 24 * _AT_ONCE  # bytes, about: six float32 of them
+ENTRIES_AT_ONCE = 2**21  # entries in temporaries together
+TEMPORARIES = 24 * ENTRIES_AT_ONCE  # bytes, about: six float32 of them
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def guided_mean(
     weighed = [_Weighed.of(model, base, power, exact) for model in models if model.weight]
     least = floor / max(1, len(models)) * sum(one.weight * one.mean for one in weighed)
     merged = torch.empty_like(before, memory_format=torch.contiguous_format)
-    at_once = max(1, _AT_ONCE // before.shape[1])
+    at_once = max(1, ENTRIES_AT_ONCE // before.shape[1])
     for start in range(0, before.shape[0], at_once):
         rows = slice(start, start + at_once)
         merged[rows] = _mean_of_rows(before[rows].to(exact), weighed, rows, least, scale)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from tests.tiny_experts import save_experts
 from tests.tiny_pairs import contents, write_config
 from utils.commands.search import search_pair
 from utils.commands.search_setup import SearchOptions
+from utils.evaluation import entries
+from utils.models.weight_source import build_skeleton
 from utils.pair.config import read_pair_config
 
 ROWS = ("--validation_rows", 24, "--test_rows", 24, "--first_rows", 6)
@@ -254,10 +257,19 @@ def test_a_front_over_the_tasks(pair):
     assert manifest["options"]["pareto"] and len(manifest["best"]) >= 2
 
 
-def test_each_device_scores_its_share(pair):
-    """`cpu,cpu` stands for two GPUs: the same losses, the same end."""
+def test_each_device_scores_its_share(pair, monkeypatch):
+    """`cpu,cpu` stands for two GPUs: the same losses, the same end; no model is built while threads score, for that
+    changes torch's defaults for all of them."""
+    built_by = set()
+
+    def recorded(*given, **named):
+        built_by.add(threading.current_thread())
+        return build_skeleton(*given, **named)
+
+    monkeypatch.setattr(entries, "build_skeleton", recorded)
     settings(pair, search=UNGUIDED)
     search_pair(options(pair, out_dir=pair / "one"))
     search_pair(options(pair, out_dir=pair / "two", devices="cpu,cpu"))
     one, two = (pd.read_csv(pair / name / "trials.csv").drop(columns="seconds") for name in ("one", "two"))
     assert one.equals(two)
+    assert built_by == {threading.main_thread()}

@@ -121,6 +121,20 @@ class Scorer:
             self._checked(ready)
         return list(planned.warnings)
 
+    def make_ready(self, candidates: Sequence[Candidate]) -> set[str]:
+        """Build the skeletons that candidates need, so that `score` builds none; headers alone are read.
+
+        Returns:
+            The names of candidates whose model has to be written first, and is built then.
+        """
+        written = set()
+        for candidate in candidates:
+            if candidate.recipe is None:
+                self._preparing.model(candidate)
+            elif isinstance(self._preparing.recipe(candidate, self._preparing.plan(candidate)), str):
+                written.add(candidate.name)
+        return written
+
     def planned(self, candidate: Candidate) -> PlannedMerge:
         """A recipe's merge, planned as command 3 would; headers alone are read."""
         return self._preparing.plan(candidate)

@@ -1,6 +1,6 @@
 """The offline example from beginning to end: three small models, the five commands.
 
-Run from the repository root, in the project's environment (`make demo` does both; at most four minutes, no network):
+Run from the repository root, in the project's environment (`make demo` does both; some minutes, no network):
 
     python3 demo/run.py
 """
@@ -24,6 +24,7 @@ FRAMES, RECIPES = OUT / "delta_dfs", OUT / "merge_configs"
 EVALUATION, SEARCH, MERGED = OUT / "evaluation", OUT / "search", OUT / "merged_models"
 GUIDED = RECIPES / "demo_0.3_0.8_generated_ties_merge_config.yaml"
 TRIALS = 12
+ROWS = ["--validation_rows", "8", "--test_rows", "24"]  # few, so that the example ends in minutes
 
 
 def commands(ours: Collection[Path]) -> list[list[str]]:
@@ -35,8 +36,9 @@ def commands(ours: Collection[Path]) -> list[list[str]]:
     measure = ["lewis_importance.py", "--config", config, "--out_dir", str(FRAMES)]
     decide = ["lewis_merge.py", "--delta_dfs_in_dir", str(FRAMES), "--config_file", config, "--out_dir", str(RECIPES)]
     decide += ["--gamma", "0.3", "--epsilon", "0.8", "--merge_method", "ties", "--control", "uniform", "--plot"]
-    evaluate = ["utils/evaluator.py", "--config", config, "--out_dir", str(EVALUATION)]
+    evaluate = ["utils/evaluator.py", "--config", config, "--out_dir", str(EVALUATION), *ROWS, "--no-samples"]
     search = ["utils/searcher.py", "--config", config, "--out_dir", str(SEARCH), "--trials", str(TRIALS), "--measure"]
+    search += [*ROWS, "--first_rows", "4"]
     merge = ["utils/merger.py", "--output_path", str(MERGED), "--merge_config", str(SEARCH / "best.yaml")]
     steps = [(measure, FRAMES), (decide, RECIPES), (evaluate, EVALUATION), (search, None), (merge, MERGED)]
     return [["-m", "demo.train"], *(command + ["--overwrite"] * (folder in ours) for command, folder in steps)]

@@ -310,8 +310,10 @@ def test_the_commands_are_called_as_documented():
         "lewis_importance.py --config configs/demo.yaml --out_dir output/demo/delta_dfs",
         "lewis_merge.py --delta_dfs_in_dir output/demo/delta_dfs --config_file configs/demo.yaml "
         "--out_dir output/demo/merge_configs --gamma 0.3 --epsilon 0.8 --merge_method ties --control uniform --plot",
-        "utils/evaluator.py --config configs/demo.yaml --out_dir output/demo/evaluation",
-        "utils/searcher.py --config configs/demo.yaml --out_dir output/demo/search --trials 12 --measure",
+        "utils/evaluator.py --config configs/demo.yaml --out_dir output/demo/evaluation "
+        "--validation_rows 8 --test_rows 24 --no-samples",
+        "utils/searcher.py --config configs/demo.yaml --out_dir output/demo/search --trials 12 --measure "
+        "--validation_rows 8 --test_rows 24 --first_rows 4",
         "utils/merger.py --output_path output/demo/merged_models --merge_config output/demo/search/best.yaml",
     ]
 

@@ -32,7 +32,12 @@ def main() -> None:
         "several of one kind, such as cuda:0,cuda:1 or cpu,cpu: models are measured side by side; replaces --device "
         "(without it, on a CPU: as many as threads and memory allow)",
     )
-    parser.flag("dtype", "precision of the forward pass; auto: the checkpoint's own", choices=DTYPES, default="auto")
+    parser.flag(
+        "dtype",
+        "precision of the forward pass; auto: the checkpoint's own, or float32 on a processor that is slow in that",
+        choices=DTYPES,
+        default="auto",
+    )
     parser.flag(
         "micro_batch_tokens",
         "tokens that go through a block together; lower it if memory is short [default: 2048 on the CPU, 16384 on a "

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import ROOT
 from utils.errors import UserError
-from utils.runtime import available_bytes, choose_device, gigabytes, import_libraries, versions
+from utils.runtime import available_bytes, choose_device, computing_dtype, gigabytes, import_libraries, versions
 
 
 def gpus(monkeypatch, count: int) -> None:
@@ -49,6 +49,25 @@ def test_devices_refused(monkeypatch, asked, count, words):
     with pytest.raises(UserError) as caught:
         choose_device(asked)
     assert words in str(caught.value) and f"--device {asked}" in str(caught.value).replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "capabilities", "expected"),
+    [
+        ("bfloat16", "cpu", {}, "float32"),
+        ("bfloat16", "cpu", {"avx512_f": True, "avx512_fp16": True}, "float32"),
+        ("bfloat16", "cpu", {"amx_bf16": True}, "bfloat16"),
+        ("bfloat16", "cpu", {"bf16": True}, "bfloat16"),
+        ("float16", "cpu", {"avx512_bf16": True}, "float32"),
+        ("float16", "cpu", {"fp16_arith": True}, "float16"),
+        ("float32", "cpu", {}, "float32"),
+        ("float64", "cpu", {}, "float64"),
+        ("bfloat16", "cuda", {}, "bfloat16"),
+    ],
+)
+def test_few_bits_are_computed_in_where_the_device_multiplies_them(monkeypatch, stored, device, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computing_dtype(stored, torch.device(device)) == expected
 
 
 def test_memory_and_versions():

@@ -83,7 +83,12 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("first_rows", "rows a task in the first round of a race", type=whole_number(4, 10**6), default=8)
     parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
     parser.flag("devices", "several of one kind, such as cuda:0,cuda:1: candidates go side by side; replaces --device")
-    parser.flag("dtype", "precision of the forward pass; auto: each model's own", choices=DTYPES, default="auto")
+    parser.flag(
+        "dtype",
+        "precision of the forward pass; auto: each model's own, or float32 on a processor that is slow in that",
+        choices=DTYPES,
+        default="auto",
+    )
     parser.flag(
         "micro_batch_tokens",
         "tokens that go through a block together [default: 2048 on the CPU, 16384 on a GPU]",

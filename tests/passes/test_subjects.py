@@ -42,8 +42,22 @@ def test_subjects_stand_in_the_order_of_the_config(pair):
         (text,) = subject.texts.values()
         assert text.tokens == sum(map(len, text.encoded)) > 0
         assert all(parameter.is_meta for parameter in subject.decoder.model.parameters())
-        assert subject.dtype == torch.bfloat16
     assert model_doubts(subjects[0], subjects[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "changes", "computed"),
+    [
+        ({"avx2": True}, "auto", {}, torch.float32),
+        ({"avx512_bf16": True}, "auto", {}, torch.bfloat16),
+        ({"avx2": True}, "auto", {"parity": "reference"}, torch.bfloat16),
+        ({"avx2": True}, "bfloat16", {}, torch.bfloat16),
+        ({"avx512_bf16": True}, "float32", {}, torch.float32),
+    ],
+)
+def test_what_a_checkpoint_in_bfloat16_is_computed_in(pair, monkeypatch, capabilities, dtype, changes, computed):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert {subject.dtype for subject in prepared(pair, dtype, **changes)} == {computed}
 
 
 def test_parity_counts_the_pads(pair):

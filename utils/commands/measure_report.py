@@ -39,7 +39,14 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
 
 def _subject_lines(options: MeasureOptions, job: MeasureJob, subject: Subject) -> Iterator[str]:
     """One line, or where experts have texts of their own one more for each text that the model is measured on."""
-    why = "the checkpoint's own" if options.dtype == "auto" else "asked for"
+    own = subject.checkpoint.float_dtype
+    why = (
+        "the checkpoint's own"
+        if own == str(subject.dtype).removeprefix("torch.")
+        else f"{own} is slow on this processor"
+    )
+    if options.dtype != "auto":
+        why = "asked for"
     line = (
         f"{subject.entry.type}: {subject.entry.name}, {subject.checkpoint.architecture}, "
         f"{len(subject.decoder.blocks)} blocks, {gigabytes(subject.checkpoint.total_bytes)}, "

@@ -28,6 +28,7 @@ from utils.models.weight_source import (
 )
 from utils.passes.language_head import require_head
 from utils.passes.subjects import load_tokenizer
+from utils.runtime import computing_dtype
 
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
@@ -52,7 +53,8 @@ class ReadyCandidate:
 class Preparing:
     """How candidates are made ready: where they are computed, in what dtype, with what of command 3's flags.
 
-    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own) or a torch name. Skeletons are kept, since many
+    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own, or float32 where the device is slow in it) or a torch
+    name. Skeletons are kept, since many
     recipes share one.
     """
 
@@ -81,7 +83,7 @@ class Preparing:
             return "transformers converts its tensors while loading"
         donor = plan.inputs.donor.checkpoint
         promised = _promised(planned)
-        dtype = _torch_dtype(promised.float_dtype if self.dtype == "auto" else self.dtype)
+        dtype = self._computed(promised)
         decoder = self._skeleton(donor, dtype)
         headers = _stored(decoder, promised)
         if headers is None:
@@ -113,7 +115,7 @@ class Preparing:
             self.skeletons = {key: value for key, value in self.skeletons.items() if key[0] != folder}
 
     def _ready(self, candidate: Candidate, checkpoint: Checkpoint) -> ReadyCandidate:
-        dtype = _torch_dtype(checkpoint.float_dtype if self.dtype == "auto" else self.dtype)
+        dtype = self._computed(checkpoint)
         decoder = self._skeleton(checkpoint, dtype)
         headers = _stored(decoder, checkpoint)
         trust = self.settings.trust_remote_code
@@ -128,6 +130,11 @@ class Preparing:
             )
         return ReadyCandidate(
             candidate, decoder, checkpoint.folder, dtype, lambda: StreamedWeights(headers, self.device, dtype)
+        )
+
+    def _computed(self, checkpoint: Checkpoint) -> torch.dtype:
+        return getattr(
+            torch, computing_dtype(checkpoint.float_dtype, self.device) if self.dtype == "auto" else self.dtype
         )
 
     def _skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
@@ -184,7 +191,3 @@ def _promised(planned: PlannedMerge) -> Checkpoint:
             code = _CODES[tensor.dtype] if tensor.dtype else stored  # integers are copied
             headers[tensor.name] = TensorHeader(tensor.name, code, tensor.shape, donor.folder, 0, tensor.nbytes)
     return Checkpoint(planned.recipe.path.stem, None, donor.folder, donor.config, headers)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)

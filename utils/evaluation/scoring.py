@@ -31,7 +31,7 @@ from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_con
 from utils.pair.config import PairConfig
 from utils.passes.subjects import check_tokens, load_tokenizer, pad_token, tokenizer_digest
 from utils.publish import file_sha256
-from utils.runtime import available_bytes
+from utils.runtime import available_bytes, computing_dtype
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")
 _SHARE = 0.5  # of the free memory, for hidden states
@@ -41,8 +41,8 @@ _SHARE = 0.5  # of the free memory, for hidden states
 class ScoreSettings:
     """How losses are computed.
 
-    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own) or a torch name; merged tensors are rounded to the
-    recipe's output dtype first. `tokens_at_once` is of a batch, None: by device. `most_at_once` bounds the candidates of
+    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own, or float32 where the device is slow in it) or a torch
+    name; merged tensors are rounded to the recipe's output dtype first. `tokens_at_once` is of a batch, None: by device. `most_at_once` bounds the candidates of
     a pass, None: by memory. `merge` are command 3's flags (seed, device). `scratch` is where models that have to be
     written lie meanwhile, None for the system's folder.
     """
@@ -64,6 +64,8 @@ class ScoreSettings:
         return {
             "device": self.device.type,
             "dtype": self.dtype,
+            "bfloat16_computed_in": computing_dtype("bfloat16", self.device),
+            "float16_computed_in": computing_dtype("float16", self.device),
             "batch_tokens": self.batch_tokens,
             "random_seed": self.merge.random_seed,
         }

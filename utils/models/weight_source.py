@@ -144,26 +144,36 @@ class StreamedWeights:
 
 
 class ResidentWeights:
-    """The same service from a model that transformers has loaded on the CPU."""
+    """The same service from a model that transformers has loaded on the CPU.
+
+    It is held in the narrower of the checkpoint's dtype and the one asked for, and handed over in the latter.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool):
         from transformers import AutoModelForCausalLM
 
         self.device, self.dtype = device, dtype
+        stored = getattr(torch, checkpoint.float_dtype)
         loaded, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
-            dtype=dtype,
+            dtype=min(stored, dtype, key=lambda one: one.itemsize),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
         )
-        invented = set(report["missing_keys"])  # random numbers: a head that the checkpoint of a bare body lacks
+        left_out = set(report["missing_keys"])  # random numbers: a head that the checkpoint of a bare body lacks
+        if stored.itemsize < dtype.itemsize:  # buffers that no file stores, made in few bits: the skeleton has its own
+            saved = loaded.state_dict()
+            left_out |= {name for name, _ in loaded.named_buffers() if name not in saved}
         named = [*loaded.named_parameters(), *loaded.named_buffers()]
-        self.tensors = {name: value for name, value in named if name not in invented}
+        self.tensors = {name: value for name, value in named if name not in left_out}
 
     def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Copy tensors to the device."""
-        return {name: self.tensors[name].detach().to(self.device) for name in names if name in self.tensors}
+        return {
+            name: value.detach().to(self.device, self.dtype if isinstance(value, nn.Parameter) else None)
+            for name, value in ((name, self.tensors[name]) for name in names if name in self.tensors)
+        }
 
     def read_ahead(self, names: list[str]) -> None:
         """Nothing to do: the weights are in memory."""

@@ -19,6 +19,7 @@ from utils.pair.calibration import Sample, encode, micro_batches, reference_batc
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.source import CalibrationSource
 from utils.publish import file_sha256
+from utils.runtime import computing_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """How to compute: the device, `auto` or a torch dtype's name, and tokens per micro-batch (None: by device)."""
+    """How to compute: the device, `auto` or a torch dtype's name, and tokens per micro-batch (None: by device).
+
+    `auto` is the checkpoint's own dtype, or float32 where the device is slow in it (`computing_dtype`); with
+    `parity: reference` the checkpoint's own, as published.
+    """
 
     device: "torch.device"
     dtype: str
@@ -146,7 +151,7 @@ def _subject(
 
     where = f"model {entry.name}"
     checkpoint = open_checkpoint(entry.name, entry.revision)
-    dtype = getattr(torch, checkpoint.float_dtype if precision.dtype == "auto" else precision.dtype)
+    dtype = getattr(torch, _dtype_of(checkpoint, precision, config.parity))
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
     headers = match_names(model, checkpoint, head=True) or match_names(model, checkpoint)  # a body alone has no head
@@ -156,6 +161,12 @@ def _subject(
         for source, ids in encoded.items()
     }
     return Subject(entry, checkpoint, decoder, headers, dtype, texts)
+
+
+def _dtype_of(checkpoint: Checkpoint, precision: Precision, parity: bool) -> str:
+    if precision.dtype != "auto":
+        return precision.dtype
+    return checkpoint.float_dtype if parity else computing_dtype(checkpoint.float_dtype, precision.device)
 
 
 def _batched(

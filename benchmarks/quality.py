@@ -3,6 +3,7 @@
     python3 benchmarks/quality.py --data DATA
     python3 benchmarks/quality.py --data DATA --preset gpu
     python3 benchmarks/quality.py --sizes small --seeds 2          # a look; the offline example's text
+    until python3 benchmarks/quality.py --data DATA --minutes 40; do :; done      # in parts
 
 `DATA` holds `gsm8k/{train,test}.jsonl` and `mbpp/{train,validation,test,prompt}.jsonl`; without it the offline example's
 text is used. Per seed a base and an expert per task are trained from nothing (cached by a hash of what made them), every
@@ -28,6 +29,7 @@ from demo.small_model import Shape
 from utils.errors import run_command
 
 RESULTS = Path(__file__).resolve().parent / "results"
+UNFINISHED = 75  # the exit status while there is work left (sysexits.h: temporary failure)
 ROWS = {"validation": 40, "test": 80}
 LARGE = Training(
     Shape(vocabulary=8192, hidden=768, intermediate=2048, blocks=12, heads=12),
@@ -63,6 +65,7 @@ class Run:
     data: Path | None
     work: Path
     device: str
+    until: float | None
 
 
 def main() -> None:
@@ -70,21 +73,24 @@ def main() -> None:
     asked = _flags()
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
     device = "cpu" if asked.preset == "cpu" else "cuda"
+    until = None if asked.minutes is None else time.time() + 60 * asked.minutes
     runs = [
-        Run(size, seed, asked.data, asked.work.resolve(), device)
+        Run(size, seed, asked.data, asked.work.resolve(), device, until)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
         for seed in range(min(size.seeds, asked.seeds or size.seeds))
     ]
-    start = time.perf_counter()
     workers = asked.workers or (os.cpu_count() or 1 if device == "cpu" else 1)
-    figures = []
     if workers == 1:
-        for run in runs:
-            figures += _one_seed(run)
+        found = [_one_seed(run) for run in runs]
     else:
         with ProcessPoolExecutor(min(workers, len(runs)), initializer=_one_thread) as pool:
-            for found in pool.map(_one_seed, runs):
-                figures += found
+            found = list(pool.map(_one_seed, runs))
+    if None in found:
+        print(
+            f"{asked.minutes:g} minutes are over and there is work left; run the same again to go on", file=sys.stderr
+        )
+        sys.exit(UNFINISHED)
+    figures = [figure for own, _ in found for figure in own]
     if not asked.skip_commands:
         from benchmarks.quality_commands import check_commands
         from benchmarks.quality_seed import prepare
@@ -93,7 +99,7 @@ def main() -> None:
         _one_thread()  # as the processes that measured before: sums depend on the number of threads
         pair, _ = prepare(first.size.training, first.seed, first.data, first.work, first.device)
         check_commands(pair, first.device)
-    _report(figures, asked, time.perf_counter() - start)
+    _report(figures, asked, sum(seconds for _, seconds in found))
 
 
 def _flags() -> argparse.Namespace:
@@ -104,6 +110,7 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", help="only these, by comma: small,medium,large")
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
+    parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
     parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models, recipes and what was judged")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the CSV, the tables and the plot go")
@@ -119,13 +126,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _one_seed(run: Run) -> list:
+def _one_seed(run: Run) -> tuple[list, float] | None:
+    """The figures of a seed and the seconds that they took from nothing; None where the time was over before."""
+    from benchmarks.quality_clock import OutOfTimeError
     from benchmarks.quality_seed import judge_seed
 
-    start = time.perf_counter()
-    figures = judge_seed(run.size.name, run.size.training, run.seed, run.data, run.work, run.device, ROWS)
-    print(f"{run.size.name}, seed {run.seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return figures
+    size = run.size
+    try:
+        figures, seconds = judge_seed(
+            size.name, size.training, run.seed, run.data, run.work, run.device, ROWS, run.until
+        )
+    except OutOfTimeError as error:
+        print(f"{size.name}, seed {run.seed}: stopped before {error}", file=sys.stderr, flush=True)
+        return None
+    print(f"{size.name}, seed {run.seed}: {seconds:.0f} s from nothing", file=sys.stderr, flush=True)
+    return figures, seconds
 
 
 def _report(figures: list, asked: argparse.Namespace, seconds: float) -> None:
@@ -140,7 +155,9 @@ def _report(figures: list, asked: argparse.Namespace, seconds: float) -> None:
     (asked.results / f"quality{end}.md").write_text(tables + "\n", encoding="utf-8")
     draw(comparisons, asked.results / f"quality{end}.png")
     print(tables)
-    print(f"\n{seconds / 60:.0f} minutes; wrote {asked.results}/quality{end}.csv, .md and .png")
+    print(
+        f"\n{seconds / 60:.0f} minutes of one core from nothing; wrote {asked.results}/quality{end}.csv, .md and .png"
+    )
 
 
 if __name__ == "__main__":

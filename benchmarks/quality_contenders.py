@@ -84,6 +84,11 @@ def two_experts() -> dict[str, list[Variant]]:
     }
 
 
+def unguided(method: str) -> Variant:
+    """A method of mergekit's that sets its own weights."""
+    return Variant("", lambda pair, device: _written(pair, method, method, lambda layers: {}, {}))
+
+
 def plain(
     method: str, *, weight: float, density: float | None = None, scale: float | None = None, normalize: bool = False
 ) -> Variant:

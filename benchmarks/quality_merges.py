@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 
 from benchmarks.quality_losses import mean_loss, token_rows
+from benchmarks.quality_models import precision_of
 from benchmarks.quality_pairs import LONGEST, Pair
 from benchmarks.quality_texts import Texts
 from utils.commands.merge import merge
 from utils.merging.settings import MergeSettings
 
 VALIDATION, TEST = "validation", "test"
-CODE_VERSION = 1  # raise it when merging or judging changes
+CODE_VERSION = 2  # raise it when merging or judging changes
 
 
 class Judge:
@@ -55,7 +56,7 @@ class Judge:
     def _remembered(self, key: str, split: str, model) -> dict[str, float]:
         key = f"{CODE_VERSION} {split} {self._text_digest(split)} {key}"
         if key not in self.judged:
-            with model() as folder:
+            with self.pair.clock.work(key), model() as folder:
                 self.judged[key] = self._losses(folder, split)
             self.memory.write_text(json.dumps(self.judged, indent=1))
         return self.judged[key]
@@ -81,9 +82,9 @@ class Judge:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
-        # Weights in float32, products in bfloat16: half the time, and the same for every contender.
+        # Weights in float32; products in bfloat16 where that takes half the time, and the same for every contender.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision_of(device) == "bfloat16"):
             return {task: mean_loss(model, rows) for (own, task), rows in self.rows.items() if own == split}
 
 

@@ -7,6 +7,7 @@ code. It appears complete or not at all, and is never trained twice. Weights are
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,27 +50,34 @@ class Trained:
     base: Path
     experts: dict[str, Path]
 
+    @property
+    def seconds(self) -> float:
+        """How long their training took."""
+        return json.loads((self.base.parent / MADE).read_text()).get("seconds", 0.0)
+
 
 def train_or_find(training: Training, texts: Texts, seed: int, cache: Path, device: str = "cpu") -> Trained:
     """Find the models of one size and seed in `cache`, or train them there.
 
     Several processes may work in one cache: whoever finishes first publishes, the other's work is dropped.
     """
-    precision = _precision(device)
+    precision = precision_of(device)
     name = _digest(training, texts, seed, precision)
     folder = cache / f"{training.shape.hidden}x{training.shape.blocks}_seed{seed}_{name[:16]}"
     if not (folder / MADE).exists():
         cache.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
         with staged_folder(folder) as stage:
             figures = _train_all(training, texts, seed, stage, device, precision)
             made = {"digest": name, "training": dataclasses.asdict(training), "seed": seed, "losses": figures}
-            (stage / MADE).write_bytes(to_json(made | {"precision": precision, "text": texts.origin}))
+            how = {"precision": precision, "text": texts.origin, "seconds": time.perf_counter() - start}
+            (stage / MADE).write_bytes(to_json(made | how))
     return Trained(folder / "base", {task: folder / task for task in texts.tasks})
 
 
 def is_trained(training: Training, texts: Texts, seed: int, cache: Path, device: str = "cpu") -> bool:
     """Whether `train_or_find` has nothing to do."""
-    name = _digest(training, texts, seed, _precision(device))
+    name = _digest(training, texts, seed, precision_of(device))
     return any(cache.glob(f"*_seed{seed}_{name[:16]}/{MADE}"))
 
 
@@ -144,7 +152,7 @@ def _train_all(
     return figures
 
 
-def _precision(device: str) -> str:
+def precision_of(device: str) -> str:
     """Bfloat16 products where the machine has instructions for them; elsewhere they would be slower than float32."""
     import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.quality_clock import Clock
 from benchmarks.quality_models import Trained
 from benchmarks.quality_texts import Texts
 from utils.commands.decide import decide
@@ -33,10 +34,14 @@ class Pair:
     both: Path
     alone: Mapping[str, Path]
     configs: Mapping[Path, PairConfig] = field(repr=False)
+    clock: Clock = field(repr=False)
 
 
-def lay_out(trained: Trained, texts: Texts, folder: Path) -> Pair:
-    """Write calibration text and pair configs: one that merges all experts, and one per expert alone."""
+def lay_out(trained: Trained, texts: Texts, folder: Path, until: float | None = None) -> Pair:
+    """Write calibration text and pair configs: one that merges all experts, and one per expert alone.
+
+    No work on the pair is begun after `until` (seconds since the epoch).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     models = {"base": trained.base, **trained.experts}
     calibration = {}
@@ -57,7 +62,7 @@ def lay_out(trained: Trained, texts: Texts, folder: Path) -> Pair:
         files[name].write_text(yaml.safe_dump({**settings, **targets}, sort_keys=False), encoding="utf-8")
     both = files.pop("both")
     configs = {path: read_pair_config(path) for path in (both, *files.values())}
-    return Pair(folder, trained, both, files, configs)
+    return Pair(folder, trained, both, files, configs, Clock(folder / "seconds.json", until))
 
 
 def measured(pair: Pair, guidance: str, device: str) -> Path:
@@ -65,7 +70,8 @@ def measured(pair: Pair, guidance: str, device: str) -> Path:
     method = guidance_methods()[guidance]
     config = pair.configs[pair.both]
     folder = pair.folder / f"measured_{guidance}"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with pair.clock.work(f"measure {guidance}"), quiet[0], quiet[1]:
         measure_pair(MeasureOptions(config, method, defaults(method, "measure"), folder, device=device))
     return folder
 

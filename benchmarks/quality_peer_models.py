@@ -3,68 +3,221 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.quality_contenders import Variant
+from benchmarks.quality_contenders import Variant, plain, unguided
 from benchmarks.quality_pairs import Pair
-from benchmarks.quality_peers import isotropic, task_singular_vectors, truncated_svd
+from benchmarks.quality_peer_text import ExpertText, expert_texts, input_grams, load, sample_loss
+from benchmarks.quality_peers import (
+    fisher_average,
+    isotropic,
+    redundancy_free,
+    regression_mean,
+    task_singular_vectors,
+    truncated_svd,
+    wanda,
+)
+from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.passes.axis_sums import row_column_factors
+from utils.publish import staged_folder
 
+CODE_VERSION = 1  # raise it when a change here or in the formulas changes what is written
 WEIGHTS = "model.safetensors"
-Formula = Callable[[Sequence[Tensor]], Tensor]
+StateDict: TypeAlias = Mapping[str, Tensor]
+Changes: TypeAlias = Sequence[Tensor]
+Part: TypeAlias = Callable[[str, Changes], Tensor]
+"""What becomes of one tensor, given its name and the experts' changes (float64): the merged change."""
+Texts: TypeAlias = Callable[[], Mapping[str, ExpertText]]
+"""Gives the experts by task with their text, measured when it is first asked for."""
 
 
 def peers_of_one(task: str, density: float) -> dict[str, Variant]:
     """Peers of one expert at a share of its change's numbers."""
-    return {"truncated SVD": low_rank(task, density)}
+    return {
+        "truncated SVD": _variant(
+            f"svd {task} {density:g}", lambda text: (lambda name, own: truncated_svd(own[0], density), _mean), (task,)
+        ),
+        "Wanda": _variant(f"wanda {task} {density:g}", lambda text: (_wanda(text()[task], density), _mean), (task,)),
+    }
 
 
 def peers_of_two() -> dict[str, list[Variant]]:
     """Peers of several experts, each with the settings among which validation chooses."""
+    weighings = ("equal", "by gain")
     return {
-        "TSV-M": [task_vectors(scale) for scale in (0.5, 0.75, 1.0)],
-        "Iso-C": [isotropic_sum(scale) for scale in (0.5, 1.0)],
+        "Model Stock": [unguided("model_stock")],
+        "DARE": [plain("dare_linear", weight=w, density=d) for w in (0.2, 0.35, 0.5) for d in (0.5, 0.8)],
+        "TSV-M": [_data_free(f"tsv_m {s:g}", task_singular_vectors, s) for s in (0.5, 0.75, 1.0)],
+        "Iso-C": [_data_free(f"iso_c {s:g}", isotropic, s) for s in (0.5, 1.0)],
+        "WUDI": [
+            _data_free(f"wudi {s:g} {rate:g}", lambda own, rate=rate: redundancy_free(own, rate=rate), s)
+            for s in (0.5, 1.0)
+            for rate in (1e-5, 1e-4)
+        ],
+        "Fisher average": [_fisher_average(how) for how in weighings],
+        "RegMean": [_regmean(how, share, "mean") for how in weighings for share in (0.9, 1.0)],
+        "RegMean, guided rest": [_regmean(how, share, "guided") for how in weighings for share in (0.9, 1.0)],
+        "RegMean++": [_regmean_along(how, "mean") for how in weighings],
+        "RegMean++, guided rest": [_regmean_along(how, "guided") for how in weighings],
     }
 
 
-def low_rank(task: str, density: float) -> Variant:
-    """One expert's linear layers by a truncated SVD of the change that holds a share of its numbers; the rest whole."""
-    return _variant(f"svd {task} {density:g}", lambda changes: truncated_svd(changes[0], density), tasks=(task,))
+def _data_free(name: str, formula: Callable[[Changes], Tensor], scale: float) -> Variant:
+    return _variant(name, lambda text: (lambda _, own: scale * formula(own), _mean))
 
 
-def task_vectors(scale: float) -> Variant:
-    """TSV-M, linear layers scaled; the rest is the mean."""
-    return _variant(f"tsv_m {scale:g}", task_singular_vectors, scale)
+def _fisher_average(weighing: str) -> Variant:
+    def parts(text: Texts) -> tuple[Part, Part]:
+        def part(name: str, own: Changes) -> Tensor:
+            squares = [one.expert.squares[name] for one in text().values()]
+            return fisher_average(own, squares, _weights(text(), weighing))
+
+        return part, part
+
+    return _variant(f"fisher {weighing}", parts)
 
 
-def isotropic_sum(scale: float) -> Variant:
-    """Iso-C, linear layers scaled; the rest is the mean."""
-    return _variant(f"iso_c {scale:g}", isotropic, scale)
+def _regmean(weighing: str, off_diagonal: float, rest: str) -> Variant:
+    def parts(text: Texts) -> tuple[Part, Part]:
+        def part(name: str, own: Changes) -> Tensor:
+            grams = [one.expert.inputs[name] for one in text().values()]
+            return regression_mean(own, grams, _weights(text(), weighing), off_diagonal)
+
+        return part, _rest(text, rest, weighing)
+
+    return _variant(f"regmean {weighing} {off_diagonal:g} {rest}", parts)
 
 
-def _variant(name: str, formula: Formula, scale: float = 1.0, tasks: Sequence[str] = ()) -> Variant:
+def _regmean_along(weighing: str, rest: str) -> Variant:
+    def merged(pair: Pair, base: StateDict, experts: Sequence[StateDict], text: Texts, device: str) -> StateDict:
+        return regmean_along(
+            load(pair.trained.base, device),
+            base,
+            experts,
+            [one.rows for one in text().values()],
+            _weights(text(), weighing),
+            _rest(text, rest, weighing),
+        )
+
+    return _folder(f"regmean++ {weighing} {rest}", merged)
+
+
+def regmean_along(
+    model: torch.nn.Module,
+    base: StateDict,
+    experts: Sequence[StateDict],
+    rows: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[float],
+    rest: Part,
+) -> dict[str, Tensor]:
+    """RegMean++ (arXiv 2508.03121): block by block, each expert's inputs are those behind the blocks merged so far.
+
+    Args:
+        model: any model of their kind; its weights are replaced.
+        base, experts: all tensors of each.
+        rows: each expert's text.
+        weights: each expert's weight, as for `regression_mean`.
+        rest: what becomes of everything that is no linear layer of a block.
+    """
+    merged = merged_tensors(base, experts, lambda name, own: torch.zeros_like(own[0]), rest)
+    for layer in range(len(model.model.layers)):
+        under = f"model.layers.{layer}."
+        grams = []
+        for expert, own_rows in zip(experts, rows, strict=True):
+            own = {
+                name: expert[name] if name.startswith(under) and _is_layer(name, value) else value
+                for name, value in merged.items()
+            }
+            model.load_state_dict(own, strict=False)
+            model.tie_weights()
+            with input_grams(model, under) as found, torch.no_grad():
+                for row in own_rows:
+                    sample_loss(model, row)
+            grams.append(found())
+
+        def part(name: str, own: Changes, grams=grams) -> Tensor:
+            return regression_mean(own, [one[name] for one in grams], weights)
+
+        block = {name: value for name, value in base.items() if name.startswith(under)}
+        merged |= merged_tensors(block, experts, part, rest)
+    return merged
+
+
+def _weights(text: Mapping[str, ExpertText], weighing: str) -> list[float]:
+    return [one.weight if weighing == "by gain" else 1.0 for one in text.values()]
+
+
+def _mean(name: str, own: Changes) -> Tensor:
+    return sum(own) / len(own)
+
+
+def _rest(text: Texts, rest: str, weighing: str) -> Part:
+    """What becomes of embeddings and norms: their mean, or this project's guided mean of them."""
+    if rest == "mean":
+        return _mean
+
+    def guided(name: str, own: Changes) -> Tensor:
+        squares = [one.expert.squares[name] for one in text().values()]
+        axes = [row_column_factors(F) if F.dim() == 2 else (F,) for F in squares]
+        weighed = zip(own, _weights(text(), weighing), axes, strict=True)
+        return guided_mean(torch.zeros_like(own[0]), [WeighedModel(*one) for one in weighed], power=0.5, floor=0.1)
+
+    return guided
+
+
+def _wanda(text: ExpertText, density: float) -> Part:
+    return lambda name, own: wanda(own[0], text.expert.inputs[name].diagonal(), density)
+
+
+def _variant(name: str, parts: Callable[[Texts], tuple[Part, Part]], tasks: Sequence[str] = ()) -> Variant:
+    """A peer that makes each tensor by itself: what becomes of linear layers, and of the rest."""
+
+    def merged(pair: Pair, base: StateDict, experts: Sequence[StateDict], text: Texts, device: str) -> StateDict:
+        return merged_tensors(base, experts, *parts(text))
+
+    return _folder(name, merged, tasks)
+
+
+def _folder(name: str, merged: Callable[..., StateDict], tasks: Sequence[str] = ()) -> Variant:
     def folder(pair: Pair, device: str) -> Path:
         experts = [path for task, path in pair.trained.experts.items() if not tasks or task in tasks]
-        target = pair.folder / "peers" / name
-        if not (target / WEIGHTS).exists():
-            base, *others = (load_file(path / WEIGHTS) for path in (pair.trained.base, *experts))
-            shutil.copytree(pair.trained.base, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
-            save_file(peer_weights(base, others, formula, scale), target / WEIGHTS, metadata={"format": "pt"})
+        target = pair.folder / f"peers_{CODE_VERSION}" / name
+        if not target.exists():
+            with pair.clock.work(f"peer {name}"), staged_folder(target) as stage:
+                base, *others = (load_file(path / WEIGHTS) for path in (pair.trained.base, *experts))
+                shutil.copytree(pair.trained.base, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
+                found = merged(pair, base, others, lambda: _texts_of(pair, device), device)
+                written = {key: value.to(torch.bfloat16).contiguous() for key, value in found.items()}
+                save_file(written, stage / WEIGHTS, metadata={"format": "pt"})
         return target
 
     return Variant(name, folder)
 
 
-def peer_weights(
-    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], formula: Formula, scale: float = 1.0
-) -> dict[str, Tensor]:
-    """A model's tensors: `scale` times the formula in the blocks' matrices, the mean of the changes elsewhere, bfloat16."""
+_LAST: dict[Path, Mapping[str, ExpertText]] = {}
+
+
+def _texts_of(pair: Pair, device: str) -> Mapping[str, ExpertText]:
+    """The experts of a pair with their text, measured once; those of one pair at a time are kept."""
+    if pair.folder not in _LAST:
+        _LAST.clear()
+        _LAST[pair.folder] = expert_texts(pair, device)
+    return _LAST[pair.folder]
+
+
+def merged_tensors(base: StateDict, experts: Sequence[StateDict], layers: Part, rest: Part) -> dict[str, Tensor]:
+    """A model's tensors, float64: the base and what becomes of the changes of its linear layers, and of the rest."""
     merged = {}
     for name, value in base.items():
-        changes = [expert[name].double() - value.double() for expert in experts]
-        is_layer = value.dim() == 2 and "proj" in name
-        change = scale * formula(changes) if is_layer else sum(changes) / len(changes)
-        merged[name] = (value.double() + change).to(torch.bfloat16)
+        own = [expert[name].double() - value.double() for expert in experts]
+        change = layers(name, own) if _is_layer(name, value) else rest(name, own)
+        merged[name] = value.double() + change
     return merged
+
+
+def _is_layer(name: str, value: Tensor) -> bool:
+    return value.dim() == 2 and "proj" in name

@@ -1,4 +1,4 @@
-"""What others make of changes without text, written plainly from their formulas: tensors in, a tensor out, float64.
+"""What others make of changes, written plainly from their formulas: tensors in, a tensor out, float64.
 
 Matrices are the changes [out, in] of linear layers. Everything is dense: for the small models of the quality benchmark.
 """
@@ -38,6 +38,63 @@ def isotropic(changes: Sequence[Tensor]) -> Tensor:
     """Iso-C (arXiv 2502.04959): the sum of the changes with all its singular values set to their mean."""
     left, values, right = torch.linalg.svd(sum(change.double() for change in changes), full_matrices=False)
     return values.mean() * left @ right
+
+
+def redundancy_free(changes: Sequence[Tensor], steps: int = 300, rate: float = 1e-5) -> Tensor:
+    """WUDI (arXiv 2503.08099): steps of Adam from the sum of the changes, down what it does to each task's own rows.
+
+    minimize over tau    sum_t |(tau - d_t) d_t'|^2 / |d_t|^2
+    """
+    own = [change.double() for change in changes]
+    squares = [float(change.square().sum()) for change in own]
+    merged = sum(own).requires_grad_()
+    optimizer = torch.optim.Adam([merged], lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        parts = zip(own, squares, strict=True)
+        sum(((merged - d) @ d.t()).square().sum() / square for d, square in parts if square).backward()
+        optimizer.step()
+    return merged.detach()
+
+
+def fisher_average(changes: Sequence[Tensor], squares: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Fisher averaging (arXiv 2111.09832) of changes: sum_t w_t F_t d_t / sum_t w_t F_t, each F_t divided by its mean.
+
+    `squares` F_t, sums of squared gradients, of the changes' shape. Where all are 0 the mean by the weights is taken.
+    """
+    total = sum(weights)
+    relative = [F.double() / max(float(F.double().mean()), 1e-300) for F in squares]
+    shares = [weight / total * F for weight, F in zip(weights, relative, strict=True)]
+    below = sum(shares)
+    above = sum(share * change.double() for share, change in zip(shares, changes, strict=True))
+    plain = sum(weight / total * change.double() for weight, change in zip(weights, changes, strict=True))
+    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), plain)
+
+
+def regression_mean(
+    changes: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], off_diagonal: float = 1.0
+) -> Tensor:
+    """RegMean (arXiv 2212.09849) of changes: (sum_t w_t d_t C_t) (sum_t w_t C_t)^-1.
+
+    `grams` C_t, the mean of x x' over the inputs, whose entries beside the diagonal are multiplied by `off_diagonal`.
+    Directions without inputs get nothing (the pseudo-inverse).
+    """
+    shrunk = [
+        weight * (off_diagonal * C + (1 - off_diagonal) * C.diagonal().diag())
+        for weight, C in zip(weights, grams, strict=True)
+    ]
+    right = sum(change.double() @ C for change, C in zip(changes, shrunk, strict=True))
+    return right @ torch.linalg.pinv(sum(shrunk), hermitian=True)
+
+
+def wanda(change: Tensor, second_moments: Tensor, density: float) -> Tensor:
+    """Wanda's metric (arXiv 2306.11695) on a change: in each row a share of the entries of largest |d| sqrt(s) is kept.
+
+    `second_moments` s [in], the mean of x^2 over a layer's inputs.
+    """
+    metric = change.abs() * second_moments.sqrt()
+    kept = metric.topk(max(1, round(density * change.shape[1])), dim=1).indices
+    return torch.zeros_like(change).scatter(1, kept, change.gather(1, kept))
 
 
 def _polar(matrix: Tensor) -> Tensor:

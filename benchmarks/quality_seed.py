@@ -1,26 +1,37 @@
 """One seed of the quality benchmark: train or find its models, merge them in every way, judge them."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import BUDGETS, Variant, one_expert, two_experts
+from benchmarks.quality_joint import CEILING, joint_training
 from benchmarks.quality_losses import share_kept
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
-from benchmarks.quality_models import Trained, Training, train_or_find
+from benchmarks.quality_models import Trained, Training, is_trained, train_or_find
 from benchmarks.quality_pairs import Pair, lay_out
 from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO, Figure
 from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
 
 
-def prepare(training: Training, seed: int, data: Path | None, work: Path, device: str) -> tuple[Pair, Texts]:
-    """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint."""
+def prepare(
+    training: Training, seed: int, data: Path | None, work: Path, device: str, until: float | None = None
+) -> tuple[Pair, Texts]:
+    """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint.
+
+    Raises:
+        OutOfTimeError: it is not cached, and the time `until` which work is begun is over.
+    """
     texts = texts_of_seed(data, TextSizes(), seed)
     assert_disjoint(texts)
+    if until is not None and time.time() > until and not is_trained(training, texts, seed, work / "models", device):
+        raise OutOfTimeError("training")
     trained: Trained = train_or_find(training, texts, seed, work / "models", device)
     # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
-    return lay_out(trained, texts, work / "pairs" / trained.base.parent.name), texts
+    return lay_out(trained, texts, work / "pairs" / trained.base.parent.name, until), texts
 
 
 def judge_seed(
@@ -31,8 +42,9 @@ def judge_seed(
     work: Path,
     device: str,
     rows: Mapping[str, int],
-) -> list[Figure]:
-    """All figures of a seed.
+    until: float | None = None,
+) -> tuple[list[Figure], float]:
+    """All figures of a seed, and the seconds that all work for them took, in this run or in earlier ones.
 
     Args:
         size: its name in the figures.
@@ -42,28 +54,33 @@ def judge_seed(
         work: folder for models, recipes and what was judged.
         device: where to train, measure, merge and judge.
         rows: how many rows of each split are read per task.
+        until: no work is begun after this time (seconds since the epoch).
+
+    Raises:
+        OutOfTimeError: that time is over; what was done is remembered, and the next call goes on.
     """
     from utils.merging.guided.methods import register_methods
 
     register_methods()
-    pair, texts = prepare(training, seed, data, work, device)
+    pair, texts = prepare(training, seed, data, work, device, until)
     judge = Judge(pair, texts, rows, device)
     say = _Progress(f"{size}, seed {seed}")
+    joint = joint_training(training, texts, seed)
     figures = []
-    for task in texts.tasks:
-        for budget in BUDGETS:
-            for contender, variant in (one_expert(task, budget) | peers_of_one(task, budget)).items():
-                say(f"{task} {budget} {contender}")
-                losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
-                figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))
-    for contender, variants in (two_experts() | peers_of_two()).items():
+    for contender, variants in (two_experts() | peers_of_two() | {CEILING: [joint]}).items():
         say(contender)
         best = _chosen(judge, pair, variants, device)
         losses = judge.recipe_losses(best.recipe(pair, device), TEST)
         figures += [
             _figure(judge, TWO, size, seed, contender, None, task, losses, best.setting) for task in texts.tasks
         ]
-    return figures
+    for task in texts.tasks:
+        for budget in BUDGETS:
+            for contender, variant in (one_expert(task, budget) | peers_of_one(task, budget)).items():
+                say(f"{task} {budget} {contender}")
+                losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
+                figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))
+    return figures, pair.clock.total + pair.trained.seconds
 
 
 class _Progress:

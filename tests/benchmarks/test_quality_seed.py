@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import CONTROLS, Variant, lines, one_expert, plain, two_experts
+from benchmarks.quality_joint import CEILING
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
 from benchmarks.quality_models import Trained, Training
 from benchmarks.quality_pairs import lay_out
@@ -111,10 +113,18 @@ def test_one_seed_from_training_to_figures(tmp_path):
     training = Training(
         Shape(vocabulary=512, hidden=32, intermediate=64, blocks=2, heads=2), window=64, base_steps=30, expert_steps=60
     )
-    figures = judge_seed("tiny", training, 0, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
+    rows = {VALIDATION: 4, TEST: 4}
+    with pytest.raises(OutOfTimeError):
+        judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows, until=0.0)
+    figures, seconds = judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows)
     tasks = {figure.task for figure in figures}
-    assert {figure.contender for figure in figures if figure.experiment == TWO} == set(two_experts() | peers_of_two())
+    assert {figure.contender for figure in figures if figure.experiment == TWO} == {
+        CEILING,
+        *two_experts(),
+        *peers_of_two(),
+    }
     one, two = one_expert("math", 0.1) | peers_of_one("math", 0.1), two_experts() | peers_of_two()
-    assert len(figures) == len(tasks) * (4 * len(one) + len(two))
-    again = judge_seed("tiny", training, 0, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
+    assert len(figures) == len(tasks) * (4 * len(one) + len(two) + 1)
+    again, same = judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows, until=0.0)  # all of it is remembered
+    assert same >= seconds > 0
     assert [dataclasses.asdict(figure) for figure in again] == [dataclasses.asdict(figure) for figure in figures]

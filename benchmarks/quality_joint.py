@@ -1,0 +1,71 @@
+"""The ceiling of the quality benchmark: the base fine-tuned on all tasks' text together, which no merge of experts is given."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality_contenders import Variant
+from benchmarks.quality_models import MADE, Trained, Training, fit, precision_of
+from benchmarks.quality_pairs import Pair
+from benchmarks.quality_texts import Texts
+from demo.small_model import windows
+from utils.publish import staged_folder, to_json
+
+CODE_VERSION = 1  # raise it when a change below changes what is trained
+CEILING = "joint fine-tuning"
+
+
+def joint_training(training: Training, texts: Texts, seed: int) -> Variant:
+    """The jointly trained model of a pair, judged like a merge."""
+
+    def folder(pair: Pair, device: str) -> Path:
+        with pair.clock.work(CEILING):
+            return train_or_find_joint(pair.trained, training, texts, seed, device)
+
+    return Variant("", folder)
+
+
+def train_or_find_joint(trained: Trained, training: Training, texts: Texts, seed: int, device: str) -> Path:
+    """The jointly trained model of a seed, beside its base and experts.
+
+    It takes as many steps as all experts together, at the experts' rate; every task has the same number of windows,
+    those its expert reads. Found again by a digest of everything that made it.
+    """
+    precision = precision_of(device)
+    made = {
+        "code": CODE_VERSION,
+        "training": dataclasses.asdict(training),
+        "tasks": list(texts.tasks),
+        "seed": seed,
+        "precision": precision,
+    }
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    folder = trained.base.parent / f"joint_{digest[:8]}"
+    if not (folder / MADE).exists():
+        with staged_folder(folder) as stage:
+            (stage / MADE).write_bytes(to_json(made | {"loss": _train(trained, training, texts, seed, stage, device)}))
+    return folder
+
+
+def _train(trained: Trained, training: Training, texts: Texts, seed: int, stage: Path, device: str) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trained.base)
+    model = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32).to(device)
+    read = training.expert_steps * training.batch
+    data = torch.cat([repeated(windows(task.train, tokenizer, training.window), read) for task in texts.tasks.values()])
+    steps = training.expert_steps * len(texts.tasks)
+    loss = fit(model, data, training, steps=steps, rate=training.expert_rate, seed=seed, precision=precision_of(device))
+    model.save_pretrained(stage)
+    tokenizer.save_pretrained(stage)
+    return loss
+
+
+def repeated(data: "Sequence", count: int) -> "Sequence":
+    """So many rows of a tensor, over and over from its first."""
+    import torch
+
+    return data[torch.arange(count) % len(data)]

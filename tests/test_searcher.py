@@ -161,7 +161,8 @@ def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     for name in ("best.yaml", "best_uniform.yaml"):
         assert (pair / "killed" / name).read_bytes() == (pair / "whole" / name).read_bytes()
     scores = [pd.read_csv(pair / name / "scores.csv") for name in ("killed", "whole")]
-    pd.testing.assert_frame_equal(*scores, rtol=1e-9)
+    pd.testing.assert_frame_equal(*scores, check_exact=True)
+    assert {name: value for name, value in after.items() if name.endswith(".json")} == contents(pair / "whole/losses")
 
 
 def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):

@@ -119,7 +119,7 @@ def computing_dtype(stored: str, device: "torch.device") -> str:
         return stored
     import torch
 
-    there = torch.cpu.get_capabilities()
+    there = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch before 2.12
     return stored if any(there.get(name) for name in _MULTIPLIES[stored]) else "float32"
 
 

@@ -16,7 +16,9 @@ from tests.tiny_merges import merge_here, recipe, tensors
 from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
+from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import evaluation_rows
+from utils.evaluation.weights import CandidateWeights
 from utils.merging.settings import MergeSettings
 from utils.pair.config import read_pair_config
 from utils.recipes.saliency_vectors import vector_file_bytes
@@ -214,3 +216,24 @@ def test_recipes_of_other_models_are_refused_before_work(made, tmp_path):
         scoring.check(Candidate("base", recipe=base))
     scoring.check(Candidate("good", recipe=recipe(folder)))
     scoring.check(Candidate("model", model=str(tmp_path / "other")))
+
+
+def test_losses_on_file_are_of_one_number_of_threads(made, tmp_path):
+    """The last bits of a product depend on how many threads share it."""
+    store, rows = LossStore(tmp_path / "losses"), {"code": [7, 8]}
+    one, two = scorer(made(), threads=1), scorer(made(), threads=2)
+    base = models_of_pair(one.config)[:1]
+    assert [score_new(each, store, base, rows)[1] for each in (one, two, one, two)] == [1, 1, 0, 0]
+
+
+def test_weights_of_a_file_begin_where_torch_would_have_put_them():
+    class File:
+        """Tensors in a file's pages: 8 bytes behind where torch's own would begin."""
+
+        def fetch(self, names):
+            whole = torch.arange(34, dtype=torch.float32)
+            assert whole.data_ptr() % 64 == 0
+            return dict.fromkeys(names, whole[2:])
+
+    (found,) = CandidateWeights([File()], torch.device("cpu")).fetch([0], [["a"]])
+    assert found["a"].data_ptr() % 64 == 0 and found["a"].tolist() == list(range(2, 34))

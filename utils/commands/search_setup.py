@@ -231,7 +231,7 @@ def _identity(
         "objective": [options.objective, list(objective.weights), options.pareto],
         "sampler": options.sampler,
         "seed": options.seed,
-        "precision and device": scorer.settings.record(),
+        "precision and device": {key: value for key, value in scorer.settings.record().items() if key != "threads"},
     }
 
 

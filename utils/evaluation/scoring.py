@@ -42,9 +42,9 @@ class ScoreSettings:
     """How losses are computed.
 
     `dtype` is `auto` (a recipe's output dtype, a checkpoint's own, or float32 where the device is slow in it) or a torch
-    name; merged tensors are rounded to the recipe's output dtype first. `tokens_at_once` is of a batch, None: by device. `most_at_once` bounds the candidates of
-    a pass, None: by memory. `merge` are command 3's flags (seed, device). `scratch` is where models that have to be
-    written lie meanwhile, None for the system's folder.
+    name; merged tensors are rounded to the recipe's output dtype first. `tokens_at_once` is of a batch, None: by device.
+    `threads` are torch's. `most_at_once` bounds the candidates of a pass, None: by memory. `merge` are command 3's flags
+    (seed, device). `scratch` is where models that have to be written lie meanwhile, None for the system's folder.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -53,6 +53,7 @@ class ScoreSettings:
     most_at_once: int | None = None
     merge: MergeSettings = field(default_factory=lambda: MergeSettings(Path("unwritten"), Path("recipe"), quiet=True))
     scratch: Path | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def batch_tokens(self) -> int:
@@ -67,6 +68,7 @@ class ScoreSettings:
             "bfloat16_computed_in": computing_dtype("bfloat16", self.device),
             "float16_computed_in": computing_dtype("float16", self.device),
             "batch_tokens": self.batch_tokens,
+            "threads": self.threads if self.device.type == "cpu" else None,
             "random_seed": self.merge.random_seed,
         }
 

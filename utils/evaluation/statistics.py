@@ -226,12 +226,16 @@ def _gain(task: TaskLosses, sums: np.ndarray) -> np.ndarray:
 
 
 def _resampled_sums(task: TaskLosses, draws: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of losses and of tokens over resampled rows, [candidates, draws] each."""
-    rows, sums, tokens = task.rows, [], []
+    """Sums of losses and of tokens over resampled rows, [candidates, draws] each.
+
+    Summed by numpy itself: the last digits of a product of matrices are those of the BLAS, its threads and its blocks.
+    """
+    rows = task.rows
+    sums, tokens = np.empty((2, len(task.names), draws))
     for start in range(0, draws, at_once := max(1, _AT_ONCE // rows)):
-        size = min(at_once, draws - start)
-        picked = generator.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
-        counts = np.bincount(picked.ravel(), minlength=size * rows).reshape(size, rows).astype(np.float64)
-        sums.append(task.nll @ counts.T)
-        tokens.append(task.tokens @ counts.T)
-    return np.concatenate(sums, axis=1), np.concatenate(tokens, axis=1)
+        stop = min(start + at_once, draws)
+        picked = generator.integers(0, rows, (stop - start, rows))
+        for place in range(len(task.names)):
+            sums[place, start:stop] = task.nll[place][picked].sum(axis=1)
+            tokens[place, start:stop] = task.tokens[place][picked].sum(axis=1)
+    return sums, tokens

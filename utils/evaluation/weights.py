@@ -11,6 +11,7 @@ from utils.merging.merged_tensors import MergeWork, merged_tensors
 from utils.models.weight_source import WeightSource
 from utils.runtime import available_bytes
 
+_ALIGNMENT = 64  # bytes; of whatever torch allocates on the CPU
 _SHARE = 8  # of the memory that is free, for tensors that are made at a time
 
 
@@ -42,7 +43,7 @@ class CandidateWeights:
                 there = tuple(source.names[name] for name in wanted[model] if name in source.names)
                 alike.setdefault(there, []).append(model)
             else:
-                found[model] = source.fetch(list(wanted[model]))
+                found[model] = {name: _aligned(tensor) for name, tensor in source.fetch(list(wanted[model])).items()}
         for outputs, group in alike.items():
             for model, merged in zip(group, self._merged(group, outputs), strict=True):
                 found[model] = merged if isinstance(merged, UserError) else self._named(model, wanted[model], merged)
@@ -77,3 +78,9 @@ class CandidateWeights:
         for source in self.sources:
             if not isinstance(source, MergedModel):
                 source.close()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where torch would have put it: a view of a file begins anywhere, and the last bits of a product by
+    several threads depend on where its factors begin."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT else tensor

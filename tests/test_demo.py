@@ -314,7 +314,7 @@ def test_the_commands_are_called_as_documented():
         "--validation_rows 8 --test_rows 24 --no-samples",
         "utils/searcher.py --config configs/demo.yaml --out_dir output/demo/search --trials 12 --measure "
         "--validation_rows 8 --test_rows 24 --first_rows 4",
-        "utils/merger.py --output_path output/demo/merged_models --merge_config output/demo/search/best.yaml",
+        "utils/merger.py --output_path output/demo/merged_models/search --merge_config output/demo/search/best.yaml",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Recipes by command 2's own function, in the current folder."""
+"""What commands 1 and 2 make of `pair.yaml` in the current folder, by their own functions."""
 
 import dataclasses
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from utils.commands.decide import decide
+from utils.commands.measure import measure_pair
+from utils.commands.measure_options import MeasureOptions
 from utils.commands.options import DecideOptions
 from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions
@@ -16,6 +18,21 @@ from utils.pair.config import read_pair_config
 def own_defaults(guidance: str, half: str = "decide") -> dict[str, Any]:
     """The values of a method's own flags where none is given."""
     return {flag.name: flag.default for flag in guidance_methods()[guidance].flags(half)}
+
+
+def measure_here(guidance: str, out: str | Path = "dfs", **asked: Any) -> Path:
+    """Measure `pair.yaml` in float32 on the CPU; returns the dataframe folder.
+
+    Args:
+        guidance: the method's name.
+        out: the folder to write into.
+        asked: flags of the method and fields of `MeasureOptions`, by name.
+    """
+    own = own_defaults(guidance, "measure")
+    own |= {name: asked.pop(name) for name in own if name in asked}
+    given = {"dtype": "float32", "device": "cpu", **asked}
+    measure_pair(MeasureOptions(read_pair_config("pair.yaml"), guidance_methods()[guidance], own, Path(out), **given))
+    return Path(out)
 
 
 def decide_here(guidance: str, measured: str | Path = "dfs", out: str | Path = "out", **asked: Any) -> list[Path]:

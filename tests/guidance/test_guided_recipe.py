@@ -14,9 +14,7 @@ import yaml
 
 from tests.refusals import refused
 from tests.tiny_pairs import contents, save_pair, write_config
-from tests.tiny_recipes import decide_here, own_defaults
-from utils.commands.measure import measure_pair
-from utils.commands.measure_options import MeasureOptions
+from tests.tiny_recipes import decide_here, measure_here, own_defaults
 from utils.guidance.guided_recipe import control_recipe, guided_recipe
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.method import guidance_methods
@@ -34,11 +32,9 @@ def pristine(tmp_path_factory) -> Path:
     write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True}})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        config = read_pair_config("pair.yaml")
         for name in ("lewis", "saliency_budget"):
-            method = guidance_methods()[name]
-            own = own_defaults(name, "measure")
-            measure_pair(MeasureOptions(config, method, own, Path(f"dfs_{name}"), dtype="float32", device="cpu"))
+            measure_here(name, f"dfs_{name}")
+        measure_here("gram_mean", "dfs_gram_mean", accept_useless_text=True)
     return folder
 
 
@@ -147,19 +143,22 @@ def test_the_manifest_says_what_the_recipe_was_made_of(pair):
     assert "torch" in found["versions"]
 
 
-def test_a_moved_recipe_finds_its_vectors(pair):
+@pytest.mark.parametrize(("guidance", "place"), [("saliency_budget", "."), ("gram_mean", "../dfs_gram_mean")])
+def test_a_moved_recipe_finds_its_vectors(guidance, place, pair):
     """Vectors are named relative to the recipe: the folder may move, and the merge may start anywhere."""
     from tests.tiny_merges import tensors
     from utils.commands.merge import merge
     from utils.merging.settings import MergeSettings
 
-    (path,) = decide_here("saliency_budget", "dfs_saliency_budget", merge_method="guided_mean")
-    assert {
-        Path(model["parameters"]["saliency"]).parent for model in yaml.safe_load(path.read_text())["models"][1:]
-    } == {Path(".")}
+    method = {"saliency_budget": "guided_mean"}.get(guidance)
+    (path,) = decide_here(guidance, f"dfs_{guidance}", merge_method=method)
+    named = [model["parameters"]["saliency"] for model in yaml.safe_load(path.read_text())["models"][1:]]
+    assert {str(Path(name).parent) for name in named} == {place}
     merge(MergeSettings(Path("first"), path, device="cpu", quiet=True))
-    shutil.move("out", "elsewhere")
-    merge(MergeSettings(Path("second"), Path("elsewhere") / path.name, device="cpu", quiet=True))
+    Path("elsewhere").mkdir()
+    for folder in ("out", f"dfs_{guidance}"):
+        shutil.move(folder, "elsewhere")
+    merge(MergeSettings(Path("second"), "elsewhere" / path, device="cpu", quiet=True))
     first, second = tensors(Path("first")), tensors(Path("second"))
     assert all(bool((first[name] == second[name]).all()) for name in first)
 

@@ -38,7 +38,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
     from utils.guidance.recipe_files import recipe_files
 
-    made = guided_recipe(measured, choices)
+    made = guided_recipe(measured, choices, folder=options.out_dir)
     control = None if options.control is None else control_recipe(measured, made, options.control)
     files = recipe_files(measured, made)
     if control is not None:

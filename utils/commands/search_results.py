@@ -11,7 +11,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
 from utils.publish import MANIFEST, publish_files, to_json
-from utils.recipes.recipe import recipe_bytes
+from utils.recipes.recipe import file_key, recipe_bytes
 from utils.runtime import versions
 
 if TYPE_CHECKING:
@@ -140,16 +140,17 @@ def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
             expert = ready.space.experts[experts.index(str(path))]
             places[str(path)] = f"{stem}_{expert}_saliency.safetensors"
             files[places[str(path)]] = path
-        files[name] = recipe_bytes({**made.data, "models": [_beside(entry, places) for entry in made.data["models"]]})
+        models = [_beside(entry, places, ready.options.out_dir) for entry in made.data["models"]]
+        files[name] = recipe_bytes({**made.data, "models": models})
     return files
 
 
-def _beside(entry: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+def _beside(entry: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> dict[str, Any]:
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    named = parameters["saliency"]
-    return {**entry, "parameters": {**parameters, "saliency": places.get(named, named)}}
+    named = parameters["saliency"]  # by its whole path; a file of the measurement's own stays where it is
+    return {**entry, "parameters": {**parameters, "saliency": places.get(named) or file_key(Path(named), folder)}}
 
 
 def _next(ready: "Prepared") -> str:

@@ -8,6 +8,7 @@ their bytes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,7 +21,7 @@ from utils.pair.config import PairConfig
 from utils.recipes.coefficients import control_table
 from utils.recipes.doubts import cancelled_weights, doubts
 from utils.recipes.method_rules import counterpart
-from utils.recipes.recipe import DTYPE, RecipeSettings, recipe, recipe_name
+from utils.recipes.recipe import DTYPE, RecipeSettings, file_key, recipe, recipe_name
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ class GuidedRecipe:
         return self.name.removesuffix(".yaml")
 
 
-def guided_recipe(measured: MeasuredPair, choices: RecipeChoices, name: str | None = None) -> GuidedRecipe:
+def guided_recipe(
+    measured: MeasuredPair, choices: RecipeChoices, name: str | None = None, *, folder: Path | None = None
+) -> GuidedRecipe:
     """Make a recipe of a measurement.
 
     Args:
         measured: the opened dataframe folder, measured by the method of `choices`.
         choices: what was settled.
         name: the recipe's file name, after which the files of vectors are called too; None: named after the options.
+        folder: where the recipe will lie, from where it names files of the measurement; None: by their whole paths.
 
     Raises:
         UserError: what the guidance method's *decide* half raises: tables that do not fit, filters that miss.
@@ -95,7 +99,7 @@ def guided_recipe(measured: MeasuredPair, choices: RecipeChoices, name: str | No
         lambda_=lambda_,
         dtype=choices.options.dtype,
         out_dtype=choices.options.out_dtype,
-        saliency=vectors | {key: str((measured.folder / name).resolve()) for key, name in decision.measured.items()},
+        saliency=vectors | {key: file_key(measured.folder / file, folder) for key, file in decision.measured.items()},
     )
     return GuidedRecipe(
         choices=choices,

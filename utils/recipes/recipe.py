@@ -4,6 +4,7 @@ models: the base, then each expert with `density` and `weight` lists of {filter,
 merge_method, base_model, parameters (the pair config's global_parameters), dtype, tokenizer_source
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,12 @@ def model_key(entry: ModelEntry) -> str | dict[str, Any]:
     if "+" in name or "@" in name:
         return {"model": {"path": name, **({"revision": entry.revision} if entry.revision else {})}}
     return f"{name}@{entry.revision}" if entry.revision else name
+
+
+def file_key(file: Path, folder: Path | None) -> str:
+    """How a recipe in `folder` names a file: from there, so that both may be moved together; None: by its whole path."""
+    whole = file.resolve()
+    return str(whole) if folder is None else os.path.relpath(whole, folder.resolve())
 
 
 def recipe_name(config: Path, numbers: Sequence[float], method: str, tags: Sequence[str] = ()) -> str:

@@ -41,7 +41,7 @@ class Run:
     tokens: int = 0
 
 
-_JOB = re.compile(r"(?:measured|merged) in ([\d.]+) s")
+JOB_SECONDS = re.compile(r"(?:measured|merged) in ([\d.]+) s")
 _TOKENS = re.compile(r"(\d+) tokens in ")
 _GPU = re.compile(r"peak GPU memory ([\d.]+) (MB|GB)")
 
@@ -71,7 +71,7 @@ def run_once(contender: Contender) -> Run:
 
 def read_output(name: str, output: str, seconds: float, anonymous: int) -> Run:
     """What a process says of itself, beside what was seen from outside."""
-    job, gpu, tokens = _JOB.search(output), _GPU.search(output), _TOKENS.search(output)
+    job, gpu, tokens = JOB_SECONDS.search(output), _GPU.search(output), _TOKENS.search(output)
     held = float(gpu[1]) * (1e9 if gpu[2] == "GB" else 1e6) if gpu else 0
     return Run(
         name, seconds, float(job[1]) if job else seconds, anonymous, round(held), int(tokens[1]) if tokens else 0

@@ -57,7 +57,7 @@ class Judge:
         key = f"{CODE_VERSION} {split} {self._text_digest(split)} {key}"
         if key not in self.judged:
             with self.pair.clock.work(key), model() as folder:
-                self.judged[key] = self._losses(folder, split)
+                self.judged[key] = self.measured_losses(folder, split)
             self.memory.write_text(json.dumps(self.judged, indent=1))
         return self.judged[key]
 
@@ -77,7 +77,7 @@ class Judge:
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
-    def _losses(self, folder: Path, split: str) -> dict[str, float]:
+    def measured_losses(self, folder: Path, split: str) -> dict[str, float]:
         import torch
         from transformers import AutoModelForCausalLM
 

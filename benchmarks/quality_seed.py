@@ -69,7 +69,7 @@ def judge_seed(
     figures = []
     for contender, variants in (two_experts() | peers_of_two() | {CEILING: [joint]}).items():
         say(contender)
-        best = _chosen(judge, pair, variants, device)
+        best = chosen_variant(judge, pair, variants, device)
         losses = judge.recipe_losses(best.recipe(pair, device), TEST)
         figures += [
             _figure(judge, TWO, size, seed, contender, None, task, losses, best.setting) for task in texts.tasks
@@ -93,7 +93,7 @@ class _Progress:
         print(f"{self.label}: {what}", file=sys.stderr, flush=True)
 
 
-def _chosen(judge: Judge, pair: Pair, variants: Sequence[Variant], device: str) -> Variant:
+def chosen_variant(judge: Judge, pair: Pair, variants: Sequence[Variant], device: str) -> Variant:
     """The variant with the largest mean share kept on validation; the test split is not looked at."""
     if len(variants) == 1:
         return variants[0]

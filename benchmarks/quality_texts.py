@@ -165,11 +165,13 @@ def _read(path: Path, row_of) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise UserError(f"--data: {path} cannot be read: {error.strerror}; see --help for the layout") from None
+        raise UserError(
+            f"--data: {path} cannot be read: {error.strerror}; see --help for the layout", "data-unreadable"
+        ) from error
     try:
         return [row_of(json.loads(line)) for line in lines if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--data: {path} is not the published data set's JSONL: {error!r}") from None
+        raise UserError(f"--data: {path} is not the published data set's JSONL: {error!r}", "data-malformed") from error
 
 
 def _gsm8k_row(values: Mapping) -> Row:

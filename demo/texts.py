@@ -177,6 +177,7 @@ class _Pool:
         if len(drawn) < count:
             raise UserError(
                 f"{self._library} holds too little Python source for the example: {count} rows are needed, "
-                f"{len(drawn)} found. Use a complete Python installation (its standard library as .py files)."
+                f"{len(drawn)} found. Use a complete Python installation (its standard library as .py files).",
+                "demo-too-little-text",
             )
         return tuple(drawn)

@@ -168,13 +168,18 @@ def up_to_date(folder: Path, settings: Settings) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is in the way: it was not made by demo/train.py. {refusal}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is in the way: it was not made by demo/train.py. {refusal}", "demo-foreign-folder"
+        ) from error
     if foreign := foreign_files(folder, {*files, MANIFEST}):
-        raise UserError(f"{folder} holds files demo/train.py did not write: {', '.join(foreign[:5])}. {refusal}")
+        raise UserError(
+            f"{folder} holds files demo/train.py did not write: {', '.join(foreign[:5])}. {refusal}",
+            "demo-foreign-files",
+        )
     for name, digest in files.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            raise UserError(f"{folder / name} was changed after demo/train.py wrote it. {refusal}")
+            raise UserError(f"{folder / name} was changed after demo/train.py wrote it. {refusal}", "demo-changed-file")
     return manifest.get("identity") == identity(settings)
 
 

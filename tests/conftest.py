@@ -1,6 +1,7 @@
 """Fixtures that several test files share. No test reaches the network."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,6 +33,51 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LEWIS_TEST_DATA is not set: it names a folder with data/ and golden/ of real text")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory) -> Path:
+    """Four tiny Llamas with equal tokenizers, of whose changes no two are of one magnitude; read only."""
+    from tests.tiny_merges import save_models
+
+    return save_models(tmp_path_factory.mktemp("llamas"), names=("base", "code", "math", "law"))
+
+
+@pytest.fixture
+def copies(llamas, tmp_path) -> Path:
+    """A folder of the test's own with copies of them."""
+    return shutil.copytree(llamas, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> Path:
+    """A tiny pair of models with text and config; read only."""
+    from tests.tiny_pairs import save_pair
+
+    return save_pair(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Reading a weight for a merge fails the test."""
+    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+    def forbidden(*_arguments, **_keywords):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", forbidden)
+    monkeypatch.setattr("safetensors.torch.load_file", forbidden)
+
+
+@pytest.fixture
+def unread(monkeypatch) -> None:
+    """Reading weights to run a model with fails the test."""
+
+    def read_weights(*_arguments, **_keywords):
+        raise AssertionError("weights were read")
+
+    for name in ("StreamedWeights.fetch", "ResidentWeights.__init__"):
+        monkeypatch.setattr(f"utils.models.weight_source.{name}", read_weights)
 
 
 @pytest.fixture

@@ -11,11 +11,15 @@ from utils.errors import UserError
 
 
 @contextlib.contextmanager
-def refused(code: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """Expect a `UserError` of this code (of several problems, one must have it); yields it for its message."""
+def refused(code: str, words: str = "") -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expect a `UserError` of this code (of several problems, one must have it); yields it.
+
+    `words` are for the one test that pins a message's wording, or tells apart what has one code.
+    """
     with pytest.raises(UserError) as caught:
         yield caught
     assert code in caught.value.codes, f"{caught.value.codes}: {caught.value}"
+    assert words in str(caught.value)
 
 
 def refusal_code(done: subprocess.CompletedProcess) -> str:

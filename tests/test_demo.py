@@ -22,7 +22,7 @@ from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
 from demo.texts import CHARACTERS, Sizes, Split, Texts, assert_disjoint, build_texts, code_chunks, prose_chunks
 from demo.train import FAST, FOLDERS, FULL, MANIFEST, train_models, up_to_date, write_data
 from tests.conftest import ROOT
-from utils.errors import UserError
+from tests.refusals import refusal_code, refused
 
 SMALL = Sizes(base_prose=40, base_code=10, base_math=10, train=40, calibration=8, heldout=8)
 
@@ -109,12 +109,12 @@ def test_skipped_folders_count_inside_the_library_only(tmp_path):
     inside.mkdir(parents=True)
     write_library(inside, 20)
     assert build_texts(sizes, library=inside).code.train
-    with pytest.raises(UserError, match="too little Python source"):
+    with refused("demo-too-little-text"):
         build_texts(sizes, library=tmp_path)
 
 
 def test_a_stripped_installation_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"8 rows are needed, \d found.*complete Python installation"):
+    with refused("demo-too-little-text"):
         build_texts(SMALL, library=write_library(tmp_path, 20))
 
 
@@ -245,11 +245,11 @@ def test_a_folder_of_other_settings_is_stale_and_a_changed_one_is_refused(fast_d
     assert up_to_date(folder, FAST)
     assert not up_to_date(folder, FULL)
     (folder / "mine.txt").write_text("notes")
-    with pytest.raises(UserError, match=r"mine\.txt"):
+    with refused("demo-foreign-files"):
         up_to_date(folder, FAST)
     (folder / "mine.txt").unlink()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json was changed"):
+    with refused("demo-changed-file"):
         up_to_date(folder, FULL)
 
 
@@ -258,9 +258,7 @@ def test_a_folder_it_did_not_write_stops_training_before_it_starts(tmp_path):
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
     result = demo_script("-m", "demo.train", "--fast", "--out", str(tmp_path))
-    assert result.returncode == 2
-    assert "models/code is in the way" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert refusal_code(result) == "demo-foreign-folder"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [foreign]
     assert foreign.read_bytes() == b"mine"
 

@@ -108,7 +108,7 @@ def test_closed_streams_are_no_failure(redirect):
     assert "Traceback" not in ended.stderr + ended.stdout
 
 
-def test_a_full_device_behind_stdout_is_told():
+def test_a_full_device_behind_stdout_is_said():
     ended = run("print('out')", "> /dev/full")
     assert ended.returncode == 2
     assert ended.stderr == "error: No space left on device; nothing unfinished was left behind [os-error]\n"

@@ -24,10 +24,10 @@ COMMANDS = {"utils.merger", "utils.evaluator", "utils.searcher"}
 
 
 def floor_of(module: str) -> int:
-    return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+    return next(floor for floor, packages in enumerate(FLOORS) if package_of(module) in packages)
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     first = module.split(".")[1]
     return first if (UTILS / first).is_dir() else ""
 
@@ -56,16 +56,16 @@ def arrows() -> list[tuple[str, str]]:
     return sorted(set(found))
 
 
-def test_every_room_has_a_floor():
-    rooms = {path.parent.name for path in UTILS.glob("*/__init__.py")}
-    assert rooms <= set().union(*FLOORS)
+def test_every_package_has_a_floor():
+    packages = {path.parent.name for path in UTILS.glob("*/__init__.py")}
+    assert packages <= set().union(*FLOORS)
 
 
 def test_arrows_only_go_down():
     upward = [
         f"{source} imports {target}"
         for source, target in arrows()
-        if source not in COMMANDS and room_of(source) != room_of(target) and floor_of(target) >= floor_of(source)
+        if source not in COMMANDS and package_of(source) != package_of(target) and floor_of(target) >= floor_of(source)
     ]
     assert not upward, "\n".join(upward)
 
@@ -99,7 +99,7 @@ def test_one_file_imports_mergekit():
     assert importing == {"mergekit_api.py"}
 
 
-def test_no_room_has_a_circle():
+def test_no_package_has_a_circle():
     below: dict[str, set[str]] = {}
     for source, target in arrows():
         below.setdefault(source, set()).add(target)

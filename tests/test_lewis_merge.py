@@ -13,28 +13,11 @@ import pytest
 import yaml
 
 import lewis_merge
+from tests.commands_here import refused_here, run_here
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
-from utils.errors import run_command
 
 TIES = "pair_0.3_0.8_generated_ties_merge_config.yaml"
 DARE = "pair_0.3_0.8_generated_dare_ties_merge_config.yaml"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lewis_merge.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(lewis_merge.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -47,6 +30,17 @@ def work(tmp_path, golden, monkeypatch):
     (tmp_path / "models").symlink_to(golden / "models")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def call(*arguments):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    done = run_here("lewis_merge.py", *arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refuses(code, work, *more):
+    """The command refuses with this code and writes nothing; its message."""
+    return refused_here(code, "lewis_merge.py", *_flags(work, *more))
 
 
 def _flags(work, *more):
@@ -114,18 +108,18 @@ def test_golden_recipes_come_out_byte_for_byte(golden, tmp_path, run_command_lin
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-def test_golden_recipes_of_unpruned_models(golden, tmp_path, monkeypatch, call):
+def test_golden_recipes_of_unpruned_models(golden, tmp_path, monkeypatch):
     monkeypatch.chdir(golden)
-    _golden_recipes("sparsity0", golden, tmp_path, call)
+    _golden_recipes("sparsity0", golden, tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["gsm8k_sparsity0", "gsm8k_sparsity50"])
-def test_golden_recipes_of_real_text(setting, real_data, tmp_path, monkeypatch, call):
+def test_golden_recipes_of_real_text(setting, real_data, tmp_path, monkeypatch):
     monkeypatch.chdir(real_data / "golden")
-    _golden_recipes(setting, real_data / "golden", tmp_path, call)
+    _golden_recipes(setting, real_data / "golden", tmp_path)
 
 
-def _golden_recipes(setting, folder, out, call):
+def _golden_recipes(setting, folder, out):
     common = ["--delta_dfs_in_dir", setting, "--config_file", f"{setting}/pair.yaml", "--out_dir", out]
     assert call(*common)[0] == 0
     assert call(*common, "--merge_method", "dare_ties", "--apply_lewis_to_weights", "True")[0] == 0
@@ -136,7 +130,7 @@ def _golden_recipes(setting, folder, out, call):
 # --- what it says and writes ------------------------------------------------------------------------------------------
 
 
-def test_the_printout_holds_what_a_person_wants(work, call):
+def test_the_printout_holds_what_a_person_wants(work):
     code, out, err = call(*_flags(work, "--control", "uniform", "--plot"))
     assert code == 0
     assert "minmax: 0.3 for the smallest delta" in out
@@ -157,7 +151,7 @@ def test_the_printout_holds_what_a_person_wants(work, call):
     assert written == sorted([TIES, uniform, *manifests, *pictures])
 
 
-def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work, call):
+def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work):
     """Each recipe's model has a folder of its own; the evaluator is named with the config."""
     _, out, _ = call(*_flags(work, "--control", "uniform"))
     lines = [line for line in out.partition("next:\n")[2].replace("\\\n", " ").splitlines() if "--" in line]
@@ -175,7 +169,7 @@ def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work, call):
             assert "dry run" in done.stdout
 
 
-def test_quiet_leaves_warnings_and_the_last_lines(work, call):
+def test_quiet_leaves_warnings_and_the_last_lines(work):
     code, out, err = call(*_flags(work, "--quiet"))
     assert code == 0 and "warning: " in err
     assert (
@@ -204,7 +198,7 @@ def _mean(work, path, expert=1):
     return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
 
 
-def test_the_uniform_control_has_the_guided_mean(work, call):
+def test_the_uniform_control_has_the_guided_mean(work):
     assert call(*_flags(work, "--control", "uniform"))[0] == 0
     guided, uniform = work / "out" / TIES, work / "out" / TIES.replace("_ties_", "_ties_uniform_")
     for expert in (1, 2):
@@ -213,7 +207,7 @@ def test_the_uniform_control_has_the_guided_mean(work, call):
     assert _densities(uniform, 1) != _densities(uniform, 2)
 
 
-def test_a_mean_density_is_hit_by_both_recipes(work, call):
+def test_a_mean_density_is_hit_by_both_recipes(work):
     code, out, _ = call(*_flags(work, "--mean_density", "0.1", "--bound", "clip", "--control", "uniform"))
     assert code == 0 and "no longer bind" in out
     for tags in ("clip_mean0.1", "clip_mean0.1_uniform"):
@@ -222,21 +216,21 @@ def test_a_mean_density_is_hit_by_both_recipes(work, call):
             assert _mean(work, path, expert) == pytest.approx(0.1, abs=1e-9)
 
 
-def test_clip_says_how_much_is_at_its_bounds(work, call):
+def test_clip_says_how_much_is_at_its_bounds(work):
     _, out, _ = call(*_flags(work, "--bound", "clip"))
     values = _densities(work / "out" / TIES.replace("_ties_", "_ties_clip_"))
     low, high = (sum(value == bound for value in values) / len(values) for bound in (0.3, 0.8))
     assert f"at the bounds {low:.0%} of the tensors at 0.3, {high:.0%} at 0.8" in out
 
 
-def test_lambda_and_out_dtype_reach_the_recipe(work, call):
+def test_lambda_and_out_dtype_reach_the_recipe(work):
     assert call(*_flags(work, "--lambda", "0.7", "--out-dtype", "float32"))[0] == 0
     recipe = yaml.safe_load((work / "out" / TIES.replace("_ties_", "_ties_lambda0.7_out_float32_")).read_text())
     assert recipe["parameters"] == {"normalize": True, "int8_mask": True, "lambda": 0.7}
     assert recipe["out_dtype"] == "float32"
 
 
-def test_the_order_of_csv_columns_does_not_matter(work, call):
+def test_the_order_of_csv_columns_does_not_matter(work):
     call(*_flags(work))
     first = (work / "out" / TIES).read_bytes()
     _edit_csv(work, lambda frame: frame[list(reversed(frame.columns))])
@@ -245,7 +239,7 @@ def test_the_order_of_csv_columns_does_not_matter(work, call):
     assert (work / "out" / TIES).read_bytes() == first
 
 
-def test_a_repeated_run_succeeds_and_changes_nothing(work, call):
+def test_a_repeated_run_succeeds_and_changes_nothing(work):
     flags = _flags(work, "--plot", "--control", "uniform")
     assert call(*flags)[0] == 0
     before = {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()}
@@ -254,18 +248,15 @@ def test_a_repeated_run_succeeds_and_changes_nothing(work, call):
     assert {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()} == before
 
 
-def test_other_content_needs_overwrite(work, call):
+def test_other_content_needs_overwrite(work):
     call(*_flags(work))
     (work / "out" / TIES).write_text("mine")
-    code, _, err = call(*_flags(work, "--control", "uniform"))
-    assert code == 2 and TIES in err and "--overwrite" in err
-    assert (work / "out" / TIES).read_text() == "mine"
-    assert not list((work / "out").glob("*uniform*"))  # the control was not written either
+    assert TIES in refuses("out-exists", work, "--control", "uniform")  # the control is not written either
     assert call(*_flags(work, "--overwrite"))[0] == 0
     assert yaml.safe_load((work / "out" / TIES).read_text())["merge_method"] == "ties"
 
 
-def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work, call):
+def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work):
     """The same recipe of another measurement: its manifest changes, unless it is a file of the user's."""
     call(*_flags(work))
     manifest = work / "out" / TIES.replace(".yaml", ".manifest.json")
@@ -274,11 +265,10 @@ def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work, call):
     assert call(*_flags(work))[0] == 0
     assert json.loads(manifest.read_text()) == before
     manifest.write_text("mine")
-    code, _, err = call(*_flags(work))
-    assert code == 2 and manifest.name in err and manifest.read_text() == "mine"
+    assert manifest.name in refuses("out-exists", work)
 
 
-def test_files_of_others_stay(work, call):
+def test_files_of_others_stay(work):
     (work / "out").mkdir()
     (work / "out" / "notes.txt").write_text("mine")
     assert call(*_flags(work, "--overwrite"))[0] == 0
@@ -288,7 +278,7 @@ def test_files_of_others_stay(work, call):
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_recorded_names_are_used_where_the_models_are_not_here(work, golden, call):
+def test_recorded_names_are_used_where_the_models_are_not_here(work, golden):
     _write_norms(work, golden)
     (work / "models").unlink()
     code, out, err = call(*_flags(work, "--control", "uniform"))
@@ -297,17 +287,16 @@ def test_recorded_names_are_used_where_the_models_are_not_here(work, golden, cal
     assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
 
 
-def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden, call):
+def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden):
     (work / "models").unlink()
     code, _, err = call(*_flags(work))
     assert code == 0 and "nothing could be proven" in err
     assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
     for more in (["--mean_density", "0.1"], ["--control", "uniform"]):
-        code, _, err = call(*_flags(work, *more))
-        assert code == 2 and more[0] in err and "sizes" in err
+        assert more[0] in refuses("tensor-sizes-unknown", work, *more)
 
 
-def test_a_full_folder_is_silent(work, golden, call):
+def test_a_full_folder_is_silent(work, golden):
     _write_norms(work, golden)
     code, out, err = call(*_flags(work, "--lambda", "0.4"))
     assert (code, err) == (0, "")
@@ -315,7 +304,7 @@ def test_a_full_folder_is_silent(work, golden, call):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gpt_neox", "phi3_tied", "llama_bias"])
-def test_other_architectures_with_components_from_the_csv(family, tmp_path, monkeypatch, call):
+def test_other_architectures_with_components_from_the_csv(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "expert_1")):
         save_tiny(family, tmp_path / name, seed)
@@ -336,7 +325,7 @@ def test_other_architectures_with_components_from_the_csv(family, tmp_path, monk
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_one_normalized_expert_get_a_warning(work, call):
+def test_weights_of_one_normalized_expert_get_a_warning(work):
     _edit_config(work, target_model_names={"math": "models/math"})
     code, _, err = call(*_flags(work, "--apply_lewis_to_weights"))
     assert code == 0 and "no effect" in err and "normalize: false" in err
@@ -345,14 +334,14 @@ def test_weights_of_one_normalized_expert_get_a_warning(work, call):
     assert "no effect" not in err
 
 
-def test_an_edited_csv_gets_a_warning(work, golden, call):
+def test_an_edited_csv_gets_a_warning(work, golden):
     _write_norms(work, golden)
     _edit_csv(work, lambda frame: frame * 0.5)
     code, _, err = call(*_flags(work))
     assert code == 0 and "math_delta.csv differs" in err
 
 
-def test_other_settings_get_a_warning(work, golden, call):
+def test_other_settings_get_a_warning(work, golden):
     _write_norms(work, golden)
     _edit_config(work, sparsity_ratio=0.1, nsamples=3)
     code, _, err = call(*_flags(work))
@@ -390,18 +379,15 @@ def test_other_settings_get_a_warning(work, golden, call):
         (["--mean_density", "1", "--gamma", "0"], "mean-density-unreachable"),
     ],
 )
-def test_wrong_flags(more, code, work, call):
-    ended, _, err = call(*_flags(work, *more))
-    assert ended == 2 and f"[{code}]" in err
-    assert "Traceback" not in err and not (work / "out").exists() and not (work / "elsewhere").exists()
+def test_wrong_flags(more, code, work):
+    refuses(code, work, *more)
 
 
 @pytest.mark.parametrize("missing", ["--delta_dfs_in_dir", "--config_file", "--out_dir"])
-def test_required_flags(missing, work, call):
+def test_required_flags(missing, work):
     flags = _flags(work)
     place = flags.index(missing)
-    code, _, err = call(*flags[:place], *flags[place + 2 :])
-    assert code == 2 and missing in err
+    assert missing in refused_here("flag-invalid", "lewis_merge.py", *flags[:place], *flags[place + 2 :])
 
 
 def _drop_csv(work):
@@ -500,55 +486,47 @@ def _other_layers(work):
         (_config(nonsense=1), "config-unknown-key"),
     ],
 )
-def test_wrong_input(spoil, code, work, call):
+def test_wrong_input(spoil, code, work):
     spoil(work)
-    ended, _, err = call(*_flags(work))
-    assert ended == 2 and f"[{code}]" in err, err
-    assert err.count("error:") == 1 and "Traceback" not in err
-    assert not (work / "out").is_dir()
+    refuses(code, work)
 
 
-def test_infinite_and_missing_values(work, call):
+def test_infinite_and_missing_values(work):
     for value in ("inf", ""):
         _edit_csv(work, lambda frame, value=value: frame.astype(object).where(frame != frame.iloc[1, 1], value))
-        code, _, err = call(*_flags(work))
-        assert code == 2 and "math_delta.csv, line 3" in err and "k_proj_delta_math_base" in err
+        said = refuses("table-bad-value", work)
+        assert "math_delta.csv, line 3" in said and "k_proj_delta_math_base" in said
 
 
-def test_both_experts_without_their_last_layer(work, call):
+def test_both_experts_without_their_last_layer(work):
     for name in ("math", "code"):
         _edit_csv(work, lambda frame: frame.iloc[:-1], name)
-    code, _, err = call(*_flags(work))
-    assert code == 2 and "2 rows" in err and "3 layers" in err
+    refuses("table-row-missing", work)
 
 
-def test_dataframes_of_another_config(work, golden, call):
+def test_dataframes_of_another_config(work, golden):
     _write_norms(work, golden)
     config = yaml.safe_load((work / "pair.yaml").read_text())
     config["model_info"][1]["name"] = config["target_model_names"]["math"] = "models/code2"
     (work / "pair.yaml").write_text(yaml.safe_dump(config))
-    code, _, err = call(*_flags(work))
-    assert code == 2 and "another pair config" in err and "'models/math'" in err
+    assert "'models/math'" in refuses("measured-other-model", work)
 
 
-def test_a_folder_in_the_way_of_the_recipe(work, call):
+def test_a_folder_in_the_way_of_the_recipe(work):
     (work / "out" / TIES).mkdir(parents=True)
-    code, _, err = call(*_flags(work, "--overwrite"))
-    assert code == 2 and TIES in err and (work / "out" / TIES).is_dir()
+    refuses("out-in-the-way", work, "--overwrite")
 
 
-def test_an_unwritable_out_dir(work, call):
+def test_an_unwritable_out_dir(work):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (work / "out").mkdir(mode=0o500)
-    code, _, err = call(*_flags(work))
-    assert code == 2 and "not writable" in err
+    refuses("out-unwritable", work)
 
 
-def test_a_missing_matplotlib_is_found_before_any_work(work, call, monkeypatch):
+def test_a_missing_matplotlib_is_found_before_any_work(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, out, err = call(*_flags(work, "--plot"))
-    assert code == 2 and "pip install matplotlib" in err and out == ""
+    refuses("no-matplotlib", work, "--plot")
 
 
 def test_help_and_mistakes_do_not_load_the_big_libraries(work, run_command_line):
@@ -566,7 +544,7 @@ def test_help_and_mistakes_do_not_load_the_big_libraries(work, run_command_line)
         assert done.stdout.splitlines()[-1] == f"{code} light", done.stderr
 
 
-def test_help_names_every_flag_once(call):
+def test_help_names_every_flag_once():
     code, out, _ = call("--help")
     assert code == 0
     for flag in ("gamma", "epsilon", "merge_method", "bound", "mean_density", "control", "lambda", "out_dtype", "plot"):

@@ -319,7 +319,7 @@ def test_a_run_that_fails_leaves_no_empty_folders(tmp_path):
     assert contents(tmp_path) == {"a": None, "a/other": b"x"}
 
 
-def test_a_disk_without_room_for_the_folder_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_for_the_folder_leaves_nothing(tmp_path, monkeypatch):
     failing = Failing(os.mkdir, 3, full())  # the parents are made after the first attempt fails
     monkeypatch.setattr(os, "mkdir", failing)
     with pytest.raises(OSError, match="No space left"), locked_folder(tmp_path / "a" / "b"):
@@ -464,9 +464,8 @@ def test_a_signal_during_the_swap_waits(tmp_path, monkeypatch):
 # --- hashes and JSON --------------------------------------------------------------------------------------------------
 
 
-def test_file_sha256(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "_CHUNK", 7)
-    content = os.urandom(1000)
+def test_file_sha256(tmp_path):
+    content = os.urandom(2**20) * 9  # more than is read at once
     (tmp_path / "x").write_bytes(content)
     assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
 

@@ -109,7 +109,7 @@ def test_what_a_program_drops_later_stays_collectable():
     assert probe(code) == ["True", "False"]
 
 
-def test_a_library_that_is_missing_is_told_and_the_collector_runs_on():
+def test_a_library_that_is_missing_is_said_and_the_collector_runs_on():
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         import_libraries("no_such_library")
     assert gc.isenabled()

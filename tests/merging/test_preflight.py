@@ -25,30 +25,6 @@ from tests.tiny_pairs import contents
 from utils.merging import planning
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    return save_models(tmp_path_factory.mktemp("llamas"))
-
-
-@pytest.fixture
-def room(llamas, tmp_path) -> Path:
-    for name in ("base", "code", "math"):
-        shutil.copytree(llamas / name, tmp_path / name)
-    return tmp_path
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Reading a weight fails the test."""
-    import mergekit.io.lazy_tensor_loader as loader
-
-    def forbidden(*_arguments, **_keywords):
-        raise AssertionError("a weight was read")
-
-    monkeypatch.setattr(loader.LazyTensorLoader, "get_tensor", forbidden)
-    monkeypatch.setattr("safetensors.torch.load_file", forbidden)
-
-
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -63,10 +39,10 @@ def edit_weights(folder: Path, edit) -> None:
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_tensor(room, no_weights):
-    data = recipe(room)
-    _rewrite(room / "math", lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
-    assert_refused(room, data, "model-incomplete", "mlp.up_proj.weight")
+def test_a_missing_tensor(copies, no_weights):
+    data = recipe(copies)
+    _rewrite(copies / "math", lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
+    assert_refused(copies, data, "model-incomplete", "mlp.up_proj.weight")
 
 
 def _rewrite(folder: Path, edit) -> None:
@@ -79,21 +55,21 @@ def _rewrite(folder: Path, edit) -> None:
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_different_shape(room, no_weights):
-    _rewrite(room / "code", lambda found: found.update({"model.norm.weight": torch.ones(31)}))
-    assert_refused(room, recipe(room), "merge-shapes", "model.norm.weight has different shapes")
+def test_a_different_shape(copies, no_weights):
+    _rewrite(copies / "code", lambda found: found.update({"model.norm.weight": torch.ones(31)}))
+    assert_refused(copies, recipe(copies), "merge-shapes", "model.norm.weight has different shapes")
 
 
-def test_a_tensor_that_the_merge_would_lose(room, capsys, no_weights):
-    _rewrite(room / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
-    merge_here(room, recipe(room), dry_run=True)
+def test_a_tensor_that_the_merge_would_lose(copies, capsys, no_weights):
+    _rewrite(copies / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
+    merge_here(copies, recipe(copies), dry_run=True)
     assert (
         "1 tensors of code are left out, none of which the model class reads: model.mtp.weight"
         in capsys.readouterr().err
     )
 
 
-def test_a_plan_that_passes_over_a_tensor(room, no_weights, monkeypatch):
+def test_a_plan_that_passes_over_a_tensor(copies, no_weights, monkeypatch):
     """The proof does not rest on plan_architecture alone."""
     plan = planning.plan_merge
 
@@ -102,29 +78,29 @@ def test_a_plan_that_passes_over_a_tensor(room, no_weights, monkeypatch):
         return replace(made, tensors=made.tensors[1:])
 
     monkeypatch.setattr(planning, "plan_merge", forgetful)
-    assert_refused(room, recipe(room), "merge-left-out", "the merge would leave out model.embed_tokens.weight")
+    assert_refused(copies, recipe(copies), "merge-left-out", "the merge would leave out model.embed_tokens.weight")
 
 
-def test_different_depths(room, no_weights):
-    shutil.rmtree(room / "math")
-    save_tiny("llama", room / "math", layers=4)
-    assert_refused(room, recipe(room), "merge-depths", "math has 4 layers")
+def test_different_depths(copies, no_weights):
+    shutil.rmtree(copies / "math")
+    save_tiny("llama", copies / "math", layers=4)
+    assert_refused(copies, recipe(copies), "merge-depths", "math has 4 layers")
 
 
-def test_different_architectures_need_a_flag(room):
-    shutil.rmtree(room / "math")
-    save_tiny("mistral", room / "math", seed=5)
-    assert_refused(room, recipe(room), "model-architectures-differ", "MistralForCausalLM")
+def test_different_architectures_need_a_flag(copies):
+    shutil.rmtree(copies / "math")
+    save_tiny("mistral", copies / "math", seed=5)
+    assert_refused(copies, recipe(copies), "model-architectures-differ", "MistralForCausalLM")
     # these two models have changes of equal magnitude, which exact selection resolves by its own rule
     assert_same_tensors(
-        merge_here(room, recipe(room), allow_crimes=True, fast_selection=False),
-        merge_stock(room, recipe(room), allow_crimes=True),
+        merge_here(copies, recipe(copies), allow_crimes=True, fast_selection=False),
+        merge_stock(copies, recipe(copies), allow_crimes=True),
     )
 
 
-def test_configs_that_differ_are_told(room, capsys):
-    edit_config(room / "math", rope_theta=5.0, rms_norm_eps=1e-5)
-    merge_here(room, recipe(room), dry_run=True)
+def test_configs_that_differ_are_said(copies, capsys):
+    edit_config(copies / "math", rope_theta=5.0, rms_norm_eps=1e-5)
+    merge_here(copies, recipe(copies), dry_run=True)
     errors = capsys.readouterr().err
     assert "config.json of base and math differ in" in errors and "rms_norm_eps 1e-06 and 1e-05" in errors
 
@@ -132,83 +108,85 @@ def test_configs_that_differ_are_told(room, capsys):
 @pytest.mark.parametrize(
     ("spoil", "code"),
     [
-        (lambda room: shutil.rmtree(room / "math"), "model-missing"),
-        (lambda room: (room / "math" / "config.json").unlink(), "model-no-config"),
-        (lambda room: (room / "math" / "config.json").write_text("{"), "json-invalid"),
-        (lambda room: edit_config(room / "math", architectures=None), "model-no-architecture"),
-        (lambda room: edit_config(room / "math", quantization_config={"quant_method": "gptq"}), "model-quantized"),
-        (lambda room: edit_config(room / "math", is_encoder_decoder=True), "model-encoder-decoder"),
-        (lambda room: (room / "math" / "model.safetensors").unlink(), "model-no-weights"),
-        (lambda room: (room / "math" / "model.safetensors").write_bytes(b"x" * 100), "weights-truncated"),
-        (lambda room: (room / "math" / "model.safetensors.index.json").write_text("{}"), "model-two-weights"),
-        (lambda room: _cut(room / "math" / "model.safetensors"), "weights-truncated"),
+        (lambda copies: shutil.rmtree(copies / "math"), "model-missing"),
+        (lambda copies: (copies / "math" / "config.json").unlink(), "model-no-config"),
+        (lambda copies: (copies / "math" / "config.json").write_text("{"), "json-invalid"),
+        (lambda copies: edit_config(copies / "math", architectures=None), "model-no-architecture"),
+        (lambda copies: edit_config(copies / "math", quantization_config={"quant_method": "gptq"}), "model-quantized"),
+        (lambda copies: edit_config(copies / "math", is_encoder_decoder=True), "model-encoder-decoder"),
+        (lambda copies: (copies / "math" / "model.safetensors").unlink(), "model-no-weights"),
+        (lambda copies: (copies / "math" / "model.safetensors").write_bytes(b"x" * 100), "weights-truncated"),
+        (lambda copies: (copies / "math" / "model.safetensors.index.json").write_text("{}"), "model-two-weights"),
+        (lambda copies: _cut(copies / "math" / "model.safetensors"), "weights-truncated"),
     ],
 )
-def test_malformed_models(room, spoil, code, no_weights):
-    spoil(room)
-    assert_refused(room, recipe(room), code)
+def test_malformed_models(copies, spoil, code, no_weights):
+    spoil(copies)
+    assert_refused(copies, recipe(copies), code)
 
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def test_one_model_spelled_twice(room, monkeypatch):
+def test_one_model_spelled_twice(copies, monkeypatch):
     """mergekit takes two spellings of one folder for two models, and the base's second one for an expert."""
-    monkeypatch.chdir(room)
+    monkeypatch.chdir(copies)
     data = recipe(Path(), experts=("code",))
     data["models"][0]["model"] = "./base/"
-    data["base_model"] = str(room / "base")
-    assert_same_tensors(merge_here(room, data), merge_stock(room, recipe(room, experts=("code",))))
+    data["base_model"] = str(copies / "base")
+    assert_same_tensors(merge_here(copies, data), merge_stock(copies, recipe(copies, experts=("code",))))
     data["models"].append({"model": "./code", "parameters": {"weight": 1}})
-    assert_refused(room, data, "recipe-model-twice", "code and ./code are the same model", "again")
-    assert_refused(room, recipe(room, experts=()), "recipe-only-base", output="again")
+    assert_refused(copies, data, "recipe-model-twice", "code and ./code are the same model", "again")
+    assert_refused(copies, recipe(copies, experts=()), "recipe-only-base", output="again")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_plus_and_at_in_names_are_explained(room, tmp_path):
-    (room / "code").rename(room / "a+b")
-    (room / "math").rename(room / "a@b")
-    data = recipe(room)
-    data["models"][1]["model"] = str(room / "a+b")
-    data["models"][2]["model"] = str(room / "a@b")
-    assert_refused(room, data, "adapter-folder-name", "write model:")
-    data["models"][1]["model"] = {"model": {"path": str(room / "a+b")}}
-    assert_refused(room, data, "model-missing")
-    data["models"][2]["model"] = {"model": {"path": str(room / "a@b")}}
-    merged = merge_here(room, data)
-    (room / "a+b").rename(room / "code")
-    (room / "a@b").rename(room / "math")
-    assert_same_tensors(merged, merge_stock(room, recipe(room)))
+def test_plus_and_at_in_names_are_explained(copies, tmp_path):
+    (copies / "code").rename(copies / "a+b")
+    (copies / "math").rename(copies / "a@b")
+    data = recipe(copies)
+    data["models"][1]["model"] = str(copies / "a+b")
+    data["models"][2]["model"] = str(copies / "a@b")
+    assert_refused(copies, data, "adapter-folder-name", "write model:")
+    data["models"][1]["model"] = {"model": {"path": str(copies / "a+b")}}
+    assert_refused(copies, data, "model-missing")
+    data["models"][2]["model"] = {"model": {"path": str(copies / "a@b")}}
+    merged = merge_here(copies, data)
+    (copies / "a+b").rename(copies / "code")
+    (copies / "a@b").rename(copies / "math")
+    assert_same_tensors(merged, merge_stock(copies, recipe(copies)))
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub(room):
-    assert_refused(room, recipe(Path("nowhere")), "hub-offline", "nowhere/base")
+def test_a_name_that_is_neither_here_nor_on_the_hub(copies):
+    assert_refused(copies, recipe(Path("nowhere")), "hub-offline", "nowhere/base")
 
 
-def test_override_architecture_is_refused(room):
-    data = recipe(room)
-    data["models"][1]["model"] = {"model": {"path": str(room / "code")}, "override_architecture": "X"}
-    assert_refused(room, data, "recipe-override")
+def test_override_architecture_is_refused(copies):
+    data = recipe(copies)
+    data["models"][1]["model"] = {"model": {"path": str(copies / "code")}, "override_architecture": "X"}
+    assert_refused(copies, data, "recipe-override")
 
 
 # --- parameters against the planned tensors ---------------------------------------------------------------------------
 
 
-def test_a_filter_that_matches_nothing(room, no_weights):
-    data = recipe(room)
+def test_a_filter_that_matches_nothing(copies, no_weights):
+    data = recipe(copies)
     data["models"][1]["parameters"]["density"].insert(0, {"filter": "transformer.h.0.attn", "value": 0.2})
-    assert_refused(room, data, "recipe-idle-filter", "the filter 'transformer.h.0.attn' matches no tensor; tensors are")
+    assert_refused(
+        copies, data, "recipe-idle-filter", "the filter 'transformer.h.0.attn' matches no tensor; tensors are"
+    )
 
 
-def test_a_filter_hidden_behind_another(room, no_weights):
-    data = recipe(room)
+def test_a_filter_hidden_behind_another(copies, no_weights):
+    data = recipe(copies)
     data["models"][2]["parameters"]["density"].append({"filter": "up_proj", "value": 0.2})
-    assert_refused(room, data, "recipe-idle-filter", "'up_proj' is hidden behind an earlier one")
-    data = recipe(room, parameters={"lambda": [{"value": 1.0}, {"filter": "down_proj", "value": 0.5}]})
-    assert_refused(room, data, "recipe-idle-filter", "parameters.lambda: the filter 'down_proj' is hidden")
+    assert_refused(copies, data, "recipe-idle-filter", "'up_proj' is hidden behind an earlier one")
+    data = recipe(copies, parameters={"lambda": [{"value": 1.0}, {"filter": "down_proj", "value": 0.5}]})
+    assert_refused(copies, data, "recipe-idle-filter", "parameters.lambda: the filter 'down_proj' is hidden")
 
 
 def test_a_head_that_is_tied_is_no_tensor(tmp_path, request):
@@ -219,50 +197,50 @@ def test_a_head_that_is_tied_is_no_tensor(tmp_path, request):
     assert_refused(tmp_path, data, "recipe-idle-filter", "'lm_head' matches no tensor")
 
 
-def test_della_values_that_would_stop_it_half_way(room, no_weights):
-    data = recipe(room, "della")
+def test_della_values_that_would_stop_it_half_way(copies, no_weights):
+    data = recipe(copies, "della")
     data["models"][1]["parameters"]["density"] = 0.9
-    assert_refused(room, data, "recipe-bad-value", "density 0.9 with epsilon 0.15; this method needs both")
+    assert_refused(copies, data, "recipe-bad-value", "density 0.9 with epsilon 0.15; this method needs both")
     data["models"][1]["parameters"]["epsilon"] = 0.05
-    merge_here(room, data, dry_run=True)
+    merge_here(copies, data, dry_run=True)
 
 
-def test_weights_that_cancel_are_told(room, capsys):
-    data = recipe(room, experts=("code",))
+def test_weights_that_cancel_are_said(copies, capsys):
+    data = recipe(copies, experts=("code",))
     data["models"][1]["parameters"]["weight"] = [{"filter": "mlp", "value": 0.3}, {"value": 1}]
-    merge_here(room, data, dry_run=True)
+    merge_here(copies, data, dry_run=True)
     assert "the weights of code have no effect: with one expert, normalize: true divides" in capsys.readouterr().err
-    merge_here(room, {**data, "parameters": {"normalize": False}}, dry_run=True)
+    merge_here(copies, {**data, "parameters": {"normalize": False}}, dry_run=True)
     assert "no effect" not in capsys.readouterr().err
 
 
-def test_a_missing_weight(room, no_weights):
-    data = recipe(room)
+def test_a_missing_weight(copies, no_weights):
+    data = recipe(copies)
     del data["models"][1]["parameters"]["weight"]
-    assert_refused(room, data, "recipe-not-mergekits", "Missing required parameter weight")
+    assert_refused(copies, data, "recipe-not-mergekits", "Missing required parameter weight")
 
 
 # --- machine and output -----------------------------------------------------------------------------------------------
 
 
-def test_devices_that_are_not_there(room, no_weights):
+def test_devices_that_are_not_there(copies, no_weights):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     for device in ("cuda", "cuda:1"):
-        assert_refused(room, recipe(room), "device-missing", device=device)
+        assert_refused(copies, recipe(copies), "device-missing", device=device)
     for device in ("mps", "tpu", "gpu"):
-        assert_refused(room, recipe(room), "device-unknown", device=device)
+        assert_refused(copies, recipe(copies), "device-unknown", device=device)
 
 
-def test_a_disk_that_is_too_small(room, no_weights, monkeypatch):
-    usage = shutil.disk_usage(room)
+def test_a_disk_that_is_too_small(copies, no_weights, monkeypatch):
+    usage = shutil.disk_usage(copies)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    assert_refused(room, recipe(room), "disk-full", "the result needs 1.")
+    assert_refused(copies, recipe(copies), "disk-full", "the result needs 1.")
 
 
-def test_outputs_that_would_hurt_an_input(room, no_weights, monkeypatch):
-    monkeypatch.chdir(room)
-    (room / "link").symlink_to("code")
+def test_outputs_that_would_hurt_an_input(copies, no_weights, monkeypatch):
+    monkeypatch.chdir(copies)
+    (copies / "link").symlink_to("code")
     for output, code in (
         ("code", "out-is-input"),
         ("link", "out-is-input"),
@@ -272,53 +250,53 @@ def test_outputs_that_would_hurt_an_input(room, no_weights, monkeypatch):
         ("merged.yaml", "out-is-file"),
     ):
         data = recipe(Path("."))
-        write_recipe(room / "merged.yaml", data)
-        before = contents(room)
+        write_recipe(copies / "merged.yaml", data)
+        before = contents(copies)
         from utils.commands.merge import merge
         from utils.merging.settings import MergeSettings
 
         with refused(code):
             merge(MergeSettings(output_path=Path(output), merge_config=Path("merged.yaml"), device="cpu"))
-        assert contents(room) == before
+        assert contents(copies) == before
 
 
-def test_flags_without_effect_are_told(room, capsys):
-    merge_here(room, recipe(room), dry_run=True, lazy_unpickle=True, low_cpu_memory=True, write_threads=2)
+def test_flags_without_effect_are_said(copies, capsys):
+    merge_here(copies, recipe(copies), dry_run=True, lazy_unpickle=True, low_cpu_memory=True, write_threads=2)
     errors = capsys.readouterr().err
     for flag in ("--lazy_unpickle", "--low_cpu_memory", "--write_threads"):
         assert f"{flag} does nothing" in errors
 
 
-def test_an_input_that_changes_meanwhile(room, monkeypatch):
+def test_an_input_that_changes_meanwhile(copies, monkeypatch):
     from utils.merging import run as merge_run
 
     run = merge_run.run_merge
 
     def meanwhile(*arguments):
         run(*arguments)
-        (room / "code" / "model.safetensors").touch()
+        (copies / "code" / "model.safetensors").touch()
 
     monkeypatch.setattr(merge_run, "run_merge", meanwhile)
-    write_recipe(room / "merged.yaml", recipe(room))
+    write_recipe(copies / "merged.yaml", recipe(copies))
     with refused("merge-input-changed"):
-        merge_here(room, recipe(room))
-    assert not (room / "merged").exists() and not list(room.glob(".*"))
+        merge_here(copies, recipe(copies))
+    assert not (copies / "merged").exists() and not list(copies.glob(".*"))
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_dtype_the_result_has_the_bases_tensor_by_tensor(room, capsys):
+def test_without_a_dtype_the_result_has_the_bases_tensor_by_tensor(copies, capsys):
     """mergekit would promote and save float32 if one expert is float32."""
-    edit_weights(room / "base", lambda found: found.update({"model.norm.weight": found["model.norm.weight"].float()}))
-    edit_weights(room / "code", lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
-    merged = merge_here(room, recipe(room, dtype=None), quiet=False)
+    edit_weights(copies / "base", lambda found: found.update({"model.norm.weight": found["model.norm.weight"].float()}))
+    edit_weights(copies / "code", lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
+    merged = merge_here(copies, recipe(copies, dtype=None), quiet=False)
     assert "computed in the dtype of the inputs, saved in bfloat16" in capsys.readouterr().out
     for name, tensor in tensors(merged).items():
         assert tensor.dtype == (torch.float32 if name == "model.norm.weight" else torch.bfloat16), name
 
 
-def test_a_head_that_only_an_expert_stores_is_told(tmp_path, capsys):
+def test_a_head_that_only_an_expert_stores_is_said(tmp_path, capsys):
     save_models(tmp_path, names=("base",), tie_word_embeddings=True)
     save_models(tmp_path, names=("code",))
     merge_here(tmp_path, recipe(tmp_path, experts=("code",)))
@@ -327,8 +305,8 @@ def test_a_head_that_only_an_expert_stores_is_told(tmp_path, capsys):
     )
 
 
-def test_report_says_what_will_happen(room, capsys):
-    merge_here(room, recipe(room), dry_run=True, quiet=False, random_seed=11)
+def test_report_says_what_will_happen(copies, capsys):
+    merge_here(copies, recipe(copies), dry_run=True, quiet=False, random_seed=11)
     printed = capsys.readouterr().out
     for text in (
         "mergekit 0.1.5", "device: cpu", "LlamaForCausalLM",
@@ -402,31 +380,31 @@ print(seen["need"], seen["used"])
 """
 
 
-def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(room, capsys):
+def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(copies, capsys):
     """Passthrough over slices: the tensors of another model's layers are stored by it alone, as they should be."""
     sources = [("base", [0, 2]), ("code", [1, 3])]
     data = {
-        "slices": [{"sources": [{"model": str(room / name), "layer_range": span}]} for name, span in sources],
+        "slices": [{"sources": [{"model": str(copies / name), "layer_range": span}]} for name, span in sources],
         "merge_method": "passthrough",
         "dtype": "bfloat16",
     }
-    merge_here(room, data, dry_run=True)
+    merge_here(copies, data, dry_run=True)
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_is_quiet(room, run_command_line):
+def test_quiet_is_quiet(copies, run_command_line):
     """The last lines remain; on stderr, where warnings and the bar would be, there is nothing at all."""
-    write_recipe(room / "recipe.yaml", recipe(room, tokenizer_source="union"))
+    write_recipe(copies / "recipe.yaml", recipe(copies, tokenizer_source="union"))
     words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu", "--quiet"]
     for more in ([], ["--overwrite", "--fast_selection", "False"]):
-        done = run_command_line("utils/merger.py", *words, *more, cwd=room)
+        done = run_command_line("utils/merger.py", *words, *more, cwd=copies)
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
         assert lines[1].startswith("merged in ") and len(lines) == 6, done.stdout
 
 
-def test_a_log_file_gets_no_carriage_return(room, run_command_line):
-    write_recipe(room / "recipe.yaml", recipe(room))
+def test_a_log_file_gets_no_carriage_return(copies, run_command_line):
+    write_recipe(copies / "recipe.yaml", recipe(copies))
     words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, cwd=room)
+    done = run_command_line("utils/merger.py", *words, cwd=copies)
     assert done.returncode == 0 and "merging: 100%" in done.stderr and "\r" not in done.stderr

@@ -6,19 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
 from tests.refusals import refused
-from tests.tiny_merges import merge_here, recipe, save_models, write_recipe
+from tests.tiny_merges import merge_here, recipe, write_recipe
 from utils.commands.merge import merge
 from utils.merging.settings import MergeSettings
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest
-
-
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    """Three tiny Llamas; read only."""
-    return save_models(tmp_path_factory.mktemp("llamas"))
 
 
 def record(recipe_path: Path) -> RecipeManifest:

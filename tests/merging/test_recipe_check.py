@@ -1,4 +1,4 @@
-"""A slip in a recipe, which mergekit would pass over in silence, is one message before anything heavy is imported."""
+"""A mistake in a recipe, which mergekit would pass over in silence, is one message before anything heavy is imported."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
-from tests.tiny_merges import recipe, save_models, write_recipe
+from tests.tiny_merges import recipe, write_recipe
 from utils.errors import UserError
 from utils.merging.inputs import find_models
 from utils.merging.recipe_check import CheckedRecipe, check_recipe
@@ -31,7 +31,7 @@ def two(parameters="{weight: 1}", rest="", method="ties"):
     return f"models: {models}\nmerge_method: {method}\nbase_model: a\n{rest}\n"
 
 
-SLIPS = [
+MISTAKES = [
     (two(method="dare-ties"), "recipe-unknown-method", "merge_method 'dare-ties' is unknown; did you mean 'dare_ties'"),
     (two(method="TIES"), "recipe-unknown-method", "did you mean 'ties'"),
     (two(method="quantum"), "recipe-unknown-method", "known: arcee_fusion"),
@@ -80,8 +80,8 @@ SLIPS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "code", "words"), SLIPS)
-def test_a_slip_is_refused_with_the_nearest_right_word(tmp_path, text, code, words):
+@pytest.mark.parametrize(("text", "code", "words"), MISTAKES)
+def test_a_mistake_is_refused_with_the_nearest_right_word(tmp_path, text, code, words):
     with refused(code) as caught:
         checked(tmp_path, text)
     assert words in str(caught.value)
@@ -125,7 +125,7 @@ def test_a_model_may_be_called_like_a_word_of_the_tokenizer(tmp_path, rest):
         assert config.tokenizer_source == "base"
 
 
-def test_parameters_without_effect_are_told(tmp_path):
+def test_parameters_without_effect_are_said(tmp_path):
     data = recipe(tmp_path, "task_arithmetic")
     data["models"][0]["parameters"] = {"weight": 1}
     data["models"][1]["parameters"]["density"] = 0.5
@@ -138,12 +138,6 @@ def test_parameters_without_effect_are_told(tmp_path):
 # --- before the heavy libraries ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    """A folder with three tiny models, read only."""
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
 LATE = {
     "method": (lambda data: data.update(merge_method="tis"), "recipe-unknown-method"),
     "folder": (lambda data: data["models"].append({"model": "./nowhere"}), "model-missing"),
@@ -152,10 +146,10 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("slip", LATE)
-def test_command_3_answers_without_the_heavy_libraries(room, tmp_path, run_command_line, slip):
-    edit, code = LATE[slip]
-    data = recipe(room)
+@pytest.mark.parametrize("mistake", LATE)
+def test_command_3_answers_without_the_heavy_libraries(llamas, tmp_path, run_command_line, mistake):
+    edit, code = LATE[mistake]
+    data = recipe(llamas)
     edit(data)
     path = write_recipe(tmp_path / "recipe.yaml", data)
     program = (
@@ -170,23 +164,23 @@ def test_command_3_answers_without_the_heavy_libraries(room, tmp_path, run_comma
     assert not (tmp_path / "out").exists()
 
 
-def test_local_models_come_back_open_and_others_wait(room, tmp_path):
-    found = find_models(checked(tmp_path, recipe(room)), None)
+def test_local_models_come_back_open_and_others_wait(llamas, tmp_path):
+    found = find_models(checked(tmp_path, recipe(llamas)), None)
     folders = [checkpoint.folder for checkpoint in found.checkpoints.values()]
-    assert folders == [(room / name).resolve() for name in ("base", "code", "math")]
+    assert folders == [(llamas / name).resolve() for name in ("base", "code", "math")]
     assert all(checkpoint.tensors for checkpoint in found.checkpoints.values())
-    data = recipe(room)
-    data["models"].append({"model": f"{room / 'math'}+{room / 'nowhere'}"})
+    data = recipe(llamas)
+    data["models"].append({"model": f"{llamas / 'math'}+{llamas / 'nowhere'}"})
     assert len(find_models(checked(tmp_path, data), tmp_path).checkpoints) == 3
     with refused("adapter-no-cache"):
         find_models(checked(tmp_path, data), None)
 
 
-def test_a_damaged_model_is_told(room, tmp_path):
-    shutil.copytree(room / "base", tmp_path / "base")
+def test_a_damaged_model_is_refused(llamas, tmp_path):
+    shutil.copytree(llamas / "base", tmp_path / "base")
     with open(tmp_path / "base" / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    data = recipe(room)
+    data = recipe(llamas)
     data["models"].append({"model": str(tmp_path / "base")})
     with refused("weights-truncated"):
         find_models(checked(tmp_path, data), None)
@@ -220,11 +214,11 @@ def places(node, here=()):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_change_is_taken_by_mergekit_too_or_refused_with_a_message(room, tmp_path, data):
+def test_any_change_is_taken_by_mergekit_too_or_refused_with_a_message(llamas, tmp_path, data):
     """One value of a good recipe is replaced by anything: mergekit's value results, or a `UserError`; never another."""
     from utils.merging.configuration import configuration
 
-    good = recipe(room, "della", tokenizer={"source": "union", "tokens": {"x": {"source": str(room / "base")}}})
+    good = recipe(llamas, "della", tokenizer={"source": "union", "tokens": {"x": {"source": str(llamas / "base")}}})
     path = data.draw(st.sampled_from(sorted(places(good), key=str)))
     value = data.draw(VALUES)
     changed = copy.deepcopy(good)

@@ -1,10 +1,9 @@
-"""guided_ties by command 3: tensors equal a dense version, the manifest tells, and every bad file is found before."""
+"""guided_ties by command 3: tensors equal a dense version, the manifest says so, and every bad file is found before."""
 
 import copy
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,17 @@ from safetensors.torch import save_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, block_prefix
-from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors, write_recipe
-from tests.tiny_pairs import contents, save_tokenizer
-from utils import merger
+from tests.tiny_merges import (
+    assert_refused,
+    assert_same_tensors,
+    merge_here,
+    recipe,
+    save_models,
+    tensors,
+    write_recipe,
+)
+from tests.tiny_pairs import save_tokenizer
 from utils.commands.merge import merge
-from utils.errors import run_command
 from utils.merging.settings import MergeSettings
 from utils.recipes.saliency_vectors import FORMAT, vector_file_bytes
 
@@ -73,37 +78,12 @@ def dense(folder: Path, family: str, fishers: dict, stored: str) -> torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    folder = save_models(tmp_path_factory.mktemp("llamas"))
+def llamas(llamas, tmp_path_factory) -> Path:
+    """With vectors of the two experts."""
+    folder = shutil.copytree(llamas, tmp_path_factory.mktemp("llamas"), dirs_exist_ok=True)
     for seed, name in enumerate(DENSITIES):
         measure(folder, name, seed)
     return folder
-
-
-@pytest.fixture
-def room(llamas, tmp_path) -> Path:
-    for path in llamas.iterdir():
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    return tmp_path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run command 3 in this process: (exit code, stdout, stderr)."""
-
-    def run(room: Path, data: dict, *more: str):
-        write_recipe(room / "recipe.yaml", data)
-        words = ["--output_path", room / "merged", "--merge_config", room / "recipe.yaml", "--device", "cpu", *more]
-        monkeypatch.setattr(sys, "argv", ["merger.py", *map(str, words)])
-        code = 0
-        try:
-            run_command(merger.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------
@@ -129,17 +109,17 @@ def test_the_command_makes_what_the_dense_version_makes(tmp_path, family, run_co
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=lambda text, at=stored: f"{at}: {text}")
 
 
-def test_vectors_are_found_beside_the_recipe_wherever_the_folder_lies(room, tmp_path_factory, monkeypatch):
+def test_vectors_are_found_beside_the_recipe_wherever_the_folder_lies(copies, tmp_path_factory, monkeypatch):
     """The recipe names its vectors from where it lies; neither the current folder nor a move changes what they are."""
-    data = guided(room)
+    data = guided(copies)
     for model in data["models"]:
         if "saliency" in model.get("parameters", {}):
             model["parameters"]["saliency"] = Path(model["parameters"]["saliency"]).name
-    monkeypatch.chdir(room)
-    expected = merge_here(room, data, "here")
+    monkeypatch.chdir(copies)
+    expected = merge_here(copies, data, "here")
     moved = tmp_path_factory.mktemp("moved") / "folder"
     moved.mkdir()
-    for file in room.glob("*.vectors"):
+    for file in copies.glob("*.vectors"):
         file.rename(moved / file.name)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert_same_tensors(merge_here(moved, data, "there"), expected)
@@ -149,13 +129,13 @@ def test_vectors_are_found_beside_the_recipe_wherever_the_folder_lies(room, tmp_
     assert_same_tensors(again / "twice", expected)
 
 
-def test_bfloat16_and_one_expert_by_magnitude(room):
+def test_bfloat16_and_one_expert_by_magnitude(copies):
     """bf16 rounds what is kept, not which; without vectors an expert is cut as ties cuts it."""
-    data = guided(room, dtype="bfloat16")
+    data = guided(copies, dtype="bfloat16")
     del data["models"][2]["parameters"]["saliency"]
-    ours = tensors(merge_here(room, data))[NAME]
-    base, code, math = (tensors(room / name)[NAME] for name in ("base", "code", "math"))
-    fisher = measure(room, "code", 0)[NAME]
+    ours = tensors(merge_here(copies, data))[NAME]
+    base, code, math = (tensors(copies / name)[NAME] for name in ("base", "code", "math"))
+    fisher = measure(copies, "code", 0)[NAME]
     trimmed = []
     for expert, density, factor in ((code, 0.25, fisher), (math, 0.4, 1.0)):
         worth = ((expert - base).double() ** 2 * factor).flatten()
@@ -181,28 +161,28 @@ def test_vectors_may_use_another_name_of_the_tensor(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_slices_take_the_vectors_of_the_layer_they_come_from(room):
+def test_slices_take_the_vectors_of_the_layer_they_come_from(copies):
     """Layer 2 of the expert goes onto layer 0 of the base: what it was measured as counts, not where it ends up."""
 
     def sliced(layer: int) -> dict:
-        expert = {"model": str(room / "code"), "layer_range": [layer, layer + 1]}
+        expert = {"model": str(copies / "code"), "layer_range": [layer, layer + 1]}
         expert["parameters"] = {
             "weight": 1.0,
             "density": [{"filter": "down_proj.weight", "value": 0.25}, {"value": 1.0}],
-            "saliency": str(room / "code.vectors"),
+            "saliency": str(copies / "code.vectors"),
         }
-        sources = [{"model": str(room / "base"), "layer_range": [0, 1]}, expert]
+        sources = [{"model": str(copies / "base"), "layer_range": [0, 1]}, expert]
         return {
             "slices": [{"sources": sources}],
             "merge_method": "guided_ties",
-            "base_model": str(room / "base"),
+            "base_model": str(copies / "base"),
             "dtype": "float32",
         }
 
-    fisher = measure(room, "code", 0)
-    merged = tensors(merge_here(room, sliced(2)))["model.layers.0.mlp.down_proj.weight"]
-    base = tensors(room / "base")["model.layers.0.mlp.down_proj.weight"].float()
-    expert = tensors(room / "code")["model.layers.2.mlp.down_proj.weight"].float()
+    fisher = measure(copies, "code", 0)
+    merged = tensors(merge_here(copies, sliced(2)))["model.layers.0.mlp.down_proj.weight"]
+    base = tensors(copies / "base")["model.layers.0.mlp.down_proj.weight"].float()
+    expert = tensors(copies / "code")["model.layers.2.mlp.down_proj.weight"].float()
     worth = ((expert - base).double() ** 2 * fisher["model.layers.2.mlp.down_proj.weight"]).flatten()
     kept = worth.topk(int(0.25 * len(worth))).indices.sort().values
     assert torch.equal((merged != base).flatten().nonzero().flatten(), kept)
@@ -211,14 +191,14 @@ def test_slices_take_the_vectors_of_the_layer_they_come_from(room):
 # --- what it says of itself -------------------------------------------------------------------------------------------
 
 
-def test_manifest_and_card_tell_the_files(room):
-    merged = merge_here(room, guided(room))
+def test_manifest_and_card_say_the_files(copies):
+    merged = merge_here(copies, guided(copies))
     manifest = json.loads((merged / "manifest.json").read_text())
     assert manifest["saliency"] == [
         {
             "name": f"{name}.vectors",
-            "bytes": (room / f"{name}.vectors").stat().st_size,
-            "sha256": hashlib.sha256((room / f"{name}.vectors").read_bytes()).hexdigest(),
+            "bytes": (copies / f"{name}.vectors").stat().st_size,
+            "sha256": hashlib.sha256((copies / f"{name}.vectors").read_bytes()).hexdigest(),
             "tensors": {name: 21},
         }
         for name in DENSITIES
@@ -230,39 +210,39 @@ def test_manifest_and_card_tell_the_files(room):
     kept = yaml.safe_load((merged / "mergekit_config.yml").read_text())
     assert [entry["parameters"]["saliency"] for entry in kept["models"][1:]] == ["../code.vectors", "../math.vectors"]
     for path in merged.rglob("*"):
-        assert str(room).encode() not in path.read_bytes(), path.name
+        assert str(copies).encode() not in path.read_bytes(), path.name
 
 
-def test_other_methods_have_no_such_record(room):
-    merged = merge_here(room, recipe(room))
+def test_other_methods_have_no_such_record(copies):
+    merged = merge_here(copies, recipe(copies))
     assert "saliency" not in json.loads((merged / "manifest.json").read_text())
     assert "aliency" not in (merged / "README.md").read_text()
 
 
-def test_paths_with_a_tilde(room, monkeypatch):
-    monkeypatch.setenv("HOME", str(room))
-    data = guided(room)
-    expected = tensors(merge_here(room, data, "expected"))
+def test_paths_with_a_tilde(copies, monkeypatch):
+    monkeypatch.setenv("HOME", str(copies))
+    data = guided(copies)
+    expected = tensors(merge_here(copies, data, "expected"))
     for name, entry in zip(DENSITIES, data["models"][1:], strict=True):
         entry["parameters"]["saliency"] = f"~/{name}.vectors"
-    found = tensors(merge_here(room, data))
+    found = tensors(merge_here(copies, data))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [entry["name"] for entry in json.loads((room / "merged" / "manifest.json").read_text())["saliency"]] == [
+    assert [entry["name"] for entry in json.loads((copies / "merged" / "manifest.json").read_text())["saliency"]] == [
         "code.vectors",
         "math.vectors",
     ]
 
 
-def test_what_does_nothing_is_told(room, capsys):
-    data = guided(room)
+def test_what_does_nothing_is_said(copies, capsys):
+    data = guided(copies)
     data["models"][1]["parameters"]["density"] = 1.0
-    merge_here(room, data, dry_run=True)
+    merge_here(copies, data, dry_run=True)
     errors = capsys.readouterr().err
     assert "the saliency file code.vectors is not used: where it applies, every density is 0 or 1" in errors
     assert "math.vectors" not in errors
     for entry in data["models"][1:]:
         del entry["parameters"]["saliency"]
-    merge_here(room, data, dry_run=True)
+    merge_here(copies, data, dry_run=True)
     assert "no model names a file of saliency vectors" in capsys.readouterr().err
 
 
@@ -272,10 +252,10 @@ def test_what_does_nothing_is_told(room, capsys):
 def edit(change):
     """Rewrite the vectors of `code` after `change` has been at them."""
 
-    def spoil(room: Path, _data: dict) -> None:
+    def spoil(copies: Path, _data: dict) -> None:
         from safetensors import safe_open
 
-        path = room / "code.vectors"
+        path = copies / "code.vectors"
         with safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         change(found)
@@ -291,101 +271,90 @@ def set_entry(value: float):
     return edit(change)
 
 
-def _other_path(_room, data):
+def _other_path(_copies, data):
     data["models"][1]["parameters"]["saliency"] = "nowhere/vectors.safetensors"
 
 
-def _other_format(room, _data):
-    save_file({"x": torch.ones(1)}, room / "code.vectors", metadata={"format": "pt"})
+def _other_format(copies, _data):
+    save_file({"x": torch.ones(1)}, copies / "code.vectors", metadata={"format": "pt"})
 
 
-def _a_number(_room, data):
+def _a_number(_copies, data):
     data["models"][1]["parameters"]["saliency"] = 5
 
 
-def _shared(_room, data):
+def _shared(_copies, data):
     data["models"][1]["parameters"]["vote"] = False
 
 
-def _another_model(room, data):
+def _another_model(copies, data):
     data["models"][1]["parameters"]["density"][0] = {"filter": "self_attn.q_proj.weight", "value": 0.5}
     change = edit(lambda found: found.update({f"{NAME}.axis0": torch.ones(40)}))
-    change(room, data)
+    change(copies, data)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "code", "words"),
     [
-        (lambda room, _: (room / "code.vectors").unlink(), ["code.vectors does not exist", "lewis_importance.py"]),
-        (_other_path, ["nowhere/vectors.safetensors does not exist", "saliency"]),
-        (lambda room, _: (room / "code.vectors").write_bytes(b"x" * 50), ["code.vectors", "not safetensors"]),
-        (_other_format, ["code.vectors", "format 'pt'", FORMAT]),
-        (edit(lambda found: found.pop(f"{NAME}.axis0")), ["code.vectors has no vectors of", NAME, "density 1"]),
-        (_another_model, [NAME, "length 40 and 48", "[32, 48]", "measured on this model"]),
-        (set_entry(float("nan")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
-        (set_entry(float("inf")), ["code.vectors", f"{NAME}.axis1", "not finite"]),
-        (set_entry(-1.0), ["code.vectors", f"{NAME}.axis1", "negative"]),
-        (_a_number, ["models[1].parameters.saliency must be text, got 5"]),
-        (_shared, ["models[1].parameters.vote has no effect under one model"]),
+        (lambda copies, _: (copies / "code.vectors").unlink(), "vectors-missing", "lewis_importance.py"),
+        (_other_path, "vectors-missing", "nowhere/vectors.safetensors"),
+        (lambda copies, _: (copies / "code.vectors").write_bytes(b"x" * 50), "vectors-malformed", "code.vectors"),
+        (_other_format, "vectors-of-other-format", "code.vectors"),
+        (edit(lambda found: found.pop(f"{NAME}.axis0")), "saliency-missing-tensor", f"no vectors of {NAME}"),
+        (_another_model, "saliency-shape", "length 40 and 48"),
+        (set_entry(float("nan")), "vectors-not-finite", f"{NAME}.axis1"),
+        (set_entry(float("inf")), "vectors-not-finite", f"{NAME}.axis1"),
+        (set_entry(-1.0), "vectors-not-finite", f"{NAME}.axis1"),
+        (_a_number, "recipe-wrong-type", "models[1].parameters.saliency"),
+        (_shared, "recipe-shared-parameter", "models[1].parameters.vote"),
     ],
 )
-def test_bad_input_is_found_before_weights_are_read(room, spoil, words, call, monkeypatch):
-    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-
-    def forbidden(*_arguments, **_keywords):
-        raise AssertionError("a weight was read")
-
-    data = guided(room)
-    spoil(room, data)
-    monkeypatch.setattr(LazyTensorLoader, "get_tensor", forbidden)
-    write_recipe(room / "recipe.yaml", data)
-    before = contents(room)
-    code, _, err = call(room, data)
-    assert code == 2, err
-    assert all(word in err for word in words), err
-    assert err.count("error:") == 1 and "Traceback" not in err
-    assert contents(room) == before
+def test_bad_input_is_found_before_weights_are_read(copies, spoil, code, words, no_weights):
+    data = guided(copies)
+    spoil(copies, data)
+    assert_refused(copies, data, code, words)
 
 
-def test_many_missing_tensors_make_a_short_message(room, call):
-    (room / "code.vectors").write_bytes(vector_file_bytes({}))
-    code, _, err = call(room, guided(room))
-    assert code == 2 and "and 16 more" in err and len(err.splitlines()) < 12
+def test_many_missing_tensors_make_a_short_message(copies):
+    (copies / "code.vectors").write_bytes(vector_file_bytes({}))
+    with refused("saliency-missing-tensor", "and 16 more") as caught:
+        merge_here(copies, guided(copies))
+    assert len(str(caught.value).splitlines()) < 12
 
 
-def test_what_is_no_matrix_is_cut_by_magnitude(room):
-    data = guided(room)
+def test_what_is_no_matrix_is_cut_by_magnitude(copies):
+    data = guided(copies)
     for entry in data["models"][1:]:
         entry["parameters"]["density"].insert(0, {"filter": "norm", "value": 0.25})
     by_magnitude = copy.deepcopy(data)
     for entry in by_magnitude["models"][1:]:
         entry["parameters"]["saliency"] = ""
-    ours, theirs = (tensors(merge_here(room, one, name)) for one, name in ((data, "by"), (by_magnitude, "plain")))
+    ours, theirs = (tensors(merge_here(copies, one, name)) for one, name in ((data, "by"), (by_magnitude, "plain")))
     norms = [name for name in ours if "norm" in name]
     assert norms and all(torch.equal(ours[name], theirs[name]) for name in norms)
     assert not torch.equal(ours[NAME], theirs[NAME])
 
 
-def test_an_aligned_vocabulary_is_refused(room):
-    save_tokenizer(room / "math", chat_template="{{ messages }}", bos=False)
-    data = guided(room, tokenizer_source="union")
-    merge_here(room, data, "apart")  # nothing of the vocabulary is cut
+def test_an_aligned_vocabulary_is_refused(copies):
+    save_tokenizer(copies / "math", chat_template="{{ messages }}", bos=False)
+    data = guided(copies, tokenizer_source="union")
+    merge_here(copies, data, "apart")  # nothing of the vocabulary is cut
     for entry in data["models"][1:]:
         entry["parameters"]["density"].insert(0, {"filter": "embed_tokens", "value": 0.5})
     with refused("saliency-vocabulary"):
-        merge_here(room, data)
+        merge_here(copies, data)
 
 
-def test_a_file_that_changes_under_way_is_noticed(room, monkeypatch):
+def test_a_file_that_changes_under_way_is_noticed(copies, monkeypatch):
     from utils.merging import run as merge_run
 
     run = merge_run.run_merge
 
     def slow(*arguments):
         run(*arguments)
-        measure(room, "math", 99)
+        measure(copies, "math", 99)
 
     monkeypatch.setattr(merge_run, "run_merge", slow)
     with refused("merge-input-changed"):
-        merge_here(room, guided(room))
-    assert not (room / "merged").exists()
+        merge_here(copies, guided(copies))
+    assert not (copies / "merged").exists()

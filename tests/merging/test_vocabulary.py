@@ -15,18 +15,6 @@ from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.models.tokenizer_files import copy_tokenizer, fingerprint, has_chat_template, has_tokenizer
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    return save_models(tmp_path_factory.mktemp("llamas"))
-
-
-@pytest.fixture
-def room(llamas, tmp_path) -> Path:
-    for name in ("base", "code", "math"):
-        shutil.copytree(llamas / name, tmp_path / name)
-    return tmp_path
-
-
 def add_tokens(folder: Path, *tokens: str, special: bool = False) -> None:
     """Give a model's tokenizer more tokens, and its embeddings rows for them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,12 +119,12 @@ def test_rows_without_a_tokenizer_block_stay(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["union", "base"])
-def test_added_tokens_follow_their_text(room, source):
+def test_added_tokens_follow_their_text(copies, source):
     """Each token's merged row is the same as stock mergekit's, wherever either of them put it."""
-    add_tokens(room / "code", "<code>", "<more>")
-    add_tokens(room / "math", "<math>", special=True)
-    data = recipe(room, "task_arithmetic", tokenizer_source=source, dtype="float32")
-    ours, stock = merge_here(room, data), merge_stock(room, data)
+    add_tokens(copies / "code", "<code>", "<more>")
+    add_tokens(copies / "math", "<math>", special=True)
+    data = recipe(copies, "task_arithmetic", tokenizer_source=source, dtype="float32")
+    ours, stock = merge_here(copies, data), merge_stock(copies, data)
     mine, theirs = tokenizer_of(ours).get_vocab(), tokenizer_of(stock).get_vocab()
     assert mine.keys() == theirs.keys()
     assert len(mine) == rows_of(ours) == (99 if source == "union" else 96)
@@ -149,68 +137,68 @@ def test_added_tokens_follow_their_text(room, source):
             assert torch.equal(tensor, right[name])
 
 
-def test_a_union_numbers_its_tokens_the_same_way_every_time(room):
+def test_a_union_numbers_its_tokens_the_same_way_every_time(copies):
     for name, tokens in (("code", ("<c>", "<d>", "<e>")), ("math", ("<m>", "<n>", "<o>"))):
-        add_tokens(room / name, *tokens)
+        add_tokens(copies / name, *tokens)
         # as ordinary tokens of the model's own vocabulary, which come out of a hash table
-        path = room / name / "tokenizer.json"
+        path = copies / name / "tokenizer.json"
         data = json.loads(path.read_text())
         data["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in data["added_tokens"] if entry["id"] > 95}
         data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["id"] <= 95]
         path.write_text(json.dumps(data))
-        settings = json.loads((room / name / "tokenizer_config.json").read_text())
+        settings = json.loads((copies / name / "tokenizer_config.json").read_text())
         settings.pop("added_tokens_decoder", None)
-        (room / name / "tokenizer_config.json").write_text(json.dumps(settings))
+        (copies / name / "tokenizer_config.json").write_text(json.dumps(settings))
     found = set()
     for output in ("x", "y", "z"):
-        vocabulary = tokenizer_of(merge_here(room, recipe(room, tokenizer_source="union"), output)).get_vocab()
+        vocabulary = tokenizer_of(merge_here(copies, recipe(copies, tokenizer_source="union"), output)).get_vocab()
         found.add(tuple(vocabulary[token] for token in ("<c>", "<d>", "<e>", "<m>", "<n>", "<o>")))
     assert found == {(96, 97, 98, 99, 100, 101)}
 
 
-def test_different_tokenizers_without_a_block_are_explained(room, capsys):
-    path = room / "math" / "tokenizer.json"
+def test_different_tokenizers_without_a_block_are_explained(copies, capsys):
+    path = copies / "math" / "tokenizer.json"
     data = json.loads(path.read_text())
     vocabulary = data["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(data))
-    ours = merge_here(room, recipe(room))
+    ours = merge_here(copies, recipe(copies))
     errors = capsys.readouterr().err
     assert "differ: 2 have other ids ('a', 'b'). Rows are merged by id; to align them by token" in errors
-    assert_same_tensors(ours, merge_stock(room, recipe(room)))
-    aligned = merge_here(room, recipe(room, tokenizer_source="union"), "aligned")
-    assert_same_tensors(aligned, merge_stock(room, recipe(room, tokenizer_source="union"), "stock2"))
+    assert_same_tensors(ours, merge_stock(copies, recipe(copies)))
+    aligned = merge_here(copies, recipe(copies, tokenizer_source="union"), "aligned")
+    assert_same_tensors(aligned, merge_stock(copies, recipe(copies, tokenizer_source="union"), "stock2"))
 
 
-def test_different_row_counts_without_a_block_are_refused(room):
-    add_tokens(room / "code", "<code>")
-    assert_refused(room, recipe(room), "merge-shapes", "add tokenizer_source: union")
-    ours = merge_here(room, recipe(room), unsafe_truncate_embeddings=True)
+def test_different_row_counts_without_a_block_are_refused(copies):
+    add_tokens(copies / "code", "<code>")
+    assert_refused(copies, recipe(copies), "merge-shapes", "add tokenizer_source: union")
+    ours = merge_here(copies, recipe(copies), unsafe_truncate_embeddings=True)
     assert rows_of(ours) == 96 == json.loads((ours / "config.json").read_text())["vocab_size"]
-    assert_same_tensors(ours, merge_stock(room, recipe(room), unsafe_truncate_embeddings=True))
+    assert_same_tensors(ours, merge_stock(copies, recipe(copies), unsafe_truncate_embeddings=True))
 
 
-def test_tokens_beyond_the_embeddings_are_refused(room):
+def test_tokens_beyond_the_embeddings_are_refused(copies):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(room / "code")
+    tokenizer = AutoTokenizer.from_pretrained(copies / "code")
     tokenizer.add_tokens(["<code>"])
-    tokenizer.save_pretrained(room / "code")
-    add_tokens(room / "math", "<code>")
-    data = recipe(room, tokenizer_source="union")
-    assert_refused(room, data, "merge-tokens-without-rows", "'<code>'")
+    tokenizer.save_pretrained(copies / "code")
+    add_tokens(copies / "math", "<code>")
+    data = recipe(copies, tokenizer_source="union")
+    assert_refused(copies, data, "merge-tokens-without-rows", "'<code>'")
 
 
-def test_missing_and_broken_tokenizers(room, capsys):
+def test_missing_and_broken_tokenizers(copies, capsys):
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (room / "math" / file).unlink()
-    merge_here(room, recipe(room, tokenizer_source="union"))
+        (copies / "math" / file).unlink()
+    merge_here(copies, recipe(copies, tokenizer_source="union"))
     assert "math has no tokenizer; its token ids are taken to be those of base" in capsys.readouterr().err
-    (room / "code" / "tokenizer.json").write_text("{}")
-    data = recipe(room, tokenizer_source="union")
-    assert_refused(room, data, "merge-tokenizer-unreadable", "code: its tokenizer cannot be loaded", overwrite=True)
-    (room / "base" / "tokenizer.json").unlink()
-    assert_refused(room, data, "merge-no-tokenizer", "base has no tokenizer", overwrite=True)
+    (copies / "code" / "tokenizer.json").write_text("{}")
+    data = recipe(copies, tokenizer_source="union")
+    assert_refused(copies, data, "merge-tokenizer-unreadable", "code: its tokenizer cannot be loaded", overwrite=True)
+    (copies / "base" / "tokenizer.json").unlink()
+    assert_refused(copies, data, "merge-no-tokenizer", "base has no tokenizer", overwrite=True)
 
 
 # --- templates and other small files ----------------------------------------------------------------------------------
@@ -224,30 +212,30 @@ def test_chat_template_and_generation_config_of_the_base_survive_alignment(tmp_p
     assert (ours / "generation_config.json").read_bytes() == (tmp_path / "base/generation_config.json").read_bytes()
 
 
-def test_a_template_that_only_an_expert_has(room, capsys):
-    save_tokenizer(room / "math", chat_template=CHATML)
-    merge_here(room, recipe(room, tokenizer_source="union"), "plain")
+def test_a_template_that_only_an_expert_has(copies, capsys):
+    save_tokenizer(copies / "math", chat_template=CHATML)
+    merge_here(copies, recipe(copies, tokenizer_source="union"), "plain")
     assert "base has no chat template, " in capsys.readouterr().err
-    assert tokenizer_of(room / "plain").chat_template is None
-    auto = merge_here(room, recipe(room, tokenizer_source="union", chat_template="auto"), "auto")
+    assert tokenizer_of(copies / "plain").chat_template is None
+    auto = merge_here(copies, recipe(copies, tokenizer_source="union", chat_template="auto"), "auto")
     assert tokenizer_of(auto).chat_template == CHATML
-    named = merge_here(room, recipe(room, chat_template="chatml"), "named")
+    named = merge_here(copies, recipe(copies, chat_template="chatml"), "named")
     assert "<|im_start|>" in tokenizer_of(named).chat_template
 
 
-def test_without_copy_tokenizer_none_is_written(room):
-    ours = merge_here(room, recipe(room), copy_tokenizer=False)
+def test_without_copy_tokenizer_none_is_written(copies):
+    ours = merge_here(copies, recipe(copies), copy_tokenizer=False)
     assert not has_tokenizer(ours) and (ours / "generation_config.json").exists()
 
 
-def test_special_tokens_that_move_are_told(room, capsys):
-    path = room / "math" / "tokenizer.json"
+def test_special_tokens_that_move_are_said(copies, capsys):
+    path = copies / "math" / "tokenizer.json"
     data = json.loads(path.read_text())
     vocabulary = data["model"]["vocab"]
     vocabulary["</s>"], vocabulary["z"] = vocabulary["z"], vocabulary["</s>"]
     data["added_tokens"] = [e | {"id": vocabulary[e["content"]]} for e in data["added_tokens"]]
     path.write_text(json.dumps(data))
-    merge_here(room, recipe(room, tokenizer_source=str(room / "math")))
+    merge_here(copies, recipe(copies, tokenizer_source=str(copies / "math")))
     assert "says eos_token_id 1 ('</s>'), which has id" in capsys.readouterr().err
 
 

@@ -1,7 +1,6 @@
 """LoRA adapters in a recipe: explained, merged once, never half."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tests.tiny_pairs import contents
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
+def llamas(tmp_path_factory) -> Path:
     """A base, and `adapter`, a LoRA adapter on it with weights that are not zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -26,63 +25,57 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def room(models, tmp_path) -> Path:
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def with_adapter(room: Path, **keys):
-    data = recipe(room, "task_arithmetic", **keys)
-    data["models"][2]["model"] = f"{room / 'base'}+{room / 'adapter'}"
+def with_adapter(copies: Path, **keys):
+    data = recipe(copies, "task_arithmetic", **keys)
+    data["models"][2]["model"] = f"{copies / 'base'}+{copies / 'adapter'}"
     return data
 
 
-def test_an_adapter_needs_a_cache(room):
+def test_an_adapter_needs_a_cache(copies):
     with refused("adapter-no-cache"):
-        merge_here(room, with_adapter(room))
+        merge_here(copies, with_adapter(copies))
 
 
-def test_an_adapter_alone_is_explained(room):
-    data = recipe(room, experts=("code", "adapter"))
+def test_an_adapter_alone_is_explained(copies):
+    data = recipe(copies, experts=("code", "adapter"))
     with refused("model-is-adapter"):
-        merge_here(room, data)
+        merge_here(copies, data)
 
 
-def test_the_adapter_is_merged_as_stock_mergekit_does(room):
-    data = with_adapter(room, dtype="float32", tokenizer_source="union")
-    ours = merge_here(room, data, lora_merge_cache=room / "cache", lora_merge_dtype="float32")
-    stock = merge_stock(room, data, lora_merge_cache=str(room / "stock_cache"), lora_merge_dtype="float32")
+def test_the_adapter_is_merged_as_stock_mergekit_does(copies):
+    data = with_adapter(copies, dtype="float32", tokenizer_source="union")
+    ours = merge_here(copies, data, lora_merge_cache=copies / "cache", lora_merge_dtype="float32")
+    stock = merge_stock(copies, data, lora_merge_cache=str(copies / "stock_cache"), lora_merge_dtype="float32")
     assert_same_tensors(ours, stock)
     names = [entry["name"] for entry in json.loads((ours / "manifest.json").read_text())["inputs"]]
     assert names == ["base", "code", "base+adapter"]
-    assert str(room) not in (ours / "README.md").read_text() + (ours / "mergekit_config.yml").read_text()
+    assert str(copies) not in (ours / "README.md").read_text() + (ours / "mergekit_config.yml").read_text()
     # and the oracle: base + code + B A scale on an adapted tensor
     name = "model.layers.0.self_attn.q_proj"
-    low = {key: value for key, value in tensors(room / "adapter").items() if f"{name[6:]}.lora" in key}
-    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    low = {key: value for key, value in tensors(copies / "adapter").items() if f"{name[6:]}.lora" in key}
+    config = json.loads((copies / "adapter" / "adapter_config.json").read_text())
     product = next(v for k, v in low.items() if "lora_B" in k) @ next(v for k, v in low.items() if "lora_A" in k)
     delta = product * config["lora_alpha"] / config["r"]
-    base, code = (tensors(room / key)[f"{name}.weight"].float() for key in ("base", "code"))
+    base, code = (tensors(copies / key)[f"{name}.weight"].float() for key in ("base", "code"))
     expected = base + (code - base) + 0.75 * delta
     torch.testing.assert_close(tensors(ours)[f"{name}.weight"], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_cache_is_used_again_until_the_adapter_changes(room, monkeypatch):
-    data = with_adapter(room)
-    merge_here(room, data, "first", lora_merge_cache=room / "cache")
-    (cached,) = (room / "cache").iterdir()
+def test_the_cache_is_used_again_until_the_adapter_changes(copies, monkeypatch):
+    data = with_adapter(copies)
+    merge_here(copies, data, "first", lora_merge_cache=copies / "cache")
+    (cached,) = (copies / "cache").iterdir()
     stamp = (cached / "model.safetensors").stat().st_mtime_ns
-    merge_here(room, data, "second", lora_merge_cache=room / "cache")
+    merge_here(copies, data, "second", lora_merge_cache=copies / "cache")
     assert (cached / "model.safetensors").stat().st_mtime_ns == stamp
-    assert_same_tensors(room / "first", room / "second")
-    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
-    (room / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
-    merge_here(room, data, "third", lora_merge_cache=room / "cache")
-    assert len(list((room / "cache").iterdir())) == 2
+    assert_same_tensors(copies / "first", copies / "second")
+    config = json.loads((copies / "adapter" / "adapter_config.json").read_text())
+    (copies / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    merge_here(copies, data, "third", lora_merge_cache=copies / "cache")
+    assert len(list((copies / "cache").iterdir())) == 2
 
 
-def test_a_failure_leaves_no_cache_entry(room, monkeypatch):
+def test_a_failure_leaves_no_cache_entry(copies, monkeypatch):
     import peft
 
     def fail(*_arguments, **_keywords):
@@ -90,11 +83,11 @@ def test_a_failure_leaves_no_cache_entry(room, monkeypatch):
 
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
     with refused("adapter-unfit"):
-        merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")
-    assert not contents(room / "cache")
+        merge_here(copies, with_adapter(copies), lora_merge_cache=copies / "cache")
+    assert not contents(copies / "cache")
 
 
-def test_an_adapter_without_safetensors(room):
-    (room / "adapter" / "adapter_model.safetensors").unlink()
+def test_an_adapter_without_safetensors(copies):
+    (copies / "adapter" / "adapter_model.safetensors").unlink()
     with refused("adapter-no-files"):
-        merge_here(room, with_adapter(room), lora_merge_cache=room / "cache")
+        merge_here(copies, with_adapter(copies), lora_merge_cache=copies / "cache")

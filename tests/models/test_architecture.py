@@ -57,7 +57,7 @@ def test_every_stored_tensor_is_planned_under_its_own_name(pair, family):
         ("llama_bias", INFERENCE),
     ],
 )
-def test_the_origin_and_its_reason_are_told(pair, family, origin):
+def test_the_origin_and_its_reason_are_said(pair, family, origin):
     base, expert = pair(family)
     plan = plan_architecture(base, [expert])
     assert plan.origin == origin

@@ -348,7 +348,7 @@ def check_file(path: Path, content: bytes) -> None:
 
     path.write_bytes(content)
     try:
-        headers = {header.name: header for header in checkpoints._file_headers(path, "m")}
+        headers = {header.name: header for header in checkpoints.file_headers(path, "m")}
     except UserError as error:
         assert len(str(error)) < 5000
         return

@@ -60,7 +60,7 @@ def test_as_many_samples_as_rows_use_every_row_once(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(0, 1), (3, 15), (1000, 1_000_000)])
-def test_too_few_rows_are_told_in_plain_digits(tmp_path, rows, wanted):
+def test_too_few_rows_are_said_in_plain_digits(tmp_path, rows, wanted):
     said = refusal("text-too-few-rows", choose_samples, source(tmp_path, [{"text": "x"}] * rows), wanted)
     assert f"has {rows} rows, but nsamples is {wanted}; lower nsamples" in said
 
@@ -162,7 +162,7 @@ def test_what_is_said_of_a_template(tmp_path):
     assert "is not a template: expected '}'" in refusal("template-invalid", text_of, tmp_path, "{q", {"q": "x"})
 
 
-def test_a_wrong_template_is_told_before_the_file_is_read(tmp_path):
+def test_a_wrong_template_is_said_before_the_file_is_read(tmp_path):
     with refused("template-invalid"):
         choose_samples(CalibrationSource(path=str(tmp_path / "none.jsonl"), text="{q"), 1)
 
@@ -385,7 +385,7 @@ def test_a_tokenizer_that_keeps_the_end_gets_the_end(tmp_path, tokenizers):
     assert encode([Sample(0, text)], left, 2, "m")[0][-1] == ids(left, "z")[0]
 
 
-def test_the_digest_tells_token_lists_apart():
+def test_the_digest_distinguishes_token_lists():
     lists = ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[12], [3]], [[3], [1, 2]], [])
     assert len({token_digest(encoded) for encoded in lists}) == len(lists)
     assert token_digest([(1, 2)]) == token_digest([[1, 2]])

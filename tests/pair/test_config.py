@@ -131,7 +131,7 @@ def test_texts_that_nothing_can_be_evaluated_on(tmp_path, evaluation, code, plac
     assert place in refusal(code, tmp_path, evaluation=evaluation)
 
 
-def test_a_list_of_mistakes_in_one_key_is_told_at_once(tmp_path):
+def test_a_list_of_mistakes_in_one_key_is_reported_at_once(tmp_path):
     said = refusal("config-other-target", tmp_path, target_model_names={"code": "./x", "math": "./y", "base": "./z"})
     assert "3 problems" in said
 
@@ -435,7 +435,7 @@ def test_nul_and_traversal_in_a_model_name_stay_a_name(tmp_path):
     assert read(tmp_path, model_info=models(name="../../x")).experts[0].name == "../../x"
 
 
-def test_every_problem_is_told_at_once(tmp_path):
+def test_every_problem_is_reported_at_once(tmp_path):
     message = refusal(
         "config-unknown-value", tmp_path, nsamples=0, sparsity_ratio=2, dataset="x", componets=[], parity=1
     )

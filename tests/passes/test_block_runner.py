@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_tiny
-from utils.errors import UserError
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
@@ -197,7 +197,7 @@ def test_a_model_that_skips_a_block_is_refused(tmp_path):
     save_tiny("llama", tmp_path)
     decoder, weights = opened(tmp_path)
     decoder.body.config.num_hidden_layers = 2  # Llama's forward slices its blocks by this number
-    with pytest.raises(UserError, match="once each and in order"):
+    with refused("model-unsupported", "once each and in order"):
         run_blocks(decoder, weights, micro_batches(token_lists(), 64, 0), Watcher(decoder.model), CPU)
 
 
@@ -218,12 +218,12 @@ def test_a_part_that_does_not_see_each_token_once_is_refused():
     block, moments = Wayward(), SecondMoments(["inner"])
     with moments.attached(block):
         moments.begin(MicroBatch.of([[0, 0, 0], [0, 0, 0]]))
-        with pytest.raises(UserError, match="given 4 rows for 6 tokens"):
+        with refused("model-unsupported", "given 4 rows for 6 tokens"):
             block(torch.ones(2, 3, 4))
     with moments.attached(block):
         moments.begin(MicroBatch.of([[0, 0], [0, 0]]))
         block.inner(torch.ones(2, 2, 4))
-        with pytest.raises(UserError, match="saw 4 tokens where the text has 8"):
+        with refused("model-unsupported", "saw 4 tokens where the text has 8"):
             moments.checked(0, 8)
 
 

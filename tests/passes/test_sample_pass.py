@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from tests.refusals import refused
 from utils.passes.block_runner import stops
 from utils.passes.sample_pass import SamplePass, handed_over
 
@@ -109,7 +109,7 @@ def test_what_lies_around_the_blocks_is_differentiated(way):
 
 
 def test_state_handed_from_block_to_block_is_refused():
-    with pytest.raises(UserError, match="hands its blocks a dict"):
+    with refused("model-unsupported", "hands its blocks a dict"):
         by_blocks(Model("state"))
 
 
@@ -119,7 +119,7 @@ def test_a_model_that_computes_without_gradients_is_refused():
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
-    with pytest.raises(UserError, match="without gradients"):
+    with refused("model-unsupported", "without gradients"):
         by_blocks(Frozen("plain"))
 
 

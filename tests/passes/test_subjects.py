@@ -71,7 +71,7 @@ def test_parity_counts_the_pads(pair):
     ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "x.tiktoken", "tokenization_x.py",
      "chat_template.jinja", "additional_chat_templates/rag.jinja"],
 )  # fmt: skip
-def test_any_tokenizer_file_tells_tokenizers_apart(tmp_path, name):
+def test_any_tokenizer_file_distinguishes_tokenizers(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     digests = {tokenizer_digest(tmp_path, CONFIG)}

@@ -52,7 +52,7 @@ def test_a_block_is_one_filter_that_ends_with_a_dot():
     assert set(filters.values()) == {"model.layers.1.", "model.layers.10."}
 
 
-def test_names_that_begin_alike_are_told_apart():
+def test_names_that_begin_alike_are_distinguished():
     names = ["a.weight", "a.weight_scale", "b.a.weight"]
     with refused("filter-inexact"):  # `a.weight` is inside `b.a.weight`
         group_filters({"a.weight": 1}, names, "model")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.errors import UserError
+from tests.refusals import refused
 from utils.recipes.method_rules import (
     DENSITY_METHODS,
     GUIDED_MEAN,
@@ -54,7 +54,7 @@ def test_dellas_epsilon_fits_every_density(density, wanted):
 
 
 @given(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.5]))
-def test_breadcrumbs_gamma_leaves_room_for_the_density(density, wanted):
+def test_breadcrumbs_gamma_leaves_space_for_the_density(density, wanted):
     gamma = extra_value(DENSITY_METHODS["breadcrumbs"], density, wanted)
     assert 0 <= gamma <= wanted
     if 0 < density < 1:
@@ -73,44 +73,45 @@ def test_mergekit_accepts_dellas_values(density):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "code", "words"),
     [
-        ("dare-ties", "did you mean dare_ties"),
-        ("TIES", "did you mean ties"),
-        ("brute_force", "known: ties"),
-        ("task_arithmetic", "ignores densities.*dare_linear"),
-        ("linear", "ignores densities"),
-        ("slerp", "ignores densities"),
-        ("", "unknown"),
+        ("dare-ties", "merge-method-unknown", "did you mean dare_ties"),
+        ("TIES", "merge-method-unknown", ""),
+        ("brute_force", "merge-method-unknown", "known: ties"),
+        ("task_arithmetic", "merge-method-unfit", "ignores densities"),
+        ("linear", "merge-method-unfit", ""),
+        ("slerp", "merge-method-unfit", ""),
+        ("", "merge-method-unknown", ""),
     ],
 )
-def test_methods_that_would_not_use_densities_are_refused(name, message):
-    with pytest.raises(UserError, match=message):
+def test_methods_that_would_not_use_densities_are_refused(name, code, words):
+    with refused(code, words):
         density_method(name)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "code", "words"),
     [
-        ({"normalise": True}, "did you mean 'normalize'"),
-        ({"densty": 0.5}, "unknown to the merge method ties"),
-        ({"density": 0.5}, "set per tensor"),
-        ({"weight": 1}, "set per tensor"),
-        ({"epsilon": 0.1}, "unknown to the merge method ties"),
-        ({"normalize": "yes"}, "true or false"),
-        ({"int8_mask": 1}, "true or false"),
-        ({"lambda": "big"}, "must be a number"),
-        ({"lambda": [{"filtre": "x", "value": 1}]}, "must be a number"),
+        ({"normalise": True}, "global-parameter-unknown", "did you mean 'normalize'"),
+        ({"densty": 0.5}, "global-parameter-unknown", ""),
+        ({"density": 0.5}, "global-parameter-no-effect", "set per tensor"),
+        ({"weight": 1}, "global-parameter-no-effect", ""),
+        ({"epsilon": 0.1}, "global-parameter-unknown", ""),
+        ({"normalize": "yes"}, "global-parameter-value", "true or false"),
+        ({"int8_mask": 1}, "global-parameter-value", ""),
+        ({"lambda": "big"}, "global-parameter-value", "must be a number"),
+        ({"lambda": [{"filtre": "x", "value": 1}]}, "global-parameter-value", ""),
     ],
 )
-def test_global_parameters_that_mergekit_would_ignore_are_refused(parameters, message):
-    with pytest.raises(UserError, match=message):
+def test_global_parameters_that_mergekit_would_ignore_are_refused(parameters, code, words):
+    with refused(code, words):
         check_global_parameters(DENSITY_METHODS["ties"], parameters, "pair.yaml")
 
 
-def test_all_wrong_global_parameters_are_told_at_once():
-    with pytest.raises(UserError, match="2 problems"):
+def test_all_wrong_global_parameters_are_reported_at_once():
+    with refused("global-parameter-unknown", "2 problems") as caught:
         check_global_parameters(DENSITY_METHODS["della"], {"epsilon": 2, "gamma": 0.1}, "pair.yaml")
+    assert set(caught.value.codes) == {"global-parameter-unknown", "global-parameter-value"}
 
 
 def test_what_mergekit_knows_is_accepted():
@@ -150,25 +151,25 @@ def test_the_table_of_own_methods_is_what_is_registered():
 @pytest.mark.parametrize(("name", "words"), [("guided_mean", "vectors that --guidance saliency_budget measures"),
                                              ("guided_ties", "--mask saliency")])  # fmt: skip
 def test_own_methods_are_for_the_guidance_that_has_vectors(look_up, name, words):
-    with pytest.raises(UserError, match=words):
+    with refused("merge-method-unfit", words):
         look_up(name)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "code"),
     [
-        ({"power": 0}, "power must be a number above 0 and at most 1, got 0"),
-        ({"power": 1.01}, "power must be a number above 0 and at most 1"),
-        ({"power": True}, "power must be a number above 0"),
-        ({"floor": -1}, "floor must be a number of at least 0, got -1"),
-        ({"floor": float("inf")}, "floor must be a number of at least 0"),
-        ({"flor": 0.1}, "did you mean 'floor'"),
-        ({"normalize": True}, "'normalize' is unknown to the merge method guided_mean"),
-        ({"lambda": float("nan")}, "lambda must be a number, got nan"),
+        ({"power": 0}, "global-parameter-value"),
+        ({"power": 1.01}, "global-parameter-value"),
+        ({"power": True}, "global-parameter-value"),
+        ({"floor": -1}, "global-parameter-value"),
+        ({"floor": float("inf")}, "global-parameter-value"),
+        ({"flor": 0.1}, "global-parameter-unknown"),
+        ({"normalize": True}, "global-parameter-unknown"),
+        ({"lambda": float("nan")}, "global-parameter-value"),
     ],
 )
-def test_numbers_outside_their_range_are_refused(parameters, message):
-    with pytest.raises(UserError, match=message):
+def test_numbers_outside_their_range_are_refused(parameters, code):
+    with refused(code):
         check_global_parameters(GUIDED_MEAN, parameters, "pair.yaml")
 
 

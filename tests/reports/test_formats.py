@@ -43,7 +43,7 @@ def test_a_shown_number_reads_back(value, decimals):
 
 
 @given(st.floats(1e-4, 1e4), st.floats(-10, 10))
-def test_decimals_tell_values_apart(spread, middle):
+def test_decimals_distinguishes_values(spread, middle):
     decimals = decimals_for([middle, middle + spread])
     apart = abs(float(f"{middle + spread:.{decimals}f}") - float(f"{middle:.{decimals}f}"))
     assert apart == pytest.approx(spread, rel=0.05 if decimals < 6 else 0.5)

@@ -48,7 +48,7 @@ def test_a_scale_holds_every_finite_value(values):
 
 
 @given(st.lists(NUMBERS, min_size=2), st.lists(NUMBERS, max_size=5))
-def test_what_must_be_told_apart_takes_a_fifth_of_the_width_at_least(keep, others):
+def test_what_must_be_distinguished_takes_a_fifth_of_the_width_at_least(keep, others):
     span = max(keep) - min(keep)
     assume(span > 1e-3)
     scale = scale_for(others, keep)

@@ -60,7 +60,7 @@ def test_cells_say_value_gain_and_difference():
     assert "no difference seen" in second[2]
 
 
-def test_a_line_reaches_the_reference_exactly_where_nothing_is_told_apart():
+def test_a_line_reaches_the_reference_exactly_where_nothing_is_distinguished():
     table = task_table(page(tasks=(LOSSES,)), LOSSES)
     for row in table.rows:
         strip = read(row.cells[0])

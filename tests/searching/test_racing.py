@@ -65,8 +65,8 @@ def test_with_rows_of_one_length_the_test_is_students_paired_one():
 
 def test_holm_is_statsmodels_step_down():
     """By hand: of 0.01, 0.03, 0.04, 0.005 at 0.05, the two smallest pass 0.05/4 and 0.05/3, the third fails 0.05/2."""
-    assert list(racing._holm(np.array([0.01, 0.03, 0.04, 0.005]), 0.05)) == [True, False, False, True]
-    assert racing._holm(np.array([0.01, 0.02, 0.001]), 0.05).all()
+    assert list(racing.holm_rejects(np.array([0.01, 0.03, 0.04, 0.005]), 0.05)) == [True, False, False, True]
+    assert racing.holm_rejects(np.array([0.01, 0.02, 0.001]), 0.05).all()
 
 
 @pytest.mark.parametrize("kind", ["mean", "worst", "weighted"])
@@ -136,7 +136,7 @@ def test_the_schedule_grows_and_ends_with_every_row(per_task, first):
     assert all(seen <= there for each in rounds for seen, there in zip(each, per_task, strict=True))
 
 
-def test_the_estimate_of_a_beaten_one_is_nearer_than_its_own_rows_tell():
+def test_the_estimate_of_a_beaten_one_is_nearer_than_its_own_rows_say():
     """What merges of the same models do to a row is alike; against the leader's figure on all rows, that cancels."""
     rng = np.random.default_rng(5)
     naive, paired = [], []

@@ -72,20 +72,20 @@ def test_killed_anywhere_and_typed_again_it_comes_to_the_same(tmp_path, sampler)
         assert sorted(scored) == sorted(whole.scored)  # nothing twice
 
 
-def test_killed_while_told_it_comes_to_the_same(tmp_path, monkeypatch):
+def test_killed_meanwhile_it_comes_to_the_same(tmp_path, monkeypatch):
     unbroken = a_search(tmp_path / "unbroken", Formula())
     run(unbroken, 13)
     for stop in (1, 5, 9):
         folder, count = tmp_path / f"killed{stop}", 0
         search = a_search(folder, Formula())
-        told = search.study.tell
+        known = search.study.tell
 
-        def tell(*arguments, stop=stop, told=told):
+        def tell(*arguments, stop=stop, known=known):
             nonlocal count
             count += 1
             if count > stop:
                 raise KeyboardInterrupt
-            told(*arguments)
+            known(*arguments)
 
         monkeypatch.setattr(search.study, "tell", tell)
         with pytest.raises(KeyboardInterrupt):

@@ -132,7 +132,7 @@ def _scorer(options: EvaluateOptions, device: Any, say: Callable[[str], None]) -
         quiet=True,
     )
     settings = ScoreSettings(device, options.dtype, options.micro_batch_tokens, merge=merge, scratch=options.out_dir)
-    return Scorer(options.config, tasks, settings, tell=say)
+    return Scorer(options.config, tasks, settings, say=say)
 
 
 def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> str | None:

@@ -132,7 +132,6 @@ class _Watch:
     write: Callable[[str], None]
     batches_left: int = 1
     pace: "Pace | None" = None
-    told: bool = False
 
     def may_score(self, candidates: int, losses: int) -> None:
         """Raise `Enough` if a round would go over the time, or the folder is over the disk, that is allowed."""
@@ -157,13 +156,13 @@ class _Watch:
                 seconds.weights - before[0], seconds.forward - before[1], done.candidates, done.scored
             )
             if first:
-                self._tell()
+                self._say()
         self._before = (seconds.weights, seconds.forward)
         self.write(
             f"batch {done.batch}: {done.candidates} candidates read {done.rows} rows; {done.beaten} are beaten or failed"
         )
 
-    def _tell(self) -> None:
+    def _say(self) -> None:
         from utils.searching.forecast import forecast
 
         ready, options = self.ready, self.ready.options

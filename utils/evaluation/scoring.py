@@ -81,7 +81,7 @@ class Scorer:
         config: the pair; recipes must merge its models.
         tasks: what to score on; rows are known by their numbers there.
         settings: how to compute.
-        tell: takes sentences about what is done (a model that is written, how many candidates go side by side).
+        say: takes sentences about what is done (a model that is written, how many candidates go side by side).
         on_step: told how many of how many steps (blocks of passes) are done.
 
     Raises:
@@ -91,7 +91,7 @@ class Scorer:
     config: PairConfig
     tasks: Sequence[Task]
     settings: ScoreSettings = field(default_factory=ScoreSettings)
-    tell: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = lambda line: None
     on_step: Callable[[int, int], None] = lambda done, steps: None
     seconds: Seconds = field(default_factory=Seconds)
 
@@ -209,7 +209,7 @@ class Scorer:
         steps = sum(len(group[0].decoder.blocks) for group in groups) + len(to_write)
         if len(ready) > 1:
             passes = "one pass" if len(groups) == 1 else f"{len(groups)} passes"
-            self.tell(f"{len(ready)} candidates in {passes} over the inputs, up to {max(map(len, groups))} at once")
+            self.say(f"{len(ready)} candidates in {passes} over the inputs, up to {max(map(len, groups))} at once")
         done = 0
         for group in groups:
             start = done
@@ -218,7 +218,7 @@ class Scorer:
             frames |= scored
             done += len(group[0].decoder.blocks)
         for candidate, planned, why in to_write:
-            self.tell(f"{candidate.name} is merged into a temporary folder and scored there: {why}")
+            self.say(f"{candidate.name} is merged into a temporary folder and scored there: {why}")
             with self._preparing.written(candidate, planned, self.settings.scratch) as one:
                 scored = self._pass([one], rows, lambda layer: None)
             keep(scored[candidate.name])
@@ -240,7 +240,7 @@ class Scorer:
         self.seconds.forward += seconds.forward
         for one, entry in zip(group, entries, strict=True):
             if entry.failure is not None:
-                self.tell(f"{one.candidate.name} has no losses: {entry.failure}")
+                self.say(f"{one.candidate.name} has no losses: {entry.failure}")
         return {one.candidate.name: self._frame(one, entry, rows) for one, entry in zip(group, entries, strict=True)}
 
     def _frame(self, one: ReadyCandidate, entry: Entry, rows: Mapping[str, Sequence[int]]) -> pd.DataFrame:
@@ -264,13 +264,13 @@ class Scorer:
     def _groups(self, ready: Sequence[ReadyCandidate], rows: Mapping[str, Sequence[int]]) -> list[list[ReadyCandidate]]:
         """Candidates that go side by side: as many as the memory that is free holds the hidden states of."""
         groups: list[list[ReadyCandidate]] = []
-        room = _SHARE * available_bytes(self.settings.device)
+        available = _SHARE * available_bytes(self.settings.device)
         held = 0.0
         for one in ready:
             self._checked(one)
             needed = self._hidden_bytes(one, rows)
             full = groups and self.settings.most_at_once and len(groups[-1]) >= self.settings.most_at_once
-            if not groups or full or held + needed > room or one.converted or groups[-1][0].converted:
+            if not groups or full or held + needed > available or one.converted or groups[-1][0].converted:
                 groups.append([])
                 held = 0.0
             groups[-1].append(one)

@@ -30,7 +30,7 @@ class CandidateWeights:
     def __init__(self, sources: Sequence[WeightSource | MergedModel], device: torch.device) -> None:
         """Take each candidate's source, and the device that the tensors are wanted on."""
         self.sources, self.device = list(sources), device
-        self._room = max(2**28, available_bytes(device) // _SHARE)
+        self._available = max(2**28, available_bytes(device) // _SHARE)
 
     def fetch(self, models: Sequence[int], names: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor] | UserError]:
         """The named tensors of each of some candidates; in place of them the error, where a merge is not finite."""
@@ -71,7 +71,7 @@ class CandidateWeights:
 
     def models_at_once(self, nbytes: int) -> int:
         """How many candidates' tensors to ask for at a time, where those of one take so many bytes."""
-        return max(1, self._room // max(1, nbytes))
+        return max(1, self._available // max(1, nbytes))
 
     def close(self) -> None:
         """Close the checkpoints."""

@@ -59,24 +59,24 @@ class PlannedMerge:
                 raise UserError(text, "merge-input-changed")
 
 
-def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, tell: Callable[[str], None]) -> PlannedMerge:
+def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, say: Callable[[str], None]) -> PlannedMerge:
     """Check a recipe, find its models and plan the merge; the output folder of the settings is not looked at.
 
     Args:
         settings: the flags.
         recipe: the recipe file.
-        tell: takes the lines of the report, as the facts become known.
+        say: takes the lines of the report, as the facts become known.
 
     Raises:
         UserError: anything the user can mend.
     """
-    return plan_models(settings, find_models(check_recipe(recipe), settings.lora_merge_cache), tell)
+    return plan_models(settings, find_models(check_recipe(recipe), settings.lora_merge_cache), say)
 
 
 def plan_models(
     settings: MergeSettings,
     found: FoundModels,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     opened: Callable[[MergeInputs], None] = lambda inputs: None,
 ) -> PlannedMerge:
     """Plan the merge of models that were found, as far as possible without reading weights.
@@ -84,7 +84,7 @@ def plan_models(
     Args:
         settings: the flags; the output folder is not looked at.
         found: the checked recipe and its models.
-        tell: takes the lines of the report, as the facts become known.
+        say: takes the lines of the report, as the facts become known.
         opened: called once the models are open, before the merge is planned.
 
     Raises:
@@ -94,13 +94,13 @@ def plan_models(
     register_methods()
     method = merge_method(checked.method.name)
     device, why = choose_merge_device(settings, method)
-    tell(", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit")))
-    tell(f"device: {device_name(device)}, {why}")
+    say(", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit")))
+    say(f"device: {device_name(device)}, {why}")
     inputs = open_inputs(found, settings)
     checkpoints = [model.checkpoint for model in inputs.models]
     stamps = {file: _stamp(file) for checkpoint in checkpoints for file in checkpoint.files}
     for line in _input_lines(inputs):
-        tell(line)
+        say(line)
     opened(inputs)
     origin, doubt = read_recipe_manifest(recipe.path, recipe.sha256)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
@@ -112,12 +112,12 @@ def plan_models(
     stamps |= {file.path: _stamp(file.path) for file in saliency}
     warnings += idle
     densities = tuple(density_summaries(plan)) if checked.method.cuts else ()
-    tell(
+    say(
         f"merge: {checked.method.name} by {recipe.path.name}, seed {settings.random_seed}; computed in "
         f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
     )
     for line in (*_plan_lines(plan, densities), *_saliency_lines(plan, saliency)):
-        tell(line)
+        say(line)
     return PlannedMerge(
         settings=settings,
         recipe=recipe,

@@ -21,7 +21,7 @@ _SPARE = 2**20  # bytes for config, card and manifest
 
 
 def preflight(
-    settings: MergeSettings, found: FoundModels, output: OutputFolder, tell: Callable[[str], None]
+    settings: MergeSettings, found: FoundModels, output: OutputFolder, say: Callable[[str], None]
 ) -> PlannedMerge:
     """Plan a merge, and check that its result has a place of its own and finds room.
 
@@ -29,7 +29,7 @@ def preflight(
         settings: the flags.
         found: the checked recipe and its models.
         output: the output folder, already checked in itself.
-        tell: takes the lines of the report, as the facts become known.
+        say: takes the lines of the report, as the facts become known.
 
     Raises:
         UserError: anything the user can mend; see the functions this calls.
@@ -38,19 +38,19 @@ def preflight(
     def apart(inputs: MergeInputs) -> None:
         check_apart(settings.output_path, [(one.checkpoint.name, one.checkpoint.folder) for one in inputs.models])
 
-    planned = plan_models(settings, found, tell, apart)
-    short = _check_space(planned, output, tell)
+    planned = plan_models(settings, found, say, apart)
+    short = _check_space(planned, output, say)
     return replace(planned, warnings=(*planned.warnings, *short))
 
 
-def _check_space(planned: PlannedMerge, output: OutputFolder, tell: Callable[[str], None]) -> Iterator[str]:
+def _check_space(planned: PlannedMerge, output: OutputFolder, say: Callable[[str], None]) -> Iterator[str]:
     """Compare disk and memory with what the merge needs; a warning if memory looks short."""
     plan, device = planned.plan, torch.device(planned.device)
     needed = plan.nbytes + small_bytes(plan.inputs.donor.checkpoint.folder) + _SPARE
     free = check_space(output, needed)
-    tell(f"disk: {gigabytes(needed)} for the result, {gigabytes(free)} free")
+    say(f"disk: {gigabytes(needed)} for the result, {gigabytes(free)} free")
     memory, available = memory_estimate(plan, planned.division, planned.settings), available_bytes(device)
-    tell(f"memory: about {gigabytes(memory)} on {device.type} beside the runtime; {gigabytes(available)} free")
+    say(f"memory: about {gigabytes(memory)} on {device.type} beside the runtime; {gigabytes(available)} free")
     if memory > available:
         yield (
             f"the merge needs about {gigabytes(memory)} of memory, {device} has {gigabytes(available)} free; a smaller "

@@ -61,7 +61,7 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
     method = plan.method
     if not isinstance(method, OwnMethod):
         return plan, (), []
-    raise_collected(shortened(list(_slips(plan, method))), "merge recipe: values")
+    raise_collected(shortened(list(_bad_values(plan, method))), "merge recipe: values")
     named = {text: Path(recipe.locate(text)).expanduser().resolve() for text in _named_files(plan)}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
     problems: list[Problem] = []
@@ -91,18 +91,18 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
     return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files, method))
 
 
-def _slips(plan: MergePlan, method: OwnMethod) -> Iterator[Problem]:
-    """Parameters that the method cannot work with; the same ones for many tensors are told of the first."""
+def _bad_values(plan: MergePlan, method: OwnMethod) -> Iterator[Problem]:
+    """Parameters that the method cannot work with; the same one for many tensors is said of the first."""
     seen: set[str] = set()
     for tensor in plan.tensors:
         shared = dict(tensor.task.parameters.items())
         for model in plan.inputs.models:
             if not (values := input_values(tensor, model.reference)):
                 continue
-            for slip in method.slips(shared, values):
-                if slip not in seen:
-                    seen.add(slip)
-                    yield Problem(f"{model.label}, {tensor.name}: {slip}", "recipe-bad-value")
+            for text in method.problems(shared, values):
+                if text not in seen:
+                    seen.add(text)
+                    yield Problem(f"{model.label}, {tensor.name}: {text}", "recipe-bad-value")
 
 
 def _named_files(plan: MergePlan) -> list[str]:

@@ -227,7 +227,7 @@ def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
     if os.path.lexists(index):
         headers = _indexed_headers(folder, name)
     elif os.path.lexists(single):
-        headers = {header.name: header for header in _file_headers(single, name)}
+        headers = {header.name: header for header in file_headers(single, name)}
     else:
         _refuse_other_formats(folder, name)
         raise UserError(f"model {name}: {folder} holds no {SINGLE} and no {INDEX}", "model-no-weights")
@@ -306,7 +306,7 @@ def _indexed_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
         if not os.path.lexists(folder / shard):
             text = f"model {name}: {INDEX} names {shard}, which is missing from {folder}"
             raise UserError(text, "model-shard-missing")
-        for header in _file_headers(folder / shard, name):
+        for header in file_headers(folder / shard, name):
             if weight_map.get(header.name) == shard:
                 headers[header.name] = header
     absent = [tensor for tensor in weight_map if tensor not in headers]
@@ -316,7 +316,12 @@ def _indexed_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
     return headers
 
 
-def _file_headers(file: Path, name: str) -> list[TensorHeader]:
+def file_headers(file: Path, name: str) -> list[TensorHeader]:
+    """The tensors of a safetensors file of model `name`, from its header alone.
+
+    Raises:
+        UserError: no such file, or it is truncated or malformed.
+    """
     where = f"model {name}: {file.name}"
     if not os.path.isfile(file):
         raise UserError(

@@ -36,14 +36,14 @@ _ENTRY = 160  # bytes of a header's entry beside the key
 class GramFileWriter:
     """Writes such a file one matrix after the other, so that no more than one is in memory; a context manager.
 
-    The header, which comes first, has its room kept free until the end.
+    The header, which comes first, has its place kept free until the end.
     """
 
     def __init__(self, path: Path, tensors: Iterable[str]) -> None:
         """`tensors` are the names of all that may be written."""
         keys = [f"{tensor}.{end}" for tensor in tensors for end in (*AXES, INPUTS[0], ROWS)]
-        room = sum(2 * len(json.dumps(key)) + _ENTRY for key in keys)
-        self._path, self._room = path, room + -room % 8 + 1024
+        reserved = sum(2 * len(json.dumps(key)) + _ENTRY for key in keys)
+        self._path, self._reserved = path, reserved + -reserved % 8 + 1024
         self._entries: dict[str, dict] = {}
         self._shared: dict[str, str] = {}
         self._end = 0
@@ -53,7 +53,7 @@ class GramFileWriter:
     def __enter__(self) -> "GramFileWriter":
         """Create the file."""
         self._file = self._open.enter_context(open(self._path, "xb"))
-        self._file.seek(8 + self._room)
+        self._file.seek(8 + self._reserved)
         return self
 
     def __exit__(
@@ -95,10 +95,10 @@ class GramFileWriter:
     def _write_header(self) -> None:
         metadata = {"format": FORMAT, _SHARED: json.dumps(self._shared)}
         text = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
-        if len(text) > self._room:
-            raise ValueError(f"a header of {len(text)} bytes does not fit into {self._room}")
+        if len(text) > self._reserved:
+            raise ValueError(f"a header of {len(text)} bytes does not fit into {self._reserved}")
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + text.ljust(self._room))
+        self._file.write(struct.pack("<Q", self._reserved) + text.ljust(self._reserved))
 
 
 @dataclass(frozen=True)

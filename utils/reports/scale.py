@@ -63,7 +63,7 @@ def scale_for(
     if kept and (span := max(kept) - min(kept)) > 0 and high - low > _WIDEST * span:
         low, high = max(low, min(kept) - span), min(high, max(kept) + span)
     if high == low:
-        room = abs(high) * 0.1 or 1.0
-        low, high = low - room, high + room
-    room = margin * (high - low)
-    return Scale(low - room, high + room, start, end)
+        beyond = abs(high) * 0.1 or 1.0
+        low, high = low - beyond, high + beyond
+    beyond = margin * (high - low)
+    return Scale(low - beyond, high + beyond, start, end)

@@ -40,7 +40,7 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
         if space.blocks > 1
     ]
     first = [*arithmetic[:2], ties[0]]
-    room = max(0, most - len(first))
-    guided = [way for way in space.ways if way.guided][:room]
+    left = max(0, most - len(first))
+    guided = [way for way in space.ways if way.guided][:left]
     defaults = [Known(f"{way.label} at its defaults", maker.default(way)) for way in guided]
     return [*first, *defaults, *lines[:1], arithmetic[2], ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]

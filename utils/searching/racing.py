@@ -99,7 +99,7 @@ def beaten(
     chance = np.max([_chances(gain - figure, own - effect, rows, len(scales)) for gain, own in ahead], axis=0)
     others = np.arange(len(nll)) != best
     found = np.zeros(len(nll), bool)
-    found[others] = _holm(chance[others], level)
+    found[others] = holm_rejects(chance[others], level)
     return found
 
 
@@ -165,7 +165,7 @@ def _chances(
     return stdtr(freedom, -score)
 
 
-def _holm(chances: "np.ndarray", level: float) -> "np.ndarray":
+def holm_rejects(chances: "np.ndarray", level: float) -> "np.ndarray":
     """Which hypotheses Holm's step-down procedure rejects (bool)."""
     import numpy as np
 

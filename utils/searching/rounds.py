@@ -93,8 +93,8 @@ class Search:
 
     def run_batch(self, number: int, size: int) -> None:
         """Ask for what is missing of a batch, race it, and tell every trial of it."""
-        told = self.study.batch(number)
-        self.study.ask(number, size - len(told))
+        asked = self.study.batch(number)
+        self.study.ask(number, size - len(asked))
         entrants: dict[int, Entrant] = {}
         for trial in self.study.batch(number):
             entrant = self._entrant(trial.number, Point.read(trial.user_attrs["point"]))

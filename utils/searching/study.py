@@ -99,10 +99,10 @@ class SearchStudy:
         left = [trial.user_attrs[_BATCH] for trial in self.trials if not trial.state.is_finished()]
         number = min(left) if left else 1 + max(batches, default=-1)
         own = batches.count(number)
-        room = max(own, min(most, trials - (len(batches) - own)))
-        if number == 0 or room <= 0:  # the knowns are a batch of their own, as many as they are
+        left = max(own, min(most, trials - (len(batches) - own)))
+        if number == 0 or left <= 0:  # the knowns are a batch of their own, as many as they are
             return (number, own) if left else None
-        return number, room
+        return number, left
 
     def ask(self, batch: int, count: int) -> "list[tuple[optuna.Trial, Point]]":
         """The next trials of a batch, at most `count`: what is queued first, then what the sampler chooses."""

@@ -15,38 +15,25 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.commands_here import refused_here
 from tests.plain_gradients import plain_squares
+from tests.refusals import refused
 from tests.tiny_merges import tensors, without_ties
-from tests.tiny_pairs import contents, save_pair, write_config
-from tests.tiny_recipes import decide_here, read_here
-from utils.commands.measure import measure_pair
-from utils.commands.measure_options import MeasureOptions
+from tests.tiny_pairs import TEXTS, sample_ids, write_config
+from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.commands.merge import merge
-from utils.errors import UserError
-from utils.guidance.method import guidance_methods
 from utils.merging.settings import MergeSettings
-from utils.pair.config import read_pair_config
 from utils.recipes.saliency_vectors import open_vectors, vector_file_bytes
 
-METHOD = guidance_methods()["saliency_budget"]
+GUIDANCE = "saliency_budget"
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2")
-TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
 STEM = "pair_generated_ties{}_saliency_budget_merge_config.yaml"
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """Pairs by family, each expert with a text of its own."""
-    made = {}
-
-    def pair(family: str) -> Path:
-        if family not in made:
-            folder = made[family] = save_pair(tmp_path_factory.mktemp(family), family)
-            texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
-            write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True}})
-        return made[family]
-
-    return pair
+    return pairs_by_family(tmp_path_factory.mktemp, global_parameters={"normalize": True})
 
 
 @pytest.fixture
@@ -67,15 +54,11 @@ def pair(pristine, tmp_path, monkeypatch):
 
 
 def measured(point="both", out="dfs", power=0.5, **settings):
-    options = {"dtype": "float32", "device": "cpu", **settings}
-    config = read_pair_config(Path("pair.yaml"))
-    own = {"gradient_at": point, "saliency_power": power}
-    measure_pair(MeasureOptions(config, METHOD, own, Path(out), **options))
-    return Path(out)
+    return measure_here(GUIDANCE, out, gradient_at=point, saliency_power=power, **settings)
 
 
 def decided(mask="magnitude", out="out", **settings):
-    return read_here(decide_here(METHOD.name, out=out, mask=mask, **settings)[0])
+    return read_here(decide_here(GUIDANCE, out=out, mask=mask, **settings)[0])
 
 
 def merged(recipe, name, **keys):
@@ -84,17 +67,10 @@ def merged(recipe, name, **keys):
     return tensors(Path(name))
 
 
-def samples(expert):
-    """Token ids of an expert's samples: the tiny tokenizer has BOS, and one token per character."""
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    manifest = json.loads(Path("dfs/manifest.json").read_text())["samples"]
-    return [[0, *(ord(c) - 29 for c in TEXTS[expert].format(**rows[row]))] for row in manifest[0]["rows"]]
-
-
 def fisher(expert, point):
     """F of every parameter, with all gradients of the whole model held."""
     models = {"base": ["base"], "expert": [expert], "both": ["base", expert]}[point]
-    found = [plain_squares(Path(model), samples(expert))[1] for model in models]
+    found = [plain_squares(Path(model), sample_ids(Path(), expert))[1] for model in models]
     return {name: sum(squares[name] for squares in found) for name in found[0]}
 
 
@@ -289,39 +265,29 @@ def test_the_three_commands(pair, run_command_line):
     assert len(tensors(folder / "merged")) == len(tensors(folder / "base"))
 
 
-def refused(do, *arguments, **settings):
-    """The one message with which a command's function refuses; nothing is written."""
-    before = contents(Path())
-    with pytest.raises(UserError) as caught:
-        do(*arguments, **settings)
-    assert contents(Path()) == before
-    return str(caught.value)
-
-
-def test_refusals(pair, run_command_line):
+def test_refusals(pair):
     folder = pair()
     measured()
-    said = refused(decided, "saliency", merge_method="dare_ties")
-    assert "--mask saliency cannot be used with --merge_method dare_ties" in said and "--merge_method ties" in said
+    with refused("merge-method-unfit"):
+        decided("saliency", merge_method="dare_ties")
     Path("dfs/math_saliency.safetensors").unlink()
-    said = refused(decided, "saliency")
-    assert "math_saliency.safetensors does not exist" in said and "lewis_importance.py" in said
+    with refused("vectors-missing", "math_saliency.safetensors"):
+        decided("saliency")
     text = Path("dfs/saliency_budget_histogram.csv").read_text().splitlines()
     Path("dfs/saliency_budget_histogram.csv").write_text("\n".join(text[:-1]) + "\n")
-    assert "rows are missing" in refused(decided)
-    before = contents(folder)
-    ended = run_command_line("lewis_merge.py", *DECIDE, cwd=folder)
-    assert ended.returncode == 2 and contents(folder) == before
-    assert ended.stderr.count("error: ") == 1 and "rows are missing" in ended.stderr and "Traceback" not in ended.stderr
+    refused_here("table-row-missing", "lewis_merge.py", *DECIDE)
     write_config(folder, {"components": ["q_proj"]})
-    assert "but the config asks for q_proj" in refused(decided)
+    with refused("dataframes-other-config"):
+        decided()
 
 
 def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair):
     pair()
     body = {key: value for key, value in load_file("base/model.safetensors").items() if key != "lm_head.weight"}
     save_file(body, "base/model.safetensors", metadata={"format": "pt"})
-    assert "its checkpoint holds no lm_head.weight" in refused(measured, "base")
+    with refused("model-no-head"):
+        measured("base")
+    assert not Path("dfs").exists()
     measured("expert")  # which needs the base's blocks only
 
 
@@ -330,8 +296,9 @@ def test_weights_that_are_not_finite_are_refused(pair):
     own = load_file("code/model.safetensors")
     own["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(own, "code/model.safetensors", metadata={"format": "pt"})
-    said = refused(measured, "base")
-    assert "model.layers.1.mlp.up_proj.weight: the weights of ./base or ./code" in said and "finite" in said
+    with refused("measured-not-finite", "model.layers.1.mlp.up_proj.weight"):
+        measured("base")
+    assert not Path("dfs").exists()
 
 
 def test_an_expert_that_is_no_better_on_its_own_text_is_doubted(pair, capsys):

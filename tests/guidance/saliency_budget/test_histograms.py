@@ -57,7 +57,7 @@ def test_a_bin_is_an_eighth_of_a_doubling_of_saliency_or_less():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_saliencies_far_below_float32_are_told_apart(dtype):
+def test_saliencies_far_below_float32_are_distinguished(dtype):
     base = torch.zeros(1, 3, dtype=dtype)
     expert = torch.tensor([[2.0**-14, 2.0**-13, 0.0]], dtype=dtype)
     squares = torch.full((1, 3), 1e-36)  # times 2^-28: 3.7e-45, which float32 rounds to 4.2e-45 or 2.8e-45

@@ -148,9 +148,9 @@ def test_vectors_come_back_under_their_new_names(tmp_path):
     assert list(found) == ["x.weight"]
     for one, two in zip(found["x.weight"], vectors["a.weight"], strict=True):
         torch.testing.assert_close(one, two.double().sqrt())
-    with pytest.raises(UserError, match=r"has no c\.weight"):
+    with refused("vectors-lack-tensor"):
         read_vectors_of(tmp_path, "code", {"c.weight": "c.weight"}, 1)
-    with pytest.raises(UserError, match="does not exist"):
+    with refused("vectors-missing"):
         read_vectors_of(tmp_path, "math", {}, 1)
 
 
@@ -159,10 +159,10 @@ def test_a_file_of_vectors_is_handed_on_as_it_is(tmp_path):
     path = tmp_path / vector_file("code")
     path.write_bytes(content)
     assert read_vector_file(tmp_path, "code", ["a.weight"]) == content
-    with pytest.raises(UserError, match=r"has no c\.weight\.axis0"):
+    with refused("vectors-lack-tensor"):
         read_vector_file(tmp_path, "code", ["c.weight"])
     save_file({"a.axis0": torch.ones(3), "b.axis0": -torch.ones(3)}, path, metadata={"format": FORMAT})
-    with pytest.raises(UserError, match=r"b\.axis0 holds negative"):
+    with refused("vectors-not-finite"):
         read_vector_file(tmp_path, "code", ["a"])
 
 

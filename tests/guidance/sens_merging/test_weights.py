@@ -85,7 +85,7 @@ def test_identical_experts_get_exactly_one(experts, alignment):
     assert (weights_of(same, np.zeros((experts, experts)), alignment=alignment) == 1).all()
 
 
-def test_experts_that_depend_on_nothing_are_told_apart_by_nothing():
+def test_experts_that_depend_on_nothing_are_said_apart_by_nothing():
     assert (weights_of(np.zeros((2, 3)), [[0, 1], [3, 0]]) == 1).all()
 
 

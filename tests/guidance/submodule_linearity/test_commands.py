@@ -3,13 +3,8 @@
 python -m pytest tests/guidance/submodule_linearity/test_commands.py
 """
 
-import importlib
-import io
+import functools
 import shutil
-import signal
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,53 +12,26 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT
+from tests.commands_here import done_here, refused_here
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
-from tests.tiny_pairs import contents, save_pair, write_config
-from utils.errors import run_command
+from tests.tiny_pairs import CALIBRATION, contents, save_pair, write_config
 
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2")  # untied; tied with four norms; fused; Conv1D, positions, biases, tied
-ROWS = {"path": "rows.jsonl", "seqlen": 32}
-TEXTS = {"calibration": {"math": {**ROWS, "text": "{question} {answer}"}, "code": {**ROWS, "text": "{answer}"}}}
+TEXTS = {"calibration": CALIBRATION}
 GRAM, TENSORS, SCORES = (f"submodule_linearity_{end}.csv" for end in ("gram", "tensors", "nonlinearity"))
 DEFAULT = "pair_generated_task_arithmetic_submodule_linearity_merge_config.yaml"
 
 
 @pytest.fixture(scope="module")
-def command():
-    """Run a command inside this process, where the libraries are already imported: `command(folder, script, ...)`."""
-    sys.path.insert(0, str(ROOT))
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
-
-    def run(folder, script, *arguments):
-        patch = pytest.MonkeyPatch()
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with patch.context() as own, redirect_stdout(out), redirect_stderr(err):
-            own.chdir(folder)
-            own.setattr(sys, "argv", [script, *map(str, arguments)])
-            try:
-                run_command(importlib.import_module(script).main)
-            except SystemExit as ended:
-                code = ended.code
-        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-    yield run
-    sys.path.remove(str(ROOT))
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-
-
-@pytest.fixture(scope="module")
-def measured(command, tmp_path_factory):
+def measured(tmp_path_factory):
     """A measured pair of a family, `dfs` beside it; made once, not to be changed."""
-    made = {}
 
+    @functools.cache
     def make(family):
-        if family not in made:
-            folder = save_pair(tmp_path_factory.mktemp(family), family)
-            write_config(folder, TEXTS)
-            made[family] = measure(command, folder)
-        return made[family]
+        folder = save_pair(tmp_path_factory.mktemp(family), family)
+        write_config(folder, TEXTS)
+        measure(folder)
+        return folder
 
     return make
 
@@ -74,29 +42,21 @@ def pair(measured, tmp_path):
     return shutil.copytree(measured("llama"), tmp_path / "pair")
 
 
-def measure(command, folder, *more, code=0):
+def measure(folder, *more, run=done_here):
     flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "submodule_linearity")
-    ended = command(folder, "lewis_importance", *flags, *more)
-    assert ended.code == code, ended.err
-    return folder if code == 0 else ended.err
+    return run("lewis_importance.py", *flags, *more, cwd=folder)
 
 
-def decide(command, folder, *more, out="out"):
+def decide(folder, *more, out="out", run=done_here):
     flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", out)
-    own = (
-        "--guidance",
-        "submodule_linearity",
-        *(() if "--merge_method" in more else ("--merge_method", "task_arithmetic")),
-    )
-    return command(folder, "lewis_merge", *flags, *own, *more)
+    own = () if "--guidance" in more else ("--guidance", "submodule_linearity")
+    method = () if "--merge_method" in more else ("--merge_method", "task_arithmetic")
+    return run("lewis_merge.py", *flags, *own, *method, *more, cwd=folder)
 
 
-def refused(command, folder, *more):
-    before = contents(folder)
-    ended = decide(command, folder, *more)
-    assert ended.code == 2 and contents(folder) == before
-    assert "Traceback" not in ended.err and sum(line.startswith("error: ") for line in ended.err.splitlines()) == 1
-    return ended.err
+def refusing(code):
+    """Runs a command that must refuse with this code."""
+    return functools.partial(refused_here, code)
 
 
 def recipe_of(folder, name=DEFAULT, out="out"):
@@ -137,10 +97,9 @@ def weights_by_hand(folder, level, types=("code", "math"), weighting="equal", ri
 
 @pytest.mark.parametrize("level", ["block", "attention_mlp", "tensor"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_merge_is_the_dense_sum_of_every_tensor(family, level, measured, command, tmp_path):
+def test_the_merge_is_the_dense_sum_of_every_tensor(family, level, measured, tmp_path):
     folder = measured(family)
-    ended = decide(command, folder, "--level", level, out=f"out_{level}")
-    assert ended.code == 0, ended.err
+    ended = decide(folder, "--level", level, out=f"out_{level}")
     tag = "" if level == "attention_mlp" else f"{level}_"
     name = f"pair_generated_task_arithmetic_{tag}submodule_linearity_merge_config.yaml"
     recipe = recipe_of(folder, name, f"out_{level}")
@@ -149,7 +108,7 @@ def test_the_merge_is_the_dense_sum_of_every_tensor(family, level, measured, com
     base, code, math = (tensors(folder / one) for one in ("base", "code", "math"))
     by_hand = weights_by_hand(folder, level)
     assert set(by_hand) == set(base)  # no tensor is left to a constant
-    assert "100.0% of" in ended.out
+    assert "100.0% of" in ended.stdout
     for tensor, (one, other) in by_hand.items():
         deltas = [changed[tensor].float() - base[tensor].float() for changed in (code, math)]
         expected = base[tensor].float() + one * deltas[0] + other * deltas[1]
@@ -160,9 +119,9 @@ def test_the_merge_is_the_dense_sum_of_every_tensor(family, level, measured, com
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_mergekit_runs_the_recipe(family, measured, command, tmp_path):
+def test_stock_mergekit_runs_the_recipe(family, measured, tmp_path):
     folder = measured(family)
-    assert decide(command, folder, out="out_stock").code == 0
+    decide(folder, out="out_stock")
     recipe = absolute(folder, recipe_of(folder, out="out_stock"))
     assert_same_tensors(merge_here(tmp_path, recipe), merge_stock(tmp_path, recipe))
 
@@ -203,10 +162,10 @@ def test_as_subprocesses(tmp_path, run_command_line):
     assert len(values[0]) == 11 and len(values[1]) == 1
 
 
-def test_measuring_again_gives_the_same_bytes(pair, command):
+def test_measuring_again_gives_the_same_bytes(pair):
     before = contents(pair / "dfs")
     shutil.rmtree(pair / "dfs")
-    measure(command, pair)
+    measure(pair)
     assert contents(pair / "dfs") == before
 
 
@@ -220,10 +179,9 @@ def test_the_tied_head_is_its_own_use_of_the_embedding(measured):
     ]
 
 
-def test_options_reach_the_weights_and_the_name(pair, command):
+def test_options_reach_the_weights_and_the_name(pair):
     flags = ("--task_weighting", "raw", "--ridge", "0", "--clip", "0.49", "--level", "tensor")
-    ended = decide(command, pair, *flags)
-    assert ended.code == 0, ended.err
+    ended = decide(pair, *flags)
     name = "pair_generated_task_arithmetic_tensor_raw_ridge0_clip0.49_submodule_linearity_merge_config.yaml"
     found = {
         entry.get("filter"): entry["value"] for entry in recipe_of(pair, name)["models"][1]["parameters"]["weight"]
@@ -231,12 +189,12 @@ def test_options_reach_the_weights_and_the_name(pair, command):
     for tensor, (one, _) in weights_by_hand(pair, "tensor", weighting="raw", ridge=0).items():
         assert found[tensor.removesuffix("weight")] == pytest.approx(min(one, 0.49), rel=1e-6)
     assert 0.49 in found.values() and len(set(found.values())) > 3
-    assert "clipped to [0, 0.49]" in ended.out
+    assert "clipped to [0, 0.49]" in ended.stdout
 
 
-def test_one_expert_of_two_is_merged_with_weight_one(pair, command):
+def test_one_expert_of_two_is_merged_with_weight_one(pair):
     write_config(pair, {**TEXTS, "target_model_names": {"math": "./math"}})
-    assert decide(command, pair, "--ridge", "0.5").code == 0
+    decide(pair, "--ridge", "0.5")
     (expert,) = recipe_of(pair, DEFAULT.replace("_sub", "_ridge0.5_sub"))["models"][1:]
     assert expert["model"] == "./math"
     assert all(entry["value"] == pytest.approx(1.0, abs=1e-12) for entry in expert["parameters"]["weight"])
@@ -249,15 +207,15 @@ def copied(folder, source, target):
     shutil.rmtree(folder / "dfs")
 
 
-def test_identical_experts_share_and_one_equal_to_the_base_gets_nothing(pair, command):
+def test_identical_experts_share_and_one_equal_to_the_base_gets_nothing(pair):
     copied(pair, "math", "code")
-    measure(command, pair)
-    assert decide(command, pair).code == 0
+    measure(pair)
+    decide(pair)
     for expert in recipe_of(pair)["models"][1:]:
         assert [entry["value"] for entry in expert["parameters"]["weight"][:-1]] == pytest.approx([0.5] * 11, abs=1e-6)
     copied(pair, "base", "code")
-    measure(command, pair)
-    assert decide(command, pair, out="equal").code == 0
+    measure(pair)
+    decide(pair, out="equal")
     code, math = (
         [entry["value"] for entry in expert["parameters"]["weight"][:-1]]
         for expert in recipe_of(pair, out="equal")["models"][1:]
@@ -265,35 +223,33 @@ def test_identical_experts_share_and_one_equal_to_the_base_gets_nothing(pair, co
     assert set(code) == {0.0} and math == pytest.approx([1.0] * 11, abs=1e-12)
 
 
-def test_an_expert_equal_to_the_base_is_warned_of(pair, command):
+def test_an_expert_equal_to_the_base_is_warned_of(pair):
     copied(pair, "base", "code")
-    ended = command(
-        pair, "lewis_importance", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "submodule_linearity"
-    )
-    assert "warning: ./code changes nothing on this text; is it the base?" in ended.err
+    ended = measure(pair)
+    assert "warning: ./code changes nothing on this text; is it the base?" in ended.stderr
 
 
-def test_without_scores(pair, command):
+def test_without_scores(pair):
     shutil.rmtree(pair / "dfs")
-    measure(command, pair, "--no-nonlinearity")
+    measure(pair, "--no-nonlinearity")
     assert (pair / "dfs" / SCORES).read_text() == "level,layer,submodule,model,score\n"
-    ended = decide(command, pair, "--plot")
-    assert ended.code == 0 and "non-linearity" not in ended.out
+    ended = decide(pair, "--plot")
+    assert "non-linearity" not in ended.stdout
     assert not list((pair / "out").glob("*nonlinearity*")) and len(list((pair / "out").glob("*_weight.png"))) == 2
 
 
-def test_ties_keeps_its_density_beside_the_weights(pair, command):
-    assert decide(command, pair, "--merge_method", "ties", "--mean_density", "0.3").code == 0
+def test_ties_keeps_its_density_beside_the_weights(pair):
+    decide(pair, "--merge_method", "ties", "--mean_density", "0.3")
     recipe = recipe_of(pair, "pair_generated_ties_mean0.3_submodule_linearity_merge_config.yaml")
     parameters = recipe["models"][1]["parameters"]
     assert {entry["value"] for entry in parameters["density"][:-1]} == {0.3} and len(parameters["density"]) == 15
     assert len(parameters["weight"]) == 12 and recipe["parameters"] == {"normalize": False, "lambda": 1.0}
 
 
-def test_experts_may_share_a_text(pair, command):
+def test_experts_may_share_a_text(pair):
     write_config(pair)
     shutil.rmtree(pair / "dfs")
-    measure(command, pair)
+    measure(pair)
     gram = pd.read_csv(pair / "dfs" / GRAM)
     code, math = (gram.loc[gram["text"] == text, "value"].to_numpy() for text in ("code", "math"))
     assert len(code) and (code == math).all()
@@ -350,12 +306,12 @@ def without(mask):
         (lambda folder: write_config(folder, {**TEXTS, "guidance": "lewis"}), None),
     ],
 )  # fmt: skip
-def test_edited_tables_are_refused(pair, command, change, code):
+def test_edited_tables_are_refused(pair, change, code):
     change(pair)
     if code is None:  # a control: the flag outranks the config, so nothing is wrong
-        assert decide(command, pair).code == 0
+        decide(pair)
     else:
-        assert f"[{code}]" in refused(command, pair)
+        decide(pair, run=refusing(code))
 
 
 @pytest.mark.parametrize(
@@ -370,24 +326,16 @@ def test_edited_tables_are_refused(pair, command, change, code):
         (("--guidance", "lewis"), "dataframes-other-guidance"),
     ],
 )
-def test_wrong_flags_are_refused(pair, command, flags, code):
-    before = contents(pair)
-    own = [] if "--guidance" in flags else ["--guidance", "submodule_linearity"]
-    method = [] if "--merge_method" in flags else ["--merge_method", "ties" if "lewis" in flags else "task_arithmetic"]
-    paths = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
-    ended = command(pair, "lewis_merge", *paths, *own, *method, *flags)
-    assert ended.code == 2 and f"[{code}]" in ended.err and contents(pair) == before
+def test_wrong_flags_are_refused(pair, flags, code):
+    method = ("--merge_method", "ties") if "lewis" in flags else ()
+    decide(pair, *flags, *method, run=refusing(code))
 
 
-def test_a_checkpoint_without_its_head_is_refused_before_weights_are_read(pair, command, monkeypatch):
+def test_a_checkpoint_without_its_head_is_refused_before_weights_are_read(pair, unread):
     from safetensors.torch import load_file, save_file
 
     path = pair / "math/model.safetensors"
     kept = {name: value for name, value in load_file(path).items() if name != "lm_head.weight"}
     save_file(kept, path, metadata={"format": "pt"})
     shutil.rmtree(pair / "dfs")
-    monkeypatch.setattr("utils.models.weight_source.StreamedWeights.fetch", None)
-    before = contents(pair)
-    said = measure(command, pair, code=2)
-    assert "model ./math" in said and "[model-no-head]" in said and "Traceback" not in said
-    assert {name for name in contents(pair) if name not in before} <= {"dfs"}
+    measure(pair, run=refusing("model-no-head"))

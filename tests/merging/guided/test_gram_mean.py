@@ -14,42 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import save_pair, write_config
-from utils.commands.decide import decide
-from utils.commands.measure import MeasureOptions, measure_pair
-from utils.commands.options import DecideOptions
-from utils.guidance.method import guidance_methods
-from utils.guidance.recipe_choices import RecipeOptions
-from utils.pair.config import read_pair_config
+from tests.tiny_pairs import CALIBRATION, sample_ids, write_config
+from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 
-METHOD = guidance_methods()["gram_mean"]
 NAMES = ("code", "math")
-TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
 FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
 
 
-def measure(out="dfs", accept=True, **settings):
-    config = read_pair_config(Path("pair.yaml"))
-    options = {"dtype": "float32", "device": "cpu", **settings}
-    measure_pair(MeasureOptions(config, METHOD, {"accept_useless_text": accept}, Path(out), **options))
+def measure(out="dfs", accept=True):
+    return measure_here("gram_mean", out, accept_useless_text=accept)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Pairs by family, measured by command 1's function with texts of their own. Random models gain nothing on them."""
-    made = {}
-
-    def pair(family: str) -> Path:
-        if family not in made:
-            folder = made[family] = save_pair(tmp_path_factory.mktemp(family), family)
-            texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
-            write_config(folder, {"calibration": texts})
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                measure()
-        return made[family]
-
-    return pair
+    """Pairs by family, measured. Random models gain nothing on their texts."""
+    return pairs_by_family(tmp_path_factory.mktemp, measure)
 
 
 @pytest.fixture
@@ -64,12 +43,8 @@ def pair(measured, tmp_path, monkeypatch):
     return enter
 
 
-def decided(out="out", **settings):
-    own = {key: settings.pop(key) for key in ("mean_density", "lambda_", "merge_method") if key in settings}
-    options = RecipeOptions(METHOD, {}, **own)
-    config = read_pair_config(Path("pair.yaml"))
-    names = decide(DecideOptions(config, options, Path("dfs"), Path(out), **settings))
-    return [yaml.safe_load((Path(out) / name).read_text()) for name in names]
+def decided(**asked):
+    return [read_here(path) for path in decide_here("gram_mean", **asked)]
 
 
 def merged(recipe, name="merged", **keys):
@@ -77,10 +52,7 @@ def merged(recipe, name="merged", **keys):
 
 
 def samples(expert):
-    """Token ids of an expert's samples: the tiny tokenizer has BOS, and one token per character."""
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    chosen = json.loads(Path("dfs/manifest.json").read_text())["samples"][0]["rows"]
-    return [[0, *(ord(c) - 29 for c in TEXTS[expert].format(**rows[row]))] for row in chosen]
+    return sample_ids(Path(), expert)
 
 
 class Plain:
@@ -169,8 +141,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
     """As processes; ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
     folder = pair(family)
     shutil.rmtree(folder / "dfs")
-    texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
-    write_config(folder, {"calibration": texts, "global_parameters": {"ridge": 1e-2, "embedding_rows": True}})
+    write_config(folder, {"calibration": CALIBRATION, "global_parameters": {"ridge": 1e-2, "embedding_rows": True}})
     flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "gram_mean", "--device", "cpu"]
     done = run_command_line("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -190,7 +161,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
     recipe["dtype"] = "float32"
     written.write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert [model["parameters"]["saliency"] for model in recipe["models"][1:]] == [
-        str((folder / f"dfs/{name}_grams.safetensors").resolve()) for name in NAMES
+        f"../dfs/{name}_grams.safetensors" for name in NAMES
     ]
     flags = ["--output_path", "merged", "--merge_config", f"out/{written.name}", "--device", "cpu"]
     done = run_command_line("utils/merger.py", *flags, cwd=folder)

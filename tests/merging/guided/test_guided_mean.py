@@ -12,17 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.commands_here import refused_here
+from tests.refusals import refused
 from tests.tiny_merges import merge_here, save_models, tensors
-from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
-from tests.tiny_recipes import decide_here, read_here
-from utils.commands.measure import measure_pair
-from utils.commands.measure_options import MeasureOptions
-from utils.errors import UserError
-from utils.guidance.method import guidance_methods
-from utils.pair.config import read_pair_config
+from tests.tiny_pairs import contents, save_tokenizer, write_config
+from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.recipes.saliency_vectors import FORMAT, vector_file_bytes
 
-METHOD = guidance_methods()["saliency_budget"]
 NAMES = ("code", "math")
 STEM = "pair_generated_guided_mean_out_float32_saliency_budget_{}merge_config.yaml"
 FAMILIES = ("llama", "gpt2")  # untied head; positions, biases, transposed weights, tied head
@@ -30,23 +26,12 @@ FAMILIES = ("llama", "gpt2")  # untied head; positions, biases, transposed weigh
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Pairs by family, measured by command 1's function with texts of their own."""
-    made = {}
-
-    def pair(family: str) -> Path:
-        if family not in made:
-            folder = made[family] = save_pair(tmp_path_factory.mktemp(family), family)
-            templates = {"code": "{answer}", "math": "{question} {answer}"}
-            texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in templates.items()}
-            write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True, "int8_mask": True}})
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                config = read_pair_config(Path("pair.yaml"))
-                own = {"gradient_at": "both", "saliency_power": 0.5}
-                measure_pair(MeasureOptions(config, METHOD, own, Path("dfs"), dtype="float32", device="cpu"))
-        return made[family]
-
-    return pair
+    """Pairs by family, measured."""
+    return pairs_by_family(
+        tmp_path_factory.mktemp,
+        lambda: measure_here("saliency_budget"),
+        global_parameters={"normalize": True, "int8_mask": True},
+    )
 
 
 @pytest.fixture
@@ -63,7 +48,7 @@ def pair(measured, tmp_path, monkeypatch):
 
 def decided(mask="magnitude", out="out", **settings):
     asked = {"merge_method": "guided_mean", "mask": mask, **settings}
-    return [read_here(path) for path in decide_here(METHOD.name, out=out, **asked)]
+    return [read_here(path) for path in decide_here("saliency_budget", out=out, **asked)]
 
 
 def merged(recipe, name="merged", **keys):
@@ -240,47 +225,46 @@ def test_the_other_control_grows_with_depth(pair):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refused(do, *arguments, **settings):
-    before = contents(Path())
-    with pytest.raises(UserError) as caught:
-        do(*arguments, **settings)
-    assert contents(Path()) == before
-    return str(caught.value)
-
-
 def test_command_2_refuses(pair):
     folder = pair()
-    assert "--mask saliency does nothing for --merge_method guided_mean" in refused(decided, "saliency")
-    assert "unknown; did you mean guided_mean?" in refused(decided, merge_method="guided_maen")
-    for parameters, words in (({"power": 2}, "power must be a number above 0 and at most 1, got 2"),
-                              ({"floor": -1}, "floor must be a number of at least 0"),
-                              ({"epsilon": 1}, "'epsilon' is unknown to the merge method guided_mean")):  # fmt: skip
+    before = contents(folder)
+    with refused("flag-no-effect"):
+        decided("saliency")
+    with refused("merge-method-unknown"):
+        decided(merge_method="guided_maen")
+    for parameters, code in (({"power": 2}, "global-parameter-value"),
+                             ({"floor": -1}, "global-parameter-value"),
+                             ({"epsilon": 1}, "global-parameter-unknown")):  # fmt: skip
         write_config(folder, {"global_parameters": parameters})
-        assert words in refused(decided)
+        with refused(code):
+            decided()
     write_config(folder)
     shutil.copy("dfs/math_saliency.safetensors", "spare")
     file = load_file("spare")
     file["model.norm.weight.axis0"][2] = -1
     save_file(file, "dfs/math_saliency.safetensors", metadata={"format": FORMAT})
-    assert "model.norm.weight.axis0 holds negative" in refused(decided)
+    with refused("vectors-not-finite", "model.norm.weight.axis0"):
+        decided()
     del file["model.norm.weight.axis0"], file["model.layers.0.mlp.up_proj.weight.axis0"]
     save_file(file, "dfs/math_saliency.safetensors", metadata={"format": FORMAT})
-    assert "has no model.layers.0.mlp.up_proj.weight.axis0" in refused(decided)
+    with refused("vectors-lack-tensor", "model.layers.0.mlp.up_proj.weight.axis0"):
+        decided()
     Path("dfs/math_saliency.safetensors").unlink()
-    assert "math_saliency.safetensors does not exist" in refused(decided)
+    with refused("vectors-missing", "math_saliency.safetensors"):
+        decided()
     shutil.copy("spare", "dfs/math_saliency.safetensors")
     manifest = json.loads(Path("dfs/manifest.json").read_text())
     manifest["guidance_options"]["saliency_power"] = "half"
     Path("dfs/manifest.json").write_text(json.dumps(manifest))
-    assert "saliency_power is 'half'" in refused(decided)
+    with refused("manifest-value"):
+        decided()
+    assert contents(folder).keys() == {*before, "spare"}  # nothing is written
 
 
-def test_other_guidance_has_no_vectors(pair, run_command_line):
+def test_other_guidance_has_no_vectors(pair):
     folder = pair()
-    flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out"]
-    done = run_command_line("lewis_merge.py", *flags, "--merge_method", "guided_mean", cwd=folder)
-    assert done.returncode == 2 and not (folder / "out").exists()
-    assert "--merge_method guided_mean needs vectors that --guidance saliency_budget measures" in done.stderr
+    flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
+    refused_here("merge-method-unfit", "lewis_merge.py", *flags, "--merge_method", "guided_mean", cwd=folder)
 
 
 def by_hand(**changes):
@@ -293,18 +277,19 @@ def by_hand(**changes):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = save_models(tmp_path_factory.mktemp("models"), names=("base", "code"))
+def llamas(llamas, tmp_path_factory):
+    """With vectors of one."""
+    folder = shutil.copytree(llamas, tmp_path_factory.mktemp("llamas"), dirs_exist_ok=True)
     vectors = {name: tuple(map(torch.rand, value.shape)) for name, value in tensors(folder / "code").items()}
     (folder / "code.vectors").write_bytes(vector_file_bytes(vectors))
     return folder
 
 
 @pytest.fixture
-def room(models, tmp_path, monkeypatch):
-    folder = shutil.copytree(models, tmp_path / "room")
-    monkeypatch.chdir(folder)
-    return folder
+def copies(copies, monkeypatch):
+    """As the current folder."""
+    monkeypatch.chdir(copies)
+    return copies
 
 
 def without(*keys):
@@ -316,50 +301,37 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "data", "words"),
+    ("spoil", "data", "code"),
     [
-        (lambda: without(f"{NORM}.axis0"), {}, f"code.vectors has no vectors of {NORM}; give it saliency ''"),
-        (lambda: without(f"{HEAD}.axis1"), {}, f"has vectors of length 96 for {HEAD}, whose shape is [96, 32]"),
-        (lambda: Path("code.vectors").unlink(), {}, "code.vectors does not exist"),
-        (None, {"own": {"saliency": None}}, "saliency"),
-        (
-            None,
-            {"own": {"weight": -0.5}},
-            "code, model.embed_tokens.weight: weight must be a number of at least 0, got",
-        ),
-        (None, {"parameters": {"power": 0}}, "power must be a number above 0 and at most 1, got 0"),
-        (None, {"parameters": {"power": float("nan")}}, "parameters.power: nan is not a finite number"),
-        (None, {"parameters": {"floor": -0.1}}, "floor must be a number of at least 0, got -0.1"),
-        (None, {"parameters": {"normalize": True}}, "normalize"),
+        (lambda: without(f"{NORM}.axis0"), {}, "saliency-missing-tensor"),
+        (lambda: without(f"{HEAD}.axis1"), {}, "saliency-shape"),
+        (lambda: Path("code.vectors").unlink(), {}, "vectors-missing"),
+        (None, {"own": {"saliency": None}}, "recipe-not-mergekits"),
+        (None, {"own": {"weight": -0.5}}, "recipe-bad-value"),
+        (None, {"parameters": {"power": 0}}, "recipe-bad-value"),
+        (None, {"parameters": {"power": float("nan")}}, "recipe-not-finite"),
+        (None, {"parameters": {"floor": -0.1}}, "recipe-bad-value"),
+        (None, {"parameters": {"normalize": True}}, "recipe-unknown-parameter"),
     ],
 )
-def test_command_3_refuses_before_weights_are_read(room, spoil, data, words, monkeypatch):
-    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-
-    def forbidden(*_arguments, **_keywords):
-        raise AssertionError("a weight was read")
-
+def test_command_3_refuses_before_weights_are_read(copies, spoil, data, code, no_weights):
     if spoil is not None:
         spoil()
-    monkeypatch.setattr(LazyTensorLoader, "get_tensor", forbidden)
-    with pytest.raises(UserError) as caught:
+    with refused(code):
         merge_here(Path(), by_hand(**data))
-    assert words in str(caught.value)
     assert not Path("merged").exists()
 
 
-def test_an_aligned_vocabulary_is_refused_and_may_count_alike(room):
-    save_tokenizer(room / "code", chat_template="{{ messages }}", bos=False)
-    with pytest.raises(
-        UserError, match=r"embed_tokens\.weight: its vocabulary is aligned, which no vectors follow; give"
-    ):
+def test_an_aligned_vocabulary_is_refused_and_may_count_alike(copies):
+    save_tokenizer(copies / "code", chat_template="{{ messages }}", bos=False)
+    with refused("saliency-vocabulary"):
         merge_here(Path(), by_hand(tokenizer_source="union"))
     alike = [{"filter": one, "value": ""} for one in ("embed_tokens", "lm_head")]
     data = by_hand(tokenizer_source="union", own={"saliency": [*alike, {"value": "code.vectors"}]})
     assert set(tensors(merge_here(Path(), data))) == set(tensors(Path("base")))
 
 
-def test_what_does_nothing_is_told(room, capsys):
+def test_what_does_nothing_is_said(copies, capsys):
     merge_here(Path(), by_hand(own={"weight": 0.0}), dry_run=True)
     assert "the saliency file code.vectors is not used: where it applies, every weight is 0" in capsys.readouterr().err
     merge_here(Path(), by_hand(own={"saliency": ""}), dry_run=True)

@@ -11,7 +11,6 @@ from mergekit.merge_methods.api import merge_tensors
 
 from tests.conftest import ROOT
 from tests.refusals import refused
-from utils.errors import UserError
 from utils.merging.guided import mean as guided_mean
 from utils.merging.guided.gram_method import GRAM_MEAN, GramMean
 from utils.merging.guided.methods import (
@@ -198,7 +197,7 @@ def test_density_0_and_1_need_no_vectors():
             [base, x], GUIDED_TIES, parameters={**parameters, "density": [density]}, base_index=0, name=NAME
         )
         assert merged.tolist() == [density] * 3
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with refused("vectors-missing"):
         merge_tensors([base, x], GUIDED_TIES, parameters={**parameters, "density": [0.5]}, base_index=0, name=NAME)
 
 
@@ -354,7 +353,7 @@ def test_without_a_weight_no_vectors_are_read_and_nothing_changes():
     base, x = torch.ones(3), torch.zeros(3)
     parameters = {"weight": [0.0], "saliency": ["nowhere"]}
     assert torch.equal(merge_tensors([base, x], GUIDED_MEAN, parameters=parameters, base_index=0, name=NAME), base)
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with refused("vectors-missing"):
         merge_tensors([base, x], GUIDED_MEAN, parameters={**parameters, "weight": [1.0]}, base_index=0, name=NAME)
 
 

@@ -24,20 +24,6 @@ from utils.merging.pieces import choice
 from utils.merging.pieces.choice import REPLACED, replaced_code
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Path:
-    """Four tiny Llamas whose changes do not tie; read only."""
-    return save_models(tmp_path_factory.mktemp("direct"), names=("base", "code", "math", "law"))
-
-
-@pytest.fixture
-def room(llamas, tmp_path) -> Path:
-    """A folder of its own with copies of them."""
-    for place in llamas.iterdir():
-        shutil.copytree(place, tmp_path / place.name)
-    return tmp_path
-
-
 def assert_same_files(ours: Path, theirs: Path) -> None:
     """Weight files and index are equal down to the byte."""
     names = sorted(path.name for path in theirs.glob("model*"))
@@ -60,9 +46,9 @@ def test_the_replaced_code_is_the_code_that_was_compared():
     assert replaced_code() in REPLACED
 
 
-def test_with_other_code_mergekit_does_everything(room, monkeypatch, capsys):
+def test_with_other_code_mergekit_does_everything(copies, monkeypatch, capsys):
     monkeypatch.setattr(choice, "replaced_code", lambda: "0123456789abcdef")
-    merge_here(room, recipe(room), quiet=False)
+    merge_here(copies, recipe(copies), quiet=False)
     assert "all tensors by mergekit: this mergekit computes ties by other code" in path_line(capsys.readouterr().out)
 
 
@@ -106,110 +92,110 @@ ALL_HERE = "30 of 30 tensors by exact selection in pieces, without mergekit's so
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties"])
-def test_files_equal_stock_mergekits(room, method, variant, capsys):
-    data = recipe(room, method, **VARIANTS[variant])
-    ours = merge_here(room, data, quiet=False)
-    assert_same_files(ours, merge_stock(room, data))
+def test_files_equal_stock_mergekits(copies, method, variant, capsys):
+    data = recipe(copies, method, **VARIANTS[variant])
+    ours = merge_here(copies, data, quiet=False)
+    assert_same_files(ours, merge_stock(copies, data))
     assert path_line(capsys.readouterr().out).endswith(ALL_HERE)
 
 
-def test_norms_of_whole_tensors_are_left_to_mergekit(room, capsys):
-    data = recipe(room, parameters={"rescale": True})
-    assert_same_files(merge_here(room, data, "a", quiet=False), merge_stock(room, data, "b"))
+def test_norms_of_whole_tensors_are_left_to_mergekit(copies, capsys):
+    data = recipe(copies, parameters={"rescale": True})
+    assert_same_files(merge_here(copies, data, "a", quiet=False), merge_stock(copies, data, "b"))
     reason = "rescale: true takes norms of whole tensors"
     counting = "mergekit's executor selects by counting, without sorting"
     assert path_line(capsys.readouterr().out) == f"path: all tensors by mergekit: {reason}; {counting}"
     for model in data["models"][1:]:
         model["parameters"]["density"][-1]["value"] = 1
-    assert_same_files(merge_here(room, data, "c", quiet=False), merge_stock(room, data, "d"))
+    assert_same_files(merge_here(copies, data, "c", quiet=False), merge_stock(copies, data, "d"))
     assert f"; 3 by mergekit ({reason})" in path_line(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("method", ["breadcrumbs", "task_arithmetic", "linear"])
-def test_files_of_other_methods_equal_stock_mergekits(room, method):
-    data = recipe(room, method, experts=("code", "math", "law"), dtype="float32", out_dtype="bfloat16")
-    assert_same_files(merge_here(room, data), merge_stock(room, data))
+def test_files_of_other_methods_equal_stock_mergekits(copies, method):
+    data = recipe(copies, method, experts=("code", "math", "law"), dtype="float32", out_dtype="bfloat16")
+    assert_same_files(merge_here(copies, data), merge_stock(copies, data))
 
 
 @pytest.mark.parametrize("size", [0, 3_000, 20_000])
-def test_shards_and_index_equal_stock_mergekits(room, size):
-    data = recipe(room, dtype="bfloat16", out_dtype="float32")
-    assert_same_files(merge_here(room, data, out_shard_size=size), merge_stock(room, data, out_shard_size=size))
+def test_shards_and_index_equal_stock_mergekits(copies, size):
+    data = recipe(copies, dtype="bfloat16", out_dtype="float32")
+    assert_same_files(merge_here(copies, data, out_shard_size=size), merge_stock(copies, data, out_shard_size=size))
 
 
-def test_inputs_in_several_dtypes_and_shards(room):
+def test_inputs_in_several_dtypes_and_shards(copies):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(room / "code", dtype=torch.float32)
-    shutil.rmtree(room / "code")
-    model.save_pretrained(room / "code", max_shard_size="20KB")
-    shutil.copy(room / "base" / "tokenizer.json", room / "code")
-    shutil.copy(room / "base" / "tokenizer_config.json", room / "code")
-    assert len(list((room / "code").glob("*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(copies / "code", dtype=torch.float32)
+    shutil.rmtree(copies / "code")
+    model.save_pretrained(copies / "code", max_shard_size="20KB")
+    shutil.copy(copies / "base" / "tokenizer.json", copies / "code")
+    shutil.copy(copies / "base" / "tokenizer_config.json", copies / "code")
+    assert len(list((copies / "code").glob("*.safetensors"))) > 2
     for keys in ({"dtype": None, "out_dtype": "bfloat16"}, {"dtype": "bfloat16"}):
-        data = recipe(room, **keys)
-        ours, stock = merge_here(room, data, f"a{len(keys)}"), merge_stock(room, data, f"b{len(keys)}")
+        data = recipe(copies, **keys)
+        ours, stock = merge_here(copies, data, f"a{len(keys)}"), merge_stock(copies, data, f"b{len(keys)}")
         assert_same_files(ours, stock)
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-def test_slices_that_move_and_repeat_layers(room, size, capsys):
+def test_slices_that_move_and_repeat_layers(copies, size, capsys):
     """In several files, tensors made from the same input may lie in another order than mergekit's."""
     slices = []
     for first, stop in ((0, 2), (1, 3), (0, 1)):
-        sources = [{"model": str(room / "base"), "layer_range": [first, stop]}]
+        sources = [{"model": str(copies / "base"), "layer_range": [first, stop]}]
         for name in ("code", "math"):
             parameters = {"density": [{"filter": f"layers.{first}.", "value": 0.3}, {"value": 0.8}], "weight": 0.5}
-            sources.append({"model": str(room / name), "layer_range": [first, stop], "parameters": parameters})
+            sources.append({"model": str(copies / name), "layer_range": [first, stop], "parameters": parameters})
         slices.append({"sources": sources})
-    data = {"slices": slices, "merge_method": "ties", "base_model": str(room / "base"), "dtype": "bfloat16"}
-    ours = merge_here(room, data, out_shard_size=size, quiet=False)
+    data = {"slices": slices, "merge_method": "ties", "base_model": str(copies / "base"), "dtype": "bfloat16"}
+    ours = merge_here(copies, data, out_shard_size=size, quiet=False)
     assert "48 of 48 tensors by exact selection" in path_line(capsys.readouterr().out)
-    stock = merge_stock(room, data, out_shard_size=size)
+    stock = merge_stock(copies, data, out_shard_size=size)
     (assert_same_tensors if size else assert_same_files)(ours, stock)
 
 
-def test_without_the_switch_the_result_is_stock_mergekits(room, capsys):
-    data = recipe(room)
-    ours = merge_here(room, data, fast_selection=False, quiet=False)
+def test_without_the_switch_the_result_is_stock_mergekits(copies, capsys):
+    data = recipe(copies)
+    ours = merge_here(copies, data, fast_selection=False, quiet=False)
     assert path_line(capsys.readouterr().out) == "path: all tensors by mergekit: --fast_selection is off"
-    assert_same_files(ours, merge_stock(room, data))
+    assert_same_files(ours, merge_stock(copies, data))
     assert json.loads((ours / "manifest.json").read_text())["options"]["fast_selection"] is False
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "della", "dare_linear"])
-def test_methods_that_draw_are_left_to_mergekit_with_its_masks(room, method, capsys):
-    data = recipe(room, method)
-    ours = merge_here(room, data, quiet=False, random_seed=11)
+def test_methods_that_draw_are_left_to_mergekit_with_its_masks(copies, method, capsys):
+    data = recipe(copies, method)
+    ours = merge_here(copies, data, quiet=False, random_seed=11)
     assert f"all tensors by mergekit: {method} draws random numbers" in path_line(capsys.readouterr().out)
-    assert_same_files(ours, merge_stock(room, data, seed=11))
+    assert_same_files(ours, merge_stock(copies, data, seed=11))
 
 
-def test_more_models_than_can_be_added_up_in_any_order(room, capsys):
+def test_more_models_than_can_be_added_up_in_any_order(copies, capsys):
     for name in ("four", "five"):
-        shutil.copytree(room / "law", room / name)
-        found = load_file(room / name / "model.safetensors")
+        shutil.copytree(copies / "law", copies / name)
+        found = load_file(copies / name / "model.safetensors")
         changed = {key: (value.float() * 1.25).to(value.dtype) for key, value in found.items()}
-        save_file(changed, room / name / "model.safetensors", metadata={"format": "pt"})
-    data = recipe(room, "task_arithmetic", experts=("code", "math", "law", "four", "five"))
-    assert_same_files(merge_here(room, data, quiet=False), merge_stock(room, data))
+        save_file(changed, copies / name / "model.safetensors", metadata={"format": "pt"})
+    data = recipe(copies, "task_arithmetic", experts=("code", "math", "law", "four", "five"))
+    assert_same_files(merge_here(copies, data, quiet=False), merge_stock(copies, data))
     assert path_line(capsys.readouterr().out) == "path: all tensors by mergekit: more than 4 changed models"
 
 
-def test_aligned_vocabularies_go_to_mergekit_and_the_rest_does_not(room, capsys):
-    place = room / "math" / "tokenizer.json"
+def test_aligned_vocabularies_go_to_mergekit_and_the_rest_does_not(copies, capsys):
+    place = copies / "math" / "tokenizer.json"
     tokenizer = json.loads(place.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = sorted(vocabulary, key=vocabulary.get)[10:12]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     place.write_text(json.dumps(tokenizer))
-    data = recipe(room, tokenizer_source="base")
+    data = recipe(copies, tokenizer_source="base")
     for model in data["models"][1:]:
         model["parameters"]["density"] = [*model["parameters"]["density"][:3], {"value": 1}]
-    ours = merge_here(room, data, quiet=False)
+    ours = merge_here(copies, data, quiet=False)
     line = path_line(capsys.readouterr().out)
     assert "; 2 by mergekit (vocabularies are aligned)" in line
-    assert_same_files(ours, merge_stock(room, data))
+    assert_same_files(ours, merge_stock(copies, data))
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -217,25 +203,25 @@ def test_aligned_vocabularies_go_to_mergekit_and_the_rest_does_not(room, capsys)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_the_tensor_that_is_not_finite_is_named(room, name, value):
-    place = room / "math" / "model.safetensors"
+def test_the_tensor_that_is_not_finite_is_named(copies, name, value):
+    place = copies / "math" / "model.safetensors"
     found = load_file(place)
     found[name].view(-1)[7] = value
     save_file(found, place, metadata={"format": "pt"})
     with refused("merge-not-finite"):
-        merge_here(room, recipe(room))
-    assert not (room / "merged").exists() and not list(room.glob(".merged*"))
+        merge_here(copies, recipe(copies))
+    assert not (copies / "merged").exists() and not list(copies.glob(".merged*"))
 
 
 @pytest.mark.parametrize(
     ("error", "expected", "text"),
     [
-        (OSError(28, "No space left on device"), UserError, "No space left.*make room"),
+        (OSError(28, "No space left on device"), UserError, "No space left.*make copies"),
         (MemoryError(), UserError, "memory ran out"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
-def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error, expected, text):
+def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error, expected, text):
     write, written = os.pwrite, []
 
     def fail_later(*arguments):
@@ -246,15 +232,15 @@ def test_running_out_while_writing_leaves_nothing(room, monkeypatch, error, expe
 
     monkeypatch.setattr(os, "pwrite", fail_later)
     with pytest.raises(expected, match=text):
-        merge_here(room, recipe(room))
-    assert not (room / "merged").exists() and not list(room.glob(".merged*"))
+        merge_here(copies, recipe(copies))
+    assert not (copies / "merged").exists() and not list(copies.glob(".merged*"))
     assert not any(thread.is_alive() for thread in set(written) - {threading.main_thread()})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_leaves_nothing(room, signum):
-    write_recipe(room / "recipe.yaml", recipe(room))
-    before = contents(room)
+def test_killed_in_the_middle_leaves_nothing(copies, signum):
+    write_recipe(copies / "recipe.yaml", recipe(copies))
+    before = contents(copies)
     program = (
         "import os, sys, time, runpy\n"
         "write = os.pwrite\n"
@@ -265,23 +251,23 @@ def test_killed_in_the_middle_leaves_nothing(room, signum):
         f"runpy.run_path({str(ROOT / 'utils' / 'merger.py')!r}, run_name='__main__')\n"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=room, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=copies, **pipes)
     next(line for line in process.stdout if line.startswith("PIECE"))
     process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert contents(room) == before
+    assert contents(copies) == before
 
 
-def test_values_of_a_merge_by_hand(room):
+def test_values_of_a_merge_by_hand(copies):
     """One tensor of `ties` computed from its description: trim, elect signs, average those that agree."""
     name = "model.layers.0.mlp.down_proj.weight"
-    data = recipe(room, dtype="float32", out_dtype="float32")
-    merged = tensors(merge_here(room, data))[name]
-    base = tensors(room / "base")[name].float()
+    data = recipe(copies, dtype="float32", out_dtype="float32")
+    merged = tensors(merge_here(copies, data))[name]
+    base = tensors(copies / "base")[name].float()
     changes, weights = [], torch.tensor([1.0, 0.75])
     for model in ("code", "math"):
-        change = tensors(room / model)[name].float() - base
+        change = tensors(copies / model)[name].float() - base
         threshold = change.abs().flatten().sort(descending=True).values[int(0.3 * change.numel()) - 1]
         changes.append(torch.where(change.abs() >= threshold, change, 0.0))
     weighted = torch.stack(changes) * weights.view(2, 1, 1)

@@ -58,8 +58,8 @@ def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, f
     pulls = {name: 1.0 if doubtful else 1 / one.gain for name, one in gains.items()}
     total = sum(pulls.values())
     weights = {name: float(f"{pull / total:.{_DIGITS}g}") for name, pull in pulls.items()}
-    told = f"{', '.join(doubtful)}: no sure gain over the base on its own text, so all experts have equal weights"
-    return weights, [told] if doubtful else []
+    found = f"{', '.join(doubtful)}: no sure gain over the base on its own text, so all experts have equal weights"
+    return weights, [found] if doubtful else []
 
 
 def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], density: float | None) -> pd.DataFrame:

@@ -80,7 +80,7 @@ class GramMean(OwnMethod):
         """Everything that counts at all."""
         return values["weight"] > 0
 
-    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """Numbers outside their range."""
         for number in method_rules.GRAM_MEAN.numbers:
             if not number.allows(shared[number.name]):
@@ -107,8 +107,8 @@ class GramMean(OwnMethod):
         base, name = base_of(group).tensor, group.metadata.name
         weights = {entry.id: parameters["weight"][entry.id] for entry in group.non_base}
         for weight in weights.values():
-            for slip in self.slips(parameters, {"weight": weight}):
-                raise ValueError(f"{GRAM_MEAN}: {slip}")
+            for problem in self.problems(parameters, {"weight": weight}):
+                raise ValueError(f"{GRAM_MEAN}: {problem}")
         models = []
         for entry in group.non_base:
             source = parameters[SALIENCY][entry.id]

@@ -157,7 +157,7 @@ class GuidedMean(OwnMethod):
         """Everything that counts at all."""
         return values["weight"] > 0
 
-    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """Numbers outside their range."""
         for number in method_rules.GUIDED_MEAN.numbers:
             if not number.allows(shared[number.name]):
@@ -174,8 +174,8 @@ class GuidedMean(OwnMethod):
         """
         base, name = base_of(group), group.metadata.name
         for entry in group.non_base:
-            for slip in self.slips(parameters, {"weight": parameters["weight"][entry.id]}):
-                raise ValueError(f"{GUIDED_MEAN}: {slip}")
+            for problem in self.problems(parameters, {"weight": parameters["weight"][entry.id]}):
+                raise ValueError(f"{GUIDED_MEAN}: {problem}")
         models = [self._weighed(entry, base.tensor, name, parameters) for entry in group.non_base]
         numbers = {key: parameters[key] for key in ("power", "floor")}
         try:

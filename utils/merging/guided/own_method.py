@@ -31,7 +31,7 @@ class OwnMethod(GroupMergeMethod):
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
         """Whether a tensor of a model is merged by its vectors, given the model's parameters for it."""
 
-    def slips(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """What the method cannot work with in the shared parameters and in a model's own, as clauses."""
         yield from ()
 

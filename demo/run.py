@@ -22,7 +22,6 @@ OUT = Path("output/demo")
 RECORD = OUT / "demo_folders.json"
 FRAMES, RECIPES = OUT / "delta_dfs", OUT / "merge_configs"
 EVALUATION, SEARCH, MERGED = OUT / "evaluation", OUT / "search", OUT / "merged_models" / "search"
-GUIDED = RECIPES / "demo_0.3_0.8_generated_ties_merge_config.yaml"
 TRIALS = 12
 ROWS = ["--validation_rows", "8", "--test_rows", "24"]  # few, so that the example ends in minutes
 

@@ -65,7 +65,6 @@ INTERFACES = {
     "linear_merge": "groups,parameters,dtype,out_dtype,batch_options",
     "merge_method": "name",
     "register_merge_method": "method",
-    "registered_merge_methods": "",
     "rescaled_masked_tensor": "tensor,mask,norm,eps",
     "result_config": "config,arch_info,trust_remote_code",
     "set_chat_template": "tokenizer,merge_config,trust_remote_code",

@@ -60,7 +60,6 @@ try:
     from mergekit.merge_methods import get as merge_method
     from mergekit.merge_methods import linear as _linear
     from mergekit.merge_methods import register as register_merge_method
-    from mergekit.merge_methods import registered_methods as registered_merge_methods
     from mergekit.merge_methods.base import ParameterSpec
     from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, GeneralizedTaskArithmeticMerge
     from mergekit.merge_methods.linear import linear_merge

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from utils.evaluation.statistics import (
     TaskLosses,
-    beaten,
-    gain_contributions,
     holm,
     interval,
     mcnemar_exact,
@@ -126,38 +124,3 @@ def test_mcnemar_counts_all_ways_to_split(split):
     ways = [sum(signs) for signs in itertools.product((0, 1), repeat=total)]
     as_uneven = sum(min(heads, total - heads) <= least for heads in ways)
     assert mcnemar_exact(*split) == pytest.approx(min(1.0, as_uneven / len(ways)))
-
-
-def test_contributions_of_rows_sum_up_to_the_difference():
-    tasks = {"a": losses(40, 1), "b": losses(25, 2), "c": TaskLosses(NAMES, *_parts(losses(9, 3)), "base", None)}
-    found = gain_contributions(tasks, "one", "two")
-    measured = [tasks[name].gain() for name in "ab"]
-    assert found.size == 65
-    assert found.sum() == pytest.approx(np.mean([gains[2] - gains[3] for gains in measured]))
-
-
-def _parts(task: TaskLosses) -> tuple[np.ndarray, np.ndarray]:
-    return task.nll, task.tokens
-
-
-def test_who_is_beaten():
-    tasks = {"a": losses(40, 1)}
-    assert beaten(gain_contributions(tasks, "two", "one")) < 0.001
-    assert beaten(gain_contributions(tasks, "one", "two")) > 0.999
-    assert beaten(np.array([np.nan, 1.0])) == 0.0
-    even = np.random.default_rng(0).normal(0, 1, 200)
-    assert beaten(even - even.mean()) == pytest.approx(0.5, abs=0.03)
-
-
-def test_few_rows_are_enumerated():
-    values = np.array([-3.0, -2.0, 1.0])
-    sums = [sum(sign * value for sign, value in zip(signs, values, strict=True)) for signs in
-            itertools.product((1, -1), repeat=3)]  # fmt: skip
-    assert beaten(values) == sum(one <= -4.0 for one in sums) / 8
-
-
-def test_random_flips_agree_with_all_of_them():
-    values = np.random.default_rng(3).normal(-0.3, 1, 12)
-    exact = beaten(values)
-    more = np.concatenate([values, np.zeros(2)])  # rows that add nothing change nothing
-    assert beaten(more, draws=20_000) == pytest.approx(exact, abs=0.015)

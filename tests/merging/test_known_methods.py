@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
 from pydantic import BaseModel, ValidationError
 
-from utils.mergekit_api import ParameterScope, registered_merge_methods
+from utils.mergekit_api import ParameterScope
 from utils.merging import recipe_check
 from utils.merging.guided.methods import register_methods
 from utils.merging.known_methods import METHODS, KnownMethod, setting_problems
@@ -15,7 +16,7 @@ from utils.merging.known_methods import METHODS, KnownMethod, setting_problems
 def known_to_mergekit() -> dict[str, KnownMethod]:
     register_methods()
     found = {}
-    for method in registered_merge_methods():
+    for method in registered_methods():
         spec = method.spec
         scopes = {one.name: one.scope for one in spec.parameters}
         kinds = {one.name: one.value_type for one in spec.parameters}

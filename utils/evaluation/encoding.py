@@ -9,7 +9,6 @@ from utils.evaluation.tasks import Row, Task
 from utils.pair.batches import MicroBatch
 
 _CHARACTERS_PER_TOKEN = 1024  # no tokenizer's tokens are this long on average
-USER, ASSISTANT = "user", "assistant"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Paired statistics over rows, in numpy: share of a gain kept, bootstrap intervals, Holm, sign flips, exact McNemar.
+"""Paired statistics over rows, in numpy: share of a gain kept, bootstrap intervals, Holm, exact McNemar.
 
 All candidates see the same rows, so every comparison is paired. What intervals and p-values speak of is the noise of the
 text: other rows of the same kind. They say nothing of other trainings of the experts, nor of other seeds.
@@ -7,14 +7,12 @@ text: other rows of the same kind. They say nothing of other trainings of the ex
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 import numpy as np
 
 DRAWS = 10_000
 LEVEL = 0.95
 _AT_ONCE = 2**22  # entries of a matrix of counts
-_ENUMERATED = 12  # rows up to which all sign flips are tried
 
 
 @dataclass(frozen=True)
@@ -171,51 +169,6 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     total = only_first + only_second
     tail = sum(math.comb(total, k) for k in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**total)
-
-
-def gain_contributions(tasks: Mapping[str, TaskLosses], name: str, other: str) -> np.ndarray:
-    """What each row adds to the difference in mean gain of one candidate over another; they sum up to it.
-
-    The experts' gains are taken as they are over these rows. Rows of all tasks that have a gain, one after the other.
-    """
-    measured = [task for task in tasks.values() if task.has_gain]
-    parts = [np.zeros(0)]
-    for task in measured:
-        whole = task.of(task.base).sum() - task.of(task.expert).sum()
-        parts.append((task.of(other) - task.of(name)) / (len(measured) * whole))
-    return np.concatenate(parts)
-
-
-def beaten(contributions: np.ndarray, draws: int = 4096, seed: int = 0) -> float:
-    """One-sided p-value that a candidate is not behind, from what each row adds to its difference to the leader.
-
-    The sign-flip test: if neither were better, each row's difference would be as likely to have the other sign. All
-    flips are tried where there are few rows, else `draws` random ones.
-
-    Args:
-        contributions: as `gain_contributions(tasks, candidate, leader)` gives them; negative sums are behind.
-
-    Returns:
-        Small where the candidate is behind the leader; 0 for one without losses, which cannot win.
-    """
-    if not np.isfinite(contributions).all():
-        return 0.0
-    count = contributions.size
-    if count <= _ENUMERATED:
-        signs = np.array(list(product((1.0, -1.0), repeat=count)))
-        sums = signs @ contributions
-        return float((sums <= contributions.sum() + _slack(contributions)).mean())
-    generator = np.random.default_rng(seed)
-    behind = 1  # the sum as it is
-    for start in range(0, draws, at_once := max(1, _AT_ONCE // count)):
-        signs = generator.integers(0, 2, (min(at_once, draws - start), count), dtype=np.int8) * 2.0 - 1.0
-        behind += int((signs @ contributions <= contributions.sum() + _slack(contributions)).sum())
-    return behind / (draws + 1)
-
-
-def _slack(values: np.ndarray) -> float:
-    """What sums of these values in another order may differ by."""
-    return 1e-12 * float(np.abs(values).sum())
 
 
 def _gain(task: TaskLosses, sums: np.ndarray) -> np.ndarray:

@@ -27,11 +27,6 @@ def percent(share: float | None, decimals: int = 1, *, signed: bool = False) -> 
     return shown if shown == UNKNOWN else f"{shown}%"
 
 
-def points(share: float | None, decimals: int = 1) -> str:
-    """A difference of two shares in percentage points, with its sign and without the word."""
-    return number(None if share is None else 100 * share, decimals, signed=True)
-
-
 def interval(estimate: Estimate, decimals: int, *, scale: float = 1.0, signed: bool = False) -> str:
     """The ends of an interval times `scale`, or nothing where they are not known."""
     if not estimate.bounded:

@@ -16,7 +16,6 @@ from utils.reports.tables import Table
 from utils.reports.values import Heatmap, Page, Role, Run, TrialState, is_known
 from utils.runtime import gigabytes
 
-FILE_NAME = "report.html"
 MOST_SAMPLES = 8
 _MOST_HEATMAPS = 6
 _MOST_LETTERS = 4000  # of a prompt or an answer

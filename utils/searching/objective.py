@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 Kind = Literal["mean", "worst", "weighted"]
-KINDS: tuple[Kind, ...] = ("mean", "worst", "weighted")
 NO_GAIN = 0.005  # an expert's gain below this share of the base's loss divides nothing: the loss itself does
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 STORAGE = "study.db"
 STUDY = "search"
-SAMPLERS = ("auto", "tpe", "gp", "random")
 Sampler = Literal["auto", "tpe", "gp", "random"]
 
 _IDENTITY, _POINT, _KNOWN, _BATCH = "identity", "point", "known", "batch"

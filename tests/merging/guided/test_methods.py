@@ -12,10 +12,8 @@ from mergekit.merge_methods.api import merge_tensors
 from tests.conftest import ROOT
 from tests.refusals import refused
 from utils.merging.guided import mean as guided_mean
-from utils.merging.guided.gram_method import GRAM_MEAN, GramMean
+from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.methods import (
-    GUIDED_MEAN,
-    GUIDED_TIES,
     GuidedMean,
     GuidedTies,
     OwnMethod,
@@ -23,6 +21,7 @@ from utils.merging.guided.methods import (
 )
 from utils.recipes.saliency_vectors import vector_file_bytes
 
+GUIDED_TIES, GUIDED_MEAN, GRAM_MEAN = "guided_ties", "guided_mean", "gram_mean"
 NAME = "model.layers.0.mlp.up_proj.weight"
 register_methods()
 

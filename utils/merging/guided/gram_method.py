@@ -7,7 +7,7 @@
 | norms, biases and what is left | `utils/merging/guided/mean.py` |
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,19 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.mergekit_api import BasePolicy, InputContract, MergeMethodSpec, ParameterScope, ParameterSpec, TensorGroup
+from utils.mergekit_api import TensorGroup
 from utils.merging.guided.gram import InputChange, gram_mean
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
-from utils.merging.guided.own_method import SALIENCY, OwnMethod, base_of, vector_key
+from utils.merging.guided.own_method import SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
 from utils.merging.guided.refit import refitted
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
 
-GRAM_MEAN = method_rules.GRAM_MEAN.name
-_SWITCHES = {"embedding_rows": True}
 
-
-class GramMean(OwnMethod):
+class GramMean(WeighedMethod):
     """The method `gram_mean`. One model to merge gives that model.
 
     Parameters, per model that is not the base:
@@ -52,41 +49,14 @@ class GramMean(OwnMethod):
     Matrices are solved in float64, on a GPU too; the result is rounded once.
     """
 
-    spec = MergeMethodSpec(
-        name=GRAM_MEAN,
-        pretty_name="Mean guided by inputs",
-        reference_url="https://arxiv.org/abs/2212.09849",
-        parameters=(
-            *(
-                ParameterSpec(number.name, float, ParameterScope.SHARED, default=number.default)
-                for number in method_rules.GRAM_MEAN.numbers
-            ),
-            *(ParameterSpec(name, bool, ParameterScope.SHARED, default=value) for name, value in _SWITCHES.items()),
-            ParameterSpec("weight", float, ParameterScope.NON_BASE),
-            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
-            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
-        ),
-        contract=InputContract(base=BasePolicy.REQUIRED),
-    )
+    rule = method_rules.GRAM_MEAN
+    spec = weighed_spec(rule, "Mean guided by inputs", "https://arxiv.org/abs/2212.09849", {"embedding_rows": True})
     summary = "the change that answers as each expert does on its own inputs"
     use = "merged"
     question = "What decided about a change"
     effect = "the inputs and squared gradients of its own text"
-    unused = "where it applies, every weight is 0"
     without = "the plain mean is taken"
     remedy = "give it saliency '' (the guided mean, all its entries alike) or weight 0 by a filter"
-
-    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
-        """Everything that counts at all."""
-        return values["weight"] > 0
-
-    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-        """Numbers outside their range."""
-        for number in method_rules.GRAM_MEAN.numbers:
-            if not number.allows(shared[number.name]):
-                yield f"{number.name} must be {number.words}, got {shared[number.name]}"
-        if not values["weight"] >= 0:
-            yield f"weight must be a number of at least 0, got {values['weight']}"
 
     def misfit(self, file: SaliencyVectors, tensor: str, shape: tuple[int, ...]) -> str:
         """Gram matrices of another number of channels."""
@@ -105,16 +75,12 @@ class GramMean(OwnMethod):
             UserError: a file cannot be read or does not fit.
         """
         base, name = base_of(group).tensor, group.metadata.name
-        weights = {entry.id: parameters["weight"][entry.id] for entry in group.non_base}
-        for weight in weights.values():
-            for problem in self.problems(parameters, {"weight": weight}):
-                raise ValueError(f"{GRAM_MEAN}: {problem}")
+        self.require_ranges(group, parameters)
         models = []
         for entry in group.non_base:
-            source = parameters[SALIENCY][entry.id]
-            if weights[entry.id]:
-                key, density = vector_key(source, name) if source else None, parameters["density"][entry.id]
-                models.append(_Model(entry.tensor, weights[entry.id], density, key))
+            weight, density, source = (parameters[one][entry.id] for one in ("weight", "density", SALIENCY))
+            if weight:
+                models.append(_Model(entry.tensor, weight, density, vector_key(source, name) if source else None))
         try:
             return _merged(base, models, parameters, name or "")
         except ValueError as error:

@@ -13,7 +13,7 @@ keeps all.
 (`utils/merging/guided/mean.py`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,12 +35,11 @@ from utils.mergekit_api import (
 from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
-from utils.merging.guided.own_method import SALIENCY, OwnMethod, base_of, vector_key
+from utils.merging.guided.own_method import SALIENCY, OwnMethod, WeighedMethod, base_of, vector_key, weighed_spec
 from utils.recipes import method_rules
 from utils.recipes.saliency_vectors import VectorKey, read_vectors
 
 GUIDED_TIES = method_rules.GUIDED_TIES.name
-GUIDED_MEAN = method_rules.GUIDED_MEAN.name
 
 
 class GuidedTies(OwnMethod):
@@ -112,7 +111,7 @@ class GuidedTies(OwnMethod):
         )
 
 
-class GuidedMean(OwnMethod):
+class GuidedMean(WeighedMethod):
     """The method `guided_mean`: `utils/merging/guided/mean.py` has the formula. One model to merge is enough.
 
     Parameters, per model that is not the base:
@@ -130,40 +129,14 @@ class GuidedMean(OwnMethod):
     Computed in float32 and rounded once. Entries to keep are ranked by delta^2 F^power.
     """
 
-    spec = MergeMethodSpec(
-        name=GUIDED_MEAN,
-        pretty_name="Mean guided by saliency",
-        reference_url="https://arxiv.org/abs/2111.09832",
-        parameters=(
-            *(
-                ParameterSpec(number.name, float, ParameterScope.SHARED, default=number.default)
-                for number in method_rules.GUIDED_MEAN.numbers
-            ),
-            ParameterSpec("weight", float, ParameterScope.NON_BASE),
-            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
-            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
-        ),
-        contract=InputContract(base=BasePolicy.REQUIRED),
-    )
+    rule = method_rules.GUIDED_MEAN
+    spec = weighed_spec(rule, "Mean guided by saliency", "https://arxiv.org/abs/2111.09832")
     summary = "the mean of the changes, with each entry weighed by its squared gradient"
     use = "weighed"
     question = "How the entries of a change were weighed"
     effect = "each by how much the loss depends on it (its squared gradient)"
-    unused = "where it applies, every weight is 0"
     without = "all entries count alike"
     remedy = "give it saliency '' (all its entries count alike) or weight 0 by a filter"
-
-    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
-        """Everything that counts at all."""
-        return values["weight"] > 0
-
-    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-        """Numbers outside their range."""
-        for number in method_rules.GUIDED_MEAN.numbers:
-            if not number.allows(shared[number.name]):
-                yield f"{number.name} must be {number.words}, got {shared[number.name]}"
-        if not values["weight"] >= 0:
-            yield f"weight must be a number of at least 0, got {values['weight']}"
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor of the base and the other models; all on one device.
@@ -173,9 +146,7 @@ class GuidedMean(OwnMethod):
             UserError: a file of vectors cannot be read or does not fit.
         """
         base, name = base_of(group), group.metadata.name
-        for entry in group.non_base:
-            for problem in self.problems(parameters, {"weight": parameters["weight"][entry.id]}):
-                raise ValueError(f"{GUIDED_MEAN}: {problem}")
+        self.require_ranges(group, parameters)
         models = [self._weighed(entry, base.tensor, name, parameters) for entry in group.non_base]
         numbers = {key: parameters[key] for key in ("power", "floor")}
         try:

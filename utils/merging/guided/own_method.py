@@ -5,14 +5,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.mergekit_api import GroupMergeMethod, TensorEntry, TensorGroup
+from utils.mergekit_api import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorEntry,
+    TensorGroup,
+)
+from utils.recipes.method_rules import DeltaMethod
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey
 
 SALIENCY = "saliency"
 
 
 class OwnMethod(GroupMergeMethod):
-    """A method that reads vectors. Classes because mergekit's shorter form has no room for a parameter called `lambda`.
+    """A method that reads vectors. Classes because mergekit's shorter form knows no parameter called `lambda`.
 
     `summary` says what it is, `use` what is done to a tensor by its vectors; `question` and `effect` say in a model card
     what was; `unused` when a file is read for nothing, `without` what is done without any, `remedy` what to do about a
@@ -38,6 +48,50 @@ class OwnMethod(GroupMergeMethod):
     def misfit(self, file: SaliencyVectors, tensor: str, shape: tuple[int, ...]) -> str:
         """What else in a file does not fit a tensor of a shape, as a clause; "" if nothing."""
         return ""
+
+
+class WeighedMethod(OwnMethod):
+    """A mean in which each model counts by a share, and which has numbers with a range: those of its `rule`."""
+
+    rule: DeltaMethod
+    unused = "where it applies, every weight is 0"
+
+    def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
+        """Everything that counts at all."""
+        return values["weight"] > 0
+
+    def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        """Numbers outside their range."""
+        for number in self.rule.numbers:
+            if not number.allows(shared[number.name]):
+                yield f"{number.name} must be {number.words}, got {shared[number.name]}"
+        if not values["weight"] >= 0:
+            yield f"weight must be a number of at least 0, got {values['weight']}"
+
+    def require_ranges(self, group: TensorGroup, parameters: Mapping[str, Any]) -> None:
+        """Raise ValueError if a parameter of a merge is outside its range."""
+        for entry in group.non_base:
+            for problem in self.problems(parameters, {"weight": parameters["weight"][entry.id]}):
+                raise ValueError(f"{self.rule.name}: {problem}")
+
+
+def weighed_spec(
+    rule: DeltaMethod, pretty_name: str, reference_url: str, switches: Mapping[str, bool] | None = None
+) -> MergeMethodSpec:
+    """What mergekit is told of a `WeighedMethod`: its numbers and `switches` with their defaults, and what each model has."""
+    return MergeMethodSpec(
+        name=rule.name,
+        pretty_name=pretty_name,
+        reference_url=reference_url,
+        parameters=(
+            *(ParameterSpec(one.name, float, ParameterScope.SHARED, default=one.default) for one in rule.numbers),
+            *(ParameterSpec(name, bool, ParameterScope.SHARED, default=on) for name, on in (switches or {}).items()),
+            ParameterSpec("weight", float, ParameterScope.NON_BASE),
+            ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
+            ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
 
 
 def base_of(group: TensorGroup) -> TensorEntry:

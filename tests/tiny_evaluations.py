@@ -1,5 +1,6 @@
 """A tiny pair to evaluate: three models, text for calibration and rows to spare, recipes; and losses by plain transformers."""
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,24 @@ doc_to_target: "{{{{label}}}}"
 metric_list: [{{metric: acc}}]
 """
 
+SCORE_COLUMNS = (
+    "candidate", "role", "task", "measure", "value", "low", "high", "against", "difference", "difference_low",
+    "difference_high", "p",
+)  # fmt: skip
+SCORES = (
+    ("base", "base", "math", "loss", 2.5, 2.4, 2.6, "plain", 0.3, 0.2, 0.4, 0.001),
+    ("base", "base", "math", "perplexity", 12.2, "", "", "", "", "", "", ""),
+    ("base", "base", "math", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
+    ("base", "base", "all tasks", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
+    ("plain", "control", "math", "loss", 2.2, 2.1, 2.3, "", "", "", "", ""),
+    ("plain", "control", "all tasks", "gain_kept", 0.4, 0.3, 0.5, "", "", "", "", ""),
+    ("ours", "candidate", "math", "loss", 2.1, 2.0, 2.2, "plain", -0.1, -0.15, -0.05, 0.002),
+    ("ours", "candidate", "math", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.002),
+    ("ours", "candidate", "all tasks", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.004),
+    ("ours", "candidate", "math", "worst_gain_kept", 0.53, "", "", "", "", "", "", ""),
+    ("ours", "candidate", "general", "forgetting", 0.02, 0.01, 0.03, "", "", "", "", ""),
+    ("ours", "candidate", "gsm8k", "exact_match", 0.31, "", "", "", "", "", "", ""),
+)
 TEXT, ANSWER = "{question} {answer}", "{answer}"
 
 
@@ -77,3 +96,9 @@ def task_file(folder: Path, name: str = "tiny_choice", more: str = "") -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "rows.jsonl", more=more))
     return folder / f"{name}.yaml"
+
+
+def write_scores(folder: Path) -> None:
+    """Write `scores.csv` of an evaluation: a base, a control `plain`, a candidate `ours`."""
+    with open(folder / "scores.csv", "w", newline="") as file:
+        csv.writer(file).writerows([SCORE_COLUMNS, *SCORES])

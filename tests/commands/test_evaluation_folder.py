@@ -1,41 +1,21 @@
 """An evaluation read back from its files, as a model card needs it."""
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.refusals import refused
+from tests.tiny_evaluations import SCORE_COLUMNS, write_scores
 from utils.commands.evaluation_folder import read_evaluation
 from utils.reports.card_table import evaluation_section
 from utils.reports.page import render
 from utils.reports.values import Estimate, Role
 
-COLUMNS = (
-    "candidate", "role", "task", "measure", "value", "low", "high", "against", "difference", "difference_low",
-    "difference_high", "p",
-)  # fmt: skip
-LINES = (
-    ("base", "base", "math", "loss", 2.5, 2.4, 2.6, "plain", 0.3, 0.2, 0.4, 0.001),
-    ("base", "base", "math", "perplexity", 12.2, "", "", "", "", "", "", ""),
-    ("base", "base", "math", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
-    ("base", "base", "all tasks", "gain_kept", 0.0, 0.0, 0.0, "plain", -0.4, -0.5, -0.3, 0.001),
-    ("plain", "control", "math", "loss", 2.2, 2.1, 2.3, "", "", "", "", ""),
-    ("plain", "control", "all tasks", "gain_kept", 0.4, 0.3, 0.5, "", "", "", "", ""),
-    ("ours", "candidate", "math", "loss", 2.1, 2.0, 2.2, "plain", -0.1, -0.15, -0.05, 0.002),
-    ("ours", "candidate", "math", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.002),
-    ("ours", "candidate", "all tasks", "gain_kept", 0.53, 0.5, 0.56, "plain", 0.13, 0.1, 0.16, 0.004),
-    ("ours", "candidate", "math", "worst_gain_kept", 0.53, "", "", "", "", "", "", ""),
-    ("ours", "candidate", "general", "forgetting", 0.02, 0.01, 0.03, "", "", "", "", ""),
-    ("ours", "candidate", "gsm8k", "exact_match", 0.31, "", "", "", "", "", "", ""),
-)
-
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    with open(tmp_path / "scores.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *LINES])
+    write_scores(tmp_path)
     manifest = {"best_on_validation": "ours", "tasks": [{"name": "math", "rows": {"test": [3, 5, 8]}}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
@@ -97,8 +77,8 @@ def test_a_manifest_is_not_needed_and_scores_are(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "candidate,role\nours,candidate\n", ",".join(COLUMNS) + "\nours,chef,t,loss" + ",1" * 8 + "\n",
-     ",".join(COLUMNS) + "\nours,base,t,loss,much" + ",1" * 7 + "\n"],
+    ["", "candidate,role\nours,candidate\n", ",".join(SCORE_COLUMNS) + "\nours,chef,t,loss" + ",1" * 8 + "\n",
+     ",".join(SCORE_COLUMNS) + "\nours,base,t,loss,much" + ",1" * 7 + "\n"],
 )  # fmt: skip
 def test_what_is_no_evaluation_is_refused(folder, text):
     (folder / "scores.csv").write_text(text)

@@ -1,6 +1,5 @@
 """Command 3 with --report and --evaluation: the card and the page of a merged folder."""
 
-import csv
 import json
 import os
 import re
@@ -10,9 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.commands.test_evaluation_folder import COLUMNS, LINES
 from tests.refusals import refusal_code
 from tests.reports.document import read
+from tests.tiny_evaluations import write_scores
 from tests.tiny_merges import recipe, write_recipe
 
 
@@ -22,8 +21,7 @@ def copies(copies, tmp_path) -> Path:
     (copies / "math" / "README.md").write_text("---\nlicense: mit\n---\n")
     write_recipe(tmp_path / "ours.yaml", recipe(tmp_path))
     (tmp_path / "evaluation").mkdir()
-    with open(tmp_path / "evaluation" / "scores.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *LINES])
+    write_scores(tmp_path / "evaluation")
     return tmp_path
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.measured_merge import estimated_and_measured
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import (
@@ -319,9 +320,6 @@ def test_report_says_what_will_happen(copies, capsys):
 @pytest.mark.slow
 def test_memory_estimate_against_a_measurement(tmp_path):
     """The peak of private memory of a real merge with one large tensor, against the estimate: within a third."""
-    import subprocess
-    import sys
-
     save_models(tmp_path, names=("base", "code"), vocab_size=400_000, hidden_size=96)
     methods = ("ties", "dare_ties", "task_arithmetic", "guided_ties", "guided_mean")
     for method, counting in [*((method, False) for method in methods), ("ties", True)]:
@@ -329,55 +327,8 @@ def test_memory_estimate_against_a_measurement(tmp_path):
         if method == "guided_mean":
             data["models"][1]["parameters"]["saliency"] = ""
         write_recipe(tmp_path / "r.yaml", data)
-        program = MEASURED.format(folder=str(tmp_path), executor=True, counting=counting)
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-        )
-        assert done.returncode == 0, done.stderr
-        estimate, measured = map(float, done.stdout.split()[-2:])
+        estimate, measured = estimated_and_measured(tmp_path, executor=True, counting=counting)
         assert 0.7 < estimate / measured < 1.5, (method, counting, estimate / measured)
-
-
-MEASURED = """
-import threading, time
-from pathlib import Path
-from dataclasses import replace
-from utils.merging import planning
-from utils.merging import run as merge_run
-from utils.commands.merge import merge
-from utils.merging.resources import memory_estimate
-from utils.merging.settings import MergeSettings
-
-def private():
-    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
-    return int(lines["RssAnon"].split()[0]) * 1024
-
-seen, run = dict(peak=0, stop=False), merge_run.run_merge
-
-def watch():
-    while not seen["stop"]:
-        seen["peak"] = max(seen["peak"], private())
-        time.sleep(0.002)
-
-def watched(planned, folder):
-    before, thread = private(), threading.Thread(target=watch)
-    thread.start()
-    try:
-        run(planned, folder)
-    finally:
-        seen["stop"] = True
-        thread.join()
-    seen.update(need=memory_estimate(planned.plan, planned.division, planned.settings), used=seen["peak"] - before)
-
-merge_run.run_merge = watched
-divide = planning.divide
-if {executor}:
-    planning.divide = lambda plan, settings: replace(divide(plan, settings), direct=(), left=())
-folder = Path({folder!r})
-merge(MergeSettings(output_path=folder / "out", merge_config=folder / "r.yaml", device="cpu", quiet=True,
-                    out_shard_size=10**6, overwrite=True, fast_selection={counting}))
-print(seen["need"], seen["used"])
-"""
 
 
 def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(copies, capsys):

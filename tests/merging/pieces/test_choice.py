@@ -15,7 +15,7 @@ from mergekit import merge_methods
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from tests.merging.test_preflight import MEASURED
+from tests.measured_merge import estimated_and_measured
 from tests.refusals import refused
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors, write_recipe
 from tests.tiny_pairs import contents
@@ -282,9 +282,6 @@ def test_memory_stays_within_the_estimate(tmp_path):
     save_models(tmp_path, names=("base", "code", "math"), vocab_size=400_000, hidden_size=96)
     for keys in ({"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}):
         write_recipe(tmp_path / "r.yaml", recipe(tmp_path, **keys))
-        program = MEASURED.format(folder=str(tmp_path), executor=False, counting=True)
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        estimate, measured = map(float, done.stdout.split()[-2:])
+        estimate, measured = estimated_and_measured(tmp_path, executor=False, counting=True)
         # the estimate leaves out what the runtime takes once; the tensors that are merged take 154 MB each in float32
         assert estimate / 1.5 < measured < min(2 * estimate + 100e6, 200e6), (estimate, measured)

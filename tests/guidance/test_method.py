@@ -113,7 +113,7 @@ def test_a_recipe_comes_out_of_texts_per_expert(pair, measure, decide):
 def test_the_config_can_choose_the_method_and_a_flag_outranks_it(pair):
     flags = ("--config", "pair.yaml", "--out_dir", "dfs")
     write_config(pair, {"guidance": "lewiss"})
-    refused_here("guidance-unknown", "lewis_importance.py", *flags, cwd=pair)
+    refused_here("config-unknown-guidance", "lewis_importance.py", *flags, cwd=pair)
     done_here("lewis_importance.py", *flags, "--guidance", "lewis", cwd=pair)
     assert json.loads((pair / "dfs/manifest.json").read_text())["guidance"] == "lewis"
 

@@ -55,7 +55,12 @@ def main() -> None:
         choices=DTYPES,
         default=DTYPE,
     )
-    parser.flag("out_dtype", "precision of the merged weights, where it is another one", choices=DTYPES)
+    parser.flag(
+        "out_dtype",
+        "dtype of the merged model's file, where it is another one: merged entries, computed in --dtype, are rounded to "
+        "it; a wider one than --dtype adds no precision",
+        choices=DTYPES,
+    )
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")

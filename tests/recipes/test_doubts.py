@@ -87,6 +87,22 @@ def test_weights_that_cancel(method, experts, parameters, cancel):
     assert not cancelled_weights(dataclasses.replace(settings, as_weights=False), "weights")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype", "said"),
+    [
+        ("bfloat16", "float32", "every merged entry is a bfloat16 number"),
+        ("bfloat16", "float16", "--dtype float16 merges in it"),
+        ("float16", "bfloat16", ""),
+        ("float32", "bfloat16", ""),
+        ("float32", "float32", ""),
+        ("bfloat16", None, ""),
+    ],
+)
+def test_a_file_wider_than_its_numbers(dtype, out_dtype, said):
+    found = of("dare_linear", experts=(MATH,), dtype=dtype, out_dtype=out_dtype)
+    assert len(found) == bool(said) and said in "".join(found)
+
+
 def test_models_in_float32_merged_in_less(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -10,6 +10,7 @@ from utils.recipes.method_rules import normalizes
 from utils.recipes.recipe import RecipeSettings
 
 _ADDED = 1.2  # sum over experts of lambda x mean weight; what averages or solves for its weights stays near or below 1
+_BITS = {"float32": 24, "float16": 11, "bfloat16": 8}  # of a number's digits, by the dtype
 _HELD = "with two experts, validation text chose a lambda of 0.2 to 0.4 (benchmarks/results/quality.csv); see --lambda"
 
 
@@ -21,7 +22,12 @@ def doubts(settings: RecipeSettings, table: pd.DataFrame, checkpoints: Iterable[
         table: the coefficients.
         checkpoints: those of its models that lie on this machine.
     """
-    found = [cancelled_weights(settings, "weights"), _added_up(settings, table), _rounded_away(settings, checkpoints)]
+    found = [
+        cancelled_weights(settings, "weights"),
+        _added_up(settings, table),
+        _rounded_away(settings, checkpoints),
+        _wider_file(settings),
+    ]
     return [text for text in found if text]
 
 
@@ -58,6 +64,16 @@ def _added_up(settings: RecipeSettings, table: pd.DataFrame) -> str:
     return (
         f"the changes of {count} experts are added up at lambda {lambda_:g} and not divided, {total:.3g} times as much as "
         f"one: {_HELD}"
+    )
+
+
+def _wider_file(settings: RecipeSettings) -> str:
+    """Numbers of one precision, written in a wider one."""
+    if settings.out_dtype is None or _BITS[settings.out_dtype] <= _BITS[settings.dtype]:
+        return ""
+    return (
+        f"the merged model is written in {settings.out_dtype}, but every merged entry is a {settings.dtype} number, in "
+        f"which the merge computes: a larger file that is no more precise; --dtype {settings.out_dtype} merges in it"
     )
 
 

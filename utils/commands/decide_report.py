@@ -39,6 +39,10 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
     experts = ", ".join(entry.type for entry in settings.experts)
     print(f"measured: {size}, experts {experts}{_samples(measured.manifest)}")
+    for line in _texts(measured.manifest, [entry.type for entry in settings.experts]):
+        print(f"{'':<9} {line}")
+    if few := asked.method.few_samples(_options(measured.manifest).get("nsamples")):
+        print(f"note:     {few}")
     print(f"method:   {method.name}, {_what_it_does(given, settings)}")
     idle = set(given) - set(settings.parameters) if method.own else set()
     if idle:
@@ -186,16 +190,42 @@ def _of_what(part: pd.DataFrame) -> str:
     return "parameters" if mean_density(part) is not None else "tensors, sizes are not known"
 
 
-def _samples(manifest: Mapping[str, Any] | None) -> str:
+def _options(manifest: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The settings that were measured with, as the manifest has them; empty where it does not say."""
     options = (manifest or {}).get("options")
-    if not isinstance(options, dict):
+    return options if isinstance(options, dict) else {}
+
+
+def _samples(manifest: Mapping[str, Any] | None) -> str:
+    options = _options(manifest)
+    if not options:
         return ""
-    texts = [options.get("dataset")]
-    if isinstance(calibration := options.get("calibration"), dict) and calibration:
-        texts = list(calibration.values())
-    sources = [text.get("path") or text.get("name") for text in texts if isinstance(text, dict)]
-    named = ", ".join(dict.fromkeys(map(str, sources)))
-    return f"; {options.get('nsamples')} samples of {named}, sparsity_ratio {options.get('sparsity_ratio')}"
+    own = _calibration(options)
+    of = "each expert's own text" if own else _shown(options.get("dataset"))
+    return f"; {options.get('nsamples')} samples of {of}, sparsity_ratio {options.get('sparsity_ratio')}"
+
+
+def _texts(manifest: Mapping[str, Any] | None, experts: Sequence[str]) -> list[str]:
+    """A line for each text that experts have of their own."""
+    options = _options(manifest)
+    own = _calibration(options)
+    users: dict[str, list[str]] = {}
+    for expert in experts if own else ():
+        users.setdefault(_shown(own.get(expert, options.get("dataset"))), []).append(expert)
+    return [f"{', '.join(names)} on {text}" for text, names in users.items()]
+
+
+def _calibration(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    own = options.get("calibration")
+    return own if isinstance(own, dict) else {}
+
+
+def _shown(text: Any) -> str:
+    """A text as people know it: its path or name, and what is taken of a row."""
+    if not isinstance(text, dict):
+        return str(text)
+    details = [f"{key} {text[key]!r}" for key in ("subset", "split", "text", "messages") if text.get(key)]
+    return f"{text.get('path') or text.get('name')}" + (f" ({', '.join(details)})" if details else "")
 
 
 def _say_pairs(label: str, pairs: Sequence[tuple[str, float]]) -> None:

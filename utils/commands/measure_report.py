@@ -31,6 +31,8 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
         whose = f" for {_users(job, source)}" if config.calibration else ""
         yield f"text{whose}: {len(chosen)} samples of {full.path}{split}, seed {full.seed}, at most {full.seqlen} tokens"
     yield from method.choices(job)
+    if few := method.few_samples(config.nsamples):
+        yield f"note: {few}"
     for subject in job.subjects:
         yield from _subject_lines(options, job, subject)
     need, free = _memory(job)

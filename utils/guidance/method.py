@@ -63,6 +63,7 @@ class GuidanceMethod:
         merge_rule: turns the merge method asked for, and the values of the method's own flags, into the one that the
             recipe names.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
+        authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class GuidanceMethod:
     own_merge_methods: tuple[str, ...] = ()
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""
+    authors_samples: int = 0
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""
@@ -105,6 +107,12 @@ class GuidanceMethod:
     def flags(self, half: Half) -> tuple[MethodFlag, ...]:
         """The flags of one half."""
         return self.measure_flags if half == "measure" else self.decide_flags
+
+    def few_samples(self, count: int | None) -> str:
+        """A sentence if fewer samples of a text are measured on than the method's authors took; else ""."""
+        if count is None or count >= self.authors_samples:
+            return ""
+        return f"nsamples {count}; the authors of {self.name} measure on {self.authors_samples}"
 
     def check_experts(self, config: "PairConfig", count: int) -> None:
         """Raise a `UserError` if the method needs more experts."""

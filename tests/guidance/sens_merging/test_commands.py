@@ -188,6 +188,14 @@ def test_flags_change_the_weights_and_the_name(pair):
             assert values["model.embed_tokens."] == values["lm_head."] == values["model.norm."] == 1.0
 
 
+def test_each_expert_is_said_with_its_own_text_and_so_are_few_samples(pair, saved):
+    note = "nsamples 4; the authors of sens_merging measure on 100"
+    said = pair.decide()
+    assert "code on rows.jsonl (text '{answer}')\n" in said
+    assert "math on rows.jsonl (text '{question} {answer}')\n" in said
+    assert f"note:     {note}\n" in said and f"note: {note}\n" in saved("llama")[1]
+
+
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
 def test_methods_with_densities_keep_one_share_everywhere(pair, method, monkeypatch):
     pair.decide("--merge_method", method, "--mean_density", 0.3)

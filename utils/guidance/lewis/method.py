@@ -43,4 +43,5 @@ METHOD = GuidanceMethod(
         ),
     ),
     config_keys=("sparsity_ratio", "parity", "components"),
+    authors_samples=15,
 )

@@ -43,4 +43,5 @@ METHOD = GuidanceMethod(
     fewest_experts=2,
     text_per_task=True,
     config_keys=("components",),
+    authors_samples=100,
 )

@@ -42,4 +42,5 @@ METHOD = GuidanceMethod(
         MethodFlag("clip", "clip weights to [0, this], at least 0 (not clipped if left out)", number(0)),
     ),
     text_per_task=True,
+    authors_samples=30,
 )

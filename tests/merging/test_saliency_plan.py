@@ -205,7 +205,8 @@ def test_manifest_and_card_say_the_files(copies):
     ]
     card = (merged / "README.md").read_text()
     assert "by `guided_ties` (mergekit's `ties`, with the entries to keep chosen by saliency)" in card
-    assert "- `code`: the entries of largest saliency" in card and "in 21 tensors, by `code.vectors`" in card
+    unsaid = "(change squared, times the squared gradient, to the power that the file was made with)"
+    assert f"- `code`: the entries of largest saliency {unsaid}" in card and "in 21 tensors, by `code.vectors`" in card
     assert "| `code` |" in card and "| 21 of 30 |" in card
     kept = yaml.safe_load((merged / "mergekit_config.yml").read_text())
     assert [entry["parameters"]["saliency"] for entry in kept["models"][1:]] == ["../code.vectors", "../math.vectors"]

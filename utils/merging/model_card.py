@@ -15,6 +15,7 @@ from utils.merging.guided.own_method import OwnMethod
 from utils.merging.output_folder import COMMAND
 from utils.merging.planning import PlannedMerge
 from utils.merging.provenance import origin_lines
+from utils.merging.saliency_plan import SaliencyFile
 from utils.models.checkpoints import weight_file_record
 from utils.publish import MANIFEST, file_sha256
 from utils.runtime import versions
@@ -166,11 +167,21 @@ def _method(done: PlannedMerge) -> str:
 def _saliency_lines(done: PlannedMerge) -> list[str]:
     method = done.plan.method
     lines = [
-        f"- `{label}`: {method.effect} in {count} tensors, by `{file.label}`"
+        f"- `{label}`: {method.effect.format(gradient=_gradient(file))} in {count} tensors, by `{file.label}`"
         for file in done.saliency
         for label, count in file.tensors.items()
     ]
     return [f"{method.question}:", "", *lines, ""] if lines else []
+
+
+def _gradient(file: SaliencyFile) -> str:
+    """The squared gradient to the power that a file of vectors was used with."""
+    known = sorted(power for power in file.powers if power is not None)
+    if known == [1.0] and None not in file.powers:
+        return "the squared gradient"
+    if not known or None in file.powers:
+        return "the squared gradient, to the power that the file was made with"
+    return f"the squared gradient to the power {' or '.join(f'{power:g}' for power in known)}"
 
 
 def _saliency_record(done: PlannedMerge) -> list[dict[str, Any]]:

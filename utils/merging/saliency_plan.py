@@ -28,7 +28,8 @@ _NO_VECTORS = ""
 class SaliencyFile:
     """One file of vectors: the path as the recipe has it, where that is, and what was in it.
 
-    `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it.
+    `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it. `powers` are the
+    exponents of the squared gradients there; None among them where one is not known.
     """
 
     written: str
@@ -36,6 +37,7 @@ class SaliencyFile:
     nbytes: int
     sha256: str
     tensors: Mapping[str, int]
+    powers: frozenset[float | None] = frozenset()
 
     @property
     def label(self) -> str:
@@ -66,6 +68,7 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
     problems: list[Problem] = []
     used: dict[str, dict[str, int]] = {text: {} for text in named}
+    powers: dict[str, set[float | None]] = {text: set() for text in named}
     tensors = []
     for tensor in plan.tensors:
         keys: dict[ModelReference, VectorKey | str] = {}
@@ -83,10 +86,12 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
             except UserError as error:
                 problems.append(Problem(str(error), error.code))
             used[text][model.label] = used[text].get(model.label, 0) + 1
+            powers[text].add(method.power(opened[named[text]], dict(tensor.task.parameters.items())))
         tensors.append(_tied(tensor, keys))
     raise_collected(shortened(problems), f"merge recipe: {SALIENCY}")
     files = tuple(
-        SaliencyFile(text, path, path.stat().st_size, file_sha256(path), used[text]) for text, path in named.items()
+        SaliencyFile(text, path, path.stat().st_size, file_sha256(path), used[text], frozenset(powers[text]))
+        for text, path in named.items()
     )
     return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files, method))
 

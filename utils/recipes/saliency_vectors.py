@@ -3,7 +3,7 @@
 F_ij ~ axis0_i * axis1_j stands for the squared gradient of the loss at entry (i, j) of a weight W [a, b] as the
 checkpoint stores it, so that delta_ij^2 F_ij is what the change to that entry is worth. Layers that store a weight
 transposed (GPT-2) are no special case: the axes are those of the stored tensor. A tensor of one axis (a norm, a bias) has
-one vector, F itself.
+one vector, F itself. A file made for a recipe may hold F^p instead; its metadata then says `power`.
 
 The format is safetensors, float32: under `TENSOR.axis0` a vector of length a; under `TENSOR.axis1` one of length b for a
 matrix, nothing for a tensor of one axis; and `{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor
@@ -54,6 +54,14 @@ class SaliencyVectors:
     def __contains__(self, tensor: object) -> bool:
         """Whether the file has vectors of a tensor."""
         return isinstance(tensor, str) and _keys(tensor)[0] in self.keys
+
+    @property
+    def power(self) -> float | None:
+        """The exponent of F that the vectors hold; None where the file does not say."""
+        try:
+            return float(self.metadata["power"])
+        except (KeyError, ValueError):
+            return None
 
     def of_these(self, tensors: Iterable[str]) -> list[str]:
         """Those of the tensors that the file has vectors of, in their order."""
@@ -106,12 +114,13 @@ class SaliencyVectors:
         return axis
 
 
-def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, ...]]") -> bytes:
+def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, ...]]", power: float | None = None) -> bytes:
     """Serialize vectors; the same vectors always give the same bytes.
 
     Args:
         vectors: by tensor name, axis0 [a] and axis1 [b], or axis0 alone, of any floating-point dtype and device; saved
             in float32.
+        power: the exponent of F in them, recorded for people; None: not said.
 
     Raises:
         ValueError: none, or more than two, or not one-dimensional; or, in float32, negative or not finite.
@@ -125,7 +134,8 @@ def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, ...]]") -> bytes:
             raise ValueError(f"{tensor} has {len(axes)} vectors; there must be one or two")
         for key, axis in zip(_keys(tensor), axes, strict=False):
             content[key] = _checked(key, axis)
-    return save(content, metadata={"format": FORMAT})
+    said = {} if power is None else {"power": repr(float(power))}
+    return save(content, metadata={"format": FORMAT, **said})
 
 
 def open_vectors(path: Path) -> SaliencyVectors:

@@ -168,6 +168,18 @@ def test_a_merge_by_saliency_is_the_dense_one_and_the_plain_recipe_is_for_stock_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize(
+    ("power", "gradient"), [(0.5, "the squared gradient to the power 0.5"), (1, "the squared gradient")]
+)
+def test_the_card_says_the_power_that_entries_are_chosen_by(power, gradient, pair):
+    pair()
+    measured("base", power=power)
+    recipe = decided("saliency", mean_density=0.1)
+    merged(recipe, "by_saliency")
+    card = Path("by_saliency/README.md").read_text()
+    assert f"the entries of largest saliency (change squared, times {gradient}) in 14 tensors" in card
+
+
 def stock(recipe):
     from tests.tiny_merges import merge_stock
 

@@ -136,8 +136,11 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
         # computed in bfloat16's numbers, which the inputs are, and rounded to it once: the recipe's dtype
         torch.testing.assert_close(value, expected, rtol=2**-8, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
     card = (folder / "merged/README.md").read_text()
-    assert "by `guided_mean` (the mean of the changes, with each entry weighed by its squared gradient)" in card
-    assert f"- `./code`: each by how much the loss depends on it (its squared gradient) in {len(base)} tensors" in card
+    assert (
+        "by `guided_mean` (the mean of the changes, with each entry weighed by a power of its squared gradient)" in card
+    )
+    effect = "each by how much the loss depends on it (the squared gradient to the power 0.5)"
+    assert f"- `./code`: {effect} in {len(base)} tensors" in card
     record = json.loads((folder / "merged/manifest.json").read_text())["saliency"]
     assert [one["tensors"] for one in record] == [{f"./{name}": len(base)} for name in NAMES]
 

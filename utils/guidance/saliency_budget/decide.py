@@ -37,7 +37,7 @@ def decide(job: DecideJob) -> Decision:
     vectors = {}
     if method.name == GUIDED_TIES.name:
         raised = {name: read_vectors_of(job.folder, name, naming.names, power) for name in experts}
-        vectors = {name: vector_file_bytes(axes) for name, axes in raised.items()}
+        vectors = {name: vector_file_bytes(axes, power) for name, axes in raised.items()}
     elif method.name == GUIDED_MEAN.name:
         vectors = {name: read_vector_file(job.folder, name, list(naming.names)) for name in experts}
     table = pd.concat([_densities(name, measured[name], naming, budget) for name in experts], ignore_index=True)

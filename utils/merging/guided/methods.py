@@ -9,7 +9,7 @@ largest magnitude. Everything after the selection is done by mergekit's own `tie
 `task_arithmetic`): what is left out of a change is put back to the base before that method sees it, and that method
 keeps all.
 
-`guided_mean` averages the changes of the models entry by entry, each weighed by its squared gradient
+`guided_mean` averages the changes of the models entry by entry, each weighed by a power of its squared gradient
 (`utils/merging/guided/mean.py`).
 """
 
@@ -37,7 +37,7 @@ from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mas
 from utils.merging.guided.mean import WeighedModel, guided_mean
 from utils.merging.guided.own_method import SALIENCY, OwnMethod, WeighedMethod, base_of, vector_key, weighed_spec
 from utils.recipes import method_rules
-from utils.recipes.saliency_vectors import VectorKey, read_vectors
+from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
 
 GUIDED_TIES = method_rules.GUIDED_TIES.name
 
@@ -78,10 +78,14 @@ class GuidedTies(OwnMethod):
     summary = "mergekit's `ties`, with the entries to keep chosen by saliency"
     use = "cut"
     question = "What was kept of a change"
-    effect = "the entries of largest saliency (change squared, times squared gradient)"
+    effect = "the entries of largest saliency (change squared, times {gradient})"
     unused = "where it applies, every density is 0 or 1"
     without = "entries are kept by magnitude, as ties does"
     remedy = "give it density 1, or saliency '' (by magnitude) by a filter"
+
+    def power(self, file: SaliencyVectors, shared: Mapping[str, Any]) -> float | None:
+        """What the file holds: this method takes its vectors as they are."""
+        return file.power
 
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
         """Matrices of which a part is kept. What else a density cuts (a bias that shares a filter) is cut by magnitude."""
@@ -131,10 +135,10 @@ class GuidedMean(WeighedMethod):
 
     rule = method_rules.GUIDED_MEAN
     spec = weighed_spec(rule, "Mean guided by saliency", "https://arxiv.org/abs/2111.09832")
-    summary = "the mean of the changes, with each entry weighed by its squared gradient"
+    summary = "the mean of the changes, with each entry weighed by a power of its squared gradient"
     use = "weighed"
     question = "How the entries of a change were weighed"
-    effect = "each by how much the loss depends on it (its squared gradient)"
+    effect = "each by how much the loss depends on it ({gradient})"
     without = "all entries count alike"
     remedy = "give it saliency '' (all its entries count alike) or weight 0 by a filter"
 

@@ -25,8 +25,8 @@ class OwnMethod(GroupMergeMethod):
     """A method that reads vectors. Classes because mergekit's shorter form knows no parameter called `lambda`.
 
     `summary` says what it is, `use` what is done to a tensor by its vectors; `question` and `effect` say in a model card
-    what was; `unused` when a file is read for nothing, `without` what is done without any, `remedy` what to do about a
-    tensor whose vectors are not there.
+    what was (`{gradient}` in it is the squared gradient, to its power); `unused` when a file is read for nothing,
+    `without` what is done without any, `remedy` what to do about a tensor whose vectors are not there.
     """
 
     summary: str
@@ -40,6 +40,10 @@ class OwnMethod(GroupMergeMethod):
     @abstractmethod
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
         """Whether a tensor of a model is merged by its vectors, given the model's parameters for it."""
+
+    def power(self, file: SaliencyVectors, shared: Mapping[str, Any]) -> float | None:
+        """The exponent of the squared gradients in what the method does; None where that is not known."""
+        return shared.get("power")
 
     def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """What the method cannot work with in the shared parameters and in a model's own, as clauses."""

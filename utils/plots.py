@@ -64,6 +64,56 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
     return buffer.getvalue()
 
 
+def depth_lines(
+    table: "pd.DataFrame",
+    title: str,
+    label: str,
+    *,
+    reference: tuple[float, str] | None = None,
+    half: "pd.DataFrame | None" = None,
+) -> bytes:
+    """Lines over the depth of a model, one for each column, as a PNG.
+
+    Args:
+        table: rows are layers, in their order; a cell that is NaN has no point.
+        title: longer lines are broken to fit.
+        label: what the numbers are.
+        reference: a level line and what it is.
+        half: as `table`, half the widths of intervals drawn about the points; infinite ones are left out.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = 8.0
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / _INCH_PER_LETTER))]
+    figure = Figure(figsize=(width, 4.2 + 0.2 * len(lines)), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    layers = np.asarray(table.index, dtype="float64")
+    apart = min(0.5, 0.08 * len(table.columns)) if half is not None else 0.0  # so that intervals do not hide each other
+    for place, name in enumerate(table.columns):
+        at = layers + apart * (place / max(1, len(table.columns) - 1) - 0.5)
+        bars = None if half is None else np.where(np.isfinite(half[name]), half[name], 0.0)
+        axes.errorbar(at, table[name].to_numpy(dtype="float64"), yerr=bars, marker="o", markersize=3, linewidth=1.2,
+                      capsize=2, label=str(name), color=f"C{place % 10}", linestyle=_STYLES[place // 10 % len(_STYLES)])  # fmt: skip
+    if reference is not None:
+        value, what = reference
+        axes.axhline(value, color="black", linestyle="--", linewidth=1.2, label=f"{what}: {value:.3g}")
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label, fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+_STYLES = ("-", "--", ":")
+
+
 def color_range(low: float, high: float) -> tuple[float, float]:
     """The ends of a color scale on which nearly equal numbers look it: at least a fifth of their size apart."""
     middle, half = (low + high) / 2, (high - low) / 2

@@ -49,9 +49,10 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     if not options.quiet:
         report.say_choices(options, measured, made)
     report.warn([*measured.warnings, *made.warnings, *(control.warnings if control else ())])
+    remarks = () if options.quiet else made.decision.remarks()
     written = publish_changed(options.out_dir, files, overwrite=options.overwrite)
     if not options.quiet:
-        report.say_result(made, control)
+        report.say_result(made, control, remarks)
     names = (made.name,) if control is None else (made.name, control.name)
     report.say_files(options, names, list(files), written)
     return names

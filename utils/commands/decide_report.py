@@ -80,8 +80,8 @@ def _what_it_does(given: Mapping[str, Any], settings: RecipeSettings) -> str:
     return "; ".join([*does, *(f"{name} {settings.parameters[name]}" for name in shared)])
 
 
-def say_result(made: GuidedRecipe, control: Control | None) -> None:
-    """Print each expert's densities and weights, what the filters cover, and the control's."""
+def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[str] = ()) -> None:
+    """Print each expert's densities and weights, the guidance's remarks, what the filters cover, and the control's."""
     settings, table, naming = made.settings, made.decision.table, made.decision.naming
     columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
     for entry in settings.experts:
@@ -92,7 +92,7 @@ def say_result(made: GuidedRecipe, control: Control | None) -> None:
         if control is not None:
             own = control.table[control.table["model"] == entry.type]
             _say_control(_measured(own), columns, control.kind)
-    for line in made.decision.after:
+    for line in (*made.decision.after, *remarks):
         print(line)
     if not columns:
         print("\nfilters: none; every tensor of an expert is merged alike")

@@ -1,6 +1,6 @@
 """What the *decide* half of a guidance method works on, and what it returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class Decision:
         writes_weights: whether the table's weights belong into the recipe; otherwise all are 1.
         how: (label, sentence) pairs that say how the numbers came about.
         after: lines about the result.
+        remarks: makes more of them, for whoever reads them: what takes a while to work out.
         warnings: sentences.
         numbers: gamma and epsilon, where the recipe's file name begins with them.
         tags: what the recipe's file name says of the other options, before the guidance's name.
@@ -61,6 +62,7 @@ class Decision:
     writes_weights: bool
     how: tuple[tuple[str, str], ...]
     after: tuple[str, ...] = ()
+    remarks: Callable[[], Sequence[str]] = tuple
     warnings: tuple[str, ...] = ()
     numbers: tuple[float, ...] = ()
     tags: tuple[str, ...] = ()

@@ -18,7 +18,9 @@ from tests.tiny_pairs import CALIBRATION, contents, save_pair, write_config
 
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2")  # untied; tied with four norms; fused; Conv1D, positions, biases, tied
 TEXTS = {"calibration": CALIBRATION}
-GRAM, TENSORS, SCORES = (f"submodule_linearity_{end}.csv" for end in ("gram", "tensors", "nonlinearity"))
+GRAM, TENSORS, SCORES, FOLDS, LEVELS = (
+    f"submodule_linearity_{end}.csv" for end in ("gram", "tensors", "nonlinearity", "folds", "levels")
+)
 DEFAULT = "pair_generated_task_arithmetic_submodule_linearity_merge_config.yaml"
 
 
@@ -147,13 +149,16 @@ def test_as_subprocesses(tmp_path, run_command_line):
         assert (
             f"{expert}: weights of 11 parts from " in printed
             and f"{expert}: non-linearity (0 is linear): block" in printed
+            and f"{expert}: the whole model's non-linearity is " in printed
         )
+        assert f"{expert}: " in printed and "of 11 weights are undecided: their 95% interval" in printed
     assert "0 negative (0%)" in printed and "fit: were all parts linear, " in printed
     stem = DEFAULT.removesuffix(".yaml")
-    pictures = {f"{stem}_{expert}_{what}.png" for expert in ("code", "math") for what in ("weight", "nonlinearity")}
+    kinds = ("weight", "nonlinearity", "interval")
+    pictures = {f"{stem}_{expert}_{what}.png" for expert in ("code", "math") for what in kinds}
     assert pictures < {path.name for path in (tmp_path / "out").iterdir()}
     assert (tmp_path / "merged/model.safetensors").exists() and set(contents(tmp_path / "dfs")) == {
-        GRAM, TENSORS, SCORES, "manifest.json",
+        GRAM, TENSORS, SCORES, FOLDS, LEVELS, "manifest.json",
     }  # fmt: skip
     guided, control = (
         recipe_of(tmp_path, DEFAULT.replace("merge_config", tag)) for tag in ("merge_config", "uniform_merge_config")
@@ -238,6 +243,50 @@ def test_without_scores(pair):
     assert not list((pair / "out").glob("*nonlinearity*")) and len(list((pair / "out").glob("*_weight.png"))) == 2
 
 
+def test_auto_takes_the_level_that_misses_least_in_each_block(pair):
+    table = pd.read_csv(pair / "dfs" / LEVELS)
+    assert len(table) == 2 * 3 * 2 and (table["missed"] > 0).all()
+    wide = table.pivot_table(index="layer", columns="level", values="missed")
+    for layer, level in ((0, "tensor"), (1, "block")):  # not the same in both, whatever was measured
+        wide.loc[layer, level] = wide.loc[layer].min() / 2
+    edited = [(row.layer, row.level, row.model, wide.loc[row.layer, row.level]) for row in table.itertuples()]
+    pd.DataFrame(edited, columns=table.columns).to_csv(pair / "dfs" / LEVELS, index=False)
+    ended = decide(pair, "--level", "auto")
+    assert (
+        "block in 1 (mean" in ended.stdout
+        and "tensor in 1 (mean" in ended.stdout
+        and "attention_mlp in 0" in ended.stdout
+    )
+    recipe = recipe_of(pair, "pair_generated_task_arithmetic_auto_submodule_linearity_merge_config.yaml")
+    found = {entry.get("filter"): entry["value"] for entry in recipe["models"][1]["parameters"]["weight"]}
+    tensor, block = (weights_by_hand(pair, level) for level in ("tensor", "block"))
+    assert found["model.layers.0.mlp.up_proj."] == pytest.approx(
+        tensor["model.layers.0.mlp.up_proj.weight"][0], rel=1e-6
+    )
+    assert found["model.layers.1."] == pytest.approx(block["model.layers.1.mlp.up_proj.weight"][0], rel=1e-6)
+    assert not any(text and text.startswith("model.layers.1.mlp") for text in found)
+
+
+def test_a_folder_of_an_earlier_version_is_read_for_all_but_what_it_lacks(pair):
+    decide(pair, out="now")
+    scores = pd.read_csv(pair / "dfs" / SCORES)
+    scores[scores["level"] != "model"].to_csv(pair / "dfs" / SCORES, index=False)
+    for name in (FOLDS, LEVELS):
+        (pair / "dfs" / name).unlink()
+    ended = decide(pair, "--plot")
+    assert recipe_of(pair) == recipe_of(pair, out="now")
+    assert f"intervals: none, for {FOLDS} is not there (an earlier version measured" in ended.stdout
+    assert "the whole model's" not in ended.stdout and not list((pair / "out").glob("*interval*"))
+    decide(pair, "--level", "auto", run=refusing("level-not-measured"))
+
+
+def test_the_whole_models_score_is_in_the_table(pair):
+    scores = pd.read_csv(pair / "dfs" / SCORES)
+    whole = scores[scores["level"] == "model"]
+    assert whole[["layer", "submodule", "model"]].values.tolist() == [[-1, "model", "code"], [-1, "model", "math"]]
+    assert (whole["score"] > 0).all()
+
+
 def test_ties_keeps_its_density_beside_the_weights(pair):
     decide(pair, "--merge_method", "ties", "--mean_density", "0.3")
     recipe = recipe_of(pair, "pair_generated_ties_mean0.3_submodule_linearity_merge_config.yaml")
@@ -299,6 +348,9 @@ def without(mask):
         (edit(TENSORS, lambda table: table.assign(tensor=table["tensor"] + "x")), "tensor-not-in-model"),
         (edit(TENSORS, lambda table: table[:0]), "table-no-rows"),
         (edit(SCORES, lambda table: table.assign(score=-1)), "table-bad-value"),
+        (edit(FOLDS, lambda table: table[3:]), "table-row-missing"),
+        (edit(FOLDS, lambda table: table.assign(value=2 * table["value"])), "table-other-sum"),
+        (edit(FOLDS, lambda table: table.assign(fold=30)), "table-bad-value"),
         (edit(SCORES, lambda table: table.assign(model="law")), "table-unknown-expert"),
         (edit(SCORES, lambda table: pd.concat([table, table])), "table-row-twice"),
         (lambda folder: (folder / "dfs" / GRAM).unlink(), "table-missing"),

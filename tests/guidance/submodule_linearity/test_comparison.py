@@ -1,6 +1,7 @@
 """Gram matrices and scores against whole models in memory: hooks on the base, each module of each expert called itself."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from utils.errors import UserError
 from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
 from utils.guidance.submodule_linearity.nonlinearity import GRID
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
+from utils.guidance.submodule_linearity.weights import merging_weights, misfit
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
 from utils.models.weight_source import ResidentWeights, StreamedWeights, build_skeleton, match_names
@@ -52,13 +54,23 @@ def compared(folder, name, resident=False):
     return ComparedModel(decoder, *sources, name)
 
 
-def measured(folder, names=NAMES, texts=TEXTS, tokens_at_once=64, resident=False, scores=True, owners=((0,), (1,))):
+def everything(folder, names=NAMES, texts=TEXTS, tokens_at_once=64, resident=False, scores=True, owners=((0,), (1,))):
+    """The base, and all that is measured of a pair."""
     base, *experts = (compared(folder, name, resident) for name in names)
     given = [ComparedText(micro_batches(text, tokens_at_once, 0), own) for text, own in zip(texts, owners, strict=True)]
-    parts = compare_models(base, experts, given, CPU, scores=scores)
+    found = compare_models(base, experts, given, CPU, scores=scores)
     assert all(parameter.is_meta for model in (base, *experts) for parameter in model.decoder.model.parameters())
     assert not any("forward" in vars(module) or module._forward_hooks for module in base.decoder.model.modules())
-    return base, parts
+    return base, found
+
+
+def measured(folder, **how):
+    """The base, and what is measured of each part."""
+    base, found = everything(folder, **how)
+    kept = ("levels", "layer", "name", "scores")
+    return base, [
+        SimpleNamespace(grams=found.grams(part), **{key: getattr(part, key) for key in kept}) for part in found.parts
+    ]
 
 
 def whole(folder, name):
@@ -187,15 +199,109 @@ def test_scores_over_all_text_equal_a_direct_evaluation(family, tokens_at_once, 
     assert max(attention) > 1e-4
 
 
-def test_scores_do_not_depend_on_micro_batches_and_are_taken_only_if_asked(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_scores_do_not_depend_on_micro_batches(family, tmp_path):
+    save_models(family, tmp_path)
+    _, together = everything(tmp_path, tokens_at_once=1000)
+    for tokens_at_once in (1, 30):
+        _, other = everything(tmp_path, tokens_at_once=tokens_at_once)
+        assert together.whole == pytest.approx(other.whole, rel=1e-5) and min(together.whole.values()) > 1e-7
+        for one, two in zip(together.parts, other.parts, strict=True):
+            assert one.scores == pytest.approx(two.scores, rel=1e-5, abs=1e-12)
+
+
+def between(base, expert, share):
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), expert.parameters(), strict=True):
+            ours.lerp_(theirs, share)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_whole_models_score_equals_a_direct_evaluation(family, tmp_path):
+    save_models(family, tmp_path, size=0.05)
+    _, found = everything(tmp_path, tokens_at_once=30)
+    base, *experts = (whole(tmp_path, name).double() for name in NAMES)
+    grid = torch.tensor(GRID)
+    for place, expert in enumerate(experts):
+        models = [between(base, expert, share) for share in GRID]
+        distance = torch.zeros(len(GRID), len(GRID), dtype=torch.float64)
+        for sample in TEXTS[place]:
+            with torch.no_grad():
+                finals = [model.base_model(input_ids=torch.tensor([sample])).last_hidden_state[0] for model in models]
+            distance += torch.stack([torch.stack([(one - two).norm(dim=-1).sum() for two in finals]) for one in finals])
+        expected = (distance / distance[-1, 0] - (grid[:, None] - grid).abs()).square().mean()
+        assert found.whole[place] == pytest.approx(float(expected), rel=1e-4) and float(expected) > 1e-4
+
+
+def test_folds_are_the_samples_own_and_add_up(tmp_path):
     save_models("llama", tmp_path)
-    _, together = measured(tmp_path, tokens_at_once=1000)
-    _, alone = measured(tmp_path, tokens_at_once=1)
-    assert any(part.scores for part in together)
-    for one, other in zip(together, alone, strict=True):
-        assert one.scores == pytest.approx(other.scores, rel=1e-3, abs=1e-9)
-    _, without = measured(tmp_path, scores=False)
-    assert not any(part.scores for part in without)
+    _, found = everything(tmp_path, tokens_at_once=30, scores=False)
+    for text, samples in enumerate(TEXTS):
+        longest_first = sorted(map(len, samples), reverse=True)
+        assert (
+            found.tokens[text, : len(samples)].tolist() == longest_first
+            and not found.tokens[text, len(samples) :].any()
+        )
+    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    sample = sorted(TEXTS[0], key=len, reverse=True)[2]
+    calls = calls_of(base, sample)
+    for part in found.parts:
+        if part.name not in ("mlp", "lm_head", "model.embed_tokens") or part.layer == 1:
+            continue
+        path = f"model.layers.{part.layer}.mlp" if part.name == "mlp" else part.name
+        args, kwargs, output = calls[path]
+        with torch.no_grad():
+            changes = [first(one.get_submodule(path)(*args, **kwargs)).double() - output.double() for one in experts]
+        expected = grams_of(changes, 1)
+        torch.testing.assert_close(part.sums[0, 2], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_what_a_level_misses_equals_a_direct_evaluation_on_the_other_samples(tmp_path):
+    """Weights from every other sample (longest first), the block's merge tried on the rest, one plain module each."""
+    save_models("llama", tmp_path, size=0.1)
+    _, found = everything(tmp_path, tokens_at_once=30)
+    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    texts = [sorted(samples, key=len, reverse=True) for samples in TEXTS]
+    assert {key[:2] for key in found.missed} == {
+        (layer, level) for layer in range(3) for level in ("block", "attention_mlp", "tensor")
+    }
+    for layer, level in ((1, "block"), (2, "tensor"), (0, "attention_mlp")):
+        merged = copy.deepcopy(base.model.layers[layer])
+        for part in found.parts:
+            if part.layer == layer and level in part.levels:
+                own = [part.sums[text, 0::2].sum(0) / found.tokens[text, 0::2].sum() for text in (0, 1)]
+                weights = merging_weights(misfit([torch.stack(own).numpy()], "equal"), 0.1)
+                with torch.no_grad():
+                    for name in part.parameters:
+                        change = [
+                            float(a) * (one.get_parameter(name) - base.get_parameter(name))
+                            for a, one in zip(weights, experts, strict=True)
+                        ]
+                        short = name.removeprefix(f"model.layers.{layer}.")
+                        merged.get_parameter(short).copy_(base.get_parameter(name) + sum(change))
+        for place, expert in enumerate(experts):
+            missed = whole_change = 0.0
+            for sample in texts[place][1::2]:
+                args, kwargs, output = calls_of(base, sample)[f"model.layers.{layer}"]
+                with torch.no_grad():
+                    theirs, ours = (first(one(*args, **kwargs)) for one in (expert.model.layers[layer], merged))
+                missed += float((ours - theirs).double().square().sum())
+                whole_change += float((theirs - output).double().square().sum())
+            assert found.missed[layer, level, place] == pytest.approx(missed / whole_change, rel=1e-4)
+
+
+def test_one_sample_leaves_none_to_try_levels_on(tmp_path):
+    save_models("llama", tmp_path)
+    _, found = everything(tmp_path, texts=[TEXTS[0][:1], TEXTS[1]])
+    assert found.missed == {} and found.whole.keys() == {0, 1}
+
+
+def test_scores_are_taken_only_if_asked(tmp_path):
+    save_models("llama", tmp_path)
+    _, found = everything(tmp_path, scores=False)
+    assert not any(part.scores for part in found.parts) and not found.whole and not found.missed
 
 
 def test_a_shared_text_scores_all_its_experts(tmp_path):

@@ -27,7 +27,7 @@ def test_linear_maps_by_the_root_equal_features_and_the_trace_formula():
     for rows in inputs.split(7):
         root.add(rows)
     assert root.value().shape[0] <= 500
-    found = gram_of_linear_maps(([one[:5] for one in maps], [one[5:] for one in maps]), root.value())
+    (found,) = gram_of_linear_maps(([one[:5] for one in maps], [one[5:] for one in maps]), [root.value()])
     features = torch.stack([(inputs.double() @ one.double().T).flatten() for one in maps])
     torch.testing.assert_close(found, features @ features.T, rtol=1e-5, atol=0)
     second_moment = inputs.double().T @ inputs.double()
@@ -43,7 +43,7 @@ def test_the_root_stays_small_and_keeps_what_squares_would_lose():
     assert root.value().shape == (2, 2)
     change = torch.tensor([[0.0, 1.0]])
     expected = inputs[:, 1].double().square().sum()
-    assert float(gram_of_linear_maps([[change]], root.value())) == pytest.approx(float(expected), rel=1e-3)
+    assert float(gram_of_linear_maps([[change]], [root.value()])) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_token_rows_finds_the_tokens_wherever_they_are():

@@ -5,7 +5,8 @@ of its parts (`utils/guidance/submodule_linearity/parts.py`), each expert's vers
 fine-tune changes is so much smaller than the output that bfloat16 would round it away.
 
 Memory: what lies outside the base's blocks, two blocks of the base and of each expert, the hidden states of all texts,
-and, for one micro-batch and one part, the outputs of all models.
+and, for one micro-batch and one part, the outputs of all models. With scores also the hidden states of each expert's own
+text six times (`whole_models.py`, `level_fit.py`) and a merged block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.guidance.submodule_linearity.folds import fold_tokens, sample_folds
+from utils.guidance.submodule_linearity.level_fit import held_out_misses
 from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
@@ -25,6 +28,7 @@ from utils.guidance.submodule_linearity.parts import (
     outside_submodules,
     require_same_parameters,
 )
+from utils.guidance.submodule_linearity.whole_models import WholeModels
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
@@ -39,9 +43,31 @@ class ComparedText:
     experts: tuple[int, ...]
 
     @property
-    def tokens(self) -> int:
-        """How many real tokens there are."""
-        return sum(batch.tokens for batch in self.batches)
+    def tokens(self) -> list[int]:
+        """Real tokens in each fold."""
+        return fold_tokens(self.batches)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `compare_models` measured.
+
+    Attributes:
+        parts: of the network, `sums` on the CPU. The head has the inputs that the base's final hidden states give it.
+        tokens: float64 [texts, folds].
+        whole: non-linearity of the whole model, by expert; empty without scores.
+        missed: what a merge of a block at a level misses on text that it was not solved on, by layer, level and expert
+            (`utils/guidance/submodule_linearity/level_fit.py`); empty without scores.
+    """
+
+    parts: list[PartChanges]
+    tokens: torch.Tensor
+    whole: dict[int, float]
+    missed: dict[tuple[int, str, int], float]
+
+    def grams(self, part: PartChanges) -> torch.Tensor:
+        """A part's Gram matrices [texts, experts, experts] as means per token."""
+        return part.grams(self.tokens)
 
 
 @torch.inference_mode()
@@ -53,19 +79,16 @@ def compare_models(
     *,
     scores: bool,
     on_block: Callable[[int], None] = lambda layer: None,
-) -> list[PartChanges]:
+) -> Compared:
     """Measure every part of the base on every text; closes the weight sources.
 
     Args:
         base, experts: models of one structure, their parameters on the meta device before and after.
         texts: the texts.
         device: where to compute.
-        scores: whether to take the non-linearity of blocks, attention and MLPs, each expert's on its own text.
+        scores: whether to take the non-linearity of blocks, attention, MLPs and whole models, each expert's on its own
+            text, and to try merges of each block at every level.
         on_block: called with the layer number after each block.
-
-    Returns:
-        What was measured of each part, `grams` as means per token, everything on the CPU. The head has the inputs that
-        the base's final hidden states give it.
 
     Raises:
         UserError: models whose parts differ; parts that do not process each token once.
@@ -76,11 +99,10 @@ def compare_models(
             stack.callback(model.weights.close)
             stack.callback(model.stored.close)
         parts = comparison.run(stack, on_block)
-    tokens = torch.tensor([text.tokens for text in texts], dtype=torch.float64)[:, None, None]
     for part in parts:
-        part.grams = part.grams.cpu() / tokens
+        part.sums = part.sums.cpu()
         part.distances = {expert: sums.cpu() for expert, sums in part.distances.items()}
-    return parts
+    return Compared(parts, comparison.tokens, comparison.whole_scores, comparison.missed)
 
 
 def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
@@ -114,16 +136,19 @@ class _Comparison:
     ) -> None:
         self.base, self.experts, self.device, self.scores = base, experts, device, scores
         self.decoder = base.decoder
+        self.tokens = torch.tensor([text.tokens for text in texts], dtype=torch.float64)
         self.batches: list[MicroBatch] = []
         self.passages: list[Passage] = []
         for number, text in enumerate(texts):
-            for batch in text.batches:
+            for batch, folds in zip(text.batches, sample_folds(text.batches), strict=True):
                 longer = _with_an_axis_of_tokens(batch, self.decoder)
                 self.batches.append(longer)
-                self.passages.append(_passage(longer.to(device), number, text.experts))
+                self.passages.append(_passage(longer.to(device), number, folds, text.experts))
         self.outside = OutsideChanges(base, experts, self.batches, len(texts), device)
         self.layer = -1
-        self.passage: Passage | None = None
+        self.passage: Passage | None = None  # None: what runs is not to be observed
+        self.whole_scores: dict[int, float] = {}
+        self.missed: dict[tuple[int, str, int], float] = {}
 
     def run(self, stack: ExitStack, on_block: Callable[[int], None]) -> list[PartChanges]:
         layers = range(len(self.decoder.blocks))
@@ -135,19 +160,31 @@ class _Comparison:
         stack.enter_context(stops(self.decoder.blocks))
         flows = [Flow(self.decoder.body, batch, self.device) for batch in self.batches]
         stack.callback(lambda: [flow.close() for flow in flows])
+        whole = None
+        if self.scores:
+            whole = WholeModels(self.decoder, self.outside, self.batches, self.passages, self.device)
+            stack.callback(whole.close)
         parts: list[PartChanges] = []
         with self._outside_observed():
             for flow, passage in zip(flows, self.passages, strict=True):
                 self.passage = passage
                 flow.advance()
+            self.passage = None
+            if whole is not None:
+                whole.start()
             self.outside.forget()
             for layer in layers:
                 self.layer = layer
                 with ExitStack() as placing:
                     blocks = [placing.enter_context(turn.next_block()) for turn in turns]
                     parts += self._through_block(blocks, flows)
+                    self.passage = None
+                    if whole is not None:
+                        whole.through_block(layer, blocks)
                 on_block(layer)
             self.outside.forget()
+        if whole is not None:
+            self.whole_scores = whole.scores([flow.result() for flow in flows])
         around = self.outside.checked(len(flows))
         before = [part for part in around if part.layer < 0]
         behind = [part for part in around if part.layer >= 0]
@@ -168,7 +205,8 @@ class _Comparison:
         def hook(path: str) -> Callable[..., None]:
             def take(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
                 layer = self.layer if self.layer < 0 else len(self.decoder.blocks)
-                self.outside.observe(path, Call(module, args, kwargs, output), layer, self.passage)
+                if self.passage is not None:
+                    self.outside.observe(path, Call(module, args, kwargs, output), layer, self.passage)
 
             return take
 
@@ -188,26 +226,35 @@ class _Comparison:
         handles = [
             block.get_submodule(one.path).register_forward_hook(self._hook(one), with_kwargs=True) for one in inner
         ]
+        calls: list[tuple[Call, Passage]] = []
         try:
-            for calls, (flow, passage) in enumerate(zip(flows, self.passages, strict=True), start=1):
+            for flow, passage in zip(flows, self.passages, strict=True):
                 flow.expect(self.layer)
                 self.passage, arrival = passage, flow.arrival
-                output = arrival.forward(*arrival.args, **arrival.kwargs)
+                call = Call(block, arrival.args, arrival.kwargs, arrival.forward(*arrival.args, **arrival.kwargs))
+                calls.append((call, passage))
                 for one in itself:
-                    self._take(one, Call(block, arrival.args, arrival.kwargs, output))
+                    self._take(one, call)
                 for one in watched:
-                    one.part.require_calls(calls, f"{one.part.name} of block {self.layer}")
-                flow.advance_with(output)
+                    one.part.require_calls(len(calls), f"{one.part.name} of block {self.layer}")
         finally:
             for handle in handles:
                 handle.remove()
-        return [one.part for one in watched]
+        parts = [one.part for one in watched]
+        if self.scores:
+            prefix = f"{self.decoder.blocks_path}.{self.layer}."
+            missed = held_out_misses(parts, blocks, calls, self.tokens, prefix)
+            self.missed |= {(self.layer, level, expert): value for (level, expert), value in missed.items()}
+        for flow, (call, passage) in zip(flows, calls, strict=True):
+            self.passage = passage
+            flow.advance_with(call.output)
+        return parts
 
     def _watched(self, submodule: Submodule, blocks: Sequence[nn.Module]) -> "_Watched":
         prefix = f"{self.decoder.blocks_path}.{self.layer}"
         names = tuple(f"{prefix}.{name}" for name in submodule.parameters)
-        grams = torch.zeros(self.outside.grams_shape, dtype=torch.float64, device=self.device)
-        part = PartChanges(submodule.levels, self.layer, submodule.name, names, grams)
+        sums = torch.zeros(self.outside.sums_shape, dtype=torch.float64, device=self.device)
+        part = PartChanges(submodule.levels, self.layer, submodule.name, names, sums)
         variants = [_block_variant(submodule, blocks[0], other) for other in blocks[1:]]
         return _Watched(submodule.path, part, variants, self.scores and submodule.levels != (TENSOR,))
 
@@ -237,9 +284,10 @@ def _block_variant(submodule: Submodule, base: nn.Module, expert: nn.Module) -> 
     return Variant(expert.get_submodule(path), expert, ours, theirs, around)
 
 
-def _passage(batch: MicroBatch, text: int, scored: tuple[int, ...]) -> Passage:
+def _passage(batch: MicroBatch, text: int, folds: Sequence[int], scored: tuple[int, ...]) -> Passage:
     samples, length = batch.input_ids.shape
-    return Passage(text, samples, length, batch.mask, scored)
+    own = torch.tensor(folds, device=batch.input_ids.device)
+    return Passage(text, samples, length, batch.mask, own, scored)
 
 
 def _with_an_axis_of_tokens(batch: MicroBatch, decoder: Decoder) -> MicroBatch:

@@ -69,6 +69,20 @@ def gram_matrix(changes: Sequence[torch.Tensor]) -> torch.Tensor:
     return (total + total.T) / 2
 
 
+def gram_matrices(changes: Sequence[torch.Tensor], samples: int) -> torch.Tensor:
+    """`gram_matrix` of each sample's own rows.
+
+    Args:
+        changes: T float32 tensors [samples * rows, ...], a sample's rows together.
+        samples: how many there are.
+
+    Returns:
+        [samples, T, T] float64.
+    """
+    parted = [change.reshape(samples, -1) for change in changes]
+    return torch.stack([gram_matrix(own) for own in zip(*parted, strict=True)])
+
+
 class TriangularRoot:
     """A small matrix R with R^T R = X^T X, for a matrix X of which no more than a few thousand rows are held.
 
@@ -94,14 +108,14 @@ class TriangularRoot:
         return rows if rows.shape[0] <= rows.shape[1] else torch.linalg.qr(rows, mode="r").R
 
 
-def gram_of_linear_maps(changes: Iterable[Sequence[torch.Tensor]], root: torch.Tensor) -> torch.Tensor:
-    """`gram_matrix` of the outputs of linear maps: G[m,s] = tr(dW_m C dW_s^T), C = R^T R, for all inputs at once.
+def gram_of_linear_maps(changes: Iterable[Sequence[torch.Tensor]], roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`gram_matrix` of the outputs of linear maps: G[m,s] = tr(dW_m C dW_s^T), C = R^T R, for all inputs of a root at once.
 
     Args:
         changes: for one piece of the outputs after the other, dW [outputs, inputs] of each of T maps, float32.
-        root: R [rows, inputs] float32 (see `TriangularRoot`).
+        roots: R [rows, inputs] float32 of each set of inputs (see `TriangularRoot`).
 
     Returns:
-        [T, T] float64, symmetric.
+        [roots, T, T] float64, symmetric.
     """
-    return sum(gram_matrix([change @ root.T for change in piece]) for piece in changes)
+    return sum(torch.stack([gram_matrix([change @ root.T for change in piece]) for root in roots]) for piece in changes)

@@ -1,6 +1,6 @@
 """Submodule linearity, measure half: Gram matrices and scores of every part, in one pass of the base through all texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -8,11 +8,22 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
-from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
-from utils.guidance.submodule_linearity.method import NAME, TENSOR
+from utils.guidance.submodule_linearity.comparison import (
+    Compared,
+    ComparedText,
+    compare_models,
+    require_comparable,
+)
+from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
 from utils.guidance.submodule_linearity.part_changes import PartChanges
-from utils.guidance.submodule_linearity.tables import GRAM_TABLE, SCORE_TABLE, TENSOR_TABLE
+from utils.guidance.submodule_linearity.tables import (
+    FOLD_TABLE,
+    GRAM_TABLE,
+    MISSED_TABLE,
+    SCORE_TABLE,
+    TENSOR_TABLE,
+)
 from utils.models.weight_source import match_names, tied_names
 from utils.passes.subjects import Subject
 from utils.runtime import gigabytes
@@ -28,6 +39,12 @@ def choices(job: MeasureJob) -> list[str]:
         f"memory: two blocks of all {len(models)} models together, {gigabytes(2 * 4 * largest * len(models))}, are part "
         "of what it needs beside the estimate below",
     ]
+    if job.options["nonlinearity"]:
+        lines.append(
+            "non-linearity: of parts and whole models, by weights in between; blocks merged at every level, tried on "
+            "half of the samples. That more than doubles the work (--no-nonlinearity leaves it out) and keeps the hidden "
+            "states of each expert's own text six times"
+        )
     if len(job.devices) > 1:
         lines.append(f"of the devices only {job.devices[0]} is used: the models go through one block together")
     return lines
@@ -38,17 +55,19 @@ def measure(job: MeasureJob) -> Measured:
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
     compared = [_with_head(subject) for subject in (job.base, *job.experts)]
     work = Work(NAME, len(job.base.decoder.blocks), partial(_compared, job, compared))
-    (parts,) = job.run([work])
-    _refuse_not_finite(job, parts)
+    (found,) = job.run([work])
+    _refuse_not_finite(job, found)
     types = [expert.entry.type for expert in job.experts]
     text_of = {one: list(job.config.texts).index(job.config.text_of(one)) for one in types}
     rows = {
-        GRAM_TABLE: _gram_rows(parts, types, text_of),
-        TENSOR_TABLE: _tensor_rows(compared[0], parts),
-        SCORE_TABLE: _score_rows(parts, types),
+        GRAM_TABLE: _gram_rows(found, types, text_of),
+        TENSOR_TABLE: _tensor_rows(compared[0], found.parts),
+        SCORE_TABLE: _score_rows(found, types),
+        FOLD_TABLE: _fold_rows(found, types, text_of),
+        MISSED_TABLE: [(layer, level, types[one], value) for (layer, level, one), value in found.missed.items()],
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
-    return Measured(files, warnings=tuple(_warnings(job, parts)))
+    return Measured(files, warnings=tuple(_warnings(job, found)))
 
 
 def _with_head(subject: Subject) -> Subject:
@@ -65,9 +84,7 @@ def _with_head(subject: Subject) -> Subject:
     return replace(subject, headers=headers)
 
 
-def _compared(
-    job: MeasureJob, compared: Sequence[Subject], device: torch.device, on_block: OnBlock
-) -> list[PartChanges]:
+def _compared(job: MeasureJob, compared: Sequence[Subject], device: torch.device, on_block: OnBlock) -> Compared:
     types = [expert.entry.type for expert in job.experts]
     texts = [
         ComparedText(
@@ -86,9 +103,9 @@ def _opened(job: MeasureJob, subject: Subject, device: torch.device) -> Compared
     return ComparedModel(subject.decoder, weights, stored, f"model {subject.entry.name}")
 
 
-def _refuse_not_finite(job: MeasureJob, parts: Sequence[PartChanges]) -> None:
-    for part in parts:
-        if not bool(part.grams.isfinite().all()):
+def _refuse_not_finite(job: MeasureJob, found: Compared) -> None:
+    for part in found.parts:
+        if not bool(part.sums.isfinite().all()):
             raise UserError(
                 f"what the experts change about {part.name} of layer {part.layer} is not finite: the weights of a model "
                 f"or the hidden states of {job.base.entry.name} are not; check the checkpoints",
@@ -96,10 +113,10 @@ def _refuse_not_finite(job: MeasureJob, parts: Sequence[PartChanges]) -> None:
             )
 
 
-def _warnings(job: MeasureJob, parts: Sequence[PartChanges]) -> list[str]:
+def _warnings(job: MeasureJob, compared: Compared) -> list[str]:
     found = []
     for place, expert in enumerate(job.experts):
-        if not any(float(part.grams[:, place, place].sum()) > 0 for part in parts):
+        if not any(float(part.sums[..., place, place].sum()) > 0 for part in compared.parts):
             found.append(f"{expert.entry.name} changes nothing on this text; is it the base?")
     rows = {one.decoder.model.get_output_embeddings().weight.shape[0] for one in (job.base, *job.experts)}
     if len(rows) > 1:
@@ -109,24 +126,44 @@ def _warnings(job: MeasureJob, parts: Sequence[PartChanges]) -> list[str]:
     return found
 
 
-def _gram_rows(parts: Sequence[PartChanges], types: Sequence[str], text_of: Mapping[str, int]) -> list[tuple]:
+def _gram_rows(found: Compared, types: Sequence[str], text_of: Mapping[str, int]) -> list[tuple]:
     """The Gram matrices; experts that share a text have equal rows for it.
 
     Args:
-        parts: what was measured.
+        found: what was measured.
         types: the experts, as in its Gram matrices.
         text_of: the place of each expert's own text there.
     """
     rows = []
-    for part in parts:
-        grams = part.grams.tolist()
+    for part in found.parts:
+        grams = found.grams(part).tolist()
         for level in part.levels:
             for text in types:
                 gram = grams[text_of[text]]
-                for first, model in enumerate(types):
-                    for second in range(first, len(types)):
-                        rows.append((level, part.layer, part.name, text, model, types[second], gram[first][second]))
+                rows += [(level, part.layer, part.name, text, *pair) for pair in _pairs(types, gram)]
     return rows
+
+
+def _fold_rows(found: Compared, types: Sequence[str], text_of: Mapping[str, int]) -> list[tuple]:
+    """The same fold by fold."""
+    rows, tokens = [], found.tokens.tolist()
+    for part in found.parts:
+        means = (part.sums / found.tokens.clamp(min=1)[..., None, None]).tolist()
+        for level in part.levels:
+            for text in types:
+                own = text_of[text]
+                for fold, count in enumerate(tokens[own]):
+                    if count:
+                        place = (level, part.layer, part.name, text, fold, int(count))
+                        rows += [(*place, *pair) for pair in _pairs(types, means[own][fold])]
+    return rows
+
+
+def _pairs(types: Sequence[str], gram: Sequence[Sequence[float]]) -> Iterator[tuple[str, str, float]]:
+    """The entries of a symmetric matrix, each once."""
+    for first, model in enumerate(types):
+        for second in range(first, len(types)):
+            yield model, types[second], gram[first][second]
 
 
 def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
@@ -155,11 +192,12 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
     return rows
 
 
-def _score_rows(parts: Sequence[PartChanges], types: Sequence[str]) -> list[tuple]:
-    """The non-linearity scores, without those of what is no larger part."""
-    return [
+def _score_rows(found: Compared, types: Sequence[str]) -> list[tuple]:
+    """The non-linearity scores of whole models, then of parts, without those of what is no larger part."""
+    whole = [(WHOLE, -1, WHOLE, types[expert], score) for expert, score in sorted(found.whole.items())]
+    return whole + [
         (level, part.layer, part.name, types[expert], score)
-        for part in parts
+        for part in found.parts
         for level in part.levels
         if level != TENSOR
         for expert, score in sorted(part.scores.items())

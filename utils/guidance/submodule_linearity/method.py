@@ -8,15 +8,20 @@ so that what a merge changes about its output is nearly the weighted sum of what
     A a = b,   A = sum_t w_t G^t,   b_m = sum_t w_t G^t[m,t]   the weights a of least sum_t w_t E|sum_s a_s Delta_s - Delta_t|^2
     merged     = theta_0 + sum_s a_s delta_s                  part by part
 
-`measure.py` records G for the parts of every level and how non-linear the larger ones are, `decide.py` solves.
+`measure.py` records G for the parts of every level, how non-linear the larger ones and the whole model are, and how each
+level's weights do on samples they have not seen; `decide.py` solves.
 """
 
 from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
 
 NAME = "submodule_linearity"
-GRAM, TENSORS, SCORES = (f"{NAME}_{end}.csv" for end in ("gram", "tensors", "nonlinearity"))
+GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED = (
+    f"{NAME}_{end}.csv" for end in ("gram", "tensors", "nonlinearity", "folds", "levels")
+)
 BLOCK, ATTENTION_MLP, TENSOR = LEVELS = ("block", "attention_mlp", "tensor")
+AUTO = "auto"  # each block at the level whose weights do best on text they have not seen
+WHOLE = "model"  # the level and the part of a whole model's score
 WEIGHTINGS = ("equal", "raw")
 RIDGE = 0.1  # kept a little more of two small experts than none did (validation text, two seeds); from 0.3 on, less
 
@@ -26,10 +31,23 @@ METHOD = GuidanceMethod(
     summary="weights per part in closed form, from what each expert changes about its output (arXiv 2504.10902)",
     gives="weights",
     merge_method="task_arithmetic",
-    tables=(GRAM, TENSORS, SCORES),
-    measure_flags=(MethodFlag("nonlinearity", "also measure how non-linear each part is", switch=True, default=True),),
+    tables=(GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED),
+    measure_flags=(
+        MethodFlag(
+            "nonlinearity",
+            "also measure how non-linear each part and the whole model are, and which level fits each block best",
+            switch=True,
+            default=True,
+        ),
+    ),
     decide_flags=(
-        MethodFlag("level", "what gets a weight of its own inside the blocks", choices=LEVELS, default=ATTENTION_MLP),
+        MethodFlag(
+            "level",
+            "what gets a weight of its own inside the blocks; auto: in each block the level whose weights miss least on "
+            "samples they were not solved from",
+            choices=(*LEVELS, AUTO),
+            default=ATTENTION_MLP,
+        ),
         MethodFlag(
             "task_weighting",
             "equal: each expert's task counts alike; raw: by how much its expert changes",

@@ -1,6 +1,6 @@
 """What experts change about the parts outside the decoder blocks: embeddings, norms, the language-model head.
 
-The head is never evaluated on a vocabulary of logits: being linear, it does to all the final hidden states of a text
+The head is never evaluated on a vocabulary of logits: being linear, it does to all the final hidden states of a fold
 together what it does to the rows of their triangular root (`utils/guidance/submodule_linearity/gram.py`), a piece of the vocabulary at a
 time.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.guidance.submodule_linearity.gram import TriangularRoot, gram_of_linear_maps, token_rows
+from utils.guidance.submodule_linearity.folds import FOLDS
+from utils.guidance.submodule_linearity.gram import TriangularRoot, gram_of_linear_maps
 from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
 from utils.guidance.submodule_linearity.parts import outside_submodules, own_parameters
@@ -56,19 +57,24 @@ class OutsideChanges:
         self.base, self.experts, self.device = base, experts, device
         self.paths, self.head_path = outside_submodules(base.decoder)
         self.ids = torch.cat([batch.input_ids.flatten() for batch in batches]).unique()
-        self.grams_shape = (texts, len(experts), len(experts))
+        self.sums_shape = (texts, FOLDS, len(experts), len(experts))
         self.parts: dict[str, PartChanges] = {}
         self.variants: dict[str, list[Variant]] = {}
 
     def observe(self, path: str, call: Call, layer: int, passage: Passage) -> None:
         """Add a call that the base made, before its blocks (`layer` -1) or behind them."""
         part = self.parts.setdefault(path, self._empty_part(path, layer))
+        variants = self.variants_of(path)
+        with ExitStack() as stack:
+            for variant in variants:
+                stack.enter_context(placed(variant.module, "", variant.own, self.device))
+            observe(part, call, variants, passage, scored=False)
+
+    def variants_of(self, path: str) -> list[Variant]:
+        """The experts' versions of a part, their weights fetched now if they are not there."""
         if path not in self.variants:
             self.variants[path] = [self._variant(path, expert) for expert in self.experts]
-        with ExitStack() as stack:
-            for variant in self.variants[path]:
-                stack.enter_context(placed(variant.module, "", variant.own, self.device))
-            observe(part, call, self.variants[path], passage, scored=False)
+        return self.variants[path]
 
     def forget(self) -> None:
         """Let go of the experts' weights."""
@@ -90,20 +96,22 @@ class OutsideChanges:
         heads = [_fetched_head(model, self.head_path) for model in (self.base, *self.experts)]
         biased = heads[0][1] is not None
         part = self._empty_part(self.head_path, len(self.base.decoder.blocks))
-        for text in range(self.grams_shape[0]):
-            root = TriangularRoot()
-            for final, passage in zip(finals, passages, strict=True):
-                if passage.text == text:
-                    rows = token_rows(final, passage.samples, passage.length, passage.mask, self.head_path)
-                    root.add(_with_ones(rows, passage) if biased else rows)
-            part.grams[text] = gram_of_linear_maps(_head_changes(heads), root.value())
+        roots: dict[tuple[int, int], TriangularRoot] = {}
+        for final, passage in zip(finals, passages, strict=True):
+            rows = passage.rows(final, self.head_path)
+            rows = _with_ones(rows, passage) if biased else rows
+            for fold, own in zip(passage.folds.tolist(), rows.chunk(passage.samples), strict=True):
+                roots.setdefault((passage.text, fold), TriangularRoot()).add(own)
+        texts, folds = zip(*roots, strict=True)
+        found = gram_of_linear_maps(_head_changes(heads), [root.value() for root in roots.values()])
+        part.sums[list(texts), list(folds)] = found
         return part
 
     def _empty_part(self, path: str, layer: int) -> PartChanges:
         module = self.base.decoder.model.get_submodule(path)
         names = tuple(f"{path}.{name}" for name in own_parameters(module))
-        grams = torch.zeros(self.grams_shape, dtype=torch.float64, device=self.device)
-        return PartChanges((TENSOR,), layer, path, names, grams)
+        sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.device)
+        return PartChanges((TENSOR,), layer, path, names, sums)
 
     def _variant(self, path: str, expert: ComparedModel) -> Variant:
         base, module = (model.decoder.model.get_submodule(path) for model in (self.base, expert))

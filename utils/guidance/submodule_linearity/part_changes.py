@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.guidance.submodule_linearity.gram import gram_matrix, token_rows
+from utils.guidance.submodule_linearity.gram import gram_matrices, token_rows
 from utils.guidance.submodule_linearity.nonlinearity import GRID, distance_sums, nonlinearity
 from utils.models.decoder import is_linear, weight_matrix
 from utils.models.weight_source import placed
@@ -21,6 +21,7 @@ from utils.models.weight_source import placed
 class Passage:
     """A micro-batch on its way through the base: which text it belongs to, and which of its tokens are real.
 
+    `folds` is the fold of each of its samples (`utils/guidance/submodule_linearity/folds.py`), int64 on the device;
     `scored` are the experts whose non-linearity is taken on it.
     """
 
@@ -28,7 +29,14 @@ class Passage:
     samples: int
     length: int
     mask: torch.Tensor | None
+    folds: torch.Tensor
     scored: tuple[int, ...] = ()
+
+    def rows(self, output: Any, what: str) -> torch.Tensor:
+        """What a module returned for it, one float32 row per token, zero for pads (`token_rows`)."""
+        while isinstance(output, (tuple, list)):  # attention returns its weights beside its output
+            output = output[0]
+        return token_rows(output, self.samples, self.length, self.mask, what)
 
 
 @dataclass
@@ -40,7 +48,7 @@ class PartChanges:
         layer: -1 before the blocks, the number of blocks behind them.
         name: path inside the block, or in the model.
         parameters: full names in the model.
-        grams: [texts, experts, experts] float64, sums over tokens, on the device.
+        sums: Gram matrices [texts, folds, experts, experts] float64, sums over the tokens of a fold, on the device.
         distances: by expert, `distance_sums` over the expert's own text, on the device.
         calls: how often it was seen.
     """
@@ -49,9 +57,16 @@ class PartChanges:
     layer: int
     name: str
     parameters: tuple[str, ...]
-    grams: torch.Tensor
+    sums: torch.Tensor
     distances: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: int = 0
+
+    def grams(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Gram matrices [texts, experts, experts] as means per token; `tokens` are float64 [texts, folds].
+
+        A fold without tokens counts nothing.
+        """
+        return self.sums.sum(dim=1) / tokens.sum(dim=1)[:, None, None]
 
     @property
     def scores(self) -> dict[int, float]:
@@ -114,21 +129,21 @@ def observe(part: PartChanges, call: Call, variants: Sequence[Variant], passage:
     base_rows = None
     linear = is_linear(call.module) and not variants[0].around
     if scored or not linear:
-        base_rows = _rows(call.output, passage, part.name)
+        base_rows = passage.rows(call.output, part.name)
     changes = []
     for variant in variants:
         if linear:
-            changes.append(_rows(linear_change(call, variant.module), passage, part.name))
+            changes.append(passage.rows(linear_change(call, variant.module), part.name))
         else:
-            rows = _rows(_evaluated(variant, call, {}), passage, part.name)
+            rows = passage.rows(_evaluated(variant, call, {}), part.name)
             # Equal weights give exactly 0, whatever two kernels make of differently aligned memory.
             changes.append(torch.where(variant.changed(), rows - base_rows, 0.0))
-    part.grams[passage.text] += gram_matrix(changes)
+    part.sums[passage.text].index_add_(0, passage.folds, gram_matrices(changes, passage.samples))
     part.calls += 1
     if not scored:
         return
     for expert in passage.scored:
-        between = [_rows(_interpolated(variants[expert], call, share), passage, part.name) for share in GRID[1:-1]]
+        between = [passage.rows(_interpolated(variants[expert], call, share), part.name) for share in GRID[1:-1]]
         outputs = [base_rows, *between, base_rows + changes[expert]]
         sums = distance_sums(outputs)
         part.distances[expert] = part.distances[expert] + sums if expert in part.distances else sums
@@ -160,9 +175,3 @@ def _evaluated(variant: Variant, call: Call, replaced: Mapping[str, torch.Tensor
     device = next(iter(tensors.values())).device
     with placed(variant.owner, "", tensors, device):
         return variant.module(*call.args, **call.kwargs)
-
-
-def _rows(output: Any, passage: Passage, what: str) -> torch.Tensor:
-    while isinstance(output, (tuple, list)):  # attention returns its weights beside its output
-        output = output[0]
-    return token_rows(output, passage.samples, passage.length, passage.mask, what)

@@ -19,7 +19,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Misfit:
-    """a -> a^T A a - 2 a^T b + c, with `a` over T experts; float64. `missed` of no merge at all (a = 0) is 1."""
+    """a -> a^T A a - 2 a^T b + c, with `a` over T experts; float64. `missed` of no merge at all (a = 0) is 1.
+
+    A [..., T, T] and b [..., T] may be of several misfits, for all of which weights are solved together.
+    """
 
     A: np.ndarray
     b: np.ndarray
@@ -38,23 +41,22 @@ def misfit(uses: Sequence[np.ndarray], weighting: str) -> Misfit:
     A task on whose text its own expert changes nothing says nothing about the others and is left out.
 
     Args:
-        uses: for each use of the part, G [T tasks, T, T].
+        uses: for each use of the part, G [T tasks, T, T], or [..., T tasks, T, T] for several misfits at once.
         weighting: `equal`: w_t = 1 / G^t[t,t], so that each task counts alike; `raw`: w_t = 1. Either way a use is
             scaled so that its c is the number of its tasks.
     """
-    experts = uses[0].shape[0]
-    A, b, c = np.zeros((experts, experts)), np.zeros(experts), 0.0
+    A, b, c = 0.0, 0.0, 0.0
     for grams in uses:
-        own = np.einsum("ttt->t", grams)
+        own = np.einsum("...ttt->...t", grams)
         moved = own > 0
-        if not moved.any():
-            continue
-        scale = own[moved] if weighting == "equal" else np.full(moved.sum(), own[moved].mean())
-        for task, size in zip(np.flatnonzero(moved), scale, strict=True):
-            A += grams[task] / size
-            b += grams[task, :, task] / size
-            c += own[task] / size
-    return Misfit(A, b, float(c))
+        size = own
+        if weighting == "raw":
+            size = own.sum(axis=-1, keepdims=True) / np.maximum(moved.sum(axis=-1, keepdims=True), 1)
+        shares = np.divide(1.0, size, out=np.zeros_like(own), where=moved)  # of a task, beside the others
+        A = A + np.einsum("...t,...tms->...ms", shares, grams)
+        b = b + np.einsum("...t,...tmt->...m", shares, grams)
+        c = c + (shares * own).sum(axis=-1)
+    return Misfit(A, b, c)
 
 
 def merging_weights(fit: Misfit, ridge: float, clip: float | None = None) -> np.ndarray:
@@ -72,18 +74,25 @@ def merging_weights(fit: Misfit, ridge: float, clip: float | None = None) -> np.
         clip: weights are clipped to [0, clip]; None: not at all.
 
     Returns:
-        [T] float64, finite.
+        [..., T] float64, finite.
     """
-    weights = np.zeros(len(fit.b))
-    there = np.flatnonzero(np.diag(fit.A) > 0)
-    if len(there):
-        A, b = fit.A[np.ix_(there, there)], fit.b[there]
-        shares = np.full(len(there), 1 / len(there))
-        system = A + ridge * np.trace(A) / len(there) * np.eye(len(there))
-        unit = 1 / np.sqrt(np.diag(system))  # experts of very different sizes are no reason to call A singular
-        step = np.linalg.lstsq(unit[:, None] * system * unit, unit * (b - A @ shares), rcond=None)[0]
-        weights[there] = shares + unit * step
+    own = np.einsum("...tt->...t", fit.A)
+    there = own > 0
+    count = np.maximum(there.sum(axis=-1, keepdims=True), 1)
+    shares = there / count
+    pull = ridge * own.sum(axis=-1, keepdims=True) / count * there
+    system = fit.A + pull[..., None] * np.eye(own.shape[-1])
+    # experts of very different sizes are no reason to call A singular
+    unit = np.divide(1.0, np.sqrt(own + pull), out=np.zeros_like(own), where=there)
+    inverse = np.linalg.pinv(
+        unit[..., None] * system * unit[..., None, :], rcond=_SINGULAR * own.shape[-1], hermitian=True
+    )
+    gap = unit * (fit.b - np.einsum("...ms,...s->...m", fit.A, shares))
+    weights = shares + unit * np.einsum("...ms,...s->...m", inverse, gap)
     return weights if clip is None else np.clip(weights, 0.0, clip)
+
+
+_SINGULAR = 2.3e-16  # of the largest eigenvalue, for each expert: what float64 can tell from 0
 
 
 def best_uniform_weight(fits: Sequence[Misfit]) -> float:

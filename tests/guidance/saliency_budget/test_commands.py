@@ -177,7 +177,7 @@ def test_the_card_says_the_power_that_entries_are_chosen_by(power, gradient, pai
     recipe = decided("saliency", mean_density=0.1)
     merged(recipe, "by_saliency")
     card = Path("by_saliency/README.md").read_text()
-    assert f"the entries of largest saliency (change squared, times {gradient}) in 14 tensors" in card
+    assert f"the entries of largest saliency (change squared, times {gradient}) in " in card
 
 
 def stock(recipe):

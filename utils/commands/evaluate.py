@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from utils.commands.evaluate_generation import find_accuracy_tasks, generate
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.measure import quiet_libraries
+from utils.commands.next_command import next_command
 from utils.errors import UserError
 from utils.evaluation.candidates import UNIFORM
 from utils.pair.config import PairConfig
@@ -265,9 +265,9 @@ def _publish(
     from utils.recipes.recipe import recipe_bytes
     from utils.reports.page import render
 
-    next_command = _next(options, evaluated)
+    following = _next(options, evaluated)
     request = _request(options, scorer, evaluated)
-    page = evaluation_page(scorer, evaluated, request, warnings, next_command, generated)
+    page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
     files = {
         SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         SAMPLES: _parquet(samples_table(scorer, evaluated)),
@@ -290,8 +290,8 @@ def _publish(
     if page.verdict:
         print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
-    if next_command:
-        print(f"next:\n\n    {next_command}")
+    if following:
+        print(f"next:\n{following}")
 
 
 def _recipe_hash(candidate: "Candidate") -> str | None:
@@ -354,4 +354,4 @@ def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
         return ""
     source = winner.source or options.out_dir / UNIFORM
     folder = options.out_dir.parent / "merged_models" / winner.name.replace(" ", "_")
-    return shlex.join(["python3", "utils/merger.py", "--output_path", str(folder), "--merge_config", str(source)])
+    return next_command("utils/merger.py", {"output_path": folder, "merge_config": source})

@@ -5,7 +5,9 @@ python -m pytest tests/test_evaluator.py
 
 import json
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -73,7 +75,9 @@ def test_from_recipes_to_a_page(run, pair, run_command_line):
     assert manifest["command"] == "utils/evaluator.py"
     for task in manifest["tasks"]:
         assert len(task["rows"]["test"]) == 8 and not set(task["rows"]["test"]) & set(task["rows"]["validation"])
-    assert "utils/merger.py --output_path" in done.stdout[done.stdout.index("next:") :]
+    following = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", " "))
+    assert following[0] == sys.executable and following[1].endswith("utils/merger.py")
+    assert following[2::2] == ["--output_path", "--merge_config"] and (pair / following[5]).is_file()
     found = read_evaluation(out)  # what a model card takes from here
     recipe_file = read_recipe(pair / "out" / "recipes" / "first.yaml")
     assert found.candidate_of(Path("renamed.yaml"), recipe_file.sha256) == "first"

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -353,5 +354,5 @@ def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
     if winner is None or winner.recipe is None:
         return ""
     source = winner.source or options.out_dir / UNIFORM
-    folder = options.out_dir.parent / "merged_models" / winner.name.replace(" ", "_")
+    folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
     return next_command("utils/merger.py", {"output_path": folder, "merge_config": source})

@@ -4,27 +4,21 @@ python -m pytest tests/test_commands.py
 """
 
 import json
-import subprocess
 
 import pytest
 import yaml
 
-from tests.tiny_pairs import save_pair
+from tests.tiny_pairs import save_pair, write_config
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
+def test_every_command_once(tmp_path, run_command_line):
+    pair = save_pair(tmp_path)
+    write_config(pair, {"search": {"guidance": ["uniform"], "depth_groups": 1}})
 
+    def run(script, *words):
+        done = run_command_line(script, *words, cwd=pair)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
-def finished(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
-def test_measure_decide_merge(pair, run_command_line):
-    run = lambda script, *words: finished(run_command_line(script, *words, cwd=pair))  # noqa: E731
     run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "measured", "--device", "cpu")
     assert {path.name for path in (pair / "measured").iterdir()} == {
         "code_delta.csv",
@@ -38,3 +32,9 @@ def test_measure_decide_merge(pair, run_command_line):
     run("utils/merger.py", "--merge_config", recipe, "--output_path", "merged", "--device", "cpu", "--quiet")
     written = json.loads((pair / "merged/manifest.json").read_text())
     assert "model.safetensors" in written["files"] and (pair / "merged/tokenizer.json").exists()
+    few = ("--validation_rows", 4, "--test_rows", 4, "--device", "cpu", "--quiet")
+    run("utils/evaluator.py", "--config", "pair.yaml", "--out_dir", "scores", recipe, "--no-controls", *few)
+    assert (pair / "scores/report.html").exists() and "loss" in (pair / "scores/scores.csv").read_text()
+    pytest.importorskip("optuna")
+    run("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "search", "--trials", 6, "--first_rows", 4, *few)
+    assert yaml.safe_load((pair / "search/best.yaml").read_text())["base_model"] == "./base"

@@ -3,16 +3,17 @@
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands_here import run_here
 from tests.conftest import ROOT
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import save_tokenizer
@@ -58,7 +59,8 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_page(page: Path, workplace: Path) -> list[str]:
+def run_page(page: Path, workplace: Path, run: Callable[..., subprocess.CompletedProcess]) -> list[str]:
+    """Run the commands of a page; returns their names."""
     ran = []
     for words in shell_commands(page):
         if words[0] == "make":
@@ -67,23 +69,21 @@ def run_page(page: Path, workplace: Path) -> list[str]:
             assert done.returncode == 0, done.stderr
             continue
         assert words[0] == "python3", words
-        command = [sys.executable, str(ROOT / words[1]), *words[2:]]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
+        done = run(*words[1:], cwd=workplace)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
     return ran
 
 
-def test_every_command_of_the_readme_runs(workplace):
-    ran = run_page(README, workplace)
+def test_every_command_of_the_readme_runs(workplace, run_command_line):
+    ran = run_page(README, workplace, run_command_line)
     assert ran[:3] == ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"]
     assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES[1:] if shell_commands(page)])
 def test_every_command_of_a_page_runs(page, workplace):
-    assert run_page(ROOT / page, workplace)
+    assert run_page(ROOT / page, workplace, run_here)
 
 
 def test_the_readme_fits_on_a_few_screens():

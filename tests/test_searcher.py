@@ -22,6 +22,7 @@ import yaml
 
 pytest.importorskip("optuna")
 
+from tests.commands_here import done_here
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
 from tests.tiny_experts import save_experts
@@ -103,10 +104,7 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     assert merged.returncode == 0, merged.stderr
     assert (Path(pair, words[words.index("--output_path") + 1]) / "model.safetensors").exists()
     before = contents(out / "losses")
-    again = run_command_line(
-        "utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair
-    )
-    assert again.returncode == 0, again.stderr
+    done_here("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair)
     assert contents(out / "losses") == before
     assert pd.read_csv(out / "scores.csv").equals(scores)
 

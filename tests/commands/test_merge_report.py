@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.refusals import refusal_code
+from tests.commands_here import done_here, refused_here
 from tests.reports.document import read
 from tests.tiny_evaluations import write_scores
 from tests.tiny_merges import recipe, write_recipe
@@ -25,10 +25,9 @@ def copies(copies, tmp_path) -> Path:
     return tmp_path
 
 
-def test_card_and_page_hold_the_figures_and_the_licenses(copies, run_command_line):
+def test_card_and_page_hold_the_figures_and_the_licenses(copies):
     words = ["--output_path", copies / "merged", "--merge_config", copies / "ours.yaml", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, "--report", "--evaluation", copies / "evaluation", cwd=copies)
-    assert done.returncode == 0, done.stderr
+    done_here("utils/merger.py", *words, "--report", "--evaluation", copies / "evaluation", cwd=copies)
     card = (copies / "merged" / "README.md").read_text()
     ModelCard(card)  # the hub's client reads it
     assert re.search(r"## Evaluation\n\n\| model \| role \| math, loss", card) and "**ours**" in card
@@ -43,19 +42,16 @@ def test_card_and_page_hold_the_figures_and_the_licenses(copies, run_command_lin
         assert os.fsencode(copies) not in path.read_bytes(), path.name
 
 
-def test_a_page_without_figures_says_so(copies, run_command_line):
+def test_a_page_without_figures_says_so(copies):
     words = ["--output_path", "merged", "--merge_config", "ours.yaml", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, "--report", cwd=copies)
-    assert done.returncode == 0, done.stderr
+    done_here("utils/merger.py", *words, "--report", cwd=copies)
     document = read((copies / "merged" / "report.html").read_text())
     assert [section.attributes["id"] for section in document.one("main").all("section")] == ["recipe", "run"]
     assert "takes an evaluation" in document.one("header").text
 
 
-def test_an_evaluation_of_another_recipe_is_refused_before_anything_is_read(copies, run_command_line):
+def test_an_evaluation_of_another_recipe_is_refused_before_anything_is_read(copies):
     data = yaml.safe_load((copies / "ours.yaml").read_text())
     write_recipe(copies / "theirs.yaml", data)
     words = ["--output_path", "merged", "--merge_config", "theirs.yaml", "--evaluation", "evaluation"]
-    done = run_command_line("utils/merger.py", *words, cwd=copies)
-    assert refusal_code(done) == "evaluation-other-recipe"
-    assert not (copies / "merged").exists()
+    refused_here("evaluation-other-recipe", "utils/merger.py", *words, cwd=copies)

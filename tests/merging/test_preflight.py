@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands_here import run_here
 from tests.measured_merge import estimated_and_measured
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
@@ -343,12 +344,12 @@ def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(copies, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_is_quiet(copies, run_command_line):
+def test_quiet_is_quiet(copies):
     """The last lines remain; on stderr, where warnings and the bar would be, there is nothing at all."""
     write_recipe(copies / "recipe.yaml", recipe(copies, tokenizer_source="union"))
     words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu", "--quiet"]
     for more in ([], ["--overwrite", "--fast_selection", "False"]):
-        done = run_command_line("utils/merger.py", *words, *more, cwd=copies)
+        done = run_here("utils/merger.py", *words, *more, cwd=copies)
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
         assert lines[1].startswith("merged in ") and len(lines) == 6, done.stdout

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from tests.commands_here import done_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, recipe, write_recipe
 from utils.commands.merge import merge
@@ -105,16 +106,14 @@ def test_a_control_is_called_one(llamas, tmp_path):
     assert "- An unguided control (`uniform`) beside guidance `lewis`" in (merged(path) / "README.md").read_text()
 
 
-def test_from_command_2_itself(golden, tmp_path, run_command_line):
+def test_from_command_2_itself(golden, tmp_path):
     shutil.copytree(golden / "sparsity50", tmp_path / "dfs")
     shutil.copytree(golden / "models", tmp_path / "models")
     words = ["--delta_dfs_in_dir", "dfs", "--config_file", "dfs/pair.yaml", "--out_dir", "made"]
-    done = run_command_line("lewis_merge.py", *words, "--gamma", "0.25", "--epsilon", "0.7", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done_here("lewis_merge.py", *words, "--gamma", "0.25", "--epsilon", "0.7", cwd=tmp_path)
     (path,) = (tmp_path / "made").glob("*.yaml")
     words = ["--merge_config", path.relative_to(tmp_path), "--output_path", "merged", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done_here("utils/merger.py", *words, cwd=tmp_path)
     origin = json.loads((tmp_path / "merged" / "manifest.json").read_text())["origin"]
     assert origin["guidance_options"]["gamma"] == 0.25 and origin["guidance_options"]["epsilon"] == 0.7
     assert "Guidance `lewis` with" in (tmp_path / "merged" / "README.md").read_text()

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from tests.commands_here import done_here
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, block_prefix
 from tests.tiny_merges import (
@@ -90,15 +91,14 @@ def llamas(llamas, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_command_makes_what_the_dense_version_makes(tmp_path, family, run_command_line):
+def test_the_command_makes_what_the_dense_version_makes(tmp_path, family):
     """A real process, paths relative to where it runs; GPT-2 stores its weights transposed."""
     save_models(tmp_path, family)
     fishers = {name: measure(tmp_path, name, seed) for seed, name in enumerate(DENSITIES)}
     write_recipe(tmp_path / "recipe.yaml", guided(Path(), family))
-    done = run_command_line(
+    done = done_here(
         "utils/merger.py", "--output_path", "merged", "--merge_config", "recipe.yaml", "--device", "cpu", cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
     count = 3 * len(FAMILIES[family][2])
     assert f"saliency of code: {count} tensors are cut by the vectors in code.vectors" in done.stdout
     assert "all tensors by mergekit: guided_ties has no faster way here" in done.stdout

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commands_here import done_here
 from tests.tiny_experts import save_experts
 from tests.tiny_merges import merge_here, merge_stock, tensors
 from utils.guidance.measured_pair import experts_to_merge
@@ -65,7 +66,7 @@ def test_lines_grow_with_depth(pair, maker):
     assert weights == {"model.layers.0.": 0.5, "model.layers.1.": 1.5, None: 1}
 
 
-def test_guided_recipes_are_command_twos(pair, maker, run_command_line):
+def test_guided_recipes_are_command_twos(pair, maker):
     """LEWIS with gamma, epsilon and lambda, and a method of weights: densities, weights and parameters as it writes them."""
     for guidance, flags, point in (
         (
@@ -77,8 +78,7 @@ def test_guided_recipes_are_command_twos(pair, maker, run_command_line):
     ):
         out = pair / f"by_command_two_{guidance}"
         given = "--delta_dfs_in_dir", pair / "out" / guidance, "--config_file", pair / "pair.yaml", "--out_dir", out
-        done = run_command_line("lewis_merge.py", *given, "--guidance", guidance, *flags, cwd=pair)
-        assert done.returncode == 0, done.stderr
+        done_here("lewis_merge.py", *given, "--guidance", guidance, *flags, cwd=pair)
         (file,) = out.glob("*.yaml")
         written, made = yaml.safe_load(file.read_text()), dict(maker.make(point).data)
         assert (made.pop("dtype"), made.pop("out_dtype")) == ("float32", "bfloat16")

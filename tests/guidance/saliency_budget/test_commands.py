@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.commands_here import refused_here
+from tests.commands_here import done_here, refused_here
 from tests.plain_gradients import plain_squares
 from tests.refusals import refused
 from tests.tiny_merges import tensors, without_ties
@@ -242,13 +242,12 @@ DECIDE = (
 )
 
 
-def test_the_three_commands(pair, run_command_line):
+def test_the_three_commands(pair):
     folder = pair("gpt2")
     write_config(folder)  # one text for both experts
 
     def run(script, *arguments):
-        ended = run_command_line(script, *arguments, cwd=folder)
-        assert ended.returncode == 0, ended.stderr
+        ended = done_here(script, *arguments, cwd=folder)
         return ended
 
     ended = run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget")

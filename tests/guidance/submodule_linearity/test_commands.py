@@ -128,7 +128,7 @@ def test_stock_mergekit_runs_the_recipe(family, measured, tmp_path):
     assert_same_tensors(merge_here(tmp_path, recipe), merge_stock(tmp_path, recipe))
 
 
-def test_as_subprocesses(tmp_path, run_command_line):
+def test_the_three_commands(tmp_path):
     save_pair(tmp_path)
     write_config(tmp_path, {**TEXTS, "guidance": "submodule_linearity"})
     steps = [
@@ -139,8 +139,7 @@ def test_as_subprocesses(tmp_path, run_command_line):
     ]  # fmt: skip
     printed = ""
     for step in steps:
-        done = run_command_line(*step, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = done_here(*step, cwd=tmp_path)
         assert "warning" not in done.stderr
         printed += done.stdout
     assert "--guidance submodule_linearity --merge_method task_arithmetic" in printed

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.commands_here import run_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import CALIBRATION, sample_ids, write_config
@@ -138,12 +139,12 @@ def dense(plain, weights, name, transposed, rows=True, ridge=1e-7):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
-    """As processes; ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
-    folder = pair(family)
+    """Once as processes; ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
+    folder, run = pair(family), run_command_line if family == "llama" else run_here
     shutil.rmtree(folder / "dfs")
     write_config(folder, {"calibration": CALIBRATION, "global_parameters": {"ridge": 1e-2, "embedding_rows": True}})
     flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "gram_mean", "--device", "cpu"]
-    done = run_command_line("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
+    done = run("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (folder / "dfs").iterdir()} == {
         "gram_mean_tensors.csv",
@@ -153,7 +154,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
         "manifest.json",
     }
     flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--guidance", "gram_mean"]
-    done = run_command_line("lewis_merge.py", *flags, "--out_dtype", "float32", cwd=folder)
+    done = run("lewis_merge.py", *flags, "--out_dtype", "float32", cwd=folder)
     assert done.returncode == 0, done.stderr
     (written,) = (folder / "out").glob("*.yaml")
     recipe = yaml.safe_load(written.read_text())
@@ -164,7 +165,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
         f"../dfs/{name}_grams.safetensors" for name in NAMES
     ]
     flags = ["--output_path", "merged", "--merge_config", f"out/{written.name}", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *flags, cwd=folder)
+    done = run("utils/merger.py", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     found, base = tensors(folder / "merged"), tensors(folder / "base")
     assert sorted(found) == sorted(base)

@@ -1,4 +1,4 @@
-"""One run of each command on a tiny pair, each on what the one before wrote.
+"""One run of each command on a tiny pair, each on what the one before wrote; the last two in this process, which is quicker.
 
 python -m pytest tests/test_commands.py
 """
@@ -8,6 +8,7 @@ import json
 import pytest
 import yaml
 
+from tests.commands_here import done_here
 from tests.tiny_pairs import save_pair, write_config
 
 
@@ -33,8 +34,22 @@ def test_every_command_once(tmp_path, run_command_line):
     written = json.loads((pair / "merged/manifest.json").read_text())
     assert "model.safetensors" in written["files"] and (pair / "merged/tokenizer.json").exists()
     few = ("--validation_rows", 4, "--test_rows", 4, "--device", "cpu", "--quiet")
-    run("utils/evaluator.py", "--config", "pair.yaml", "--out_dir", "scores", recipe, "--no-controls", *few)
+    done_here(
+        "utils/evaluator.py", "--config", "pair.yaml", "--out_dir", "scores", recipe, "--no-controls", *few, cwd=pair
+    )
     assert (pair / "scores/report.html").exists() and "loss" in (pair / "scores/scores.csv").read_text()
     pytest.importorskip("optuna")
-    run("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "search", "--trials", 6, "--first_rows", 4, *few)
+    done_here(
+        "utils/searcher.py",
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "search",
+        "--trials",
+        6,
+        "--first_rows",
+        4,
+        *few,
+        cwd=pair,
+    )
     assert yaml.safe_load((pair / "search/best.yaml").read_text())["base_model"] == "./base"

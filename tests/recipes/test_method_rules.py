@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
+from utils.recipes.global_parameters import check_global_parameters, known_parameters, normalizes
 from utils.recipes.method_rules import (
     DENSITY_METHODS,
     GUIDED_MEAN,
@@ -12,12 +13,9 @@ from utils.recipes.method_rules import (
     OTHER_METHODS,
     OWN_METHODS,
     TASK_ARITHMETIC,
-    check_global_parameters,
     counterpart,
     density_method,
     extra_value,
-    known_parameters,
-    normalizes,
     weight_method,
 )
 

@@ -13,7 +13,7 @@ from utils.guidance.measured_pair import MeasuredPair
 from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import average, by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
-from utils.recipes.method_rules import normalizes
+from utils.recipes.global_parameters import normalizes
 from utils.recipes.recipe import DTYPE, RecipeSettings
 from utils.runtime import versions
 

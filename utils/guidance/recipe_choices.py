@@ -8,14 +8,8 @@ from utils.errors import UserError
 from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import GuidanceMethod
 from utils.pair.config import ModelEntry, PairConfig
-from utils.recipes.method_rules import (
-    DeltaMethod,
-    check_global_parameters,
-    density_method,
-    known_parameters,
-    own_method,
-    weight_method,
-)
+from utils.recipes.global_parameters import check_global_parameters, known_parameters
+from utils.recipes.method_rules import DeltaMethod, density_method, own_method, weight_method
 from utils.recipes.recipe import DTYPE
 
 _USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density

@@ -6,7 +6,7 @@ import pandas as pd
 
 from utils.models.checkpoints import Checkpoint
 from utils.recipes.coefficients import average
-from utils.recipes.method_rules import normalizes
+from utils.recipes.global_parameters import normalizes
 from utils.recipes.recipe import RecipeSettings
 
 _ADDED = 1.2  # sum over experts of lambda x mean weight; what averages or solves for its weights stays near or below 1

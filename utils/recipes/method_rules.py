@@ -7,11 +7,11 @@ installed mergekit's own.
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import Problem, UserError, raise_collected
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SharedNumber:
 
     def allows(self, value: Any) -> bool:
         """Whether a value is such a number."""
-        if not _is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             return False
         return self.low < value <= self.high or (value == self.low and not self.low_open)
 
@@ -213,12 +213,6 @@ def _refuse_own(name: str) -> None:
         )
 
 
-def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair config's `global_parameters` without the switches of mergekit's methods that an own one does not have."""
-    idle = set(TASK_ARITHMETIC.switches) - set(method.shared)
-    return {name: value for name, value in parameters.items() if name not in idle}
-
-
 def counterpart(method: DeltaMethod, asked: DeltaMethod) -> DeltaMethod:
     """mergekit's method that does what an own one does, without vectors; any other is its own counterpart.
 
@@ -252,57 +246,6 @@ def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
     return value if inside else 0.0
 
 
-def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], source: str) -> None:
-    """Check the pair config's `global_parameters` against what the method knows (mergekit would ignore the rest).
-
-    Raises:
-        UserError: unknown names (with the nearest known one), values of the wrong type, or names that the recipe sets
-            per tensor; all of them in one message.
-    """
-    known = (*method.shared, *([method.extra] if method.extra else []))
-    problems = []
-    for name, value in parameters.items():
-        if name in ("density", "weight"):
-            text = f"{name} is set per tensor by this command, a global {name} would do nothing; remove it"
-            problems.append(Problem(text, "global-parameter-no-effect"))
-        elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
-            text = f"{name!r} is unknown to the merge method {method.name}; {hint}"
-            problems.append(Problem(text, "global-parameter-unknown"))
-        elif wanted := _wanted(method, name, value):
-            problems.append(Problem(f"{name} must be {wanted}, got {value!r}", "global-parameter-value"))
-    raise_collected(problems, f"{source}: global_parameters")
-
-
-def _wanted(method: DeltaMethod, name: str, value: Any) -> str:
-    """What a value of one of the method's parameters must be, "" if it is that."""
-    numbers = {number.name: number for number in method.numbers}
-    if name in method.switches:
-        return "" if _holds(value, _is_switch) else "true or false"
-    if name in numbers:
-        return "" if _holds(value, numbers[name].allows) else numbers[name].words
-    return "" if _is_number(value) and 0 <= value < 1 else "a number of at least 0 and below 1"
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from a YAML file is a number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _holds(value: Any, fits: Callable[[Any], bool]) -> bool:
-    """Whether a value fits, or is one of mergekit's lists: a gradient, or `{filter, value}` entries."""
-    if isinstance(value, list):
-        return bool(value) and all(_holds(item, fits) for item in value)
-    if isinstance(value, dict):
-        return "value" in value and set(value) <= {"filter", "value"} and _holds(value["value"], fits)
-    return fits(value)
-
-
-def normalizes(method: DeltaMethod, parameters: Mapping[str, Any]) -> bool:
-    """Whether the merge divides by the sum of the weights: the config's `normalize`, else the method's default."""
-    value = parameters.get("normalize", method.normalize)
-    return value is True or isinstance(value, (list, dict))

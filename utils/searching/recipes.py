@@ -14,8 +14,9 @@ from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
 from utils.recipes.coefficients import mean_density
+from utils.recipes.global_parameters import known_parameters
 from utils.recipes.group_filters import group_filters
-from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, known_parameters
+from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from utils.evaluation.candidates import Candidate
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
 
 RowsByTask = Mapping[str, Sequence[int]]
 Score = Callable[[Sequence[Candidate], RowsByTask], "pd.DataFrame"]
@@ -49,18 +47,14 @@ class Losses:
                 wanted.setdefault(task, []).append(row)
             self._score(list(own.values()), wanted)
 
-    def table(self, digests: Sequence[str], rows: RowsByTask) -> "np.ndarray":
+    def table(self, digests: Sequence[str], rows: RowsByTask) -> np.ndarray:
         """Negative log-likelihoods [candidates, rows], float64, tasks one after the other."""
-        import numpy as np
-
         places = [(task, row) for task, numbers in rows.items() for row in numbers]
         found = np.array([[self.nll[digest, *place] for place in places] for digest in digests])
         return found.reshape(len(digests), len(places))
 
-    def sizes(self, digest: str, rows: RowsByTask) -> "np.ndarray":
+    def sizes(self, digest: str, rows: RowsByTask) -> np.ndarray:
         """The tokens of the rows [rows] as one candidate's tokenizer counts them, float64."""
-        import numpy as np
-
         return np.array([self.tokens[digest, task, row] for task, numbers in rows.items() for row in numbers], float)
 
     def _missing(self, digest: str, rows: RowsByTask) -> list[tuple[str, int]]:

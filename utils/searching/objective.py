@@ -4,16 +4,16 @@
     mean      = sum_t w_t gain_t,  w_t equal or as given, adding up to 1
     worst     = min_t gain_t
 
+
 Losses are nats per token of the base's tokens, so that models with other tokenizers are compared on the same text. All
 figures are linear in a candidate's losses but for the choice of the worst task, which is what `slopes` says.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 Kind = Literal["mean", "worst", "weighted"]
 NO_GAIN = 0.005  # an expert's gain below this share of the base's loss divides nothing: the loss itself does
@@ -33,22 +33,18 @@ class Objective:
         given = [weights.get(task, 0.0) if kind == "weighted" else 1.0 for task in tasks]
         return cls(tuple(tasks), tuple(weight / sum(given) for weight in given), kind == "worst")
 
-    def figure(self, gains: "np.ndarray") -> "np.ndarray":
+    def figure(self, gains: np.ndarray) -> np.ndarray:
         """The figure of gains [..., tasks], float64 [...]."""
-        import numpy as np
-
         return gains.min(axis=-1) if self.worst else gains @ np.asarray(self.weights)
 
-    def slopes(self, gains: "np.ndarray") -> "np.ndarray":
+    def slopes(self, gains: np.ndarray) -> np.ndarray:
         """How the figure changes with each task's gain, at gains [..., tasks]; of the same shape."""
-        import numpy as np
-
         if not self.worst:
             return np.broadcast_to(np.asarray(self.weights), gains.shape)
         return np.eye(gains.shape[-1])[gains.argmin(axis=-1)]
 
 
-def gain_scales(base: "np.ndarray", experts: "np.ndarray") -> "tuple[np.ndarray, list[int]]":
+def gain_scales(base: np.ndarray, experts: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """What each task's loss below the base's is divided by: the expert's gain, or the base's loss where there is none.
 
     Args:
@@ -58,8 +54,6 @@ def gain_scales(base: "np.ndarray", experts: "np.ndarray") -> "tuple[np.ndarray,
     Returns:
         The scales [tasks], above 0, and the positions of the tasks without a gain to speak of.
     """
-    import numpy as np
-
     gain = base - experts
     usable = gain > NO_GAIN * base
     return np.where(usable, gain, base), [int(place) for place in np.flatnonzero(~usable)]

@@ -15,12 +15,11 @@ of rows, and a Pareto front has no single best.)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy.special import stdtr
 
-    from utils.searching.objective import Objective
+from utils.searching.objective import Objective
 
 LEVEL = 0.02  # costs a tenth more rows than 0.05, and loses the best half as often (simulated losses)
 _FEWEST_ROWS = 4  # of a task, for a variance worth its name
@@ -30,21 +29,21 @@ _FEWEST_ROWS = 4  # of a task, for a variance worth its name
 class Rows:
     """The rows that losses stand for: `task` [rows] is each one's task by position, `tokens` [rows] its size."""
 
-    task: "np.ndarray"
-    tokens: "np.ndarray"
+    task: np.ndarray
+    tokens: np.ndarray
 
     def first(self, count: int) -> "Rows":
         """The first `count` of them."""
         return Rows(self.task[:count], self.tokens[:count])
 
 
-def losses(nll: "np.ndarray", rows: Rows, tasks: int) -> "np.ndarray":
+def losses(nll: np.ndarray, rows: Rows, tasks: int) -> np.ndarray:
     """Sum over rows per token [candidates, tasks] of negative log-likelihoods [candidates, rows], both float64."""
     member = _members(rows, tasks)
     return (nll @ member) / (rows.tokens @ member)
 
 
-def gains(nll: "np.ndarray", rows: Rows, base: "np.ndarray", scales: "np.ndarray") -> "np.ndarray":
+def gains(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Gain kept [candidates, tasks]; `base` [rows] is the base's negative log-likelihood of the same rows."""
     return losses(base - nll, rows, len(scales)) / scales
 
@@ -68,13 +67,13 @@ def schedule(per_task: Sequence[int], first: int, growth: int = 2) -> list[tuple
 
 
 def beaten(
-    nll: "np.ndarray",
+    nll: np.ndarray,
     rows: Rows,
-    base: "np.ndarray",
-    scales: "np.ndarray",
-    objective: "Objective",
+    base: np.ndarray,
+    scales: np.ndarray,
+    objective: Objective,
     level: float = LEVEL,
-) -> "np.ndarray":
+) -> np.ndarray:
     """Which candidates the best one beats beyond doubt (bool [candidates]); the best itself never is.
 
     Args:
@@ -85,8 +84,6 @@ def beaten(
         objective: what is compared.
         level: the chance of one false verdict among all, Holm-corrected.
     """
-    import numpy as np
-
     if len(nll) < 2 or _counts(rows, len(scales)).min() < _FEWEST_ROWS:
         return np.zeros(len(nll), bool)
     kept = gains(nll, rows, base, scales)
@@ -103,16 +100,12 @@ def beaten(
     return found
 
 
-def dominated(
-    nll: "np.ndarray", rows: Rows, base: "np.ndarray", scales: "np.ndarray", level: float = LEVEL
-) -> "np.ndarray":
+def dominated(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray, level: float = LEVEL) -> np.ndarray:
     """Which candidates another one beats on every task beyond doubt (bool [candidates]); for a Pareto front.
 
     The chance that one is not better on all tasks is at most the largest of the tasks' chances; of the many that might
     be better, each gets its share of the level (Bonferroni).
     """
-    import numpy as np
-
     count, tasks = len(nll), len(scales)
     if count < 2 or _counts(rows, tasks).min() < _FEWEST_ROWS:
         return np.zeros(count, bool)
@@ -127,21 +120,15 @@ def dominated(
     return worst.min(axis=0) <= level / (count - 1)
 
 
-def _members(rows: Rows, tasks: int) -> "np.ndarray":
-    import numpy as np
-
+def _members(rows: Rows, tasks: int) -> np.ndarray:
     return np.eye(tasks)[rows.task]
 
 
-def _counts(rows: Rows, tasks: int) -> "np.ndarray":
-    import numpy as np
-
+def _counts(rows: Rows, tasks: int) -> np.ndarray:
     return np.bincount(rows.task, minlength=tasks)
 
 
-def _effects(
-    nll: "np.ndarray", rows: Rows, base: "np.ndarray", scales: "np.ndarray", slopes: "np.ndarray"
-) -> "np.ndarray":
+def _effects(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray, slopes: np.ndarray) -> np.ndarray:
     """What each row moves a candidate's figure by, around its mean [candidates, rows]."""
     ahead = base - nll
     gain = losses(ahead, rows, len(scales))
@@ -150,13 +137,8 @@ def _effects(
     return share * residual
 
 
-def _chances(
-    difference: "np.ndarray", effect: "np.ndarray", rows: Rows, tasks: int, only: int | None = None
-) -> "np.ndarray":
+def _chances(difference: np.ndarray, effect: np.ndarray, rows: Rows, tasks: int, only: int | None = None) -> np.ndarray:
     """One-sided p-values [candidates] of differences that should be above 0, from their rows' effects."""
-    import numpy as np
-    from scipy.special import stdtr
-
     member, counts = _members(rows, tasks), _counts(rows, tasks)
     variance = (effect**2 @ member) @ (counts / (counts - 1))
     freedom = (counts.sum() - tasks) if only is None else counts[only] - 1
@@ -165,10 +147,8 @@ def _chances(
     return stdtr(freedom, -score)
 
 
-def holm_rejects(chances: "np.ndarray", level: float) -> "np.ndarray":
+def holm_rejects(chances: np.ndarray, level: float) -> np.ndarray:
     """Which hypotheses Holm's step-down procedure rejects (bool)."""
-    import numpy as np
-
     order = chances.argsort(kind="stable")
     passed = chances[order] <= level / np.arange(len(chances), 0, -1)
     count = len(chances) if passed.all() else int(passed.argmin())
@@ -178,13 +158,13 @@ def holm_rejects(chances: "np.ndarray", level: float) -> "np.ndarray":
 
 
 def estimate(
-    own: "np.ndarray",
-    leader: "np.ndarray",
+    own: np.ndarray,
+    leader: np.ndarray,
     rows: Rows,
-    leader_figures: "np.ndarray",
-    base: "np.ndarray",
-    scales: "np.ndarray",
-) -> "np.ndarray":
+    leader_figures: np.ndarray,
+    base: np.ndarray,
+    scales: np.ndarray,
+) -> np.ndarray:
     """A beaten candidate's gains [tasks] on all rows, as far as the rows it saw tell: the leader's, less what it fell
     behind on those rows (the leader's gains on all rows as control variate).
 
@@ -195,7 +175,5 @@ def estimate(
         base: the base's on those rows [rows].
         scales: what gains are divided by [tasks].
     """
-    import numpy as np
-
     seen = gains(np.stack([own, leader]), rows, base, scales)
     return leader_figures + seen[0] - seen[1]

@@ -7,16 +7,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from utils.errors import UserError
 from utils.guidance.guided_recipe import GuidedRecipe, guided_recipe
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
-from utils.recipes.coefficients import mean_density
+from utils.publish import publish_files
+from utils.recipes.coefficients import COLUMNS, mean_density
 from utils.recipes.global_parameters import known_parameters
 from utils.recipes.group_filters import group_filters
-from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS
+from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, extra_value
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
@@ -136,8 +139,6 @@ class RecipeMaker:
         if digest not in self._written:
             path = self.folder / f"{digest[:24]}{Path(name).suffix}"
             if not path.exists():
-                from utils.publish import publish_files
-
                 publish_files(self.folder, {path.name: content}, overwrite=True)
             self._written[digest] = path.resolve()
         return self._written[digest]
@@ -206,8 +207,6 @@ def find_blocks(models: LocalModels) -> Blocks:
 
 
 def _extra(rule: Any, density: float) -> dict[str, Any]:
-    from utils.recipes.method_rules import extra_value
-
     return {rule.extra: [{"value": extra_value(rule, density, rule.extra_default)}]} if rule.extra else {}
 
 
@@ -220,8 +219,4 @@ def _with_vectors(entry: Mapping[str, Any], places: Mapping[str, Path]) -> dict[
 
 
 def _no_rows() -> Any:
-    import pandas as pd
-
-    from utils.recipes.coefficients import COLUMNS
-
     return pd.DataFrame({name: [] for name in COLUMNS})

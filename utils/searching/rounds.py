@@ -6,7 +6,9 @@ was killed half-way is raced again from the losses on file, and comes to what it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from utils.errors import UserError
 from utils.evaluation.candidates import Candidate
@@ -16,9 +18,6 @@ from utils.searching.objective import Objective
 from utils.searching.recipes import Made
 from utils.searching.space import Point
 from utils.searching.study import SearchStudy
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Maker(Protocol):
@@ -38,7 +37,7 @@ class Yardstick:
 
     rows: Mapping[str, Sequence[int]]
     base: str
-    scales: "np.ndarray"
+    scales: np.ndarray
     objective: Objective
     pareto: bool = False
 
@@ -58,7 +57,7 @@ class Racer:
 
     entrant: Entrant
     saw: int = 0
-    gains: "np.ndarray | None" = None
+    gains: np.ndarray | None = None
     left: "Sequence[int] | None" = None
     failure: str = ""
 
@@ -107,8 +106,6 @@ class Search:
 
     def champions(self, before: int) -> list[Entrant]:
         """The best of the batches before one, of those that saw all rows: one, or the front. Their losses are at hand."""
-        import numpy as np
-
         finished = [trial for trial in self.study.finished(self.yardstick.all_rows) if trial.batch < before]
         if not finished:
             return []
@@ -160,8 +157,6 @@ class Search:
         self._settle(racers, champions)
 
     def _finite(self, racers: list[Racer], rows: Mapping[str, Sequence[int]]) -> list[Racer]:
-        import numpy as np
-
         table = self.losses.table([racer.entrant.digest for racer in racers], rows)
         sound = np.isfinite(table).all(axis=1) if racers else []
         for racer, is_sound in zip(racers, sound, strict=True):
@@ -189,8 +184,6 @@ class Search:
 
     def _settle(self, racers: Sequence[Racer], champions: Sequence[str]) -> None:
         """Gains on all rows: as they are for those that saw them, else by what they fell behind the best one."""
-        import numpy as np
-
         rows = self.yardstick.first([len(own) for own in self.yardstick.rows.values()])
         read, scales = self._rows(rows), self.yardstick.scales
         whole = [
@@ -215,12 +208,10 @@ class Search:
             assert np.isfinite(racer.gains).all()
 
     def _rows(self, rows: Mapping[str, Sequence[int]]) -> racing.Rows:
-        import numpy as np
-
         task = np.repeat(np.arange(len(rows)), [len(own) for own in rows.values()])
         return racing.Rows(task, self.losses.sizes(self.yardstick.base, rows))
 
-    def _base(self, rows: Mapping[str, Sequence[int]]) -> "np.ndarray":
+    def _base(self, rows: Mapping[str, Sequence[int]]) -> np.ndarray:
         return self.losses.table([self.yardstick.base], rows)[0]
 
     def _tell(self, trial: int, racer: Racer) -> None:
@@ -233,5 +224,5 @@ class Search:
         self.study.tell(trial, list(map(float, values)), gains, racer.saw, self.yardstick.all_rows)
 
 
-def _dominated(own: "np.ndarray", others: "np.ndarray") -> bool:
+def _dominated(own: np.ndarray, others: np.ndarray) -> bool:
     return bool(((others >= own).all(axis=1) & (others > own).any(axis=1)).any())

@@ -1,14 +1,13 @@
 """Which trials a search ends with, and its trials as a table."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from utils.recipes.method_rules import OWN_METHODS
 from utils.searching.objective import Objective
 from utils.searching.study import Finished, SearchStudy
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ def choose(finished: list[Finished], objective: Objective, *, pareto: bool) -> W
     Raises:
         ValueError: there is none.
     """
-    import numpy as np
-
     gains = np.array([[one.gains[task] for task in objective.tasks] for one in finished])
     order = np.argsort(-objective.figure(gains), kind="stable")
     ranked = [finished[place] for place in order]
@@ -52,11 +49,8 @@ def choose(finished: list[Finished], objective: Objective, *, pareto: bool) -> W
     return Winners(ranked[0], stock[0], tuple(one for one in ranked if one.point.uniform), tuple(front))
 
 
-def trials_table(study: SearchStudy, objective: Objective) -> "pd.DataFrame":
+def trials_table(study: SearchStudy, objective: Objective) -> pd.DataFrame:
     """One row a trial: what was tried, how it ended, its gains by task (`gain.<task>`), the rows it saw of how many."""
-    import numpy as np
-    import pandas as pd
-
     rows = []
     for place, trial in enumerate(study.trials):
         own = trial.user_attrs

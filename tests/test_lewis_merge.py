@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,16 @@ def test_the_printout_holds_what_a_person_wants(work):
     pictures = [f"{stem}_math_density.png", f"{stem}_code_density.png"]
     manifests = [name.replace(".yaml", ".manifest.json") for name in (TIES, uniform)]
     assert written == sorted([TIES, uniform, *manifests, *pictures])
+
+
+def test_the_mean_in_a_picture_is_the_printed_one(work, monkeypatch):
+    from utils.commands import decide_report
+
+    titles = []
+    monkeypatch.setattr(decide_report, "heatmap", lambda table, title, *more: titles.append(title) or b"")
+    _, out, _ = call(*_flags(work, "--plot"))
+    printed = re.findall(r"density +min \S+, mean (\S+),", out)
+    assert len(printed) == 2 and re.findall(r"mean (\S+) over parameters", "\n".join(titles)) == printed
 
 
 def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work):

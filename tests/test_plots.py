@@ -97,6 +97,12 @@ def kept_figures(monkeypatch):
     return saved
 
 
+def test_colors_differ_in_brightness_and_not_in_hue_alone(kept_figures):
+    heatmap(_frame(3, ("q",)), "math", 0.3, 0.8)
+    colors = kept_figures[0].axes[0].images[0].get_cmap()(np.linspace(0, 1, 64))[:, :3]
+    assert (np.diff(colors @ [0.2126, 0.7152, 0.0722]) > 0).all()
+
+
 def test_cell_texts_do_not_overlap(kept_figures):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

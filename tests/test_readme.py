@@ -98,6 +98,15 @@ def test_every_page_is_reached_from_the_readme():
     assert links(README) >= {page.resolve() for page in PAGES[1:]}
 
 
+def test_no_command_runs_foreign_code_or_mixes_architectures_without_need():
+    """But the reference's own call, whose extra flags the README shows."""
+    written = [shlex.join(words) for page in PAGES for words in shell_commands(page)]
+    folders = ("configs", "mergekit")
+    written += [path.read_text().splitlines()[0] for folder in folders for path in (ROOT / folder).glob("*.yaml")]
+    risky = [words for words in written if "--trust_remote_code" in words or "--allow_crimes" in words]
+    assert len(risky) == 1 and "--lazy_unpickle False" in risky[0]
+
+
 def parser_flags(script: str) -> set[str]:
     """Every flag that a command's `--help` shows, in its first spelling."""
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)

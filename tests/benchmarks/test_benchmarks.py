@@ -148,6 +148,16 @@ def test_the_report_says_what_the_runs_cost(tmp_path, device, gpu):
     assert widths == ({9} if device == "cpu" else {10})
 
 
+def test_a_panel_of_costs_has_the_line_of_the_baseline(tmp_path):
+    synthetic(tmp_path)
+    for kind, baseline in (("measuring", "published"), ("merging", "mergekit-yaml")):
+        table = report.medians(pd.read_csv(tmp_path / f"{kind}.csv"))
+        panels = report.with_baselines(kind, table, "params")
+        assert panels and all(
+            ["ours", baseline] == [rows["contender"].iloc[0] for rows in drawn[:2]] for drawn in panels.values()
+        )
+
+
 def test_runs_on_other_machines_and_work_are_not_compared(tmp_path):
     same = {"shape": "s", "params": 10, "method": "ties", "dtype": "bfloat16", "device": "cpu", "cache": "warm"}
     write_csv(tmp_path / "merging.csv", [Run("ours", 1, 1, 0, 0)], **same, machine="one")

@@ -254,6 +254,7 @@ def test_the_three_commands(pair):
     assert "gradients: at the base and at each expert, added up" in ended.stdout
     assert "code: loss" in ended.stdout and "of the variance of log F" in ended.stdout
     assert "means each expert to be measured on text of its own" in ended.stderr
+    assert "--guidance saliency_budget --merge_method guided_mean" in ended.stdout.replace("\\\n    ", "")
     assert json.loads((folder / "dfs/manifest.json").read_text())["guidance_options"] == {
         "gradient_at": "both",
         "saliency_power": 0.5,

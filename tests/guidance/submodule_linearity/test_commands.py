@@ -4,6 +4,7 @@ python -m pytest tests/guidance/submodule_linearity/test_commands.py
 """
 
 import functools
+import re
 import shutil
 
 import numpy as np
@@ -284,6 +285,16 @@ def test_the_whole_models_score_is_in_the_table(pair):
     whole = scores[scores["level"] == "model"]
     assert whole[["layer", "submodule", "model"]].values.tolist() == [[-1, "model", "code"], [-1, "model", "math"]]
     assert (whole["score"] > 0).all()
+
+
+def test_a_picture_shows_the_root_of_the_score_that_is_printed(pair, monkeypatch):
+    from utils import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "depth_lines", lambda table, title, *more, **keys: drawn.append((title, table)) or b"")
+    printed = re.findall(r"most \S+ \(root (\S+)%\)", decide(pair, "--plot").stdout)
+    shown = [float(table.max().max()) for title, table in drawn if "root of the non-linearity" in title]
+    assert len(shown) == 2 and max(map(float, printed)) == pytest.approx(max(shown), abs=0.006)
 
 
 def test_ties_keeps_its_density_beside_the_weights(pair):

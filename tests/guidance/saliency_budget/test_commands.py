@@ -280,7 +280,7 @@ def test_the_three_commands(pair):
 def test_refusals(pair):
     folder = pair()
     measured()
-    with refused("merge-method-unfit"):
+    with refused("flag-no-effect"):
         decided("saliency", merge_method="dare_ties")
     Path("dfs/math_saliency.safetensors").unlink()
     with refused("vectors-missing", "math_saliency.safetensors"):

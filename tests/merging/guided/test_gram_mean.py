@@ -32,18 +32,6 @@ def measured(tmp_path_factory):
     return pairs_by_family(tmp_path_factory.mktemp, measure)
 
 
-@pytest.fixture
-def pair(measured, tmp_path, monkeypatch):
-    """A measured pair of one's own, as the current folder."""
-
-    def enter(family: str = "llama") -> Path:
-        folder = shutil.copytree(measured(family), tmp_path / "pair")
-        monkeypatch.chdir(folder)
-        return folder
-
-    return enter
-
-
 def decided(**asked):
     return [read_here(path) for path in decide_here("gram_mean", **asked)]
 

@@ -34,18 +34,6 @@ def measured(tmp_path_factory):
     )
 
 
-@pytest.fixture
-def pair(measured, tmp_path, monkeypatch):
-    """A measured pair of one's own, as the current folder."""
-
-    def enter(family: str = "llama") -> Path:
-        folder = shutil.copytree(measured(family), tmp_path / "pair")
-        monkeypatch.chdir(folder)
-        return folder
-
-    return enter
-
-
 def decided(mask="magnitude", out="out", **settings):
     asked = {"merge_method": "guided_mean", "mask": mask, **settings}
     return [read_here(path) for path in decide_here("saliency_budget", out=out, **asked)]

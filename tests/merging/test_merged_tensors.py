@@ -9,6 +9,7 @@ import torch
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
 from utils.merging.merged_tensors import merged_tensors, prepare
+from utils.merging.pieces.cuts import Cut, KnownCuts
 from utils.merging.planning import PlannedMerge, plan_recipe
 from utils.merging.recipe_file import read_recipe
 from utils.merging.settings import MergeSettings
@@ -71,6 +72,34 @@ def test_several_recipes_over_the_same_models_share_a_call(llamas, tmp_path):
             before |= some
     for place, data in enumerate(recipes):
         assert_equals_written(found[place], merge_here(tmp_path, data, f"merged_{place}"))
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cuts_that_are_known_are_not_searched_again(llamas, tmp_path, method, dtype):
+    class Counted(KnownCuts):
+        def of(self, keys):
+            found = super().of(keys)
+            recalled.append(found is not None)
+            return found
+
+    data = [recipe(llamas, method, dtype=dtype, parameters={"lambda": scale}) for scale in (1.0, 0.4)]
+    data[1]["models"][1]["parameters"]["density"] = 0.35  # another cut of the first expert alone
+    known, recalled = Counted(), []
+    for place, one in enumerate([*data, data[0]]):
+        plan = planned(tmp_path / f"{place}.yaml", one)
+        (found,) = merged_tensors([prepare(plan)], [tensor.name for tensor in plan.plan.tensors], known)
+        assert_equals_written(found, merge_here(tmp_path, one, f"merged_{place}"))
+    third = len(recalled) // 3
+    assert not any(recalled[:third]) and all(recalled[2 * third :])
+    assert sum(recalled[third : 2 * third]) * 2 == third
+
+
+def test_the_newest_cuts_are_kept():
+    known = KnownCuts()
+    for number in range(known.MOST + 3):
+        known.keep([number], [Cut(number, 1)])
+    assert known.of([2]) is None and known.of([3, known.MOST + 2]) == [Cut(3, 1), Cut(known.MOST + 2, 1)]
 
 
 def test_an_aligned_vocabulary(llamas, tmp_path):

@@ -1,10 +1,14 @@
 """Candidates made ready to be scored: their skeletons and where their tensors come from. No weights are read here."""
 
+import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +21,7 @@ from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
 from utils.merging.vocabulary import embedding_rows
-from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint
+from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
 from utils.models.weight_source import (
     ResidentWeights,
@@ -30,6 +34,7 @@ from utils.passes.language_head import require_head
 from utils.passes.subjects import load_tokenizer
 from utils.runtime import computing_dtype
 
+_MOST_PLANS = 128  # kept, each of about a megabyte
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
 
@@ -62,6 +67,8 @@ class Preparing:
     dtype: str
     settings: MergeSettings
     skeletons: dict[tuple[Path, torch.dtype], Decoder] = field(default_factory=dict, repr=False)
+    _described: dict[str, Path] = field(default_factory=dict, repr=False)
+    _planned: dict[str, PlannedMerge] = field(default_factory=dict, repr=False)
 
     def model(self, candidate: Candidate) -> ReadyCandidate:
         """Make a model folder or hub id ready.
@@ -73,18 +80,21 @@ class Preparing:
         return self._ready(candidate, checkpoint)
 
     def recipe(self, candidate: Candidate, planned: PlannedMerge) -> ReadyCandidate | str:
-        """Make a planned recipe ready, or say in a clause why its model has to be written first."""
+        """Make a planned recipe ready, or say in a clause why its model has to be written first.
+
+        Where it has layers or tokens of its own, its config and tokenizer are written into a temporary folder, no weights.
+        """
         plan = planned.plan
-        if changes_layers(candidate):
-            return "it changes layers"
-        if plan.vocabulary.task is not None and not _keeps_vocabulary(planned, self.settings.trust_remote_code):
-            return "it changes the vocabulary"
         if any(not tensor.sources and not tensor.weight.optional for tensor in plan.tensors):
             return "transformers converts its tensors while loading"
-        donor = plan.inputs.donor.checkpoint
         promised = _promised(planned)
+        if changes_layers(candidate) or (
+            plan.vocabulary.task is not None and not _keeps_vocabulary(planned, self.settings.trust_remote_code)
+        ):
+            folder = self._small_files(candidate, planned)
+            promised = replace(promised, folder=folder, config=read_model_config(folder, candidate.name))
         dtype = self._computed(promised)
-        decoder = self._skeleton(donor, dtype)
+        decoder = self._skeleton(promised, dtype)
         headers = _stored(decoder, promised)
         if headers is None:
             return "transformers converts its tensors while loading"
@@ -93,15 +103,29 @@ class Preparing:
         def prepared() -> MergedModel:
             return MergedModel(prepare(planned), names, dtype)
 
-        return ReadyCandidate(candidate, decoder, donor.folder, dtype, prepared)
+        return ReadyCandidate(candidate, decoder, promised.folder, dtype, prepared)
+
+    def _small_files(self, candidate: Candidate, planned: PlannedMerge) -> Path:
+        """A folder with all that command 3 would write but the weights; recipes of one form share it."""
+        form = json.dumps(_without_parameters(candidate.merge_recipe().data), sort_keys=True)
+        if form not in self._described:
+            folder = tempfile.mkdtemp()
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            write_small_files(planned, Path(folder))
+            self._described[form] = Path(folder)
+        return self._described[form]
 
     def plan(self, candidate: Candidate) -> PlannedMerge:
-        """Plan a recipe as command 3 would.
+        """Plan a recipe as command 3 would; a plan is kept for the next round of rows.
 
         Raises:
             UserError: anything command 3 would refuse before it reads weights.
         """
-        return plan_recipe(self.settings, candidate.merge_recipe(), lambda line: None)
+        if candidate.digest not in self._planned:
+            while len(self._planned) >= _MOST_PLANS:
+                self._planned.pop(next(iter(self._planned)))
+            self._planned[candidate.digest] = plan_recipe(self.settings, candidate.merge_recipe(), lambda line: None)
+        return self._planned[candidate.digest]
 
     @contextmanager
     def written(self, candidate: Candidate, planned: PlannedMerge, beside: Path | None) -> Iterator[ReadyCandidate]:
@@ -174,6 +198,13 @@ def _keeps_vocabulary(planned: PlannedMerge, trust_remote_code: bool) -> bool:
             and tensor.shape is not None}  # fmt: skip
     before = set(embedding_rows(plan.architecture, donor).values())
     return plan.vocabulary.info.tokenizer.get_vocab() == ours and rows == before
+
+
+def _without_parameters(node: Any) -> Any:
+    """A recipe without its numbers: what decides the layers and the tokens of the result."""
+    if isinstance(node, dict):
+        return {key: _without_parameters(value) for key, value in node.items() if key != "parameters"}
+    return [_without_parameters(value) for value in node] if isinstance(node, list) else node
 
 
 def _loaded(decoder: Decoder, weights: ResidentWeights, name: str) -> ResidentWeights:

@@ -25,6 +25,7 @@ from utils.evaluation.entries import Preparing, ReadyCandidate
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights
+from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
@@ -97,6 +98,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self._preparing = Preparing(self.settings.device, self.settings.dtype, self.settings.merge)
+        self._cuts = KnownCuts()  # of the pair's changes: the next round of rows merges the same recipes again
         self._encoded: dict[str, tuple[Any, dict[str, list[EncodedRow]]]] = {}
         self._places: dict[Path, str] = {}
         self.inputs: dict[str, Checkpoint] = {
@@ -233,7 +235,7 @@ class Scorer:
         """One pass over the inputs for a group of candidates; their losses by name."""
         entries = [Entry(one.decoder, self._batches(one, rows)) for one in group]
         with ExitStack() as stack:
-            weights = CandidateWeights([one.open_weights() for one in group], self.settings.device)
+            weights = CandidateWeights([one.open_weights() for one in group], self.settings.device, self._cuts)
             stack.callback(weights.close)
             seconds = run_side_by_side(entries, weights, self.settings.device, on_block)
         self.seconds.weights += seconds.weights

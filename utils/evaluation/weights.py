@@ -8,6 +8,7 @@ import torch
 from utils.errors import UserError
 from utils.evaluation.side_by_side import NOT_FINITE
 from utils.merging.merged_tensors import MergeWork, merged_tensors
+from utils.merging.pieces.cuts import KnownCuts
 from utils.models.weight_source import WeightSource
 from utils.runtime import available_bytes
 
@@ -27,9 +28,11 @@ class MergedModel:
 class CandidateWeights:
     """The weights of several candidates; `WeightsOfMany` of `utils/evaluation/side_by_side.py`."""
 
-    def __init__(self, sources: Sequence[WeightSource | MergedModel], device: torch.device) -> None:
-        """Take each candidate's source, and the device that the tensors are wanted on."""
-        self.sources, self.device = list(sources), device
+    def __init__(
+        self, sources: Sequence[WeightSource | MergedModel], device: torch.device, known: KnownCuts | None = None
+    ) -> None:
+        """Take each candidate's source, the device that the tensors are wanted on, and cuts that were found before."""
+        self.sources, self.device, self.known = list(sources), device, known
         self._available = max(2**28, available_bytes(device) // _SHARE)
 
     def fetch(self, models: Sequence[int], names: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor] | UserError]:
@@ -51,7 +54,7 @@ class CandidateWeights:
 
     def _merged(self, models: Sequence[int], outputs: Sequence[str]) -> list[dict[str, torch.Tensor] | UserError]:
         try:
-            return merged_tensors([self.sources[model].work for model in models], outputs)
+            return merged_tensors([self.sources[model].work for model in models], outputs, self.known)
         except UserError as error:
             if NOT_FINITE not in error.codes:
                 raise

@@ -19,6 +19,7 @@ from utils.merging.draws import generator_states
 from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.pieces.by_mergekit import merge_by_mergekit
 from utils.merging.pieces.choice import DirectTensor
+from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.run import merge_directly
 from utils.merging.plan import MergePlan, OutputTensor, set_up_loading
 from utils.merging.planning import PlannedMerge
@@ -55,7 +56,9 @@ def prepare(planned: PlannedMerge) -> MergeWork:
     return MergeWork(plan, direct, left, states, division.by_counting)
 
 
-def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dict[str, Tensor]]:
+def merged_tensors(
+    works: Sequence[MergeWork], names: Sequence[str], known: KnownCuts | None = None
+) -> list[dict[str, Tensor]]:
     """Merge the tensors of some names by one or several plans.
 
     Inputs that several plans have in common are read from the disk once: tensors of one name are merged one after the
@@ -65,6 +68,8 @@ def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dic
     Args:
         works: the plans, prepared.
         names: output names (`OutputTensor.name`) that every plan has.
+        known: cuts by magnitude that were found in these inputs before, which are most of a merge's work; those found
+            now are added.
 
     Returns:
         For each plan its tensors by name, contiguous, in the plan's output dtype, on its device. An optional tensor
@@ -83,7 +88,7 @@ def merged_tensors(works: Sequence[MergeWork], names: Sequence[str]) -> list[dic
             else:
                 (drawn if work.states else others).append((place, work.left[name]))
     if pieces:
-        merge_directly(pieces, torch.get_num_threads(), lambda name, nbytes: None)
+        merge_directly(pieces, torch.get_num_threads(), lambda name, nbytes: None, known)
     for by_counting in (False, True):
         alike = [one for one in others if works[one[0]].by_counting == by_counting]
         _by_mergekit(works, alike, merged)

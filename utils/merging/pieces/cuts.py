@@ -9,7 +9,7 @@ to be kept lies. Only that span is looked at again. Nothing of the tensor's size
 Counting different spans from several threads at once is safe. The tables need the CPU.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,26 @@ class OpenCut:
     pattern: int
     span: int
     ties: int
+
+
+class KnownCuts:
+    """Cuts that were found, for whoever cuts the same changes again; the newest `MOST` of them, by what they depend on."""
+
+    MOST = 1 << 18
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Cut] = {}
+
+    def of(self, keys: Sequence[Hashable]) -> list[Cut] | None:
+        """The cuts of some keys; None unless all are known."""
+        found = [self._found.get(key) for key in keys]
+        return None if None in found else found
+
+    def keep(self, keys: Sequence[Hashable], cuts: Sequence[Cut]) -> None:
+        """Remember cuts."""
+        self._found.update(zip(keys, cuts, strict=True))
+        while len(self._found) > self.MOST:
+            self._found.pop(next(iter(self._found)), None)
 
 
 class CutSearch:

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.merging.pieces.arithmetic import Scratch
 from utils.merging.pieces.by_mergekit import merge_by_mergekit
 from utils.merging.pieces.choice import DirectTensor, Division
+from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.tensor import Output, TensorMerge
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
@@ -54,8 +55,13 @@ def run_directly(
         merge_directly([(tensor, output) for tensor in direct], threads, report)
 
 
-def merge_directly(work: Sequence[tuple[DirectTensor, Output]], threads: int, report: Report) -> None:
-    """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`."""
+def merge_directly(
+    work: Sequence[tuple[DirectTensor, Output]], threads: int, report: Report, known: KnownCuts | None = None
+) -> None:
+    """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`.
+
+    `known` are cuts of these inputs that were found before; those that are found now are added.
+    """
     progress = _Progress()
     tensors = [tensor for tensor, _ in work]
     with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, one_torch_thread():
@@ -67,7 +73,9 @@ def merge_directly(work: Sequence[tuple[DirectTensor, Output]], threads: int, re
             for name, nbytes in written.items():
                 report(name, nbytes)
 
-        jobs = (TensorMerge(tensor, inputs, output, partial(progress.add, tensor.name)) for tensor, output in work)
+        jobs = (
+            TensorMerge(tensor, inputs, output, partial(progress.add, tensor.name), known) for tensor, output in work
+        )
         WorkLine(jobs, Scratch).run(threads, meanwhile)
 
 

@@ -4,7 +4,7 @@ Spans can be worked on in any order and from several threads, each with a `Scrat
 before merging begins. Inputs that are counted are read twice, the second time from the page cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -23,7 +23,7 @@ from utils.merging.pieces.arithmetic import (
     not_finite,
 )
 from utils.merging.pieces.choice import STORED, DirectTensor
-from utils.merging.pieces.cuts import CutSearch, OpenCut
+from utils.merging.pieces.cuts import Cut, CutSearch, KnownCuts, OpenCut
 from utils.models.tensor_files import TensorFiles, as_bytes
 
 PIECE = 1 << 17  # entries at a time: with all buffers, about what a core's own cache holds
@@ -42,20 +42,24 @@ class TensorMerge:
     """The work on one tensor, a job of `utils/merging/pieces/work_line.py`. `spans` are (first entry, entry behind the last)."""
 
     def __init__(
-        self, tensor: DirectTensor, inputs: TensorFiles, output: Output, report: Callable[[int, int], None]
+        self,
+        tensor: DirectTensor,
+        inputs: TensorFiles,
+        output: Output,
+        report: Callable[[int, int], None],
+        known: KnownCuts | None = None,
     ) -> None:
         """Prepare the work on a tensor from open inputs into an open output.
 
-        `report` is told how many bytes more have been read for the first time, and how many written.
+        `report` is told how many bytes more have been read for the first time, and how many written. `known` are cuts of
+        these very inputs that need not be searched again; what is found is added.
         """
         self.tensor, self.report = tensor, report
-        self._inputs, self._output = inputs, output
+        self._inputs, self._output, self._known = inputs, output, known or KnownCuts()
         self._counting = self._merging = False  # what has been handed out
         self.spans = _spans(tensor.numel)
-        self._searches = {
-            place: CutSearch(tensor.dtype, tensor.numel, len(self.spans), ranks)
-            for place, ranks in _ranks(tensor).items()
-        }
+        self._searches: dict[int, CutSearch] = {}  # by the place of the change
+        self._cuts: dict[int, Sequence[Cut]] = {}
 
     def next_stage(self, scratch: Scratch) -> list[Callable[[Scratch], None]]:
         """The steps of the next stage: count every span (once or, for float32, twice), merge every span, nothing.
@@ -65,6 +69,8 @@ class TensorMerge:
         """
         if self._merging:
             return []
+        if not self._counting:
+            self._begin()
         if self._searches and (not self._counting or self._end_round()):
             self._counting = True
             return [partial(self._count, span) for span in range(len(self.spans))]
@@ -72,8 +78,24 @@ class TensorMerge:
             for rank, cut in enumerate(search.cuts):
                 if isinstance(cut, OpenCut):
                     search.close(rank, self._patterns_of_span(place, cut.span, scratch))
+            self._cuts[place] = search.cuts
+            self._known.keep(self._keys(place), search.cuts)
         self._merging = True
         return [partial(self._merge, span) for span in range(len(self.spans))]
+
+    def _begin(self) -> None:
+        """Take the cuts that are known, and begin to search the others."""
+        for place, ranks in _ranks(self.tensor).items():
+            found = self._known.of(self._keys(place))
+            if found is None:
+                self._searches[place] = CutSearch(self.tensor.dtype, self.tensor.numel, len(self.spans), ranks)
+            else:
+                self._cuts[place] = found
+
+    def _keys(self, place: int) -> list[Hashable]:
+        """What the cuts of a change depend on: where both inputs lie, the working dtype, the rank."""
+        both = [(header.file, header.start) for header in (self.tensor.headers[0], self.tensor.headers[place + 1])]
+        return [(*both, self.tensor.dtype, rank) for rank in _ranks(self.tensor)[place]]
 
     def _end_round(self) -> bool:
         """Draw the conclusions from what was counted; whether all has to be counted once more."""
@@ -101,7 +123,7 @@ class TensorMerge:
     def _merge(self, span: int, scratch: Scratch) -> None:
         tensor, (first, stop) = self.tensor, self.spans[span]
         width = tensor.out_dtype.itemsize
-        cuts = [cut for search in self._searches.values() for cut in search.cuts]
+        cuts = [cut for own in self._cuts.values() for cut in own]
         borders = [first, *cut_places(cuts, first, stop), stop]
         for begin, end in pairwise(borders):
             for start in range(begin, end, PIECE):
@@ -131,7 +153,7 @@ class TensorMerge:
             else:
                 change = self._change(place, base, start, scratch)
                 if band is not None:
-                    outer, *inner = (cut.floor(start) for cut in self._searches[place].cuts)
+                    outer, *inner = (cut.floor(start) for cut in self._cuts[place])
                     keep_band(change, outer, inner[0] if inner else None, scratch)
             changes.append(change)
         return combine(base, changes, rule, scratch)

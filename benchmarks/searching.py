@@ -1,17 +1,23 @@
 """What a search costs, against merging each candidate with stock mergekit-yaml, loading it and scoring it by plain transformers.
 
-    python3 benchmarks/searching.py --shape llama-78m --candidates 32
-    python3 benchmarks/searching.py --shape llama-365m --candidates 32 --seeds 0,1,2,3,4
+    python3 benchmarks/searching.py --shape llama-365m --candidates 32 --one_by_one 4
+    python3 benchmarks/searching.py --shape llama-78m --candidates 32 --rows 32 --one_by_one 0 --seeds 0,1,2,3,4 --read_all
 
 The same uniform merges (task arithmetic over lambda, TIES over density and lambda) are tried both ways on the same rows.
 One by one: each candidate is merged into a folder by `mergekit-yaml` in a process of its own, loaded, and reads every row.
 Searched: all race over the rows in passes over the inputs (`utils/searching/rounds.py`); no merged model is written. The
 models are random but for their heads, which know how often each token of their text comes: experts gain, as real ones do,
-and candidates differ. Printed are both times, split into merging and reading, loading, and the models' forward passes; the
-ratio; peak memory of the race; and whether the race's winner is the one that reading all rows would choose, or tied with it.
+and candidates differ.
+
+Kept in `benchmarks/results/searching.csv`: seconds by the clock and of the processors, split into merging (and reading),
+loading and forward passes; peak memory. `--one_by_one` says how many candidates (spread over the list) go the slow way, the
+others are counted as their mean; they are computed in float32, and one of them again in the dtype as stored, which is what
+transformers takes unasked. `--read_all` has every candidate read every row, and says whether the race's winner is the one
+chosen then, or tied with it. What is measured is not measured again: killed and typed again it goes on.
 """
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -19,10 +25,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,28 +42,85 @@ from utils.searching.knowns import Known
 from utils.searching.space import DENSITY, LAMBDA, UNIFORM, Point
 
 if TYPE_CHECKING:
+    from utils.commands.search_setup import Prepared
     from utils.evaluation.scoring import Scorer
-    from utils.pair.config import PairConfig
 
 TASKS = ("one", "two")
 FIRST_ROWS = 8
+RESULTS = ROOT / "benchmarks" / "results" / "searching.csv"
+SEARCHED, ONE_BY_ONE, AS_STORED, READ_ALL = "searched", "one by one", "one by one, dtype as stored", "all read all rows"
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds of one way: merging (and reading the inputs), loading what was written, forward passes; losses by name."""
+class Measured:
+    """One line of the results: seconds by the clock, and of all processors together (`cpu_`), of a way or of one candidate.
 
-    merging: float
-    loading: float
-    forward: float
-    total: float
+    `note` is the winner of a race, or what reading all rows says of it.
+    """
 
-    def line(self, name: str) -> str:
-        """For the table."""
-        return (
-            f"{name:<12}{self.total:>9.1f} s   merging and reading {self.merging:.1f}, loading {self.loading:.1f}, "
-            f"forward {self.forward:.1f}"
-        )
+    shape: str
+    parameters: int
+    rows: int
+    seed: int
+    way: str
+    candidates: int
+    candidate: str = ""
+    merging: float = 0.0
+    loading: float = 0.0
+    forward: float = 0.0
+    total: float = 0.0
+    cpu_merging: float = 0.0
+    cpu_total: float = 0.0
+    peak_gb: float = 0.0
+    note: str = ""
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What it is the measurement of."""
+        return tuple(map(str, (self.shape, self.rows, self.seed, self.way, self.candidates, self.candidate)))
+
+
+def processor_seconds() -> float:
+    """Seconds of all processors that this process and its ended children have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had in use, pages of mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@contextmanager
+def timed(into: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of the context to `name`, and those of the processors to `cpu_` and the name."""
+    clock, cpu = time.perf_counter(), processor_seconds()
+    yield
+    into[name] = into.get(name, 0.0) + time.perf_counter() - clock
+    into[f"cpu_{name}"] = into.get(f"cpu_{name}", 0.0) + processor_seconds() - cpu
+
+
+def read_results() -> dict[tuple[str, ...], dict[str, str]]:
+    """The results on file, by what they are the measurement of."""
+    if not RESULTS.exists():
+        return {}
+    with open(RESULTS, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    keys = ("shape", "rows", "seed", "way", "candidates", "candidate")
+    return {tuple(line[key] for key in keys): line for line in lines}
+
+
+def keep(result: Measured) -> None:
+    """Put a result on file, in the place of an earlier one of the same thing."""
+    found = read_results()
+    values = {key: round(value, 2) if isinstance(value, float) else value for key, value in asdict(result).items()}
+    found[result.place] = {key: str(value) for key, value in values.items()}
+    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Measured)])
+        writer.writeheader()
+        writer.writerows(found.values())
+    print(", ".join(f"{key} {value}" for key, value in values.items() if value not in ("", 0.0)), flush=True)
 
 
 def points(count: int) -> list[Known]:
@@ -119,133 +183,201 @@ def _teach_head(place: Path, lines: Sequence[str]) -> None:
     (place / "taught").touch()
 
 
-def race(config: "PairConfig", scorer: "Scorer", known: Sequence[Known], folder: Path) -> tuple[Costs, str, Any]:
-    """All candidates in one race; the winner's name, and the search for more questions."""
-    from utils.commands.search_setup import SearchOptions, prepare_search
+@dataclass
+class Benchmark:
+    """One shape and seed, made ready: what is tried, and everything a search holds."""
 
-    options = SearchOptions(config, folder, trials=len(known), first_rows=FIRST_ROWS, quiet=True, device="cpu")
-    ready = prepare_search(options, lambda line: None, known, [scorer])
-    scorer.seconds.weights = scorer.seconds.forward = 0.0  # the pair's own losses are needed by both ways
-    start = time.perf_counter()
-    ready.search.run_batch(0, len(known))
-    total = time.perf_counter() - start
-    finished = ready.study.finished(ready.yardstick.all_rows)
-    best = max(finished, key=lambda one: sum(one.gains.values()))
-    return Costs(scorer.seconds.weights, 0.0, scorer.seconds.forward, total), best.known, ready
+    shape: str
+    seed: int
+    work: Path
+    known: Sequence[Known]
+    scorer: "Scorer"
+    ready: "Prepared"
 
+    def line(self, way: str, candidate: str = "", note: str = "", **numbers: float) -> Measured:
+        """A line of results."""
+        own = {key: value for key, value in numbers.items() if key in {field.name for field in fields(Measured)}}
+        parameters = parameter_count(self.work / "models" / "base")
+        rows = self.ready.yardstick.all_rows
+        return Measured(self.shape, parameters, rows, self.seed, way, len(self.known), candidate, note=note, **own)
 
-def one_by_one(ready: Any, known: Sequence[Known], work: Path) -> tuple[Costs, dict[str, dict[tuple[str, int], float]]]:
-    """Each candidate merged by stock mergekit, loaded and scored; the losses by candidate and row."""
-    merging = loading = forward = 0.0
-    losses = {}
-    begin = time.perf_counter()
-    for one in known:
-        recipe, merged = work / "candidate.yaml", work / "merged"
+    def is_done(self, way: str, candidate: str = "") -> bool:
+        """Whether a result is on file."""
+        return self.line(way, candidate).place in read_results()
+
+    def race(self) -> None:
+        """All candidates in one race; one that was measured is raced again from its losses."""
+        seconds, spent, done = self.scorer.seconds, {}, self.is_done(SEARCHED)
+        seconds.weights = seconds.forward = 0.0  # the pair's own losses are needed by both ways
+        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts
+        with timed(spent, "total"):
+            self.ready.search.run_batch(0, len(self.known))
+        if not done:
+            numbers = {**spent, "merging": seconds.weights, "forward": seconds.forward, "peak_gb": peak_bytes() / 1e9}
+            keep(self.line(SEARCHED, note=self.winner(), **numbers))
+
+    def winner(self) -> str:
+        """The name of the race's best candidate."""
+        finished = self.ready.study.finished(self.ready.yardstick.all_rows)
+        return max(finished, key=lambda one: sum(one.gains.values())).known
+
+    def one_by_one(self, one: Known, dtype: str, way: str) -> None:
+        """A candidate merged by stock mergekit, loaded and scored."""
+        recipe, merged, spent = self.work / "candidate.yaml", self.work / "merged", {}
         shutil.rmtree(merged, ignore_errors=True)
-        publish_files(
-            work, {recipe.name: yaml.safe_dump(dict(ready.maker.make(one.point).data)).encode()}, overwrite=True
-        )
-        start = time.perf_counter()
+        data = yaml.safe_dump(dict(self.ready.maker.make(one.point).data)).encode()
+        publish_files(self.work, {recipe.name: data}, overwrite=True)
         command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(merged)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        merging += time.perf_counter() - start
-        losses[one.name], spent = _scored(ready, merged)
-        loading, forward = loading + spent[0], forward + spent[1]
-    shutil.rmtree(work / "merged", ignore_errors=True)
-    return Costs(merging, loading, forward, time.perf_counter() - begin), losses
+        with timed(spent, "total"):
+            with timed(spent, "merging"):
+                subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            losses = self._scored(merged, dtype, spent)
+        shutil.rmtree(merged, ignore_errors=True)
+        keep(self.line(way, one.name, self._apart(one, losses), **spent))
+
+    def _scored(self, folder: Path, dtype: str, spent: dict[str, float]) -> dict[tuple[str, int], float]:
+        """The losses of a folder's model on all validation rows, by transformers in batches."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with timed(spent, "loading"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        _, encoded = self.scorer.encoded(folder, str(folder))
+        found = {}
+        with timed(spent, "forward"), torch.inference_mode():
+            for task, numbers in self.ready.yardstick.rows.items():
+                for at in range(0, len(numbers), 16):
+                    chosen = numbers[at : at + 16]
+                    ids = [torch.tensor(encoded[task][number].ids) for number in chosen]
+                    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+                    mask = torch.arange(batch.shape[1]) < torch.tensor([len(own) for own in ids])[:, None]
+                    logits = model(input_ids=batch, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+                    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+                    for place, number in enumerate(chosen):
+                        row = encoded[task][number]
+                        found[task, number] = float(nll[place, row.first - 1 : len(row.ids) - 1].double().sum())
+        return found
+
+    def _apart(self, one: Known, losses: Mapping[tuple[str, int], float]) -> str:
+        """How far these losses are from those of the search, where it has them."""
+        digest = self.ready.maker.make(one.point).digest
+        known = self.ready.losses.nll
+        both = [(value, known[digest, *row]) for row, value in losses.items() if (digest, *row) in known]
+        largest = max((abs(mine - theirs) / theirs for mine, theirs in both), default=0.0)
+        return f"{len(both)} losses that the race read, too, are {largest:.1e} apart at most"
+
+    def read_all(self) -> None:
+        """Have every candidate read every row, and keep what that says of the race's winner."""
+        from utils.evaluation.candidates import Candidate
+        from utils.searching.losses import Entrant
+
+        made = [self.ready.maker.make(one.point) for one in self.known]
+        entrants = [Entrant(one.digest, Candidate(one.digest[:16], recipe=one.data)) for one in made]
+        spent: dict[str, float] = {}
+        with timed(spent, "total"):
+            for seen in self.ready.search.schedule():
+                self.ready.losses.require(entrants, self.ready.yardstick.first(seen))
+        keep(self.line(READ_ALL, note=self._verdict([one.digest for one in made]), **spent))
+
+    def _verdict(self, digests: Sequence[str]) -> str:
+        """Whether the race's winner is the best of all rows, or how far it is behind and whether a paired test sees that."""
+        import numpy as np
+
+        from utils.searching import racing
+
+        yardstick, losses = self.ready.yardstick, self.ready.losses
+        nll, base = losses.table(digests, yardstick.rows), losses.table([yardstick.base], yardstick.rows)[0]
+        task = np.repeat(np.arange(len(yardstick.rows)), [len(own) for own in yardstick.rows.values()])
+        read = racing.Rows(task, losses.sizes(yardstick.base, yardstick.rows))
+        figure = yardstick.objective.figure(racing.gains(nll, read, base, yardstick.scales))
+        best, names = int(figure.argmax()), [one.name for one in self.known]
+        winner = names.index(self.winner())
+        if best == winner:
+            return "the same winner"
+        apart = racing.beaten(nll[[best, winner]], read, base, yardstick.scales, yardstick.objective, 0.05)[1]
+        behind = 100 * (figure[best] - figure[winner])
+        return f"another winner, {behind:.2f} points behind: {'beaten' if apart else 'tied (paired test, 5 %)'}"
 
 
-def _scored(ready: Any, folder: Path) -> tuple[dict[tuple[str, int], float], tuple[float, float]]:
-    """The losses of a folder's model on all validation rows, by transformers in batches; seconds of loading and forward."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
+    """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
+    from utils.commands.search_setup import SearchOptions, make_scorers, prepare_search
+    from utils.pair.config import read_pair_config
 
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    loaded = time.perf_counter()
-    _, encoded = ready.scorer.encoded(folder, str(folder))
-    found = {}
-    with torch.inference_mode():
-        for task, numbers in ready.yardstick.rows.items():
-            for at in range(0, len(numbers), 16):
-                chosen = numbers[at : at + 16]
-                ids = [torch.tensor(encoded[task][number].ids) for number in chosen]
-                batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-                mask = torch.arange(batch.shape[1]) < torch.tensor([len(own) for own in ids])[:, None]
-                logits = model(input_ids=batch, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-                nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-                for place, number in enumerate(chosen):
-                    row = encoded[task][number]
-                    found[task, number] = float(nll[place, row.first - 1 : len(row.ids) - 1].double().sum())
-    return found, (loaded - start, time.perf_counter() - loaded)
+    (work / "search").mkdir(parents=True, exist_ok=True)
+    config = read_pair_config(make_pair(shape, work, 4 * rows, seed))
+    options = SearchOptions(
+        config,
+        work / "search",
+        trials=candidates,
+        first_rows=FIRST_ROWS,
+        validation_rows=rows,
+        test_rows=2,
+        device="cpu",
+        quiet=True,
+    )
+    known = points(candidates)
+    scorers = make_scorers(options, lambda line: None)
+    ready = prepare_search(options, lambda line: None, known, scorers)
+    return Benchmark(shape, seed, work, known, scorers[0], ready)
 
 
-def verdict(ready: Any, winner: str, losses: Mapping[str, Mapping[tuple[str, int], float]]) -> str:
-    """Whether the race's winner is the best of all rows, or how far it is behind and whether a paired test sees that."""
-    import numpy as np
-
-    from utils.searching import racing
-
-    yardstick = ready.yardstick
-    rows = [(task, number) for task, numbers in yardstick.rows.items() for number in numbers]
-    names = list(losses)
-    nll = np.array([[losses[name][row] for row in rows] for name in names])
-    task = np.repeat(np.arange(len(yardstick.rows)), [len(own) for own in yardstick.rows.values()])
-    read = racing.Rows(task, ready.losses.sizes(yardstick.base, yardstick.rows))
-    base = ready.losses.table([yardstick.base], yardstick.rows)[0]
-    figure = yardstick.objective.figure(racing.gains(nll, read, base, yardstick.scales))
-    best = int(figure.argmax())
-    if names[best] == winner:
-        return "the same winner"
-    pair = nll[[best, names.index(winner)]]
-    apart = racing.beaten(pair, read, base, yardstick.scales, yardstick.objective, 0.05)[1]
-    behind = 100 * (figure[best] - figure[names.index(winner)])
-    return f"another winner, {behind:.2f} points behind: {'beaten' if apart else 'tied (paired test, 5 %)'}"
+def report(shape: str, candidates: int) -> None:
+    """Print what the results on file come to, for every seed of a shape that has both ways."""
+    lines = [line for line in read_results().values() if line["shape"] == shape]
+    lines = [line for line in lines if int(line["candidates"]) == candidates]
+    for race in (line for line in lines if line["way"] == SEARCHED):
+        for way in (ONE_BY_ONE, AS_STORED):
+            own = [one for one in lines if one["way"] == way and one["rows"] == race["rows"]]
+            if not own:
+                continue
+            mean = {key: sum(float(one[key]) for one in own) / len(own) for key in ("total", "cpu_total", "forward")}
+            said = [
+                f"{what} {candidates * mean[key] / float(race[key]):.1f}"
+                for what, key in (("by the clock", "total"), ("of the processors", "cpu_total"), ("forward", "forward"))
+            ]
+            print(f"{shape}, seed {race['seed']}, {way} ({len(own)} measured): times less time: {', '.join(said)}")
 
 
 def main() -> None:
-    """Time both ways for each seed."""
+    """Measure what is not on file yet, for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-78m", choices=SHAPES)
     parser.add_argument("--candidates", type=int, default=32)
     parser.add_argument("--rows", type=int, default=64, help="validation rows a task")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--one_by_one", type=int, default=2, help="candidates that are merged, loaded and scored")
+    parser.add_argument("--read_all", action="store_true", help="judge the race's winner on all rows of all")
     parser.add_argument("--work", type=Path, default=ROOT / "output" / "bench_search")
     args = parser.parse_args()
 
+    from utils.runtime import let_waiting_threads_sleep
+
+    let_waiting_threads_sleep()
+
     from utils.commands.measure import quiet_libraries
-    from utils.commands.search_setup import SearchOptions, make_scorers
-    from utils.pair.config import read_pair_config
 
     quiet_libraries()
     print(f"machine: {machine()}")
     for seed in map(int, args.seeds.split(",")):
         work = (args.work / f"{args.shape}_{seed}").resolve()
-        shutil.rmtree(work / "search", ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        config = read_pair_config(make_pair(args.shape, work, 4 * args.rows, seed))
-        options = SearchOptions(
-            config, work / "search", validation_rows=args.rows, test_rows=2, device="cpu", quiet=True
-        )
-        (scorer,) = make_scorers(options, lambda line: None)
-        known = points(args.candidates)
-        (work / "search").mkdir()
-        searched, winner, ready = race(config, scorer, known, work / "search")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        single, losses = one_by_one(ready, known, work)
-        ready.study.close()
-        params = parameter_count(work / "models" / "base")
-        read = sum(len(own) for own in ready.yardstick.rows.values())
-        print(f"\n{args.shape} ({params / 1e6:.0f} M), {len(known)} candidates, {read} rows, seed {seed}:\n")
-        print(single.line("one by one"))
-        print(searched.line("searched"))
-        ratio = single.total / searched.total
-        merging = (single.merging + single.loading) / max(1e-9, searched.merging)
-        print(
-            f"{ratio:.1f} times less time (merging, reading and loading {merging:.1f}, forward "
-            f"{single.forward / max(1e-9, searched.forward):.1f}); peak memory of the race {peak:.2f} GB; "
-            f"{verdict(ready, winner, losses)}"
-        )
+        places = (args.shape, 2 * args.rows, seed, SEARCHED, args.candidates, "")
+        if tuple(map(str, places)) not in read_results():
+            shutil.rmtree(work / "search", ignore_errors=True)  # of a race that was killed
+        bench = prepared(args.shape, seed, args.candidates, args.rows, work)
+        bench.race()
+        step = max(1, len(bench.known) // max(1, args.one_by_one))
+        slow = bench.known[step // 2 :: step][: args.one_by_one]
+        for one in slow:
+            if not bench.is_done(ONE_BY_ONE, one.name):
+                bench.one_by_one(one, "float32", ONE_BY_ONE)
+        for one in slow[:1]:
+            if not bench.is_done(AS_STORED, one.name):
+                bench.one_by_one(one, "auto", AS_STORED)
+        if args.read_all and not bench.is_done(READ_ALL):
+            bench.read_all()
+        bench.ready.study.close()
+    report(args.shape, args.candidates)
 
 
 if __name__ == "__main__":

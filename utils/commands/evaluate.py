@@ -329,16 +329,7 @@ def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -
             }
             for one in evaluated.candidates
         ],
-        "tasks": [
-            {
-                "name": task.name,
-                "text": task.summary,
-                "experts": list(task.experts),
-                "rows_sha256": task.digest,
-                "rows": {part: [task.rows[row].place for row in task.part(part)] for part in ("validation", "test")},
-            }
-            for task in scorer.tasks
-        ],
+        "tasks": [task.record() for task in scorer.tasks],
     }
 
 

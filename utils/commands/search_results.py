@@ -186,16 +186,7 @@ def _request(
         "reference": evaluated.reference,
         "best": {names[one.digest]: {"trial": one.number, **one.point.plain()} for one in winners.all},
         "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
-        "tasks": [
-            {
-                "name": task.name,
-                "text": task.summary,
-                "experts": list(task.experts),
-                "rows_sha256": task.digest,
-                "rows": {part: [task.rows[row].place for row in task.part(part)] for part in ("validation", "test")},
-            }
-            for task in scorer.tasks
-        ],
+        "tasks": [task.record() for task in scorer.tasks],
     }
 
 

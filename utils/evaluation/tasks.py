@@ -73,6 +73,16 @@ class Task:
         """The numbers of the rows for `validation` or `test`."""
         return [number for number, row in enumerate(self.rows) if row.part == name]
 
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it: the text, whose it is, the places of its rows."""
+        return {
+            "name": self.name,
+            "text": self.summary,
+            "experts": list(self.experts),
+            "rows_sha256": self.digest,
+            "rows": {part: [self.rows[row].place for row in self.part(part)] for part in (VALIDATION, TEST)},
+        }
+
     @property
     def digest(self) -> str:
         """SHA-256 of all rows in their order."""

@@ -58,6 +58,14 @@ def pristine(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def pair(pristine, tmp_path, monkeypatch) -> Path:
+    """A copy of it of the test's own, as the current folder."""
+    folder = shutil.copytree(pristine, tmp_path / "pair")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Reading a weight for a merge fails the test."""
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader

@@ -29,14 +29,6 @@ ARGUMENTS = ("--config", "pair.yaml", "--out_dir", "out/deltas")
 WRITTEN = {"code_delta.csv", "math_delta.csv", "norms.csv", "manifest.json"}
 
 
-@pytest.fixture
-def pair(pristine, tmp_path, monkeypatch) -> Path:
-    """A pair of one's own, as the current folder."""
-    folder = shutil.copytree(pristine, tmp_path / "pair")
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def refuses(code: str, *arguments: object) -> str:
     """The command refuses with this code and changes nothing; its message."""
     return refused_here(code, SCRIPT, *(arguments or ARGUMENTS))

@@ -5,10 +5,8 @@ python -m pytest tests/guidance/test_method.py
 
 import importlib
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,11 +21,6 @@ from utils.recipes.coefficients import lines_control, mean_density
 
 MATH = {"path": "rows.jsonl", "text": "{question} {answer}", "seqlen": 32}
 CODE = {"path": "rows.jsonl", "text": "{answer}", "seqlen": 32}
-
-
-@pytest.fixture
-def pair(pristine, tmp_path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "pair")
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.plain_gradients import token_lists
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_tiny
+from tests.tiny_checkpoints import FAMILIES, save_tiny
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
@@ -18,11 +19,6 @@ from utils.passes.block_runner import run_blocks
 
 CPU = torch.device("cpu")
 LENGTHS = (17, 30, 5, 23, 11)  # longer than the sliding windows (8) of Gemma 2 and 3
-
-
-def token_lists(lengths=LENGTHS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 def opened(folder, dtype=torch.float32, resident=False):
@@ -62,7 +58,7 @@ def plain(folder, encoded, paths):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_equals_a_plain_forward(family, tmp_path):
     save_tiny(family, tmp_path)
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     decoder, batches, finals, norms = streamed(tmp_path, encoded)
     assert sorted(part.path for part in decoder.components) == sorted(FAMILIES[family][2])
     names = {
@@ -89,7 +85,7 @@ def test_block_by_block_equals_a_plain_forward(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_micro_batch_size_does_not_matter(family, tmp_path):
     save_tiny(family, tmp_path)
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     results = [streamed(tmp_path, encoded, tokens_at_once=size)[3] for size in (1, 40, 10_000)]
     for other in results[1:]:
         for key, norm in results[0].items():
@@ -98,7 +94,7 @@ def test_micro_batch_size_does_not_matter(family, tmp_path):
 
 def test_sample_order_does_not_matter(tmp_path):
     save_tiny("llama", tmp_path)
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     one, other = (streamed(tmp_path, order)[3] for order in (encoded, encoded[::-1]))
     for key, norm in one.items():
         assert float(other[key]) == pytest.approx(float(norm), rel=1e-6)
@@ -107,7 +103,7 @@ def test_sample_order_does_not_matter(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_model_that_transformers_loads_gives_the_same(family, tmp_path):
     save_tiny(family, tmp_path)
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     streaming, resident = (streamed(tmp_path, encoded, resident=way)[3] for way in (False, True))
     for key, norm in streaming.items():
         assert float(resident[key]) == pytest.approx(float(norm), rel=1e-9)
@@ -117,7 +113,7 @@ def test_a_model_that_transformers_loads_gives_the_same(family, tmp_path):
 def test_pruning_while_measuring_equals_the_plain_procedure(family, tmp_path):
     """The oracle prunes a resident model block by block with a stable sort and re-runs it from the start."""
     save_tiny(family, tmp_path)
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     decoder, _, _, norms = streamed(tmp_path, encoded, sparsity=0.5)
     paths = [f"{decoder.blocks_path}.{layer}.{part.path}" for layer in range(3) for part in decoder.components]
     model, _, _ = plain(tmp_path, encoded, [])
@@ -175,7 +171,7 @@ def test_only_one_block_is_in_the_model_at_a_time(tmp_path):
     save_tiny("llama", tmp_path, layers=6)
     decoder, weights = opened(tmp_path)
     watcher = Watcher(decoder.model)
-    run_blocks(decoder, weights, micro_batches(token_lists(), 64, 0), watcher, CPU)
+    run_blocks(decoder, weights, micro_batches(token_lists(LENGTHS), 64, 0), watcher, CPU)
     block = sum(p.numel() for p in decoder.blocks[0].parameters())
     outside = sum(p.numel() for p in decoder.body.parameters()) - 6 * block
     assert set(watcher.live) == {outside + block}
@@ -187,7 +183,7 @@ def test_a_failure_in_a_block_leaves_the_model_as_it_was(tmp_path):
     decoder, weights = opened(tmp_path)
     before = copy.copy(decoder.blocks[0].__dict__)
     with pytest.raises(RuntimeError, match="planned"):
-        run_blocks(decoder, weights, micro_batches(token_lists(), 64, 0), Watcher(decoder.model, fail_at=1), CPU)
+        run_blocks(decoder, weights, micro_batches(token_lists(LENGTHS), 64, 0), Watcher(decoder.model, fail_at=1), CPU)
     assert all(p.device.type == "meta" for p in decoder.model.parameters())
     assert decoder.blocks[0].__dict__.keys() == before.keys()
     assert not any(module._forward_pre_hooks for module in decoder.model.modules())
@@ -198,7 +194,7 @@ def test_a_model_that_skips_a_block_is_refused(tmp_path):
     decoder, weights = opened(tmp_path)
     decoder.body.config.num_hidden_layers = 2  # Llama's forward slices its blocks by this number
     with refused("model-unsupported", "once each and in order"):
-        run_blocks(decoder, weights, micro_batches(token_lists(), 64, 0), Watcher(decoder.model), CPU)
+        run_blocks(decoder, weights, micro_batches(token_lists(LENGTHS), 64, 0), Watcher(decoder.model), CPU)
 
 
 class Wayward(nn.Module):

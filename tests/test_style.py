@@ -38,29 +38,21 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 
 
-def calls_of(tree: ast.AST, *names: str) -> list[ast.Call]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_refusal_has_a_code_and_keeps_its_cause(path):
-    tree = ast.parse(path.read_text())
-    for call in calls_of(tree, "UserError", "Problem"):
-        code = [*call.args[1:2], *(word.value for word in call.keywords if word.arg in ("code", "codes"))]
-        assert code, f"line {call.lineno}: no code"
-        if isinstance(code[0], ast.Constant):
-            assert CODE.fullmatch(code[0].value), f"line {call.lineno}: {code[0].value!r}"
-    hidden = [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant) and node.cause.value is None
-    ]
-    assert not hidden, f"lines {hidden}: `from None` loses the cause"
-
-
 @functools.cache
 def nodes_of(path: Path) -> list[ast.AST]:
     return list(ast.walk(ast.parse(path.read_text())))
+
+
+def test_every_refusal_has_a_code_and_keeps_its_cause():
+    for path in SOURCES:
+        for node in nodes_of(path):
+            where = f"{path}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "Problem"):
+                code = [*node.args[1:2], *(word.value for word in node.keywords if word.arg in ("code", "codes"))]
+                assert code, f"{where}: no code"
+                assert not isinstance(code[0], ast.Constant) or CODE.fullmatch(code[0].value), where
+            if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant):
+                assert node.cause.value is not None, f"{where}: `from None` loses the cause"
 
 
 NAMED = {
@@ -93,6 +85,13 @@ def test_tests_match_codes():
             if isinstance(node, ast.Compare) and path.name not in ("refusals.py", "test_errors.py", "test_demo.py"):
                 left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
                 assert (left[-10:], right) != ("returncode", "2"), f"{path}, line {node.lineno}: use `refusal_code`"
+
+
+def test_tests_share_builders_and_not_each_others_fixtures():
+    """What two modules of tests need lies in a file without tests."""
+    for path in TESTS:
+        modules = [node.module or "" for node in nodes_of(path) if isinstance(node, ast.ImportFrom)]
+        assert not [module for module in modules if module.startswith("tests.") and ".test_" in module], path
 
 
 def is_private(name: str) -> bool:

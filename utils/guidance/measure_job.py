@@ -1,46 +1,28 @@
 """What the *measure* half of a guidance method works on: prepared models, devices, and a way to run over them."""
 
-import concurrent.futures
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
 from utils.pair.config import ModelEntry, PairConfig
 from utils.passes.subjects import EncodedText, Subject
 from utils.progress_bar import progress_bar
-from utils.runtime import return_freed_memory
+from utils.workers.local import LocalWorkers
+from utils.workers.piece import Piece, Workers
 
 if TYPE_CHECKING:
     import torch
 
     from utils.models.weight_source import WeightSource
 
-OnBlock = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Work:
-    """One piece of work that needs a device to itself.
-
-    `label` is shown beside the progress bar and in messages; `blocks` is how often `do` will call what it is given as
-    its second argument, with a block's number.
-    """
-
-    label: str
-    blocks: int
-    do: "Callable[[torch.device, OnBlock], Any]"
-
 
 @dataclass(frozen=True)
 class Measured:
     """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
 
-    A file too large for memory is a path in the job's `workspace`.
+    A file too large for memory is one that a piece wrote, as a path in the job's `workspace`.
     """
 
     files: Mapping[str, bytes | Path]
@@ -53,8 +35,9 @@ class MeasureJob:
     """Everything a *measure* half needs.
 
     `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
-    values of the method's own flags. `workspace` is where the *measure* half may make a folder, on the file system of
-    the results, for files that are too large for memory; what it does not hand over is removed. `quiet`: no progress.
+    values of the method's own flags. `workspace` is the folder of the pieces' results, on the file system of what is
+    published; what is not handed over is removed. `quiet`: no progress. `workers` do the pieces in the place of `devices`.
+    `batches_a_piece` is how many micro-batches a piece takes at most, where sums can be split by them; None: all.
     """
 
     config: PairConfig
@@ -65,6 +48,8 @@ class MeasureJob:
     at_once: int = 1
     workspace: Path | None = None
     quiet: bool = False
+    workers: Workers | None = None
+    batches_a_piece: int | None = None
 
     @property
     def base(self) -> Subject:
@@ -92,72 +77,30 @@ class MeasureJob:
             return ResidentWeights(subject.checkpoint, device, subject.dtype, self.trust_remote_code)
         return StreamedWeights(subject.headers, device, subject.dtype)
 
-    def run(self, works: Sequence[Work]) -> list[Any]:
-        """Do all pieces of work with one progress bar, side by side where `devices` and `at_once` say; results in order.
+    def of(self, *subjects: Subject) -> "MeasureJob":
+        """This job as a piece of it needs it: these subjects, with skeletons that nobody else uses; nothing of where it runs.
+
+        Weights are placed into skeletons, and pieces may run side by side.
+        """
+        own = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
+        return MeasureJob(self.config, own, (), self.options, self.trust_remote_code)
+
+    def run(self, pieces: Sequence[Piece]) -> list[Any]:
+        """Do all pieces with one progress bar, where `workers` or `devices` and `at_once` say; results in their order.
+
+        Results are kept in `workspace`, the files that a piece wrote among them, in a folder of its name.
 
         Raises:
-            UserError: what the work raises; a GPU that ran out of memory.
+            UserError: what a piece raises; a GPU that ran out of memory.
         """
-        lanes = (self.devices if len(self.devices) > 1 else self.devices * self.at_once)[: len(works)]
-        if len(lanes) > len(self.devices) and not self.quiet:
-            print(f"side by side: {len(lanes)} models at a time share the threads", flush=True)
-        free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-        for device in lanes:
-            free.put(device)
-        given_up = threading.Event()
-        total = sum(work.blocks for work in works)
-        with progress_bar("measuring", total, "block", quiet=self.quiet) as bar, _shared_threads(lanes):
+        say = (lambda line: None) if self.quiet else (lambda line: print(line, flush=True))
+        workers = self.workers or LocalWorkers(self.devices, self.at_once, say)
+        with progress_bar("measuring", sum(piece.steps for piece in pieces), "block", quiet=self.quiet) as bar:
 
-            def on_block(layer: int) -> None:
-                return_freed_memory()  # else the freed temporaries of block after block pile up
-                bar.update()
-                if given_up.is_set():
-                    raise concurrent.futures.CancelledError
+            def on_progress(label: str, steps: int) -> None:
+                if steps:
+                    bar.update(steps)
+                else:
+                    bar.set_postfix_str(label)
 
-            def do(work: Work) -> Any:
-                device = free.get()
-                bar.set_postfix_str(work.label)
-                try:
-                    return _within_memory(work, device, on_block)
-                finally:
-                    free.put(device)
-
-            if len(lanes) <= 1:
-                return [do(work) for work in works]
-            with concurrent.futures.ThreadPoolExecutor(len(lanes), thread_name_prefix="measure") as pool:
-                try:
-                    return list(pool.map(do, works))
-                except BaseException:
-                    given_up.set()
-                    pool.shutdown(cancel_futures=True)
-                    raise
-
-
-@contextlib.contextmanager
-def _shared_threads(lanes: "Sequence[torch.device]") -> Iterator[None]:
-    """Share torch's threads among works on the CPU, which start meanwhile."""
-    import torch
-
-    before = torch.get_num_threads()
-    if lanes and lanes[0].type == "cpu":
-        torch.set_num_threads(max(1, before // len(lanes)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _within_memory(work: Work, device: "torch.device", on_block: OnBlock) -> Any:
-    import torch
-
-    # a model's own kernels may be written for the current GPU, which is another one where several measure side by side
-    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    try:
-        with current:
-            return work.do(device, on_block)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"{work.label}: the GPU ran out of memory; lower --micro_batch_tokens, nsamples or seqlen, or use "
-            "--device cpu",
-            "device-out-of-memory",
-        ) from error
+            return workers.run(pieces, self.workspace, on_progress)

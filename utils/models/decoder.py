@@ -5,7 +5,8 @@ the config has hidden layers; the components are the linear modules inside a blo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,16 @@ class Decoder:
     def weight_name(self, layer: int, component: Component) -> str:
         """The name, in the model, of the weight of one component of one block."""
         return f"{self.blocks_path}.{layer}.{component.path}.weight"
+
+    def without_model(self) -> dict[str, Any]:
+        """What was found, as plain data, for `on_model`."""
+        names = (one.name for one in fields(self))
+        return {name: getattr(self, name) for name in names if name not in ("model", "body", "blocks")}
+
+    @classmethod
+    def on_model(cls, model: nn.Module, found: Mapping[str, Any]) -> "Decoder":
+        """What was found in a model, seen in another one that was built alike."""
+        return cls(model=model, body=model.base_model, blocks=model.get_submodule(found["blocks_path"]), **found)
 
 
 def find_decoder(

@@ -76,6 +76,11 @@ class SecondMoments:
         """Say which micro-batch comes next (on the block's device)."""
         self.batch, self._last, self._real_rows = batch, None, None
 
+    def take(self) -> dict[str, torch.Tensor]:
+        """The sums by path since the last time, or since a block was attached; they begin at zero again."""
+        taken, self.sums = self.sums, {}
+        return taken
+
     def checked(self, layer: int, expected_tokens: int) -> dict[str, torch.Tensor]:
         """The sums by path, each [in] float64, after a check that each part saw every token once.
 

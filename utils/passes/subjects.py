@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,8 @@ class Subject:
     """One model, ready to be measured: nothing of its weights is in memory yet.
 
     `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint. `texts`
-    holds every text of the pair config in the model's tokens.
+    holds every text of the pair config in the model's tokens. Pickled, it takes no modules along: the skeleton is built
+    again from the checkpoint's folder, which has to be there.
     """
 
     entry: ModelEntry
@@ -74,10 +75,23 @@ class Subject:
     headers: "Mapping[str, TensorHeader] | None"
     dtype: "torch.dtype"
     texts: Mapping[CalibrationSource, EncodedText]
+    trust_remote_code: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "decoder"}
+        return _with_new_skeleton, (plain, self.decoder.without_model())
 
     def stored_name(self, parameter: str) -> str:
         """The name in the checkpoint of a parameter of the model."""
         return parameter if self.headers is None else self.headers[parameter].name
+
+
+def _with_new_skeleton(plain: Mapping[str, Any], found: Mapping[str, Any]) -> Subject:
+    from utils.models.decoder import Decoder
+    from utils.models.weight_source import build_skeleton
+
+    model = build_skeleton(plain["checkpoint"], plain["dtype"], plain["trust_remote_code"])
+    return Subject(decoder=Decoder.on_model(model, found), **plain)
 
 
 def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
@@ -160,7 +174,7 @@ def _subject(
         source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)
         for source, ids in encoded.items()
     }
-    return Subject(entry, checkpoint, decoder, headers, dtype, texts)
+    return Subject(entry, checkpoint, decoder, headers, dtype, texts, trust_remote_code)
 
 
 def _dtype_of(checkpoint: Checkpoint, precision: Precision, parity: bool) -> str:

@@ -1,24 +1,21 @@
 """gram_mean, measure half: losses, Gram matrices and squared gradients of every expert on its own text."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from utils.errors import UserError
 from utils.guidance.gram_mean.method import ACCEPT, LOSSES, TENSORS, gram_file
 from utils.guidance.gram_mean.pair_pass import PairPart, PairSide, pair_pass
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
-from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
+from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.text_gain import TextGain, refuse_useless_text, text_gain
 from utils.models.decoder import is_transposed, weight_matrix
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, first_stored_name
 from utils.recipes.gram_file import GramFileWriter
 from utils.runtime import gigabytes
+from utils.workers.piece import Piece, Place
 
 
 @dataclass(frozen=True)
@@ -54,22 +51,20 @@ def choices(job: MeasureJob) -> list[str]:
 
 def measure(job: MeasureJob) -> Measured:
     """One file of matrices for each expert, and the tables."""
-    works = []
-    job.workspace.mkdir()
+    pieces = []
     for expert in job.experts:
         for subject in (job.base, expert):
             if subject.headers is not None:
                 require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
-        # A skeleton of its own for each work: works may run side by side, and weights are placed into it.
-        pair = tuple(replace(one, decoder=copy.deepcopy(one.decoder)) for one in (job.base, expert))
-        works.append(Work(expert.entry.type, 4 * len(expert.decoder.blocks), partial(_measure_expert, job, *pair)))
-    found: list[ExpertGrams] = job.run(works)
+        name, blocks, own = expert.entry.type, 4 * len(expert.decoder.blocks), job.of(job.base, expert)
+        pieces.append(Piece(name, _measure_expert, (own,), blocks, name, types=(ExpertGrams, TextGain)))
+    found: list[ExpertGrams] = job.run(pieces)
     files: dict[str, bytes | Path] = {
         TENSORS: TENSOR_TABLE.content(row for one in found for row in one.tensors),
         LOSSES: LOSS_TABLE.content(row for one in found for row in one.losses),
     }
     names = [expert.entry.type for expert in job.experts]
-    files |= {gram_file(name): job.workspace / gram_file(name) for name in names}
+    files |= {gram_file(name): job.workspace / name / gram_file(name) for name in names}
     notes = [
         f"{name}: loss {one.gain.base:.4f} at the base, {one.gain.expert:.4f} at the expert (nats per token on its own "
         f"text, {one.gain.samples} samples)"
@@ -83,22 +78,21 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(files, tuple(notes), tuple(doubts))
 
 
-def _measure_expert(
-    job: MeasureJob, base: Subject, expert: Subject, device: torch.device, on_block: OnBlock
-) -> ExpertGrams:
-    name, subjects = expert.entry.type, (base, expert)
+def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
+    subjects = _, expert = job.subjects
+    name = expert.entry.type
     samples = [job.text(subject, expert).encoded for subject in subjects]
     sides = [
-        PairSide(subject.decoder, job.open_weights(subject, device), ids)
+        PairSide(subject.decoder, job.open_weights(subject, place.device), ids)
         for subject, ids in zip(subjects, samples, strict=True)
     ]
     tensors: list[tuple] = []
-    with pair_pass(*sides, device, on_block) as both:
+    with pair_pass(*sides, place.device, place.on_step) as both:
         predicted = [len(ids) - 1 for ids in samples[1]]
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
-        with GramFileWriter(job.workspace / gram_file(name), _names(subjects)) as file:
+        with GramFileWriter(place.folder / gram_file(name), _names(subjects)) as file:
             for part in both.parts:
                 try:
                     tensors += _written(file, part, subjects)

@@ -21,7 +21,11 @@ def metric_norm(weight: torch.Tensor, second_moment: torch.Tensor) -> torch.Tens
     Returns:
         A float64 scalar tensor on the weight's device (no synchronization).
     """
-    squares = column_square_sums(weight)
+    return norm_of_sums(column_square_sums(weight), second_moment)
+
+
+def norm_of_sums(squares: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+    """The norm from the sums of squares of the weight's columns, [in] float64 each; as `metric_norm`."""
     return (squares * second_moment.double()).sum().sqrt()
 
 

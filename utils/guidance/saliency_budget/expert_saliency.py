@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.guidance.measure_job import MeasureJob, OnBlock
+from utils.guidance.measure_job import MeasureJob
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.subjects import Subject, first_stored_name
+from utils.workers.piece import Place
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,26 @@ class ExpertMeasurement:
     losses: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def measure_saliency(
-    job: MeasureJob,
-    base: Subject,
-    expert: Subject,
-    at: tuple[bool, bool],
-    device: torch.device,
-    on_block: OnBlock,
-) -> ExpertMeasurement:
+def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> ExpertMeasurement:
     """Take base and expert back through their blocks on the expert's text.
 
     Args:
-        job: for texts, weights, and the exponent `saliency_power` of F in the saliencies that are counted. Vectors are of
-            F itself.
-        base, expert: with skeletons that no other thread uses.
+        place: where to compute; its `on_step` is called twice per block and model with gradients.
+        job: of base and expert alone, for texts, weights, and the exponent `saliency_power` of F in the saliencies that are
+            counted. Vectors are of F itself.
         at: whether gradients are taken at the base, and at the expert; F is the sum of both.
-        device: where to compute.
-        on_block: called twice per block and model with gradients.
 
     Raises:
         UserError: weights or gradients that are not finite; as `squares_pass`.
     """
+    base, expert = job.subjects
     name, power = expert.entry.type, job.options["saliency_power"]
     sides = []
     for subject, wanted in zip((base, expert), at, strict=True):
         samples = job.text(subject, expert).encoded if wanted else None
-        sides.append(Side(subject.decoder, job.open_weights(subject, device), samples))
+        sides.append(Side(subject.decoder, job.open_weights(subject, place.device), samples))
     tensors, bins, vectors = [], [], {}
-    with squares_pass(*sides, device, on_block) as both:
+    with squares_pass(*sides, place.device, place.on_step) as both:
         for part in both.parts:
             tensor = base.stored_name(base.decoder.weight_name(part.layer, part.component))
             try:

@@ -1,21 +1,19 @@
 """Saliency budget, measure half: saliencies of every expert on its own text, and vectors for every parameter."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 
 from utils.guidance.csv_files import csv_bytes
-from utils.guidance.measure_job import Measured, MeasureJob, Work
-from utils.guidance.saliency_budget.expert_saliency import measure_saliency
+from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import HISTOGRAM_TABLE, TENSOR_TABLE
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject
 from utils.recipes.saliency_vectors import vector_file_bytes
 from utils.runtime import gigabytes
+from utils.workers.piece import Piece
 
 _SILENT = 0.1  # share of the changed entries without any gradient from which on something is wrong
 
@@ -55,16 +53,15 @@ def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
 
 def measure(job: MeasureJob) -> Measured:
     """Saliencies of every expert on its own text."""
-    at, works = POINTS[job.options["gradient_at"]], []
+    at, pieces = POINTS[job.options["gradient_at"]], []
     for expert in job.experts:
         for subject in _at(job, expert):
             if subject.headers is not None:
                 require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
-        # A skeleton of its own for each work: works may run side by side, and weights are placed into it.
-        pair = tuple(_own_skeleton(subject) for subject in (job.base, expert))
-        blocks = 2 * len(_at(job, expert)) * len(expert.decoder.blocks)
-        works.append(Work(expert.entry.type, blocks, partial(measure_saliency, job, *pair, at)))
-    measured = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
+        blocks, name = 2 * len(_at(job, expert)) * len(expert.decoder.blocks), expert.entry.type
+        own = job.of(job.base, expert)
+        pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement,)))
+    measured = dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
     tensors = TENSOR_TABLE.frame(row for one in measured.values() for row in one.tensors)
     bins = HISTOGRAM_TABLE.content(row for one in measured.values() for row in one.bins)
     files = {TENSORS: csv_bytes(tensors), HISTOGRAM: bins}
@@ -76,10 +73,6 @@ def measure(job: MeasureJob) -> Measured:
         notes.append(_note(name, own, measured[name].losses))
         warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
     return Measured(files, tuple(notes), tuple(warnings))
-
-
-def _own_skeleton(subject: Subject) -> Subject:
-    return replace(subject, decoder=copy.deepcopy(subject.decoder))
 
 
 def _note(model: str, tensors: pd.DataFrame, losses: Sequence[tuple[float, ...]]) -> str:

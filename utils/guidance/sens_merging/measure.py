@@ -3,13 +3,12 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from utils.errors import UserError
-from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
+from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
 from utils.guidance.sens_merging.tables import DISTANCE_TABLE, LOSS_TABLE, SENSITIVITY_TABLE, TENSOR_TABLE
@@ -20,17 +19,20 @@ from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
 from utils.passes.subjects import Subject
 from utils.runtime import gigabytes
+from utils.workers.piece import Piece, Place
+from utils.workers.results import KeptResult
+
+_DISTANCES = "+distances"  # a piece's name, which no expert can have
 
 
 @dataclass(frozen=True)
 class _Expert:
     """What one expert's passes gave: sensitivities [blocks], the samples' losses, final hidden states [tokens, hidden] of
-    each text, the weights of its head."""
+    each text."""
 
     sensitivities: list[float]
     losses: tuple[float, ...]
     finals: Mapping[CalibrationSource, torch.Tensor]
-    head: Mapping[str, torch.Tensor]
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -51,12 +53,17 @@ def measure(job: MeasureJob) -> Measured:
     for expert in job.experts:
         _refuse_what_cannot_be_compared(job, expert)
     tensors = _tensor_rows(job.base)
-    works = [
-        Work(expert.entry.type, 3 * len(expert.decoder.blocks), partial(_passes, job, expert)) for expert in job.experts
+    names, types = [expert.entry.type for expert in job.experts], (_Expert, CalibrationSource)
+    pieces = [
+        Piece(name, _passes, (job.of(expert),), 3 * len(expert.decoder.blocks), name, types)
+        for name, expert in zip(names, job.experts, strict=True)
     ]
-    experts = dict(zip((expert.entry.type for expert in job.experts), job.run(works), strict=True))
-    (compared,) = job.run([Work("distances", len(works) * (len(works) - 1), partial(_distances, job, experts))])
-    distances, warnings = compared
+    experts: dict[str, _Expert] = dict(zip(names, job.run(pieces), strict=True))
+    kept = {name: KeptResult(job.workspace, name, types) for name in names}
+    own = job.of(job.base, *job.experts)
+    ((distances, warnings),) = job.run(
+        [Piece(_DISTANCES, _distances, (own, kept), len(names) * (len(names) - 1), _DISTANCES)]
+    )
     rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
     losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
     forms = {SENSITIVITY_TABLE: rows, DISTANCE_TABLE: distances, TENSOR_TABLE: tensors, LOSS_TABLE: losses}
@@ -114,8 +121,9 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
     return rows
 
 
-def _passes(job: MeasureJob, expert: Subject, device: torch.device, on_block: OnBlock) -> _Expert:
+def _passes(place: Place, job: MeasureJob) -> _Expert:
     """An expert's way forward and back on its own text, then forward on every text."""
+    (expert,), device, on_block = job.subjects, place.device, place.on_step
     decoder, own = expert.decoder, job.text(expert, expert)
     observer = SensitivityObserver(decoder, device)
     weights = job.open_weights(expert, device)
@@ -134,8 +142,7 @@ def _passes(job: MeasureJob, expert: Subject, device: torch.device, on_block: On
     finals = {
         source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
     }
-    head = fetch_head(decoder, job.open_weights(expert, device))
-    return _Expert(values, losses, finals, {name: tensor.cpu() for name, tensor in head.items()})
+    return _Expert(values, losses, finals)
 
 
 class _Bystander:
@@ -155,10 +162,12 @@ class _Bystander:
 
 
 def _distances(
-    job: MeasureJob, found: Mapping[str, _Expert], device: torch.device, on_block: OnBlock
+    place: Place, job: MeasureJob, kept: Mapping[str, KeptResult]
 ) -> tuple[list[tuple[str, str, float, int]], list[str]]:
-    """Rows (model, other, distance on the other's text, tokens), and warnings; two heads are in memory at a time."""
-    rows, warnings = [], []
+    """Rows (model, other, distance on the other's text, tokens), and warnings; the heads are in memory meanwhile."""
+    rows, warnings, device = [], [], place.device
+    found: dict[str, _Expert] = {name: one.read() for name, one in kept.items()}
+    heads = {one.entry.type: fetch_head(one.decoder, job.open_weights(one, torch.device("cpu"))) for one in job.experts}
     for expert in job.experts:
         for other in job.experts:
             if other is expert:
@@ -167,8 +176,8 @@ def _distances(
             text = job.config.text_of(other.entry.type)
             sizes = [one.decoder.model.get_input_embeddings().weight.shape[0] for one in (expert, other)]
             with (
-                language_head(expert.decoder, ours.head, device) as our_logits,
-                language_head(other.decoder, theirs.head, device) as their_logits,
+                language_head(expert.decoder, heads[expert.entry.type], device) as our_logits,
+                language_head(other.decoder, heads[other.entry.type], device) as their_logits,
             ):
                 finals, at_once = (ours.finals[text], theirs.finals[text]), tokens_at_once(max(sizes))
                 mean, sizes = mean_distance(*finals, our_logits, their_logits, device, at_once)
@@ -182,5 +191,5 @@ def _distances(
             if sizes[0] != sizes[1]:
                 warnings.append(f"{names} have {sizes[0]} and {sizes[1]} logits; the first {min(sizes)} were compared")
             rows.append((expert.entry.type, other.entry.type, distance, len(finals[0])))
-            on_block(len(rows))
+            place.on_step(len(rows))
     return rows, warnings

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from utils.errors import UserError
-from utils.guidance.measure_job import Measured, MeasureJob, OnBlock, Work
+from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.submodule_linearity.comparison import (
     Compared,
     ComparedText,
@@ -27,6 +26,7 @@ from utils.guidance.submodule_linearity.tables import (
 from utils.models.weight_source import match_names, tied_names
 from utils.passes.subjects import Subject
 from utils.runtime import gigabytes
+from utils.workers.piece import Piece, Place
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -54,8 +54,9 @@ def measure(job: MeasureJob) -> Measured:
     """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
     compared = [_with_head(subject) for subject in (job.base, *job.experts)]
-    work = Work(NAME, len(job.base.decoder.blocks), partial(_compared, job, compared))
-    (found,) = job.run([work])
+    own = job.of(*compared)
+    piece = Piece(NAME, _compared, (own,), len(job.base.decoder.blocks), NAME, types=(Compared, PartChanges))
+    (found,) = job.run([piece])
     _refuse_not_finite(job, found)
     types = [expert.entry.type for expert in job.experts]
     text_of = {one: list(job.config.texts).index(job.config.text_of(one)) for one in types}
@@ -84,7 +85,7 @@ def _with_head(subject: Subject) -> Subject:
     return replace(subject, headers=headers)
 
 
-def _compared(job: MeasureJob, compared: Sequence[Subject], device: torch.device, on_block: OnBlock) -> Compared:
+def _compared(place: Place, job: MeasureJob) -> Compared:
     types = [expert.entry.type for expert in job.experts]
     texts = [
         ComparedText(
@@ -93,8 +94,9 @@ def _compared(job: MeasureJob, compared: Sequence[Subject], device: torch.device
         )
         for source in job.config.texts
     ]
-    base, *experts = (_opened(job, subject, device) for subject in compared)
-    return compare_models(base, experts, texts, device, scores=bool(job.options["nonlinearity"]), on_block=on_block)
+    base, *experts = (_opened(job, subject, place.device) for subject in job.subjects)
+    scores = bool(job.options["nonlinearity"])
+    return compare_models(base, experts, texts, place.device, scores=scores, on_block=place.on_step)
 
 
 def _opened(job: MeasureJob, subject: Subject, device: torch.device) -> ComparedModel:

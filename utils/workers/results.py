@@ -1,0 +1,114 @@
+"""Results of pieces in a folder: each a folder of its own, written under a temporary name and renamed, so that it is whole.
+
+<folder>/<piece>/result.pt     plain data and tensors, read without running code from it
+<folder>/<piece>/...           files that the piece wrote itself
+"""
+
+import contextlib
+import errno
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.publish import sync_folder
+from utils.workers.piece import Piece
+
+_RESULT = "result.pt"
+_SUFFIX = ".part"
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A result that is there; its own value may be None."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class KeptResult:
+    """Where a piece's result is, for pieces that work on it."""
+
+    folder: Path
+    piece: str
+    types: tuple[type, ...] = ()
+
+    def read(self) -> Any:
+        """The result.
+
+        Raises:
+            FileNotFoundError: it is not there, or cannot be read.
+        """
+        if (found := _find(self.folder / self.piece, self.types)) is None:
+            raise FileNotFoundError(f"no result of {self.piece} in {self.folder}")
+        return found.value
+
+
+def find_result(folder: Path, piece: Piece) -> Found | None:
+    """A piece's result, or None if it is not there or cannot be read. Tensors are pages of the file until they are changed."""
+    return _find(folder / piece.name, piece.types)
+
+
+def _find(place: Path, types: Sequence[type]) -> Found | None:
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(list(types)):
+            data = torch.load(place / _RESULT, map_location="cpu", mmap=True, weights_only=True)
+        return Found(data["value"]) if all((place / name).is_file() for name in data["files"]) else None
+    except _UNREADABLE:  # not there; or a disk that was full, a power cut: the piece is done again
+        return None
+
+
+@contextlib.contextmanager
+def kept_result(folder: Path, piece: Piece) -> Iterator["Keeping"]:
+    """Write a piece's result: its files go into `stage` of what this yields, `keep` makes all of it appear.
+
+    Where somebody else has written the same result meanwhile (a task that was thought lost), theirs stays.
+    """
+    stage = Path(tempfile.mkdtemp(prefix=f".{piece.name}.", suffix=_SUFFIX, dir=folder))
+    try:
+        yield Keeping(stage, folder, piece)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A result that is being written in `stage`, of `piece`, for `folder`."""
+
+    stage: Path
+    folder: Path
+    piece: Piece
+
+    def keep(self, value: Any) -> None:
+        """Write the value beside the files and give the folder its name."""
+        import torch
+
+        files = sorted(path.name for path in self.stage.iterdir())
+        with open(self.stage / _RESULT, "wb") as file:
+            torch.save({"value": value, "files": files}, file)
+        for name in (_RESULT, *files):
+            with open(self.stage / name, "rb") as file:
+                os.fsync(file.fileno())
+        target = self.folder / self.piece.name
+        try:
+            os.rename(self.stage, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            if find_result(self.folder, self.piece) is None:  # what lies there is no result
+                shutil.rmtree(target)
+                os.rename(self.stage, target)
+        sync_folder(self.folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs have left half-written."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)

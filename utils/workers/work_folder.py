@@ -1,0 +1,43 @@
+"""The folder that the results of a run's pieces lie in: named after what was asked, so that only the same run goes on there."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.workers.results import remove_unfinished
+
+
+def folder_name(request: Mapping[str, Any]) -> str:
+    """A folder name that equal requests share and others do not; a request is plain data."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def work_folder(parent: Path, request: Mapping[str, Any], *, keep: bool) -> Iterator[Path]:
+    """The folder of a request's results, inside `parent`, which holds nothing else; gone once the context ends well.
+
+    Results of other requests in `parent` are removed. The caller holds a lock on the folder that `parent` lies in.
+
+    Args:
+        parent: hidden, on the file system of the results.
+        request: everything that the results depend on, as plain data.
+        keep: whether results stay after an error, for the next run of the same request; with False they never stay.
+    """
+    folder = parent / folder_name(request)
+    for other in parent.iterdir() if parent.is_dir() else ():
+        if other != folder or not keep:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    try:
+        yield folder
+    except BaseException:
+        remove_unfinished(folder)
+        if not keep or not any(folder.iterdir()):
+            shutil.rmtree(parent, ignore_errors=True)
+        raise
+    shutil.rmtree(parent, ignore_errors=True)

@@ -44,6 +44,7 @@ def main() -> None:
         "GPU]",
         type=whole_number(1, 2**24),
     )
+    parser.ray_flags()
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     declare_flags(parser, "measure")
@@ -61,6 +62,7 @@ def main() -> None:
 
     from utils.commands.measure import measure_pair
     from utils.commands.measure_options import MeasureOptions
+    from utils.commands.ray_flags import RayFlags
 
     measure_pair(
         MeasureOptions(
@@ -75,6 +77,7 @@ def main() -> None:
             overwrite=flags.overwrite,
             devices=flags.devices,
             quiet=flags.quiet,
+            ray=RayFlags.taken(vars(flags)),
         )
     )
 

@@ -124,6 +124,22 @@ class FlagParser(argparse.ArgumentParser):
             help = f"{help} [default: {str(default).replace('%', '%%')}]"
         self.add_argument(*_spellings("--", name), dest=name, action=_StoreOnce, help=help, **kwargs)
 
+    def ray_flags(self) -> None:
+        """Declare `--ray` and what belongs to it."""
+        self.flag(
+            "ray",
+            "do the work on a cluster of Ray: auto on one of its machines, or HOST:PORT of its head (docs/cluster.md)",
+            metavar="ADDRESS",
+        )
+        self.flag(
+            "ray_gpus",
+            "GPUs that a task takes, such as 0.5 for two on one GPU, 0 for CPUs alone [default: 1 if the cluster has any]",
+            type=number(0, 64),
+        )
+        self.flag(
+            "ray_cpus", "CPUs that a task takes, and torch's threads in it [default: 1]", type=whole_number(1, 4096)
+        )
+
     def switch(self, name: str, help: str, default: bool | None = False) -> None:
         """Declare a boolean flag: `--name`, `--no-name`, `--name True|False`."""
         spellings = [*_spellings("--", name), *_spellings("--no-", name), *_spellings("--no_", name)]

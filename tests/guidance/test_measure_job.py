@@ -13,9 +13,10 @@ from utils.commands import measure as measurement
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
-from utils.guidance.measure_job import MeasureJob, Work
+from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
+from utils.workers.piece import Piece, Place
 
 CPU = torch.device("cpu")
 LEWIS = guidance_methods()["lewis"]
@@ -35,15 +36,15 @@ def job(devices: tuple[torch.device, ...] = (CPU,), at_once: int = 1) -> Measure
     return MeasureJob(None, (), devices, {}, False, at_once)
 
 
-def works(count: int, meeting: threading.Barrier | None = None) -> list[Work]:
+def works(count: int, meeting: threading.Barrier | None = None) -> list[Piece]:
     """Pieces of work that return their number and torch's threads; with `meeting`, once all have begun."""
 
-    def do(number: int) -> tuple[int, int]:
+    def do(place: Place, number: int) -> tuple[int, int]:
         if meeting:
             meeting.wait(timeout=30)
         return number, torch.get_num_threads()
 
-    return [Work(str(number), 0, lambda device, on_block, number=number: do(number)) for number in range(count)]
+    return [Piece(str(number), do, (number,), 0) for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_works_that_go_side_by_side_share_the_threads(threads_of_torch, devices,
 
 
 def test_the_threads_come_back_after_an_error(threads_of_torch):
-    def fail(device, on_block):
+    def fail(place):
         raise UserError("no")
 
     with pytest.raises(UserError):
-        job(at_once=2).run([Work("bad", 0, fail), *works(1)])
+        job(at_once=2).run([Piece("bad", fail), *works(1)])
     assert torch.get_num_threads() == 4
 
 
@@ -79,10 +80,10 @@ def test_one_piece_of_work_is_not_said_to_go_side_by_side(threads_of_torch, caps
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_in_a_file_has_no_carriage_returns_and_none_is_shown_if_quiet(threads_of_torch, capsys, quiet):
-    def advance(device, on_block):
-        on_block(0)
+    def advance(place):
+        place.on_step(0)
 
-    replace(job(at_once=2), quiet=quiet).run([Work("base", 1, advance), Work("code", 1, advance)])
+    replace(job(at_once=2), quiet=quiet).run([Piece("base", advance), Piece("code", advance)])
     printed = capsys.readouterr()
     assert "\r" not in printed.err and ("2/2" in printed.err) != quiet
     assert ("side by side" in printed.out) != quiet

@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.commands import measure_report as report
 from utils.commands.measure_options import MeasureOptions
+from utils.commands.ray_flags import connected
 from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
@@ -30,9 +30,16 @@ from utils.runtime import (
     peak_gpu_memory,
     versions,
 )
+from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:
     import torch
+
+    from utils.workers.ray_cluster import RayWorkers
+
+
+WORK = ".measuring.part"  # in the output folder: results of pieces, until all are there
+_BATCHES_A_PIECE = 8  # on a cluster: enough that reading a model's weights for them pays
 
 
 def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
@@ -51,10 +58,20 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     prepare_folder(options.out_dir, "--out_dir")
     _refuse_out_dir(options, names)
     refuse_missing(config)
+    if options.ray is not None:
+        options.ray.refuse_devices(options.device, options.devices)
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
     say(report.versions_line())
-    devices = _choose_devices(options, say)
+    with connected(options.ray, say) as workers:
+        _measure(options, workers, names, say, alone)
+
+
+def _measure(
+    options: MeasureOptions, workers: "RayWorkers | None", names: Sequence[str], say: Callable[[str], None], alone: bool
+) -> None:
+    config, method = options.config, options.method
+    devices = _choose_devices(options, say) if workers is None else [workers.device]
     samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
     precision = Precision(devices[0], options.dtype, options.micro_batch_tokens)
     subjects = tuple(prepare_subjects(_used(config, method), samples, precision, options.trust_remote_code))
@@ -67,6 +84,8 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
         options.trust_remote_code,
         at_once,
         quiet=options.quiet,
+        workers=workers,
+        batches_a_piece=None if workers is None else _BATCHES_A_PIECE,
     )
     request = _request(options, job, samples)
     with contextlib.ExitStack() as stack:
@@ -82,10 +101,13 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
             say(line)
         report.warn(report.doubts(options, job, _idle_keys(options)))
         start = time.perf_counter()
-        workspace = stack.enter_context(_workspace(options.out_dir))
+        keep = workers is not None
+        workspace = stack.enter_context(work_folder(options.out_dir / WORK, request, keep=keep))
+        if workers is not None:
+            workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
         measured = method.measure(replace(job, workspace=workspace))
         _refuse_changed(subjects, request)
-        say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices)}")
+        say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
         for note in measured.notes:
             say(note)
         report.warn(measured.warnings)
@@ -94,17 +116,6 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
     if alone:
         report.say_next(options)
-
-
-@contextlib.contextmanager
-def _workspace(out_dir: Path) -> Iterator[Path]:
-    """Where a method may make a folder in a locked output folder; what a killed run has left there is removed first."""
-    workspace = out_dir / ".measuring.part"
-    shutil.rmtree(workspace, ignore_errors=True)
-    try:
-        yield workspace
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 _ONLY_SOME_USE = {
@@ -195,7 +206,7 @@ def _at_once(options: MeasureOptions, subjects: Sequence[Subject], device: "torc
     """
     import torch
 
-    if options.devices or device.type != "cpu" or any(subject.headers is None for subject in subjects):
+    if options.devices or options.ray or device.type != "cpu" or any(subject.headers is None for subject in subjects):
         return 1
     most = max(memory_estimate(subject) + subject.checkpoint.total_bytes for subject in subjects)
     return max(1, min(len(subjects), torch.get_num_threads(), available_bytes(device) // (2 * most)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.commands.ray_flags import RayFlags
 from utils.guidance.method import GuidanceMethod
 from utils.pair.config import PairConfig
 
@@ -24,3 +25,4 @@ class MeasureOptions:
     overwrite: bool = False
     devices: str | None = None
     quiet: bool = False
+    ray: RayFlags | None = None

@@ -1,5 +1,6 @@
 """What command 1 prints: the choices first, then doubts, then what it wrote and what to do next."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -33,10 +34,16 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
     yield from method.choices(job)
     if few := method.few_samples(config.nsamples):
         yield f"note: {few}"
+    if job.workers is not None and method.tasks:
+        yield f"tasks: {method.tasks}"
     for subject in job.subjects:
         yield from _subject_lines(options, job, subject)
-    need, free = _memory(job)
-    yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {gigabytes(free)} are free"
+    need = _memory(job)
+    if job.workers is None:
+        free = gigabytes(available_bytes(job.devices[0]))
+        yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {free} are free"
+    else:
+        yield f"memory: about {gigabytes(need)} on {job.devices[0].type} a task beside its runtime"
 
 
 def _subject_lines(options: MeasureOptions, job: MeasureJob, subject: Subject) -> Iterator[str]:
@@ -71,9 +78,9 @@ def _users(job: MeasureJob, source: CalibrationSource) -> str:
     return ", ".join(entry.type for entry in job.config.experts if job.config.text_of(entry.type) == source)
 
 
-def _memory(job: MeasureJob) -> tuple[int, int]:
-    """Bytes that measuring needs beside the runtime, and bytes that are free, on the first device."""
-    return job.at_once * max(memory_estimate(subject) for subject in job.subjects), available_bytes(job.devices[0])
+def _memory(job: MeasureJob) -> int:
+    """Bytes that measuring needs beside the runtime, on one device."""
+    return job.at_once * max(memory_estimate(subject) for subject in job.subjects)
 
 
 def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -> list[str]:
@@ -89,7 +96,7 @@ def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -
             f"guidance {method.name} means each expert to be measured on text of its own task, but several share one; "
             "give calibration: {type: text} in the pair config"
         )
-    need, free = _memory(job)
+    need, free = _memory(job), available_bytes(job.devices[0]) if job.workers is None else math.inf
     if need > free:
         found.append(
             f"{gigabytes(need)} may not fit into {gigabytes(free)}; lower nsamples, seqlen or --micro_batch_tokens, or use "

@@ -62,6 +62,7 @@ class GuidanceMethod:
             beside mergekit's.
         merge_rule: turns the merge method asked for, and the values of the method's own flags, into the one that the
             recipe names.
+        tasks: what a task is on a cluster, and why no less, unless `choices` says it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
@@ -82,6 +83,7 @@ class GuidanceMethod:
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""
     authors_samples: int = 0
+    tasks: str = ""
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""

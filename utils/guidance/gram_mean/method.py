@@ -38,6 +38,7 @@ METHOD = GuidanceMethod(
     package=__package__,
     summary="each part merged where the experts' outputs agree best, by Gram matrices of their inputs and gradients",
     gives="weights",
+    tasks="one for each expert: matrices of a part of the samples would be as large as those of all",
     merge_method=GRAM_MEAN.name,
     own_merge_methods=(GRAM_MEAN.name,),
     tables=(TENSORS, LOSSES),

@@ -63,6 +63,7 @@ METHOD = GuidanceMethod(
     package=__package__,
     summary="densities that spend a budget on the entries whose change matters most to the loss, delta^2 F",
     gives="densities",
+    tasks="one for each expert: saliencies are no sums over samples, they need all squared gradients of a tensor",
     merge_method="ties",
     own_merge_methods=(GUIDED_MEAN.name,),
     merge_rule=merge_rule,

@@ -23,6 +23,7 @@ METHOD = GuidanceMethod(
     package=__package__,
     summary="weights per layer from gradient sensitivity and logit distances (arXiv 2502.12420)",
     gives="weights",
+    tasks="one for each expert, then one for the distances between them",
     merge_method="task_arithmetic",
     tables=(SENSITIVITY, DISTANCES, TENSORS, LOSSES),
     decide_flags=(

@@ -30,6 +30,7 @@ METHOD = GuidanceMethod(
     package=__package__,
     summary="weights per part in closed form, from what each expert changes about its output (arXiv 2504.10902)",
     gives="weights",
+    tasks="one in all: every expert's change of a part is compared with every other's, token by token",
     merge_method="task_arithmetic",
     tables=(GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED),
     measure_flags=(

@@ -1,0 +1,109 @@
+"""Pieces on this machine: results that are there are not made again, half-written ones are, and tensors come back as they were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.refusals import refused
+from tests.workers.pieces import Doubled, double, doubling, refuse
+from utils.workers.local import LocalWorkers
+from utils.workers.piece import Piece
+from utils.workers.results import KeptResult, find_result
+from utils.workers.work_folder import folder_name, work_folder
+
+CPU = torch.device("cpu")
+
+
+def done(log: Path) -> list[int]:
+    """The numbers of the pieces that were done, in order of their numbers."""
+    return sorted(int(line.split()[0]) for line in log.read_text().splitlines()) if log.exists() else []
+
+
+@pytest.mark.parametrize("workers", [LocalWorkers((CPU,)), LocalWorkers((CPU, CPU)), LocalWorkers((CPU,), 3)])
+def test_results_come_in_the_order_of_the_pieces_and_are_not_made_twice(tmp_path, workers):
+    log, folder, steps = tmp_path / "log", tmp_path / "work", []
+    folder.mkdir()
+    pieces = doubling(4, log)
+    first = workers.run(pieces[:2], folder, lambda label, count: steps.append(count))
+    again = workers.run(pieces, folder, lambda label, count: steps.append(count))
+    assert [one.twice for one in again] == [0, 2, 4, 6]
+    assert done(log) == [0, 1, 2, 3]
+    assert sum(steps) == 6
+    assert torch.equal(first[1].zeros, again[1].zeros) and again[1].zeros.dtype == torch.float32
+    assert (folder / "piece3" / "words.txt").read_text() == "xxx"
+    assert sorted(path.name for path in folder.iterdir()) == [f"piece{number}" for number in range(4)]
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path):
+    pieces = doubling(2, tmp_path / "log")
+    for _ in range(2):
+        assert [one.twice for one in LocalWorkers((CPU,)).run(pieces, None, lambda label, steps: None)] == [0, 2]
+    assert done(tmp_path / "log") == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: (place / "result.pt").write_bytes((place / "result.pt").read_bytes()[:50]),
+        lambda place: (place / "result.pt").write_bytes(b""),
+        lambda place: (place / "result.pt").unlink(),
+        lambda place: (place / "words.txt").unlink(),
+    ],
+)
+def test_a_damaged_result_is_made_again(tmp_path, damage):
+    (piece,) = pieces = doubling(2, tmp_path / "log")[1:]
+    run = lambda: LocalWorkers((CPU,)).run(pieces, tmp_path, lambda label, steps: None)  # noqa: E731
+    run()
+    damage(tmp_path / "piece1")
+    assert find_result(tmp_path, piece) is None
+    assert run()[0].twice == 2
+    assert done(tmp_path / "log") == [1, 1]
+    assert find_result(tmp_path, piece).value.number == 1
+
+
+def test_a_result_runs_no_code_when_it_is_read(tmp_path):
+    (piece,) = pieces = doubling(2, tmp_path / "log")[1:]
+    LocalWorkers((CPU,)).run(pieces, tmp_path, lambda label, steps: None)
+    assert find_result(tmp_path, Piece("piece1", double)) is None  # of a class that was not named
+    assert KeptResult(tmp_path, "piece1", (Doubled,)).read().number == piece.arguments[0]
+    with pytest.raises(FileNotFoundError):
+        KeptResult(tmp_path, "piece1").read()
+
+
+def test_what_was_done_before_an_error_is_kept_and_nothing_half_written(tmp_path):
+    pieces = [*doubling(2, tmp_path / "log"), Piece("bad", refuse, ("no",))]
+    (tmp_path / "work").mkdir()
+    with refused("test-refused"):
+        LocalWorkers((CPU,)).run(pieces, tmp_path / "work", lambda label, steps: None)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["piece0", "piece1"]
+
+
+def test_a_work_folder_is_the_requests_own_and_goes_once_all_is_done(tmp_path):
+    parent, request = tmp_path / ".work", {"rows": [1, 2], "dtype": "float32"}
+    with pytest.raises(KeyboardInterrupt), work_folder(parent, request, keep=True) as folder:
+        (folder / "piece").mkdir()
+        (folder / ".piece.x.part").mkdir()
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["piece"]
+    with work_folder(parent, dict(reversed(request.items())), keep=True) as again:
+        assert again == folder and (again / "piece").is_dir()
+    assert not parent.exists()
+
+
+def test_a_work_folder_of_another_request_is_begun_anew(tmp_path):
+    parent = tmp_path / ".work"
+    with pytest.raises(KeyboardInterrupt), work_folder(parent, {"rows": 1}, keep=True) as folder:
+        (folder / "piece").mkdir()
+        raise KeyboardInterrupt
+    with work_folder(parent, {"rows": 2}, keep=True) as other:
+        assert [path.name for path in parent.iterdir()] == [other.name] != [folder_name({"rows": 1})]
+
+
+def test_a_work_folder_that_holds_nothing_or_is_not_to_be_kept_goes_with_an_error(tmp_path):
+    for keep in (True, False):
+        with pytest.raises(ValueError, match="no"), work_folder(tmp_path / ".work", {}, keep=keep) as folder:
+            if not keep:
+                (folder / "piece").mkdir()
+            raise ValueError("no")
+        assert not (tmp_path / ".work").exists()

@@ -301,7 +301,8 @@ class Benchmark:
 
 def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
     """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
-    from utils.commands.search_setup import SearchOptions, make_scorers, prepare_search
+    from utils.commands.scorers import make_scorers, scoring_devices
+    from utils.commands.search_setup import SearchOptions, prepare_search
     from utils.pair.config import read_pair_config
 
     (work / "search").mkdir(parents=True, exist_ok=True)
@@ -317,7 +318,7 @@ def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> B
         quiet=True,
     )
     known = points(candidates)
-    scorers = make_scorers(options, lambda line: None)
+    scorers = make_scorers(options, scoring_devices(options, lambda line: None))
     ready = prepare_search(options, lambda line: None, known, scorers)
     return Benchmark(shape, seed, work, known, scorers[0], ready)
 

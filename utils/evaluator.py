@@ -51,6 +51,7 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
     parser.flag("test_rows", "rows a task that figures are taken of", type=whole_number(2, 10**6), default=128)
     parser.flag("validation_rows", "rows a task that settings are chosen on", type=whole_number(2, 10**6), default=64)
     parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
+    parser.flag("devices", "several of one kind, such as cuda:0,cuda:1: candidates go side by side; replaces --device")
     parser.flag(
         "dtype",
         "precision of the forward pass; auto: each model's own, or float32 on a processor that is slow in that",

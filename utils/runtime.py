@@ -98,6 +98,22 @@ def choose_device(asked: str) -> tuple["torch.device", str]:
     return device, "asked for"
 
 
+def choose_devices(device: str, devices: str | None = None) -> tuple[list["torch.device"], str]:
+    """The devices of `--devices`, a comma between them, else that of `--device`; and a line about them.
+
+    Raises:
+        UserError: a device that is not there, or devices of different kinds.
+    """
+    chosen = [choose_device(asked.strip()) for asked in (devices or device).split(",")]
+    found = [one for one, _ in chosen]
+    if len({one.type for one in found}) > 1:
+        raise UserError(
+            f"--devices {devices}: CPU and GPU give different roundings; name devices of one kind",
+            "devices-of-two-kinds",
+        )
+    return found, f"device: {', '.join(map(device_name, found))}, {chosen[0][1]}"
+
+
 # What a processor must have to multiply matrices of 16-bit numbers: names of `torch.cpu.get_capabilities`.
 _MULTIPLIES = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),

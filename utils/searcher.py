@@ -51,9 +51,11 @@ def read_flags(words: Sequence[str] | None = None) -> "SearchOptions":
     flags = vars(parser.parse(words))
     flags.pop("traceback", None)
 
+    from utils.commands.ray_flags import RayFlags
     from utils.commands.search_setup import SearchOptions
     from utils.pair.config import read_pair_config
 
+    flags["ray"] = RayFlags.taken(flags)
     flags["config"] = read_pair_config(flags["config"])
     return SearchOptions(**flags)
 
@@ -96,6 +98,7 @@ def _declare_flags(parser: FlagParser) -> None:
     )
     parser.flag("max_hours", "end in time: what was found by then is judged", type=number(0, math.inf, low_open=True))
     parser.flag("max_disk", "end before --out_dir holds more than this, e.g. 500M, 5G", type=byte_count)
+    parser.ray_flags()
     parser.switch("trust_remote_code", "run Python code that comes with a model")
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from utils.commands.evaluate_generation import find_accuracy_tasks, generate
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.measure import quiet_libraries
 from utils.commands.next_command import next_command
+from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
 from utils.evaluation.candidates import UNIFORM
 from utils.pair.config import PairConfig
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing, to_json
-from utils.runtime import choose_device, device_name, peak_gpu_memory, versions
+from utils.runtime import peak_gpu_memory, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +52,7 @@ class EvaluateOptions:
     test_rows: int = 128
     validation_rows: int = 64
     device: str = "auto"
+    devices: str | None = None
     dtype: str = "auto"
     micro_batch_tokens: int | None = None
     random_seed: int = 0
@@ -74,11 +77,11 @@ def evaluate(options: EvaluateOptions) -> None:
         "versions: "
         + ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit"))
     )
-    device, why = choose_device(options.device)
-    say(f"device: {device_name(device)}, {why}")
+    devices = scoring_devices(options, say)
     asked = [name for text in options.config.evaluation.values() for name in text.lm_eval]
     accuracy = find_accuracy_tasks(asked, options.confirm_run_unsafe_code)
-    scorer = _scorer(options, device, say)
+    scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
+    scorer = scorers[0]
     against = _reference(options, candidates)
     warnings = _check(scorer, candidates)
     _say_choices(scorer, candidates, say)
@@ -87,10 +90,11 @@ def evaluate(options: EvaluateOptions) -> None:
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         start = time.perf_counter()
-        evaluated = _evaluate(options, scorer, candidates, against, store, say)
+        evaluated = _evaluate(options, scorers, candidates, against, store)
+        weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
         say(
-            f"scored {evaluated.scored} new candidates in {time.perf_counter() - start:.2f} s (weights "
-            f"{scorer.seconds.weights:.1f} s, forward {scorer.seconds.forward:.1f} s){peak_gpu_memory([device])}"
+            f"scored {evaluated.scored} new candidates in {time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
+            f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
         generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
         _publish(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
@@ -116,24 +120,6 @@ def _refuse_out_dir(options: EvaluateOptions) -> None:
     ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
                (options.out_dir / name).is_file())  # fmt: skip
     refuse_existing(options.out_dir, list(FILES), overwrite=options.overwrite or (bool(files) and ours))
-
-
-def _scorer(options: EvaluateOptions, device: Any, say: Callable[[str], None]) -> "Scorer":
-    from utils.evaluation.scoring import Scorer, ScoreSettings
-    from utils.evaluation.tasks import evaluation_rows
-    from utils.merging.settings import MergeSettings
-
-    tasks = evaluation_rows(options.config, validation=options.validation_rows, test=options.test_rows)
-    merge = MergeSettings(
-        Path("unwritten"),
-        Path("recipe"),
-        device=str(device),
-        random_seed=options.random_seed,
-        trust_remote_code=options.trust_remote_code,
-        quiet=True,
-    )
-    settings = ScoreSettings(device, options.dtype, options.micro_batch_tokens, merge=merge, scratch=options.out_dir)
-    return Scorer(options.config, tasks, settings, say=say)
 
 
 def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> str | None:
@@ -182,20 +168,19 @@ def _say_choices(scorer: "Scorer", candidates: "Sequence[Candidate]", say: Calla
 
 def _evaluate(
     options: EvaluateOptions,
-    scorer: "Scorer",
+    scorers: "Sequence[Scorer]",
     candidates: "Sequence[Candidate]",
     against: str | None,
     store: "LossStore",
-    say: Callable[[str], None],
 ) -> Evaluated:
     """Choose the controls (and the winner) on validation rows, take everybody's figures on test rows."""
     from utils.evaluation.candidates import models_of_pair
     from utils.evaluation.controls import uniform_controls
     from utils.evaluation.figures import all_figures, merit, task_losses
-    from utils.evaluation.store import score_new
+    from utils.evaluation.placing import score_placed
     from utils.evaluation.tasks import GENERAL, TEST, VALIDATION
 
-    start, scored = time.perf_counter(), 0
+    start, scored, scorer = time.perf_counter(), 0, scorers[0]
     pair = models_of_pair(scorer.config)
     base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
     dtype = scorer.inputs[base].float_dtype
@@ -205,15 +190,15 @@ def _evaluate(
     contenders = [*candidates, *(one for kind in grid.values() for one in kind)]
     if contenders:
         rows = {task.name: task.part(VALIDATION) for task in learned}
-        with _progress(options, scorer, "choosing on validation rows"):
-            table, scored = score_new(scorer, store, [*pair, *contenders], rows)
+        with _progress(options, scorers, "choosing on validation rows"):
+            table, scored = score_placed(scorers, store, [*pair, *contenders], rows)
         losses = task_losses(table, learned, base, experts)
         merits = {one.name: merit(losses, one.name) for one in contenders}
         chosen = [max(kind, key=lambda one: merits[one.name]) for kind in grid.values()]
     everybody = (*pair, *chosen, *candidates)
     rows = {task.name: task.part(TEST) for task in scorer.tasks}
-    with _progress(options, scorer, "scoring test rows"):
-        table, more = score_new(scorer, store, everybody, rows)
+    with _progress(options, scorers, "scoring test rows"):
+        table, more = score_placed(scorers, store, everybody, rows)
     losses = task_losses(table, scorer.tasks, base, experts)
     reference, reference_is = against, ""
     if against is None and chosen:
@@ -236,19 +221,23 @@ def _evaluate(
 class _progress:
     """One bar for the blocks of all passes, on stderr, for as long as the context lasts."""
 
-    def __init__(self, options: EvaluateOptions, scorer: "Scorer", what: str) -> None:
-        self.quiet, self.scorer, self.what = options.quiet, scorer, what
+    def __init__(self, options: EvaluateOptions, scorers: "Sequence[Scorer]", what: str) -> None:
+        self.quiet, self.scorers, self.what = options.quiet, scorers, what
 
     def __enter__(self) -> None:
         from tqdm import tqdm
 
         bar = self.bar = tqdm(desc=self.what, unit="block", disable=self.quiet, file=sys.stderr, total=0)
 
-        def show(done: int, steps: int) -> None:
-            bar.total = steps
-            bar.update(done - bar.n)
+        shown = dict.fromkeys(range(len(self.scorers)), (0, 0))  # done and steps of each device
 
-        self.scorer.on_step = show
+        def show(place: int, done: int, steps: int) -> None:
+            shown[place] = done, steps
+            bar.total = sum(steps for _, steps in shown.values())
+            bar.update(sum(done for done, _ in shown.values()) - bar.n)
+
+        for place, scorer in enumerate(self.scorers):
+            scorer.on_step = partial(show, place)
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()

@@ -24,8 +24,7 @@ from utils.passes.subjects import Precision, Samples, Subject, memory_estimate, 
 from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
 from utils.runtime import (
     available_bytes,
-    choose_device,
-    device_name,
+    choose_devices,
     import_libraries,
     peak_gpu_memory,
     versions,
@@ -179,21 +178,9 @@ def quiet_libraries() -> None:
 
 
 def _choose_devices(options: MeasureOptions, say: Callable[[str], None]) -> list["torch.device"]:
-    """The devices asked for; `say` takes the line with the reason.
-
-    Raises:
-        UserError: a device that is not there, or devices of different kinds.
-    """
-    chosen = [choose_device(asked.strip()) for asked in (options.devices or options.device).split(",")]
-    devices = [device for device, _ in chosen]
-    if len({device.type for device in devices}) > 1:
-        raise UserError(
-            f"--devices {options.devices}: CPU and GPU give different roundings; name devices of one kind",
-            "devices-of-two-kinds",
-        )
-    listed = ", ".join(device_name(device) for device in devices)
-    side = f"; {len(devices)} models side by side" if len(devices) > 1 else ""
-    say(f"device: {listed}, {chosen[0][1]}{side}")
+    """The devices asked for; `say` takes the line with the reason."""
+    devices, line = choose_devices(options.device, options.devices)
+    say(line + (f"; {len(devices)} models side by side" if len(devices) > 1 else ""))
     return devices
 
 

@@ -1,25 +1,33 @@
 """The search's one job: what is measured and allowed -> a study of recipes, raced on validation rows -> the best, on test rows."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.commands.measure import measure_pair, quiet_libraries
 from utils.commands.measure_options import MeasureOptions
+from utils.commands.ray_flags import connected
 from utils.commands.search_results import FILES, publish_results
 from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.publish import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import available_host_bytes, gigabytes, versions
+from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:
+    from utils.evaluation.placing import Cluster
     from utils.searching.forecast import Pace
     from utils.searching.rounds import Round
     from utils.searching.study import SearchStudy
+    from utils.workers.ray_cluster import RayWorkers
+
+
+_TASKS = ".scoring.part"  # in the output folder
 
 
 class Enough(Exception):
@@ -37,22 +45,36 @@ def search_pair(options: SearchOptions) -> None:
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
     require_optuna()
+    if options.ray is not None:
+        options.ray.refuse_devices(options.device, options.devices)
     if not (options.out_dir / STORAGE).exists():
         refuse_existing(options.out_dir, [*FILES, LOSSES])
     quiet_libraries()
     names = ("python", "torch", "transformers", "mergekit", "optuna")
     found = versions()
     say("versions: " + ", ".join(f"{name} {found[name]}" for name in names if name in found))
-    with locked_folder(options.out_dir):
+    with locked_folder(options.out_dir), connected(options.ray, say) as workers:
         if options.measure:
             _measure_missing(options)
-        with storage_guarded(options.out_dir):
-            ready = prepare_search(options, say)
+        with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
+            ready = prepare_search(options, say, cluster=cluster)
             try:
                 stopped = _run(ready)
                 publish_results(ready, stopped, say)
             finally:
                 ready.study.close()
+
+
+@contextlib.contextmanager
+def _cluster(options: SearchOptions, workers: "RayWorkers | None") -> "Iterator[Cluster | None]":
+    """The cluster that scores, if one does, with a folder for the results of its tasks until they are stored."""
+    if workers is None:
+        yield None
+        return
+    from utils.evaluation.placing import Cluster
+
+    with work_folder(options.out_dir / _TASKS, {}, keep=False) as folder:
+        yield Cluster(workers, folder)
 
 
 def _measure_missing(options: SearchOptions) -> None:
@@ -86,6 +108,7 @@ def _measure_missing(options: SearchOptions) -> None:
                     micro_batch_tokens=options.micro_batch_tokens,
                     trust_remote_code=options.trust_remote_code,
                     quiet=options.quiet,
+                    ray=options.ray,
                 ),
                 alone=False,
             )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.commands.ray_flags import RayFlags
+from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
 from utils.pair.config import PairConfig
-from utils.runtime import choose_device, device_name
 
 if TYPE_CHECKING:
+    from utils.evaluation.placing import Cluster
     from utils.evaluation.scoring import Scorer
     from utils.evaluation.store import LossStore
     from utils.guidance.measured_pair import MeasuredPair
@@ -55,6 +57,7 @@ class SearchOptions:
     max_disk: int | None = None
     trust_remote_code: bool = False
     quiet: bool = False
+    ray: RayFlags | None = None
 
 
 @dataclass
@@ -81,6 +84,7 @@ def prepare_search(
     say: Callable[[str], None],
     first: "Sequence[Known] | None" = None,
     scorers: "Sequence[Scorer] | None" = None,
+    cluster: "Cluster | None" = None,
 ) -> Prepared:
     """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
 
@@ -89,25 +93,32 @@ def prepare_search(
         say: prints, unless asked to be quiet.
         first: what to try first; None: the usual (`utils/searching/knowns.py`).
         scorers: one for each device; None: those of the options.
+        cluster: who scores in the place of this process, if one does.
 
     Raises:
         UserError: anything the user can mend.
     """
+    from utils.evaluation.placing import score_placed
     from utils.evaluation.store import LossStore
     from utils.guidance.measured_pair import experts_to_merge
     from utils.recipes.naming import LocalModels
     from utils.searching.knowns import knowns
     from utils.searching.losses import Losses
     from utils.searching.measurements import find_measurements
-    from utils.searching.placing import score_side_by_side
     from utils.searching.recipes import VECTORS, RecipeMaker
     from utils.searching.rounds import Search
     from utils.searching.space import search_space
     from utils.searching.study import SearchStudy
 
     config = options.config
-    scorers = scorers or make_scorers(options, say)
+    if scorers is None:
+        workers = None if cluster is None else cluster.workers
+        devices = scoring_devices(options, say) if workers is None else [workers.device]
+        scorers = make_scorers(options, devices, workers=workers)
     scorer = scorers[0]
+    if cluster is not None:
+        files = {one.folder: one.files for one in scorer.inputs.values()}
+        cluster.workers.refuse_unlike(cluster.folder, files)
     objective = _objective(options, scorer)
     measured, notes = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
@@ -121,7 +132,7 @@ def prepare_search(
     for line in notes:
         print(f"warning: {line}", file=sys.stderr)
     store = LossStore(options.out_dir / LOSSES)
-    losses = Losses(lambda candidates, rows: score_side_by_side(scorers, store, candidates, rows))
+    losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
         options.out_dir,
         space,
@@ -145,38 +156,6 @@ def prepare_search(
 def _knowns_share(trials: int) -> int:
     """How many of the trials the knowns may be."""
     return max(3, 3 * trials // 4)
-
-
-def make_scorers(options: SearchOptions, say: Callable[[str], None]) -> "list[Scorer]":
-    """A scorer for each device; the rows are the same."""
-    from utils.evaluation.scoring import Scorer, ScoreSettings
-    from utils.evaluation.tasks import evaluation_rows
-    from utils.merging.settings import MergeSettings
-
-    chosen = [choose_device(asked.strip()) for asked in (options.devices or options.device).split(",")]
-    if len({device.type for device, _ in chosen}) > 1:
-        raise UserError(
-            f"--devices {options.devices}: CPU and GPU give different roundings; name devices of one kind",
-            "devices-of-two-kinds",
-        )
-    listed = ", ".join(device_name(device) for device, _ in chosen)
-    side = f"; candidates side by side on {len(chosen)} of them" if len(chosen) > 1 else ""
-    say(f"device: {listed}, {chosen[0][1]}{side}")
-    tasks = evaluation_rows(options.config, validation=options.validation_rows, test=options.test_rows)
-    found = []
-    for device, _ in chosen:
-        merge = MergeSettings(
-            Path("unwritten"),
-            Path("recipe"),
-            device=str(device),
-            trust_remote_code=options.trust_remote_code,
-            quiet=True,
-        )
-        settings = ScoreSettings(
-            device, options.dtype, options.micro_batch_tokens, merge=merge, scratch=options.out_dir
-        )
-        found.append(Scorer(options.config, tasks, settings))
-    return found
 
 
 def _objective(options: SearchOptions, scorer: "Scorer") -> "Objective":

@@ -74,7 +74,7 @@ def score_new(
     Returns:
         The losses, and how many candidates had to be scored.
     """
-    keys = {one.name: {task: _key(scorer, one, task, numbers) for task, numbers in rows.items()} for one in candidates}
+    keys = _keys(scorer, candidates, rows)
     found: dict[tuple[str, str], dict[int, tuple[float, int]]] = {}
     wanted: dict[tuple[str, ...], list[Candidate]] = {}  # candidates by the tasks that are missing
     for one in candidates:
@@ -85,9 +85,8 @@ def score_new(
             wanted.setdefault(missing, []).append(one)
 
     def keep(table: pd.DataFrame) -> None:
+        _keep(scorer, store, keys, table)
         for (name, task), part in table.groupby(["candidate", "task"], sort=False):
-            described = {"candidate": name, "task": task, "settings": scorer.settings.record()}
-            store.keep(keys[name][task], described, part)
             found[name, task] = {
                 row: (nll, tokens)
                 for row, nll, tokens in part[["row", "nll", "tokens"]].itertuples(index=False, name=None)
@@ -100,6 +99,38 @@ def score_new(
     ]
     frame = pd.DataFrame(table, columns=list(COLUMNS)).astype({"nll": "float64"})
     return frame, sum(map(len, wanted.values()))
+
+
+def unscored(
+    scorer: Scorer, store: LossStore, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]
+) -> list[Candidate]:
+    """The candidates of which the store lacks something."""
+    keys = _keys(scorer, candidates, rows)
+    return [one for one in candidates if any(store.find(key) is None for key in keys[one.name].values())]
+
+
+def keep_losses(
+    scorer: Scorer,
+    store: LossStore,
+    candidates: Sequence[Candidate],
+    rows: Mapping[str, Sequence[int]],
+    table: pd.DataFrame,
+) -> None:
+    """Keep what `Scorer.score` gave elsewhere, asked for the same."""
+    _keep(scorer, store, _keys(scorer, candidates, rows), table)
+
+
+def _keep(scorer: Scorer, store: LossStore, keys: Mapping[str, Mapping[str, str]], table: pd.DataFrame) -> None:
+    for (name, task), part in table.groupby(["candidate", "task"], sort=False):
+        described = {"candidate": name, "task": task, "settings": scorer.settings.record()}
+        store.keep(keys[name][task], described, part)
+
+
+def _keys(
+    scorer: Scorer, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, str]]:
+    """The store's key of each candidate and task."""
+    return {one.name: {task: _key(scorer, one, task, numbers) for task, numbers in rows.items()} for one in candidates}
 
 
 def _key(scorer: Scorer, candidate: Candidate, task: str, rows: Sequence[int]) -> str:

@@ -111,8 +111,17 @@ class RayWorkers:
             shared.mark.unlink(missing_ok=True)
         node_probe.refuse_unlike(found, shared, look(*given))
 
-    def run(self, pieces: Sequence[Piece], folder: Path | None, on_progress: OnProgress) -> list[Any]:
-        """Do all pieces as Ray's tasks; as `Workers.run`. A folder is needed: results come through it."""
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        folder: Path | None,
+        on_progress: OnProgress,
+        on_result: Callable[[Piece, Any], None] = lambda piece, value: None,
+    ) -> list[Any]:
+        """Do all pieces as Ray's tasks; as `Workers.run`. A folder is needed: results come through it.
+
+        `on_result` is given each result as soon as it is there.
+        """
         if folder is None:
             raise ValueError("pieces on a cluster need a folder for their results")
         results: dict[str, Any] = {}
@@ -124,13 +133,15 @@ class RayWorkers:
         for piece in pieces:
             if (found := find_result(folder, piece)) is not None:
                 results[piece.name] = found.value
+                on_result(piece, found.value)
                 on_progress(piece.label, piece.steps)
             else:
                 task = remote.remote(*fixed, ray_piece.to_bytes(piece), str(folder), self.gpus, self.cpus)
                 asked[task] = piece
         try:
             for piece in self._as_they_end(asked):
-                results[piece.name] = _read(folder, piece)
+                results[piece.name] = value = _read(folder, piece)
+                on_result(piece, value)
                 on_progress(piece.label, piece.steps)
         finally:
             for task in asked:

@@ -26,7 +26,7 @@ $(VENV)/demo-ready: requirements.txt requirements-plots.txt requirements-search.
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(patsubst %,-r %,$^)
 	touch $@
 
-$(VENV)/test-ready: requirements.txt requirements-plots.txt requirements-search.txt requirements-test.txt
+$(VENV)/test-ready: requirements.txt requirements-plots.txt requirements-search.txt requirements-ray.txt requirements-test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@

@@ -121,6 +121,15 @@ def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
     pd.testing.assert_frame_equal(table(pair, "out/half"), table(pair, "out/whole"))
 
 
+def test_two_devices_give_the_same_figures(run, pair):
+    for out, devices in (("out/one", ()), ("out/two", ("--devices", "cpu,cpu"))):
+        done = run("out/recipes/first.yaml", "out/recipes/second.yaml", "--no-controls", *devices, out=out)
+        assert done.returncode == 0, done.stderr
+    assert "side by side on 2" in done.stdout
+    pd.testing.assert_frame_equal(table(pair, "out/two"), table(pair, "out/one"), check_exact=True)
+    assert contents(pair / "out/two/losses") == contents(pair / "out/one/losses")
+
+
 def test_files_of_somebody_else_are_kept(run, pair):
     out = pair / "out" / "theirs"
     out.mkdir()

@@ -59,8 +59,14 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def ray_flags(command: str) -> set[str]:
+    """Every flag that a command of Ray has."""
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    return {flag for option in scripts.cli.commands[command].params for flag in option.opts}
+
+
 def run_page(page: Path, workplace: Path, run: Callable[..., subprocess.CompletedProcess]) -> list[str]:
-    """Run the commands of a page; returns their names."""
+    """Run the commands of a page, those for a cluster on one of this machine; returns their names."""
     ran = []
     for words in shell_commands(page):
         if words[0] == "make":
@@ -68,7 +74,12 @@ def run_page(page: Path, workplace: Path, run: Callable[..., subprocess.Complete
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             continue
+        if words[0] == "ray":
+            # it starts processes that outlive the test: here, that it has such a command and such flags
+            assert {word for word in words[2:] if word.startswith("--")} <= ray_flags(words[1])
+            continue
         assert words[0] == "python3", words
+        words = ["local" if before == "--ray" else word for before, word in zip(["", *words], words, strict=False)]
         done = run(*words[1:], cwd=workplace)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
@@ -81,7 +92,16 @@ def test_every_command_of_the_readme_runs(workplace, run_command_line):
     assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES[1:] if shell_commands(page)])
+SLOW_PAGES = {"docs/cluster.md"}  # starts a cluster for each command
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_PAGES else [])
+        for name in (str(page.relative_to(ROOT)) for page in PAGES[1:] if shell_commands(page))
+    ],
+)
 def test_every_command_of_a_page_runs(page, workplace):
     assert run_page(ROOT / page, workplace, run_here)
 

@@ -48,6 +48,11 @@ def stop_the_first_time(place: Place, mark: Path) -> str:
     return "done"
 
 
+def stop(place: Place) -> None:
+    """End the process at once."""
+    os._exit(1)
+
+
 def sum_slowly(place: Place, seed: int, seconds: float) -> torch.Tensor:
     """Sums that only come out alike where the same is computed in the same order."""
     values = torch.randn(4096, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,116 @@
+"""What is refused of a cluster before any work, each with its code: no Ray, no cluster, machines that are not alike."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.refusals import refusal_code, refused
+from tests.tiny_pairs import contents, save_pair
+from utils.commands.ray_flags import RayFlags
+from utils.workers import node_probe
+from utils.workers.ray_cluster import ClusterShare, ray_workers, require_ray
+
+
+def test_without_ray_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with refused("workers-ray-missing") as caught:
+        require_ray()
+    assert "pip install -r requirements-ray.txt" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "code"),
+    [
+        ("head", "workers-bad-address"),
+        ("10.0.0.1:port", "workers-bad-address"),
+        ("127.0.0.1:{port}", "workers-no-cluster"),
+        ("no-such-host.invalid:6379", "workers-no-cluster"),
+        ("auto", "workers-no-cluster"),
+    ],
+)
+def test_an_address_without_a_cluster(address, code, monkeypatch, tmp_path):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray notes the clusters of this machine
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        port = taken.getsockname()[1]
+        with refused(code), ray_workers(address.format(port=port), ClusterShare()):
+            raise AssertionError("there is a cluster")
+
+
+def test_command_1_ends_before_work(tmp_path, run_command_line):
+    pytest.importorskip("ray")
+    save_pair(tmp_path)
+    before = contents(tmp_path)
+    words = ("--config", "pair.yaml", "--out_dir", "out")
+    done = run_command_line("lewis_importance.py", *words, "--ray", "127.0.0.1:1", cwd=tmp_path)
+    assert refusal_code(done) == "workers-no-cluster"
+    done = run_command_line("lewis_importance.py", *words, "--ray_cpus", 2, cwd=tmp_path)
+    assert refusal_code(done) == "flag-no-effect"
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("device", "devices"), [("cpu", None), ("auto", "cpu,cpu")])
+def test_devices_of_this_machine_do_not_go_with_a_cluster(device, devices):
+    with refused("flag-no-effect"):
+        RayFlags("auto").refuse_devices(device, devices)
+
+
+@pytest.fixture
+def shared(tmp_path) -> node_probe.Shared:
+    """A marked work folder and a model of one file."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return node_probe.shared_places(tmp_path / "work", {tmp_path / "model": [tmp_path / "model" / "model.safetensors"]})
+
+
+def seen(shared: node_probe.Shared) -> dict:
+    return node_probe.looking()(*node_probe.arguments(shared))
+
+
+def test_a_machine_that_sees_what_this_one_sees_is_taken(shared):
+    node_probe.refuse_unlike({"node": seen(shared)}, shared, seen(shared))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda shared: shared.mark.unlink(), "workers-folder-unseen"),
+        (lambda shared: shared.mark.write_text("another run's"), "workers-folder-unseen"),
+        (lambda shared: Path(shared.mark.parents[1], "model", "model.safetensors").unlink(), "workers-folder-unseen"),
+        (
+            lambda shared: Path(shared.mark.parents[1], "model", "model.safetensors").write_bytes(b"other"),
+            "workers-folder-unseen",
+        ),
+    ],
+)
+def test_a_folder_that_a_machine_does_not_see_as_it_is_here(shared, change, code):
+    here = seen(shared)
+    change(shared)
+    with refused(code):
+        node_probe.refuse_unlike({"node": seen(shared)}, shared, here)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"cwd": False}, "workers-folder-unseen"),
+        ({"code": "other"}, "workers-code-differs"),
+        ({"versions": {"torch": "1.0"}}, "workers-versions-differ"),
+        ({"versions": {"python": "3.8.1"}}, "workers-versions-differ"),
+    ],
+)
+def test_a_machine_with_other_software(shared, change, code):
+    here = seen(shared)
+    with refused(code):
+        node_probe.refuse_unlike({"node": {**here, **change}}, shared, here)
+
+
+def test_a_patch_release_of_python_is_no_difference(shared):
+    here = seen(shared)
+    patched = {**here["versions"], "python": here["versions"]["python"].rpartition(".")[0] + ".99"}
+    node_probe.refuse_unlike({"node": {**here, "versions": patched}}, shared, here)

@@ -135,7 +135,7 @@ def test_command_1_writes_the_same_after_a_machine_was_lost(pair):
         thread.join()
 
 
-def test_a_process_that_dies_is_replaced_and_one_that_always_dies_is_told(tmp_path):
+def test_a_process_that_dies_is_replaced_and_one_that_always_dies_is_reported(tmp_path):
     with own_ray(1), ray_workers("local", ClusterShare()) as ray:
         (found,) = ray.run(
             [Piece("once", stop_the_first_time, (tmp_path / "mark",))], tmp_path, lambda label, steps: None

@@ -127,16 +127,18 @@ class RayWorkers:
         results: dict[str, Any] = {}
         asked: dict[Any, Piece] = {}
         remote = self.ray.remote(ray_piece.entrance()).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_retries=_RETRIES,
+            runtime_env={"env_vars": ray_piece.environment(node_probe.ROOT)},
         )
-        fixed = str(node_probe.ROOT), os.getcwd(), ray_piece.environment()
         for piece in pieces:
             if (found := find_result(folder, piece)) is not None:
                 results[piece.name] = found.value
                 on_result(piece, found.value)
                 on_progress(piece.label, piece.steps)
             else:
-                task = remote.remote(*fixed, ray_piece.to_bytes(piece), str(folder), self.gpus, self.cpus)
+                task = remote.remote(os.getcwd(), ray_piece.to_bytes(piece), str(folder), self.gpus, self.cpus)
                 asked[task] = piece
         try:
             for piece in self._as_they_end(asked):

@@ -64,20 +64,23 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
     return buffer.getvalue()
 
 
-def depth_lines(
+def curves(
     table: "pd.DataFrame",
     title: str,
+    across: str,
     label: str,
     *,
     reference: tuple[float, str] | None = None,
     half: "pd.DataFrame | None" = None,
+    whole: bool = False,
 ) -> bytes:
-    """Lines over the depth of a model, one for each column, as a PNG.
+    """Lines, one for each column, as a PNG.
 
     Args:
-        table: rows are layers, in their order; a cell that is NaN has no point.
+        table: rows are places along the axis, in their order (numbers); a cell that is NaN has no point.
         title: longer lines are broken to fit.
-        label: what the numbers are.
+        across, label: what the places and the values are.
+        whole: the places are whole numbers, such as layers.
         reference: a level line and what it is.
         half: as `table`, half the widths of intervals drawn about the points; infinite ones are left out.
     """
@@ -90,10 +93,10 @@ def depth_lines(
     figure = Figure(figsize=(width, 4.2 + 0.2 * len(lines)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    layers = np.asarray(table.index, dtype="float64")
+    places = np.asarray(table.index, dtype="float64")
     apart = min(0.5, 0.08 * len(table.columns)) if half is not None else 0.0  # so that intervals do not hide each other
     for place, name in enumerate(table.columns):
-        at = layers + apart * (place / max(1, len(table.columns) - 1) - 0.5)
+        at = places + apart * (place / max(1, len(table.columns) - 1) - 0.5)
         bars = None if half is None else np.where(np.isfinite(half[name]), half[name], 0.0)
         axes.errorbar(at, table[name].to_numpy(dtype="float64"), yerr=bars, marker="o", markersize=3, linewidth=1.2,
                       capsize=2, label=str(name), color=f"C{place % 10}", linestyle=_STYLES[place // 10 % len(_STYLES)])  # fmt: skip
@@ -101,9 +104,9 @@ def depth_lines(
         value, what = reference
         axes.axhline(value, color="black", linestyle="--", linewidth=1.2, label=f"{what}: {value:.3g}")
     figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
-    axes.set_xlabel("layer")
+    axes.set_xlabel(across)
     axes.set_ylabel(label, fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=whole)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     buffer = io.BytesIO()

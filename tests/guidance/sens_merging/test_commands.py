@@ -25,8 +25,8 @@ from tests.tiny_pairs import CALIBRATION, pair_settings, sample_ids, save_pair, 
 from utils.guidance.sens_merging.method import METHOD
 
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2")
-SENSITIVITY, DISTANCES, TENSORS, LOSSES = (
-    f"sens_merging_{name}.csv" for name in ("sensitivity", "distances", "tensors", "losses")
+SENSITIVITY, DISTANCES, TENSORS, LOSSES, OUTSIDE = (
+    f"sens_merging_{name}.csv" for name in ("sensitivity", "distances", "tensors", "losses", "outside")
 )
 RECIPE = "pair_generated_{method}_{tags}sens_merging_merge_config.yaml"
 
@@ -194,6 +194,50 @@ def test_each_expert_is_said_with_its_own_text_and_so_are_few_samples(pair, save
     assert "code on rows.jsonl (text '{answer}')\n" in said
     assert "math on rows.jsonl (text '{question} {answer}')\n" in said
     assert f"note:     {note}\n" in said and f"note: {note}\n" in saved("llama")[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # a head of its own; tied
+def test_what_lies_outside_as_layers_of_its_own(saved, tmp_path, family):
+    pair = Pair(shutil.copytree(saved(family)[0], tmp_path / "pair"))
+    pair.decide("--outside", "layers", "--temperature", 0.05)
+    table = pair.table(OUTSIDE).pivot(index="model", columns="tensor", values="sensitivity")
+    listed = pair.table(TENSORS)
+    outside = set(listed.loc[~listed["layer"].isin([0, 1]) | (listed["tensor"] == "model.norm.weight"), "tensor"])
+    assert set(table.columns) == outside and len(outside) == (3 if family == "llama" else 2)
+    inside = pair.table(SENSITIVITY).pivot(index="model", columns="layer", values="sensitivity")
+    both = pd.concat([inside, table], axis=1)
+    alpha = both.div(np.sqrt((both**2).sum(axis=1)), axis=0)
+    tau = pair.table(DISTANCES).groupby("model")["distance"].sum()
+    powers = np.exp(alpha.mul(tau / tau.sum(), axis=0) / 0.05)
+    weights = len(tau) * powers / powers.sum(axis=0)
+    for model in pair.recipe(tags="temperature0.05_outside_layers_")["models"][1:]:
+        own = weights.loc[model["model"].removeprefix("./")]
+        values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
+        for layer in (0, 1):
+            assert values[f"model.layers.{layer}."] == pytest.approx(own[layer], rel=1e-9)
+        for tensor in outside:
+            assert values[tensor.removesuffix("weight")] == pytest.approx(own[tensor], rel=1e-9)
+
+
+def test_each_factor_alone_has_its_recipe(pair):
+    for factors in ("sensitivity", "scaling"):
+        said = pair.decide("--factors", factors, "--temperature", 0.1)
+        assert f"{factors} alone" in said
+    found = []
+    for factors in ("sensitivity", "scaling"):
+        model = pair.recipe(tags=f"temperature0.1_{factors}_")["models"][1]
+        values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
+        found.append([values[f"model.layers.{layer}."] for layer in (0, 1)])
+    assert found[1][0] == found[1][1] != 1.0 and found[0][0] != found[0][1]
+
+
+def test_a_folder_of_an_earlier_version_is_read_but_for_layers_outside(pair):
+    pair.decide()
+    now = pair.recipe()
+    (pair.folder / "dfs" / OUTSIDE).unlink()
+    pair.decide("--overwrite")
+    assert pair.recipe() == now
+    pair.decide("--outside", "layers", refused="outside-not-measured")
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])

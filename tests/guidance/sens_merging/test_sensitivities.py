@@ -69,10 +69,20 @@ def test_products_of_half_precision_are_not_rounded_to_it():
     assert float(observer.sums) == pytest.approx(float((value.double() * kept.double()).abs().sum()), rel=1e-6)
 
 
-def test_only_parameters_of_blocks_are_wanted(tmp_path):
-    save_any("gemma3", tmp_path)
-    decoder, _ = opened(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])  # untied; tied
+def test_what_lies_outside_the_blocks_is_summed_by_parameter(family, tmp_path):
+    save_any(family, tmp_path)
+    samples = token_lists()
+    decoder, weights = opened(tmp_path)
     observer = SensitivityObserver(decoder, CPU)
-    wanted = {name for name, _ in decoder.model.named_parameters() if observer.wants(name)}
-    assert wanted == {name for name, _ in decoder.model.named_parameters() if ".layers." in name}
+    observe_gradients(decoder, weights, samples, observer, CPU, outside=True)
+    model, _, gradients = plain_gradients(tmp_path, samples)
+    parameters = dict(model.named_parameters())
+    found = {name: 0.0 for name, _ in gradients if name not in block_layers(decoder)}
+    for (name, _), gradient in gradients.items():
+        if name in found:
+            found[name] += float((parameters[name].detach().double() * gradient.double()).abs().sum())
+    assert observer.outside.keys() == found.keys() and len(found) >= 2
+    for name, expected in found.items():
+        assert float(observer.outside[name]) == pytest.approx(expected, rel=2e-5), name
     assert set(block_layers(decoder).values()) == set(range(LAYERS))

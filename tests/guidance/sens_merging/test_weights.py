@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from utils.guidance.sens_merging.method import ALIGNMENTS
-from utils.guidance.sens_merging.weights import alignment_factors, layer_weights, normalized_sensitivities
+from utils.guidance.sens_merging.weights import (
+    alignment_factors,
+    layer_weights,
+    normalized_sensitivities,
+    weighing,
+)
 
 
 def derived(sensitivities, distances, temperature, alignment):
@@ -115,3 +120,18 @@ def test_a_high_temperature_levels_and_a_low_one_chooses():
 def test_an_unknown_alignment_is_refused():
     with pytest.raises(ValueError, match="alignment"):
         alignment_factors(np.zeros((2, 2)), "closeness")
+
+
+def test_each_factor_alone():
+    """Sensitivity alone: distances do not matter; scaling alone: sensitivities do not, and all layers are alike."""
+    sensitivities, distances = np.array([[3.0, 4.0], [7.0, 0.0]]), np.array([[0.0, 1.0], [3.0, 0.0]])
+    other = distances.T
+    alone = [layer_weights(*weighing(sensitivities, one, "distance", "sensitivity"), 1.0) for one in (distances, other)]
+    np.testing.assert_array_equal(*alone)
+    first = 2 / (1 + math.exp(0.5 * 1 - 0.5 * 0.6))
+    assert alone[0][0, 0] == pytest.approx(first, rel=1e-14)
+    scaled = layer_weights(*weighing(sensitivities, distances, "distance", "scaling"), 1.0)
+    expected = 2 / (1 + math.exp((0.75 - 0.25) / math.sqrt(2)))
+    np.testing.assert_allclose(scaled[0], [expected, expected], rtol=1e-14)
+    both = layer_weights(*weighing(sensitivities, distances, "distance", "both"), 1.0)
+    np.testing.assert_allclose(both, weights_of(sensitivities, distances), rtol=1e-14)

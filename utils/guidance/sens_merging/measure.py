@@ -1,7 +1,7 @@
 """Sens-Merging, measure half: sensitivities of each expert on its own text, distances between the experts' logits."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,13 @@ from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
-from utils.guidance.sens_merging.tables import DISTANCE_TABLE, LOSS_TABLE, SENSITIVITY_TABLE, TENSOR_TABLE
+from utils.guidance.sens_merging.tables import (
+    DISTANCE_TABLE,
+    LOSS_TABLE,
+    OUTSIDE_TABLE,
+    SENSITIVITY_TABLE,
+    TENSOR_TABLE,
+)
 from utils.models.weight_source import tied_names
 from utils.pair.source import CalibrationSource
 from utils.passes.block_gradients import observe_gradients
@@ -27,10 +33,11 @@ _DISTANCES = "+distances"  # a piece's name, which no expert can have
 
 @dataclass(frozen=True)
 class _Expert:
-    """What one expert's passes gave: sensitivities [blocks], the samples' losses, final hidden states [tokens, hidden] of
-    each text."""
+    """What one expert's passes gave: sensitivities [blocks] and of each parameter outside them, the samples' losses, final
+    hidden states [tokens, hidden] of each text."""
 
     sensitivities: list[float]
+    outside: Mapping[str, float]
     losses: tuple[float, ...]
     finals: Mapping[CalibrationSource, torch.Tensor]
 
@@ -41,10 +48,12 @@ def choices(job: MeasureJob) -> list[str]:
     for expert in job.experts:
         tokens, blocks = job.text(expert, expert).tokens, len(expert.decoder.blocks)
         hidden = expert.decoder.model.config.get_text_config(decoder=True).hidden_size
-        found.append(tokens * blocks * hidden * expert.dtype.itemsize)
+        named, blocks_path = expert.decoder.model.named_parameters(), f"{expert.decoder.blocks_path}."
+        outside = sum(value.numel() for name, value in named if not name.startswith(blocks_path))
+        found.append((tokens * blocks * hidden + outside) * expert.dtype.itemsize)
     return [
-        "gradients: sample by sample, block by block; beside what is said below, the hidden states at every block's "
-        f"entrance are kept, up to {gigabytes(max(found))}"
+        "gradients: sample by sample, block by block, then of what lies outside the blocks; beside what is said below, up "
+        f"to {gigabytes(max(found))} for hidden states at every block's entrance, and the embeddings' gradients"
     ]
 
 
@@ -65,8 +74,10 @@ def measure(job: MeasureJob) -> Measured:
         [Piece(_DISTANCES, _distances, (own, kept), len(names) * (len(names) - 1), _DISTANCES)]
     )
     rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
+    outside = [row for expert in job.experts for row in _outside_rows(job.base, expert, experts[expert.entry.type])]
     losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
     forms = {SENSITIVITY_TABLE: rows, DISTANCE_TABLE: distances, TENSOR_TABLE: tensors, LOSS_TABLE: losses}
+    forms |= {OUTSIDE_TABLE: outside}
     return Measured(
         files={form.file: form.content(rows) for form, rows in forms.items()},
         notes=tuple(
@@ -121,18 +132,35 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
     return rows
 
 
+def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tuple[str, str, str, float]]:
+    """(expert, name in the base's checkpoint, its twin there, sensitivity) of each parameter outside the blocks.
+
+    A tied parameter has the other one's sensitivity, and its name as twin: the two are one layer.
+    """
+    tied = tied_names(expert.decoder.model)
+    stored = base.checkpoint.tensors if base.headers is None else base.headers
+    for name, value in found.outside.items():
+        if name in stored:
+            yield expert.entry.type, base.stored_name(name), "", value
+    for name, other in tied.items():
+        if name in stored and name not in found.outside and other in found.outside:
+            yield expert.entry.type, base.stored_name(name), base.stored_name(other), found.outside[other]
+
+
 def _passes(place: Place, job: MeasureJob) -> _Expert:
     """An expert's way forward and back on its own text, then forward on every text."""
     (expert,), device, on_block = job.subjects, place.device, place.on_step
     decoder, own = expert.decoder, job.text(expert, expert)
     observer = SensitivityObserver(decoder, device)
     weights = job.open_weights(expert, device)
-    losses = observe_gradients(decoder, weights, own.encoded, observer, device, on_block=on_block)
+    losses = observe_gradients(decoder, weights, own.encoded, observer, device, outside=True, on_block=on_block)
+    outside = {name: float(total) / len(own.encoded) for name, total in observer.outside.items()}
     values = [value / len(own.encoded) for value in observer.sums.tolist()]
-    for layer, value in enumerate(values):
+    named = {**{f"block {layer}": value for layer, value in enumerate(values)}, **outside}
+    for what, value in named.items():
         if not value < float("inf"):
             raise UserError(
-                f"model {expert.entry.name}: the sensitivity of block {layer} is {value}: gradients are not finite in "
+                f"model {expert.entry.name}: the sensitivity of {what} is {value}: gradients are not finite in "
                 f"{expert.dtype}; use --dtype float32 or bfloat16",
                 "measured-not-finite",
             )
@@ -142,7 +170,7 @@ def _passes(place: Place, job: MeasureJob) -> _Expert:
     finals = {
         source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
     }
-    return _Expert(values, losses, finals)
+    return _Expert(values, outside, losses, finals)
 
 
 class _Bystander:

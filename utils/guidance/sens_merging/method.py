@@ -5,8 +5,9 @@
     weight = T * softmax over experts of ( tau_t alpha_t(l) / temperature )
 
 `measure.py` takes S from gradients sample by sample and block by block, and g from every expert's final hidden
-states on every expert's text. `decide.py` weighs the experts against each other in every block; parameters outside
-the blocks, of which the formula says nothing, get the uniform weight 1.
+states on every expert's text. `decide.py` weighs the experts against each other in every block. The formula says nothing
+of parameters outside the blocks: they get the uniform weight 1, or are layers of their own (as in the public
+implementation).
 """
 
 from utils.flags import number
@@ -16,7 +17,10 @@ SENSITIVITY = "sens_merging_sensitivity.csv"
 DISTANCES = "sens_merging_distances.csv"
 TENSORS = "sens_merging_tensors.csv"
 LOSSES = "sens_merging_losses.csv"
+OUTSIDE = "sens_merging_outside.csv"
 ALIGNMENTS = ("distance", "similarity")
+BOTH, SENSITIVITY_ALONE, SCALING_ALONE = FACTORS = ("both", "sensitivity", "scaling")
+UNIFORM, LAYERS = OUTSIDES = ("uniform", "layers")
 
 METHOD = GuidanceMethod(
     name="sens_merging",
@@ -25,7 +29,7 @@ METHOD = GuidanceMethod(
     gives="weights",
     tasks="one for each expert, then one for the distances between them",
     merge_method="task_arithmetic",
-    tables=(SENSITIVITY, DISTANCES, TENSORS, LOSSES),
+    tables=(SENSITIVITY, DISTANCES, TENSORS, LOSSES, OUTSIDE),
     decide_flags=(
         MethodFlag(
             "temperature",
@@ -39,6 +43,19 @@ METHOD = GuidanceMethod(
             "whose logits agree most with the others'",
             choices=ALIGNMENTS,
             default="distance",
+        ),
+        MethodFlag(
+            "factors",
+            "what weighs: both; sensitivity: how sensitive a layer is, all experts alike (tau 1/T); scaling: how experts "
+            "differ, all layers alike",
+            choices=FACTORS,
+            default=BOTH,
+        ),
+        MethodFlag(
+            "outside",
+            "embeddings, final norm and head: uniform, weight 1; layers, weighed as layers of their own",
+            choices=OUTSIDES,
+            default=UNIFORM,
         ),
     ),
     fewest_experts=2,

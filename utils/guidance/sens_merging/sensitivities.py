@@ -1,4 +1,4 @@
-"""How sensitive a loss is to each block: the sum of |parameter * gradient| over a block's parameters.
+"""How sensitive a loss is to each block, and to each parameter outside them: the sum of |parameter * gradient|.
 
 To first order that is how much the loss changes where parameters are set to zero one by one (arXiv 2502.12420).
 """
@@ -13,7 +13,8 @@ from utils.models.decoder import Decoder
 class SensitivityObserver:
     """Sums |parameter * gradient| over the parameters of each block and all samples (a `GradientObserver`).
 
-    `sums` is float64 [blocks], on the device. Products are taken in float32, or the parameter's dtype if that is wider.
+    `sums` is float64 [blocks], on the device; `outside` the same of each parameter outside the blocks, by name, where its
+    gradients are computed. Products are taken in float32, or the parameter's dtype if that is wider.
     """
 
     _AT_ONCE = 2**22  # products in memory together
@@ -21,10 +22,11 @@ class SensitivityObserver:
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self.layers = block_layers(decoder)
         self.sums = torch.zeros(len(decoder.blocks), dtype=torch.float64, device=device)
+        self.outside: dict[str, torch.Tensor] = {}
 
     def wants(self, name: str) -> bool:
-        """Every parameter of a block."""
-        return name in self.layers
+        """Every parameter."""
+        return True
 
     def gradient(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, sample: int) -> None:
         """Add one sample's gradient of one parameter."""
@@ -32,7 +34,11 @@ class SensitivityObserver:
         pairs = (value.reshape(-1).split(self._AT_ONCE) for value in (parameter, gradient))
         for value, slope in zip(*pairs, strict=True):
             products = slope.to(exact, copy=True).mul_(value)
-            self.sums[self.layers[name]] += torch.linalg.vector_norm(products, ord=1, dtype=torch.float64)
+            size = torch.linalg.vector_norm(products, ord=1, dtype=torch.float64)
+            if name in self.layers:
+                self.sums[self.layers[name]] += size
+            else:
+                self.outside[name] = self.outside.get(name, 0) + size
 
     def finish(self, layer: int | None, parameters: Mapping[str, torch.Tensor]) -> None:
         """Nothing is left to do for a block."""

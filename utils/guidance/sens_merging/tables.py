@@ -5,6 +5,7 @@
 | `sens_merging_sensitivity.csv` | expert and block: `sensitivity`, the mean over samples of the sum of abs(p * dL/dp) |
 | `sens_merging_distances.csv` | ordered pair of experts: mean `distance` of their logits over the `tokens` of the text of `other` |
 | `sens_merging_tensors.csv` | tensor of the base's checkpoint: `layer` (-1 before the blocks, their number behind), `component`, `params` |
+| `sens_merging_outside.csv` | expert and tensor outside the blocks: `sensitivity`, as above; `twin` is the tensor it is tied to |
 | `sens_merging_losses.csv` | expert: mean `loss` of its `samples` on its own text, nats per token; for people, not read again |
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.errors import Problem, raise_collected
+from utils.errors import Problem, UserError, raise_collected
 from utils.guidance.columns import (
     TableFormat,
     expert,
@@ -26,7 +27,7 @@ from utils.guidance.columns import (
     text,
     whole,
 )
-from utils.guidance.sens_merging.method import DISTANCES, LOSSES, SENSITIVITY, TENSORS
+from utils.guidance.sens_merging.method import DISTANCES, LOSSES, OUTSIDE, SENSITIVITY, TENSORS
 from utils.pair.config import PairConfig
 
 SENSITIVITY_TABLE = TableFormat(
@@ -39,6 +40,9 @@ TENSOR_TABLE = TableFormat(
     TENSORS,
     (text("tensor"), whole("layer", -1), text("component", blank=True), whole("params", 1)),
     key=("tensor",),
+)
+OUTSIDE_TABLE = TableFormat(
+    OUTSIDE, (expert("model"), text("tensor"), text("twin", blank=True), number("sensitivity")), key=("model", "tensor")
 )
 LOSS_TABLE = TableFormat(LOSSES, (expert("model"), whole("samples", 1), number("loss")))
 
@@ -91,6 +95,37 @@ def read_sensitivity(folder: Path, experts: Sequence[str], config: PairConfig) -
         matrix,
         tensors.sort_values(["component", "layer"], key=_ordered_by(order), kind="stable"),
     )
+
+
+def read_outside(folder: Path, experts: Sequence[str], config: PairConfig, tensors: pd.DataFrame) -> pd.DataFrame:
+    """The sensitivities of what lies outside the blocks, those of tied tensors once.
+
+    Args:
+        folder: the dataframe folder.
+        experts: the types to merge.
+        config: the pair config.
+        tensors: the rows of `TENSOR_TABLE` of what lies outside.
+
+    Returns:
+        Columns `layer` (the name of the tensor that stands for the layer) and `tensor`, then one per expert.
+
+    Raises:
+        UserError: as `read_tables`; an earlier version measured, or a row is missing.
+    """
+    if not (folder / OUTSIDE).exists():
+        raise UserError(
+            f"--outside layers needs {OUTSIDE}, which is not in {folder}: an earlier version measured it; measure again "
+            "with --overwrite, or leave --outside out",
+            "outside-not-measured",
+        )
+    (table,) = read_tables(folder, [OUTSIDE_TABLE], [entry.type for entry in config.experts])
+    table = table[table["model"].isin(experts)]
+    wanted = [(model, tensor) for model in experts for tensor in tensors["tensor"]]
+    raise_collected(row_problems(OUTSIDE_TABLE, table, wanted), f"dataframe folder {folder}")
+    wide = table.pivot(index="tensor", columns="model", values="sensitivity")[list(experts)].reset_index()
+    twins = dict(zip(table["tensor"], table["twin"], strict=True))
+    wide.insert(0, "layer", [twins[tensor] or tensor for tensor in wide["tensor"]])
+    return wide
 
 
 def _depth(tensors: pd.DataFrame) -> tuple[int, list[Problem]]:

@@ -2,13 +2,14 @@
 
 alpha_t(l) = S_t(l) / || S_t(.) ||_2                                over the layers of one expert
 tau_t      = sum_u g(t,u) / sum_t sum_u g(t,u)                      over the other experts u
+             (for an ablation: alpha 1 / sqrt(layers) everywhere, or tau 1 / T for all)
 sigma_t(l) = softmax over t of ( tau_t alpha_t(l) / temperature )
 weight     = T sigma_t(l)                                           the mean over the T experts is 1
 """
 
 import numpy as np
 
-from utils.guidance.sens_merging.method import ALIGNMENTS
+from utils.guidance.sens_merging.method import ALIGNMENTS, FACTORS, SCALING_ALONE, SENSITIVITY_ALONE
 
 
 def normalized_sensitivities(sensitivities: np.ndarray) -> np.ndarray:
@@ -40,6 +41,28 @@ def alignment_factors(distances: np.ndarray, alignment: str = "distance") -> np.
     sums = np.where(np.eye(count, dtype=bool), 0.0, distances / largest).sum(axis=1)
     shares = sums / sums.sum()
     return shares if alignment == "distance" else (1 - shares) / (count - 1)
+
+
+def weighing(
+    sensitivities: np.ndarray, distances: np.ndarray, alignment: str, factors: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """alpha [experts, layers] and tau [experts], either of them replaced by what tells nobody apart.
+
+    Args:
+        sensitivities: S_t(l), [experts, layers].
+        distances: g(t,u), [experts, experts].
+        alignment: one of `ALIGNMENTS`.
+        factors: one of `FACTORS`: what is to weigh.
+    """
+    if factors not in FACTORS:
+        raise ValueError(f"factors {factors!r} is not one of {FACTORS}")
+    experts, layers = sensitivities.shape
+    alphas, tau = normalized_sensitivities(sensitivities), alignment_factors(distances, alignment)
+    if factors == SCALING_ALONE:
+        alphas = np.full((experts, layers), 1 / np.sqrt(layers))
+    if factors == SENSITIVITY_ALONE:
+        tau = np.full(experts, 1 / experts)
+    return alphas, tau
 
 
 def layer_weights(alphas: np.ndarray, factors: np.ndarray, temperature: float) -> np.ndarray:

@@ -102,7 +102,7 @@ def interval_pictures(
     table: Sequence[PartWeights], types: Sequence[str], uniform: float, blocks: int
 ) -> dict[str, bytes]:
     """The weights of the blocks' parts over the depth, a line per kind of part, with their intervals; PNGs by name's end."""
-    from utils.plots import depth_lines
+    from utils.plots import curves
 
     inside = [part for part in table if part.layer in range(blocks)]
     pictures = {}
@@ -114,8 +114,8 @@ def interval_pictures(
             for column in ("weight", "half")
         )
         title = f"{name}: weights with their {CONFIDENCE:.0%} intervals over calibration samples"
-        pictures[f"{name}_interval.png"] = depth_lines(
-            wide, title, "weight", reference=(uniform, "best uniform weight"), half=half
+        pictures[f"{name}_interval.png"] = curves(
+            wide, title, "layer", "weight", reference=(uniform, "best uniform weight"), half=half, whole=True
         )
     return pictures
 
@@ -163,7 +163,7 @@ def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, byte
     The root of the score is shown, in percent: the root mean square of what linearity gets wrong, relative to the whole
     change.
     """
-    from utils.plots import depth_lines
+    from utils.plots import curves
 
     pictures = {}
     for name in types if len(scores) else ():
@@ -176,7 +176,7 @@ def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, byte
             f"{name}: root of the non-linearity, what linearity gets wrong in % of the whole change of a part's output"
         )
         reference = None if whole.empty else (float(whole.iloc[0]), "the whole model")
-        pictures[f"{name}_nonlinearity.png"] = depth_lines(
-            wide.sort_index(), title, "deviation from linear, %", reference=reference
+        pictures[f"{name}_nonlinearity.png"] = curves(
+            wide.sort_index(), title, "layer", "deviation from linear, %", reference=reference, whole=True
         )
     return pictures

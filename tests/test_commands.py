@@ -25,6 +25,7 @@ def test_every_command_once(tmp_path, run_command_line):
         "code_delta.csv",
         "math_delta.csv",
         "norms.csv",
+        "lewis_noise.csv",
         "manifest.json",
     }
     run("lewis_merge.py", "--delta_dfs_in_dir", "measured", "--config_file", "pair.yaml", "--out_dir", "recipes")

@@ -26,7 +26,7 @@ from tests.tiny_pairs import BOS_CHAT, contents, pair_settings, save_tokenizer, 
 SCRIPT = "lewis_importance.py"
 COMPONENTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ARGUMENTS = ("--config", "pair.yaml", "--out_dir", "out/deltas")
-WRITTEN = {"code_delta.csv", "math_delta.csv", "norms.csv", "manifest.json"}
+WRITTEN = {"code_delta.csv", "math_delta.csv", "norms.csv", "lewis_noise.csv", "manifest.json"}
 
 
 def refuses(code: str, *arguments: object) -> str:
@@ -144,7 +144,7 @@ def test_another_config_in_the_folder_is_refused_before_the_libraries_load(pair,
     measure()
     write_config(pair, {"nsamples": 3})
     monkeypatch.setattr("utils.commands.measure.quiet_libraries", None)
-    assert "code_delta.csv, math_delta.csv, norms.csv, manifest.json" in refuses("out-exists")
+    assert "code_delta.csv, math_delta.csv, norms.csv, lewis_noise.csv, manifest.json" in refuses("out-exists")
 
 
 def test_files_of_others_in_the_folder_stay(pair):

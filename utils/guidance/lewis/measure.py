@@ -1,5 +1,6 @@
 """LEWIS, measure half: norms of the base and the experts, and the delta tables they make."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,14 +10,17 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.lewis.deltas import delta_table
+from utils.guidance.lewis.noise import SAMPLES, Norms, RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
 from utils.guidance.lewis.ranges import RangeVisitor, norms_of_ranges
-from utils.guidance.lewis.tables import TEXT, table_files
+from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, table_files
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.pair.source import CalibrationSource
-from utils.passes.block_runner import run_blocks
+from utils.passes.block_runner import Visitor, run_blocks
 from utils.passes.subjects import EncodedText, Subject
 from utils.workers.piece import Piece, Place
+
+_NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -34,6 +38,11 @@ def choices(job: MeasureJob) -> list[str]:
         )
     elif job.batches_a_piece is not None:
         lines.append("tasks: one for each model and text, since pruning needs all samples at every block")
+    if any(_is_rounded(subject) for subject in job.subjects):
+        lines.append(
+            f"rounding: {SAMPLES} samples of each text go through the blocks in float32, too, which says how much of each "
+            "delta is rounding"
+        )
     return lines
 
 
@@ -51,13 +60,14 @@ def measure(job: MeasureJob) -> Measured:
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows = []
+    rows, trials = [], {}
     for one, own in zip(measured, pieces, strict=True):
-        norms = [next(results) for _ in own]
+        found = [next(results) for _ in own]
+        trials[one.subject.entry.type, one.label] = found[0]["trial"]
         if _is_split(job):
-            rows += _rows(one, norms_of_ranges(one.subject.decoder, norms, _divisor(job, one)))
+            rows += _rows(one, norms_of_ranges(one.subject.decoder, found, _divisor(job, one)))
         else:
-            rows += _rows(one, norms[0])
+            rows += _rows(one, found[0]["norms"])
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
@@ -69,7 +79,40 @@ def measure(job: MeasureJob) -> Measured:
             warnings.append(f"{entry.name} has exactly the base's norms everywhere; is it the same model?")
     if len(config.texts) == 1:
         norms = norms.drop(columns=TEXT)
-    return Measured(table_files(deltas, norms, config.base_model_type), warnings=tuple(warnings))
+    files = table_files(deltas, norms, config.base_model_type)
+    noise, notes = {}, []
+    for entry in config.experts:
+        own, base = (trials[name, labels[entry.type]] for name in (entry.type, config.base_model_type))
+        if own["norms"] and base["norms"]:
+            noise[entry.type] = relative_noise(own["norms"], base["norms"])
+            notes.append(_rounding_note(entry.type, noise[entry.type], *own["seconds"]))
+            warnings += _noisy(entry.type, noise[entry.type])
+    table = [(name, *place, value) for name, one in noise.items() for place, value in one.items()]
+    return Measured({**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings))
+
+
+def _is_rounded(subject: Subject) -> bool:
+    return subject.dtype.itemsize < torch.float32.itemsize
+
+
+def _rounding_note(name: str, noise: Mapping[tuple[int, str], float], rounded: float, exact: float) -> str:
+    return (
+        f"{name}: rounding of the forward pass makes up to {max(noise.values()):.1%} of a delta (median "
+        f"{statistics.median(noise.values()):.1%}, on {SAMPLES} samples); in float32 there is none, and the blocks took "
+        f"{exact / rounded:.2g} times as long (--dtype float32)"
+    )
+
+
+def _noisy(name: str, noise: Mapping[tuple[int, str], float]) -> list[str]:
+    """A warning where deltas are to a good part rounding."""
+    over = [place for place, value in noise.items() if value > _NOISY]
+    if not over:
+        return []
+    layer, component = max(noise, key=noise.__getitem__)
+    return [
+        f"{name}: rounding makes more than {_NOISY:.0%} of {len(over)} of {len(noise)} deltas, most ({max(noise.values()):.0%}) "
+        f"that of {component} in layer {layer}: densities there are partly chance; measure with --dtype float32"
+    ]
 
 
 @dataclass(frozen=True)
@@ -108,24 +151,41 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
     return found
 
 
-def _norms(place: Place, job: MeasureJob, divisor: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Norms by layer and component of one model on one text."""
+def _norms(place: Place, job: MeasureJob, divisor: int) -> dict[str, Any]:
+    """`norms` by layer and component of one model on one text, and its `trial`."""
     (subject,) = job.subjects
     (text,) = subject.texts.values()
     visitor = LewisVisitor(subject.decoder, text.tokens, divisor, job.config.sparsity_ratio)
-    weights = job.open_weights(subject, place.device)
-    run_blocks(subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step)
-    return {key: norm.cpu() for key, norm in visitor.norms.items()}
+    trial = _run(place, job, subject, text, visitor, tried=True)
+    return {"norms": {key: norm.cpu() for key, norm in visitor.norms.items()}, "trial": trial}
 
 
-def _sums(place: Place, job: MeasureJob, squares: bool) -> dict[str, Any]:
-    """Sums of one model over one range of a text (`RangeVisitor.result`)."""
+def _sums(place: Place, job: MeasureJob, first: bool) -> dict[str, Any]:
+    """Sums of one model over one range of a text (`RangeVisitor.result`), and the `trial` of the first one."""
     (subject,) = job.subjects
     (text,) = subject.texts.values()
-    visitor = RangeVisitor(subject.decoder, text.tokens, squares=squares)
+    visitor = RangeVisitor(subject.decoder, text.tokens, squares=first)
+    trial = _run(place, job, subject, text, visitor, tried=first)
+    return {**visitor.result(), "trial": trial}
+
+
+def _run(
+    place: Place, job: MeasureJob, subject: Subject, text: EncodedText, visitor: Visitor, *, tried: bool
+) -> dict[str, Any]:
+    """Take a text through the blocks; in 16 bits, if `tried`, its first samples in float32 beside it.
+
+    Returns:
+        `norms` by layer and component, (in 16 bits, in float32) each, none if there was no trial; `seconds` both ways.
+    """
     weights = job.open_weights(subject, place.device)
-    run_blocks(subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step)
-    return visitor.result()
+    if not tried or not _is_rounded(subject):
+        run_blocks(subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step)
+        return {"norms": {}, "seconds": (0.0, 0.0)}
+    with RoundingTrial(subject.decoder, trial_batch(text.batches), place.device) as trial:
+        both = VisitorWithTrial(visitor, trial)
+        run_blocks(subject.decoder, weights, text.batches, both, place.device, on_block=place.on_step)
+    norms: Norms = {key: (float(rounded), float(exact)) for key, (rounded, exact) in trial.norms.items()}
+    return {"norms": norms, "seconds": tuple(trial.seconds)}
 
 
 def _rows(one: _Text, norms: Mapping[tuple[int, str], torch.Tensor]) -> list[dict[str, Any]]:

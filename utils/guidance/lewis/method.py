@@ -12,6 +12,7 @@ from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
 
 NORMS = "norms.csv"
+NOISE = "lewis_noise.csv"
 DELTA_SUFFIX = "_delta.csv"
 BOUNDS = ("minmax", "clip")
 
@@ -27,7 +28,7 @@ METHOD = GuidanceMethod(
     summary="densities from the change of each layer's activation-weighted norm (arXiv 2503.03874)",
     gives="densities",
     merge_method="ties",
-    tables=(NORMS,),
+    tables=(NORMS, NOISE),
     expert_file=delta_file,
     decide_flags=(
         MethodFlag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3),

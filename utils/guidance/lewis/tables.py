@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | `<type>_delta.csv` | layer x `<component>_delta_<type>_<base>`: the reference's layout and names |
+| `lewis_noise.csv` | expert, layer and component: the share of the delta that is rounding (`noise.py`); no rows in float32 |
 | `norms.csv` | tidy: `model,layer,component,tensor,norm,params`, one row per measured tensor and model |
 
 Where experts have texts of their own, `norms.csv` has a last column `text`: the expert on whose text a norm was taken.
@@ -16,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 
 from utils.errors import Problem, raise_collected
-from utils.guidance.columns import TableFormat, checked, number, read_tables, text, whole
+from utils.guidance.columns import TableFormat, checked, expert, number, read_tables, text, whole
 from utils.guidance.csv_files import MISSING, csv_bytes, read_csv
-from utils.guidance.lewis.method import DELTA_SUFFIX, NORMS, delta_file
+from utils.guidance.lewis.method import DELTA_SUFFIX, NOISE, NORMS, delta_file
 
 TEXT = "text"
 NORM_TABLE = TableFormat(
@@ -26,6 +27,13 @@ NORM_TABLE = TableFormat(
     (text("model"), whole("layer"), text("component"), text("tensor"), number("norm"), whole("params", 1)),
     key=("model", TEXT, "layer", "component"),
     last=(text(TEXT),),
+)
+
+NOISE_TABLE = TableFormat(
+    NOISE,
+    (expert("model"), whole("layer"), text("component"), number("noise")),
+    key=("model", "layer", "component"),
+    may_be_empty=True,
 )
 
 

@@ -1,0 +1,165 @@
+"""How much of LEWIS's deltas is rounding, where the forward pass is in 16 bits: some samples once more in float32.
+
+A delta is the difference of two nearly equal norms, so that the rounding of hidden states, which moves a norm by less than
+a thousandth, may be a good part of it. Weights are used as they are and sums are float32 or better: what rounds are the
+outputs of the blocks' own operations, and what one block rounds goes on through all that follow. So a few samples go
+through each block beside the text, in the model's dtype and in float32, with the same weights, and
+
+    noise = | (I_expert - I_base) in 16 bits - (I_expert - I_base) in float32 | / | I_expert - I_base | in float32
+
+is what rounding makes of a tensor's delta on them; over more samples it averages out further.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import nn
+
+from utils.guidance.lewis.norms import metric_norm
+from utils.models.decoder import Decoder, weight_matrix
+from utils.models.weight_source import placed
+from utils.pair.batches import MicroBatch
+from utils.passes.block_runner import Flow, Visitor, block_tensor_names, body_names, stops
+from utils.passes.second_moments import SecondMoments
+
+SAMPLES = 2  # of a text
+
+Norms = Mapping[tuple[int, str], tuple[float, float]]  # by layer and component: in the model's dtype, in float32
+
+
+def relative_noise(expert: Norms, base: Norms) -> dict[tuple[int, str], float]:
+    """The share of each delta that is rounding, by layer and component; 1 where float32 sees no delta at all."""
+    found = {}
+    for place, (rounded, exact) in expert.items():
+        delta, gap = exact - base[place][1], abs((rounded - base[place][0]) - (exact - base[place][1]))
+        found[place] = gap / abs(delta) if delta else float(gap > 0)
+    return found
+
+
+def trial_batch(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """The first samples of a text, without their neighbours."""
+    first = batches[0]
+    lengths = first.lengths[:SAMPLES]
+    mask = None if first.mask is None else first.mask[:SAMPLES]
+    return MicroBatch(first.input_ids[:SAMPLES], lengths, mask)
+
+
+class RoundingTrial:
+    """Takes a batch through each block in the model's dtype and in float32; a context manager, entered before the pass.
+
+    `norms` maps (layer, component name) to both norms, float64 scalar tensors on the device; `seconds` are what both ways
+    took inside the blocks. Where blocks are pruned, `measure` one, let it be pruned, then `advance`.
+
+    Args:
+        decoder: the model that `run_blocks` takes through its blocks.
+        batch: the trial samples.
+        device: where to compute.
+    """
+
+    def __init__(self, decoder: Decoder, batch: MicroBatch, device: torch.device) -> None:
+        self.batch, self.device = batch, device
+        self.decoders = (decoder, copy.deepcopy(decoder))  # on the meta device: nothing is copied but modules
+        self.norms: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.seconds = [0.0, 0.0]
+        self._flows: list[Flow] = []
+        self._open = ExitStack()
+
+    def __enter__(self) -> "RoundingTrial":
+        """Nothing runs yet."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End both passes."""
+        self._open.close()
+
+    def measure(self, layer: int, block: nn.Module) -> None:
+        """Take both norms of every component of a block, whose weights are in place."""
+        if not self._flows:
+            self._start()
+        components, found = self.decoders[0].components, []
+        for way, flow in enumerate(self._flows):
+            flow.expect(layer)
+            module = self.decoders[way].blocks[layer]
+            moments = SecondMoments([component.path for component in components])
+            with self._weights(way, layer, block), moments.attached(module):
+                moments.begin(flow.batch)
+                start = self._clock()
+                flow.rehearse()
+                self.seconds[way] += self._clock() - start
+            sums = moments.checked(layer, self.batch.tokens)
+            found.append({path: own / self.batch.tokens for path, own in sums.items()})
+        for component in components:
+            weight = weight_matrix(block.get_submodule(component.path))
+            both = tuple(metric_norm(weight, one[component.path]) for one in found)
+            self.norms[layer, component.name] = both
+
+    def advance(self, layer: int, block: nn.Module) -> None:
+        """Take both ways through the block as it is now."""
+        if layer + 1 == len(self.decoders[0].blocks):
+            return  # what comes behind the blocks is not measured
+        for way, flow in enumerate(self._flows):
+            with self._weights(way, layer, block):
+                flow.advance()
+
+    def _start(self) -> None:
+        """Both ways up to the first block; the embeddings in float32 are there just for that."""
+        ours, exact = self.decoders
+        in_blocks = block_tensor_names(ours)
+        named = dict([*ours.model.named_parameters(), *ours.model.named_buffers()])
+        outside = {name: _exact(named[name]) for name in body_names(exact) if name not in in_blocks}
+        self._open.enter_context(stops(exact.blocks))
+        for decoder in self.decoders:
+            flow = Flow(decoder.body, self.batch, self.device)
+            self._open.callback(flow.close)
+            self._flows.append(flow)
+        self._flows[0].advance()
+        with placed(exact.model, "", outside, self.device):
+            self._flows[1].advance()
+
+    def _weights(self, way: int, layer: int, block: nn.Module):
+        """The block's weights in float32 for the exact way; they are in place already for the other."""
+        stack = ExitStack()
+        if way == 1:
+            named = [*block.named_parameters(), *block.named_buffers()]
+            stack.enter_context(
+                placed(self.decoders[1].blocks[layer], "", {name: _exact(value) for name, value in named}, self.device)
+            )
+        return stack
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class VisitorWithTrial:
+    """A visitor of blocks with a trial beside it (a `block_runner.Visitor`)."""
+
+    def __init__(self, visitor: Visitor, trial: RoundingTrial) -> None:
+        self.visitor, self.trial = visitor, trial
+
+    @property
+    def rewrites(self) -> bool:
+        """As the visitor."""
+        return self.visitor.rewrites
+
+    def observing(self, layer: int, block: nn.Module) -> AbstractContextManager[None]:
+        """As the visitor."""
+        return self.visitor.observing(layer, block)
+
+    def begin(self, batch: MicroBatch) -> None:
+        """As the visitor."""
+        self.visitor.begin(batch)
+
+    def finish(self, layer: int, block: nn.Module) -> None:
+        """The trial measures the block before the visitor may prune it, and goes through it as it is then."""
+        self.trial.measure(layer, block)
+        self.visitor.finish(layer, block)
+        self.trial.advance(layer, block)
+
+
+def _exact(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value

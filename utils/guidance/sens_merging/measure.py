@@ -133,9 +133,9 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
 
 
 def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tuple[str, str, str, float]]:
-    """(expert, name in the base's checkpoint, its twin there, sensitivity) of each parameter outside the blocks.
+    """(expert, name in the base's checkpoint, the one it is tied to, sensitivity) of each parameter outside the blocks.
 
-    A tied parameter has the other one's sensitivity, and its name as twin: the two are one layer.
+    A tied parameter has the other one's sensitivity, and names it: the two are one layer.
     """
     tied = tied_names(expert.decoder.model)
     stored = base.checkpoint.tensors if base.headers is None else base.headers

@@ -5,7 +5,7 @@
 | `sens_merging_sensitivity.csv` | expert and block: `sensitivity`, the mean over samples of the sum of abs(p * dL/dp) |
 | `sens_merging_distances.csv` | ordered pair of experts: mean `distance` of their logits over the `tokens` of the text of `other` |
 | `sens_merging_tensors.csv` | tensor of the base's checkpoint: `layer` (-1 before the blocks, their number behind), `component`, `params` |
-| `sens_merging_outside.csv` | expert and tensor outside the blocks: `sensitivity`, as above; `twin` is the tensor it is tied to |
+| `sens_merging_outside.csv` | expert and tensor outside the blocks: `sensitivity`, as above; `tied_to` is the tensor whose parameter it shares |
 | `sens_merging_losses.csv` | expert: mean `loss` of its `samples` on its own text, nats per token; for people, not read again |
 """
 
@@ -42,7 +42,9 @@ TENSOR_TABLE = TableFormat(
     key=("tensor",),
 )
 OUTSIDE_TABLE = TableFormat(
-    OUTSIDE, (expert("model"), text("tensor"), text("twin", blank=True), number("sensitivity")), key=("model", "tensor")
+    OUTSIDE,
+    (expert("model"), text("tensor"), text("tied_to", blank=True), number("sensitivity")),
+    key=("model", "tensor"),
 )
 LOSS_TABLE = TableFormat(LOSSES, (expert("model"), whole("samples", 1), number("loss")))
 
@@ -123,8 +125,8 @@ def read_outside(folder: Path, experts: Sequence[str], config: PairConfig, tenso
     wanted = [(model, tensor) for model in experts for tensor in tensors["tensor"]]
     raise_collected(row_problems(OUTSIDE_TABLE, table, wanted), f"dataframe folder {folder}")
     wide = table.pivot(index="tensor", columns="model", values="sensitivity")[list(experts)].reset_index()
-    twins = dict(zip(table["tensor"], table["twin"], strict=True))
-    wide.insert(0, "layer", [twins[tensor] or tensor for tensor in wide["tensor"]])
+    tied_to = dict(zip(table["tensor"], table["tied_to"], strict=True))
+    wide.insert(0, "layer", [tied_to[tensor] or tensor for tensor in wide["tensor"]])
     return wide
 
 

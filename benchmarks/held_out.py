@@ -19,6 +19,7 @@ from utils.evaluation.scoring import Scorer, ScoreSettings
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import TEST, VALIDATION, Row, Task
 
+_AT_ONCE = 8  # candidates in a pass, after which their losses are kept
 ROWS = {VALIDATION: 40, TEST: 80}  # of each task, as in the quality benchmark
 
 
@@ -41,7 +42,7 @@ class HeldOut:
             )
             for task, own in texts.tasks.items()
         ]
-        settings = ScoreSettings(torch.device("cpu"), scratch=pair.folder)
+        settings = ScoreSettings(torch.device("cpu"), most_at_once=_AT_ONCE, scratch=pair.folder)
         self.scorer, self.store = Scorer(self.config, self.tasks, settings), LossStore(pair.folder / "losses")
 
     def shares(self, recipes: Mapping[str, Path], part: str) -> dict[str, dict[str, float]]:

@@ -60,17 +60,12 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    from utils.safe_yaml import read_yaml_mapping
-
     names, folders = [], []
     digest = hashlib.sha256(metadata.version("lm_eval").encode())
     for text in dict.fromkeys(asked):
         path = Path(os.path.expanduser(text))
         if path.suffix in (".yaml", ".yml"):
-            named = read_yaml_mapping(path, "lm-eval task").get("task")
-            if not isinstance(named, str):
-                raise UserError(f"lm-eval task {path} names no task: give it a line `task: NAME`", "lm-eval-no-name")
-            names.append(named)
+            names.append(_task_name(path))
             digest.update(path.read_bytes())
             folders.append(str(path.resolve().parent))
         else:
@@ -98,6 +93,25 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
         )
     digest.update(repr(names).encode())
     return AccuracyTasks(tuple(names), manager, unsafe, digest.hexdigest())
+
+
+def _task_name(path: Path) -> str:
+    """The name of the task in a YAML file, whose values are not made: lm-eval has tags of its own (`!function`).
+
+    Raises:
+        UserError: there is no such file, it is not YAML, or it names no task.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"lm-eval task {path} cannot be read: {brief(error)}", "lm-eval-unreadable") from error
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    names = [value.value for key, value in pairs if key.value == "task" and isinstance(value, yaml.ScalarNode)]
+    if not names:
+        raise UserError(f"lm-eval task {path} names no task: give it a line `task: NAME`", "lm-eval-no-name")
+    return names[0]
 
 
 def accuracy(

@@ -17,6 +17,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.guidance.lewis.noise import RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.guidance.method import guidance_methods
+from utils.models.decoder import find_decoder
 from utils.pair.calibration import micro_batches
 from utils.pair.config import read_pair_config
 from utils.passes.block_runner import run_blocks
@@ -52,8 +53,14 @@ def plain_norms(folder, dtype, batch, decoder):
     return found
 
 
-def trial_norms(folder, sparsity=0.0):
+def opened_with_components(folder):
+    """A model in bfloat16 with every linear part of its blocks, and its weights."""
     decoder, weights = opened(folder, torch.bfloat16)
+    return find_decoder(decoder.model, None, {}, "test model"), weights
+
+
+def trial_norms(folder, sparsity=0.0):
+    decoder, weights = opened_with_components(folder)
     batches = micro_batches(SAMPLES, 64, 0)
     with RoundingTrial(decoder, trial_batch(batches), CPU) as trial:
         visitor = LewisVisitor(decoder, sum(map(len, SAMPLES)), sum(map(len, SAMPLES)), sparsity)
@@ -89,7 +96,7 @@ def test_pruning_is_followed(tmp_path):
 
 def test_the_text_is_measured_as_without_a_trial(tmp_path):
     save_any("gemma3", tmp_path)
-    decoder, weights = opened(tmp_path, torch.bfloat16)
+    decoder, weights = opened_with_components(tmp_path)
     tokens = sum(map(len, SAMPLES))
     visitor = LewisVisitor(decoder, tokens, tokens, 0.0)
     run_blocks(decoder, weights, micro_batches(SAMPLES, 64, 0), visitor, CPU)

@@ -20,7 +20,7 @@ from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import TEST, VALIDATION, Row, Task
 
 _AT_ONCE = 8  # candidates in a pass, after which their losses are kept
-ROWS = {VALIDATION: 40, TEST: 80}  # of each task, as in the quality benchmark
+ROWS = {VALIDATION: 40, TEST: 40}  # of each task
 
 
 class HeldOut:
@@ -45,14 +45,17 @@ class HeldOut:
         settings = ScoreSettings(torch.device("cpu"), most_at_once=_AT_ONCE, scratch=pair.folder)
         self.scorer, self.store = Scorer(self.config, self.tasks, settings), LossStore(pair.folder / "losses")
 
-    def shares(self, recipes: Mapping[str, Path], part: str) -> dict[str, dict[str, float]]:
-        """By recipe and task, the share of the task's expert's gain over the base that the recipe's merge keeps."""
+    def shares(self, recipes: Mapping[str, Path], part: str, only: str | None = None) -> dict[str, dict[str, float]]:
+        """By recipe and task, the share of the task's expert's gain over the base that the recipe's merge keeps.
+
+        `only` names one task, if the others are of no interest.
+        """
         candidates = [
             Candidate(name, recipe=yaml.safe_load(path.read_text(encoding="utf-8")), folder=path.parent)
             for name, path in recipes.items()
         ]
         models = models_of_pair(self.config)
-        rows = {task.name: task.part(part) for task in self.tasks}
+        rows = {task.name: task.part(part) for task in self.tasks if only in (None, task.name)}
         table, _ = score_new(self.scorer, self.store, [*models, *candidates], rows)
         found = task_losses(table, self.tasks, self.config.base.type, [entry.type for entry in self.config.experts])
         gains = {task: dict(zip(losses.names, losses.gain().tolist(), strict=True)) for task, losses in found.items()}

@@ -23,7 +23,8 @@ from utils.errors import run_command
 from utils.evaluation.tasks import TEST, VALIDATION
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
+TEMPERATURES = (0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
+SOME = (0.1, 1.0)  # for what does not need them all
 LAMBDA = 0.3
 CUT = {"mean_density": 0.5, "lambda": 0.35}
 
@@ -42,18 +43,18 @@ def contenders() -> dict[str, tuple[str, Variant]]:
     found = {f"{name}, uniform": (f"{name}, uniform", variant) for name, (variant, _) in plugins.items()}
     for name, (_, flags) in plugins.items():
         for factors in ("both", "sensitivity", "scaling"):
-            for temperature in (0.1, 1.0):
-                found[f"{name}, {factors}, temperature {temperature:g}"] = (
-                    f"{name}, uniform",
-                    sens(**flags, factors=factors, temperature=temperature),
-                )
-    against = "task arithmetic, uniform"
+            found[f"{name}, {factors}, temperature {SOME[0]:g}"] = (
+                f"{name}, uniform",
+                sens(**flags, factors=factors, temperature=SOME[0]),
+            )
     for temperature in TEMPERATURES:
-        for alignment in ("distance", "similarity"):
-            name = f"task arithmetic, {alignment}, temperature {temperature:g}"
-            flags = {"lambda": LAMBDA, "temperature": temperature, "alignment": alignment}
-            found[name] = (against, sens(**flags))
-            found[f"{name}, outside layers"] = (against, sens(**flags, outside="layers"))
+        options = [{}] + ([{"alignment": "similarity"}, {"outside": "layers"}] if temperature in SOME else [])
+        for more in options:
+            name = ", ".join(["task arithmetic, both", *more.values(), f"temperature {temperature:g}"])
+            found[name] = (
+                "task arithmetic, uniform",
+                sens(**{"lambda": LAMBDA, "temperature": temperature, **more}),
+            )
     return found
 
 

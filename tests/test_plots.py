@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
-from utils.plots import color_range, heatmap, require_matplotlib
+from utils.plots import color_range, curves, heatmap, require_matplotlib
 
 pytest.importorskip("matplotlib")
 
@@ -125,3 +125,17 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused("no-matplotlib"):
         require_matplotlib("--plot")
+
+
+def test_curves_have_a_line_for_each_column_the_reference_and_intervals(kept_figures):
+    table, half = _frame(6), _frame(6) / 10
+    table.iloc[2, 0], half.iloc[3, 1] = np.nan, np.inf
+    pictures = [
+        curves(table, "math", "layer", "weight", reference=(0.5, "uniform"), half=half, whole=True) for _ in "ab"
+    ]
+    assert pictures[0] == pictures[1] and _size(pictures[0])[0] > 500
+    axes = kept_figures[0].axes[0]
+    assert [text.get_text() for text in kept_figures[0].legends[0].get_texts()] == ["uniform: 0.5", *table.columns]
+    assert axes.get_xlabel() == "layer" and len(axes.containers) == 2
+    drawn = axes.containers[1].lines[0].get_ydata()
+    assert drawn == pytest.approx(table["down_proj"].to_numpy())

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tests.plain_gradients import CPU, opened, token_lists
+from tests.refusals import refused
 from tests.tiny_checkpoints import save_any
 from tests.tiny_pairs import save_pair
+from tests.tiny_recipes import decide_here
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.guidance.lewis.noise import RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
@@ -134,6 +136,19 @@ def test_in_bfloat16_every_delta_has_its_noise_and_much_of_it_is_warned_of(measu
         warning = f"{name}: rounding makes more than 10% of {over} of 14 deltas"
         assert (warning in said.err) == (over > 0)
     assert (table["noise"] > 0).any()
+
+
+def test_command_2_says_it_too_and_edited_noise_is_refused(measured, capfd):
+    table = measured("bfloat16")
+    (recipe,) = decide_here("lewis")
+    said = capfd.readouterr().out
+    for name, own in table.groupby("model"):
+        assert f"{name}: up to {own['noise'].max():.1%} of a delta is rounding" in said
+    table.assign(noise=-1.0).to_csv("dfs/lewis_noise.csv", index=False)
+    with refused("table-bad-value"):
+        decide_here("lewis", overwrite=True)
+    Path("dfs/lewis_noise.csv").unlink()
+    assert decide_here("lewis", overwrite=True) == [recipe] and "rounding" not in capfd.readouterr().out
 
 
 def test_in_float32_there_is_none(measured, capfd):

@@ -7,7 +7,7 @@ from utils.guidance.decide_job import DecideJob, Decision
 from utils.guidance.lewis.densities import densities, share_at_bounds
 from utils.guidance.lewis.method import delta_file
 from utils.guidance.lewis.naming import name_tensors
-from utils.guidance.lewis.tables import Measurements, read_measurements
+from utils.guidance.lewis.tables import Measurements, read_measurements, read_noise
 from utils.recipes.coefficients import coefficient_table, with_mean_density
 
 
@@ -38,7 +38,7 @@ def decide(job: DecideJob) -> Decision:
         naming=naming,
         writes_weights=as_weights,
         how=tuple(_how(job)),
-        after=tuple(_at_bounds(table, job)) if clip and job.mean_density is None else (),
+        after=(*(_at_bounds(table, job) if clip and job.mean_density is None else ()), *_rounded(job)),
         warnings=measured.warnings,
         numbers=(gamma, epsilon),
         tags=clip,
@@ -68,6 +68,17 @@ def _read(job: DecideJob) -> Measurements:
                 "dataframes-other-config",
             )
     return measured
+
+
+def _rounded(job: DecideJob) -> list[str]:
+    """A line per expert whose deltas hold rounding."""
+    types = [entry.type for entry in job.experts]
+    table = read_noise(job.folder, types, [entry.type for entry in job.config.experts])
+    return [
+        f"{name}: up to {own['noise'].max():.1%} of a delta is rounding of the forward pass (median "
+        f"{own['noise'].median():.1%}); measure with --dtype float32 for none"
+        for name, own in table.groupby("model", sort=False)
+    ]
 
 
 def _how(job: DecideJob) -> list[tuple[str, str]]:

@@ -120,6 +120,23 @@ def read_measurements(
     return Measurements(folder, deltas, norms, tuple(warnings))
 
 
+def read_noise(folder: Path, experts: Sequence[str], known: Sequence[str]) -> pd.DataFrame:
+    """The share of each delta that is rounding; no rows where the forward pass was in float32, or nobody looked.
+
+    Args:
+        folder: the dataframe folder.
+        experts: those to merge.
+        known: every expert of the pair config.
+
+    Raises:
+        UserError: as `read_tables`.
+    """
+    if not (folder / NOISE).exists():  # of the reference, or an earlier version
+        return NOISE_TABLE.frame([])
+    (table,) = read_tables(folder, [NOISE_TABLE], known)
+    return table[table["model"].isin(experts)]
+
+
 def _read_deltas(
     path: Path, model_type: str, base_type: str, components: Sequence[str] | None
 ) -> tuple[pd.DataFrame, list[Problem]]:

@@ -458,10 +458,10 @@ def test_gradients_come_block_by_block_from_the_last_to_the_first(pair, monkeypa
     seen, add = [], SensitivityObserver.gradient
 
     def noting(self, name, parameter, gradient, sample):
-        seen.append(self.layers[name])
+        seen.append(self.layers.get(name, "outside"))
         add(self, name, parameter, gradient, sample)
 
     monkeypatch.setattr(SensitivityObserver, "gradient", noting)
     pair.measure("--overwrite", "--dtype", "bfloat16", "--devices", "cpu")
-    own = 4 * 9  # samples x parameters of a block
-    assert seen == [*[1] * own, *[0] * own] * 2  # two experts, one after the other
+    own, outside = 4 * 9, 4 * 3  # samples x parameters of a block, and of what lies outside
+    assert seen == [*[1] * own, *[0] * own, *["outside"] * outside] * 2  # two experts, one after the other

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.quality_contenders import Choice
 from benchmarks.quality_models import MEDIUM, SMALL, Training
 from demo.small_model import Shape
 from utils.errors import run_command
@@ -65,6 +66,7 @@ class Run:
     data: Path | None
     work: Path
     device: str
+    choice: "Choice"
     until: float | None
 
 
@@ -74,8 +76,9 @@ def main() -> None:
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
     device = "cpu" if asked.preset == "cpu" else "cuda"
     until = None if asked.minutes is None else time.time() + 60 * asked.minutes
+    choice = Choice(_listed(asked.contenders, str), _listed(asked.budgets, float))
     runs = [
-        Run(size, seed, asked.data, asked.work.resolve(), device, until)
+        Run(size, seed, asked.data, asked.work.resolve(), device, choice, until)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
         for seed in range(min(size.seeds, asked.seeds or size.seeds))
     ]
@@ -110,6 +113,8 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", help="only these, by comma: small,medium,large")
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
+    parser.add_argument("--contenders", help="only these beside the controls, by comma; an empty name for none")
+    parser.add_argument("--budgets", help="only these densities of one expert, by comma")
     parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
     parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models, recipes and what was judged")
@@ -118,6 +123,11 @@ def _flags() -> argparse.Namespace:
         "--skip_commands", action="store_true", help="do not repeat a recipe per method by the commands"
     )
     return parser.parse_args()
+
+
+def _listed(text: str | None, kind: type) -> tuple | None:
+    """The parts of a flag's value; None where it was not given."""
+    return None if text is None else tuple(kind(part.strip()) for part in text.split(","))
 
 
 def _one_thread() -> None:
@@ -134,7 +144,7 @@ def _one_seed(run: Run) -> tuple[list, float] | None:
     size = run.size
     try:
         figures, seconds = judge_seed(
-            size.name, size.training, run.seed, run.data, run.work, run.device, ROWS, run.until
+            size.name, size.training, run.seed, run.data, run.work, run.device, ROWS, run.choice, run.until
         )
     except OutOfTimeError as error:
         print(f"{size.name}, seed {run.seed}: stopped before {error}", file=sys.stderr, flush=True)

@@ -21,6 +21,23 @@ CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO}
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which contenders and budgets of one expert are run, beside the controls; None: all there are."""
+
+    contenders: tuple[str, ...] | None = None
+    budgets: tuple[float, ...] | None = None
+
+    def of(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """The chosen ones among some contenders."""
+        controls = CONTROLS.values()
+        wanted = None if self.contenders is None else {*self.contenders, *controls}
+        return {name: one for name, one in named.items() if wanted is None or name in wanted}
+
+
+EVERYTHING = Choice()
+
+
+@dataclass(frozen=True)
 class Variant:
     """One setting of a contender; `recipe` makes its recipe for a pair, measuring on `device` if need be."""
 

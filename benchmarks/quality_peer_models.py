@@ -1,7 +1,8 @@
 """Peers of the quality benchmark that no recipe can say, written as model folders that are judged like merges."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality_contenders import Variant, plain, unguided
 from benchmarks.quality_pairs import Pair
-from benchmarks.quality_peer_text import ExpertText, expert_texts, input_grams, load, sample_loss
+from benchmarks.quality_peer_text import ExpertText, expert_texts, input_grams, load
 from benchmarks.quality_peers import (
     fisher_average,
     isotropic,
@@ -134,9 +135,9 @@ def regmean_along(
             }
             model.load_state_dict(own, strict=False)
             model.tie_weights()
-            with input_grams(model, under) as found, torch.no_grad():
+            with first_blocks(model, layer + 1), input_grams(model, under) as found, torch.no_grad():
                 for row in own_rows:
-                    sample_loss(model, row)
+                    model.model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
             grams.append(found())
 
         def part(name: str, own: Changes, grams=grams) -> Tensor:
@@ -145,6 +146,17 @@ def regmean_along(
         block = {name: value for name, value in base.items() if name.startswith(under)}
         merged |= merged_tensors(block, experts, part, rest)
     return merged
+
+
+@contextmanager
+def first_blocks(model: torch.nn.Module, count: int) -> Iterator[None]:
+    """Let a model end after so many blocks."""
+    layers = model.model.layers
+    model.model.layers = layers[:count]
+    try:
+        yield
+    finally:
+        model.model.layers = layers
 
 
 def _weights(text: Mapping[str, ExpertText], weighing: str) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality_clock import OutOfTimeError
-from benchmarks.quality_contenders import BUDGETS, Variant, one_expert, two_experts
+from benchmarks.quality_contenders import BUDGETS, EVERYTHING, Choice, Variant, one_expert, two_experts
 from benchmarks.quality_joint import CEILING, joint_training
 from benchmarks.quality_losses import share_kept
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
@@ -42,6 +42,7 @@ def judge_seed(
     work: Path,
     device: str,
     rows: Mapping[str, int],
+    choice: Choice = EVERYTHING,
     until: float | None = None,
 ) -> tuple[list[Figure], float]:
     """All figures of a seed, and the seconds that all work for them took, in this run or in earlier ones.
@@ -54,6 +55,7 @@ def judge_seed(
         work: folder for models, recipes and what was judged.
         device: where to train, measure, merge and judge.
         rows: how many rows of each split are read per task.
+        choice: which contenders and budgets.
         until: no work is begun after this time (seconds since the epoch).
 
     Raises:
@@ -67,7 +69,7 @@ def judge_seed(
     say = _Progress(f"{size}, seed {seed}")
     joint = joint_training(training, texts, seed)
     figures = []
-    for contender, variants in (two_experts() | peers_of_two() | {CEILING: [joint]}).items():
+    for contender, variants in choice.of(two_experts() | peers_of_two() | {CEILING: [joint]}).items():
         say(contender)
         best = chosen_variant(judge, pair, variants, device)
         losses = judge.recipe_losses(best.recipe(pair, device), TEST)
@@ -75,8 +77,8 @@ def judge_seed(
             _figure(judge, TWO, size, seed, contender, None, task, losses, best.setting) for task in texts.tasks
         ]
     for task in texts.tasks:
-        for budget in BUDGETS:
-            for contender, variant in (one_expert(task, budget) | peers_of_one(task, budget)).items():
+        for budget in choice.budgets or BUDGETS:
+            for contender, variant in choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
                 say(f"{task} {budget} {contender}")
                 losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
                 figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))

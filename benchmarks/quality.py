@@ -76,7 +76,7 @@ def main() -> None:
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
     device = "cpu" if asked.preset == "cpu" else "cuda"
     until = None if asked.minutes is None else time.time() + 60 * asked.minutes
-    choice = Choice(_listed(asked.contenders, str), _listed(asked.budgets, float))
+    choice = Choice(_listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float))
     runs = [
         Run(size, seed, asked.data, asked.work.resolve(), device, choice, until)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
@@ -113,7 +113,7 @@ def _flags() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", help="only these, by comma: small,medium,large")
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
-    parser.add_argument("--contenders", help="only these beside the controls, by comma; an empty name for none")
+    parser.add_argument("--contenders", help="only these beside the controls, by semicolon")
     parser.add_argument("--budgets", help="only these densities of one expert, by comma")
     parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
     parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
@@ -125,9 +125,9 @@ def _flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _listed(text: str | None, kind: type) -> tuple | None:
+def _listed(text: str | None, between: str, kind: type) -> tuple | None:
     """The parts of a flag's value; None where it was not given."""
-    return None if text is None else tuple(kind(part.strip()) for part in text.split(","))
+    return None if text is None else tuple(kind(part.strip()) for part in text.split(between))
 
 
 def _one_thread() -> None:

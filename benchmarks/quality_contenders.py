@@ -65,7 +65,7 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
         "LEWIS clip": guided("lewis", bound="clip", **keep),
         "saliency budget": guided("saliency_budget", **keep),
         "saliency mask": guided("saliency_budget", mask="saliency", **keep),
-        "saliency mask, fitted anew": guided("gram_mean", **keep),
+        "saliency mask, refitted": guided("gram_mean", **keep),
     }
 
 

@@ -61,9 +61,9 @@ def peers_of_two() -> dict[str, list[Variant]]:
         ],
         "Fisher average": [_fisher_average(how) for how in weighings],
         "RegMean": [_regmean(how, share, "mean") for how in weighings for share in (0.9, 1.0)],
-        "RegMean, guided rest": [_regmean(how, share, "guided") for how in weighings for share in (0.9, 1.0)],
+        "RegMean with guided rest": [_regmean(how, share, "guided") for how in weighings for share in (0.9, 1.0)],
         "RegMean++": [_regmean_along(how, "mean") for how in weighings],
-        "RegMean++, guided rest": [_regmean_along(how, "guided") for how in weighings],
+        "RegMean++ with guided rest": [_regmean_along(how, "guided") for how in weighings],
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality_pairs import Pair, recipe_of
+from benchmarks.quality_pairs import Pair, measured, recipe_of
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 UNIFORM_ONE = "uniform"
@@ -54,6 +54,23 @@ def guided(guidance: str, config: str = "both", number: int = 0, **flags: Any) -
 
     setting = ", ".join(f"{key} {value}" for key, value in flags.items() if key not in ("merge_method", "control"))
     return Variant(setting, recipe)
+
+
+def second_round(**flags: Any) -> Variant:
+    """gram_mean measured again, on the inputs of what it merged the first time."""
+
+    def recipe(pair: Pair, device: str) -> Path:
+        from utils.commands.merge import merge
+        from utils.merging.settings import MergeSettings
+
+        merged = pair.folder / "gram_mean_first"
+        if not merged.exists():
+            first = recipe_of(pair, pair.both, "gram_mean", {}, device)[0]
+            merge(MergeSettings(merged, first, device=device, quiet=True, write_model_card=False))
+        folder = measured(pair, "gram_mean", device, "gram_mean_second", inputs_at=str(merged))
+        return recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0]
+
+    return Variant("lambda {lambda}".format(**flags), recipe)
 
 
 def one_expert(task: str, budget: float) -> dict[str, Variant]:
@@ -98,6 +115,7 @@ def two_experts() -> dict[str, list[Variant]]:
             guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.7, 0.85, 1.0)
         ],
         "gram mean": [guided("gram_mean", **{"lambda": scale}) for scale in (0.9, 1.0)],
+        "gram mean, second round": [second_round(**{"lambda": scale}) for scale in (0.9, 1.0)],
     }
 
 

@@ -65,18 +65,23 @@ def lay_out(trained: Trained, texts: Texts, folder: Path, until: float | None = 
     return Pair(folder, trained, both, files, configs, Clock(folder / "seconds.json", until))
 
 
-def measured(pair: Pair, guidance: str, device: str) -> Path:
-    """The dataframe folder of a method, measured now if it is not there; command 1's own function."""
+def measured(pair: Pair, guidance: str, device: str, name: str = "", **flags: Any) -> Path:
+    """The dataframe folder of a method, measured now if it is not there; command 1's own function.
+
+    `name` is what to call the measurement, if it has `flags` of command 1 that are not the defaults.
+    """
     method = guidance_methods()[guidance]
     config = pair.configs[pair.both]
-    folder = pair.folder / f"measured_{guidance}"
+    folder = pair.folder / f"measured_{name or guidance}"
     quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with pair.clock.work(f"measure {guidance}"), quiet[0], quiet[1]:
-        measure_pair(MeasureOptions(config, method, defaults(method, "measure"), folder, device=device))
+    with pair.clock.work(f"measure {name or guidance}"), quiet[0], quiet[1]:
+        measure_pair(MeasureOptions(config, method, defaults(method, "measure") | flags, folder, device=device))
     return folder
 
 
-def recipe_of(pair: Pair, config: Path, guidance: str, flags: Mapping[str, Any], device: str) -> tuple[Path, ...]:
+def recipe_of(
+    pair: Pair, config: Path, guidance: str, flags: Mapping[str, Any], device: str, folder: Path | None = None
+) -> tuple[Path, ...]:
     """The recipes that command 2's own function makes, the guided one first.
 
     Args:
@@ -85,6 +90,7 @@ def recipe_of(pair: Pair, config: Path, guidance: str, flags: Mapping[str, Any],
         guidance: the method.
         flags: flags of command 2 by name; those not named have their defaults.
         device: where to measure.
+        folder: what was measured, if not by default.
     """
     method = guidance_methods()[guidance]
     flags = dict(flags)
@@ -96,7 +102,7 @@ def recipe_of(pair: Pair, config: Path, guidance: str, flags: Mapping[str, Any],
             DecideOptions(
                 config=pair.configs[config],
                 recipe=RecipeOptions(method, own, **shared),
-                delta_dfs_in_dir=measured(pair, guidance, device),
+                delta_dfs_in_dir=folder or measured(pair, guidance, device),
                 out_dir=out,
                 control=control,
                 overwrite=True,

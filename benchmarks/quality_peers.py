@@ -46,15 +46,14 @@ def redundancy_free(changes: Sequence[Tensor], steps: int = 300, rate: float = 1
     minimize over tau    sum_t |(tau - d_t) d_t'|^2 / |d_t|^2
     """
     own = [change.double() for change in changes]
-    squares = [float(change.square().sum()) for change in own]
-    merged = sum(own).requires_grad_()
+    grams = [change.t() @ change / change.square().sum().clamp(min=1e-300) for change in own]
+    joint, wanted = sum(grams), sum(change @ gram for change, gram in zip(own, grams, strict=True))
+    merged = sum(own)
     optimizer = torch.optim.Adam([merged], lr=rate)
     for _ in range(steps):
-        optimizer.zero_grad()
-        parts = zip(own, squares, strict=True)
-        sum(((merged - d) @ d.t()).square().sum() / square for d, square in parts if square).backward()
+        merged.grad = 2 * (merged @ joint - wanted)
         optimizer.step()
-    return merged.detach()
+    return merged
 
 
 def fisher_average(changes: Sequence[Tensor], squares: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
-from utils.models.checkpoints import weight_file_record
+from utils.models.checkpoints import open_checkpoint, weight_file_record
 from utils.pair.calibration import choose_samples, token_digest, with_defaults
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing
@@ -221,7 +221,15 @@ def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict
             }
             for subject in job.subjects
         ],
+        **_other_models(options),
     }
+
+
+def _other_models(options: MeasureOptions) -> dict[str, Any]:
+    """The record of models that the method's own flags name, by flag."""
+    named = {flag: options.method_options.get(flag) for flag in options.method.model_flags}
+    found = {flag: weight_file_record(open_checkpoint(model, None)) for flag, model in named.items() if model}
+    return {"other_models": found} if found else {}
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

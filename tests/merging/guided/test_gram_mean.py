@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import run_here
 from tests.refusals import refused
+from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import CALIBRATION, sample_ids, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
@@ -22,8 +23,8 @@ NAMES = ("code", "math")
 FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
 
 
-def measure(out="dfs", accept=True):
-    return measure_here("gram_mean", out, accept_useless_text=accept)
+def measure(out="dfs", accept=True, at=None):
+    return measure_here("gram_mean", out, accept_useless_text=accept, inputs_at=at)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,75 @@ def test_one_expert_gives_itself(pair):
     found, expert = merged(recipe, dtype="float32"), tensors(Path("math"))
     for name, value in found.items():
         torch.testing.assert_close(value, expert[name].float(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_second_round_takes_the_inputs_of_the_merged_model(pair):
+    folder = pair("gemma3")
+    write_config(
+        folder,
+        {**yaml.safe_load(Path("pair.yaml").read_text()), "global_parameters": {"ridge": 1e-2, "embedding_rows": True}},
+    )
+    (recipe,) = decided()
+    merge_here(folder, {**recipe, "dtype": "float32"}, "merged")
+    losses = Path("dfs/gram_mean_losses.csv").read_bytes()
+    measure("again", at="merged")
+    assert Path("again/gram_mean_losses.csv").read_bytes() == losses  # what experts gain is asked of base and experts
+    shutil.rmtree("dfs")
+    Path("again").rename("dfs")
+    (recipe,) = decided(out="second")
+    found = merged(recipe, "refined", dtype="float32")
+    plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
+    for name, sides in plain.items():
+        sides[0].grams = Plain(folder / "merged", samples(name)).grams
+        sides[1].grams = {key: 0 * gram for key, gram in sides[0].grams.items()}
+    for name, value in found.items():
+        expected = dense(plain, {"code": 0.5, "math": 0.5}, name, False, ridge=1e-2).float()
+        torch.testing.assert_close(value, expected, rtol=2e-3, atol=5e-5, msg=lambda text, at=name: f"{at}: {text}")
+
+
+def test_a_second_round_is_measured_again_where_the_merged_model_changed(pair, capsys):
+    pair()
+    shutil.copytree("math", "merged")
+    measure("again", at="merged")
+    measure("again", at="merged")
+    assert "nothing to do" in capsys.readouterr().out
+    shutil.copy("code/model.safetensors", "merged/model.safetensors")
+    with refused("out-exists"):
+        measure("again", at="merged")
+
+
+def test_a_second_round_refuses_other_models(pair):
+    pair()
+    save_tiny("llama", Path("wider"), intermediate_size=40)
+    save_tiny("gpt2", Path("unlike"))
+    for at, code in (("wider", "model-shape"), ("unlike", "measure-merged-unlike"), ("nowhere", "model-missing")):
+        with refused(code):
+            measure("again", at=at)
+    assert not Path("again").exists()
+
+
+@pytest.mark.parametrize("method", ["gram_mean", "guided_mean"])
+def test_a_factor_scales_what_an_expert_adds_and_nothing_else(pair, method):
+    pair()
+    (recipe,) = decided()
+    recipe["merge_method"] = method
+    if method == "guided_mean":
+        recipe["parameters"] = {key: recipe["parameters"][key] for key in ("power", "floor")}
+    base = tensors(Path("base"))
+
+    def with_factors(*factors):
+        for model, factor in zip(recipe["models"][1:], factors, strict=True):
+            model["parameters"]["factor"] = factor
+        return merged(recipe, "x" + "_".join(map(str, factors)).replace(" ", ""), dtype="float32")
+
+    layers = {"filter": "layers.0.", "value": 0.5}
+    whole, code, math = with_factors(1.0, 1.0), with_factors(1.0, 0.0), with_factors(0.0, 1.0)
+    found = with_factors([layers, {"value": 2.0}], -1.0)
+    for name, before in base.items():
+        parts = [one[name] - before.float() for one in (code, math)]
+        torch.testing.assert_close(whole[name] - before.float(), sum(parts), rtol=1e-4, atol=1e-6)
+        expected = (0.5 if "layers.0." in name else 2.0) * parts[0] - parts[1]
+        torch.testing.assert_close(found[name] - before.float(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_are_those_of_a_plain_forward_and_decide_the_weights(pair):

@@ -1,16 +1,20 @@
 """gram_mean, measure half: losses, Gram matrices and squared gradients of every expert on its own text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.guidance.gram_mean.method import ACCEPT, LOSSES, TENSORS, gram_file
-from utils.guidance.gram_mean.pair_pass import PairPart, PairSide, pair_pass
+from utils.guidance.gram_mean.input_pass import SharedInputs, Side, input_pass
+from utils.guidance.gram_mean.joint_pass import joint_pass
+from utils.guidance.gram_mean.method import ACCEPT, AT, LOSSES, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.text_gain import TextGain, refuse_useless_text, text_gain
+from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import is_transposed, weight_matrix
+from utils.models.weight_source import match_names
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, first_stored_name
 from utils.recipes.gram_file import GramFileWriter
@@ -27,6 +31,20 @@ class ExpertGrams:
     gain: TextGain
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The models of one expert's work; `merged` is the one whose inputs are taken, if not those of base and expert."""
+
+    base: Subject
+    expert: Subject
+    merged: Subject | None = None
+
+    @property
+    def named(self) -> tuple[Subject, Subject]:
+        """Those whose gradients are taken and whose checkpoints name the tensors."""
+        return self.base, self.expert
+
+
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     parts = job.base.decoder.components
@@ -34,7 +52,7 @@ def choices(job: MeasureJob) -> list[str]:
     disk = max(_file_bytes(expert) for expert in job.experts)
     lines = [
         f"components: {', '.join(widths)} ({'as configured' if job.config.components else 'every linear part of a block'})"
-        "; squared gradients of every parameter, at the base and at each expert",
+        f", inputs {_where(job)}; squared gradients of every parameter, at the base and at each expert",
         f"disk: at most {gigabytes(disk)} an expert for Gram matrices of inputs and gradients",
     ]
     for expert in job.experts:
@@ -52,11 +70,14 @@ def choices(job: MeasureJob) -> list[str]:
 def measure(job: MeasureJob) -> Measured:
     """One file of matrices for each expert, and the tables."""
     pieces = []
+    merged = merged_subject(job)
     for expert in job.experts:
-        for subject in (job.base, expert):
+        models = _Models(job.base, expert, merged)
+        for subject in models.named:
             if subject.headers is not None:
                 require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
-        name, blocks, own = expert.entry.type, 4 * len(expert.decoder.blocks), job.of(job.base, expert)
+        name, blocks = expert.entry.type, (4 if merged is None else 5) * len(expert.decoder.blocks)
+        own = job.of(*models.named, *([] if merged is None else [merged]))
         pieces.append(Piece(name, _measure_expert, (own,), blocks, name, types=(ExpertGrams, TextGain)))
     found: list[ExpertGrams] = job.run(pieces)
     files: dict[str, bytes | Path] = {
@@ -78,57 +99,99 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(files, tuple(notes), tuple(doubts))
 
 
+def merged_subject(job: MeasureJob) -> Subject | None:
+    """The merged model whose inputs are to be taken, made ready like the base; None: those of base and experts.
+
+    Raises:
+        UserError: it is missing, or no model like the base.
+    """
+    if job.options[AT] is None:
+        return None
+    checkpoint = open_checkpoint(job.options[AT], None)
+    headers = match_names(job.base.decoder.model, checkpoint, head=True)
+    if headers is None:
+        raise UserError(
+            f"--{AT} {checkpoint.name}: its tensors are not called as those of {job.base.entry.name}; give the folder "
+            "that utils/merger.py wrote for this pair",
+            "measure-merged-unlike",
+        )
+    entry = replace(job.base.entry, name=str(job.options[AT]))
+    return replace(job.base, entry=entry, checkpoint=checkpoint, headers=headers)
+
+
+def _where(job: MeasureJob) -> str:
+    at = job.options[AT]
+    return "at both" if at is None else f"at the merged model {at}"
+
+
 def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
-    subjects = _, expert = job.subjects
-    name = expert.entry.type
-    samples = [job.text(subject, expert).encoded for subject in subjects]
-    sides = [
-        PairSide(subject.decoder, job.open_weights(subject, place.device), ids)
-        for subject, ids in zip(subjects, samples, strict=True)
-    ]
+    models, device, on_block = _Models(*job.subjects), place.device, place.on_step
+    expert, name = models.expert, models.expert.entry.type
+    predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
     tensors: list[tuple] = []
-    with pair_pass(*sides, place.device, place.on_step) as both:
-        predicted = [len(ids) - 1 for ids in samples[1]]
+
+    def side(subject: Subject) -> Side:
+        return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded)
+
+    with joint_pass([side(one) for one in models.named], device, on_block, inputs=models.merged is None) as both:
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
-        with GramFileWriter(place.folder / gram_file(name), _names(subjects)) as file:
+        with GramFileWriter(place.folder / gram_file(name), _names(models)) as file, _finite(expert):
+
+            def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
+                tensors.extend(_write_inputs(file, layer, inputs, models))
+
+            if models.merged is not None:
+                input_pass(side(models.merged), device, on_block, on_inputs)
             for part in both.parts:
-                try:
-                    tensors += _written(file, part, subjects)
-                except ValueError as error:
-                    raise UserError(
-                        f"{expert.entry.name}, its inputs or gradients are not finite in {expert.dtype} ({error}); check "
-                        "the checkpoints, or use --dtype float32 or bfloat16",
-                        "measure-not-finite",
-                    ) from error
-    losses = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
-    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), losses, gain)
+                on_inputs(part.layer, part.inputs)
+                for parameter, axes in part.axes.items():
+                    file.add_axes(first_stored_name(models.named, parameter), axes)
+                for parameter, gram in part.rows.items():
+                    file.add_rows(first_stored_name(models.named, parameter), gram)
+    rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
+    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, gain)
 
 
-def _names(subjects: Sequence[Subject]) -> set[str]:
+@contextlib.contextmanager
+def _finite(expert: Subject) -> Iterator[None]:
+    """Say what it means where the file refuses numbers."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            f"{expert.entry.name}, its inputs or gradients are not finite in {expert.dtype} ({error}); check the "
+            "checkpoints, or use --dtype float32 or bfloat16",
+            "measure-not-finite",
+        ) from error
+
+
+def _names(models: _Models) -> set[str]:
     """The names in the checkpoints of everything that may be written."""
-    parameters = {name for one in subjects for name, _ in one.decoder.model.named_parameters(remove_duplicate=False)}
-    return {first_stored_name(subjects, name) for name in parameters}
+    parameters = {
+        name for one in models.named for name, _ in one.decoder.model.named_parameters(remove_duplicate=False)
+    }
+    return {first_stored_name(models.named, name) for name in parameters}
 
 
-def _written(file: GramFileWriter, part: PairPart, subjects: Sequence[Subject]) -> list[tuple]:
-    """Write a part; rows of the table of tensors."""
-    base, rows = subjects[0], []
-    for shared in part.inputs:
-        names = [base.decoder.weight_name(part.layer, component) for component in shared.components]
+def _write_inputs(
+    file: GramFileWriter, layer: int | None, inputs: Sequence[SharedInputs], models: _Models
+) -> Iterator[tuple]:
+    """Write a block's Gram matrices of inputs; rows of the table of tensors."""
+    base = models.base
+    for shared in inputs:
+        names = [base.decoder.weight_name(layer, component) for component in shared.components]
         stored = [base.stored_name(name) for name in names]
-        module = base.decoder.blocks[part.layer].get_submodule(shared.components[0].path)
+        module = base.decoder.blocks[layer].get_submodule(shared.components[0].path)
         file.add_inputs(stored[0], 0 if is_transposed(module) else 1, shared.gram, stored[1:])
         for component, name, tensor in zip(shared.components, names, stored, strict=True):
-            shape = part.shapes[name]
-            place = (subjects[1].entry.type, part.layer, component.name, tensor, shape[0] * shape[1])
-            rows.append((*place, len(shared.gram), shared.tokens))
-    for name, axes in part.axes.items():
-        file.add_axes(first_stored_name(subjects, name), axes)
-    for name, gram in part.rows.items():
-        file.add_rows(first_stored_name(subjects, name), gram)
-    return rows
+            place = (models.expert.entry.type, layer, component.name, tensor, _params(base, name))
+            yield (*place, len(shared.gram), shared.tokens)
+
+
+def _params(subject: Subject, name: str) -> int:
+    return subject.decoder.model.get_parameter(name).numel()
 
 
 def _file_bytes(expert: Subject) -> int:

@@ -26,6 +26,7 @@ from utils.recipes.method_rules import GRAM_MEAN
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
 ACCEPT = "accept_useless_text"  # the flag
+AT = "inputs_at"  # the flag
 
 
 def gram_file(model_type: str) -> str:
@@ -50,8 +51,14 @@ METHOD = GuidanceMethod(
             switch=True,
             default=False,
         ),
+        MethodFlag(
+            AT,
+            "a merged model (the folder that utils/merger.py wrote, or a hub id) whose inputs are taken, for a second "
+            "round; without it those of base and experts",
+        ),
     ),
     fewest_experts=1,
     text_per_task=True,
     config_keys=("components",),
+    model_flags=(AT,),
 )

@@ -19,7 +19,7 @@ from utils.mergekit_api import TensorGroup
 from utils.merging.guided.gram import InputChange, gram_mean
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
-from utils.merging.guided.own_method import SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
+from utils.merging.guided.own_method import FACTOR, SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
 from utils.merging.guided.refit import refitted
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.recipes import method_rules
@@ -35,6 +35,7 @@ class GramMean(WeighedMethod):
         density: share of the entries of its change to a linear layer that are kept, those of largest delta^2 F^power,
             fitted anew to answer like the whole change on the layer's inputs (`utils/merging/guided/refit.py`; where there
             are no inputs, kept as they are). Default 1.
+        factor: of its change alone, not of its share beside the others'; any number. Default 1.
         saliency: path of its file of vectors and Gram matrices (`utils/recipes/gram_file.py`), which must be given. A
             tensor for which some model has "", or no matrices, is merged by the guided mean.
 
@@ -78,9 +79,12 @@ class GramMean(WeighedMethod):
         self.require_ranges(group, parameters)
         models = []
         for entry in group.non_base:
-            weight, density, source = (parameters[one][entry.id] for one in ("weight", "density", SALIENCY))
+            weight, density, factor, source = (
+                parameters[one][entry.id] for one in ("weight", "density", FACTOR, SALIENCY)
+            )
             if weight:
-                models.append(_Model(entry.tensor, weight, density, vector_key(source, name) if source else None))
+                key = vector_key(source, name) if source else None
+                models.append(_Model(entry.tensor, weight, density, factor, key))
         try:
             return _merged(base, models, parameters, name or "")
         except ValueError as error:
@@ -94,6 +98,7 @@ class _Model:
     tensor: Tensor
     weight: float
     density: float
+    factor: float
     key: VectorKey | None
 
 
@@ -101,7 +106,7 @@ def _merged(base: Tensor, models: Sequence[_Model], shared: Mapping[str, Any], n
     if not models or not base.numel():
         return base.clone()
     exact, place = base.double() if _has_double(base) else base.cpu().double(), base.device
-    changes = [_kept(one.tensor.to(exact.device, torch.float64) - exact, one, shared) for one in models]
+    changes = [one.factor * _kept(one.tensor.to(exact.device, torch.float64) - exact, one, shared) for one in models]
     change = changes[0] if len(models) == 1 else _change(exact, models, changes, shared, name)
     return (exact + shared["lambda"] * change).to(base.dtype).to(place)
 

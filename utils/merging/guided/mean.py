@@ -1,7 +1,7 @@
 """The mean of several changes, entry by entry, each weighed by how much its own task cares: tensors in, a tensor out.
 
     q_t    = (F_t / mean F_t)^power                       F_t ~ axis0_i axis1_j, the mean over the tensor
-    merged = base + scale * sum_t w_t q_t m_t delta_t / (sum_t w_t q_t + floor * mean of (sum_t w_t q_t) / T)
+    merged = base + scale * sum_t w_t q_t m_t a_t delta_t / (sum_t w_t q_t + floor * mean of (sum_t w_t q_t) / T)
 
 Averaging by Fisher information (arXiv 2111.09832) of task vectors delta_t, each tensor's information relative to its
 mean, with an exponent. The floor leaves entries that matter to no task near the base; with none, an entry's divisor may
@@ -24,13 +24,14 @@ class WeighedModel:
 
     `tensor` is the model's, of the base's shape and device; `weight` w_t, at least 0; `axes` one vector for each axis of
     a matrix, F itself for a tensor of one axis, None where all entries count alike (q_t = 1). `kept` is m_t, bool, of
-    the base's shape; None keeps all.
+    the base's shape; None keeps all. `factor` a_t is that of the change alone.
     """
 
     tensor: Tensor
     weight: float
     axes: tuple[Tensor, ...] | None
     kept: Tensor | None = None
+    factor: float = 1.0
 
 
 def guided_mean(
@@ -76,6 +77,7 @@ class _Weighed:
     down: Tensor
     across: Tensor
     mean: float
+    factor: float
 
     @classmethod
     def of(cls, model: WeighedModel, base: Tensor, power: float, exact: torch.dtype) -> "_Weighed":
@@ -91,11 +93,20 @@ class _Weighed:
         roots = [_relative_power(axis, power) for axis in axes]
         mean = float(roots[0].mean() * roots[1].mean())
         down, across = (root.to(base.device, exact) for root in roots)
-        return cls(matrix, None if model.kept is None else _as_matrix(model.kept), model.weight, down, across, mean)
+        return cls(
+            matrix,
+            None if model.kept is None else _as_matrix(model.kept),
+            model.weight,
+            down,
+            across,
+            mean,
+            model.factor,
+        )
 
     def change(self, before: Tensor, rows: slice) -> Tensor:
         """What is kept of the change in some rows."""
         change = self.tensor[rows].to(before.dtype) - before
+        change = change if self.factor == 1 else self.factor * change
         return change if self.kept is None else torch.where(self.kept[rows], change, 0.0)
 
 

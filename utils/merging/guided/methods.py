@@ -35,7 +35,15 @@ from utils.mergekit_api import (
 from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
-from utils.merging.guided.own_method import SALIENCY, OwnMethod, WeighedMethod, base_of, vector_key, weighed_spec
+from utils.merging.guided.own_method import (
+    FACTOR,
+    SALIENCY,
+    OwnMethod,
+    WeighedMethod,
+    base_of,
+    vector_key,
+    weighed_spec,
+)
 from utils.recipes import method_rules
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
 
@@ -122,6 +130,7 @@ class GuidedMean(WeighedMethod):
         weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
         density: share of the entries of its change that are kept, as in `guided_ties`; those that are not kept still
             weigh what their squared gradients say, for the base. Default 1.
+        factor: of its change alone, not of its share beside the others'; any number. Default 1.
         saliency: path of its file of vectors, which must be given; "" lets all its entries count alike (by magnitude
             where a density cuts). While merging it may be a `VectorKey`.
 
@@ -165,17 +174,18 @@ class GuidedMean(WeighedMethod):
         if not weight:
             return WeighedModel(entry.tensor, 0.0, None)
         axes = read_vectors(vector_key(source, name)) if source else None
+        one = WeighedModel(entry.tensor, weight, axes, factor=parameters[FACTOR][entry.id])
         k = kept_entries(base.numel(), parameters["density"][entry.id])
         if k == base.numel():
-            return WeighedModel(entry.tensor, weight, axes)
+            return one
         if not k:
-            return WeighedModel(base, weight, axes)
+            return replace(one, tensor=base)
         exact = promote_types(base.dtype, float32)
         change = entry.tensor.to(exact) - base.to(exact)
         if axes is None:
-            return WeighedModel(entry.tensor, weight, axes, magnitude_mask(change, k))
+            return replace(one, kept=magnitude_mask(change, k))
         powers = [axis.double().pow(parameters["power"]) for axis in axes]
-        return WeighedModel(entry.tensor, weight, axes, _by_saliency(change, k, powers, vector_key(source, name)))
+        return replace(one, kept=_by_saliency(change, k, powers, vector_key(source, name)))
 
 
 def register_methods() -> None:

@@ -19,6 +19,7 @@ from utils.recipes.method_rules import DeltaMethod
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey
 
 SALIENCY = "saliency"
+FACTOR = "factor"
 
 
 class OwnMethod(GroupMergeMethod):
@@ -92,6 +93,7 @@ def weighed_spec(
             *(ParameterSpec(name, bool, ParameterScope.SHARED, default=on) for name, on in (switches or {}).items()),
             ParameterSpec("weight", float, ParameterScope.NON_BASE),
             ParameterSpec("density", float, ParameterScope.NON_BASE, default=1.0),
+            ParameterSpec(FACTOR, float, ParameterScope.NON_BASE, default=1.0),
             ParameterSpec(SALIENCY, str, ParameterScope.NON_BASE),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),

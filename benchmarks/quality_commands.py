@@ -25,6 +25,7 @@ RECIPES = {
     "submodule_linearity": {"level": "attention_mlp"},
     "saliency_budget": {"mask": "saliency", "mean_density": 0.2},
     "gram_mean": {},
+    "tuned": {},
 }
 
 

@@ -45,15 +45,25 @@ class Variant:
     recipe: Callable[[Pair, str], Path]
 
 
-def guided(guidance: str, config: str = "both", number: int = 0, **flags: Any) -> Variant:
-    """What command 2 makes of a method and flags; `number` 1 is the control it writes beside."""
+def guided(
+    guidance: str, config: str = "both", number: int = 0, shared: Mapping[str, float] | None = None, **flags: Any
+) -> Variant:
+    """What command 2 makes of a method and flags; `number` 1 is the control it writes beside.
+
+    `shared` are parameters of the merge method that a user would put under `global_parameters`.
+    """
 
     def recipe(pair: Pair, device: str) -> Path:
         place = pair.both if config == "both" else pair.alone[config]
-        return recipe_of(pair, place, guidance, flags, device)[number]
+        made = recipe_of(pair, place, guidance, flags, device)[number]
+        if shared:
+            data = yaml.safe_load(made.read_text())
+            data["parameters"] |= shared
+            made.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+        return made
 
-    setting = ", ".join(f"{key} {value}" for key, value in flags.items() if key not in ("merge_method", "control"))
-    return Variant(setting, recipe)
+    shown = {key: value for key, value in flags.items() if key not in ("merge_method", "control")} | (shared or {})
+    return Variant(", ".join(f"{key} {value}" for key, value in shown.items()), recipe)
 
 
 def second_round(**flags: Any) -> Variant:
@@ -71,6 +81,25 @@ def second_round(**flags: Any) -> Variant:
         return recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0]
 
     return Variant("lambda {lambda}".format(**flags), recipe)
+
+
+def tuned(start: Variant | None) -> Variant:
+    """Coefficients by gradient, from a variant of gram_mean, or from the plain mean."""
+
+    def recipe(pair: Pair, device: str) -> Path:
+        flags = {} if start is None else {"start_recipe": str(_kept(start.recipe(pair, device)))}
+        folder = measured(pair, "tuned", device, "tuned" if start is None else "tuned_gram_mean", **flags)
+        method = {} if start is None else {"merge_method": "gram_mean"}
+        return recipe_of(pair, pair.both, "tuned", method, device, folder)[0]
+
+    return Variant("" if start is None else start.setting, recipe)
+
+
+def _kept(recipe: Path) -> Path:
+    """A copy that the next recipe of that name does not replace."""
+    copy = recipe.parent.parent / "tuned_start.yaml"
+    copy.write_bytes(recipe.read_bytes())
+    return copy
 
 
 def one_expert(task: str, budget: float) -> dict[str, Variant]:
@@ -112,10 +141,18 @@ def two_experts() -> dict[str, list[Variant]]:
         "saliency budget": [guided("saliency_budget", **flags) for flags in cut],
         "saliency mask": [guided("saliency_budget", mask="saliency", **flags) for flags in cut],
         "saliency mean": [
-            guided("saliency_budget", merge_method="guided_mean", **{"lambda": scale}) for scale in (0.7, 0.85, 1.0)
+            guided("saliency_budget", merge_method="guided_mean", shared=shared, **{"lambda": scale})
+            for scale in (0.7, 0.85, 1.0)
+            for shared in ({"power": 0.5, "floor": 0.1}, {"power": 1.0, "floor": 0.0})
         ],
-        "gram mean": [guided("gram_mean", **{"lambda": scale}) for scale in (0.9, 1.0)],
+        "gram mean": [
+            guided("gram_mean", shared={"ridge": ridge}, **{"lambda": scale})
+            for scale in (0.9, 1.0)
+            for ridge in (1e-7, 1e-5)
+        ],
         "gram mean, second round": [second_round(**{"lambda": scale}) for scale in (0.9, 1.0)],
+        "tuned coefficients": [tuned(None)],
+        "gram mean, second round, tuned": [tuned(second_round(**{"lambda": 1.0}))],
     }
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,11 @@ import yaml
 
 from tests.commands_here import done_here, refused_here
 from tests.conftest import ROOT
+from tests.refusals import refused
 from tests.tiny_pairs import write_config
-from utils.guidance.method import DEFAULT, guidance_methods
+from utils.flags import FlagParser
+from utils.guidance.method import DEFAULT, chosen_method, declare_flags, guidance_methods, own_options
+from utils.pair.config import read_pair_config
 from utils.recipes.coefficients import lines_control, mean_density
 
 MATH = {"path": "rows.jsonl", "text": "{question} {answer}", "seqlen": 32}
@@ -64,6 +68,23 @@ def test_every_method_has_its_halves():
     for method in guidance_methods().values():
         measure, decide = (importlib.import_module(f"{method.package}.{half}") for half in ("measure", "decide"))
         assert callable(measure.choices) and callable(measure.measure) and callable(decide.decide)
+
+
+def test_best_is_the_method_that_leads(pair):
+    config = read_pair_config(pair / "pair.yaml")
+    assert chosen_method("best", config).name == "gram_mean"
+    assert chosen_method(None, replace(config, guidance="best")).name == "gram_mean"
+    assert "best" not in guidance_methods()
+
+
+def test_a_flag_of_two_methods_belongs_to_both(pair):
+    parser = FlagParser()
+    declare_flags(parser, "measure")
+    given = parser.parse_args(["--accept_useless_text"])
+    for name in ("gram_mean", "tuned"):
+        assert own_options(guidance_methods()[name], "measure", given)["accept_useless_text"] is True
+    with refused("flag-no-effect"):
+        own_options(guidance_methods()["lewis"], "measure", given)
 
 
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):

@@ -221,15 +221,18 @@ def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict
             }
             for subject in job.subjects
         ],
-        **_other_models(options),
+        **_other_inputs(options),
     }
 
 
-def _other_models(options: MeasureOptions) -> dict[str, Any]:
-    """The record of models that the method's own flags name, by flag."""
-    named = {flag: options.method_options.get(flag) for flag in options.method.model_flags}
-    found = {flag: weight_file_record(open_checkpoint(model, None)) for flag, model in named.items() if model}
-    return {"other_models": found} if found else {}
+def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
+    """The records of models and files that the method's own flags name, by flag."""
+    named = options.method_options
+    found: dict[str, Any] = {
+        flag: weight_file_record(open_checkpoint(named[flag])) for flag in options.method.model_flags if named.get(flag)
+    }
+    found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
+    return {"other_inputs": found} if found else {}
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

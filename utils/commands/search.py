@@ -93,7 +93,7 @@ def _measure_missing(options: SearchOptions) -> None:
     )
     asked, experts = config.search.guidance, len(experts_to_merge(config))
     for name, method in guidance_methods().items():
-        wanted = name in asked if asked else experts >= method.fewest_experts
+        wanted = name in asked if asked else method.searched and experts >= method.fewest_experts
         if name in there or name in UNGUIDED or not wanted:
             continue
         try:

@@ -49,8 +49,10 @@ class Decision:
         tags: what the recipe's file name says of the other options, before the guidance's name.
         tags_beside: more of that, left out where there is nothing else to say (the released code's names lack it).
         lambda_: the factor on the merged delta if neither a flag nor the pair config gives one; None: mergekit's.
+        writes_factors: whether the table's weights belong into the recipe as `factor`, of this project's merge methods.
         vectors: by expert type, the content of the file of saliency vectors that the merge method reads.
-        measured: by expert type, the name of a file in the dataframe folder that it reads instead, too large to be copied.
+        measured: by expert type, the name of a file in the dataframe folder that it reads instead, too large to be copied;
+            or the absolute path of one elsewhere.
         expert_weights: by expert type, its weight in all tensors, where they differ.
         parameters: shared parameters of the merge method that the measurement decides where the pair config does not.
         pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
@@ -68,6 +70,7 @@ class Decision:
     tags: tuple[str, ...] = ()
     tags_beside: tuple[str, ...] = ()
     lambda_: float | None = None
+    writes_factors: bool = False
     vectors: Mapping[str, bytes] = field(default_factory=dict)
     measured: Mapping[str, str] = field(default_factory=dict)
     expert_weights: Mapping[str, float] = field(default_factory=dict)

@@ -95,6 +95,7 @@ def guided_recipe(
         experts=choices.experts,
         parameters={**decision.parameters, **choices.parameters},
         as_weights=decision.writes_weights,
+        as_factors=decision.writes_factors,
         expert_weights=decision.expert_weights,
         lambda_=lambda_,
         dtype=choices.options.dtype,
@@ -144,7 +145,7 @@ def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Con
         UserError: tensor sizes are not known.
     """
     settings, choices = made.settings, made.choices
-    plain = replace(settings, as_weights=settings.as_weights or kind == "lines", saliency={})
+    plain = replace(settings, as_weights=settings.as_weights or kind == "lines", as_factors=False, saliency={})
     method = counterpart(settings.method, choices.asked)
     if method is not settings.method:
         parameters = dict(measured.config.global_parameters)

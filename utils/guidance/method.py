@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from utils.pair.config import PairConfig
 
 DEFAULT = "lewis"
+BEST = "best"
+_BEST = "gram_mean"  # leads for one expert that is cut and for several (benchmarks/quality.py)
 Half = Literal["measure", "decide"]
 
 
@@ -63,7 +65,9 @@ class GuidanceMethod:
         merge_rule: turns the merge method asked for, and the values of the method's own flags, into the one that the
             recipe names.
         tasks: what a task is on a cluster, and why no less, unless `choices` says it.
-        model_flags: names of its *measure* flags whose values are models that it looks at besides the pair's.
+        model_flags, file_flags: names of its *measure* flags whose values are models that it looks at besides the pair's,
+            and files.
+        searched: whether a search that names no guidance measures by it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
@@ -82,10 +86,12 @@ class GuidanceMethod:
     config_keys: tuple[str, ...] = ()
     own_merge_methods: tuple[str, ...] = ()
     model_flags: tuple[str, ...] = ()
+    file_flags: tuple[str, ...] = ()
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""
     authors_samples: int = 0
     tasks: str = ""
+    searched: bool = True
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""
@@ -147,18 +153,24 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
     listed = "; ".join(f"{method.name}: {method.summary}" for method in methods.values())
     parser.flag(
         "guidance",
-        f"how to guide the merge; {listed} [default: the pair config's guidance, else {DEFAULT}]",
-        choices=tuple(methods),
+        f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now {_BEST} [default: the "
+        f"pair config's guidance, else {DEFAULT}]",
+        choices=(*methods, BEST),
     )
+    owners: dict[str, list[str]] = {}
+    flags: dict[str, MethodFlag] = {}
     for method in methods.values():
         for flag in method.flags(half):
-            shown = "" if flag.default is None else f" [default: {flag.default}]"
-            text = f"{method.name}: {flag.help}{shown}".replace("%", "%%")
-            if flag.switch:
-                parser.switch(flag.name, text, default=None)
-            else:
-                more = {key: value for key in ("type", "choices") if (value := getattr(flag, key)) is not None}
-                parser.flag(flag.name, text, **more)
+            assert flags.setdefault(flag.name, flag) is flag, f"two flags are called {flag.name}"
+            owners.setdefault(flag.name, []).append(method.name)
+    for name, flag in flags.items():
+        shown = "" if flag.default is None else f" [default: {flag.default}]"
+        text = f"{', '.join(owners[name])}: {flag.help}{shown}".replace("%", "%%")
+        if flag.switch:
+            parser.switch(name, text, default=None)
+        else:
+            more = {key: value for key in ("type", "choices") if (value := getattr(flag, key)) is not None}
+            parser.flag(name, text, **more)
 
 
 def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
@@ -169,6 +181,7 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     """
     methods = guidance_methods()
     name = asked or config.guidance or DEFAULT
+    name = _BEST if name == BEST else name
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(methods)}"

@@ -9,8 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.errors import UserError
+from utils.guidance.method import MethodFlag
 
 CONFIDENCE = 0.95
+ACCEPT = "accept_useless_text"
+ACCEPT_FLAG = MethodFlag(
+    ACCEPT,
+    "measure experts that gain nothing over the base on their own text, too; all count alike then",
+    switch=True,
+    default=False,
+)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class KnownMethod:
 
 def _delta_method(rules: DeltaMethod) -> KnownMethod:
     shared = dict.fromkeys(rules.switches, bool) | dict.fromkeys((number.name for number in rules.numbers), float)
-    own = dict.fromkeys(("weight", "density", *([rules.extra] if rules.extra else [])), float)
+    factors = ("factor",) if rules.own and rules.averages else ()
+    own = dict.fromkeys(("weight", "density", *factors, *([rules.extra] if rules.extra else [])), float)
     file = {"saliency": str} if rules.name in OWN_METHODS else {}
     return KnownMethod(rules.name, "required", shared, own | file, cuts=bool(rules.keeps))
 

@@ -32,7 +32,7 @@ class RecipeSettings:
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
     coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`, or the expert's own
-    in `expert_weights` (by type). `dtype` is what the merge computes in. `saliency` names the file of saliency vectors by
+    in `expert_weights` (by type). `as_factors` writes them as factors of the changes alone instead. `dtype` is what the merge computes in. `saliency` names the file of saliency vectors by
     expert type, for the method that reads them: a path relative to the recipe's folder, or an absolute one.
     """
 
@@ -41,6 +41,7 @@ class RecipeSettings:
     experts: tuple[ModelEntry, ...]
     parameters: Mapping[str, Any]
     as_weights: bool = False
+    as_factors: bool = False
     weight: float = 1
     expert_weights: Mapping[str, float] = field(default_factory=dict)
     lambda_: float | None = None
@@ -66,6 +67,8 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
         weights = _weights(rows, naming) if settings.as_weights else []
         parameters["weight"] = [*weights, {"value": settings.expert_weights.get(expert.type, settings.weight)}]
+        if settings.as_factors:
+            parameters["factor"] = [*_weights(rows, naming), {"value": 1.0}]
         if expert.type in settings.saliency:
             parameters["saliency"] = settings.saliency[expert.type]
         if settings.method.extra:

@@ -228,7 +228,7 @@ def test_a_second_round_refuses_other_models(pair):
     pair()
     save_tiny("llama", Path("wider"), intermediate_size=40)
     save_tiny("gpt2", Path("unlike"))
-    for at, code in (("wider", "model-shape"), ("unlike", "measure-merged-unlike"), ("nowhere", "model-missing")):
+    for at, code in (("wider", "model-shape"), ("unlike", "measure-merged-unlike"), ("./nowhere", "model-missing")):
         with refused(code):
             measure("again", at=at)
     assert not Path("again").exists()

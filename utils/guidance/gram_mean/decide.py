@@ -6,9 +6,9 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.gram_mean.method import ACCEPT, gram_file
+from utils.guidance.gram_mean.method import gram_file
 from utils.guidance.gram_mean.tables import read_grams
-from utils.guidance.text_gain import TextGain, refuse_useless_text
+from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
 from utils.recipes.method_rules import GRAM_MEAN
 from utils.recipes.naming import Naming, Recorded, name_recorded

@@ -8,10 +8,10 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.guidance.gram_mean.input_pass import SharedInputs, Side, input_pass
 from utils.guidance.gram_mean.joint_pass import joint_pass
-from utils.guidance.gram_mean.method import ACCEPT, AT, LOSSES, TENSORS, gram_file
+from utils.guidance.gram_mean.method import AT, LOSSES, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.text_gain import TextGain, refuse_useless_text, text_gain
+from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import is_transposed, weight_matrix
 from utils.models.weight_source import match_names

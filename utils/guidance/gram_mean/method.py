@@ -21,11 +21,11 @@ by the ridge. Below 15 samples the rows of embeddings are, too: then it is as go
 """
 
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GRAM_MEAN
 
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
-ACCEPT = "accept_useless_text"  # the flag
 AT = "inputs_at"  # the flag
 
 
@@ -45,12 +45,7 @@ METHOD = GuidanceMethod(
     tables=(TENSORS, LOSSES),
     expert_file=gram_file,
     measure_flags=(
-        MethodFlag(
-            ACCEPT,
-            "measure experts that gain nothing over the base on their own text, too; all are merged by equal weights then",
-            switch=True,
-            default=False,
-        ),
+        ACCEPT_FLAG,
         MethodFlag(
             AT,
             "a merged model (the folder that utils/merger.py wrote, or a hub id) whose inputs are taken, for a second "

@@ -1,0 +1,251 @@
+"""tuned, measure half: the parts of a recipe's merge, and steps of gradient descent on their coefficients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.measured_pair import experts_to_merge
+from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
+from utils.guidance.tuned.descent import Asked, Descent, Step, Weigh, descend
+from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
+from utils.guidance.tuned.parts import Parts, SummedWeights, plan_parts, write_parts
+from utils.guidance.tuned.slopes import CoefficientSlopes, group_numbers
+from utils.guidance.tuned.start import Start, plain_start, read_start
+from utils.guidance.tuned.tables import COEFFICIENT_TABLE, STEP_TABLE, start_content
+from utils.merging.settings import MergeSettings
+from utils.passes.block_gradients import backward_pass
+from utils.passes.language_head import require_head
+from utils.passes.subjects import Subject
+from utils.runtime import gigabytes
+from utils.workers.piece import OnStep, Piece, Place
+
+_HELD_OUT = 4  # every so many samples of a task are held out
+_FEWEST = 2
+
+
+def choices(job: MeasureJob) -> list[str]:
+    """Lines that say how a job will be measured."""
+    start, held = _start(job), _held_out(job.config.nsamples)
+    own = 4 * sum(value.numel() for value in job.base.decoder.model.parameters())
+    return [
+        f"start: {job.options['start_recipe'] or 'the plain mean of the changes'} ({start.merge_method})",
+        f"tuned: one coefficient for each expert and {job.options['tune_level']}, by at most {job.options['tune_steps']} "
+        f"steps of Adam on {job.config.nsamples - held} samples of each task, judged on {held} others",
+        f"disk: {gigabytes(own * len(_experts(job)))} for what each expert adds, while measuring",
+    ]
+
+
+def measure(job: MeasureJob) -> Measured:
+    """Tune the coefficients of a start."""
+    start, experts = _start(job), _experts(job)
+    if job.config.nsamples < _FEWEST:
+        raise UserError(
+            "nsamples is 1: some samples are held out to judge the steps; give 8 or more", "text-too-few-rows"
+        )
+    for subject in (job.base, *experts):
+        if subject.headers is not None:
+            require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
+    own = job.of(job.base, *experts)
+    plan_parts(start, own.subjects[0], [one.entry for one in experts], _settings(job, job.devices[0]))
+    blocks = len(job.base.decoder.blocks) * (2 * len(experts) + 3 * job.options["tune_steps"] + 1)
+    types = (Tuned, Descent, Step, TextGain)
+    (found,) = job.run([Piece("tuned", _tune, (own, start), blocks, "tuned", types)])
+    files = {
+        COEFFICIENTS: COEFFICIENT_TABLE.content(found.rows),
+        STEPS: STEP_TABLE.content(_step_rows(found.descent, [one.entry.type for one in experts])),
+        START: start_content(start),
+    }
+    steps, best = found.descent.steps, found.descent.best
+    note = (
+        f"share of the gains lost on held-out samples: {steps[0].lost:.3f} at the start, {steps[best].lost:.3f} after "
+        f"step {best} of {len(steps) - 1}, which was kept"
+    )
+    doubts = [] if best else ["no step was better than the start on held-out samples: all coefficients are 1"]
+    doubts += [
+        f"{name} has no sure gain over the base on its own text, which was accepted by --{ACCEPT}: tasks count by losses"
+        for name, gain in found.gains.items()
+        if not gain.is_sure
+    ]
+    return Measured(files, (note,), tuple(doubts))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Rows of the table of coefficients, how it went, and what experts gain."""
+
+    rows: Sequence[tuple]
+    descent: Descent
+    gains: Mapping[str, TextGain]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Token ids of all tasks' samples in a row, each one's share of its task's predicted tokens, and its task's number."""
+
+    ids: list[list[int]] = field(default_factory=list, repr=False)
+    shares: list[float] = field(default_factory=list)
+    tasks: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[list[int]], task: int) -> None:
+        """Add the samples of a task."""
+        total = sum(len(row) - 1 for row in ids)
+        self.ids.extend(ids)
+        self.shares.extend((len(row) - 1) / total for row in ids)
+        self.tasks.extend([task] * len(ids))
+
+    def by_task(self, losses: Sequence[float]) -> list[float]:
+        """The mean loss per token of each task."""
+        found = [0.0] * (max(self.tasks) + 1)
+        for loss, share, task in zip(losses, self.shares, self.tasks, strict=True):
+            found[task] += share * loss
+        return found
+
+
+def _tune(place: Place, job: MeasureJob, start: Start) -> Tuned:
+    with TemporaryDirectory(dir=place.folder) as folder:
+        return _tuned(place, job, start, Path(folder))
+
+
+def _tuned(place: Place, job: MeasureJob, start: Start, folder: Path) -> Tuned:
+    device, on_block = place.device, place.on_step
+    base, *experts = job.subjects
+    gains = {expert.entry.type: _gain(job, base, expert, device, on_block) for expert in experts}
+    works = plan_parts(start, base, [one.entry for one in experts], _settings(job, device))
+    parts = write_parts(works, base, folder)
+    stepped, held = _Samples(), _Samples()
+    for task, expert in enumerate(experts):
+        ids = job.text(base, expert).encoded
+        first = len(ids) - _held_out(len(ids))
+        stepped.add(ids[:first], task)
+        held.add(ids[first:], task)
+    groups = torch.tensor(group_numbers(parts.names, job.options["tune_level"], base.decoder.blocks_path))
+
+    def summed(table: Tensor) -> SummedWeights:
+        coefficients = {
+            type_: dict(zip(parts.names, row[groups].tolist(), strict=True))
+            for type_, row in zip(parts.headers, table, strict=True)
+        }
+        return SummedWeights(job.open_weights(base, device), parts, coefficients, device)
+
+    def slope(table: Tensor, weigh: Weigh) -> tuple[list[float], Tensor]:
+        losses, found = _slope(base, summed(table), parts, stepped, weigh, device, on_block)
+        by_group = torch.zeros(table.shape, dtype=torch.float64)
+        return losses, by_group.index_add_(1, groups, found)
+
+    def held_out(table: Tensor) -> list[float]:
+        source = summed(table)
+        with backward_pass(base.decoder, source, held.ids, _Nothing(), device, on_block=on_block) as model:
+            return held.by_task(model.losses)
+
+    asked = Asked(
+        steps=job.options["tune_steps"],
+        rate=job.options["tune_rate"],
+        pull=job.options["tune_pull"],
+        worst=job.options["tune_for"] == "worst",
+    )
+    sure = all(one.is_sure for one in gains.values())
+    divisors = [one.gain if sure else 1.0 for one in gains.values()]
+    least = [one.expert for one in gains.values()]
+    descent = descend((len(experts), int(groups.max()) + 1), asked, least, divisors, slope, held_out)
+    return Tuned(_rows(base, parts, descent.coefficients[:, groups]), descent, gains)
+
+
+def _slope(
+    base: Subject,
+    weights: SummedWeights,
+    parts: Parts,
+    samples: _Samples,
+    weigh: Weigh,
+    device: torch.device,
+    on_block: OnStep,
+) -> tuple[list[float], Tensor]:
+    """Losses by task of a merged model, and the gradient of their weighed sum by every coefficient."""
+    by_sample: list[float] = []
+    observer = CoefficientSlopes(parts, weights, by_sample)
+    with backward_pass(base.decoder, weights, samples.ids, observer, device, outside=True, on_block=on_block) as model:
+        losses = samples.by_task(model.losses)
+        by_task = weigh(losses)
+        by_sample += [share * by_task[task] for share, task in zip(samples.shares, samples.tasks, strict=True)]
+        for _ in model.blocks:
+            pass
+    return losses, observer.found
+
+
+def _gain(job: MeasureJob, base: Subject, expert: Subject, device: torch.device, on_block: OnStep) -> TextGain:
+    losses = []
+    for subject in (base, expert):
+        ids = job.text(subject, expert).encoded
+        with backward_pass(
+            subject.decoder, job.open_weights(subject, device), ids, _Nothing(), device, on_block=on_block
+        ) as model:
+            losses.append(model.losses)
+    gain = text_gain([len(row) - 1 for row in job.text(expert, expert).encoded], *losses)
+    if not job.options[ACCEPT]:
+        refuse_useless_text(f"model {expert.entry.name} ({expert.entry.type})", gain, ACCEPT)
+    return gain
+
+
+class _Nothing:
+    """Looks at no gradient (a `GradientObserver`)."""
+
+    def wants(self, name: str) -> bool:
+        return False
+
+    def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
+        """Never called."""
+
+    def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
+        """Nothing to take."""
+
+
+def _settings(job: MeasureJob, device: torch.device) -> MergeSettings:
+    return MergeSettings(Path("tuned"), Path("tuned"), device=str(device), trust_remote_code=job.trust_remote_code)
+
+
+def _experts(job: MeasureJob) -> tuple[Subject, ...]:
+    return tuple(job.subject(entry) for entry in experts_to_merge(job.config))
+
+
+def _start(job: MeasureJob) -> Start:
+    entries = [one.entry for one in _experts(job)]
+    path = job.options["start_recipe"]
+    return plain_start(entries) if path is None else read_start(Path(path), job.base.entry, entries)
+
+
+def _held_out(samples: int) -> int:
+    return max(1, samples // _HELD_OUT)
+
+
+def _rows(base: Subject, parts: Parts, coefficients: Tensor) -> list[tuple]:
+    decoder = base.decoder
+    components = {
+        decoder.weight_name(layer, one): one.name for layer in range(len(decoder.blocks)) for one in decoder.components
+    }
+    rows = []
+    for type_, own in zip(parts.headers, coefficients.tolist(), strict=True):
+        for name, value in zip(parts.names, own, strict=True):
+            layer = name.removeprefix(f"{decoder.blocks_path}.").split(".")[0]
+            place = (int(layer) if layer.isdigit() else -1, components.get(name, ""), base.stored_name(name))
+            rows.append((type_, *place, decoder.model.get_parameter(name).numel(), value))
+    return rows
+
+
+def _step_rows(descent: Descent, tasks: Sequence[str]) -> list[tuple]:
+    return [
+        (
+            number,
+            task,
+            "" if step.losses is None else step.losses[place],
+            step.held_out[place],
+            step.lost,
+            int(number == descent.best),
+        )
+        for number, step in enumerate(descent.steps)
+        for place, task in enumerate(tasks)
+    ]

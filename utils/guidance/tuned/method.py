@@ -1,0 +1,53 @@
+"""Our own: how much of what each expert adds to a merge, tensor by tensor, found by gradient on calibration text.
+
+    merged(a) = base + sum over experts t of a(t, tensor) part_t(tensor)
+    dL/da(t, tensor) = < dL/dW(tensor), part_t(tensor) >
+    minimize over a    mean over tasks of L_t(a) / (L_t(base) - L_t(expert))  +  pull / 2 times the mean of (a - 1)^2
+
+A recipe to start from says what the parts are: plain changes (`task_arithmetic`), or what this project's `guided_mean` and
+`gram_mean` make of them, which are sums of such parts too. One way forward and back through the merged model, a block
+in memory at a time, gives the gradient of every coefficient. Adam takes some steps from the recipe's own answer, a = 1;
+the steps are judged on samples of their own, and the best of them is kept.
+
+The result is the recipe with the coefficients in it: plain changes stay a recipe for any mergekit.
+"""
+
+from utils.flags import number, whole_number
+from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
+from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN
+
+COEFFICIENTS = "tuned_coefficients.csv"
+STEPS = "tuned_steps.csv"
+START = "tuned_start.yaml"
+LEVELS = ("tensor", "part", "block", "expert")
+AIMS = ("mean", "worst")
+
+METHOD = GuidanceMethod(
+    name="tuned",
+    package=__package__,
+    summary="coefficients by gradient on calibration text, from a recipe's own answer",
+    gives="weights",
+    tasks="one for all: each step needs every expert",
+    merge_method="task_arithmetic",
+    own_merge_methods=(GUIDED_MEAN.name, GRAM_MEAN.name),
+    tables=(COEFFICIENTS, STEPS, START),
+    measure_flags=(
+        MethodFlag(
+            "start_recipe",
+            "a recipe of this pair to start from (task_arithmetic, guided_mean or gram_mean, one weight for each expert); "
+            "without it the plain mean of the changes",
+        ),
+        MethodFlag("tune_steps", "steps of Adam at most", type=whole_number(1), default=10),
+        MethodFlag("tune_rate", "step size of a coefficient", type=number(0, low_open=True), default=0.05),
+        MethodFlag("tune_pull", "pull of the coefficients to the recipe's own answer", type=number(0), default=0.0),
+        MethodFlag("tune_level", "what has one coefficient for each expert", choices=LEVELS, default="tensor"),
+        MethodFlag("tune_for", "the mean over tasks, or mostly the worst one", choices=AIMS, default="mean"),
+        ACCEPT_FLAG,
+    ),
+    fewest_experts=1,
+    text_per_task=True,
+    config_keys=("components",),
+    file_flags=("start_recipe",),
+    searched=False,
+)

@@ -1,0 +1,144 @@
+"""What each expert adds to a merge, written once; and the weights of the sum of such parts, each times a coefficient."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.guidance.tuned.start import Start
+from utils.merging.merged_tensors import MergeWork, merged_tensors, prepare
+from utils.merging.planning import plan_recipe
+from utils.merging.settings import MergeSettings
+from utils.models.checkpoints import INDEX, TensorHeader, read_headers
+from utils.models.decoder import Decoder
+from utils.models.weight_source import StreamedWeights, WeightSource
+from utils.pair.config import ModelEntry
+from utils.passes.block_runner import block_tensor_names
+from utils.passes.subjects import Subject
+from utils.publish import to_json
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where parts are: by expert type, the header of each parameter's, by the parameter's name in the model (float32)."""
+
+    headers: Mapping[str, Mapping[str, TensorHeader]] = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order."""
+        return tuple(next(iter(self.headers.values())))
+
+
+def plan_parts(
+    start: Start, base: Subject, experts: Sequence[ModelEntry], settings: MergeSettings
+) -> dict[str, MergeWork]:
+    """Plan, for each expert, the merge that adds its part alone. No weights are read.
+
+    Raises:
+        UserError: what command 3 would refuse; a merge whose tensors are not the base's.
+    """
+    if base.headers is None:
+        raise UserError(
+            f"model {base.entry.name}: transformers renames its tensors while loading; coefficients of such models cannot "
+            "be tuned yet",
+            "tuned-converted",
+        )
+    works = {}
+    for entry in experts:
+        planned = plan_recipe(settings, start.part_recipe(base.entry, experts, entry.type), lambda line: None)
+        shapes = {tensor.name: tensor.shape for tensor in planned.plan.tensors}
+        for header in _parameters(base).values():
+            if shapes.get(header.name) != header.shape:
+                got = list(shapes.get(header.name) or ())
+                raise UserError(
+                    f"{header.name}: the merge makes it {got}, the base has {list(header.shape)}; coefficients can be "
+                    "tuned where a merge has the base's tensors and vocabulary",
+                    "tuned-shapes",
+                )
+        works[entry.type] = prepare(planned)
+    return works
+
+
+def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> Parts:
+    """Write the parts, a block of all experts at a time: one folder of safetensors for each expert, float32.
+
+    Args:
+        works: the merges of single experts, by type.
+        base: the base.
+        folder: where to write; it must not exist.
+    """
+    parameters = _parameters(base)
+    weights = StreamedWeights(parameters, torch.device("cpu"), torch.float32)
+    placed: dict[str, dict[str, str]] = {type_: {} for type_ in works}
+    try:
+        for number, names in enumerate(_groups(base.decoder, parameters)):
+            before = weights.fetch(names)
+            merged = merged_tensors(list(works.values()), [parameters[name].name for name in names])
+            for type_, own in zip(works, merged, strict=True):
+                found = {name: own[parameters[name].name].float().cpu() - before[name] for name in names}
+                target = folder / type_ / f"part-{number:05d}.safetensors"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save_file({name: part.contiguous() for name, part in found.items()}, target)
+                placed[type_] |= dict.fromkeys(names, target.name)
+    finally:
+        weights.close()
+    headers = {}
+    for type_, files in placed.items():
+        (folder / type_ / INDEX).write_bytes(to_json({"weight_map": files}))
+        there = read_headers(folder / type_, type_)
+        headers[type_] = {name: there[name] for name in parameters}
+    return Parts(headers)
+
+
+def _parameters(base: Subject) -> dict[str, TensorHeader]:
+    """The stored parameters by name in the model; tied ones once."""
+    return {name: base.headers[name] for name, _ in base.decoder.model.named_parameters() if name in base.headers}
+
+
+def _groups(decoder: Decoder, names: Sequence[str]) -> list[list[str]]:
+    """The parameters outside the blocks, and those of each block."""
+    in_blocks = block_tensor_names(decoder)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        rest = name.removeprefix(f"{decoder.blocks_path}.")
+        groups.setdefault(rest.split(".")[0] if name in in_blocks else "", []).append(name)
+    return list(groups.values())
+
+
+class SummedWeights:
+    """Base plus parts, each times a coefficient: a weight source like those of `utils/models/weight_source.py`."""
+
+    def __init__(
+        self, base: WeightSource, parts: Parts, coefficients: Mapping[str, Mapping[str, float]], device: torch.device
+    ) -> None:
+        """Sum up `base`, a source in the dtype to compute in, and the parts by `coefficients` of type and parameter."""
+        self.base, self.coefficients = base, coefficients
+        self.parts = {type_: StreamedWeights(own, device, torch.float32) for type_, own in parts.headers.items()}
+
+    def fetch(self, names: list[str]) -> dict[str, Tensor]:
+        """The sums, rounded once, in the dtype of the base's source; other tensors as they are there."""
+        found = self.base.fetch(names)
+        sums = {name: value.float() for name, value in found.items() if name in next(iter(self.coefficients.values()))}
+        for type_, source in self.parts.items():
+            for name, part in source.fetch(list(sums)).items():
+                sums[name] = sums[name] + self.coefficients[type_][name] * part
+        return found | {name: value.to(found[name].dtype) for name, value in sums.items()}
+
+    def part(self, type_: str, name: str) -> Tensor:
+        """One part, float32 on the device."""
+        return self.parts[type_].fetch([name])[name]
+
+    def read_ahead(self, names: list[str]) -> None:
+        """Ask the system for the pages of all that is summed up."""
+        for source in (self.base, *self.parts.values()):
+            source.read_ahead(names)
+
+    def close(self) -> None:
+        """Close the files."""
+        for source in (self.base, *self.parts.values()):
+            source.close()

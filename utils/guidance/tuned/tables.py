@@ -1,0 +1,95 @@
+"""tuned's part of the dataframe folder, and its reading.
+
+| file | one row per |
+|---|---|
+| `tuned_coefficients.csv` | expert and tensor of the base's checkpoint: `layer` (-1 outside the blocks), `component`, `params`, `coefficient` |
+| `tuned_steps.csv` | step and task: mean loss (nats per token) of the samples stepped on (`loss`, blank for the last) and of those held |
+| | out, the share of the gains that the step loses on the latter, and whether it is the one that was kept |
+| `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights and files of the experts |
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from utils.errors import Problem, UserError, raise_collected
+from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
+from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
+from utils.guidance.tuned.start import METHODS, Start
+from utils.safe_yaml import read_yaml_mapping
+
+COEFFICIENT_TABLE = TableFormat(
+    COEFFICIENTS,
+    (
+        expert("model"),
+        whole("layer", -1),
+        text("component", blank=True),
+        text("tensor"),
+        whole("params", 1),
+        number("coefficient", least=-float("inf")),
+    ),
+    key=("model", "tensor"),
+)
+STEP_TABLE = TableFormat(
+    STEPS,
+    (
+        whole("step"),
+        expert("task"),
+        text("loss", blank=True),
+        number("held_out_loss"),
+        number("share_lost", least=-float("inf")),
+        whole("kept"),
+    ),
+    key=("step", "task"),
+)
+
+
+def start_content(start: Start) -> bytes:
+    """What `tuned_start.yaml` holds."""
+    return yaml.safe_dump(asdict(start), sort_keys=False).encode()
+
+
+def read_tuned(folder: Path, experts: Sequence[str], known: Sequence[str]) -> tuple[pd.DataFrame, Start]:
+    """Read and check the coefficients, and the start.
+
+    Args:
+        folder: the dataframe folder.
+        experts: the types to merge, which must be those that were tuned together.
+        known: every type of the pair config.
+
+    Raises:
+        UserError: a file is missing or malformed; other experts were tuned, or not the same tensors of each.
+    """
+    (table,) = read_tables(folder, [COEFFICIENT_TABLE], known)
+    start = _read_start(folder / START)
+    tuned = list(dict.fromkeys(table["model"]))
+    if sorted(tuned) != sorted(experts) or sorted(start.weights) != sorted(experts):
+        raise UserError(
+            f"dataframe folder {folder}: the coefficients of {', '.join(tuned)} were tuned together and hold for these "
+            f"alone, not for {', '.join(experts)}; measure again with this config",
+            "tuned-other-experts",
+        )
+    first = table.loc[table["model"] == experts[0], "tensor"].tolist()
+    problems = [
+        Problem(f"{COEFFICIENTS}: {name} and {experts[0]} have other tensors; measure again", "table-row-missing")
+        for name in experts
+        if table.loc[table["model"] == name, "tensor"].tolist() != first
+    ]
+    raise_collected(problems, f"dataframe folder {folder}")
+    return table, start
+
+
+def _read_start(path: Path) -> Start:
+    data: Mapping = read_yaml_mapping(path, "tuned recipe's start")
+    try:
+        weights = {str(key): float(value) for key, value in data["weights"].items()}
+        saliency = {str(key): str(value) for key, value in data["saliency"].items()}
+        found = Start(str(data["merge_method"]), dict(data["parameters"]), weights, saliency)
+        if found.merge_method not in METHODS or not saliency.keys() <= weights.keys():
+            raise ValueError(found.merge_method)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not as tuning writes it ({error}); measure again", "tuned-start-damaged") from error
+    return found

@@ -55,6 +55,7 @@ class Decision:
             or the absolute path of one elsewhere.
         expert_weights: by expert type, its weight in all tensors, where they differ.
         parameters: shared parameters of the merge method that the measurement decides where the pair config does not.
+        fixed: shared parameters that hold whatever the pair config says.
         pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
         scale: the ends of the color scale of the heatmaps, None for those of the table.
     """
@@ -75,5 +76,6 @@ class Decision:
     measured: Mapping[str, str] = field(default_factory=dict)
     expert_weights: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     pictures: Callable[[], Mapping[str, bytes]] = dict
     scale: tuple[float, float] | None = None

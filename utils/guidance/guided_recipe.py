@@ -93,7 +93,7 @@ def guided_recipe(
         method=choices.rule,
         base=measured.config.base,
         experts=choices.experts,
-        parameters={**decision.parameters, **choices.parameters},
+        parameters={**decision.parameters, **choices.parameters, **decision.fixed},
         as_weights=decision.writes_weights,
         as_factors=decision.writes_factors,
         expert_weights=decision.expert_weights,

@@ -38,7 +38,7 @@ def decide(job: DecideJob) -> Decision:
         after=(_spread(table),),
         expert_weights=start.weights,
         measured=start.saliency,
-        parameters=start.parameters,
+        fixed=start.parameters,
     )
 
 

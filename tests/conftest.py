@@ -84,8 +84,7 @@ def unread(monkeypatch) -> None:
     def read_weights(*_arguments, **_keywords):
         raise AssertionError("weights were read")
 
-    for name in ("StreamedWeights.fetch", "ResidentWeights.__init__"):
-        monkeypatch.setattr(f"utils.models.weight_source.{name}", read_weights)
+    monkeypatch.setattr("utils.models.weight_source.StreamedWeights.fetch", read_weights)
 
 
 @pytest.fixture

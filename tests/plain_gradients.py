@@ -8,13 +8,8 @@ from torch import nn
 from tests.tiny_checkpoints import VOCABULARY
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Decoder, find_decoder
-from utils.models.weight_source import (
-    ResidentWeights,
-    StreamedWeights,
-    WeightSource,
-    build_skeleton,
-    match_names,
-)
+from utils.models.stored_layout import stored_layout
+from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
 
 CPU = torch.device("cpu")
 LENGTHS = (17, 2, 23)  # longer than the sliding windows (8) of Gemma 2 and 3, and the shortest there is
@@ -26,18 +21,12 @@ def token_lists(lengths=LENGTHS, seed: int = 1) -> list[list[int]]:
     return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def opened(
-    folder: Path, dtype=torch.float32, resident: bool | None = None, weights_class=StreamedWeights
-) -> tuple[Decoder, WeightSource]:
-    """A model's skeleton and its weights, streamed where they can be (`resident` None), or as asked for."""
+def opened(folder: Path, dtype=torch.float32, weights_class=StreamedWeights) -> tuple[Decoder, WeightSource]:
+    """A model's skeleton and its weights."""
     checkpoint = open_checkpoint(str(folder))
     model = build_skeleton(checkpoint, dtype, trust_remote_code=False)
     decoder = find_decoder(model, [], {}, "test model")
-    headers = match_names(model, checkpoint, head=True)
-    if resident or headers is None:
-        assert resident is not False
-        return decoder, ResidentWeights(checkpoint, CPU, dtype, False)
-    return decoder, weights_class(headers, CPU, dtype)
+    return decoder, weights_class(stored_layout(model, checkpoint), CPU, dtype)
 
 
 def plain_gradients(

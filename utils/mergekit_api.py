@@ -32,7 +32,13 @@ def check_release() -> None:
 check_release()
 try:
     from mergekit import sparsify as _sparsify
-    from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
+    from mergekit.architecture import (
+        ModelArchitecture,
+        ModuleArchitecture,
+        ModuleDefinition,
+        WeightInfo,
+        arch_info_for_config,
+    )
     from mergekit.architecture.auto import get_transformers_info, infer_architecture_info
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
     from mergekit.architecture.json_definitions import JsonModuleArchitecture
@@ -69,7 +75,6 @@ try:
     from mergekit.plan import MergePlanner
     from mergekit.sparsify import RescaleNorm, SparsificationMethod, rescaled_masked_tensor
     from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
-    from mergekit.tokenizer.build import get_vocab_size
     from transformers import PreTrainedTokenizerFast as _FastTokenizer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 except ImportError as error:

@@ -125,13 +125,3 @@ def test_models_that_memory_is_short_for_go_one_by_one(pair, threads_of_torch, m
     monkeypatch.setattr(measurement, "available_bytes", lambda device: 10**5)
     measured("short")
     assert "side by side" not in capsys.readouterr().out
-
-
-def test_a_model_that_is_loaded_as_a_whole_has_the_memory_for_itself(pair, threads_of_torch, monkeypatch, capsys):
-    prepare = measurement.prepare_subjects
-    monkeypatch.setattr(
-        measurement, "prepare_subjects", lambda *given: [replace(one, headers=None) for one in prepare(*given)]
-    )
-    measured("whole")
-    printed = capsys.readouterr()
-    assert "side by side" not in printed.out and "all of it" in printed.err

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, save_tiny
-from utils.models.architecture import ADJUSTED, DEFINITION, INFERENCE, plan_architecture
+from utils.models.architecture import ADJUSTED, DEFINITION, INFERENCE, STORED, plan_architecture
 from utils.models.checkpoints import open_checkpoint
 
 
@@ -82,9 +82,11 @@ def test_aliases_and_old_buffers_of_the_hubs_gpt2(pair, tmp_path):
         },
     )
     plan = plan_architecture(old)
-    assert plan.origin == DEFINITION
-    assert plan.spellings["h.1.mlp.c_fc.weight"] == "transformer.h.1.mlp.c_fc.weight"
-    assert plan.dropped[old.folder] == ("h.0.attn.bias",)  # a mask that the model no longer has
+    assert plan.origin == STORED
+    assert plan.spellings["transformer.h.1.mlp.c_fc.weight"] == "h.1.mlp.c_fc.weight"
+    assert {tensor.name for tensor in plan.tensors} == set(old.tensors)  # also a mask that the model no longer has
+    both = plan_architecture(base, [old])
+    assert {tensor.name for tensor in both.tensors} == {*base.tensors, "h.0.attn.bias"}
 
 
 def test_a_missing_weight_is_an_error_that_names_it(pair, tmp_path):

@@ -46,7 +46,7 @@ def test_every_family_is_found_without_being_known(name):
     assert decoder.blocks_path == block_prefix(name)
     assert len(decoder.blocks) == LAYERS
     paths = FAMILIES[name][2]
-    assert {component.path for component in decoder.components} == set(paths) == set(decoder.linear_paths)
+    assert {component.path for component in decoder.components} == set(paths) == set(decoder.linear_paths[0])
     assert decoder.body is model.base_model
     parameters = dict(model.named_parameters())
     for layer in range(LAYERS):
@@ -114,21 +114,24 @@ def test_an_ambiguous_component():
 JAMBA = {"mamba_d_state": 4, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
 
 
-def test_a_hybrid_measures_what_every_block_has():
-    model = skeleton("jamba", **JAMBA)
-    said = refusal("model-hybrid", model)
-    assert "exist in some blocks only (a hybrid model); list under components the ones every block has: " in said
-    everywhere = said.rpartition(": ")[2].split(", ")
-    assert find_decoder(model, everywhere, {}, "m").components == tuple(Component(path, path) for path in everywhere)
-    refusal("component-partial", model, ["q_proj"])
+def test_a_hybrids_blocks_have_components_of_their_own():
+    decoder = find_decoder(skeleton("jamba", **JAMBA), None, {}, "m")
+    names = [{part.name for part in decoder.components_of(layer)} for layer in range(LAYERS)]
+    assert "in_proj" in names[0] and "q_proj" not in names[0] and "q_proj" in names[1] and "in_proj" not in names[1]
+    assert {part.name for part in decoder.partial} == (names[0] | names[1]) - (names[0] & names[1])
+    chosen = find_decoder(skeleton("jamba", **JAMBA), ["q_proj"], {}, "m")
+    assert [len(chosen.components_of(layer)) for layer in range(LAYERS)] == [0, 1, 0]
 
 
-def test_mixture_of_experts_is_not_passed_over_in_silence():
-    model = skeleton("mixtral", num_local_experts=2)
-    said = refusal("model-moe", model)
-    assert "are matrices outside linear modules (mixture-of-experts layers are not measured)" in said
-    assert "self_attn.q_proj" in said
-    assert find_decoder(model, ["q_proj", "o_proj"], {}, "m").components  # asked for by name: only these
+def test_the_experts_of_a_mixture_are_components():
+    decoder = find_decoder(skeleton("mixtral", num_local_experts=2), None, {}, "m")
+    stacked = {part.name: decoder.weight_name(1, part) for part in decoder.components if part.is_stacked}
+    assert stacked == {
+        "gate_up_proj": "model.layers.1.mlp.experts.gate_up_proj",
+        "down_proj": "model.layers.1.mlp.experts.down_proj",
+    }
+    by_name = find_decoder(skeleton("mixtral", num_local_experts=2), ["experts.down_proj"], {}, "m").components
+    assert [(part.path, part.parameter) for part in by_name] == [("mlp.experts", "down_proj")]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny_checkpoints import save_tiny
 from utils.models.checkpoints import open_checkpoint
+from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import StreamedWeights
 
 THREADS = 4
@@ -30,7 +31,7 @@ def fetch_at_once(weights: StreamedWeights) -> list[dict]:
         return weights.fetch([name])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(fetch, list(weights.headers)[:THREADS]))
+        return list(pool.map(fetch, list(weights.layout.direct)[:THREADS]))
 
 
 def test_threads_that_ask_at_once_share_one_ring_of_buffers(headers, monkeypatch):
@@ -53,14 +54,14 @@ def test_threads_that_ask_at_once_share_one_ring_of_buffers(headers, monkeypatch
             return dict.fromkeys(stored)
 
     monkeypatch.setattr("utils.models.weight_source.PinnedCopies", Copies)
-    found = fetch_at_once(StreamedWeights(headers, torch.device("meta"), torch.float32))
+    found = fetch_at_once(StreamedWeights(StoredLayout(headers, (), (), ()), torch.device("meta"), torch.float32))
     assert [name for each in found for name in each] == list(headers)[:THREADS]
     assert made == [torch.device("meta")]
 
 
 def test_threads_that_ask_at_once_on_the_cpu_read_the_same_file(headers):
-    weights = StreamedWeights(headers, torch.device("cpu"), torch.float32)
-    alone = StreamedWeights(headers, torch.device("cpu"), torch.float32)
+    weights = StreamedWeights(StoredLayout(headers, (), (), ()), torch.device("cpu"), torch.float32)
+    alone = StreamedWeights(StoredLayout(headers, (), (), ()), torch.device("cpu"), torch.float32)
     for found in fetch_at_once(weights):
         for name, tensor in found.items():
             assert torch.equal(tensor, alone.fetch([name])[name])

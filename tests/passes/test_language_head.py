@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from tests.plain_gradients import CPU, opened, token_lists
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, OTHERS, VOCABULARY, save_any, save_tiny
-from utils.models.weight_source import ResidentWeights
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
@@ -79,12 +78,10 @@ def test_a_tied_head_that_is_stored_and_differs_is_used_as_stored(tmp_path):
     torch.testing.assert_close(logits_by_parts(tmp_path, ids, 4), plain_logits(tmp_path, ids), atol=2e-6, rtol=2e-5)
 
 
-def test_a_model_that_was_loaded_whole_gives_its_head_too(tmp_path):
+def test_a_tied_head_is_given_by_the_embedding(tmp_path):
     save_tiny("gpt2", tmp_path)
-    decoder, weights = opened(tmp_path, resident=True)
-    assert isinstance(weights, ResidentWeights)
+    decoder, weights = opened(tmp_path)
     tensors = fetch_head(decoder, weights)
-    assert not weights.tensors  # let go of
     hidden = torch.randn(3, 32)
     with torch.inference_mode(), language_head(decoder, tensors, CPU) as to_logits:
         stored = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].float()
@@ -105,7 +102,7 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path):
     save_tiny("gemma3", tmp_path / "tied")
     for name, missing in (("untied", "lm_head.weight"), ("tied", "model.embed_tokens.weight")):
         decoder, weights = opened(tmp_path / name)
-        require_head(decoder, weights.headers, "model x")
-        short = {key: header for key, header in weights.headers.items() if key != missing}
+        require_head(decoder, weights.layout, "model x")
+        short = {key: header for key, header in weights.layout.direct.items() if key != missing}
         with refused("model-no-head"):
             require_head(decoder, short, "model x")

@@ -193,7 +193,7 @@ def _at_once(options: MeasureOptions, subjects: Sequence[Subject], device: "torc
     """
     import torch
 
-    if options.devices or options.ray or device.type != "cpu" or any(subject.headers is None for subject in subjects):
+    if options.devices or options.ray or device.type != "cpu":
         return 1
     most = max(memory_estimate(subject) + subject.checkpoint.total_bytes for subject in subjects)
     return max(1, min(len(subjects), torch.get_num_threads(), available_bytes(device) // (2 * most)))

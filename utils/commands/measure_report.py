@@ -102,12 +102,6 @@ def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -
             f"{gigabytes(need)} may not fit into {gigabytes(free)}; lower nsamples, seqlen or --micro_batch_tokens, or use "
             "--device cpu"
         )
-    found += [
-        f"transformers converts the names of {subject.entry.name} while loading, so all of it "
-        f"({gigabytes(subject.checkpoint.total_bytes)}) is loaded into memory"
-        for subject in job.subjects
-        if subject.headers is None
-    ]
     return found
 
 

@@ -23,14 +23,8 @@ from utils.merging.small_files import write_small_files
 from utils.merging.vocabulary import embedding_rows
 from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
-from utils.models.weight_source import (
-    ResidentWeights,
-    StreamedWeights,
-    WeightSource,
-    build_skeleton,
-    match_names,
-)
-from utils.passes.language_head import require_head
+from utils.models.stored_layout import StoredLayout, stored_layout
+from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
 from utils.passes.subjects import load_tokenizer
 from utils.runtime import computing_dtype
 
@@ -42,8 +36,7 @@ _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 class ReadyCandidate:
     """A candidate whose losses can be computed: its skeleton, and what opens its weights.
 
-    `folder` holds its tokenizer. `converted` says that transformers converts the checkpoint, so that the whole model is
-    loaded into the host's memory.
+    `folder` holds its tokenizer.
     """
 
     candidate: Candidate
@@ -51,7 +44,6 @@ class ReadyCandidate:
     folder: Path
     dtype: torch.dtype
     open_weights: Callable[[], WeightSource | MergedModel] = field(repr=False)
-    converted: bool = False
 
 
 @dataclass
@@ -95,10 +87,10 @@ class Preparing:
             promised = replace(promised, folder=folder, config=read_model_config(folder, candidate.name))
         dtype = self._computed(promised)
         decoder = self._skeleton(promised, dtype)
-        headers = _stored(decoder, promised)
-        if headers is None:
+        layout = _stored(decoder, promised)
+        if layout.converted or layout.missing:
             return "transformers converts its tensors while loading"
-        names = {name: header.name for name, header in headers.items()}
+        names = {name: header.name for name, header in layout.direct.items()}
 
         def prepared() -> MergedModel:
             return MergedModel(prepare(planned), names, dtype)
@@ -141,19 +133,15 @@ class Preparing:
     def _ready(self, candidate: Candidate, checkpoint: Checkpoint) -> ReadyCandidate:
         dtype = self._computed(checkpoint)
         decoder = self._skeleton(checkpoint, dtype)
-        headers = _stored(decoder, checkpoint)
-        trust = self.settings.trust_remote_code
-        if headers is None:
-            return ReadyCandidate(
-                candidate,
-                decoder,
-                checkpoint.folder,
-                dtype,
-                lambda: _loaded(decoder, ResidentWeights(checkpoint, self.device, dtype, trust), checkpoint.name),
-                converted=True,
+        layout = _stored(decoder, checkpoint)
+        if layout.missing:
+            raise UserError(
+                f"model {checkpoint.name}: its checkpoint holds no {', '.join(layout.missing[:4])}; a loss needs the whole "
+                "model, its language-model head included",
+                "model-no-head",
             )
         return ReadyCandidate(
-            candidate, decoder, checkpoint.folder, dtype, lambda: StreamedWeights(headers, self.device, dtype)
+            candidate, decoder, checkpoint.folder, dtype, lambda: StreamedWeights(layout, self.device, dtype)
         )
 
     def _computed(self, checkpoint: Checkpoint) -> torch.dtype:
@@ -169,22 +157,22 @@ class Preparing:
         return self.skeletons[key]
 
 
-def _stored(decoder: Decoder, checkpoint: Checkpoint) -> dict[str, TensorHeader] | None:
-    """The checkpoint's tensor for each parameter and stored buffer; None where transformers converts it.
+def _stored(decoder: Decoder, checkpoint: Checkpoint) -> StoredLayout:
+    """What the checkpoint's tensors are to the model.
 
     Raises:
         UserError: tensors that are no floating-point numbers: they are quantized.
     """
-    model = decoder.model
-    headers = match_names(model, checkpoint, head=True)
-    for name, _ in model.named_parameters() if headers is not None else ():
-        if name in headers and headers[name].dtype not in FLOAT_DTYPES:
-            raise UserError(
-                f"model {checkpoint.name}: tensor {headers[name].name} is stored as {headers[name].dtype}, not as "
-                "floating-point numbers; give the unquantized checkpoint",
-                "model-quantized",
-            )
-    return headers
+    layout = stored_layout(decoder.model, checkpoint)
+    for name, _ in decoder.model.named_parameters():
+        for header in layout.headers(name):
+            if header.dtype not in FLOAT_DTYPES:
+                raise UserError(
+                    f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
+                    "numbers; give the unquantized checkpoint",
+                    "model-quantized",
+                )
+    return layout
 
 
 def _keeps_vocabulary(planned: PlannedMerge, trust_remote_code: bool) -> bool:
@@ -205,11 +193,6 @@ def _without_parameters(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_parameters(value) for key, value in node.items() if key != "parameters"}
     return [_without_parameters(value) for value in node] if isinstance(node, list) else node
-
-
-def _loaded(decoder: Decoder, weights: ResidentWeights, name: str) -> ResidentWeights:
-    require_head(decoder, weights.tensors, f"model {name}")
-    return weights
 
 
 def _promised(planned: PlannedMerge) -> Checkpoint:

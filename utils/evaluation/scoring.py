@@ -272,7 +272,7 @@ class Scorer:
             self._checked(one)
             needed = self._hidden_bytes(one, rows)
             full = groups and self.settings.most_at_once and len(groups[-1]) >= self.settings.most_at_once
-            if not groups or full or held + needed > available or one.converted or groups[-1][0].converted:
+            if not groups or full or held + needed > available:
                 groups.append([])
                 held = 0.0
             groups[-1].append(one)

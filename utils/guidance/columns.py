@@ -57,16 +57,16 @@ def whole(name: str, least: int = 0, below: int = _EXACT) -> Column:
     return Column(name, "whole", least, below)
 
 
-def number(name: str, least: float = 0.0) -> Column:
-    """A column of finite numbers."""
-    return Column(name, "number", least)
+def number(name: str, least: float = 0.0, *, blank: bool = False) -> Column:
+    """A column of finite numbers; with `blank` a cell may be empty, which is NaN."""
+    return Column(name, "number", least, blank=blank)
 
 
 @dataclass(frozen=True)
 class TableFormat:
     """A file, its columns in their order, and those whose values together no two rows share (none: no such rule).
 
-    `last` may stand behind the columns or not, and counts for the key where it does; `may_be_empty` allows a table without
+    Each of `last` may stand behind the columns or not, and counts for the key where it does; `may_be_empty` allows a table without
     rows.
     """
 
@@ -117,7 +117,7 @@ def read_tables(folder: Path, formats: Sequence[TableFormat], experts: Collectio
 def _read(folder: Path, form: TableFormat, experts: Collection[str]) -> tuple[pd.DataFrame, list[Problem]]:
     path = folder / form.file
     table = read_csv(path, [column.name for column in (*form.columns, *form.last) if column.is_text])
-    if list(table.columns) not in (form.names, [*form.names, *(column.name for column in form.last)]):
+    if list(table.columns) != [*form.names, *(one.name for one in form.last if one.name in table.columns)]:
         got = ",".join(map(str, table.columns))
         raise UserError(f"{path}: columns must be {','.join(form.names)}, got {got}", "table-columns")
     if table.empty and not form.may_be_empty:
@@ -167,6 +167,7 @@ def _cell_problems(table: pd.DataFrame, form: TableFormat, column: Column, exper
     else:
         numbers = pd.to_numeric(values, errors="coerce")
         bad = ~((numbers >= column.least) & (numbers < column.below) & (numbers > -float("inf")))
+        bad &= ~(values.isna() & column.blank)
         kind = "finite number"
         if column.kind == "whole":
             bad |= numbers != numbers.round()
@@ -218,15 +219,15 @@ def row_problems(form: TableFormat, table: pd.DataFrame, wanted: Iterable[tuple[
     ]
 
 
-def grid_problems(table: pd.DataFrame, blocks: int, where: str) -> list[Problem]:
-    """Layers 0 to `blocks` - 1 in which a component of a table (columns `layer`, `component`) is not there just once."""
+def grid_problems(table: pd.DataFrame, where: str) -> list[Problem]:
+    """Components of a table (columns `layer`, `component`) that a layer has more than once.
+
+    A layer may lack a component: blocks differ in hybrids. What a base on this machine has and a table lacks is found
+    where tensors are named (`utils/recipes/naming.py`).
+    """
     counts = table.groupby(["component", "layer"], sort=False).size()
     return [
-        Problem(
-            f"{where}: {count} rows for layer {layer}, component {component}; there must be one",
-            "table-row-twice" if count else "table-row-missing",
-        )
-        for component in dict.fromkeys(table["component"])
-        for layer in range(blocks)
-        if (count := counts.get((component, layer), 0)) != 1
+        Problem(f"{where}: {count} rows for layer {layer}, component {component}; there must be one", "table-row-twice")
+        for (component, layer), count in counts.items()
+        if count > 1
     ]

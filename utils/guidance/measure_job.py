@@ -71,11 +71,9 @@ class MeasureJob:
 
     def open_weights(self, subject: Subject, device: "torch.device") -> "WeightSource":
         """A source of a model's weights on a device; close it in the end (`run_blocks` does)."""
-        from utils.models.weight_source import ResidentWeights, StreamedWeights
+        from utils.models.weight_source import StreamedWeights
 
-        if subject.headers is None:
-            return ResidentWeights(subject.checkpoint, device, subject.dtype, self.trust_remote_code)
-        return StreamedWeights(subject.headers, device, subject.dtype)
+        return StreamedWeights(subject.layout, device, subject.dtype)
 
     def of(self, *subjects: Subject) -> "MeasureJob":
         """This job as a piece of it needs it: these subjects, with skeletons that nobody else uses; nothing of where it runs.

@@ -38,6 +38,8 @@ def check_configs(inputs: MergeInputs, *, trust_remote_code: bool) -> list[str]:
             )
             problems.append(Problem(text, "merge-depths"))
         theirs = _settings(model.checkpoint.config)
+        if model.checkpoint.architecture != donor.checkpoint.architecture:  # a language model beside one with a tower
+            ours = _settings(donor.checkpoint.config.get("text_config") or donor.checkpoint.config)
         differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         if differing:
             pairs = ", ".join(f"{key} {ours.get(key)!r} and {theirs.get(key)!r}" for key in differing[:_SHOWN])
@@ -107,4 +109,4 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _depth(model: MergeInput, trust_remote_code: bool) -> int | None:
     with quiet_mergekit():
         config = model.reference.config(trust_remote_code)
-    return getattr(config, "num_hidden_layers", None)
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, get_vocab_size, vocabularies_by_id
+from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.models.architecture import ArchitecturePlan, quiet_mergekit
 from utils.models.checkpoints import Checkpoint
@@ -125,7 +125,9 @@ def _is_plain(config: Any) -> bool:
 def _one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
     for model in inputs.models:
         rows = set(embedding_rows(architecture, model.checkpoint).values())
-        declared = get_vocab_size(model.reference.model, trust_remote_code=trust_remote_code)
+        with quiet_mergekit():
+            config = model.reference.config(trust_remote_code)
+        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
         if rows != {size} or declared != size:
             return False
     return True

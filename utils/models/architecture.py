@@ -4,18 +4,22 @@ mergekit reads an architecture either from a *definition* (a JSON file it ships,
 `config.json`) or, where it ships none, by *inference* (it builds the model without weights through transformers).
 Neither always fits what transformers saves today. Definitions ask for buffers that are no longer stored (GPT-NeoX) or
 for an output head that is tied (Phi-3), and do not know biases that a config switches on (Llama); inference loses a
-head that is stored under another name than the module's (GPT-NeoX again). So three are tried, the first that misses
-and drops nothing wins:
+head that is stored under another name than the module's (GPT-NeoX again). Both hold every block to one template, so that hybrids do not fit, and both name the experts of
+mixtures as transformers stacks them, where most releases store each expert apart. So these are tried, the first that
+misses and drops nothing, and writes the names that the base stores, wins:
 
 1. the definition as shipped;
 2. the definition, with the tensors made optional that the model class itself does not have, or ties;
-3. inference.
+3. inference;
+4. the names stored in the base (`utils/models/stored_architecture.py`);
+5. the first three in transformers' stacked form: where asked for, or where one checkpoint has stacked what another has
+   apart.
 
 Commands 2 and 3 both ask here, so that a filter is proven against the very names that the merge will plan:
 
     plan = plan_architecture(base, experts)        # open checkpoints (utils.models.checkpoints.Checkpoint)
     plan.tensors                                   # what will be merged, each with the name filters are matched on
-    plan.origin, plan.reason                       # which of the three, and why
+    plan.origin, plan.reason                       # which of these, and why
     plan.info                                      # mergekit's own object, for its planner
 """
 
@@ -25,9 +29,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.errors import UserError
+from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 DEFINITION = "mergekit's definition"
 ADJUSTED = "mergekit's definition, adjusted"
 INFERENCE = "mergekit's inference"
+STORED = "the names that the base stores"
 _SHOWN = 4
 
 
@@ -67,7 +72,7 @@ class ArchitecturePlan:
     """What mergekit will merge for a set of checkpoints.
 
     Attributes:
-        origin: `DEFINITION`, `ADJUSTED` or `INFERENCE`.
+        origin: `DEFINITION`, `ADJUSTED`, `INFERENCE` or `STORED`.
         reason: why it is not the definition as shipped, as a clause ("" if it is).
         tensors: every tensor that will be merged and written, in the order of planning. Optional ones that no
             checkpoint stores (a tied head) are not in it.
@@ -94,6 +99,7 @@ def plan_architecture(
     *,
     trust_remote_code: bool = False,
     allow_mixed: bool = False,
+    fused_experts: bool = False,
 ) -> ArchitecturePlan:
     """Find out what mergekit will merge for these checkpoints. No weights are read; imports mergekit (seconds).
 
@@ -102,35 +108,97 @@ def plan_architecture(
         experts: the others that will be merged; may be empty.
         trust_remote_code: let `config.json` load code from the model folder.
         allow_mixed: accept checkpoints of different architectures (mergekit's `--allow-crimes`).
+        fused_experts: plan a mixture's experts stacked, as mergekit does, also where they are stored apart.
 
     Raises:
         UserError: a config cannot be read, the architectures differ, a required tensor is missing, or the merge would
             lose a tensor that the model has.
     """
-    if not allow_mixed:
-        _same_architecture(base, experts)
     with quiet_mergekit():
+        mixed = any(other.architecture != base.architecture for other in experts)
+        if mixed and not allow_mixed:
+            reason = "an expert is the language tower alone"
+            plan = _by_stored_names(base, experts, trust_remote_code, reason)
+            return plan or _refuse(base, [], None)
         candidates = []
         for candidate in _candidates(_Inputs(base, tuple(experts), trust_remote_code)):
-            if not candidate.lacking and not any(candidate.plan.dropped.values()):
+            if candidate.fits and (fused_experts or not candidate.converted):
                 return candidate.plan
             candidates.append(candidate)
+        refusal = None
+        try:
+            plan = _by_stored_names(base, experts, trust_remote_code, candidates[-1].plan.reason)
+        except UserError as error:
+            plan, refusal = None, error
+        if plan is not None and not fused_experts:
+            return plan
+        converted = next((candidate for candidate in candidates if candidate.fits), None)
+        if converted is not None:
+            return converted.plan
+        if plan is not None:
+            return plan
+        return _refuse(base, candidates, refusal)
+
+
+def _refuse(base: Checkpoint, candidates: "Sequence[_Candidate]", refusal: UserError | None) -> NoReturn:
+    if refusal is not None:
+        raise refusal
     complete = [candidate for candidate in candidates if not candidate.lacking]
-    if not complete:
+    if candidates and not complete:
         name, absent = candidates[-1].lacking[0]
         raise UserError(
             f"model {name}: its weights lack {_some(absent)}, which its architecture ({base.architecture}) needs for a "
             "merge; is the checkpoint complete?",
             "model-incomplete",
         )
-    best = min(complete, key=lambda candidate: sum(map(len, candidate.plan.dropped.values())))
-    for checkpoint, lost in best.lost:
+    best = min(complete, key=lambda candidate: sum(map(len, candidate.plan.dropped.values())), default=None)
+    for checkpoint, lost in best.lost if best is not None else ():
         raise UserError(
             f"model {checkpoint.name}: mergekit would leave {_some(lost)} out of the merge, which the model "
             f"({base.architecture}) has; this architecture cannot be merged with this mergekit",
             "model-not-mergeable",
         )
-    return best.plan
+    raise UserError(
+        f"the checkpoints store {base.architecture} in different layouts, which neither can be brought into; save them all "
+        "with one version of transformers",
+        "model-not-mergeable",
+    )
+
+
+def _by_stored_names(
+    base: Checkpoint, experts: Sequence[Checkpoint], trust_remote_code: bool, reason: str
+) -> ArchitecturePlan | None:
+    """The plan by stored names; None where one checkpoint stores in pieces what another one has whole."""
+    from utils.models.stored_architecture import read_models, stored_architecture, stored_tensors
+
+    models = read_models(base, experts, trust_remote_code)
+    tensors = stored_tensors(models)
+    if tensors is None:
+        return None
+    planned = tuple(
+        PlannedTensor(one.name, not one.everywhere, one.spellings, one.tied, one.vocabulary_axis) for one in tensors
+    )
+    missing = {
+        one.checkpoint.folder: tuple(
+            tensor.name for tensor in planned if tensor.stored_name(one.checkpoint.tensors) is None
+        )
+        for one in models
+    }
+    spellings = {name: tensor.name for tensor in planned for name in (*tensor.aliases, tensor.name)}
+    for parameter, header in models[0].layout.direct.items():
+        spellings.setdefault(parameter, spellings[header.name])
+    names = {name for tensor in planned for name in (tensor.name, *tensor.aliases, *tensor.tied_names)}
+    dropped = {one.checkpoint.folder: tuple(name for name in one.layout.unread if name not in names) for one in models}
+    info = stored_architecture(models, tensors).model_copy(
+        update={"vocab_size_config_key": vocabulary_key(models[0].model.config)}
+    )
+    return ArchitecturePlan(STORED, reason, planned, missing, dropped, spellings, info)
+
+
+def vocabulary_key(config: Any) -> str:
+    """Where a config says how many tokens there are; a model with a vision tower says it of its language tower."""
+    nested = config.get_text_config(decoder=True)
+    return next((f"{key}.vocab_size" for key, value in vars(config).items() if value is nested), "vocab_size")
 
 
 def model_reference(checkpoint: Checkpoint) -> "ModelReference":
@@ -204,6 +272,12 @@ class _Candidate:
     plan: ArchitecturePlan
     lacking: list[tuple[str, tuple[str, ...]]]  # model name, required tensors it cannot supply
     lost: list[tuple[Checkpoint, tuple[str, ...]]]  # dropped tensors that the model class reads
+    converted: bool  # whether tensors are planned that a checkpoint stores in another form
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missed and nothing left out."""
+        return not self.lacking and not any(self.plan.dropped.values())
 
 
 def _candidates(inputs: _Inputs) -> Iterator[_Candidate]:
@@ -212,14 +286,20 @@ def _candidates(inputs: _Inputs) -> Iterator[_Candidate]:
     base = inputs.base
     infos = [arch_info_for_config(config) for config in inputs.configs]
     reason = f"mergekit ships no definition of {base.architecture}"
+    shipped = None
     if all(info is not None for info in infos):
-        shipped = _candidate(inputs, infos[0], DEFINITION, "")
+        try:
+            shipped = _candidate(inputs, infos[0], DEFINITION, "")
+        except RuntimeError as error:  # the config has moved what the definition looks for
+            reason = f"its definition of {base.architecture} does not fit this config.json: {brief(error)}"
+    if shipped is not None:
         yield shipped
         reason = _misfit(shipped, base)
         adjusted = _adjust(inputs, infos[0], {name for _, names in shipped.lacking for name in names})
         if adjusted is not None:
             yield _candidate(inputs, adjusted, ADJUSTED, reason)
     inferred = infer_architecture_info(tuple(inputs.references), inputs.references[0], inputs.options)
+    inferred = inferred.model_copy(update={"vocab_size_config_key": vocabulary_key(inputs.configs[0])})
     yield _candidate(inputs, inferred, INFERENCE, reason)
 
 
@@ -241,9 +321,10 @@ def _candidate(inputs: _Inputs, info: "ModelArchitecture", origin: str, reason: 
         weights = [replace(weight, optional=weight.optional and inputs.is_tied(weight.name)) for weight in weights]
         weights.sort(key=lambda weight: _natural(weight.name))
     planned = tuple(w for w in weights if not w.optional or any(w.is_stored(c.tensors) for c in inputs.checkpoints))
-    missing, dropped, lacking, lost = {}, {}, [], []
+    missing, dropped, lacking, lost, converted = {}, {}, [], [], False
     for checkpoint, config in zip(inputs.checkpoints, inputs.configs, strict=True):
-        absent, unread = _compare(inputs, planned, checkpoint, config.model_type)
+        absent, unread, changed = _compare(inputs, planned, checkpoint, config.model_type)
+        converted = converted or changed
         missing[checkpoint.folder] = tuple(tensor.name for tensor in absent if tensor.optional)
         dropped[checkpoint.folder] = tuple(sorted(unread, key=_natural))
         if required := tuple(tensor.name for tensor in absent if not tensor.optional):
@@ -251,7 +332,7 @@ def _candidate(inputs: _Inputs, info: "ModelArchitecture", origin: str, reason: 
         if read := tuple(name for name in dropped[checkpoint.folder] if inputs.is_own(name)):
             lost.append((checkpoint, read))
     plan = ArchitecturePlan(origin, reason, planned, missing, dropped, _spellings(inputs, planned), info)
-    return _Candidate(plan, lacking, lost)
+    return _Candidate(plan, lacking, lost, converted)
 
 
 def _spellings(inputs: _Inputs, planned: Sequence[PlannedTensor]) -> dict[str, str]:
@@ -267,8 +348,9 @@ def _spellings(inputs: _Inputs, planned: Sequence[PlannedTensor]) -> dict[str, s
 
 def _compare(
     inputs: _Inputs, planned: Sequence[PlannedTensor], checkpoint: Checkpoint, model_type: str
-) -> tuple[list[PlannedTensor], list[str]]:
-    """The planned tensors that a checkpoint cannot supply, and the stored names that none of them reads."""
+) -> tuple[list[PlannedTensor], list[str], bool]:
+    """The planned tensors that a checkpoint cannot supply, the stored names that none of them reads, and whether some
+    are stored in another form."""
     absent = [tensor for tensor in planned if tensor.stored_name(checkpoint.tensors) is None]
     read = {tensor.stored_name(checkpoint.tensors) for tensor in planned}
     unread = [name for name in checkpoint.tensors if name not in read]
@@ -279,7 +361,8 @@ def _compare(
         converted = {t.name for t in absent if can_convert_checkpoint_keys(model_type, keys, t.name)}
         absent = [tensor for tensor in absent if tensor.name not in converted]
         unread = [name for name in unread if not converted & inputs.conversion_targets(name)]
-    return absent, unread
+        return absent, unread, bool(converted)
+    return absent, unread, False
 
 
 def _adjust(inputs: _Inputs, info: "ModelArchitecture", lacking: set[str]) -> "ModelArchitecture | None":
@@ -305,16 +388,6 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         ) from error
     config.architectures = [checkpoint.architecture]  # mergekit takes exactly one
     return config
-
-
-def _same_architecture(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
-    for other in experts:
-        if other.architecture != base.architecture:
-            raise UserError(
-                f"model {other.name} is a {other.architecture}, the base {base.name} a {base.architecture}; "
-                "an expert must be a fine-tune of the base",
-                "model-architectures-differ",
-            )
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

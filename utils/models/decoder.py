@@ -1,10 +1,11 @@
 """Which modules of a model are its decoder blocks, and which of their parts are components.
 
-One answer for every architecture, found from structure alone: the blocks are the module list with as many entries as
-the config has hidden layers; the components are the linear modules inside a block.
+One answer for every architecture, found from structure alone: the blocks are the module list of the language tower with
+as many entries as its config has hidden layers; the components are the linear modules inside a block, and the stacked
+matrices of a mixture's experts. Blocks may differ: a component is in those that have it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,19 +19,33 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Component:
-    """A linear part of every decoder block: what it is called, and its module path inside a block."""
+    """A part of decoder blocks that is measured: what it is called, its module path inside a block, its parameter.
+
+    The parameter is a linear module's `weight`, or matrices of all experts of a mixture stacked along the first axis.
+    """
 
     name: str
     path: str
+    parameter: str = "weight"
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is the matrices of a mixture's experts."""
+        return self.parameter != "weight"
+
+    @property
+    def own_path(self) -> str:
+        """The path by which it is told apart: the module's, with the parameter's name where that is no `weight`."""
+        return f"{self.path}.{self.parameter}" if self.is_stacked else self.path
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model seen as what runs before, inside and after its decoder blocks.
+    """A language model seen as what runs before, inside and after its decoder blocks.
 
-    `model` is the causal language model, `body` the part that ends before the language-model head, `blocks` the list
-    of decoder blocks and `blocks_path` its module path in `model` (`model.layers`, `transformer.h` ...). `components`
-    are what is measured; `linear_paths` every linear part that all blocks have.
+    `model` is the whole model, `body` the part that ends before the language-model head, `blocks` the list of decoder
+    blocks and `blocks_path` its module path in `model` (`model.layers`, `transformer.h` ...). `components` are what is
+    measured, each in the blocks that have it; `linear_paths` are the linear parts of each block.
     """
 
     model: nn.Module
@@ -38,21 +53,33 @@ class Decoder:
     blocks: nn.ModuleList
     blocks_path: str
     components: tuple[Component, ...]
-    linear_paths: tuple[str, ...]
+    linear_paths: tuple[tuple[str, ...], ...]
+
+    def components_of(self, layer: int) -> tuple[Component, ...]:
+        """The components that a block has."""
+        own = {(path, name) for path, module in self.blocks[layer].named_modules() for name in _own_parameters(module)}
+        return tuple(one for one in self.components if (one.path, one.parameter) in own)
 
     def weight_name(self, layer: int, component: Component) -> str:
         """The name, in the model, of the weight of one component of one block."""
-        return f"{self.blocks_path}.{layer}.{component.path}.weight"
+        return f"{self.blocks_path}.{layer}.{component.path}.{component.parameter}"
+
+    @property
+    def partial(self) -> tuple[Component, ...]:
+        """The components that some blocks lack."""
+        blocks = [self.components_of(layer) for layer in range(len(self.blocks))]
+        return tuple(one for one in self.components if not all(one in own for own in blocks))
 
     def without_model(self) -> dict[str, Any]:
         """What was found, as plain data, for `on_model`."""
-        names = (one.name for one in fields(self))
+        names = [one.name for one in fields(self)]
         return {name: getattr(self, name) for name in names if name not in ("model", "body", "blocks")}
 
     @classmethod
     def on_model(cls, model: nn.Module, found: Mapping[str, Any]) -> "Decoder":
         """What was found in a model, seen in another one that was built alike."""
-        return cls(model=model, body=model.base_model, blocks=model.get_submodule(found["blocks_path"]), **found)
+        path = found["blocks_path"]
+        return cls(model=model, body=_body(model, path), blocks=model.get_submodule(path), **found)
 
 
 def find_decoder(
@@ -61,28 +88,26 @@ def find_decoder(
     """Find a model's decoder blocks and the components asked for.
 
     Args:
-        model: a causal language model (weights may be on the meta device).
-        components: names from the pair config, or None for every linear part of a block.
+        model: a language model (weights may be on the meta device).
+        components: names from the pair config, or None for every linear part of a block and every expert of a mixture.
         prefix_mapping: component name to module path inside a block; optional.
         where: what to call the model in messages.
 
     Raises:
-        UserError: an encoder; no list of decoder blocks; a component that is missing, ambiguous, not linear, or only
-            in some blocks; with `components` None, a block with matrices that are not linear modules (mixture of
-            experts).
+        UserError: an encoder; no list of decoder blocks; a component that no block has, or that is ambiguous.
     """
     _refuse_encoder(model, where)
-    body = model.base_model
-    blocks_path, blocks = _find_blocks(model, where)
-    in_each = [_linear_paths(block) for block in blocks]
-    everywhere = [path for path in in_each[0] if all(path in paths for paths in in_each)]
-    somewhere = list(dict.fromkeys(path for paths in in_each for path in paths))
+    blocks_path, blocks = find_blocks(model, where)
+    found = list(dict.fromkeys(part for block in blocks for part in _parts(block)))
+    if not found:
+        raise UserError(f"{where}: its blocks have no linear modules; it is not supported", "model-no-linear")
+    parts = {Component("", path, parameter).own_path: (path, parameter) for path, parameter in found}
     if components is None:
-        _refuse_uncovered(blocks, somewhere, everywhere, where)
-        chosen = [Component(name, path) for path, name in short_names(everywhere).items()]
+        chosen = [Component(name, *parts[own]) for own, name in short_names(list(parts)).items()]
     else:
-        chosen = [_resolve(name, prefix_mapping.get(name), somewhere, everywhere, where) for name in components]
-    return Decoder(model, body, blocks, blocks_path, tuple(chosen), tuple(everywhere))
+        chosen = [_resolve(name, prefix_mapping.get(name), parts, where) for name in components]
+    linear = tuple(tuple(path for path, parameter in _parts(block) if parameter == "weight") for block in blocks)
+    return Decoder(model, _body(model, blocks_path), blocks, blocks_path, tuple(chosen), linear)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -121,8 +146,14 @@ def _refuse_encoder(model: nn.Module, where: str) -> None:
         raise UserError(f"{where} is an encoder ({config.model_type}); only decoders are supported", "model-encoder")
 
 
-def _find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
-    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+def find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
+    """The path and the list of a model's decoder blocks.
+
+    Raises:
+        UserError: there is no list of as many blocks as the config has layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    wanted = getattr(config, "num_hidden_layers", None)
     lists = {
         path: module
         for path, module in model.named_modules()
@@ -133,48 +164,55 @@ def _find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
             f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported",
             "model-no-blocks",
         )
-    path = max(lists, key=lambda key: sum(parameter.numel() for parameter in lists[key].parameters()))
+    towers = [path for path, module in model.named_modules() if path and getattr(module, "config", None) is config]
+    inside = {path for path in lists if any(path.startswith(f"{tower}.") for tower in towers)}
+    chosen = inside or set(lists)  # a vision tower may have as many layers
+    path = max(chosen, key=lambda key: sum(parameter.numel() for parameter in lists[key].parameters()))
     return path, lists[path]
 
 
-def _linear_paths(block: nn.Module) -> list[str]:
-    return [path for path, module in block.named_modules() if is_linear(module)]
+def _body(model: nn.Module, blocks_path: str) -> nn.Module:
+    """The part of a model that ends before its head."""
+    if model.base_model is not model:
+        return model.base_model
+    return model.get_submodule(blocks_path.partition(".")[0])  # a class whose base_model_prefix names no part of it
 
 
-def _resolve(name: str, path: str | None, somewhere: Sequence[str], everywhere: Sequence[str], where: str) -> Component:
-    candidates = matching_paths(path or name, somewhere)
+def _parts(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """The (module path, parameter) of every linear module's weight and of every stack of experts' matrices."""
+    for path, module in block.named_modules():
+        if is_linear(module):
+            yield path, "weight"
+        elif is_experts(module):
+            for name, value in _own_parameters(module).items():
+                if value.ndim == 3:
+                    yield path, name
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of a mixture's experts stacked, as transformers' experts modules do.
+
+    They go up, with or without a gate beside in the same matrix, and down again. Other stacks (of an attention's heads,
+    of experts that every token passes) have other parameters, or more.
+    """
+    stacks = {name for name, value in _own_parameters(module).items() if value.ndim == 3}
+    return "down_proj" in stacks and ("gate_up_proj" in stacks or ("up_proj" in stacks and "gate_proj" not in stacks))
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in module._parameters.items() if value is not None}
+
+
+def _resolve(name: str, path: str | None, parts: Mapping[str, tuple[str, str]], where: str) -> Component:
+    candidates = matching_paths(path or name, list(parts))
     asked = f"component {name!r}" + (f" (prefix_mapping: {path})" if path else "")
     if not candidates or (path and candidates != [path]):
         raise UserError(
-            f"{where}: {asked} is not a linear part of its blocks; they have {', '.join(somewhere)}",
+            f"{where}: {asked} is not a linear part of its blocks; they have {', '.join(parts)}",
             "component-unknown",
         )
     if len(candidates) > 1:
         raise UserError(
             f"{where}: {asked} may mean {' or '.join(candidates)}; write the longer name", "component-ambiguous"
         )
-    if candidates[0] not in everywhere:
-        raise UserError(
-            f"{where}: {asked} is in some blocks only; choose components that every block has", "component-partial"
-        )
-    return Component(name, candidates[0])
-
-
-def _refuse_uncovered(blocks: nn.ModuleList, somewhere: Sequence[str], everywhere: Sequence[str], where: str) -> None:
-    partial = [path for path in somewhere if path not in everywhere]
-    if partial:
-        raise UserError(
-            f"{where}: {', '.join(partial[:4])} exist in some blocks only (a hybrid model); list under components "
-            f"the ones every block has: {', '.join(everywhere) or 'none'}",
-            "model-hybrid",
-        )
-    if not everywhere:
-        raise UserError(f"{where}: its blocks have no linear modules; it is not supported", "model-no-linear")
-    covered = {f"{path}.weight" for path in everywhere}
-    left = [name for name, value in blocks[0].named_parameters() if value.ndim >= 2 and name not in covered]
-    if left:
-        raise UserError(
-            f"{where}: {', '.join(left[:4])} are matrices outside linear modules (mixture-of-experts layers are not "
-            f"measured); list under components the parts to measure: {', '.join(everywhere)}",
-            "model-moe",
-        )
+    return Component(name, *parts[candidates[0]])

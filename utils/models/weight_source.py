@@ -1,9 +1,9 @@
 """Weights on their way from a checkpoint to the device, a group of modules at a time.
 
-The usual way is a skeleton on the meta device whose tensors are read from the safetensors files when a block's turn
-comes: on the CPU they stay memory-mapped (reclaimable), on a GPU one block's worth is copied. Where the names in the
-checkpoint are not the names in the model (transformers converts some architectures while loading), the model is
-loaded by transformers as a whole, on the CPU, and its blocks are copied to the device in turn.
+A skeleton stands on the meta device, and its tensors are read from the safetensors files when a block's turn comes: on
+the CPU they stay memory-mapped (reclaimable), on a GPU one block's worth is copied. What the checkpoint stores otherwise
+than the model has it (experts each on their own, say) is put together then, by transformers' own rules
+(`utils/models/stored_layout.py`).
 """
 
 import os
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +19,30 @@ from torch import nn
 from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint, TensorHeader
 from utils.models.pinned_copies import PinnedCopies
+from utils.models.stored_layout import StoredLayout
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """Build the checkpoint's causal language model with parameters on the meta device and real buffers.
+    """Build the checkpoint's model with parameters on the meta device and real buffers.
+
+    It is of the class that config.json names where that is one which predicts tokens (of a model with a vision tower,
+    too), else the causal language model of its kind.
 
     Raises:
         UserError: the config needs remote code that was not allowed, or transformers cannot build the model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        layers = config.get_text_config(decoder=True).num_hidden_layers
+        layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
         if layers > len(checkpoint.tensors):  # a typing error that would build modules for minutes
             raise ValueError(
                 f"config.json asks for {layers} layers, the weights hold {len(checkpoint.tensors)} tensors"
             )
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _built(checkpoint.architecture, config, dtype, trust_remote_code)
     except Exception as error:  # whatever a wrong number in config.json leads to: a zero division, an assertion ...
         remote = "" if trust_remote_code or "auto_map" not in checkpoint.config else " (try --trust_remote_code)"
         raise UserError(
@@ -47,43 +52,25 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     return model.eval()
 
 
-def match_names(model: nn.Module, checkpoint: Checkpoint, head: bool = False) -> dict[str, TensorHeader] | None:
-    """Map the model's parameter and stored-buffer names to the checkpoint's tensors.
+def _built(architecture: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
 
-    A checkpoint of the bare body lacks the body's prefix, and one of a causal model has it; both are matched. None if
-    a parameter is not found under its own name, that is, if transformers would convert the checkpoint. A head that
-    is tied to the embedding may be absent.
-
-    Args:
-        model: the skeleton.
-        checkpoint: its checkpoint.
-        head: include the language-model head, which is not needed for hidden states.
-
-    Raises:
-        UserError: a tensor's shape is not what config.json makes of the model.
-    """
-    prefix = model.base_model_prefix + "."
-    body = {id(value) for value in [*model.base_model.parameters(), *model.base_model.buffers()]}
-    tied = tied_names(model)
-    found = {}
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if id(value) not in body and not head:
-            continue
-        header = next(
-            (checkpoint.tensors[key] for key in (name, name.removeprefix(prefix)) if key in checkpoint.tensors), None
-        )
-        if header is None:
-            if isinstance(value, nn.Parameter) and (id(value) in body or name not in tied):
-                return None
-            continue
-        if header.shape != tuple(value.shape):
-            raise UserError(
-                f"model {checkpoint.name}: tensor {header.name} is {list(header.shape)} in the checkpoint but "
-                f"config.json makes it {list(value.shape)}",
-                "model-shape",
-            )
-        found[name] = header
-    return found
+    known = set()
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ):
+        known.update(name for names in mapping.values() for name in ([names] if isinstance(names, str) else names))
+    if architecture in known and "auto_map" not in vars(config):
+        return getattr(transformers, architecture)._from_config(config, dtype=dtype)
+    auto = AutoModelForCausalLM
+    if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in (
+        AutoModelForImageTextToText._model_mapping
+    ):
+        auto = AutoModelForImageTextToText
+    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 class StreamedWeights:
@@ -93,8 +80,8 @@ class StreamedWeights:
     a stream of their own, so that copies overlap computation (`utils/models/pinned_copies.py`).
     """
 
-    def __init__(self, headers: Mapping[str, TensorHeader], device: torch.device, dtype: torch.dtype) -> None:
-        self.headers, self.device, self.dtype = dict(headers), device, dtype
+    def __init__(self, layout: StoredLayout, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout, self.device, self.dtype = layout, device, dtype
         self.files = ExitStack()
         self.handles: dict[Path, object] = {}
         self.copies: PinnedCopies | None = None
@@ -107,17 +94,26 @@ class StreamedWeights:
         Raises:
             UserError: a file cannot be read, or was changed while it was read.
         """
-        stored = {name: self.headers[name] for name in names if name in self.headers}
+        conversions = {id(one): one for name in names if (one := self.layout.conversions.get(name)) is not None}
+        headers = {name: self.layout.direct[name] for name in names if name in self.layout.direct}
+        for one in conversions.values():
+            headers |= {_piece(header): header for header in one.sources}
+        read = self._read(headers)
+        for one in conversions.values():
+            made = one.convert({header.name: read.pop(_piece(header)) for header in one.sources})
+            read |= {name: value for name, value in made.items() if name in names}
+        return read
+
+    def _read(self, headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
         if self.device.type != "cpu":
-            return self._copies().fetch(stored, self.dtype, self.computation)
-        views = {name: self._handle(header.file).get_tensor(header.name) for name, header in stored.items()}
+            return self._copies().fetch(headers, self.dtype, self.computation)
+        views = {name: self._handle(header.file).get_tensor(header.name) for name, header in headers.items()}
         return {name: view.to(self.dtype) if view.is_floating_point() else view for name, view in views.items()}
 
     def read_ahead(self, names: list[str]) -> None:
         """Ask the system to have these tensors' pages in memory soon; returns at once."""
-        for name in names:
-            header = self.headers.get(name)
-            if header is not None and hasattr(os, "posix_fadvise"):
+        for header in [header for name in names for header in self.layout.headers(name)]:
+            if hasattr(os, "posix_fadvise"):
                 with open(header.file, "rb") as file:
                     os.posix_fadvise(file.fileno(), header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
 
@@ -130,7 +126,7 @@ class StreamedWeights:
     def _copies(self) -> PinnedCopies:
         with self.opening:  # blocks are fetched ahead by a thread of their own
             if self.copies is None:
-                files = {header.file for header in self.headers.values()}
+                files = self.layout.files
                 self.copies = self.files.enter_context(PinnedCopies(files, self.device))
             return self.copies
 
@@ -143,47 +139,12 @@ class StreamedWeights:
             return self.handles[file]
 
 
-class ResidentWeights:
-    """The same service from a model that transformers has loaded on the CPU.
-
-    It is held in the narrower of the checkpoint's dtype and the one asked for, and handed over in the latter.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool):
-        from transformers import AutoModelForCausalLM
-
-        self.device, self.dtype = device, dtype
-        stored = getattr(torch, checkpoint.float_dtype)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=min(stored, dtype, key=lambda one: one.itemsize),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        left_out = set(report["missing_keys"])  # random numbers: a head that the checkpoint of a bare body lacks
-        if stored.itemsize < dtype.itemsize:  # buffers that no file stores, made in few bits: the skeleton has its own
-            saved = loaded.state_dict()
-            left_out |= {name for name, _ in loaded.named_buffers() if name not in saved}
-        named = [*loaded.named_parameters(), *loaded.named_buffers()]
-        self.tensors = {name: value for name, value in named if name not in left_out}
-
-    def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Copy tensors to the device."""
-        return {
-            name: value.detach().to(self.device, self.dtype if isinstance(value, nn.Parameter) else None)
-            for name, value in ((name, self.tensors[name]) for name in names if name in self.tensors)
-        }
-
-    def read_ahead(self, names: list[str]) -> None:
-        """Nothing to do: the weights are in memory."""
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self.tensors.clear()
+WeightSource = StreamedWeights
 
 
-WeightSource = StreamedWeights | ResidentWeights
+def _piece(header: TensorHeader) -> str:
+    """What a stored tensor that is only a piece is called while it is read; no parameter is called so."""
+    return f"stored {header.name}"
 
 
 def tensor_names(module: nn.Module, path: str) -> list[str]:

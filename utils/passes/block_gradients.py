@@ -96,7 +96,7 @@ def backward_pass(
 
     Args:
         decoder: the model; its parameters are on the meta device before and after.
-        weights: where parameters come from, the language-model head's too (`match_names` with `head=True`).
+        weights: where parameters come from, the language-model head's too (`stored_layout`).
         samples: token ids of each sample, at least two.
         observer: what to do with the gradients.
         device: where to compute.

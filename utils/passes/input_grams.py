@@ -30,7 +30,7 @@ class InputGrams:
     counts the tokens routed to it. Inputs must hold no pads.
 
     Args:
-        paths: module paths inside a block.
+        paths: module paths inside a block; those that a block lacks are passed over.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -42,9 +42,10 @@ class InputGrams:
     def attached(self, layer: int, block: nn.Module) -> Iterator[None]:
         """Start from nothing and observe a block while the context lasts."""
         self._found, self._last = {}, None
+        modules = dict(block.named_modules())
+        present = [path for path in self.paths if path in modules]  # blocks may differ
         handles = [
-            block.get_submodule(path).register_forward_pre_hook(self._hook(layer, path), with_kwargs=True)
-            for path in self.paths
+            modules[path].register_forward_pre_hook(self._hook(layer, path), with_kwargs=True) for path in present
         ]
         try:
             yield
@@ -52,15 +53,15 @@ class InputGrams:
             self._last = None
             for handle in handles:
                 handle.remove()
-        for path in self.paths:
+        for path in present:
             if path not in self._found:
-                weight = weight_matrix(block.get_submodule(path))
+                weight = weight_matrix(modules[path])
                 self._found[path] = InputGram([path], weight.new_zeros((weight.shape[1],) * 2, dtype=torch.float32))
 
     def take(self) -> list[InputGram]:
         """What was summed up, each matrix once, in the order of the paths; it is let go of."""
         found, self._found = self._found, {}
-        return list({id(one): one for one in (found[path] for path in self.paths)}.values())
+        return list({id(one): one for one in (found[path] for path in self.paths if path in found)}.values())
 
     def _hook(self, layer: int, path: str):
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -4,7 +4,7 @@ The model's own forward is run with its body replaced by what the body returned 
 assumed; of the weights, only those outside the body are needed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +32,12 @@ class _BodyOutput(ModelOutput):
             raise AttributeError(name)
 
 
-def require_head(decoder: Decoder, stored: Mapping[str, Any], where: str) -> None:
+def require_head(decoder: Decoder, stored: Container[str], where: str) -> None:
     """Refuse a checkpoint that has no language-model head; no weights are read.
 
     Args:
         decoder: the model.
-        stored: what the checkpoint holds, by the model's names (`match_names`).
+        stored: what the checkpoint holds, by the model's names (`stored_layout`).
         where: what to call the model.
 
     Raises:

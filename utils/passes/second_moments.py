@@ -81,13 +81,20 @@ class SecondMoments:
         taken, self.sums = self.sums, {}
         return taken
 
-    def checked(self, layer: int, expected_tokens: int) -> dict[str, torch.Tensor]:
+    def checked(self, layer: int, expected_tokens: int, *, passing_over: bool = False) -> dict[str, torch.Tensor]:
         """The sums by path, each [in] float64, after a check that each part saw every token once.
+
+        Args:
+            layer: the block, for messages.
+            expected_tokens: how many there were.
+            passing_over: leave out parts that are never called as modules (their weights are used in another way).
 
         Raises:
             UserError: a part saw more or fewer tokens, so that its statistic would not mean what it says.
         """
         for path, seen in self.tokens.items():
+            if passing_over and not seen:
+                continue
             if seen != expected_tokens:
                 raise UserError(
                     f"{path} of block {layer} saw {seen} tokens where the text has {expected_tokens}; it does not "

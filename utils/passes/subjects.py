@@ -1,6 +1,7 @@
 """The models of a pair, made ready to be measured: everything that can be known and refused without weights."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,8 +25,8 @@ from utils.runtime import computing_dtype
 if TYPE_CHECKING:
     import torch
 
-    from utils.models.checkpoints import TensorHeader
-    from utils.models.decoder import Decoder
+    from utils.models.decoder import Component, Decoder
+    from utils.models.stored_layout import StoredLayout
     from utils.pair.batches import MicroBatch
 
 
@@ -61,41 +62,73 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
+class StoredPart:
+    """A stored tensor that is a component or a piece of one: what it is called in tables, and in the checkpoint."""
+
+    name: str
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Subject:
     """One model, ready to be measured: nothing of its weights is in memory yet.
 
-    `headers` maps the model's tensor names to the checkpoint's, None where transformers converts the checkpoint. `texts`
-    holds every text of the pair config in the model's tokens. Pickled, it takes no modules along: the skeleton is built
-    again from the checkpoint's folder, which has to be there.
+    `layout` says which stored tensors the model's are made of. `texts` holds every text of the pair config in the model's
+    tokens. Pickled, it takes no modules along: skeleton and layout are made again from the checkpoint's folder, which has
+    to be there.
     """
 
     entry: ModelEntry
     checkpoint: Checkpoint
     decoder: "Decoder"
-    headers: "Mapping[str, TensorHeader] | None"
+    layout: "StoredLayout"
     dtype: "torch.dtype"
     texts: Mapping[CalibrationSource, EncodedText]
     trust_remote_code: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "decoder"}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("decoder", "layout")}
         return _with_new_skeleton, (plain, self.decoder.without_model())
 
     def stored_name(self, parameter: str) -> str:
-        """The name in the checkpoint of a parameter of the model."""
-        return parameter if self.headers is None else self.headers[parameter].name
+        """The name in the checkpoint of a parameter that is stored as one tensor."""
+        (name,) = self.layout.stored_names(parameter)
+        return name
+
+    def parts(self, layer: int, component: "Component") -> list[StoredPart]:
+        """What a component of a block is stored as: one tensor, or one for each expert and matrix."""
+        names = self.layout.stored_names(self.decoder.weight_name(layer, component))
+        if len(names) == 1:
+            return [StoredPart(component.name, names[0])]
+        return [StoredPart(_IN_BLOCK.sub("", name).removesuffix(".weight"), name) for name in names]
+
+
+_IN_BLOCK = re.compile(r"^.*?\.\d+\.")  # what stands before a name inside a block
 
 
 def _with_new_skeleton(plain: Mapping[str, Any], found: Mapping[str, Any]) -> Subject:
     from utils.models.decoder import Decoder
+    from utils.models.stored_layout import stored_layout
     from utils.models.weight_source import build_skeleton
 
     model = build_skeleton(plain["checkpoint"], plain["dtype"], plain["trust_remote_code"])
-    return Subject(decoder=Decoder.on_model(model, found), **plain)
+    layout = stored_layout(model, plain["checkpoint"])
+    return Subject(decoder=Decoder.on_model(model, found), layout=layout, **plain)
 
 
-def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
-    """A parameter's name in the first checkpoint that has it: its own, else that of the one it is tied to.
+def component_names(subject: Subject) -> dict[str, str]:
+    """What each stored tensor that is a component, or a piece of one, is called in tables."""
+    decoder = subject.decoder
+    return {
+        part.tensor: part.name
+        for layer in range(len(decoder.blocks))
+        for component in decoder.components_of(layer)
+        for part in subject.parts(layer, component)
+    }
+
+
+def stored_as(subjects: "Sequence[Subject]", parameter: str) -> "tuple[StoredLayout, str]":
+    """The first layout that has a parameter or the one it is tied to, and which of them.
 
     Raises:
         ValueError: none of the models' checkpoints has it.
@@ -106,9 +139,20 @@ def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
     others = [tied.get(parameter), *(name for name, other in tied.items() if other == parameter)]
     for name in (parameter, *others):
         for subject in subjects:
-            if name is not None and (subject.headers is None or name in subject.headers):
-                return subject.stored_name(name)
+            if name is not None and name in subject.layout:
+                return subject.layout, name
     raise ValueError(f"no checkpoint has {parameter}")
+
+
+def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
+    """A parameter's name in the first checkpoint that has it: its own, else that of the one it is tied to.
+
+    Raises:
+        ValueError: none of the models' checkpoints has it, or it is stored in pieces.
+    """
+    layout, name = stored_as(subjects, parameter)
+    (stored,) = layout.stored_names(name)
+    return stored
 
 
 Samples = Mapping[CalibrationSource, Sequence[Sample]]
@@ -161,20 +205,22 @@ def _subject(
     import torch
 
     from utils.models.decoder import find_decoder
-    from utils.models.weight_source import build_skeleton, match_names
+    from utils.models.stored_layout import stored_layout
+    from utils.models.weight_source import build_skeleton
 
     where = f"model {entry.name}"
     checkpoint = open_checkpoint(entry.name, entry.revision)
     dtype = getattr(torch, _dtype_of(checkpoint, precision, config.parity))
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
-    headers = match_names(model, checkpoint, head=True) or match_names(model, checkpoint)  # a body alone has no head
-    _refuse_integer_weights(checkpoint, headers, model)
+    layout = stored_layout(model, checkpoint)
+    _refuse_incomplete(decoder, layout, where)
+    _refuse_integer_weights(checkpoint, layout, model)
     texts = {
         source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)
         for source, ids in encoded.items()
     }
-    return Subject(entry, checkpoint, decoder, headers, dtype, texts, trust_remote_code)
+    return Subject(entry, checkpoint, decoder, layout, dtype, texts, trust_remote_code)
 
 
 def _dtype_of(checkpoint: Checkpoint, precision: Precision, parity: bool) -> str:
@@ -270,19 +316,30 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _refuse_integer_weights(checkpoint: Checkpoint, headers: "Mapping[str, TensorHeader] | None", model: Any) -> None:
+def _refuse_incomplete(decoder: "Decoder", layout: "StoredLayout", where: str) -> None:
+    """Refuse a checkpoint that lacks weights of the body; a head may be absent where none is asked for."""
+    from utils.passes.block_runner import body_names
+
+    absent = sorted(set(layout.missing) & set(body_names(decoder)))
+    if absent:
+        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+        raise UserError(
+            f"{where}: its weights lack {', '.join(absent[:4])}{more}, which config.json makes the model have; is the "
+            "checkpoint complete?",
+            "model-incomplete",
+        )
+
+
+def _refuse_integer_weights(checkpoint: Checkpoint, layout: "StoredLayout", model: Any) -> None:
     """Refuse weights that are not floating-point numbers that torch computes with: they are quantized."""
-    if headers is None:
-        weights = [header for header in checkpoint.tensors.values() if len(header.shape) == 2]
-    else:
-        weights = [headers[name] for name, _ in model.named_parameters() if name in headers]
-    for header in weights:
-        if header.dtype not in FLOAT_DTYPES:
-            raise UserError(
-                f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
-                f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint",
-                "model-quantized",
-            )
+    for name, _ in model.named_parameters():
+        for header in layout.headers(name):
+            if header.dtype not in FLOAT_DTYPES:
+                raise UserError(
+                    f"model {checkpoint.name}: tensor {header.name} is stored as {header.dtype}, not as floating-point "
+                    f"numbers ({', '.join(FLOAT_DTYPES)}); give the unquantized checkpoint",
+                    "model-quantized",
+                )
 
 
 def model_doubts(base: Subject, subject: Subject) -> list[str]:
@@ -304,25 +361,21 @@ def _same_structure(base: Subject, expert: Subject) -> None:
             f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0", "model-twice"
         )
     for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
-        values = [getattr(one.decoder.model.config, key, None) for one in (expert, base)]
+        values = [getattr(one.decoder.model.config.get_text_config(decoder=True), key, None) for one in (expert, base)]
         if values[0] != values[1]:
             raise UserError(f"{where}: {key} is {values[0]} against {values[1]}", "model-not-of-base")
     ours, theirs = len(base.decoder.blocks), len(expert.decoder.blocks)
     if ours != theirs:
         raise UserError(f"{where}: {theirs} decoder blocks against {ours}", "model-not-of-base")
-    for component in base.decoder.components:
-        name = base.decoder.weight_name(0, component)
-        shapes = []
-        for subject in (base, expert):
-            try:
-                module = subject.decoder.blocks[0].get_submodule(component.path)
-            except AttributeError as error:
-                raise UserError(
-                    f"{where}: it has no {component.path} ({expert.checkpoint.architecture})", "model-not-of-base"
-                ) from error
-            shapes.append(tuple(module.weight.shape))
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}", "model-not-of-base")
+    ours, theirs = (dict(one.decoder.model.named_parameters()) for one in (base, expert))
+    for layer in range(len(base.decoder.blocks)):
+        for component in base.decoder.components_of(layer):
+            name = base.decoder.weight_name(layer, component)
+            if name not in theirs:
+                raise UserError(f"{where}: it has no {name} ({expert.checkpoint.architecture})", "model-not-of-base")
+            shapes = [tuple(table[name].shape) for table in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f"{where}: {name} is {list(shapes[1])} against {list(shapes[0])}", "model-not-of-base")
 
 
 def memory_estimate(subject: Subject) -> int:
@@ -331,7 +384,7 @@ def memory_estimate(subject: Subject) -> int:
     blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
     body = sum(value.numel() for value in decoder.body.parameters()) - sum(blocks)
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    widest = max(max(decoder.blocks[0].get_submodule(path).weight.shape) for path in decoder.linear_paths)
+    widest = max(max(value.shape[-2:]) for value in decoder.blocks.parameters() if value.ndim > 1)
     slots = [[batch.input_ids.numel() for batch in text.batches] for text in subject.texts.values()]
     activations = max(map(max, slots)) * (widest * (3 * size + 4) + 4 * hidden * size)
     return size * (body + 2 * max(blocks) + max(map(sum, slots)) * hidden) + activations

@@ -38,7 +38,7 @@ def coefficient_table(
 
     Args:
         model: the expert's type.
-        density: layer x component, row numbers are layers.
+        density: layer x component, row numbers are layers; NaN where a layer has no such component.
         tensors: the tensor's name for each (layer, component).
         params: number of parameters per tensor name; may be empty.
         as_weights: use the densities as weights too; otherwise every weight is 1.
@@ -47,6 +47,7 @@ def coefficient_table(
         (model, tensors[layer, component], layer, component, float(value), float(value) if as_weights else 1.0)
         for component in density.columns
         for layer, value in enumerate(density[component])
+        if value == value
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS[:-1]))
     return table.assign(params=[int(params.get(tensor, 0)) for tensor in table["tensor"]])

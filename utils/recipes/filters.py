@@ -112,7 +112,8 @@ def _misses(filters: Mapping[str, str], names: Sequence[str]) -> dict[str, list[
             hits[target].append(name)
     misses = {}
     for target, hit in hits.items():
-        own = {target, target.removesuffix(_WEIGHT) + ".bias"}
+        stem = target.removesuffix(_WEIGHT)
+        own = {target, f"{stem}.bias", f"{stem}_bias"}  # the latter where the matrices of experts are stacked
         if target not in hit or not own.issuperset(hit):
             misses[target] = [name for name in hit if name not in own]
     return misses

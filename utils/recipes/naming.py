@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import Checkpoint, open_without_download
 from utils.pair.config import ModelEntry
 from utils.recipes import filters
@@ -110,6 +111,20 @@ class Recorded:
     group: Hashable = None
 
 
+def _refuse_lost(recorded: Mapping[str, Recorded], names: Mapping[str, str], written: WrittenTensors) -> None:
+    """Refuse tables that hold a part of some layers and lack that of another layer, which the base has too."""
+    kinds = {filters.name_template(names[name]) for name, one in recorded.items() if one.has_density}
+    own = set(names.values())
+    lost = [name for name in written.names if name not in own and filters.name_template(name) in kinds]
+    raise_collected(
+        (
+            Problem(f"{name} was not measured, those of other layers were; measure again", "table-row-missing")
+            for name in lost[:5]
+        ),
+        written.where,
+    )
+
+
 def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | None, *, grouped: bool) -> Naming:
     """Name tensors that were recorded one by one as mergekit will see them, and prove their filters.
 
@@ -127,6 +142,7 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
         where, evidence = written.where, written.evidence
         names = filters.as_planned(names, written.plan, where)
         own, stored = set(names.values()), written.base.tensors
+        _refuse_lost(recorded, names, written)
         tied = {
             planned.name: names[source]
             for planned in written.plan.tensors

@@ -63,7 +63,7 @@ class _Inputs:
     rewrites = False
 
     def __init__(self, decoder: Decoder, on_inputs: OnInputs) -> None:
-        self.by_path = {component.path: component for component in decoder.components}
+        self.by_path = {component.path: component for component in decoder.components if not component.is_stacked}
         self.grams, self.on_inputs = InputGrams(list(self.by_path)), on_inputs
 
     def observing(self, layer: int, block: nn.Module) -> AbstractContextManager[None]:

@@ -1,19 +1,20 @@
 """Base and expert back through their blocks in lock-step, on the expert's text: Gram matrices and squared gradients."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
 from utils.guidance.gram_mean.input_pass import OnBlock, SharedInputs, Side, shared_inputs
 from utils.models.decoder import Decoder
 from utils.passes.block_gradients import BlockDone, backward_pass
 from utils.passes.input_grams import InputGrams
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import SquaredGradients
+
+Split = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ class JointPass:
 class _Gradients:
     """What is kept of the gradients of the models, which have the same names (a `GradientObserver`)."""
 
-    def __init__(self, names: frozenset[str], embeddings: frozenset[str]) -> None:
-        self.squares, self.rows = SquaredGradients(frozenset(), names), RowGrams(embeddings)
+    def __init__(self, names: frozenset[str], embeddings: frozenset[str], split: Split) -> None:
+        self.squares, self.rows, self.split = SquaredGradients(frozenset(), names), RowGrams(embeddings), split
 
     def wants(self, name: str) -> bool:
         return self.squares.wants(name)
 
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         self.rows.add(name, gradient)
-        self.squares.gradient(name, parameter, gradient, sample)
+        for piece, part in self.split(name, gradient).items():
+            self.squares.gradient(piece, parameter, part, sample)
 
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Sums stay until they are taken."""
@@ -58,7 +60,12 @@ class _Gradients:
 
 @contextmanager
 def joint_pass(
-    sides: Sequence[Side], device: torch.device, on_block: OnBlock, *, inputs: bool = True
+    sides: Sequence[Side],
+    device: torch.device,
+    on_block: OnBlock,
+    *,
+    inputs: bool = True,
+    split: Split = lambda name, value: {name: value},
 ) -> Iterator[JointPass]:
     """Take models forward on entering, and back block by block as `parts` is iterated.
 
@@ -70,14 +77,15 @@ def joint_pass(
         device: where to compute.
         on_block: called twice per block and side.
         inputs: whether Gram matrices of inputs are wanted.
+        split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
 
     Raises:
-        UserError: as `backward_pass`; a matrix of more than two axes (stacked experts), which nothing here measures.
+        UserError: as `backward_pass`.
     """
     named = [pair for side in sides for pair in side.decoder.model.named_parameters(remove_duplicate=False)]
-    _refuse_stacked(named)
-    observer = _Gradients(frozenset(name for name, _ in named), _embeddings(sides))
-    paths = [[component.path for component in side.decoder.components] if inputs else [] for side in sides]
+    whole = (name for name, value in named if all(part.dim() <= 2 for part in split(name, value).values()))
+    observer = _Gradients(frozenset(whole), _embeddings(sides), split)
+    paths = [[one.path for one in side.decoder.components if not one.is_stacked] if inputs else [] for side in sides]
     grams = [InputGrams(own) for own in paths]
     with ExitStack() as stack:
         passes = [
@@ -100,16 +108,6 @@ def joint_pass(
         yield JointPass(tuple(one.losses for one in passes), parts)
 
 
-def _refuse_stacked(named: Sequence[tuple[str, Tensor]]) -> None:
-    stacked = [name for name, value in named if value.dim() > 2]
-    if stacked:
-        raise UserError(
-            f"{', '.join(stacked[:3])} stacks the weights of several experts of a mixture, whose inputs are not measured "
-            "yet; use --guidance saliency_budget or lewis",
-            "gram-mean-stacked-experts",
-        )
-
-
 def _embeddings(sides: Sequence[Side]) -> frozenset[str]:
     """The names of embeddings and heads."""
     found = set()
@@ -125,14 +123,15 @@ def _embeddings(sides: Sequence[Side]) -> frozenset[str]:
 def _parts(
     decoder: Decoder, sides: Sequence[Iterator[BlockDone]], grams: Sequence[InputGrams], observer: _Gradients
 ) -> Iterator[JointPart]:
-    by_path = {component.path: component for component in decoder.components}
+    by_path = {component.path: component for component in decoder.components if not component.is_stacked}
     for layer in [*reversed(range(len(decoder.blocks))), None]:
         parameters = {name: value for blocks in sides for name, value in next(blocks).parameters.items()}
         inputs = () if layer is None else shared_inputs(layer, [one.take() for one in grams], by_path)
         axes, rows = {}, {}
         for name, value in parameters.items():
-            if value.is_floating_point():
-                axes[name] = observer.squares.take_factors(name, value)
+            if value.is_floating_point() and name in observer.squares.outlined:
+                for piece, part in observer.split(name, value).items():
+                    axes[piece] = observer.squares.take_factors(piece, part)
             if (gram := observer.rows.take(name)) is not None:
                 rows[name] = gram
         del parameters, value

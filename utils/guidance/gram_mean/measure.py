@@ -14,9 +14,9 @@ from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import is_transposed, weight_matrix
-from utils.models.weight_source import match_names
+from utils.models.stored_layout import stored_layout
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, first_stored_name
+from utils.passes.subjects import Subject, first_stored_name, stored_as
 from utils.recipes.gram_file import GramFileWriter
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
@@ -47,8 +47,13 @@ class _Models:
 
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
-    parts = job.base.decoder.components
-    widths = {part.name: weight_matrix(job.base.decoder.blocks[0].get_submodule(part.path)).shape[1] for part in parts}
+    decoder = job.base.decoder
+    widths = {
+        part.name: weight_matrix(decoder.blocks[layer].get_submodule(part.path)).shape[1]
+        for layer in range(len(decoder.blocks))
+        for part in decoder.components_of(layer)
+        if not part.is_stacked
+    }
     disk = max(_file_bytes(expert) for expert in job.experts)
     lines = [
         f"components: {', '.join(widths)} ({'as configured' if job.config.components else 'every linear part of a block'})"
@@ -74,8 +79,7 @@ def measure(job: MeasureJob) -> Measured:
     for expert in job.experts:
         models = _Models(job.base, expert, merged)
         for subject in models.named:
-            if subject.headers is not None:
-                require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
+            require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
         name, blocks = expert.entry.type, (4 if merged is None else 5) * len(expert.decoder.blocks)
         own = job.of(*models.named, *([] if merged is None else [merged]))
         pieces.append(Piece(name, _measure_expert, (own,), blocks, name, types=(ExpertGrams, TextGain)))
@@ -108,15 +112,15 @@ def merged_subject(job: MeasureJob) -> Subject | None:
     if job.options[AT] is None:
         return None
     checkpoint = open_checkpoint(job.options[AT], None)
-    headers = match_names(job.base.decoder.model, checkpoint, head=True)
-    if headers is None:
+    layout = stored_layout(job.base.decoder.model, checkpoint)
+    if layout.missing:
         raise UserError(
             f"--{AT} {checkpoint.name}: its tensors are not called as those of {job.base.entry.name}; give the folder "
             "that utils/merger.py wrote for this pair",
             "measure-merged-unlike",
         )
     entry = replace(job.base.entry, name=str(job.options[AT]))
-    return replace(job.base, entry=entry, checkpoint=checkpoint, headers=headers)
+    return replace(job.base, entry=entry, checkpoint=checkpoint, layout=layout)
 
 
 def _where(job: MeasureJob) -> str:
@@ -133,7 +137,8 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     def side(subject: Subject) -> Side:
         return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded)
 
-    with joint_pass([side(one) for one in models.named], device, on_block, inputs=models.merged is None) as both:
+    sides, split = [side(one) for one in models.named], models.base.layout.pieces
+    with joint_pass(sides, device, on_block, inputs=models.merged is None, split=split) as both:
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
@@ -147,7 +152,8 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
             for part in both.parts:
                 on_inputs(part.layer, part.inputs)
                 for parameter, axes in part.axes.items():
-                    file.add_axes(first_stored_name(models.named, parameter), axes)
+                    is_piece = parameter in models.base.checkpoint.tensors
+                    file.add_axes(parameter if is_piece else first_stored_name(models.named, parameter), axes)
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
@@ -169,10 +175,12 @@ def _finite(expert: Subject) -> Iterator[None]:
 
 def _names(models: _Models) -> set[str]:
     """The names in the checkpoints of everything that may be written."""
-    parameters = {
-        name for one in models.named for name, _ in one.decoder.model.named_parameters(remove_duplicate=False)
-    }
-    return {first_stored_name(models.named, name) for name in parameters}
+    found = set()
+    for subject in models.named:
+        for name, _ in subject.decoder.model.named_parameters(remove_duplicate=False):
+            layout, own = stored_as(models.named, name)
+            found.update(layout.stored_names(own))
+    return found
 
 
 def _write_inputs(
@@ -197,8 +205,10 @@ def _params(subject: Subject, name: str) -> int:
 def _file_bytes(expert: Subject) -> int:
     """Most bytes of the matrices of an expert: those of layers that share their inputs are counted for each."""
     decoder, total = expert.decoder, 0
-    for component in decoder.components:
-        width = weight_matrix(decoder.blocks[0].get_submodule(component.path)).shape[1]
-        total += len(decoder.blocks) * 2 * width * (width + 1)
+    for layer, block in enumerate(decoder.blocks):
+        for component in decoder.components_of(layer):
+            if not component.is_stacked:
+                width = weight_matrix(block.get_submodule(component.path)).shape[1]
+                total += 2 * width * (width + 1)
     width = decoder.model.get_input_embeddings().weight.shape[1]
     return total + 4 * width * (width + 1)

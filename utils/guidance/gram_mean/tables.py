@@ -73,7 +73,7 @@ def read_grams(folder: Path, experts: Sequence[str], known: Sequence[str]) -> Me
                     Problem(f"{file} has no rows of {name}; measure again with this config", "grams-absent")
                 )
         if not own.empty:
-            problems += grid_problems(own, int(own["layer"].max()) + 1, f"{TENSORS}: model {name}")
+            problems += grid_problems(own, f"{TENSORS}: model {name}")
         if not own.empty and not own[keys].reset_index(drop=True).equals(first):
             words = f"{TENSORS}: {experts[0]} and {name} were not measured on the same tensors; measure both again"
             problems.append(Problem(words, "grams-differ"))

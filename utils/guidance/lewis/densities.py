@@ -15,7 +15,7 @@ def densities(deltas: pd.DataFrame, gamma: float, epsilon: float, bound: str = "
     five decimals first. Where all are equal nothing is known to matter more, and all get `(gamma + epsilon) / 2`.
 
     Args:
-        deltas: layer x component, finite and not negative.
+        deltas: layer x component, finite and not negative; NaN where a block has no such component, which stays.
         gamma: density of what changed least, 0 to 1.
         epsilon: density of what changed most, gamma to 1.
         bound: `minmax` or `clip`.
@@ -27,8 +27,8 @@ def densities(deltas: pd.DataFrame, gamma: float, epsilon: float, bound: str = "
     if bound not in BOUNDS:
         raise ValueError(f"bound {bound!r} is not one of {BOUNDS}")
     # Python's round is exact in decimal; numpy's, which multiplies, differs in the last place.
-    rounded = deltas.map(lambda value: round(float(value), _DECIMALS))
-    low, high = float(rounded.min(axis=None)), float(rounded.max(axis=None))
+    rounded = deltas.map(lambda value: round(float(value), _DECIMALS), na_action="ignore")
+    low, high = float(rounded.min().min()), float(rounded.max().max())
     if low == high:
         return rounded * 0.0 + (gamma + epsilon) / 2
     if bound == "clip":

@@ -1,7 +1,8 @@
 """LEWIS, measure half: norms of the base and the experts, and the delta tables they make."""
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.lewis.deltas import delta_table
+from utils.guidance.lewis.method import EXPERT_TOKENS
 from utils.guidance.lewis.noise import SAMPLES, Norms, RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
 from utils.guidance.lewis.ranges import RangeVisitor, norms_of_ranges
-from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, table_files
-from utils.guidance.lewis.visitor import LewisVisitor
+from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, TOKENS, table_files
+from utils.guidance.lewis.visitor import LewisVisitor, StackNorms
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.block_runner import Visitor, run_blocks
-from utils.passes.subjects import EncodedText, Subject
+from utils.passes.subjects import EncodedText, StoredPart, Subject
 from utils.workers.piece import Piece, Place
 
 _NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
@@ -28,16 +31,33 @@ def choices(job: MeasureJob) -> list[str]:
     config = job.config
     names = ", ".join(part.name for part in job.base.decoder.components)
     lines = [f"components: {names} ({'as configured' if config.components else 'every linear part of a block'})"]
+    if partial := job.base.decoder.partial:
+        lines.append(f"in some blocks only: {', '.join(part.name for part in partial)}; normalized over those blocks")
     if config.parity:
         lines.append("parity: reference (samples padded with EOS, pads attended and counted, means over samples)")
     if config.sparsity_ratio:
         lines.append(f"pruning while measuring: {config.sparsity_ratio:g} of each row, by the Wanda metric")
+    if _has_experts(job):
+        fewest = job.options.get("expert_tokens", EXPERT_TOKENS)
+        lines.append(
+            "experts: each on the tokens routed to it, weighted by its gate, divided by all tokens"
+            + (f"; below {fewest} tokens (--expert_tokens) taken towards the mean of its layer" if fewest else "")
+        )
+        if config.sparsity_ratio:
+            raise UserError(
+                "sparsity_ratio prunes linear parts while measuring; the experts of a mixture would stay whole. Set "
+                "sparsity_ratio: 0 in the pair config",
+                "lewis-sparsity-experts",
+            )
     if _is_split(job):
         lines.append(
             f"tasks: one for each model, text and {job.batches_a_piece} micro-batches; each one's sums are added in their order"
         )
     elif job.batches_a_piece is not None:
-        lines.append("tasks: one for each model and text, since pruning needs all samples at every block")
+        lines.append(
+            "tasks: one for each model and text, since pruning needs all samples at every block, and blocks that differ and "
+            "experts are measured in one go"
+        )
     if any(_is_rounded(subject) for subject in job.subjects):
         lines.append(
             f"rounding: {SAMPLES} samples of each text go through the blocks in float32, too, which says how much of each "
@@ -65,9 +85,9 @@ def measure(job: MeasureJob) -> Measured:
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
         if _is_split(job):
-            rows += _rows(one, norms_of_ranges(one.subject.decoder, found, _divisor(job, one)))
+            rows += _rows(one, norms_of_ranges(one.subject.decoder, found, _divisor(job, one)), {})
         else:
-            rows += _rows(one, found[0]["norms"])
+            rows += _rows(one, found[0]["norms"], found[0]["stacks"])
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
@@ -77,6 +97,8 @@ def measure(job: MeasureJob) -> Measured:
         deltas[entry.type] = delta_table(own, entry.type, config.base_model_type, components)
         if not deltas[entry.type].to_numpy().any():
             warnings.append(f"{entry.name} has exactly the base's norms everywhere; is it the same model?")
+    if not _has_experts(job):
+        norms = norms.drop(columns=TOKENS)
     if len(config.texts) == 1:
         norms = norms.drop(columns=TEXT)
     files = table_files(deltas, norms, config.base_model_type)
@@ -125,9 +147,14 @@ class _Text:
     label: str
 
 
+def _has_experts(job: MeasureJob) -> bool:
+    return any(part.is_stacked for part in job.base.decoder.components)
+
+
 def _is_split(job: MeasureJob) -> bool:
     """Whether ranges of micro-batches are measured apart. Pruning needs all samples at every block."""
-    return job.batches_a_piece is not None and not job.config.sparsity_ratio
+    is_plain = not (job.config.sparsity_ratio or job.base.decoder.partial or _has_experts(job))
+    return job.batches_a_piece is not None and is_plain
 
 
 def _divisor(job: MeasureJob, one: _Text) -> int:
@@ -141,7 +168,7 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
     label, blocks = subject.entry.type, len(subject.decoder.blocks)
     if not _is_split(job):
         own = job.of(replace(subject, texts={one.source: text}))
-        return [Piece(f"{label}+{one.place}", _norms, (own, _divisor(job, one)), blocks, label)]
+        return [Piece(f"{label}+{one.place}", _norms, (own, _divisor(job, one)), blocks, label, types=(StackNorms,))]
     starts = range(0, len(text.batches), job.batches_a_piece)
     found = []
     for start in starts:
@@ -152,12 +179,21 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
 
 
 def _norms(place: Place, job: MeasureJob, divisor: int) -> dict[str, Any]:
-    """`norms` by layer and component of one model on one text, and its `trial`."""
+    """`norms` of linear parts and of experts' `stacks` by layer and component of a model on a text, and its `trial`."""
     (subject,) = job.subjects
     (text,) = subject.texts.values()
-    visitor = LewisVisitor(subject.decoder, text.tokens, divisor, job.config.sparsity_ratio)
+    visitor = LewisVisitor(
+        subject.decoder,
+        text.tokens,
+        divisor,
+        job.config.sparsity_ratio,
+        subject.layout,
+        passing_over=job.config.components is None,
+        fewest_tokens=job.options.get("expert_tokens", EXPERT_TOKENS),
+    )
     trial = _run(place, job, subject, text, visitor, tried=True)
-    return {"norms": {key: norm.cpu() for key, norm in visitor.norms.items()}, "trial": trial}
+    stacks = {key: one.on_cpu() for key, one in visitor.stacks.items()}
+    return {"norms": {key: norm.cpu() for key, norm in visitor.norms.items()}, "stacks": stacks, "trial": trial}
 
 
 def _sums(place: Place, job: MeasureJob, first: bool) -> dict[str, Any]:
@@ -188,27 +224,54 @@ def _run(
     return {"norms": norms, "seconds": tuple(trial.seconds)}
 
 
-def _rows(one: _Text, norms: Mapping[tuple[int, str], torch.Tensor]) -> list[dict[str, Any]]:
+def _rows(
+    one: _Text, norms: Mapping[tuple[int, str], torch.Tensor], stacks: Mapping[tuple[int, str], StackNorms]
+) -> list[dict[str, Any]]:
     subject, rows = one.subject, []
-    for (layer, name), norm in norms.items():
-        component = next(part for part in subject.decoder.components if part.name == name)
-        weight = subject.decoder.weight_name(layer, component)
-        value = float(norm)
-        if not value < float("inf"):
-            raise UserError(
-                f"model {subject.entry.name}: the norm of {weight} is {value}: its weights or its inputs are not "
-                f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16",
-                "measured-not-finite",
-            )
-        rows.append(
-            {
-                "model": subject.entry.type,
-                "layer": layer,
-                "component": name,
-                "tensor": subject.stored_name(weight),
-                "norm": value,
-                "params": subject.decoder.blocks[layer].get_submodule(component.path).weight.numel(),
-                TEXT: one.label,
-            }
-        )
+    for layer in range(len(subject.decoder.blocks)):
+        for component in subject.decoder.components_of(layer):
+            for part, norm, tokens in _taken(subject, norms, stacks, layer, component):
+                rows.append(
+                    {
+                        "model": subject.entry.type,
+                        "layer": layer,
+                        "component": part.name,
+                        "tensor": part.tensor,
+                        "norm": _finite(subject, part.tensor, float(norm)),
+                        "params": math.prod(subject.checkpoint.tensors[part.tensor].shape),
+                        TOKENS: subject.texts[one.source].tokens if tokens is None else tokens,
+                        TEXT: one.label,
+                    }
+                )
     return rows
+
+
+def _taken(
+    subject: Subject,
+    norms: Mapping[tuple[int, str], torch.Tensor],
+    stacks: Mapping[tuple[int, str], StackNorms],
+    layer: int,
+    component: Component,
+) -> Iterator[tuple[StoredPart, torch.Tensor, int | None]]:
+    """The stored tensors of a component with their norms, and for experts how many tokens theirs had (the fewest)."""
+    place = layer, component.name
+    parts = subject.parts(layer, component)
+    if place in norms:
+        yield parts[0], norms[place], None
+    elif place in stacks:
+        stack = stacks[place]
+        counts = [int(count) for count in stack.tokens.tolist()]
+        conversion = subject.layout.conversions.get(subject.decoder.weight_name(layer, component))
+        own = [None] if conversion is None else conversion.ordinals  # one tensor holds all experts, or each has its own
+        for part, expert in zip(parts, own, strict=True):
+            yield part, stack.norms[part.tensor], min(counts) if expert is None else counts[expert]
+
+
+def _finite(subject: Subject, tensor: str, value: float) -> float:
+    if not value < float("inf"):
+        raise UserError(
+            f"model {subject.entry.name}: the norm of {tensor} is {value}: its weights or its inputs are not "
+            f"finite in {subject.dtype}; check the checkpoint, or use --dtype float32 or bfloat16",
+            "measured-not-finite",
+        )
+    return value

@@ -33,7 +33,7 @@ def name_tensors(config: PairConfig, measured: Measurements, written: WrittenTen
     layers, components = len(frame), list(frame.columns)
     recorded, params = None, {}
     if measured.norms is not None:
-        recorded, params = measured_names(measured.norms, config.base_model_type, layers, components)
+        recorded, params = measured_names(measured.norms, config.base_model_type, layers, components, frame.notna())
     if written is None:
         return _unproven(recorded or assumed_names(layers, components, config.prefix_mapping), params)
     if recorded:
@@ -57,9 +57,15 @@ def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
 
 
 def measured_names(
-    norms: pd.DataFrame, base: str, layers: int, components: Sequence[str]
+    norms: pd.DataFrame, base: str, layers: int, components: Sequence[str], has: pd.DataFrame | None = None
 ) -> tuple[dict[Place, str], dict[str, int]]:
     """Tensor names by (layer, component), and sizes by tensor name, from the base's rows of `norms.csv`.
+
+    Args:
+        norms: the table.
+        base: the base's type.
+        layers, components: the places.
+        has: layer x component, whether there is such a place (not every block has every component); None: all are.
 
     Raises:
         UserError: a place is missing.
@@ -69,6 +75,8 @@ def measured_names(
         own = own[own[TEXT] == own[TEXT].iloc[0]] if len(own) else own
     names = {(row.layer, row.component): row.tensor for row in own.itertuples()}
     wanted = [(layer, component) for component in components for layer in range(layers)]
+    if has is not None:
+        wanted = [place for place in wanted if has.at[place]]
     problems = [
         Problem(f"layer {layer}, component {name} is missing", "table-row-missing")
         for layer, name in wanted

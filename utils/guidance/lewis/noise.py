@@ -76,10 +76,10 @@ class RoundingTrial:
         self._open.close()
 
     def measure(self, layer: int, block: nn.Module) -> None:
-        """Take both norms of every component of a block, whose weights are in place."""
+        """Take both norms of every linear component of a block, whose weights are in place."""
         if not self._flows:
             self._start()
-        components, found = self.decoders[0].components, []
+        components, found = [one for one in self.decoders[0].components_of(layer) if not one.is_stacked], []
         for way, flow in enumerate(self._flows):
             flow.expect(layer)
             module = self.decoders[way].blocks[layer]
@@ -89,9 +89,9 @@ class RoundingTrial:
                 start = self._clock()
                 flow.rehearse()
                 self.seconds[way] += self._clock() - start
-            sums = moments.checked(layer, self.batch.tokens)
+            sums = moments.checked(layer, self.batch.tokens, passing_over=True)
             found.append({path: own / self.batch.tokens for path, own in sums.items()})
-        for component in components:
+        for component in (one for one in components if one.path in found[0]):
             weight = weight_matrix(block.get_submodule(component.path))
             both = tuple(metric_norm(weight, one[component.path]) for one in found)
             self.norms[layer, component.name] = both

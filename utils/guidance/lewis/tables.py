@@ -6,7 +6,9 @@
 | `lewis_noise.csv` | expert, layer and component: the share of the delta that is rounding (`noise.py`); no rows in float32 |
 | `norms.csv` | tidy: `model,layer,component,tensor,norm,params`, one row per measured tensor and model |
 
-Where experts have texts of their own, `norms.csv` has a last column `text`: the expert on whose text a norm was taken.
+Where a component is in some blocks only, its other cells are empty. Of a mixture, each expert's matrices are components
+of their own where the checkpoint stores them so, and `norms.csv` has a column `tokens`: how many it was measured on. Where
+experts have texts of their own, it has a last column `text`: the expert on whose text a norm was taken.
 A folder that holds only delta CSVs (from the reference, or edited by hand) can be read too, with a warning.
 """
 
@@ -21,12 +23,12 @@ from utils.guidance.columns import TableFormat, checked, expert, number, read_ta
 from utils.guidance.csv_files import MISSING, csv_bytes, read_csv
 from utils.guidance.lewis.method import DELTA_SUFFIX, NOISE, NORMS, delta_file
 
-TEXT = "text"
+TEXT, TOKENS = "text", "tokens"
 NORM_TABLE = TableFormat(
     NORMS,
     (text("model"), whole("layer"), text("component"), text("tensor"), number("norm"), whole("params", 1)),
     key=("model", TEXT, "layer", "component"),
-    last=(text(TEXT),),
+    last=(whole(TOKENS), text(TEXT)),
 )
 
 NOISE_TABLE = TableFormat(
@@ -69,7 +71,7 @@ def table_files(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame, base_ty
     for model_type, frame in deltas.items():
         named = frame.rename(columns=lambda name, model_type=model_type: delta_column(name, model_type, base_type))
         files[delta_file(model_type)] = csv_bytes(named)
-    files[NORMS] = csv_bytes(norms[[*NORM_TABLE.names, *([TEXT] if TEXT in norms.columns else [])]])
+    files[NORMS] = csv_bytes(norms[[*NORM_TABLE.names, *(name for name in (TOKENS, TEXT) if name in norms.columns)]])
     return files
 
 
@@ -95,6 +97,13 @@ def read_measurements(
             twice, not finite or negative. The message names the file that lacks a row.
     """
     wanted = {delta_file(model_type): model_type for model_type in expert_types}
+    norms, warnings = None, []
+    if (folder / NORMS).exists():
+        (norms,) = read_tables(folder, [NORM_TABLE], ())
+        if TOKENS in norms.columns and components is not None:  # a component of stacked experts is many columns
+            components = list(dict.fromkeys(norms["component"]))
+    elif has_norms:
+        warnings.append(f"{folder / NORMS} is missing: tensor names and sizes come from elsewhere")
     problems = [
         Problem(
             f"{path.name} belongs to no expert of the config (types: {', '.join(expert_types)}); move it away",
@@ -111,11 +120,10 @@ def read_measurements(
         deltas[model_type], found = _read_deltas(folder / name, model_type, base_type, components)
         problems += found
     raise_collected(problems, f"dataframe folder {folder}")
-    norms, warnings = None, []
-    if (folder / NORMS).exists():
-        (norms,) = read_tables(folder, [NORM_TABLE], ())
-    elif has_norms:
-        warnings.append(f"{folder / NORMS} is missing: tensor names and sizes come from elsewhere")
+    raise_collected(
+        [problem for name, frame in deltas.items() for problem in _lost_cells(delta_file(name), frame, norms)],
+        f"dataframe folder {folder}",
+    )
     raise_collected(_lost_rows(deltas, norms), f"dataframe folder {folder}")
     return Measurements(folder, deltas, norms, tuple(warnings))
 
@@ -157,8 +165,28 @@ def _read_deltas(
         return raw, [Problem(message, "table-columns")]
     if raw.empty:
         return raw, [Problem(f"{path.name} has no rows; it needs one per decoder block", "table-no-rows")]
-    frame, problems = checked(raw[list(named)], TableFormat(path.name, tuple(map(number, named))))
+    frame, problems = checked(
+        raw[list(named)], TableFormat(path.name, tuple(number(name, blank=True) for name in named))
+    )
     return frame.rename(columns=named), problems
+
+
+def _lost_cells(file: str, frame: pd.DataFrame, norms: pd.DataFrame | None) -> list[Problem]:
+    """Empty cells of a delta table whose tensors were measured; and all of them where nothing says what was."""
+    there = None if norms is None else set(zip(norms["layer"], norms["component"], strict=True))
+    lost = [
+        (layer, name)
+        for name in frame.columns
+        for layer in frame.index[frame[name].isna()]
+        if there is None or (layer, name) in there
+    ]
+    return [
+        Problem(
+            f"{file}, line {layer + 2}: the cell of {name} is empty; every block that has the component needs a number",
+            "table-bad-value",
+        )
+        for layer, name in lost[:5]
+    ]
 
 
 def _lost_rows(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame | None) -> list[Problem]:

@@ -1,21 +1,38 @@
 """The LEWIS norm of every component of every block, taken while text goes through the blocks."""
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from utils.guidance.lewis.norms import metric_norm, pruned
-from utils.models.decoder import Decoder, is_transposed, weight_matrix
+from utils.models.decoder import Component, Decoder, is_transposed, weight_matrix
+from utils.models.stored_layout import StoredLayout
 from utils.pair.batches import MicroBatch
+from utils.passes.expert_inputs import ExpertInputs
 from utils.passes.second_moments import SecondMoments
+
+
+@dataclass(frozen=True)
+class StackNorms:
+    """The norms of a component that is a mixture's experts: by stored tensor, and how many tokens each expert had."""
+
+    norms: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+
+    def on_cpu(self) -> "StackNorms":
+        """The same on the CPU."""
+        return StackNorms({name: norm.cpu() for name, norm in self.norms.items()}, self.tokens.cpu())
 
 
 class LewisVisitor:
     """Measures the LEWIS norm of every component of every block (a `block_runner.Visitor`).
 
     `norms` maps (layer, component name) to a float64 scalar tensor on the device, || |W| * sqrt(s) ||_F with s_j the
-    sum over real tokens of x_j^2 divided by `divisor`.
+    sum over real tokens of x_j^2 divided by `divisor`. `stacks` maps it, for experts, to the norm of each stored tensor
+    (one expert's matrix, or all of them where the checkpoint stores them as one), of the tokens routed to it.
 
     Args:
         decoder: the model.
@@ -23,36 +40,71 @@ class LewisVisitor:
         divisor: what the sums of squares are divided by: the token count (ours) or the sample count (the reference).
         sparsity_ratio: share of each row of each linear part that is zeroed by the Wanda metric once a block's norms
             are taken; the pruned block's output feeds the next block.
+        layout: how the checkpoint stores experts; needed where there are any.
+        passing_over: pass over linear parts whose weights the model does not use by calling them as modules.
+        fewest_tokens: an expert with fewer tokens is taken towards its layer's mean (`StackSums.metric`).
     """
 
-    def __init__(self, decoder: Decoder, tokens: int, divisor: int, sparsity_ratio: float) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokens: int,
+        divisor: int,
+        sparsity_ratio: float,
+        layout: StoredLayout | None = None,
+        *,
+        passing_over: bool = False,
+        fewest_tokens: int = 0,
+    ) -> None:
         self.decoder, self.tokens, self.divisor, self.sparsity_ratio = decoder, tokens, divisor, sparsity_ratio
-        paths = [component.path for component in decoder.components]
-        self.moments = SecondMoments(decoder.linear_paths if self.rewrites else paths)
+        self.layout, self.passing_over, self.fewest_tokens = layout, passing_over, fewest_tokens
         self.norms: dict[tuple[int, str], torch.Tensor] = {}
+        self.stacks: dict[tuple[int, str], StackNorms] = {}
+        self.moments, self.experts = SecondMoments(()), ExpertInputs(())
 
     @property
     def rewrites(self) -> bool:
         """Pruning replaces weights."""
         return self.sparsity_ratio > 0
 
-    def observing(self, layer: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Observe the inputs of the block's linear parts."""
-        return self.moments.attached(block)
+    @contextlib.contextmanager
+    def observing(self, layer: int, block: nn.Module) -> Iterator[None]:
+        """Observe the inputs of the block's linear parts and experts."""
+        linear = [one.path for one in self.decoder.components_of(layer) if not one.is_stacked]
+        self.moments = SecondMoments(self.decoder.linear_paths[layer] if self.rewrites else linear)
+        self.experts = ExpertInputs([one for one in self.decoder.components_of(layer) if one.is_stacked])
+        with self.moments.attached(block), self.experts.attached(block):
+            yield
 
     def begin(self, batch: MicroBatch) -> None:
         """Take note of which tokens are real."""
         self.moments.begin(batch)
+        self.experts.begin(batch)
 
     def finish(self, layer: int, block: nn.Module) -> None:
         """Take the block's norms, then prune it if asked."""
-        moments = {path: sums / self.divisor for path, sums in self.moments.checked(layer, self.tokens).items()}
-        for component in self.decoder.components:
-            weight = weight_matrix(block.get_submodule(component.path))
-            self.norms[layer, component.name] = metric_norm(weight, moments[component.path])
+        checked = self.moments.checked(layer, self.tokens, passing_over=self.passing_over)
+        moments = {path: sums / self.divisor for path, sums in checked.items()}
+        for component in self.decoder.components_of(layer):
+            if component.path in moments:
+                weight = weight_matrix(block.get_submodule(component.path))
+                self.norms[layer, component.name] = metric_norm(weight, moments[component.path])
+        self._take_experts(layer, block)
         if not self.rewrites:
             return
         for path, moment in moments.items():
             module = block.get_submodule(path)
             new = pruned(weight_matrix(module), moment, self.sparsity_ratio)
             module.weight = nn.Parameter(new.t() if is_transposed(module) else new, requires_grad=False)
+
+    def _take_experts(self, layer: int, block: nn.Module) -> None:
+        for component, sums in self.experts.checked(layer).items():
+            stack = getattr(block.get_submodule(component.path), component.parameter)
+            metric = sums.metric(stack, self.divisor, self.fewest_tokens)
+            pieces = self._split(layer, component, metric)
+            norms = {name: piece.sum(dtype=torch.float64).sqrt() for name, piece in pieces.items()}
+            self.stacks[layer, component.name] = StackNorms(norms, sums.tokens)
+
+    def _split(self, layer: int, component: Component, metric: torch.Tensor) -> dict[str, torch.Tensor]:
+        name = self.decoder.weight_name(layer, component)
+        return {name: metric} if self.layout is None else self.layout.split(name, metric)

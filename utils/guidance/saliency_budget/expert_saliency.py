@@ -11,7 +11,7 @@ from utils.guidance.saliency_budget.histograms import SaliencyHistogram, salienc
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.passes.axis_sums import explained_share, row_column_factors
-from utils.passes.subjects import Subject, first_stored_name
+from utils.passes.subjects import Subject, component_names, stored_as
 from utils.workers.piece import Place
 
 
@@ -44,23 +44,27 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         samples = job.text(subject, expert).encoded if wanted else None
         sides.append(Side(subject.decoder, job.open_weights(subject, place.device), samples))
     tensors, bins, vectors = [], [], {}
-    with squares_pass(*sides, place.device, place.on_step) as both:
+    names = component_names(base)
+    with squares_pass(*sides, place.device, place.on_step, base.layout.split) as both:
         for part in both.parts:
-            tensor = base.stored_name(base.decoder.weight_name(part.layer, part.component))
+            tensor = part.tensor
             try:
                 histogram = saliency_histogram(part.base, part.expert, part.squares, power)
             except ValueError as error:
                 raise _not_finite(tensor, base, expert) from error
-            vectors[tensor] = row_column_factors(part.squares)
-            explained = explained_share(part.squares, *vectors[tensor])
-            tensors.append(_tensor_row(name, tensor, part, histogram, explained))
+            matrix = part.squares.flatten(end_dim=-2)  # stacked experts: the rows of all
+            vectors[tensor] = row_column_factors(matrix)
+            explained = explained_share(matrix, *vectors[tensor])
+            tensors.append(_tensor_row(name, names[tensor], part, histogram, explained))
             full = histogram.counts.nonzero().flatten().tolist()
             bins += [(name, tensor, number, int(histogram.counts[number])) for number in full]
         for parameter, axes in both.others.items():
-            tensor = first_stored_name((base, expert), parameter)
+            layout, own = stored_as((base, expert), parameter)
+            tensor, *pieces = layout.stored_names(own)
             if not all(bool(axis.isfinite().all()) for axis in axes):
                 raise _not_finite(tensor, base, expert)
-            vectors[tensor] = axes
+            if not pieces:
+                vectors[tensor] = axes
         return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses)
 
 
@@ -73,9 +77,9 @@ def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:
 
 
 def _tensor_row(
-    model: str, tensor: str, part: ComponentSquares, histogram: SaliencyHistogram, explained: float
+    model: str, component: str, part: ComponentSquares, histogram: SaliencyHistogram, explained: float
 ) -> tuple:
-    place = (model, part.layer, part.component.name, tensor, part.base.numel())
+    place = (model, part.layer, component, part.tensor, part.base.numel())
     return (*place, histogram.changed, histogram.zeros, histogram.norm, explained)
 
 

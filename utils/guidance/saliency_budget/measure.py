@@ -30,11 +30,11 @@ def choices(job: MeasureJob) -> list[str]:
             * subject.dtype.itemsize
             for subject in _at(job, expert)
         ]
-        weights = [job.base.decoder.blocks[0].get_submodule(part.path).weight.numel() for part in parts]
+        weights = [sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks]
         blocks = f"{expert.decoder.blocks_path}."
         named = expert.decoder.model.named_parameters()
         outside = [value.numel() for name, value in named if not name.startswith(blocks)]
-        found.append(sum(sizes) + max(4 * sum(weights), expert.dtype.itemsize * sum(outside)))
+        found.append(sum(sizes) + max(4 * max(weights), expert.dtype.itemsize * sum(outside)))
     point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
     return [
         f"components: {', '.join(part.name for part in parts)} "
@@ -56,8 +56,7 @@ def measure(job: MeasureJob) -> Measured:
     at, pieces = POINTS[job.options["gradient_at"]], []
     for expert in job.experts:
         for subject in _at(job, expert):
-            if subject.headers is not None:
-                require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
+            require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
         blocks, name = 2 * len(_at(job, expert)) * len(expert.decoder.blocks), expert.entry.type
         own = job.of(job.base, expert)
         pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement,)))

@@ -34,12 +34,17 @@ class Side:
     samples: Sequence[Sequence[int]] | None
 
 
+Split = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""A tensor of a parameter's shape as the base's checkpoint stores it: whole or in pieces, by stored names."""
+
+
 @dataclass
 class ComponentSquares:
-    """One linear part of one block: the stored weights of both models, and F, of their shape and float32."""
+    """A stored tensor of one block that is measured: the weights of both models, and F, of their shape and float32."""
 
     layer: int
     component: Component
+    tensor: str
     base: Tensor
     expert: Tensor
     squares: Tensor = field(repr=False)
@@ -61,7 +66,9 @@ class SquaresPass:
 
 
 @contextmanager
-def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlock) -> Iterator[SquaresPass]:
+def squares_pass(
+    base: Side, expert: Side, device: torch.device, on_block: OnBlock, split: Split = lambda name, value: {name: value}
+) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
     Memory: that of `backward_pass` for each side with gradients, with one sample's gradients of what lies outside the
@@ -72,13 +79,17 @@ def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlo
         base, expert: models of one architecture; decoders that no other thread uses meanwhile.
         device: where to compute.
         on_block: called twice per block and side with gradients.
+        split: how parameters are stored; by default each as it is.
 
     Raises:
         UserError: as `backward_pass`.
     """
     layers = range(len(base.decoder.blocks))
-    components = base.decoder.components
-    whole = frozenset(base.decoder.weight_name(layer, component) for layer in layers for component in components)
+    whole = frozenset(
+        base.decoder.weight_name(layer, component)
+        for layer in layers
+        for component in base.decoder.components_of(layer)
+    )
     named = [
         (name, value)
         for side in (base, expert)
@@ -88,7 +99,7 @@ def squares_pass(base: Side, expert: Side, device: torch.device, on_block: OnBlo
     others: dict[str, tuple[Tensor, ...]] = {}
     with ExitStack() as stack:
         sides = [stack.enter_context(_side(side, observer, device, on_block)) for side in (base, expert)]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others)
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split)
         stack.enter_context(closing(parts))
         yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
 
@@ -123,15 +134,24 @@ def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Bl
 
 
 def _parts(
-    decoder: Decoder, sides: Sequence[_Blocks], observer: SquaredGradients, others: dict[str, tuple[Tensor, ...]]
+    decoder: Decoder,
+    sides: Sequence[_Blocks],
+    observer: SquaredGradients,
+    others: dict[str, tuple[Tensor, ...]],
+    split: Split,
 ) -> Iterator[ComponentSquares]:
     for layer in reversed(range(len(decoder.blocks))):
         ours, theirs = (next(blocks).parameters for blocks in sides)
-        for component in decoder.components:
+        for component in decoder.components_of(layer):
             name = decoder.weight_name(layer, component)
-            squares = observer.take(name, ours[name])
-            yield ComponentSquares(layer, component, ours[name], theirs[name], squares)
-            del squares
+            squares, weights, others_weights = (
+                split(name, value) for value in (observer.take(name, ours[name]), ours[name], theirs[name])
+            )
+            for tensor in list(squares):
+                yield ComponentSquares(
+                    layer, component, tensor, weights[tensor], others_weights[tensor], squares.pop(tensor)
+                )
+            del squares, weights, others_weights
         others |= _outlines(ours | theirs, observer)
     outside: dict[str, Tensor] = {}
     for blocks in sides:

@@ -1,6 +1,7 @@
 """Sens-Merging, measure half: sensitivities of each expert on its own text, distances between the experts' logits."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
-from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers
+from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers, layer_of
 from utils.guidance.sens_merging.tables import (
     DISTANCE_TABLE,
     LOSS_TABLE,
@@ -23,7 +24,7 @@ from utils.pair.source import CalibrationSource
 from utils.passes.block_gradients import observe_gradients
 from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, component_names
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 from utils.workers.results import KeptResult
@@ -93,8 +94,7 @@ def measure(job: MeasureJob) -> Measured:
 
 def _refuse_what_cannot_be_compared(job: MeasureJob, expert: Subject) -> None:
     """Refuse, before weights are read, an expert without a head or with other tokens than the rest."""
-    if expert.headers is not None:
-        require_head(expert.decoder, expert.headers, f"model {expert.entry.name}")
+    require_head(expert.decoder, expert.layout, f"model {expert.entry.name}")
     first = job.experts[0]
     for other in job.experts:
         if job.text(expert, other).encoded != job.text(first, other).encoded:
@@ -111,23 +111,26 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
     number of blocks behind them (in the order in which the model declares its parts)."""
     decoder = base.decoder
     layers, blocks = block_layers(decoder), len(decoder.blocks)
-    components = {decoder.weight_name(layer, part): part.name for layer in range(blocks) for part in decoder.components}
-    stored = base.checkpoint.tensors if base.headers is None else base.headers
+    components = component_names(base)
     rows, absent, outside = [], [], -1
-    for name, value in decoder.model.named_parameters():
-        if name in layers:
+    stored_buffers = [name for name, _ in decoder.model.named_buffers() if name in base.layout]
+    for name in [*(name for name, _ in decoder.model.named_parameters()), *stored_buffers]:
+        layer = layers.get(name, layer_of(decoder, name))
+        if layer is not None:
             outside = blocks
-        if name in stored:
-            layer = layers.get(name, outside)
-            rows.append((base.stored_name(name), layer, components.get(name, ""), value.numel()))
+        if name in base.layout:
+            layer = outside if layer is None else layer
+            rows += [
+                (header.name, layer, components.get(header.name, ""), math.prod(header.shape))
+                for header in base.layout.headers(name)
+            ]
         elif name not in tied_names(decoder.model):
             absent.append(name)
     if absent:
         raise UserError(
-            f"model {base.entry.name}: its checkpoint has no {', '.join(absent[:4])}, which the model has under that "
-            "name: transformers renames tensors while loading, or the head is missing. A recipe could not weigh them; "
-            "save the models with the names they have in memory",
-            "model-renamed",
+            f"model {base.entry.name}: its checkpoint has no {', '.join(absent[:4])}, which a recipe could then not "
+            "weigh; save the whole model, with its head",
+            "model-no-head",
         )
     return rows
 
@@ -138,12 +141,11 @@ def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tu
     A tied parameter has the other one's sensitivity, and names it: the two are one layer.
     """
     tied = tied_names(expert.decoder.model)
-    stored = base.checkpoint.tensors if base.headers is None else base.headers
     for name, value in found.outside.items():
-        if name in stored:
-            yield expert.entry.type, base.stored_name(name), "", value
+        for stored in base.layout.stored_names(name):
+            yield expert.entry.type, stored, "", value
     for name, other in tied.items():
-        if name in stored and name not in found.outside and other in found.outside:
+        if name in base.layout and name not in found.outside and other in found.outside:
             yield expert.entry.type, base.stored_name(name), base.stored_name(other), found.outside[other]
 
 

@@ -44,6 +44,12 @@ class SensitivityObserver:
         """Nothing is left to do for a block."""
 
 
+def layer_of(decoder: Decoder, name: str) -> int | None:
+    """The block that a parameter or buffer of the model is in, by its name; None outside the blocks."""
+    inside = name.startswith(f"{decoder.blocks_path}.")
+    return int(name.removeprefix(f"{decoder.blocks_path}.").partition(".")[0]) if inside else None
+
+
 def block_layers(decoder: Decoder) -> dict[str, int]:
     """The block of each parameter inside one, by the parameter's name in the model."""
     return {

@@ -131,13 +131,13 @@ def read_outside(folder: Path, experts: Sequence[str], config: PairConfig, tenso
 
 
 def _depth(tensors: pd.DataFrame) -> tuple[int, list[Problem]]:
-    """The number of blocks, and what is wrong with it: each component is in each block once, nothing lies deeper."""
+    """The number of blocks, and what is wrong with it: each component is in a block once, nothing lies deeper."""
     parts = tensors[tensors["component"] != ""]
     if parts.empty:
         problem = f"{TENSORS}: no row has a component; measure again with --overwrite"
         return 0, [Problem(problem, "table-row-missing")]
     blocks, deepest = int(parts["layer"].max()) + 1, int(tensors["layer"].max())
-    problems = grid_problems(parts, blocks, TENSORS)
+    problems = grid_problems(parts, TENSORS)
     problems += [
         Problem(f"{TENSORS}: component {name} cannot be at layer -1", "table-row-unexpected")
         for name in dict.fromkeys(parts.loc[parts["layer"] < 0, "component"])

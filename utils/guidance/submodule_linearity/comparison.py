@@ -18,6 +18,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.guidance.submodule_linearity.folds import fold_tokens, sample_folds
+from utils.guidance.submodule_linearity.gram import NoTokenAxis
 from utils.guidance.submodule_linearity.level_fit import held_out_misses
 from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
@@ -236,10 +237,14 @@ class _Comparison:
                 for one in itself:
                     self._take(one, call)
                 for one in watched:
-                    one.part.require_calls(len(calls), f"{one.part.name} of block {self.layer}")
+                    if not one.is_small:
+                        one.part.require_calls(len(calls), f"{one.part.name} of block {self.layer}")
         finally:
             for handle in handles:
                 handle.remove()
+        for one in watched:
+            if one.is_small and one.part.calls != len(flows):
+                one.part.sums = _around(one.part, watched).sums.clone()
         parts = [one.part for one in watched]
         if self.scores:
             prefix = f"{self.decoder.blocks_path}.{self.layer}."
@@ -262,7 +267,11 @@ class _Comparison:
         return lambda module, args, kwargs, output: self._take(one, Call(module, args, kwargs, output))
 
     def _take(self, one: "_Watched", call: Call) -> None:
-        observe(one.part, call, one.variants, self.passage, one.scored)
+        try:
+            observe(one.part, call, one.variants, self.passage, one.scored)
+        except NoTokenAxis:
+            if not one.is_small:
+                raise
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,20 @@ class _Watched:
     part: PartChanges
     variants: Sequence[Variant]
     scored: bool
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is a part at the finest level alone, within a part of a coarser one."""
+        return self.part.levels == (TENSOR,)
+
+
+def _around(part: PartChanges, watched: Sequence["_Watched"]) -> PartChanges:
+    """The smallest larger part that holds a small one: its weight is taken where the small one's cannot be.
+
+    Some modules do not answer once for each token (norms over heads), or have their weights used without being called.
+    """
+    larger = [one for one in watched if not one.is_small and set(part.parameters) <= set(one.part.parameters)]
+    return min(larger, key=lambda one: len(one.part.parameters)).part
 
 
 def _block_variant(submodule: Submodule, base: nn.Module, expert: nn.Module) -> Variant:

@@ -17,6 +17,10 @@ _ANYWHERE_ELSE = 2**24
 _ROWS_BETWEEN_TRIANGLES = 4096
 
 
+class NoTokenAxis(UserError):
+    """An output in which the tokens cannot be told apart."""
+
+
 def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tensor | None, what: str) -> torch.Tensor:
     """An output for right-padded samples as one float32 row per token, rows of pads being zero.
 
@@ -41,7 +45,7 @@ def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tens
     elif shape[0] == samples * length:
         rows = output.reshape(samples, length, -1)
     else:
-        raise UserError(
+        raise NoTokenAxis(
             f"{what} gives {list(shape)} for {samples} samples of {length} tokens; it does not process each token once "
             "and cannot be measured",
             "model-unsupported",

@@ -1,5 +1,7 @@
 """Submodule linearity, measure half: Gram matrices and scores of every part, in one pass of the base through all texts."""
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,8 +25,9 @@ from utils.guidance.submodule_linearity.tables import (
     SCORE_TABLE,
     TENSOR_TABLE,
 )
-from utils.models.weight_source import match_names, tied_names
-from utils.passes.subjects import Subject
+from utils.models.weight_source import tied_names
+from utils.passes.language_head import require_head
+from utils.passes.subjects import Subject, component_names
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 
@@ -53,7 +56,9 @@ def choices(job: MeasureJob) -> list[str]:
 def measure(job: MeasureJob) -> Measured:
     """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
-    compared = [_with_head(subject) for subject in (job.base, *job.experts)]
+    compared = [job.base, *job.experts]
+    for subject in compared:
+        require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
     own = job.of(*compared)
     piece = Piece(NAME, _compared, (own,), len(job.base.decoder.blocks), NAME, types=(Compared, PartChanges))
     (found,) = job.run([piece])
@@ -69,20 +74,6 @@ def measure(job: MeasureJob) -> Measured:
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
     return Measured(files, warnings=tuple(_warnings(job, found)))
-
-
-def _with_head(subject: Subject) -> Subject:
-    """The subject with the head's name among its headers."""
-    if subject.headers is None:
-        return subject
-    headers = match_names(subject.decoder.model, subject.checkpoint, head=True)
-    if headers is None:
-        raise UserError(
-            f"model {subject.entry.name}: its checkpoint holds no language-model head; save the whole causal language "
-            "model",
-            "model-no-head",
-        )
-    return replace(subject, headers=headers)
 
 
 def _compared(place: Place, job: MeasureJob) -> Compared:
@@ -101,7 +92,7 @@ def _compared(place: Place, job: MeasureJob) -> Compared:
 
 def _opened(job: MeasureJob, subject: Subject, device: torch.device) -> ComparedModel:
     weights = job.open_weights(replace(subject, dtype=torch.float32), device)
-    stored = weights if subject.headers is None else job.open_weights(subject, device)
+    stored = job.open_weights(subject, device)
     return ComparedModel(subject.decoder, weights, stored, f"model {subject.entry.name}")
 
 
@@ -174,24 +165,40 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
     A tied parameter has the other one's tensor; where a checkpoint stores both, it has both, so that they are merged
     with one weight and stay equal.
     """
-    decoder, model = base.decoder, base.decoder.model
-    tied = tied_names(model)
-    components = {
-        decoder.weight_name(layer, component): component.name
-        for layer in range(len(decoder.blocks))
-        for component in decoder.components
-    }
+    model = base.decoder.model
+    tied, components = tied_names(model), component_names(base)
     rows = []
-    for part in parts:
-        for name in part.parameters:
-            params = model.get_parameter(name).numel()
-            names = [name, tied[name]] if name in tied else [name]
-            if base.headers is not None:
-                names = [one for one in names if one in base.headers]
-            for one in names[-1:] if base.headers is None else names:
-                row = (part.layer, part.name, base.stored_name(one), components.get(one, ""), params)
-                rows += [(level, *row) for level in part.levels]
+    nearest = _nearest_buffers(base, parts)
+    for place, part in enumerate(parts):
+        for level, name in [
+            *((level, name) for level in part.levels for name in part.parameters),
+            *nearest.get(place, ()),
+        ]:
+            names = [one for one in (name, tied.get(name)) if one in base.layout]
+            for header in [header for one in names for header in base.layout.headers(one)]:
+                component = components.get(header.name, "")
+                rows.append((level, part.layer, part.name, header.name, component, math.prod(header.shape)))
     return rows
+
+
+def _nearest_buffers(base: Subject, parts: Sequence[PartChanges]) -> dict[int, list[tuple[str, str]]]:
+    """By place of a part, (level, name) of the stored buffers that lie nearest to its parameters (a router's bias)."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for name, _ in base.decoder.model.named_buffers():
+        for level in dict.fromkeys(level for part in parts for level in part.levels) if name in base.layout else ():
+            near = [_common(name, part.parameters) if level in part.levels else 0 for part in parts]
+            if max(near) > 0:
+                found.setdefault(near.index(max(near)), []).append((level, name))
+    return found
+
+
+def _common(name: str, others: Sequence[str]) -> int:
+    """How many first parts of dotted names a name has in common with the nearest of others."""
+    path, most = name.split("."), 0
+    for other in others:
+        pairs = zip(path, other.split("."), strict=False)
+        most = max(most, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return most
 
 
 def _score_rows(found: Compared, types: Sequence[str]) -> list[tuple]:

@@ -84,8 +84,16 @@ class OutsideChanges:
         """The parts, in the model's order, after a check that each was called that often."""
         parts = [self.parts.get(path) or self._empty_part(path, -1) for path in self.paths]
         for part in parts:
-            part.require_calls(calls, part.name)
+            if part.calls or self._sees_text(part.name):
+                part.require_calls(calls, part.name)
         return parts
+
+    def _sees_text(self, path: str) -> bool:
+        """Whether a part belongs to the language tower; others, which text does not reach, keep the base's weights."""
+        tower = self.base.decoder.blocks_path.rpartition(".")[0]
+        return path.startswith(f"{tower}.") or not any(
+            other.startswith(f"{tower}.") for other in self.paths if other != path
+        )
 
     def head(self, finals: Sequence[torch.Tensor], passages: Sequence[Passage]) -> PartChanges:
         """The head's changes, from the final hidden states [samples, length, hidden] of each micro-batch."""

@@ -62,8 +62,8 @@ class WeighedMethod(OwnMethod):
     unused = "where it applies, every weight is 0"
 
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
-        """Everything that counts at all."""
-        return values["weight"] > 0
+        """Everything that counts at all, but for stacked experts and convolutions, of which no vectors are measured."""
+        return values["weight"] > 0 and dimensions <= 2
 
     def problems(self, shared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """Numbers outside their range."""

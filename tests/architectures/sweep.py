@@ -1,0 +1,284 @@
+"""One architecture through the commands: measured by every guidance, decided, merged, loaded again, and compared.
+
+What is compared with is computed in other ways: LEWIS norms with hooks on the whole model that transformers loads,
+experts token by token in float64; merges with the formula on loaded state dicts.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from safetensors import safe_open
+from torch import nn
+
+from tests.architectures.shrinking import Row, save_changed, tiny_model
+from tests.tiny_pairs import save_tokenizer
+from utils.errors import run_command
+
+ROWS = Path(__file__).with_name("rows.yaml")
+GUIDANCE = {
+    "lewis": ("--expert_tokens", "0"),
+    "sens_merging": (),
+    "submodule_linearity": (),
+    "saliency_budget": (),
+    "gram_mean": ("--accept_useless_text",),
+}
+SHARES = {"code": 0.5, "math": 0.3}
+_TEXTS = ("What is one and two?", "It is three.", "Name a color that is warm, please.", "Red is one, so is orange.")
+NORM_ERROR, MERGE_ERROR = 1e-5, 1e-6
+
+
+@dataclass
+class Outcome:
+    """What became of a row: by step `ok`, `refused: <code>: <message>`, or `wrong: <what>`."""
+
+    label: str
+    architecture: str
+    steps: dict[str, str] = field(default_factory=dict)
+
+
+def read_rows() -> list[Row]:
+    """The committed rows."""
+    found = yaml.safe_load(ROWS.read_text())
+    return [Row(*label.split(":"), settings or {}) for label, settings in found.items()]
+
+
+def sweep(row: Row, folder: Path) -> Outcome:
+    """Take one row through everything; `folder` is made and filled."""
+    outcome = Outcome(row.label, row.architecture)
+    try:
+        _save(row, folder)
+    except Exception as error:  # a row that cannot be built says so instead of ending the sweep
+        outcome.steps["build"] = f"wrong: {type(error).__name__}: {error}"
+        return outcome
+    with contextlib.chdir(folder):
+        outcome.steps["merge"] = _step(lambda: _merge_uniform(folder))
+        for guidance, flags in GUIDANCE.items():
+            measured = _step(lambda guidance=guidance, flags=flags: _measure(guidance, flags))
+            if measured == "ok" and guidance == "lewis":
+                measured = _step(lambda: _compare_norms(folder, row))
+            if measured == "ok":
+                measured = _step(lambda guidance=guidance: _decide_and_merge(folder, guidance))
+                measured = measured.replace("refused: ", "refused late: ", 1)
+            outcome.steps[guidance] = measured
+    return outcome
+
+
+def _save(row: Row, folder: Path) -> None:
+    model = tiny_model(row)
+    model.save_pretrained(folder / "base")
+    for seed, name in enumerate(SHARES, start=1):
+        save_changed(model, folder / name, seed)
+    for name in ("base", *SHARES):
+        save_tokenizer(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _TEXTS))
+    pair = {
+        "model_info": [{"name": f"./{name}", "type": name} for name in ("base", *SHARES)],
+        "dataset": {"path": "rows.jsonl", "text": "{text}", "seqlen": 24},
+        "nsamples": len(_TEXTS),
+    }
+    (folder / "pair.yaml").write_text(yaml.safe_dump(pair))
+
+
+class _Refused(Exception):
+    """A command ended with a message."""
+
+
+def _step(do: Callable[[], None]) -> str:
+    try:
+        do()
+    except _Refused as refusal:
+        return f"refused: {refusal}"
+    except AssertionError as error:
+        return f"wrong: {error}"
+    except Exception as error:  # a traceback is what the sweep looks for
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"wrong: {type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {str(error)[:300]}"
+    return "ok"
+
+
+def run(script: str, *arguments: object) -> str:
+    """Run a command in this process; its output.
+
+    Raises:
+        _Refused: it ended with a message.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_command(importlib.import_module(script).main)
+    except SystemExit as end:
+        if end.code:
+            said = err.getvalue()
+            message = said[said.index("error: ") + 7 :] if "error: " in said else said
+            code = re.search(r"\[([a-z0-9-]+)\]\s*$", message)
+            raise _Refused(f"{code[1] if code else '?'}: {' '.join(message.split())}") from end
+    finally:
+        sys.argv = before
+    return out.getvalue()
+
+
+def _merge(recipe: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    run("utils.merger", "--merge_config", recipe, "--output_path", folder, "--device", "cpu", "--quiet")
+
+
+def _merge_uniform(folder: Path) -> None:
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / name), "parameters": {"weight": share}} for name, share in SHARES.items()],
+        "dtype": "float32",
+        "out_dtype": "float32",
+    }
+    (folder / "uniform.yaml").write_text(yaml.safe_dump(recipe))
+    _merge(folder / "uniform.yaml", folder / "merged")
+    stored = _stored(folder / "merged")
+    assert set(stored) == set(_stored(folder / "base")), "names are not those of the base"
+    before, result = _loaded(folder / "base"), _loaded(folder / "merged")
+    others = {name: _loaded(folder / name) for name in SHARES}
+    for name, base in before.items():
+        if not base.is_floating_point():
+            continue
+        wanted = base + sum(share * (others[key][name] - base) for key, share in SHARES.items())
+        worst = float((result[name] - wanted).abs().max()) if base.numel() else 0.0
+        assert worst <= MERGE_ERROR * max(1.0, float(base.abs().max())), f"{name} is {worst:.2g} off"
+
+
+def _stored(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return list(file.keys())
+
+
+def _model(folder: Path) -> nn.Module:
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, architecture).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"], f"missing on reload: {sorted(report['missing_keys'])[:3]}"
+    assert not report["unexpected_keys"], f"unexpected on reload: {sorted(report['unexpected_keys'])[:3]}"
+    return model.eval()
+
+
+def _loaded(folder: Path) -> dict[str, torch.Tensor]:
+    return _model(folder).state_dict()
+
+
+def _measure(guidance: str, flags: tuple[str, ...]) -> None:
+    arguments = ("--config", "pair.yaml", "--out_dir", f"dfs_{guidance}", "--guidance", guidance, "--device", "cpu")
+    run("lewis_importance", *arguments, "--dtype", "float32", "--quiet", *flags)
+
+
+def _decide_and_merge(folder: Path, guidance: str) -> None:
+    arguments = ("--delta_dfs_in_dir", f"dfs_{guidance}", "--config_file", "pair.yaml", "--out_dir", f"out_{guidance}")
+    run("lewis_merge", *arguments, "--guidance", guidance, "--quiet")
+    (recipe,) = (folder / f"out_{guidance}").glob("*.yaml")
+    _merge(recipe, folder / "merged")
+    assert set(_stored(folder / "merged")) == set(_stored(folder / "base")), "names are not those of the base"
+    for name, value in _loaded(folder / "merged").items():
+        assert not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite"
+
+
+def _compare_norms(folder: Path, row: Row) -> None:
+    import pandas as pd
+
+    norms = pd.read_csv(folder / "dfs_lewis/norms.csv")
+    for name in ("base", "code"):
+        own = norms[norms["model"] == name].set_index("tensor")["norm"]
+        wanted = _plain_norms(folder / name)
+        for tensor, value in own.items():
+            assert tensor in wanted, f"{tensor} was measured, no hook saw it"
+            error = abs(value - wanted[tensor]) / max(wanted[tensor], 1e-30)
+            assert error <= NORM_ERROR, f"norm of {tensor} is {value}, not {wanted[tensor]}"
+
+
+def _plain_norms(folder: Path) -> dict[str, float]:
+    """Norms by stored name, from the whole model and hooks."""
+    from utils.models.checkpoints import open_checkpoint
+    from utils.models.stored_layout import stored_layout
+
+    model = _model(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    squares: dict[str, torch.Tensor] = {}
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            handles.append(module.register_forward_pre_hook(_summing(squares, f"{path}.weight"), with_kwargs=True))
+        elif hasattr(module, "has_gate") and hasattr(module, "down_proj"):
+            handles.append(module.register_forward_pre_hook(_routed(squares, path), with_kwargs=True))
+    tokens = 0
+    with torch.no_grad():
+        for text in _TEXTS:
+            ids = tokenizer(text)["input_ids"][:24]
+            tokens += len(ids)
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    layout = stored_layout(model, open_checkpoint(str(folder)))
+    norms = {}
+    for name, sums in squares.items():
+        weight = model.get_parameter(name).detach().double()
+        is_wide = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+        metric = weight.square() * ((sums[:, None] if is_wide else sums) / tokens)
+        for stored, piece in layout.split(name, metric).items() if name in layout else ():
+            norms[stored] = math.sqrt(float(piece.sum()))
+    return norms
+
+
+def _summing(squares: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).double()
+        own = x.reshape(-1, x.shape[-1]).square().sum(0)
+        squares[name] = squares[name] + own if name in squares else own
+
+    return take
+
+
+def _routed(squares: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
+    """Token by token, expert by expert: what the documented forward of transformers' experts gives each matrix."""
+
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden, chosen, gates = [*args, *kwargs.values()][:3]
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        up, down = getattr(module, first), module.down_proj
+        turned = module.is_transposed
+        shapes = {first: up, "down_proj": down}
+        for name, stack in shapes.items():
+            key = f"{path}.{name}"
+            if key not in squares:
+                width = stack.shape[1] if turned else stack.shape[2]
+                squares[key] = torch.zeros(stack.shape[0], width, dtype=torch.float64)
+                squares[key] = squares[key][:, :, None] if turned else squares[key][:, None, :]
+        for token, place, expert in _assignments(chosen, up.shape[0]):
+            x, gate = hidden[token].double(), gates[token, place].double()
+            matrix = up[expert].double().T if turned else up[expert].double()
+            middle = matrix @ x
+            bias = getattr(module, f"{first}_bias", None)
+            if bias is not None:
+                middle = middle + bias[expert].double()
+            inner = module._apply_gate(middle[None])[0] if module.has_gate else module.act_fn(middle)
+            for name, value in ((first, x), ("down_proj", inner)):
+                moment = (gate * value).square()
+                own = squares[f"{path}.{name}"]
+                own[expert] += moment[:, None] if turned else moment[None, :]
+
+    return take
+
+
+def _assignments(chosen: torch.Tensor, experts: int) -> Iterator[tuple[int, int, int]]:
+    for token, row in enumerate(chosen.tolist()):
+        for place, expert in enumerate(row):
+            if expert < experts:
+                yield token, place, expert

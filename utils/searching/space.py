@@ -204,7 +204,10 @@ def search_space(settings: SearchSettings, measured: Sequence[str], experts: Seq
             way left.
     """
     methods = guidance_methods()
-    guidance = settings.guidance or (*UNGUIDED, *(name for name in methods if name in measured))
+    guidance = settings.guidance or (
+        *UNGUIDED,
+        *(name for name in methods if name in measured and methods[name].searched),
+    )
     _check_guidance(guidance, measured, methods)
     _check_options(settings, methods)
     ways = tuple(way for name in guidance for way in _ways(name, settings, methods))

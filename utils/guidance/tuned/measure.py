@@ -21,7 +21,7 @@ from utils.guidance.tuned.tables import COEFFICIENT_TABLE, STEP_TABLE, start_con
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, component_names
 from utils.runtime import gigabytes
 from utils.workers.piece import OnStep, Piece, Place
 
@@ -49,8 +49,7 @@ def measure(job: MeasureJob) -> Measured:
             "nsamples is 1: some samples are held out to judge the steps; give 8 or more", "text-too-few-rows"
         )
     for subject in (job.base, *experts):
-        if subject.headers is not None:
-            require_head(subject.decoder, subject.headers, f"model {subject.entry.name}")
+        require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
     own = job.of(job.base, *experts)
     plan_parts(start, own.subjects[0], [one.entry for one in experts], _settings(job, job.devices[0]))
     blocks = len(job.base.decoder.blocks) * (2 * len(experts) + 3 * job.options["tune_steps"] + 1)
@@ -223,15 +222,12 @@ def _held_out(samples: int) -> int:
 
 
 def _rows(base: Subject, parts: Parts, coefficients: Tensor) -> list[tuple]:
-    decoder = base.decoder
-    components = {
-        decoder.weight_name(layer, one): one.name for layer in range(len(decoder.blocks)) for one in decoder.components
-    }
-    rows = []
+    decoder, components, rows = base.decoder, component_names(base), []
     for type_, own in zip(parts.headers, coefficients.tolist(), strict=True):
         for name, value in zip(parts.names, own, strict=True):
             layer = name.removeprefix(f"{decoder.blocks_path}.").split(".")[0]
-            place = (int(layer) if layer.isdigit() else -1, components.get(name, ""), base.stored_name(name))
+            stored = base.stored_name(name)
+            place = (int(layer) if layer.isdigit() else -1, components.get(stored, ""), stored)
             rows.append((type_, *place, decoder.model.get_parameter(name).numel(), value))
     return rows
 

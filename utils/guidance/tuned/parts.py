@@ -15,6 +15,7 @@ from utils.merging.planning import plan_recipe
 from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import INDEX, TensorHeader, read_headers
 from utils.models.decoder import Decoder
+from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import StreamedWeights, WeightSource
 from utils.pair.config import ModelEntry
 from utils.passes.block_runner import block_tensor_names
@@ -42,10 +43,10 @@ def plan_parts(
     Raises:
         UserError: what command 3 would refuse; a merge whose tensors are not the base's.
     """
-    if base.headers is None:
+    if base.layout.converted:
         raise UserError(
-            f"model {base.entry.name}: transformers renames its tensors while loading; coefficients of such models cannot "
-            "be tuned yet",
+            f"model {base.entry.name}: {base.layout.converted[0].targets[0]} is made of several stored tensors; "
+            "coefficients of such models cannot be tuned yet",
             "tuned-converted",
         )
     works = {}
@@ -73,7 +74,7 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
         folder: where to write; it must not exist.
     """
     parameters = _parameters(base)
-    weights = StreamedWeights(parameters, torch.device("cpu"), torch.float32)
+    weights = StreamedWeights(_layout(parameters), torch.device("cpu"), torch.float32)
     placed: dict[str, dict[str, str]] = {type_: {} for type_ in works}
     try:
         for number, names in enumerate(_groups(base.decoder, parameters)):
@@ -97,7 +98,13 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
 
 def _parameters(base: Subject) -> dict[str, TensorHeader]:
     """The stored parameters by name in the model; tied ones once."""
-    return {name: base.headers[name] for name, _ in base.decoder.model.named_parameters() if name in base.headers}
+    stored = base.layout.direct
+    return {name: stored[name] for name, _ in base.decoder.model.named_parameters() if name in stored}
+
+
+def _layout(headers: Mapping[str, TensorHeader]) -> StoredLayout:
+    """Tensors that are stored as they are."""
+    return StoredLayout(headers, (), (), ())
 
 
 def _groups(decoder: Decoder, names: Sequence[str]) -> list[list[str]]:
@@ -118,7 +125,9 @@ class SummedWeights:
     ) -> None:
         """Sum up `base`, a source in the dtype to compute in, and the parts by `coefficients` of type and parameter."""
         self.base, self.coefficients = base, coefficients
-        self.parts = {type_: StreamedWeights(own, device, torch.float32) for type_, own in parts.headers.items()}
+        self.parts = {
+            type_: StreamedWeights(_layout(own), device, torch.float32) for type_, own in parts.headers.items()
+        }
 
     def fetch(self, names: list[str]) -> dict[str, Tensor]:
         """The sums, rounded once, in the dtype of the base's source; other tensors as they are there."""

@@ -221,11 +221,11 @@ def test_what_lies_outside_as_layers_of_its_own(saved, tmp_path, family):
 
 def test_each_factor_alone_has_its_recipe(pair):
     for factors in ("sensitivity", "scaling"):
-        said = pair.decide("--factors", factors, "--temperature", 0.1)
+        said = pair.decide("--factors", factors, "--temperature", 0.2)
         assert f"{factors} alone" in said
     found = []
     for factors in ("sensitivity", "scaling"):
-        model = pair.recipe(tags=f"temperature0.1_{factors}_")["models"][1]
+        model = pair.recipe(tags=f"temperature0.2_{factors}_")["models"][1]
         values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
         found.append([values[f"model.layers.{layer}."] for layer in (0, 1)])
     assert found[1][0] == found[1][1] != 1.0 and found[0][0] != found[0][1]
@@ -273,16 +273,16 @@ def test_three_experts_and_one_left_out_of_the_merge(pair):
     shutil.rmtree(pair.folder / "dfs")
     pair.measure()
     assert len(pair.table(DISTANCES)) == 6 and len(pair.table(SENSITIVITY)) == 6
-    pair.decide("--temperature", 0.1)
-    weights = derived(pair.folder, 0.1)
-    for model in pair.recipe(tags="temperature0.1_")["models"][1:]:
+    pair.decide("--temperature", 0.2)
+    weights = derived(pair.folder, 0.2)
+    for model in pair.recipe(tags="temperature0.2_")["models"][1:]:
         values = {item.get("filter"): item["value"] for item in model["parameters"]["weight"]}
         assert values["model.layers.1."] == pytest.approx(weights.loc[model["model"].removeprefix("./"), 1], rel=1e-12)
     shutil.rmtree(pair.folder / "out")
     two = {"model_info": models, "calibration": CALIBRATION, "target_model_names": {"code": "./code", "math": "./math"}}
     write_config(pair.folder, two)
-    pair.decide("--temperature", 0.1)
-    merged = pair.recipe(tags="temperature0.1_")["models"]
+    pair.decide("--temperature", 0.2)
+    merged = pair.recipe(tags="temperature0.2_")["models"]
     assert [model["model"] for model in merged] == ["./base", "./code", "./math"]
     total = sum(model["parameters"]["weight"][0]["value"] for model in merged[1:])
     assert total == pytest.approx(2)  # weighed against each other, without the third

@@ -20,6 +20,9 @@ LOSSES = "sens_merging_losses.csv"
 OUTSIDE = "sens_merging_outside.csv"
 ALIGNMENTS = ("distance", "similarity")
 BOTH, SENSITIVITY_ALONE, SCALING_ALONE = FACTORS = ("both", "sensitivity", "scaling")
+TEMPERATURE = (
+    0.1  # kept most on validation text (benchmarks/results/sens_ablation.md); at 1, as published, next to nothing
+)
 UNIFORM, LAYERS = OUTSIDES = ("uniform", "layers")
 
 METHOD = GuidanceMethod(
@@ -35,7 +38,7 @@ METHOD = GuidanceMethod(
             "temperature",
             "of the softmax over experts; the larger, the closer the weights are to uniform",
             type=number(0, low_open=True),
-            default=1.0,
+            default=TEMPERATURE,
         ),
         MethodFlag(
             "alignment",

@@ -97,7 +97,7 @@ def picture(rows: list[tuple[int, str, float, str, float]]) -> bytes:
 
     wide = 100 * pd.DataFrame(_means(rows))
     seeds = len({row[0] for row in rows})
-    title = f"one expert merged onto its base by TIES: mean over tasks, {seeds} seeds, test text"
+    title = f"one expert merged onto its base by TIES: mean over tasks, {'one seed' if seeds == 1 else f'{seeds} seeds'}, test text"
     return curves(wide.sort_index(), title, "mean density", "share of the expert's gain kept, %")
 
 

@@ -99,10 +99,12 @@ def markdown(rows: list[tuple[int, str, str, str, float]]) -> str:
         shown = [mean_and_interval(list(means[name, part].values()))[0] for part in (VALIDATION, TEST)]
         pairs = [100 * (value - means[against, TEST][seed]) for seed, value in means[name, TEST].items()]
         mean, half = mean_and_interval(pairs)
-        difference = "the control" if name == against else f"{mean:+.2f} ± {half:.2f}"
+        shown_half = f" ± {half:.2f}" if half < float("inf") else ""
+        difference = "the control" if name == against else f"{mean:+.2f}{shown_half}"
         lines.append(f"| {name} | {shown[0]:.1%} | {shown[1]:.1%} | {difference} |")
     seeds = len({row[0] for row in rows})
-    return "\n".join([*lines, "", f"{seeds} seeds of the small pair; ±: 95 % interval over seeds, paired.", ""])
+    how = "one seed of the small pair" if seeds == 1 else f"{seeds} seeds of the small pair; ±: 95 % interval, paired"
+    return "\n".join([*lines, "", f"{how}; λ 0.3 for task arithmetic, else 0.35 at density 0.5.", ""])
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = 8.0
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / _INCH_PER_LETTER))]
+    width, beside = 8.0, 2.2  # of all, and of the legend's column, where the title does not go
+    letters = int((width - beside) / _INCH_PER_LETTER)
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, letters)]
     figure = Figure(figsize=(width, 4.2 + 0.2 * len(lines)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -47,6 +47,7 @@ def main() -> None:
     parser.ray_flags()
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
+    parser.switch("restart", "throw away what a killed run of this very measurement has finished")
     declare_flags(parser, "measure")
     flags = parser.parse()
 
@@ -76,6 +77,7 @@ def main() -> None:
             trust_remote_code=flags.trust_remote_code,
             overwrite=flags.overwrite,
             devices=flags.devices,
+            restart=flags.restart,
             quiet=flags.quiet,
             ray=RayFlags.taken(vars(flags)),
         )
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, one_result=True)

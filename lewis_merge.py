@@ -63,6 +63,7 @@ def main() -> None:
     )
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
+    parser.switch("accept_edited", "take tables that differ from what their manifest.json recorded: you edited them")
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
     declare_flags(parser, "decide")
     flags = parser.parse()
@@ -93,6 +94,7 @@ def main() -> None:
             control=flags.control,
             plot=flags.plot,
             overwrite=flags.overwrite,
+            accept_edited=flags.accept_edited,
             trust_remote_code=flags.trust_remote_code,
             quiet=flags.quiet,
         )
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, one_result=True)

@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +27,8 @@ from demo.small_model import Shape, fit, new_model, train_tokenizer, windows
 from demo.texts import Sizes, Split, Texts, build_texts
 from utils.errors import UserError, run_command
 from utils.flags import FlagParser
-from utils.publish import file_sha256, foreign_files, staged_folder, to_json
+from utils.publish import file_sha256, to_json
+from utils.staging import foreign_entries, staged_folder, stamp
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -172,7 +173,7 @@ def up_to_date(folder: Path, settings: Settings) -> bool:
         raise UserError(
             f"{folder} is in the way: it was not made by demo/train.py. {refusal}", "demo-foreign-folder"
         ) from error
-    if foreign := foreign_files(folder, {*files, MANIFEST}):
+    if foreign := foreign_entries(folder, _stamps(folder, files)):
         raise UserError(
             f"{folder} holds files demo/train.py did not write: {', '.join(foreign[:5])}. {refusal}",
             "demo-foreign-files",
@@ -183,10 +184,14 @@ def up_to_date(folder: Path, settings: Settings) -> bool:
     return manifest.get("identity") == identity(settings)
 
 
+def _stamps(folder: Path, files: Collection[str]) -> dict[str, tuple[int, int]]:
+    return {name: stamp(folder / name) for name in (*files, MANIFEST) if (folder / name).is_file()}
+
+
 @contextlib.contextmanager
 def _publish(folder: Path, settings: Settings) -> Iterator[Path]:
     old = json.loads((folder / MANIFEST).read_text())["files"] if (folder / MANIFEST).exists() else {}
-    with staged_folder(folder, replaceable=[*old, MANIFEST]) as stage:
+    with staged_folder(folder, replaceable=_stamps(folder, old)) as stage:
         yield stage
         files = {path.name: file_sha256(path) for path in sorted(stage.iterdir())}
         (stage / MANIFEST).write_bytes(to_json({"identity": identity(settings), "files": files}))

@@ -19,7 +19,7 @@ def run_here(script: str, *arguments: object, cwd: Path | None = None) -> subpro
     """Run a command as `run_command_line` does, but here: `run_here("lewis_merge.py", "--gamma", 0.3, cwd=folder)`."""
     words = [script, *map(str, arguments)]
     main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", words)

@@ -4,11 +4,9 @@ python -m pytest tests/test_flags.py
 """
 
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from utils.flags import FlagParser, boolean, number, path, stop_cleanly_on_termination, whole_number
+from utils.flags import FlagParser, boolean, number, path, whole_number
 
 
 @pytest.fixture(autouse=True)
@@ -208,25 +206,6 @@ def test_paths(monkeypatch):
         path("~no_such_user/x")
     monkeypatch.delenv("HOME")
     assert path("~/x").is_absolute()  # from the user database
-
-
-# --- signals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_termination_unwinds_like_control_c(signum):
-    signal.signal(signum, signal.SIG_DFL)
-    stop_cleanly_on_termination()
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signum)
-        time.sleep(5)
-
-
-def test_a_signal_that_is_ignored_stays_ignored():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    stop_cleanly_on_termination()
-    os.kill(os.getpid(), signal.SIGHUP)
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_parsing_needs_no_heavy_import():

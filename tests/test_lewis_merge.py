@@ -345,10 +345,12 @@ def test_weights_of_one_normalized_expert_get_a_warning(work):
     assert "no effect" not in err
 
 
-def test_an_edited_csv_gets_a_warning(work, golden):
+def test_an_edited_csv_is_taken_where_that_is_said(work, golden):
     _write_norms(work, golden)
     _edit_csv(work, lambda frame: frame * 0.5)
     code, _, err = call(*_flags(work))
+    assert code == 2 and "math_delta.csv differ" in err and "--accept_edited" in err
+    code, _, err = call(*_flags(work), "--accept_edited")
     assert code == 0 and "math_delta.csv differs" in err
 
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import refused_here
 from tests.conftest import ROOT
+from tests.faulty import Failing
 from tests.refusals import refusal_code, refused
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY
 from tests.tiny_merges import (
@@ -28,6 +32,7 @@ from tests.tiny_merges import (
     write_recipe,
 )
 from tests.tiny_pairs import contents
+from utils.merging.plan import forget_inputs
 
 # --- the same bits as stock mergekit ----------------------------------------------------------------------------------
 
@@ -182,7 +187,7 @@ def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error):
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail_third)
     code, words = {
-        "full": ("merge-weights-io", "make copies"),
+        "full": ("merge-weights-io", "make room"),
         "memory": ("memory-host", "memory ran out"),
         "gpu": ("memory-gpu", "--device cpu"),
     }[error]
@@ -255,7 +260,7 @@ def test_smaller_shards_leave_no_stale_file(copies):
 
 def test_an_earlier_merge_is_kept_unless_asked_and_if_the_new_one_fails(copies):
     target = merge_here(copies, recipe(copies))
-    assert_refused(copies, recipe(copies), "out-exists", "give --overwrite")
+    assert_refused(copies, recipe(copies, "linear"), "out-exists", "give --overwrite")
     change(copies / "code", "model.norm.weight", lambda tensor: tensor * float("nan"))
     assert_refused(copies, recipe(copies), "merge-not-finite", "model.norm.weight", overwrite=True)
     (target / "notes.txt").write_text("mine")
@@ -395,7 +400,7 @@ def test_killed_in_the_middle(copies, signum, capsys):
             break
     if signum == signal.SIGKILL:  # meanwhile a second run of the same output is refused
         with refused("out-in-use"):
-            merge_here(copies, recipe(copies), "out/model")
+            merge_here(copies, recipe(copies), "out/model", random_seed=1)
         (copies / "out" / "model.yaml").unlink()
     process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
@@ -403,10 +408,11 @@ def test_killed_in_the_middle(copies, signum, capsys):
         (stage,) = (copies / "out").iterdir()
         assert stage.name.startswith(".model.") and stage.name.endswith(".part")
         target = merge_here(copies, recipe(copies), "out/model")
-        assert f"a killed run has left {stage}" in capsys.readouterr().err
+        assert f"removed what a killed run has left: {stage}" in capsys.readouterr().err
+        assert [path.name for path in (copies / "out").iterdir()] == ["model", "model.yaml"]
         assert (target / "manifest.json").exists()
     else:
-        assert process.returncode == 130 and "Traceback" not in errors
+        assert process.returncode == 128 + signum and "Traceback" not in errors
         assert contents(copies) == before
 
 
@@ -419,9 +425,9 @@ def test_manifest_and_hashes_of_inputs(copies):
         weights = copies / name / "model.safetensors"
         assert entry["name"] == name and entry["files"] == {"model.safetensors": weights.stat().st_size}
         assert entry["sha256"] == {"model.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert data["files"] == {
-        path.name: path.stat().st_size for path in target.iterdir() if path.name != "manifest.json"
-    }
+    files = [path for path in target.iterdir() if path.name != "manifest.json"]
+    assert data["bytes"] == {path.name: path.stat().st_size for path in files}
+    assert data["files"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert all((path.stat().st_mode & 0o777) == 0o644 for path in target.iterdir())
 
 
@@ -459,3 +465,79 @@ def test_only_the_script_itself_changes_the_path():
     changing = [path for path in files if "sys.path" in path.read_text()]
     commands = {ROOT / "utils" / name for name in ("merger.py", "evaluator.py", "searcher.py")}
     assert ROOT / "utils" / "merger.py" in changing and set(changing) <= commands
+
+
+# --- the same line again ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_merge_is_not_made_again(copies, capsys):
+    target = merge_here(copies, recipe(copies))
+    before = contents(copies)
+    merge_here(copies, recipe(copies))
+    assert f"{target} already holds exactly this merge" in capsys.readouterr().out
+    assert contents(copies) == before
+    assert_refused(copies, recipe(copies), "out-exists", random_seed=1)
+    assert_refused(copies, recipe(copies), "out-exists", out_shard_size=20_000)
+    (copies / "code" / "model.safetensors").touch()
+    assert_refused(copies, recipe(copies), "out-exists")
+
+
+@pytest.mark.parametrize("shards", [0, 20_000])
+def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, shards, capsys):
+    from utils.merging.pieces import finished
+
+    whole = contents(merge_here(copies, recipe(copies), "whole", out_shard_size=shards))
+    monkeypatch.setattr(finished, "_SECONDS", 0.0)
+    pwrite, calls = os.pwrite, []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        merge_here(copies, recipe(copies), "part", out_shard_size=shards)
+    assert caught.value.kept.name.startswith(".part.") and not (copies / "part").exists()
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    capsys.readouterr()
+    part = contents(merge_here(copies, recipe(copies), "part", out_shard_size=shards, quiet=False))
+    said = re.search(r"resumed: (\d+) of (\d+) tensors", capsys.readouterr().out)
+    assert 0 < int(said[1]) < int(said[2])
+    weights = [name for name in whole if name.startswith("model")]
+    assert {name: part[name] for name in weights} == {name: whole[name] for name in weights} and set(part) == set(whole)
+    assert not list(copies.glob(".*"))
+
+
+def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
+    from utils.merging.pieces import finished
+
+    for change_of_request in ({"restart": True}, {"out_shard_size": 20_000}):
+        monkeypatch.setattr(finished, "_SECONDS", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.merging.run.forget_inputs", Failing(forget_inputs, 2, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                merge_here(copies, recipe(copies), "part")
+        assert len(list(copies.glob(".part.*"))) == 1
+        capsys.readouterr()
+        merge_here(copies, recipe(copies), "part", quiet=False, **change_of_request)
+        printed = capsys.readouterr()
+        assert "resumed" not in printed.out and "removed what a killed run has left" in printed.err
+        assert not list(copies.glob(".*"))
+        shutil.rmtree(copies / "part")
+
+
+def test_verify_names_each_deviation(copies, run_command_line):
+    target = merge_here(copies, recipe(copies))
+    fine = run_command_line("utils/merger.py", "--verify", target)
+    assert fine.returncode == 0 and "have the SHA-256" in fine.stdout, fine.stderr
+    with open(target / "model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\0\1\2\3")
+    (target / "README.md").unlink()
+    bad = run_command_line("utils/merger.py", "--verify", target)
+    assert refusal_code(bad) == "verify-deviation"
+    assert "README.md is missing" in bad.stderr and "model.safetensors has other content" in bad.stderr
+    assert refusal_code(run_command_line("utils/merger.py", "--verify", copies)) == "verify-no-manifest"
+    assert refusal_code(run_command_line("utils/merger.py", "--verify", target, "--overwrite")) == "flag-unknown"

@@ -71,9 +71,24 @@ BAD = {
     "nested too deeply": (b"a: " + b"[" * 5000, "yaml-too-deep", ""),
     "alias bomb": (
         b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 13)),
-        "yaml-aliases",
+        "yaml-too-many",
+        "line 7",
+    ),
+    "alias bomb of pairs": (
+        b"a0: &a0 [x, y]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 49)),
+        "yaml-too-many",
         "",
     ),
+    "deep by aliases": (
+        b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [*a%d]\n" % (i, i, i - 1) for i in range(1, 60)),
+        "yaml-too-deep",
+        "",
+    ),
+    "many aliases": (b"a: &a 1\nb: [" + b"*a, " * 101 + b"]\n", "yaml-aliases", ""),
+    "a list inside itself": (b"a: &a [1, *a]\n", "yaml-recursive", "line 1"),
+    "a mapping inside itself": (b"models: &m\n  model: x\n  parameters: *m\n", "yaml-recursive", "line 3"),
+    "4 MB of numbers": (b"a: [" + b"1, " * 1_400_000 + b"1]\n", "yaml-too-many", ""),
+    "more levels than any file has": (b"a: " + b"[" * 60 + b"]" * 60, "yaml-too-deep", "line 1"),
     "endless line of brackets": (b"{" * 200_000, "yaml-too-deep", ""),
 }  # fmt: skip
 
@@ -96,8 +111,10 @@ WORDING = {
     "merge key": "pair config PATH: line 3: merge keys (<<) are not supported: write the keys out",
     "octal": "pair config PATH: line 1: 010 is read as octal or base 60: write a plain number",
     "tag that does not fit": "pair config PATH: line 1: 'maybe' is not a valid bool",
-    "nested too deeply": "pair config PATH: nested too deeply",
-    "alias bomb": "pair config PATH: more than 100 YAML aliases: write the values out",
+    "nested too deeply": "pair config PATH: nested too deeply (more than 40 levels)",
+    "alias bomb": "pair config PATH: line 7: more than 400000 values, counting what aliases stand for: is it the right file?",
+    "many aliases": "pair config PATH: more than 100 YAML aliases: write the values out",
+    "a list inside itself": "pair config PATH: line 1: *a stands inside what it names: write it out",
 }
 
 

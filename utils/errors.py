@@ -6,14 +6,19 @@ goes wrong is a defect of this project and keeps its traceback.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
+from utils.signals import is_finished, unwind_on_signals
+from utils.trial import allow_trials
+
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the signal's number: 130 Ctrl-C, 143 termination, 129 hang-up
 _MOST_PROBLEMS = 30
+_LONGEST_MESSAGE = 2048  # characters
 
 
 class UserError(Exception):
@@ -73,21 +78,31 @@ def show_tracebacks(shown: bool) -> None:
     _tracebacks_shown = shown
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
     """Run a command's `main` and end the process the way every command of this project ends.
 
+    `one_result`: this process is for one command, which has succeeded with the one result that it publishes.
+
     Exit codes: 0 done; 2 a `UserError`, a package that is not installed, or an operating-system error such as a full
-    disk; 130 Ctrl-C; a closed stdout (`| head`) ends quietly with 2.
+    disk; 130 Ctrl-C, 143 termination, 129 hang-up, but 0 once the result is published; a closed stdout (`| head`) ends
+    quietly with 2.
     """
+    unwind_on_signals(one_result=one_result)
+    if one_result:
+        allow_trials()
     _tame_streams()
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         _end(error, str(error), error.code)
-    except KeyboardInterrupt:
-        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        if is_finished():
+            return
+        kept = getattr(interrupt, "kept", None)
+        left = f"what is finished stays in {kept}: the same line goes on there, --restart begins again"
+        print(f"interrupted; {left if kept else 'nothing unfinished was left behind'}", file=sys.stderr)
+        sys.exit(EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "utils"):
@@ -102,7 +117,21 @@ def run_command(main: Callable[[], None]) -> None:
         _end(error, f"{error.strerror or error}{where}; nothing unfinished was left behind", "os-error")
 
 
+def clipped(message: str, most: int = _LONGEST_MESSAGE) -> str:
+    """A message of at most about `most` characters: of a longer one the middle is left out, in whole lines where it can be."""
+    if len(message) <= most:
+        return message
+    first, last = message[: most * 2 // 3], message[-most // 4 :]
+    if "\n" in first:
+        first = first[: first.rindex("\n")]
+    if "\n" in last:
+        last = last[last.index("\n") + 1 :]
+    left_out = len(message) - len(first) - len(last)
+    return f"{first}\n... ({left_out} characters left out) ...\n{last}"
+
+
 def _end(error: Exception, message: str, code: str) -> NoReturn:
+    message = clipped(message)
     if _tracebacks_shown:
         traceback.print_exception(error)
     print(f"error: {message} [{code}]" if code else f"error: {message}", file=sys.stderr)

@@ -10,13 +10,12 @@ import difflib
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import show_tracebacks
+from utils.errors import clipped, show_tracebacks
 
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
@@ -157,7 +156,6 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; unknown flags end the process with the nearest known flag in the message."""
-        stop_cleanly_on_termination()
         words = sys.argv[1:] if argv is None else list(argv)
         self._refuse_unknown_flags(words)  # before argparse misses the required flag that is misspelled
         namespace, unknown = self.parse_known_args(self._switches_apart(words))
@@ -200,23 +198,9 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str, code: str = "flag-invalid") -> NoReturn:
         """Print the message, the way to the help text and the mistake's code; exit code 2."""
         message = re.sub(r"(--[\w-]+)(?:/--[\w-]+)+", r"\1", message)  # one spelling of each flag is enough
-        print(f"error: {message}\n(`{self.prog} --help` explains every flag) [{code}]", file=sys.stderr)
+        print(f"error: {clipped(message)}\n(`{self.prog} --help` explains every flag) [{code}]", file=sys.stderr)
         sys.exit(2)
 
 
 def _spellings(prefix: str, name: str) -> list[str]:
     return list(dict.fromkeys([prefix + name, prefix + name.replace("_", "-")]))
-
-
-def stop_cleanly_on_termination() -> None:
-    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that temporary files are removed.
-
-    A signal that the caller had set to be ignored (`nohup`) stays ignored.
-    """
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) == signal.SIG_DFL:
-            signal.signal(signum, interrupt)

@@ -5,7 +5,10 @@
 
 Checks the recipe, the models' headers, the tokenizers, the disk and the output folder first (--dry_run stops there),
 lets mergekit merge into a folder beside the output, checks the result, adds a model card and a manifest, and renames it
-into place. A failure leaves nothing behind (a kill -9 may leave the hidden folder .NAME.*.part; remove it).
+into place. A failure leaves nothing behind; after a kill the same line goes on with the tensors that were finished, in
+the hidden folder .NAME.*.part. A merged folder is checked against its manifest, byte by byte, by
+
+    python3 utils/merger.py --verify output/gemma_2b/merged_models
 """
 
 import sys
@@ -22,6 +25,11 @@ from utils.merging.settings import MergeSettings, byte_count, read_settings
 
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
+    if folder := verified_folder():
+        from utils.commands.verify import verify
+
+        verify(folder)
+        return
     settings = read_flags()
 
     from utils.runtime import let_waiting_threads_sleep
@@ -31,6 +39,18 @@ def main() -> None:
     from utils.commands.merge import merge
 
     merge(settings)
+
+
+def verified_folder(words: Sequence[str] | None = None) -> Path | None:
+    """The folder of `--verify`, None if the command line does not hold it."""
+    words = sys.argv[1:] if words is None else words
+    if not any(word.split("=")[0] == "--verify" for word in words):
+        return None
+    parser = FlagParser(prog="utils/merger.py", description=__doc__)
+    parser.flag(
+        "verify", "check a merged folder against its manifest; alone, without other flags", type=path, required=True
+    )
+    return parser.parse(words).verify
 
 
 def read_flags(words: Sequence[str] | None = None) -> MergeSettings:
@@ -45,6 +65,7 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("merge_config", "the merge recipe (YAML), from lewis_merge.py or your own", type=path, required=True)
     parser.switch("copy_tokenizer", "copy the base's tokenizer where the recipe asks for none", default=True)
     parser.switch("overwrite", "replace an earlier merge in --output_path: the files its manifest lists, no others")
+    parser.switch("restart", "throw away what a killed run of this very merge has finished")
     parser.switch("dry_run", "stop after the checks; writes nothing but downloads and --lora_merge_cache")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch(
@@ -81,4 +102,4 @@ def _declare_flags(parser: FlagParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, one_result=True)

@@ -1,8 +1,8 @@
-"""All-or-nothing output: temporary names, then renames; nothing overwritten unasked.
+"""All-or-nothing output beside other files: temporary names, then renames; nothing overwritten unasked.
 
-Two shapes of output exist. Commands 1 and 2 put a few files beside others in a folder (`publish_files`); command 3
-makes a folder of its own (`staged_folder`). Temporary names are siblings of the final ones, so that a rename never
-crosses a file system.
+Commands 1 and 2 put a few files beside others in a folder; command 3 makes a folder of its own (`utils/staging.py`).
+Temporary names lie in the same folder, so that a rename never crosses a file system. Before the first rename a journal of
+all of them reaches the disk: if the run is killed between two, `repair_folder` goes on where it stopped.
 """
 
 import contextlib
@@ -11,20 +11,22 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.bounded_files import read_json
 from utils.errors import UserError
+from utils.signals import finish, signals_held
 
 MANIFEST = "manifest.json"
 _CHUNK = 8 * 2**20
-_STAGE_SUFFIX = ".part"
+_MOMENT = 0.1  # seconds
+_STAGE_PREFIX, _STAGE_SUFFIX = ".publish.", ".part"
+_JOURNAL = ".journal.json"  # in a stage that is complete: what lay under each name before, in the order of the renames
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
 
@@ -68,8 +70,15 @@ def prepare_folder(folder: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(
+    folder: Path, *, is_same: Callable[[], bool] = lambda: False, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """Make `folder` if needed and hold it against a second run of this project; no lock file is left behind.
+
+    Args:
+        folder: the folder.
+        is_same: whether the run that holds it does the very same, and is waited for.
+        say: takes a line then.
 
     Raises:
         UserError: another run is writing there.
@@ -77,49 +86,102 @@ def locked_folder(folder: Path) -> Iterator[None]:
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
+            descriptor = _opened(folder)
+            stack.callback(lambda: os.close(descriptor))
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 made = []  # whoever holds the lock uses them
-                raise UserError(
-                    f"{folder} is being written by another run; wait for it or choose another folder", "out-in-use"
-                ) from error
+                if not _becomes(is_same):
+                    raise UserError(
+                        f"{folder} is being written by another run; wait for it or choose another folder", "out-in-use"
+                    ) from error
+                say(f"another run fills {folder} in the same way; waiting for it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                while not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    os.close(descriptor)  # that run has failed, and taken its folder away
+                    descriptor = _opened(folder)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         except BaseException:
-            _remove_empty(made)
+            remove_empty(made)
             raise
 
 
-def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite: bool) -> None:
+def _opened(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    return os.open(folder, os.O_RDONLY)
+
+
+def _becomes(is_same: Callable[[], bool]) -> bool:
+    """Whether a run that has just begun shows within a moment that it does the same."""
+    for _ in range(20):
+        if is_same():
+            return True
+        time.sleep(_MOMENT)
+    return False
+
+
+def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite: bool, last: bool = False) -> None:
     """Write `files` (name to content) into `folder`, the last one of the mapping last.
 
     Content that is too large for memory is given as the path of a finished file on the same file system, which is moved.
 
     All content reaches the disk in a temporary folder before the first rename; a failure leaves the folder as it was,
-    also one between renames. (A kill between renames leaves some of the files, but never the last one alone.) Signals
-    wait until the renames are done. Files already there are replaced only with `overwrite`.
+    also one between renames. A kill between renames leaves what `repair_folder` completes. Signals wait until the renames
+    are done. Files already there are replaced only with `overwrite`; `last` says that the command has succeeded with this.
 
     Raises:
-        UserError: a file of that name exists and `overwrite` is false.
+        UserError: a file of that name exists and `overwrite` is false; all is in its place, but the system could not say
+            that it reached the disk.
         OSError: the disk is full, and so on.
     """
     refuse_existing(folder, files, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it while the work was done
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder, ignore_cleanup_errors=True) as stage:
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, suffix=_STAGE_SUFFIX, dir=folder))
+    try:
         for name, content in files.items():
             if isinstance(content, Path):
-                os.replace(content, Path(stage, name))
-            with open(Path(stage, name), "r+b" if isinstance(content, Path) else "wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        with _signals_held():
-            _move_files(Path(stage), folder, list(files))
-        sync_folder(folder)
+                os.replace(content, stage / name)
+            _write_through(stage / name, content if isinstance(content, bytes) else None)
+        _write_through(stage / _JOURNAL, to_json({name: _stamp(folder / name) for name in files}))
+        sync_folder(stage)
+        with signals_held():
+            _move_files(stage, folder, list(files))
+            if last:
+                finish()
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    sync_published(folder)
+
+
+def repair_folder(folder: Path) -> str:
+    """Complete what a killed run has left half published in a folder, and remove what it has left unpublished.
+
+    Nothing is done while another run works in the folder. Files that somebody changed since the kill stay as they are.
+
+    Returns:
+        A sentence about what was done, "" if there was nothing to do.
+    """
+    stages = _stages(folder)
+    if not stages:
+        return ""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        completed = [name for stage in stages for name in _completed(stage, folder)]
+    except BlockingIOError:
+        return ""
+    finally:
+        os.close(descriptor)
+    if completed:
+        return f"a run was killed while it published into {folder}: {', '.join(completed)} went to its place"
+    return f"removed what a killed run has left in {folder}"
+
+
+def half_published(folder: Path) -> bool:
+    """Whether a run was killed in a folder between the renames, so that files of two results may lie side by side."""
+    return any((stage / _JOURNAL).is_file() for stage in _stages(folder))
 
 
 def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overwrite: bool = False) -> None:
@@ -137,62 +199,6 @@ def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overw
         raise UserError(
             f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder", "out-exists"
         )
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path, *, replaceable: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `target`; when the block ends well, it becomes `target`.
-
-    Every file reaches the disk before the rename, with the permissions that new files have (safetensors are written for
-    their owner alone). Two runs cannot make the same folder at once. A failure removes what was written, and the parent
-    folders that were made for it.
-
-    Args:
-        target: the folder to publish. It may exist if it is empty, or if it holds nothing but `replaceable`.
-        replaceable: relative paths of files, listed by an earlier run's manifest, that may be removed.
-
-    Raises:
-        UserError: another run is at it, or `target` holds a file that is not `replaceable` by the time of the rename.
-    """
-    target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
-    refuse_parallel_run(target)
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=_stage_prefix(target), suffix=_STAGE_SUFFIX, dir=target.parent))
-        try:
-            with _held(stage):
-                yield stage
-                _settle(stage)
-                with _signals_held():
-                    _swap_in(stage, target, set(replaceable))
-            sync_folder(target.parent)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def refuse_parallel_run(target: Path) -> None:
-    """Raise a `UserError` if another run is making this folder."""
-    if any(_is_held(folder) for folder in _stages(target)):
-        raise UserError(f"{target} is being written by another run; wait for it or choose another folder", "out-in-use")
-
-
-def left_over(target: Path) -> list[Path]:
-    """Hidden folders beside a target that a killed run has left; nobody works in them any more."""
-    return [folder for folder in _stages(target) if not _is_held(folder)]
-
-
-def foreign_files(folder: Path, known: set[str]) -> list[str]:
-    """Relative paths of the files in `folder` that are not in `known`; empty if the folder does not exist."""
-    if not folder.exists():
-        return []
-    found = (
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
-    )
-    return sorted(name for name in found if name not in known)
 
 
 def _move_files(stage: Path, folder: Path, names: list[str]) -> None:
@@ -222,52 +228,6 @@ def _keep(file: Path, copy: Path) -> None:
         shutil.copy2(file, copy)
 
 
-def _swap_in(stage: Path, target: Path, replaceable: set[str]) -> None:
-    if not target.exists():
-        os.rename(stage, target)
-        return
-    if not target.is_dir():
-        raise UserError(f"{target} is a file; choose another folder", "out-is-file")
-    foreign = foreign_files(target, replaceable)
-    if foreign:
-        raise UserError(
-            f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first",
-            "out-foreign-files",
-        )
-    retired = Path(tempfile.mkdtemp(prefix=_stage_prefix(target), suffix=".old", dir=target.parent))
-    try:
-        os.rename(target, retired / "old")
-        try:
-            os.rename(stage, target)
-        except OSError:
-            os.rename(retired / "old", target)
-            raise
-    finally:
-        if target.exists():  # else the old folder is all there is: keep it
-            shutil.rmtree(retired, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let Ctrl-C, termination and hang-up wait until the block is done."""
-    if threading.current_thread() is not threading.main_thread():  # signals never interrupt other threads
-        yield
-        return
-    held: list[int] = []
-    previous = {
-        signum: signal.signal(signum, lambda number, frame: held.append(number))
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if callable(signal.getsignal(signum))
-    }
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    if held:
-        raise KeyboardInterrupt
-
-
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder reach the disk, where its file system can say so; the files are complete either way."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -280,53 +240,63 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _settle(folder: Path) -> None:
-    """Have everything in a folder reach the disk, with the permissions of new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            os.chmod(path, 0o666 & ~mask)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    os.chmod(folder, 0o777 & ~mask)
-    sync_folder(folder)
+def sync_published(folder: Path) -> None:
+    """`sync_folder` for a folder whose new content is in its place.
+
+    Raises:
+        UserError: the system could not say that the names reached the disk.
+    """
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the result is complete and in its place, but the system could not confirm that it reached the "
+            f"disk ({error.strerror}); check the disk before you rely on it",
+            "out-not-synced",
+        ) from error
 
 
-def _stage_prefix(target: Path) -> str:
-    return f".{target.name[:64]}."
+def _write_through(path: Path, content: bytes | None) -> None:
+    """Write a file, or take it as it is, and have it reach the disk."""
+    with open(path, "r+b" if content is None else "wb") as file:
+        if content is not None:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _stages(target: Path) -> list[Path]:
-    if not target.parent.is_dir():
+def _stages(folder: Path) -> list[Path]:
+    if not folder.is_dir():
         return []
-    form = re.compile(re.escape(_stage_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_STAGE_SUFFIX))  # tempfile's names
-    return [path for path in target.parent.iterdir() if form.fullmatch(path.name) and path.is_dir()]
+    return sorted(path for path in folder.glob(f"{_STAGE_PREFIX}*{_STAGE_SUFFIX}") if path.is_dir())
 
 
-@contextlib.contextmanager
-def _held(stage: Path) -> Iterator[None]:
-    """Lock a folder as long as this process works in it; the lock ends with the process, even by a kill."""
-    descriptor = os.open(stage, os.O_RDONLY)
+def _completed(stage: Path, folder: Path) -> list[str]:
+    """Carry out the renames that a journal still asks for, remove the stage, and return the names."""
+    moved = []
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        journal = read_json(stage / _JOURNAL, _JOURNAL)
+    except UserError:
+        journal = {}  # killed before all content was there: nothing was renamed
+    for name, before in journal.items():
+        if (stage / name).is_file() and Path(name).name == name and _stamp(folder / name) == before:
+            os.replace(stage / name, folder / name)
+            moved.append(name)
+    sync_folder(folder)
+    shutil.rmtree(stage, ignore_errors=True)
+    return moved
 
 
-def _is_held(stage: Path) -> bool:
-    descriptor = os.open(stage, os.O_RDONLY)
+def _stamp(path: Path) -> list[int] | None:
+    """What tells a file from another of the same name; None if there is none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
     """Remove folders that were made for a run that published nothing, the innermost first."""
     for folder in folders:
         with contextlib.suppress(OSError):

@@ -1,36 +1,93 @@
 """Reading a YAML file that somebody else wrote: plain data only, bounded, duplicate keys refused."""
 
+import contextlib
+import itertools
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from utils.errors import UserError
 
 MAX_BYTES = 8 * 2**20
 MAX_ALIASES = 100
+MAX_NODES = (
+    400_000  # values, keys, lists and mappings, with aliases written out; a recipe for 20,000 experts has 300,000
+)
+MAX_DEPTH = 40
 _MOST_VALUES = 10_000
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast, where PyYAML was built with it
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses alias bombs and what YAML 1.1 would quietly read as something else.
+class _Bounded(Composer):
+    """A composer that refuses what grows without bounds, before anything is built of it.
+
+    Aliases count with all that they stand for: nested ones grow exponentially, and one inside its own anchor endlessly.
+    """
+
+    def __init__(self) -> None:
+        Composer.__init__(self)
+        self._aliases = self._nodes = self._depth = 0
+        self._reached = 0  # the greatest depth in the collection that is being composed
+        self._sizes: dict[str, tuple[int, int]] = {}  # of each finished anchor: nodes, and levels below it
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            return self._compose_alias(event.anchor, line, parent, index)
+        before, outer = self._nodes, self._reached
+        self._nodes += 1
+        self._depth += 1
+        self._reached = self._depth
+        self._check(line)
+        node = super().compose_node(parent, index)
+        if event.anchor is not None:
+            self._sizes[event.anchor] = self._nodes - before, self._reached - self._depth
+        self._depth -= 1
+        self._reached = max(self._reached, outer)
+        return node
+
+    def _compose_alias(self, anchor, line, parent, index):
+        self._aliases += 1
+        if self._aliases > MAX_ALIASES:
+            raise UserError(f"more than {MAX_ALIASES} YAML aliases: write the values out", "yaml-aliases")
+        if anchor in self.anchors and anchor not in self._sizes:
+            raise UserError(f"line {line}: *{anchor} stands inside what it names: write it out", "yaml-recursive")
+        nodes, levels = self._sizes.get(anchor, (1, 0))
+        self._nodes += nodes
+        self._reached = max(self._reached, self._depth + 1 + levels)
+        self._check(line)
+        return super().compose_node(parent, index)
+
+    def _check(self, line):
+        if self._nodes > MAX_NODES:
+            raise UserError(
+                f"line {line}: more than {MAX_NODES} values, counting what aliases stand for: is it the right file?",
+                "yaml-too-many",
+            )
+        if self._reached > MAX_DEPTH:
+            raise UserError(f"line {line}: nested too deeply (more than {MAX_DEPTH} levels)", "yaml-too-deep")
+
+
+class _Loader(_Bounded, _SAFE):
+    """Plain nodes from a text, bounded. libyaml's own composer, which has no bounds, stands behind ours."""
+
+    def __init__(self, stream: str) -> None:
+        _SAFE.__init__(self, stream)
+        _Bounded.__init__(self)
+
+
+class _StrictLoader(_Loader):
+    """A loader of plain data that also refuses what YAML 1.1 would quietly read as something else.
 
     These are duplicate keys (the last one wins) and numbers such as 010 (octal, 8) or 1:30 (base 60, 90).
     """
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.aliases = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                raise UserError(f"more than {MAX_ALIASES} YAML aliases: write the values out", "yaml-aliases")
-        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = {}
@@ -87,20 +144,48 @@ def read_yaml_mapping(path: Path, what: str, max_bytes: int = MAX_BYTES) -> dict
             run code, duplicate keys or too many aliases, or is not a mapping.
     """
     text = read_text(path, what, max_bytes)
-    try:
+    with _named_problems(f"{what} {path}"):
         data = yaml.load(text, Loader=_StrictLoader)
-    except UserError as error:
-        raise UserError(f"{what} {path}: {error}", error.code) from error
-    except RecursionError as error:
-        raise UserError(f"{what} {path}: nested too deeply", "yaml-too-deep") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{what} {path} is not valid YAML: {_one_line(error)}", "yaml-invalid") from error
     if data is None:
         raise UserError(f"{what} {path} is empty", "yaml-empty")
     if not isinstance(data, dict):
         kind = type(data).__name__
         raise UserError(f"{what} {path} must be a mapping of keys to values, but holds a {kind}", "yaml-no-mapping")
     return data
+
+
+def yaml_nodes(text: str, where: str) -> yaml.Node | None:
+    """The tree of nodes of a text, with the places where they stand in it, bounded as in `read_yaml_mapping`.
+
+    Raises:
+        UserError: it is not YAML, or too much of it; `where` begins the message.
+    """
+    with _named_problems(where):
+        return yaml.compose(text, Loader=_Loader)
+
+
+def holds_several_documents(text: str) -> bool:
+    """Whether a YAML text goes on after its first document, as far as it is YAML."""
+    if not re.search(r"^---(?:\s|$)", text, flags=re.M):
+        return False
+    try:
+        events = itertools.islice(yaml.parse(text, Loader=_SAFE), 2 * MAX_NODES)
+        return sum(isinstance(event, yaml.DocumentStartEvent) for event in events) > 1
+    except yaml.YAMLError:
+        return False  # which is said when the data is read
+
+
+@contextlib.contextmanager
+def _named_problems(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.code) from error
+    except (yaml.YAMLError, ValueError) as error:
+        problem = _one_line(error)
+        if "nesting depth" in problem:  # libyaml's own limit, far above ours, met while it looks ahead
+            raise UserError(f"{where}: nested too deeply (more than {MAX_DEPTH} levels)", "yaml-too-deep") from error
+        raise UserError(f"{where} is not valid YAML: {problem}", "yaml-invalid") from error
 
 
 def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:

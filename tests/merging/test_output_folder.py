@@ -10,8 +10,8 @@ import pytest
 from tests.refusals import refused
 from tests.tiny_pairs import contents
 from utils.errors import UserError
-from utils.merging.output_folder import COMMAND, check_apart, check_output, check_space
-from utils.publish import staged_folder
+from utils.merging.output_folder import check_apart, check_output, check_space
+from utils.merging.result_files import COMMAND, deviations, file_record, read_result_manifest
 
 
 def published(folder: Path, *names: str, command: str = COMMAND) -> Path:
@@ -19,7 +19,7 @@ def published(folder: Path, *names: str, command: str = COMMAND) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    (folder / "manifest.json").write_text(json.dumps({"command": command, "files": dict.fromkeys(names, 1)}))
+    (folder / "manifest.json").write_text(json.dumps({"command": command, **file_record(folder)}))
     return folder
 
 
@@ -80,9 +80,61 @@ def test_an_existing_folder_needs_a_writable_parent(tmp_path, monkeypatch):
 def test_only_an_earlier_merge_is_replaced_and_only_when_asked(tmp_path):
     target = published(tmp_path / "model", "config.json", "sub/a")
     assert_refused(target, "out-exists", "give --overwrite")
-    assert check_output(target, overwrite=True).replaceable == ("config.json", "manifest.json", "sub/a")
+    assert list(check_output(target, overwrite=True).replaceable) == ["config.json", "manifest.json", "sub/a"]
     (target / "sub" / "mine").write_text("x")
-    assert_refused(target, "out-foreign-files", "sub/mine is not of the earlier merge", overwrite=True)
+    assert_refused(target, "out-foreign-files", "sub/mine is not of the merge", overwrite=True)
+
+
+def test_an_edited_file_or_an_empty_folder_is_named_and_kept(tmp_path):
+    target = published(tmp_path / "model", "README.md", "config.json")
+    (target / "README.md").write_text("README.mD")
+    assert_refused(target, "out-foreign-files", "README.md has other content", overwrite=True)
+    (target / "README.md").write_text("longer than before")
+    assert_refused(target, "out-foreign-files", "README.md has 18 bytes, recorded were 9", overwrite=True)
+    (target / "README.md").write_text("README.md")
+    (target / "mine").mkdir()
+    assert_refused(target, "out-foreign-files", "mine is not of the merge", overwrite=True)
+
+
+def test_a_file_that_a_tampered_manifest_claims_is_kept(tmp_path):
+    target = published(tmp_path / "model", "config.json")
+    (target / "diary.txt").write_text("mine")
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["files"]["diary.txt"] = "0" * 64
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    assert_refused(target, "out-foreign-files", "diary.txt has other content", overwrite=True)
+
+
+def test_a_folder_of_an_earlier_version_is_known_by_sizes(tmp_path):
+    target = published(tmp_path / "model", "config.json")
+    (target / "manifest.json").write_text(json.dumps({"command": COMMAND, "files": {"config.json": 11}}))
+    assert list(check_output(target, overwrite=True).replaceable) == ["config.json", "manifest.json"]
+
+
+def test_the_same_recipe_again_is_looked_at_later(tmp_path):
+    target = published(tmp_path / "model", "config.json")
+    manifest = json.loads((target / "manifest.json").read_text()) | {"recipe": {"sha256": "5"}, "request": "7"}
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    assert check_output(target, overwrite=False, recipe="5").request == "7"
+    with refused("out-exists"):
+        check_output(target, overwrite=False, recipe="6")
+
+
+def test_deviations_are_each_named(tmp_path):
+    target = published(tmp_path / "model", "a", "b", "c")
+    manifest = read_result_manifest(target)
+    assert deviations(target, manifest, every_byte=True) == []
+    (target / "a").unlink()
+    (target / "b").write_text("B")
+    (target / "c").unlink()
+    (target / "c").symlink_to("b")
+    (target / "d").write_text("d")
+    assert deviations(target, manifest, every_byte=True) == [
+        "a is missing",
+        "b has other content",
+        "c is no plain file",
+        "d is not of the merge",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "utils/merger.py"}', "{", '{"files": {"a": 1}}'])
@@ -122,9 +174,3 @@ def test_disk_space(tmp_path, monkeypatch):
     with refused("disk-full") as caught:
         check_space(output, 3 * 10**9)
     assert "needs 3.00 GB" in str(caught.value) and "has 2.00 GB free" in str(caught.value)
-
-
-def test_a_folder_that_another_run_is_making(tmp_path):
-    with staged_folder(tmp_path / "model"):
-        assert_refused(tmp_path / "model", "out-in-use")
-        check_output(tmp_path / "mode", overwrite=False)

@@ -127,10 +127,17 @@ def test_a_config_that_needs_code_says_so(pair, tmp_path):
         plan_architecture(open_checkpoint(str(broken.folder)))
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": "many"}, {"model_type": 5}, {"rope_parameters": 3}])
-def test_a_malformed_config_is_an_error_not_a_traceback(pair, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"num_hidden_layers": "many"}, "model-config-value"),
+        ({"model_type": 5}, "model-config-value"),
+        ({"rope_parameters": 3}, "model-config-unreadable"),
+    ],
+)
+def test_a_malformed_config_is_an_error_not_a_traceback(pair, tmp_path, change, code):
     broken = _rewritten(pair("llama")[0], tmp_path / "odd", dict)
     config = json.loads((broken.folder / "config.json").read_text())
     (broken.folder / "config.json").write_text(json.dumps(config | change))
-    with refused("model-config-unreadable"):
+    with refused(code):
         plan_architecture(open_checkpoint(str(broken.folder)))

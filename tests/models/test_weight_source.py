@@ -3,13 +3,16 @@
 python -m pytest tests/models/test_weight_source.py
 """
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from utils.models.checkpoints import open_checkpoint
 from utils.models.stored_layout import StoredLayout
@@ -67,3 +70,22 @@ def test_threads_that_ask_at_once_on_the_cpu_read_the_same_file(headers):
             assert torch.equal(tensor, alone.fetch([name])[name])
     weights.close()
     alone.close()
+
+
+def test_a_file_that_shrinks_while_it_is_measured_is_an_error_not_a_crash(tmp_path):
+    tensors = open_checkpoint(str(save_tiny("llama", tmp_path / "model"))).tensors
+    weights = StreamedWeights(tensors, torch.device("cpu"), torch.bfloat16)
+    names = list(tensors)
+    weights.fetch(names[:1])
+    os.truncate(tensors[names[0]].file, tensors[names[0]].start)
+    with refused("weights-changed"):
+        weights.fetch(names)
+    weights.close()
+
+
+def test_values_are_those_of_the_safetensors_library(headers):
+    weights = StreamedWeights(headers, torch.device("cpu"), torch.bfloat16)
+    stored = load_file(next(iter(headers.values())).file)
+    found = weights.fetch(list(headers))
+    assert set(found) == set(stored) and all(torch.equal(found[name], stored[name]) for name in stored)
+    weights.close()

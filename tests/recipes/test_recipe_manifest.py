@@ -63,7 +63,7 @@ def test_a_recipe_without_one(tmp_path):
     [
         ("{", "recipe-manifest-unreadable"),
         ("\udcff", "recipe-manifest-unreadable"),
-        ("[]", "recipe-manifest-malformed"),
+        ("[]", "recipe-manifest-unreadable"),
         ('{"command": "lewis_merge"}', "recipe-manifest-malformed"),
         ('{"command": "merger", "recipe": {}}', "recipe-manifest-malformed"),
     ],
@@ -72,3 +72,15 @@ def test_files_that_are_none(recipe, text, code):
     (recipe.parent / manifest_name(recipe.name)).write_bytes(text.encode(errors="surrogateescape"))
     with refused(code):
         read_recipe_manifest(recipe, "12")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("guidance", ["lewis"]), ("recipe", ["x"]), ("vectors", {"a": [1]}), ("versions", 5), ("guidance_options", "x")],
+)
+def test_values_of_another_kind_are_named(recipe, key, value):
+    data = json.loads(MANIFEST.as_bytes()) | {key: value}
+    (recipe.parent / manifest_name(recipe.name)).write_text(json.dumps(data))
+    with refused("recipe-manifest-malformed") as caught:
+        read_recipe_manifest(recipe, "12")
+    assert f"writes it: {key}" in str(caught.value)

@@ -8,7 +8,7 @@ from utils.commands.options import DecideOptions
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.recipe_choices import settle
 from utils.plots import require_matplotlib
-from utils.publish import locked_folder, prepare_folder, publish_files, refuse_existing
+from utils.publish import locked_folder, prepare_folder, publish_files, refuse_existing, repair_folder
 from utils.recipes.recipe import check_file_names
 from utils.recipes.recipe_manifest import COMMAND, manifest_name
 
@@ -26,11 +26,13 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     if options.plot:
         require_matplotlib("--plot")
     prepare_folder(options.out_dir, "--out_dir")
+    mended = repair_folder(options.out_dir)
     measured = open_measured(
         options.config,
         choices.method,
         options.delta_dfs_in_dir,
         trust_remote_code=options.trust_remote_code,
+        accept_edited=options.accept_edited,
     )
 
     # pandas and what is built on it, once nothing simpler can be wrong
@@ -48,9 +50,11 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     check_file_names(list(files), options.config.path)
     if not options.quiet:
         report.say_choices(options, measured, made)
-    report.warn([*measured.warnings, *made.warnings, *(control.warnings if control else ())])
+    report.warn(
+        [*([mended] if mended else []), *measured.warnings, *made.warnings, *(control.warnings if control else ())]
+    )
     remarks = () if options.quiet else made.decision.remarks()
-    written = publish_changed(options.out_dir, files, overwrite=options.overwrite)
+    written = publish_changed(options.out_dir, files, overwrite=options.overwrite, last=True)
     if not options.quiet:
         report.say_result(made, control, remarks)
     names = (made.name,) if control is None else (made.name, control.name)
@@ -58,7 +62,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     return names
 
 
-def publish_changed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> list[str]:
+def publish_changed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool, last: bool = False) -> list[str]:
     """Write the files that are not already there with these very bytes; return the names written.
 
     The manifest of a recipe that is there already, byte for byte, is brought up to date without `overwrite`.
@@ -71,7 +75,7 @@ def publish_changed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool
         kept = {manifest_name(name) for name in files.keys() - changed.keys() if name.endswith(".yaml")}
         ours = {name for name in kept & changed.keys() if _is_manifest(folder / name)}
         refuse_existing(folder, [name for name in changed if name not in ours], overwrite=overwrite)
-        publish_files(folder, changed, overwrite=True)
+        publish_files(folder, changed, overwrite=True, last=last)
     return list(changed)
 
 

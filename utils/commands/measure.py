@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,22 @@ from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
-from utils.models.checkpoints import open_checkpoint, weight_file_record
+from utils.models.checkpoints import find_small_files, open_checkpoint, read_model_config, weight_file_record
+from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples, token_digest, with_defaults
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing
 from utils.pair.source import CalibrationSource
 from utils.passes.subjects import Precision, Samples, Subject, memory_estimate, prepare_subjects
-from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing
+from utils.publish import (
+    MANIFEST,
+    file_sha256,
+    locked_folder,
+    prepare_folder,
+    publish_files,
+    refuse_existing,
+    repair_folder,
+)
 from utils.runtime import (
     available_bytes,
     choose_devices,
@@ -29,7 +39,7 @@ from utils.runtime import (
     peak_gpu_memory,
     versions,
 )
-from utils.workers.work_folder import work_folder
+from utils.workers.work_folder import folder_name, work_folder
 
 if TYPE_CHECKING:
     import torch
@@ -55,23 +65,33 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     method.check_experts(config, len(config.experts))
     names = [*method.files(config), MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
+    mended = repair_folder(options.out_dir)
+    report.warn([mended] if mended else [])
     _refuse_out_dir(options, names)
     refuse_missing(config)
     if options.ray is not None:
         options.ray.refuse_devices(options.device, options.devices)
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
+    trial = None if options.trust_remote_code else ModelTrial(_small_files(config))
     say(report.versions_line())
     with connected(options.ray, say) as workers:
-        _measure(options, workers, names, say, alone)
+        _measure(options, workers, trial, names, say, alone)
 
 
 def _measure(
-    options: MeasureOptions, workers: "RayWorkers | None", names: Sequence[str], say: Callable[[str], None], alone: bool
+    options: MeasureOptions,
+    workers: "RayWorkers | None",
+    trial: ModelTrial | None,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    alone: bool,
 ) -> None:
     config, method = options.config, options.method
     devices = _choose_devices(options, say) if workers is None else [workers.device]
     samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
+    if trial is not None:
+        trial.check()
     precision = Precision(devices[0], options.dtype, options.micro_batch_tokens)
     subjects = tuple(prepare_subjects(_used(config, method), samples, precision, options.trust_remote_code))
     at_once = _at_once(options, subjects, devices[0])
@@ -88,9 +108,12 @@ def _measure(
     )
     request = _request(options, job, samples)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked_folder(options.out_dir))
+        place = options.out_dir / WORK
+        same = (place / folder_name(request)).is_dir
+        stack.enter_context(locked_folder(options.out_dir, is_same=same, say=say))
         if not options.overwrite:
             if _already_there(options.out_dir, request):
+                shutil.rmtree(place, ignore_errors=True)  # of a run that was killed once all was published
                 print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
                 if alone:
                     report.say_next(options)
@@ -100,8 +123,12 @@ def _measure(
             say(line)
         report.warn(report.doubts(options, job, _idle_keys(options)))
         start = time.perf_counter()
+        if options.restart:
+            shutil.rmtree(place, ignore_errors=True)
+        elif place.is_dir():
+            say(_left_over(place, request))
         keep = workers is not None
-        workspace = stack.enter_context(work_folder(options.out_dir / WORK, request, keep=keep))
+        workspace = stack.enter_context(work_folder(place, request, keep=keep, through_interrupts=True))
         if workers is not None:
             workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
         measured = method.measure(replace(job, workspace=workspace))
@@ -111,10 +138,29 @@ def _measure(
             say(note)
         report.warn(measured.warnings)
         files = folder_files(measured.files, request)
-        publish_files(options.out_dir, files, overwrite=options.overwrite)
+        publish_files(options.out_dir, files, overwrite=options.overwrite, last=alone)
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
     if alone:
         report.say_next(options)
+
+
+def _left_over(place: Path, request: Mapping[str, Any]) -> str:
+    """A line about what a killed run has left."""
+    folder = place / folder_name(request)
+    done = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if not done:
+        return f"removed what a killed run has left in {place.parent}"
+    pieces = f"{len(done)} piece{'s' * (len(done) != 1)}"
+    return f"resumed: {pieces} of the work had been finished by a run that was stopped"
+
+
+def _small_files(config: PairConfig) -> Iterator[tuple[str, Path]]:
+    """Name and folder of every model whose small files can be read; what is wrong with another is said in its turn."""
+    for entry in config.model_info:
+        with contextlib.suppress(UserError):
+            folder = find_small_files(entry.name, entry.revision)
+            read_model_config(folder, entry.name)
+            yield entry.name, folder
 
 
 _ONLY_SOME_USE = {

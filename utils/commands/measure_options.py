@@ -24,5 +24,6 @@ class MeasureOptions:
     trust_remote_code: bool = False
     overwrite: bool = False
     devices: str | None = None
+    restart: bool = False
     quiet: bool = False
     ray: RayFlags | None = None

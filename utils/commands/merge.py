@@ -2,20 +2,26 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluation_folder import read_measured
 from utils.merging.inputs import find_models
-from utils.merging.output_folder import check_apart, check_output
+from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
 from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import read_recipe
+from utils.merging.result_files import read_result_manifest
 from utils.merging.settings import MergeSettings
+from utils.models.model_trial import ModelTrial
 from utils.models.page_cache import AHEAD, read_ahead
-from utils.publish import left_over, staged_folder
+from utils.publish import MANIFEST
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
+from utils.staging import PROGRESS, put_back, staged_folder, stamp, sweep
 
 if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge
@@ -35,43 +41,92 @@ def merge(settings: MergeSettings) -> None:
     recipe = read_recipe(settings.merge_config)
     measured = read_measured(settings.evaluation, recipe)
     check_apart(settings.output_path, recipe.local_folders())
-    output = check_output(settings.output_path, overwrite=settings.overwrite)
+    restored = "" if settings.dry_run else put_back(settings.output_path)
+    output = check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)
     found = find_models(check_recipe(recipe), settings.lora_merge_cache)
     if not settings.dry_run:
         read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
+    logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
+    import_libraries("torch", "transformers", "accelerate")
+    models = ((str(name), folder) for name, folder in found.folders.items() if not name.lora)
+    trial = None if settings.trust_remote_code else ModelTrial(models)
     _set_up_libraries(settings)
+    if trial is not None:
+        trial.check()
 
     from utils.merging.preflight import preflight
+    from utils.merging.request import request_hash
 
     ready = preflight(settings, found, output, lambda line: _say([line], settings))
     _warn(ready.warnings)
-    _warn(f"a killed run has left {folder}; remove it" for folder in left_over(output.target))
+    _warn([restored] if restored else ())
+    request = request_hash(ready)
+    if output.request and output.request != request:
+        raise refuse_existing_merge(settings.output_path)
     if settings.dry_run:
         print("dry run: everything was checked, nothing was written")
         return
+    swept = sweep(output.target, None if output.request or settings.restart else request)
+    _warn([swept] if swept else ())
+    if output.request:
+        _say_there(settings)
+        return
 
     from utils.commands.merge_report import card_addition, report_html
+    from utils.merging.pieces.finished import FinishedTensors
     from utils.merging.result_check import check_result
     from utils.merging.run import run_merge
     from utils.merging.small_files import describe_result, write_small_files
 
     start = time.perf_counter()
-    with staged_folder(output.target, replaceable=output.replaceable) as stage:
-        run_merge(ready, stage)
+    with staged_folder(
+        output.target,
+        replaceable=output.replaceable,
+        key=request,
+        is_there=partial(_is_there, output, request),
+        say=lambda line: _say([line], settings),
+        last=True,
+    ) as stage:
+        if stage is None:
+            _say_there(settings)
+            return
+        finished = FinishedTensors(stage / PROGRESS, request)
+        _clear(stage, bool(finished.names))
+        run_merge(ready, stage, finished)
         ready.check_unchanged()
         seconds = time.perf_counter() - start
         write_small_files(ready, stage)
         report = check_result(ready.plan, settings, stage)
         if settings.report:
             (stage / REPORT).write_text(report_html(ready, measured, seconds), encoding="utf-8")
-        written = describe_result(ready, stage, card_addition(ready, measured))
+        written = describe_result(ready, stage, card_addition(ready, measured), request)
     _say(report, settings)
     _say_where(ready, written, seconds)
 
 
-def _set_up_libraries(settings: MergeSettings) -> None:
-    logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
+def _is_there(output: OutputFolder, request: str) -> bool:
+    """Whether another run has published this very merge since the output folder was checked."""
+    manifest = read_result_manifest(output.target)
+    if manifest is None or manifest.get("request") != request:
+        return False
+    before = output.replaceable.get(MANIFEST)
+    return before is None or stamp(output.target / MANIFEST) != before
 
+
+def _clear(stage: Path, resumed: bool) -> None:
+    """Remove what a killed run may have left half written: everything, or all but the weights that are gone on with."""
+    for path in stage.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not resumed or not (path.name == PROGRESS or path.suffix == ".safetensors"):
+            path.unlink()
+
+
+def _say_there(settings: MergeSettings) -> None:
+    print(f"{settings.output_path} already holds exactly this merge; nothing to do")
+
+
+def _set_up_libraries(settings: MergeSettings) -> None:
     import_libraries("utils.mergekit_api")
 
     import torch

@@ -19,4 +19,5 @@ class DecideOptions:
     plot: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    accept_edited: bool = False
     quiet: bool = False

@@ -11,12 +11,14 @@ One folder holds one measurement.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.bounded_files import read_json
+from utils.errors import Problem, UserError, raise_collected
 from utils.publish import MANIFEST, file_sha256
+from utils.validation import show
 
 
 def folder_files(files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> dict[str, bytes | Path]:
@@ -39,14 +41,40 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); measure again with --overwrite", "manifest-unreadable"
-        ) from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a JSON object; measure again with --overwrite", "manifest-unreadable")
+        data = read_json(path, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_AGAIN}", "manifest-unreadable") from error
+    problems = [Problem(text, "manifest-malformed") for text in _malformed(data)]
+    raise_collected(problems, f"{path} is not as lewis_importance.py writes it; {_AGAIN}")
     return data
+
+
+_AGAIN = "measure again with --overwrite"
+
+
+def _malformed(data: Mapping[str, Any]) -> Iterator[str]:
+    """What in a manifest is of another kind than what is read of it; keys that are not there are looked at by their users."""
+    if isinstance(data.get("command"), str) and data["command"] != "lewis_importance":
+        return  # another command's, which its reader will see
+    for key, kind in (("command", str), ("guidance", str), ("options", dict), ("files", dict), ("models", list)):
+        if key in data and not isinstance(data[key], kind):
+            yield f"{key} must be {_KINDS[kind]}, got {show(data[key])}"
+            return
+    for name, digest in data.get("files", {}).items():
+        if not isinstance(digest, str):
+            yield f"files.{name} must be text, got {show(digest)}"
+    entries = data.get("options", {}).get("model_info")
+    for where, listed in (("options.model_info", entries), ("models", data.get("models"))):
+        for place, entry in enumerate(listed if isinstance(listed, list) else ()):
+            if not isinstance(entry, dict):
+                yield f"{where}[{place}] must be a mapping, got {show(entry)}"
+                continue
+            for key in ("type", "name", "header_sha256"):
+                if not isinstance(entry.get(key, ""), str):
+                    yield f"{where}[{place}].{key} must be text, got {show(entry[key])}"
+
+
+_KINDS = {str: "text", dict: "a mapping", list: "a list"}
 
 
 def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str) -> None:
@@ -63,11 +91,34 @@ def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str
         )
 
 
-def hash_warnings(folder: Path, manifest: Mapping[str, Any] | None, names: Iterable[str]) -> list[str]:
-    """Sentences about files that differ from what the manifest recorded."""
+def refuse_edited(
+    folder: Path, manifest: Mapping[str, Any] | None, names: Iterable[str], *, accepted: bool
+) -> list[str]:
+    """Compare files with the hashes that the manifest recorded.
+
+    Args:
+        folder: the dataframe folder.
+        manifest: what it says of itself; without one nothing is known.
+        names: the files that will be read.
+        accepted: whether files that differ are taken as they are.
+
+    Returns:
+        Sentences about accepted files that differ.
+
+    Raises:
+        UserError: files differ or are gone, and that is not accepted: somebody edited them, or a run was killed while it
+            put files of another measurement in their place.
+    """
     recorded = (manifest or {}).get("files", {})
-    return [
-        f"{name} differs from what manifest.json recorded (edited since?); it is used as it is"
+    differing = [
+        name
         for name in names
         if name in recorded and (folder / name).exists() and file_sha256(folder / name) != recorded[name]
     ]
+    if differing and not accepted:
+        raise UserError(
+            f"dataframe folder {folder}: {', '.join(differing)} differ from what manifest.json recorded. If you edited "
+            "them, give --accept_edited; else a run was killed between two files: measure again with --overwrite",
+            "dataframes-edited",
+        )
+    return [f"{name} differs from what manifest.json recorded; it is used as it is" for name in differing]

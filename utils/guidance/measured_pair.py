@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.guidance.folder import check_folder, hash_warnings, read_manifest
+from utils.errors import UserError
+from utils.guidance.folder import check_folder, read_manifest, refuse_edited
 from utils.guidance.method import GuidanceMethod
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
 from utils.pair.config import ModelEntry, PairConfig
-from utils.publish import MANIFEST, file_sha256
+from utils.publish import MANIFEST, file_sha256, half_published
 from utils.recipes.naming import LocalModels
 
 
@@ -36,7 +37,12 @@ def experts_to_merge(config: PairConfig) -> tuple[ModelEntry, ...]:
 
 
 def open_measured(
-    config: PairConfig, method: GuidanceMethod, folder: Path, *, trust_remote_code: bool = False
+    config: PairConfig,
+    method: GuidanceMethod,
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    accept_edited: bool = False,
 ) -> MeasuredPair:
     """Open what a method measured of a pair. Tables and weights are not read, nothing is downloaded.
 
@@ -45,17 +51,24 @@ def open_measured(
         method: the guidance method.
         folder: the dataframe folder.
         trust_remote_code: let a checkpoint's config load code from its folder.
+        accept_edited: take files that differ from what the folder's manifest recorded.
 
     Raises:
-        UserError: no such folder; another method, another base or other experts were measured; a local model is
-            malformed.
+        UserError: no such folder; another method, another base or other experts were measured; files that were edited
+            since; a local model is malformed.
     """
     manifest = read_manifest(folder) if folder.is_dir() else None
     check_folder(folder, manifest, method.name)
+    if half_published(folder):
+        raise UserError(
+            f"--delta_dfs_in_dir {folder}: a run of lewis_importance.py was killed while it put its files there, so those "
+            "of two measurements may lie side by side; type that command again, which puts the others in their places",
+            "dataframes-half-published",
+        )
     experts = experts_to_merge(config)
     warnings = [] if manifest else [_NO_MANIFEST.format(folder=folder)]
     warnings += compare_with_manifest(config, experts, manifest)
-    warnings += hash_warnings(folder, manifest, method.files(config))
+    warnings += refuse_edited(folder, manifest, method.files(config), accepted=accept_edited)
     models = LocalModels(config.base, experts, trust_remote_code=trust_remote_code)
     warnings += changed_checkpoints(manifest, models.checkpoints)
     sha256 = None if manifest is None else file_sha256(folder / MANIFEST)

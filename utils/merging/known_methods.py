@@ -111,7 +111,7 @@ def _faults(where: str, kind: Any, share: bool, setting: Any, inner: bool = Fals
 
 def _scalar_faults(where: str, kind: Any, share: bool, value: Any) -> Iterator[Problem]:
     try:
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list)) or (isinstance(value, bool) and kind is not bool):
             raise TypeError
         read = reader(kind).validate_python(value)
     except (ValidationError, TypeError):

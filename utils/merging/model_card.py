@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.merging.guided.own_method import OwnMethod
-from utils.merging.output_folder import COMMAND
 from utils.merging.planning import PlannedMerge
 from utils.merging.provenance import origin_lines
+from utils.merging.result_files import COMMAND, file_record
 from utils.merging.saliency_plan import SaliencyFile
 from utils.models.checkpoints import weight_file_record
 from utils.publish import MANIFEST, file_sha256
@@ -95,8 +95,11 @@ def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
     return "\n".join(lines)
 
 
-def manifest(done: PlannedMerge, folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder: what it was made of, how, and which files belong to it."""
+def manifest(done: PlannedMerge, folder: Path, request: str) -> dict[str, Any]:
+    """The manifest of a finished folder: what it was made of, how, and which files belong to it.
+
+    `request` is the hash of everything that it depends on.
+    """
     inputs = [
         {**weight_file_record(model.checkpoint), "name": model.label, **_content_hashes(done, model.checkpoint.files)}
         for model in done.plan.inputs.models
@@ -122,16 +125,9 @@ def manifest(done: PlannedMerge, folder: Path) -> dict[str, Any]:
         "inputs": inputs,
         **({"saliency": _saliency_record(done)} if done.saliency else {}),
         "warnings": list(done.warnings),
-        "files": file_sizes(folder),
+        "request": request,
+        **file_record(folder),
     }
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder but the manifest, by relative path."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    sizes.pop(MANIFEST, None)
-    return sizes
 
 
 def _content_hashes(done: PlannedMerge, files: list[Path]) -> Mapping[str, Any]:

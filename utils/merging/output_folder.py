@@ -1,39 +1,44 @@
 """Where a merged model may be written: never over an input, never over files that an earlier merge did not write."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from utils.errors import UserError
-from utils.publish import MANIFEST, foreign_files, prepare_folder, refuse_parallel_run
+from utils.merging.result_files import deviations, read_result_manifest
+from utils.publish import MANIFEST, prepare_folder
 from utils.runtime import gigabytes
+from utils.staging import Stamp, stamp
 
 FLAG = "--output_path"
-COMMAND = "utils/merger.py"  # what a manifest of ours says; other commands write manifests, too
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """The folder to publish, absolute and free of links, and the files of an earlier merge that may go."""
+    """The folder to publish, absolute and free of links.
+
+    `replaceable` are the files of an earlier merge that may go, with their stamps. `request` is what the earlier merge was
+    asked for, "" if there is none: without --overwrite its folder is only good for the very same request.
+    """
 
     target: Path
-    replaceable: tuple[str, ...] = ()
+    replaceable: Mapping[str, Stamp] = field(default_factory=dict)
+    request: str = ""
 
 
-def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
+def check_output(path: Path, *, overwrite: bool, recipe: str = "") -> OutputFolder:
     """Check an output folder without knowing the inputs; nothing is created.
 
     Args:
         path: as the user gave it.
         overwrite: whether the files of an earlier merge may be replaced.
+        recipe: SHA-256 of the recipe. An earlier merge by the same may be what is asked for again.
 
     Raises:
         UserError: it is a file, the current folder or one above it, not writable, or holds files: any without
-            `overwrite`, foreign ones with it.
+            `overwrite` but a merge by the same recipe, foreign or edited ones with it.
     """
     if path.name != path.name.strip():
         raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: an error in quoting?", "out-name")
@@ -47,8 +52,14 @@ def check_output(path: Path, *, overwrite: bool) -> OutputFolder:
     prepare_folder(target, FLAG)
     if target.exists():
         prepare_folder(target.parent, FLAG)  # the result is made beside it and renamed
-    refuse_parallel_run(target)
-    return OutputFolder(target, _replaceable(path, target, overwrite))
+    return _earlier(path, target, overwrite, recipe)
+
+
+def refuse_existing_merge(path: Path) -> UserError:
+    """What to say of an output folder that holds another merge."""
+    return UserError(
+        f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-exists"
+    )
 
 
 def check_apart(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
@@ -94,10 +105,10 @@ def check_space(output: OutputFolder, needed: int) -> int:
     return free
 
 
-def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:
+def _earlier(path: Path, target: Path, overwrite: bool, recipe: str) -> OutputFolder:
     if not target.exists() or not any(target.iterdir()):
-        return ()
-    manifest = _manifest(target)
+        return OutputFolder(target)
+    manifest = read_result_manifest(target)
     if manifest is None:
         raise UserError(
             f"{FLAG} {path} holds files and no manifest of an earlier merge, so nothing there is touched; give an "
@@ -105,26 +116,15 @@ def _replaceable(path: Path, target: Path, overwrite: bool) -> tuple[str, ...]:
             "out-not-ours",
         )
     if not overwrite:
+        merged, request = manifest.get("recipe"), manifest.get("request")
+        if not recipe or not isinstance(merged, dict) or merged.get("sha256") != recipe or not isinstance(request, str):
+            raise refuse_existing_merge(path)
+        return OutputFolder(target, request=request)
+    if changed := deviations(target, manifest, every_byte=False):
         raise UserError(
-            f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-exists"
-        )
-    known = {*manifest["files"], MANIFEST}
-    foreign = foreign_files(target, known)
-    if foreign:
-        files = f"{', '.join(foreign[:5])} {'is' if len(foreign) == 1 else 'are'}"
-        raise UserError(
-            f"{FLAG} {path}: {files} not of the earlier merge, so nothing there is touched; move what is yours away, "
-            "or give another folder",
+            f"{FLAG} {path}: {'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}. Nothing there is touched; "
+            "move what is yours away, or give another folder",
             "out-foreign-files",
         )
-    return tuple(sorted(known))
-
-
-def _manifest(target: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier merge in a folder, or None if there is none that is ours and readable."""
-    try:
-        data = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    ours = isinstance(data, dict) and data.get("command") == COMMAND and isinstance(data.get("files"), dict)
-    return data if ours else None
+    names = [name for name in (*manifest["files"], MANIFEST) if (target / name).is_file()]
+    return OutputFolder(target, {name: stamp(target / name) for name in sorted(names)})

@@ -14,7 +14,8 @@ from utils.merging.output_folder import OutputFolder, check_apart, check_space
 from utils.merging.planning import PlannedMerge, plan_models
 from utils.merging.resources import memory_estimate
 from utils.merging.settings import MergeSettings
-from utils.models.tokenizer_files import small_bytes
+from utils.models.small_files import check_copied
+from utils.models.tokenizer_files import copied_names, small_bytes
 from utils.runtime import available_bytes, gigabytes
 
 _SPARE = 2**20  # bytes for config, card and manifest
@@ -39,6 +40,9 @@ def preflight(
         check_apart(settings.output_path, [(one.checkpoint.name, one.checkpoint.folder) for one in inputs.models])
 
     planned = plan_models(settings, found, say, apart)
+    donor = planned.plan.inputs.donor.checkpoint.folder
+    tagged = planned.plan.architecture.info.tagalong_files or []
+    check_copied(donor, [*copied_names(donor), *tagged])
     short = _check_space(planned, output, say)
     return replace(planned, warnings=(*planned.warnings, *short))
 

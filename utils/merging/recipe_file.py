@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.safe_yaml import read_text, read_yaml_mapping
+from utils.safe_yaml import holds_several_documents, read_text, read_yaml_mapping, yaml_nodes
 
 INPUT_KEYS = ("models", "slices", "modules")
 MODEL_KEYS = ("model", "base_model", "lora", "path", "tokenizer_source", "source")
@@ -70,7 +70,7 @@ class MergeRecipe:
     def rewritten(self, name: Callable[[str], str]) -> str:
         """The text with every name of a model or a file replaced, and all else as it was."""
         text = self.text
-        spots = [(node, new) for node, old in _named_nodes(yaml.compose(text)) if (new := name(old)) != old]
+        spots = [(node, new) for node, old in _named_nodes(yaml_nodes(text, self.where)) if (new := name(old)) != old]
         for node, new in sorted(spots, key=lambda spot: -spot[0].start_mark.index):
             written = new if _PLAIN.fullmatch(new) else json.dumps(new, ensure_ascii=False)
             text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
@@ -84,7 +84,7 @@ def read_recipe(path: Path) -> MergeRecipe:
         UserError: not a readable YAML mapping, or not a recipe for this command.
     """
     text = read_text(path, "merge recipe")
-    if _documents(text) > 1:
+    if holds_several_documents(text):
         raise UserError(
             f"merge recipe {path} holds several documents, one for each of several merges; mergekit-multi takes such a "
             "file, or save each document as a recipe of its own",
@@ -133,16 +133,6 @@ def model_names(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from model_names(value)
-
-
-def _documents(text: str) -> int:
-    """How many YAML documents a text holds, as far as it is YAML."""
-    if not re.search(r"^---(?:\s|$)", text, flags=re.M):
-        return 1
-    try:
-        return sum(isinstance(event, yaml.DocumentStartEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError:
-        return 1  # which is said when the data is read
 
 
 def _named_nodes(node: yaml.Node | None, named: bool = False) -> Iterator[tuple[yaml.ScalarNode, str]]:

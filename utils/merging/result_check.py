@@ -16,6 +16,7 @@ from utils.merging.settings import MergeSettings
 from utils.models.architecture import quiet_mergekit
 from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader, read_headers
 from utils.models.tokenizer_files import GENERATION, has_chat_template, has_tokenizer
+from utils.trial import is_failure
 
 _SHOWN = 5
 
@@ -113,7 +114,9 @@ def _vocabulary(
         with quiet_mergekit():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # tokenizers raise anything
+    except BaseException as error:  # tokenizers raise anything
+        if not is_failure(error):
+            raise
         raise _does_not_load("its tokenizer cannot be loaded", error) from error
     rows = {
         headers[tensor.name].shape[tensor.vocabulary_axis]

@@ -28,6 +28,7 @@ from utils.mergekit_api import (
 )
 from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.pieces.arithmetic import is_finite, not_finite
+from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.pieces.run import run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.planning import PlannedMerge
@@ -79,12 +80,14 @@ class CheckedWriterTask(TensorWriterTask, arbitrary_types_allowed=True):
         return self.writer
 
 
-def run_merge(planned: PlannedMerge, folder: Path) -> None:
+def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | None = None) -> None:
     """Merge all tensors of a plan into safetensors shards in `folder`.
 
     Args:
         planned: the planned merge.
         folder: where the shards go; it exists.
+        finished: what a killed run has finished there; takes down what is finished now, where tensors are merged in
+            pieces. mergekit's executor fills files in its own order and begins anew.
 
     Raises:
         UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
@@ -92,14 +95,21 @@ def run_merge(planned: PlannedMerge, folder: Path) -> None:
     plan, settings, division = planned.plan, planned.settings, planned.division
     forget_inputs(plan.options)
     if not settings.quiet:
-        print(f"path: {division.summary}", flush=True)
+        anew = "" if division.direct else "; after a kill the merge begins anew"
+        print(f"path: {division.summary}{anew}", flush=True)
+        if finished and finished.names:
+            done = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in finished.names)
+            print(
+                f"resumed: {len(finished.names)} of {len(plan.tensors)} tensors ({gigabytes(done)}) are there",
+                flush=True,
+            )
     with selecting_exactly(division.by_counting):
         if not division.direct:
             _run_by_mergekit(plan, settings, planned.device, folder)
             return
         with _progress_bar(plan, settings) as progress, _readable_failures():
             shown = partial(_show, progress, {}, len(plan.tensors))
-            run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown)
+            run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
     forget_inputs(plan.options)
 
 

@@ -10,7 +10,8 @@ from utils.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbgt]?)b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cache", "evaluation")
+_PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cache", "evaluation", "restart")
+_OF_THIS_RUN = ("quiet", "verbosity", "overwrite", "dry_run", "restart", "num_threads", "write_threads")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,15 @@ class MergeSettings:
     fast_selection: bool = True
     evaluation: Path | None = None
     report: bool = False
+    restart: bool = False
 
     def options(self) -> dict[str, Any]:
         """The settings for a manifest; folders of this machine are left out."""
         return {name: value for name, value in asdict(self).items() if name not in _PLACES}
+
+    def asked(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        return {name: value for name, value in self.options().items() if name not in _OF_THIS_RUN}
 
 
 def read_settings(flags: argparse.Namespace) -> MergeSettings:

@@ -32,13 +32,14 @@ def write_small_files(ready: PlannedMerge, folder: Path) -> None:
         _write_tokenizer(ready, donor, folder)
 
 
-def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | None = None) -> int:
+def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | None = None, request: str = "") -> int:
     """Write card, recipe and, last, the manifest. Returns the bytes of all files.
 
     Args:
         ready: the merge.
         folder: where its result lies.
         added: what else the card says.
+        request: the hash of everything that the result depends on.
     """
     if ready.settings.write_model_card:
         (folder / CARD).write_text(card_text(ready, added), encoding="utf-8")
@@ -47,10 +48,10 @@ def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | Non
     if ready.origin:  # beside the published recipe, as command 2 left it beside the one that ran
         its = {"name": RECIPE, "sha256": hashlib.sha256(recipe).hexdigest()}
         (folder / manifest_name(RECIPE)).write_bytes(replace(ready.origin, recipe=its).as_bytes())
-    described = manifest(ready, folder)
+    described = manifest(ready, folder, request)
     content = to_json(described)
     (folder / MANIFEST).write_bytes(content)
-    return sum(described["files"].values()) + len(content)
+    return sum(described["bytes"].values()) + len(content)
 
 
 def _write_tokenizer(ready: PlannedMerge, donor: Path, folder: Path) -> None:

@@ -19,6 +19,7 @@ from utils.merging.inputs import MergeInput, MergeInputs
 from utils.models.architecture import ArchitecturePlan, quiet_mergekit
 from utils.models.checkpoints import Checkpoint
 from utils.models.tokenizer_files import fingerprint, has_chat_template, has_tokenizer
+from utils.trial import is_failure
 
 _SHOWN = 3
 
@@ -138,7 +139,9 @@ def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
     try:
         with quiet_mergekit():
             loaded = AutoTokenizer.from_pretrained(model.checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
+    except BaseException as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
+        if not is_failure(error):
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {first}", "merge-tokenizer-unreadable"

@@ -16,8 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from utils.bounded_files import read_json
 from utils.errors import UserError
+from utils.models.config_check import check_config, check_layers
 from utils.models.hub import download
+from utils.models.small_files import SMALL_FILES, check_small_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,6 +29,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_OTHER_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}  # which nothing here reads
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = (
     "pickled weights can run code: load them once with transformers and save_pretrained() them, which writes "
@@ -36,7 +40,6 @@ _OTHER_WEIGHTS = {
     ".gguf": "give the checkpoint that the GGUF file was made from",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLED),
 }
-SMALL_FILES = ("README.md", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     config = read_model_config(folder, name)
     if not is_local(name):
         folder = download(name, revision, [*SMALL_FILES, *weight_files(folder, name)])
-    return Checkpoint(name, revision, folder, config, read_headers(folder, name))
+    headers = read_headers(folder, name)
+    check_layers(config, len(headers), name)
+    return Checkpoint(name, revision, folder, config, headers)
 
 
 def open_without_download(name: str, revision: str | None = None) -> Checkpoint | None:
@@ -177,6 +182,7 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
     if not path.exists():
         _refuse_other_formats(folder, name)
         raise UserError(f"model {name}: {folder} has no config.json; is it a model folder?", "model-no-config")
+    check_small_files(folder, name)
     config = read_json(path, f"model {name}: config.json")
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
@@ -195,20 +201,8 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
             f"model {name} is quantized ({method or 'unknown method'}); give the unquantized checkpoint",
             "model-quantized",
         )
+    check_config(config, name)
     return config
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object or raise a `UserError` that says what is wrong with it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not valid JSON: {error}", "json-invalid") from error
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}", "json-unreadable") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{what} must hold a JSON object, but holds a {type(data).__name__}", "json-no-object")
-    return data
 
 
 def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
@@ -364,6 +358,8 @@ def _tensor_header(tensor: str, entry: Mapping[str, Any], file: Path, data_start
         raise ValueError(f"{tensor}: shape and offsets must be whole numbers of at least 0")
     if begin > end or not isinstance(dtype, str) or not tensor.isprintable():
         raise ValueError(f"{tensor!r}: offsets, dtype or name are not valid")
+    if dtype not in DTYPE_BYTES and dtype not in _OTHER_DTYPES:
+        raise ValueError(f"{tensor}: safetensors has no dtype {dtype[:40]!r}")
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ValueError(f"{tensor}: {end - begin} bytes do not hold {dtype} {list(shape)}")
     return TensorHeader(tensor, dtype, shape, file, data_start + begin, end - begin)

@@ -16,26 +16,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
 from utils.models.checkpoints import TensorHeader
-from utils.models.tensor_files import TensorFiles
+from utils.models.tensor_files import TensorFiles, stored_dtype
 
 SLOTS = 8
 SLOT_BYTES = 16 * 2**20
 READERS = 4  # one thread copies out of the page cache more slowly than a GPU fetches
-
-_STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass
@@ -125,7 +111,7 @@ class PinnedCopies:
         under_way: deque[tuple[Future, _Slot, _Chunk]] = deque()
         try:
             for name, header in headers.items():
-                tensors[name] = torch.empty(header.shape, dtype=_stored_dtype(header), device=self.device)
+                tensors[name] = torch.empty(header.shape, dtype=stored_dtype(header), device=self.device)
                 for chunk in _chunks(header, tensors[name]):
                     if len(under_way) == len(self._slots):  # the oldest one holds the slot whose turn it is
                         self._send(*under_way.popleft())
@@ -156,10 +142,3 @@ def _chunks(header: TensorHeader, tensor: Tensor) -> Iterator[_Chunk]:
     target = tensor.flatten().view(torch.uint8)  # the same memory
     for start in range(0, header.nbytes, SLOT_BYTES):
         yield _Chunk(header, target, start, min(start + SLOT_BYTES, header.nbytes))
-
-
-def _stored_dtype(header: TensorHeader) -> torch.dtype:
-    if header.dtype not in _STORED:
-        text = f"{header.file}: {header.name} is stored as {header.dtype}, which cannot be read here"
-        raise UserError(text, "weights-dtype")
-    return _STORED[header.dtype]

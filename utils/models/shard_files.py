@@ -44,15 +44,16 @@ class ShardFiles:
     As a context manager: opens them on entry, closes them on exit. The files hold zeros wherever nothing was written.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], shard_bytes: int, *, begun: bool = False) -> None:
         """Lay out the files in an existing folder.
 
         Args:
             folder: where they go.
             tensors: everything that will be written, in the order in which files are filled.
             shard_bytes: most bytes of tensors in a file with more than one of them; 0 for one file.
+            begun: the files are there already, laid out in the very same way; what was written stays.
         """
-        self._folder = folder
+        self._folder, self._begun = folder, begun
         self._shards = _shards(tensors, shard_bytes)
         count = len(self._shards)
         names = [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
@@ -67,16 +68,21 @@ class ShardFiles:
             for number, (name, shard) in enumerate(zip(self._names, self._shards, strict=True)):
                 header, offsets = _header(shard)
                 self._places |= {tensor: (number, len(header) + offset) for tensor, offset in offsets.items()}
-                descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                new = 0 if self._begun else os.O_CREAT | os.O_EXCL
+                descriptor = os.open(self._folder / name, os.O_RDWR | new, 0o666)
                 self._open.callback(os.close, descriptor)
                 self._files.append(descriptor)
-                os.ftruncate(descriptor, len(header) + sum(spec.nbytes for spec in shard))
+                size = len(header) + sum(spec.nbytes for spec in shard)
+                if self._begun and os.fstat(descriptor).st_size != size:
+                    text = f"{self._folder / name} is not as it was left; give --restart to begin again"
+                    raise UserError(text, "weights-changed")
+                os.ftruncate(descriptor, size)
                 _write(descriptor, header, 0)
             if len(self._shards) > 1:
                 (self._folder / INDEX).write_text(self._index(), encoding="utf-8")
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._open.close()
-            raise _failure(error) from error
+            raise (_failure(error) if isinstance(error, OSError) else error) from error
         return self
 
     def __exit__(
@@ -94,6 +100,18 @@ class ShardFiles:
         number, offset = self._places[name]
         try:
             _write(self._files[number], content, offset + start)
+        except OSError as error:
+            raise _failure(error) from error
+
+    def sync(self) -> None:
+        """Have everything that was written reach the disk.
+
+        Raises:
+            UserError: the disk is full or broken.
+        """
+        try:
+            for descriptor in self._files:
+                os.fdatasync(descriptor)
         except OSError as error:
             raise _failure(error) from error
 

@@ -16,6 +16,19 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.models.checkpoints import TensorHeader
 
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 class TensorFiles:
     """Open weight files; a context manager that closes them."""
@@ -65,6 +78,16 @@ class TensorFiles:
             left, offset = left[count:], offset + count
         return out
 
+    def read_whole(self, header: TensorHeader) -> Tensor:
+        """A tensor in memory of its own, in the dtype that it is stored in.
+
+        Raises:
+            UserError: as `read`; a dtype that torch does not have.
+        """
+        whole = torch.empty(header.shape, dtype=stored_dtype(header))
+        self.read(header, 0, whole.view(-1))
+        return whole
+
     def read_ahead(self, header: TensorHeader) -> None:
         """Ask the system to have a tensor's bytes in memory soon; returns at once where the system can do that."""
         if hasattr(os, "posix_fadvise"):
@@ -75,3 +98,15 @@ class TensorFiles:
 def as_bytes(values: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(values.view(torch.uint8).numpy())
+
+
+def stored_dtype(header: TensorHeader) -> torch.dtype:
+    """torch's dtype for what a file holds.
+
+    Raises:
+        UserError: torch has none.
+    """
+    if header.dtype not in _STORED:
+        text = f"{header.file}: {header.name} is stored as {header.dtype}, which cannot be read here"
+        raise UserError(text, "weights-dtype")
+    return _STORED[header.dtype]

@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.models.checkpoints import read_json
+from utils.bounded_files import read_json
+from utils.models.small_files import TEMPLATE_FOLDER, check_copied
 
 VOCABULARY_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
@@ -18,7 +19,6 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-TEMPLATE_FOLDER = "additional_chat_templates"
 GENERATION = "generation_config.json"
 _TEXT_SETTINGS = {
     "chat_template", "model_max_length", "name_or_path", "padding_side", "truncation_side", "padding", "truncation",
@@ -52,21 +52,40 @@ def fingerprint(folder: Path) -> str:
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy a model folder's tokenizer and chat templates; files already in `target` stay. Returns the names copied."""
-    names = [*VOCABULARY_FILES, *SETTINGS_FILES, *(path.name for path in source.glob("*.tiktoken"))]
-    return copy_missing(source, target, names) + copy_chat_template(source, target)
+    return copy_missing(source, target, tokenizer_names(source)) + copy_chat_template(source, target)
 
 
 def copy_chat_template(source: Path, target: Path) -> list[str]:
     """Copy the chat template files of a model folder; files already in `target` stay. Returns the names copied."""
     copied = copy_missing(source, target, TEMPLATE_FILES)
     if (source / TEMPLATE_FOLDER).is_dir() and not (target / TEMPLATE_FOLDER).exists():
-        shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER)
+        (target / TEMPLATE_FOLDER).mkdir()
+        copy_missing(source, target, _templates(source))
         copied.append(TEMPLATE_FOLDER)
     return copied
 
 
+def copied_names(source: Path) -> list[str]:
+    """The files of a model folder's tokenizer, templates and generation settings that a merge may copy."""
+    return [*tokenizer_names(source), *TEMPLATE_FILES, *_templates(source), GENERATION]
+
+
+def tokenizer_names(source: Path) -> list[str]:
+    """The files that a model folder's tokenizer may consist of."""
+    return [*VOCABULARY_FILES, *SETTINGS_FILES, *(path.name for path in source.glob("*.tiktoken"))]
+
+
+def _templates(source: Path) -> list[str]:
+    return sorted(f"{TEMPLATE_FOLDER}/{path.name}" for path in source.glob(f"{TEMPLATE_FOLDER}/*"))
+
+
 def copy_missing(source: Path, target: Path, names: list[str] | tuple[str, ...]) -> list[str]:
-    """Copy those files of `source` that exist and that `target` lacks, contents only; returns their names."""
+    """Copy those files of `source` that exist and that `target` lacks, contents only; returns their names.
+
+    Raises:
+        UserError: a file is linked from elsewhere, or calls itself JSON and is not; nothing is copied then.
+    """
+    check_copied(source, names)
     copied = []
     for name in names:
         if (source / name).is_file() and not (target / name).exists():
@@ -77,8 +96,7 @@ def copy_missing(source: Path, target: Path, names: list[str] | tuple[str, ...])
 
 def small_bytes(folder: Path) -> int:
     """Bytes of a model folder's files that a merge may copy."""
-    names = (*VOCABULARY_FILES, *SETTINGS_FILES, *TEMPLATE_FILES, GENERATION)
-    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    return sum((folder / name).stat().st_size for name in copied_names(folder) if (folder / name).is_file())
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Weights on their way from a checkpoint to the device, a group of modules at a time.
 
-A skeleton stands on the meta device, and its tensors are read from the safetensors files when a block's turn comes: on
-the CPU they stay memory-mapped (reclaimable), on a GPU one block's worth is copied. What the checkpoint stores otherwise
-than the model has it (experts each on their own, say) is put together then, by transformers' own rules
+A skeleton stands on the meta device, and its tensors are read from the safetensors files when a block's turn comes, one
+block's worth into memory of its own: a file that shrinks meanwhile is an error, not a crash. What the checkpoint stores
+otherwise than the model has it (experts each on their own, say) is put together then, by transformers' own rules
 (`utils/models/stored_layout.py`).
 """
 
@@ -20,6 +20,7 @@ from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint, TensorHeader
 from utils.models.pinned_copies import PinnedCopies
 from utils.models.stored_layout import StoredLayout
+from utils.models.tensor_files import TensorFiles
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -76,14 +77,14 @@ def _built(architecture: str, config: Any, dtype: torch.dtype, trust_remote_code
 class StreamedWeights:
     """Reads tensors by name from safetensors files onto a device in a dtype; holds the open files.
 
-    On the CPU, in the stored dtype, tensors are views of the files' pages. Elsewhere they go through pinned buffers, on
-    a stream of their own, so that copies overlap computation (`utils/models/pinned_copies.py`).
+    On the CPU they are read by system calls. Elsewhere they go through pinned buffers, on a stream of their own, so that
+    copies overlap computation (`utils/models/pinned_copies.py`).
     """
 
     def __init__(self, layout: StoredLayout, device: torch.device, dtype: torch.dtype) -> None:
         self.layout, self.device, self.dtype = layout, device, dtype
         self.files = ExitStack()
-        self.handles: dict[Path, object] = {}
+        self.inputs: TensorFiles | None = None
         self.copies: PinnedCopies | None = None
         self.opening = threading.Lock()
         self.computation = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -107,8 +108,9 @@ class StreamedWeights:
     def _read(self, headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
         if self.device.type != "cpu":
             return self._copies().fetch(headers, self.dtype, self.computation)
-        views = {name: self._handle(header.file).get_tensor(header.name) for name, header in headers.items()}
-        return {name: view.to(self.dtype) if view.is_floating_point() else view for name, view in views.items()}
+        inputs = self._inputs()
+        read = ((name, inputs.read_whole(header)) for name, header in headers.items())
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in read}
 
     def read_ahead(self, names: list[str]) -> None:
         """Ask the system to have these tensors' pages in memory soon; returns at once."""
@@ -118,25 +120,24 @@ class StreamedWeights:
                     os.posix_fadvise(file.fileno(), header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Close the files; mapped pages go when the last tensor does."""
-        self.handles.clear()
-        self.copies = None
+        """Close the files."""
+        self.copies = self.inputs = None
         self.files.close()
 
     def _copies(self) -> PinnedCopies:
         with self.opening:  # blocks are fetched ahead by a thread of their own
             if self.copies is None:
-                files = self.layout.files
-                self.copies = self.files.enter_context(PinnedCopies(files, self.device))
+                self.copies = self.files.enter_context(PinnedCopies(self._paths(), self.device))
             return self.copies
 
-    def _handle(self, file: Path):
-        from safetensors import safe_open
-
+    def _inputs(self) -> TensorFiles:
         with self.opening:
-            if file not in self.handles:
-                self.handles[file] = self.files.enter_context(safe_open(file, framework="pt", device="cpu"))
-            return self.handles[file]
+            if self.inputs is None:
+                self.inputs = self.files.enter_context(TensorFiles(self._paths()))
+            return self.inputs
+
+    def _paths(self) -> set[Path]:
+        return set(self.layout.files)
 
 
 WeightSource = StreamedWeights

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError, brief
 from utils.pair.rows import Rows, local_rows, looks_like_file
 from utils.pair.source import CalibrationSource
+from utils.trial import is_failure
 
 if TYPE_CHECKING:
     from utils.pair.batches import MicroBatch
@@ -118,7 +119,11 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
             text = text[: _CHARACTERS_PER_TOKEN * seqlen]
         try:
             ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
-        except Exception as error:  # tokenizers raise errors of their own kinds, plain Exception among them
+        except (
+            BaseException
+        ) as error:  # tokenizers raise errors of their own kinds, and panic over a regular expression
+            if not is_failure(error):
+                raise
             raise UserError(
                 f"{where}: its tokenizer cannot encode row {sample.row} of the data set: {brief(error)}",
                 "text-not-encodable",

@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tensor_names
 from utils.pair.batches import MicroBatch
+from utils.passes.snapshots import Snapshots, digests
 
 
 class Visitor(Protocol):
@@ -40,6 +41,16 @@ class Visitor(Protocol):
         """Whether `finish` replaces weights, so that a second, unobserved pass must yield the block's output."""
 
 
+class KeptVisitor(Visitor, Protocol):
+    """A visitor whose pass can be gone on with after a kill."""
+
+    def state(self) -> Any:
+        """What has been measured so far, between two blocks: plain data and tensors."""
+
+    def restore(self, state: Any, device: torch.device) -> None:
+        """Take that up again."""
+
+
 @torch.inference_mode()
 def run_blocks(
     decoder: Decoder,
@@ -49,6 +60,7 @@ def run_blocks(
     device: torch.device,
     *,
     on_block: Callable[[int], None] = lambda layer: None,
+    snapshots: Snapshots | None = None,
 ) -> list[torch.Tensor]:
     """Take all micro-batches through all blocks, block by block.
 
@@ -62,6 +74,7 @@ def run_blocks(
         visitor: what to do at each block.
         device: where to compute.
         on_block: called with the layer number after each block.
+        snapshots: where the pass of a `KeptVisitor` is kept; it begins where a killed run's stood.
 
     Returns:
         The final hidden states (after the final norm) of each micro-batch, [samples, length, hidden], on `device`.
@@ -75,17 +88,74 @@ def run_blocks(
     with contextlib.ExitStack() as stack:
         stack.callback(weights.close)
         stack.enter_context(placed(decoder.model, "", weights.fetch(outside), device))
-        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
         stack.enter_context(stops(decoder.blocks))
-        flows = [Flow(decoder.body, batch, device) for batch in batches]
+        flows: list[Flow] = []
         stack.callback(lambda: [flow.close() for flow in flows])
-        for flow in flows:
-            flow.advance()
-        for layer in layers:
+        first = _begun(decoder, batches, visitor, device, flows, snapshots)
+        for layer in range(first):
+            on_block(layer)
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers[first:], device))
+        for layer in layers[first:]:
             with turn.next_block() as block:
                 _through_block(layer, block, flows, visitor)
             on_block(layer)
+            if snapshots is not None and layer + 1 < len(layers):
+                snapshots.offer(layer + 1, [flow.returned for flow in flows], _Around(flows), visitor.state)
+        if snapshots is not None:
+            snapshots.forget()
         return [flow.result() for flow in flows]
+
+
+class _Around(Sequence[list[float]]):
+    """What the next block is given for each micro-batch, as digests that are made when they are asked for."""
+
+    def __init__(self, flows: Sequence["Flow"]) -> None:
+        self._flows = flows
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def __getitem__(self, place: int) -> list[float]:
+        return digests(self._flows[place].arrival.args, self._flows[place].arrival.kwargs)
+
+
+def _begun(
+    decoder: Decoder,
+    batches: Sequence[MicroBatch],
+    visitor: Visitor,
+    device: torch.device,
+    flows: list["Flow"],
+    snapshots: Snapshots | None,
+) -> int:
+    """Start all micro-batches, as far as a snapshot says they are; the block in front of which they stand."""
+    snapshot = snapshots.load() if snapshots is not None else None
+
+    def start() -> None:
+        flows.extend(Flow(decoder.body, batch, device) for batch in batches)
+        for flow in flows:
+            flow.advance()
+
+    start()
+    if snapshot is None or len(snapshot.outputs) != len(flows):
+        return 0
+    for flow, output in zip(flows, snapshot.outputs, strict=True):
+        for layer in range(snapshot.layer):
+            flow.expect(layer)
+            flow.advance_with(_on(output, device))
+    if list(_Around(flows)) != snapshot.around:
+        for flow in flows:
+            flow.close()
+        flows.clear()
+        start()
+        return 0
+    visitor.restore(snapshot.state, device)
+    return snapshot.layer
+
+
+def _on(output: Any, device: torch.device) -> Any:
+    if isinstance(output, tuple):
+        return tuple(None if one is None else one.to(device) for one in output)
+    return output.to(device)
 
 
 def block_tensor_names(decoder: Decoder) -> set[str]:
@@ -180,7 +250,7 @@ def body_names(decoder: Decoder) -> list[str]:
 class Arrival:
     """A micro-batch standing at the entrance of a block: the block's own forward and the call it is about to make.
 
-    `output` is what the block shall seem to have returned; None to make the call.
+    `output` is what the block shall seem to have returned; None to make the call, and then what it returned.
     """
 
     layer: int
@@ -202,6 +272,7 @@ class Flow:
         self.body = body
         self.greenlet = greenlet.greenlet(self._forward)
         self.arrival: Arrival | None = None
+        self.returned: Any = None  # by the block before
         self.final: torch.Tensor | None = None
 
     def _forward(self) -> None:
@@ -211,8 +282,9 @@ class Flow:
 
     def advance(self) -> None:
         """Run until the entrance of the next block, or to the end."""
-        self.arrival = None
+        left, self.arrival, self.returned = self.arrival, None, None
         self.arrival = self.greenlet.switch()
+        self.returned = None if left is None else left.output
 
     def advance_with(self, output: Any) -> None:
         """Run on as if the block this flow stands at had returned `output`."""
@@ -254,7 +326,9 @@ def stops(blocks: nn.ModuleList) -> Iterator[None]:
         def stop_then_forward(*args: Any, **kwargs: Any) -> Any:
             arrival = Arrival(layer, forward, args, kwargs)
             runner.switch(arrival)
-            return forward(*args, **kwargs) if arrival.output is None else arrival.output
+            if arrival.output is None:
+                arrival.output = forward(*args, **kwargs)
+            return arrival.output
 
         return stop_then_forward
 

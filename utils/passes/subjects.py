@@ -21,6 +21,7 @@ from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.source import CalibrationSource
 from utils.publish import file_sha256
 from utils.runtime import computing_dtype
+from utils.trial import is_failure
 
 if TYPE_CHECKING:
     import torch
@@ -304,7 +305,9 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer files fail in many ways, each with an exception of its own
+    except BaseException as error:  # tokenizer files fail in many ways, each with an exception of its own
+        if not is_failure(error):
+            raise
         raise UserError(
             f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})",
             "tokenizer-unreadable",

@@ -18,11 +18,15 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from utils.bounded_files import read_json
 from utils.errors import UserError
 
 COMMAND = "lewis_merge"
@@ -77,18 +81,27 @@ def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | No
         UserError: the file is not one of these manifests.
     """
     path = recipe.with_name(manifest_name(recipe.name))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None, ""
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_REMEDY}", "recipe-manifest-unreadable") from error
+    try:
+        data = read_json(path, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_REMEDY}", "recipe-manifest-unreadable") from error
     own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__}
-    if not isinstance(data, dict) or data.get("command") != COMMAND or set(own) - set(data):
+    if data.get("command") != COMMAND or set(own) - set(data):
         raise UserError(f"{path} is not a manifest as lewis_merge.py writes it; {_REMEDY}", "recipe-manifest-malformed")
-    if not isinstance(data["recipe"], dict) or data["recipe"].get("sha256") != sha256:
+    try:
+        found = TypeAdapter(RecipeManifest).validate_python({field: data[key] for key, field in own.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step).rstrip("_") for step in first["loc"])
+        raise UserError(
+            f"{path} is not a manifest as lewis_merge.py writes it: {where}: {first['msg']}; {_REMEDY}",
+            "recipe-manifest-malformed",
+        ) from error
+    if found.recipe.get("sha256") != sha256:
         return None, f"{path.name} was written for other content of {recipe.name} (edited since?); it is not used"
-    return RecipeManifest(**{field: data[key] for key, field in own.items()}), ""
+    return found, ""
 
 
 _REMEDY = "make the recipe again with --overwrite, or remove the manifest"

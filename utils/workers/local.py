@@ -80,7 +80,7 @@ def kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], f
     if folder is None:
         return run_piece(piece, Place(device, on_step))
     with kept_result(folder, piece) as keeping:
-        value = run_piece(piece, Place(device, on_step, keeping.stage))
+        value = run_piece(piece, Place(device, on_step, keeping.stage, folder / f"{piece.name}.snapshot"))
         keeping.keep(value)
         return value
 

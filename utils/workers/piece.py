@@ -26,12 +26,14 @@ class Place:
     """Where a piece runs.
 
     `device` is what it computes on. `on_step` is to be called with a number after each of its steps. `folder` is an empty
-    folder for files that belong to the result; None where results are not kept.
+    folder for files that belong to the result; None where results are not kept. `snapshot` is a file that outlives a kill
+    until the result is there, for work that takes long.
     """
 
     device: "torch.device"
     on_step: OnStep
     folder: Path | None = None
+    snapshot: Path | None = None
 
 
 @dataclass(frozen=True)

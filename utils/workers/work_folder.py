@@ -17,7 +17,9 @@ def folder_name(request: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def work_folder(parent: Path, request: Mapping[str, Any], *, keep: bool) -> Iterator[Path]:
+def work_folder(
+    parent: Path, request: Mapping[str, Any], *, keep: bool, through_interrupts: bool = False
+) -> Iterator[Path]:
     """The folder of a request's results, inside `parent`, which holds nothing else; gone once the context ends well.
 
     Results of other requests in `parent` are removed. The caller holds a lock on the folder that `parent` lies in.
@@ -25,19 +27,23 @@ def work_folder(parent: Path, request: Mapping[str, Any], *, keep: bool) -> Iter
     Args:
         parent: hidden, on the file system of the results.
         request: everything that the results depend on, as plain data.
-        keep: whether results stay after an error, for the next run of the same request; with False they never stay.
+        keep: whether results stay after an error, for the next run of the same request.
+        through_interrupts: whether they stay after a signal; with neither they never stay.
     """
     folder = parent / folder_name(request)
     for other in parent.iterdir() if parent.is_dir() else ():
-        if other != folder or not keep:
+        if other != folder or not (keep or through_interrupts):
             shutil.rmtree(other, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     try:
         yield folder
-    except BaseException:
+    except BaseException as error:
         remove_unfinished(folder)
-        if not keep or not any(folder.iterdir()):
+        kept = keep or (through_interrupts and isinstance(error, KeyboardInterrupt))
+        if not kept or not any(folder.iterdir()):
             shutil.rmtree(parent, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            error.kept = folder  # for the command's last words
         raise
     shutil.rmtree(parent, ignore_errors=True)

@@ -255,7 +255,11 @@ def test_killed_in_the_middle_leaves_nothing(copies, signum):
     next(line for line in process.stdout if line.startswith("PIECE"))
     process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == 128 + signum and "Traceback" not in errors
+    if "what is finished stays" in errors:  # a tensor was complete already
+        (kept,) = (copies / "out").iterdir()
+        assert kept.name.startswith(".model.") and str(kept) in errors
+        shutil.rmtree(copies / "out")
     assert contents(copies) == before
 
 

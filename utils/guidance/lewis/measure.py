@@ -20,6 +20,7 @@ from utils.guidance.measure_job import Measured, MeasureJob
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.block_runner import Visitor, run_blocks
+from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import EncodedText, StoredPart, Subject
 from utils.workers.piece import Piece, Place
 
@@ -215,7 +216,10 @@ def _run(
     """
     weights = job.open_weights(subject, place.device)
     if not tried or not _is_rounded(subject):
-        run_blocks(subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step)
+        snapshots = Snapshots(place.snapshot) if isinstance(visitor, LewisVisitor) else None
+        run_blocks(
+            subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step, snapshots=snapshots
+        )
         return {"norms": {}, "seconds": (0.0, 0.0)}
     with RoundingTrial(subject.decoder, trial_batch(text.batches), place.device) as trial:
         both = VisitorWithTrial(visitor, trial)

@@ -81,6 +81,14 @@ class LewisVisitor:
         self.moments.begin(batch)
         self.experts.begin(batch)
 
+    def state(self) -> list[tuple[int, str, torch.Tensor]]:
+        """The norms of the blocks that are done."""
+        return [(layer, name, norm) for (layer, name), norm in self.norms.items()]
+
+    def restore(self, state: list[tuple[int, str, torch.Tensor]], device: torch.device) -> None:
+        """Take up the norms of an earlier run."""
+        self.norms = {(layer, name): norm.to(device) for layer, name, norm in state}
+
     def finish(self, layer: int, block: nn.Module) -> None:
         """Take the block's norms, then prune it if asked."""
         checked = self.moments.checked(layer, self.tokens, passing_over=self.passing_over)

@@ -14,6 +14,7 @@ from utils.merging.pieces.arithmetic import Scratch
 from utils.merging.pieces.by_mergekit import merge_by_mergekit
 from utils.merging.pieces.choice import DirectTensor, Division
 from utils.merging.pieces.cuts import KnownCuts
+from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.pieces.tensor import Output, TensorMerge
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
@@ -27,7 +28,13 @@ Report = Callable[[str, int], None]
 
 
 def run_directly(
-    plan: MergePlan, division: Division, folder: Path, shard_bytes: int, threads: int, report: Report
+    plan: MergePlan,
+    division: Division,
+    folder: Path,
+    shard_bytes: int,
+    threads: int,
+    report: Report,
+    finished: FinishedTensors | None = None,
 ) -> None:
     """Merge all tensors of a plan into safetensors files in `folder`, those left to mergekit first.
 
@@ -38,21 +45,33 @@ def run_directly(
         shard_bytes: most bytes of a file, 0 for one file.
         threads: how many to use.
         report: told, from this thread, the name of a tensor that is being written and how many bytes more of it are.
+        finished: what a killed run has finished in the folder, which stays; takes down what is finished now.
 
     Raises:
         UserError: a merged tensor is not finite, an input changed, or writing failed.
     """
+    finished = finished or FinishedTensors(None, "")
     # the order in which mergekit finishes, and so fills files (but for recipes that use an input tensor twice)
     in_order = sorted(plan.tensors, key=lambda tensor: tensor.task.group_label() or "")
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in in_order]
     place = {spec.name: number for number, spec in enumerate(specs)}
-    with ShardFiles(folder, specs, shard_bytes) as output:
-        left = [tensor for tensor, _ in division.left]
+    begun = bool(finished.names)
+    with ShardFiles(folder, specs, shard_bytes, begun=begun) as output, finished.kept_up(specs, output.sync) as note:
+
+        def note_and_report(name: str, nbytes: int) -> None:
+            note(name, nbytes)
+            report(name, nbytes)
+
+        for spec in specs:
+            if spec.name in finished.names:
+                report(spec.name, spec.nbytes)
+        left = [tensor for tensor, _ in division.left if tensor.name not in finished.names]
         for number, value in merge_by_mergekit([(plan, tensor) for tensor in left]):
             output.write(left[number].name, 0, as_bytes(value.view(-1)))
-            report(left[number].name, value.nbytes)
-        direct = sorted(division.direct, key=lambda tensor: place[tensor.name])
-        merge_directly([(tensor, output) for tensor in direct], threads, report)
+            note_and_report(left[number].name, value.nbytes)
+        direct = [tensor for tensor in division.direct if tensor.name not in finished.names]
+        direct.sort(key=lambda tensor: place[tensor.name])
+        merge_directly([(tensor, output) for tensor in direct], threads, note_and_report)
 
 
 def merge_directly(

@@ -1,0 +1,130 @@
+"""A process that has imported everything once, and forks for every command line that it is given.
+
+    python -m tests.faults.server
+
+Reads a JSON object from each line of stdin and answers with one on stdout:
+
+{"words": ["utils/merger.py", "--output_path", ...], "cwd": folder, "log": file, "root": folder, "at": 3, "error": 28}
+{"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "peak_kb": 61234}
+
+`code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it are counted, and at
+number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded before the C library then.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def serve() -> None:
+    """Answer until stdin ends."""
+    sys.path.insert(0, str(ROOT))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print while they are imported is no answer
+    _import_all()
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), file=answers, flush=True)
+
+
+def _import_all() -> None:
+    import accelerate  # noqa: F401
+    import pandas  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    import lewis_importance  # noqa: F401
+    import lewis_merge  # noqa: F401
+    import utils.commands.decide
+    import utils.commands.decide_report
+    import utils.commands.measure
+    import utils.commands.merge
+    import utils.commands.merge_report
+    import utils.guidance.guided_recipe
+    import utils.mergekit_api
+    import utils.merger
+    import utils.merging.preflight
+    import utils.merging.result_check
+    import utils.merging.run  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def _run(asked: dict) -> dict:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        child = os.fork()
+        if not child:
+            _be_the_command(asked, out.fileno(), err.fileno())
+        deadline = start + asked.get("limit", 120)
+        while True:
+            pid, status, usage = os.wait4(child, os.WNOHANG)
+            if pid:
+                break
+            if time.perf_counter() > deadline:
+                os.kill(child, signal.SIGKILL)
+                deadline = float("inf")
+            time.sleep(0.002)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return {
+            "code": os.waitstatus_to_exitcode(status),
+            "stdout": texts[0],
+            "stderr": texts[1],
+            "seconds": time.perf_counter() - start,
+            "peak_kb": usage.ru_maxrss,
+        }
+
+
+def _be_the_command(asked: dict, out: int, err: int) -> None:
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.chdir(asked["cwd"])
+        script, *words = asked["words"]
+        sys.argv = [str(ROOT / script), *words]
+        if megabytes := asked.get("memory_mb"):
+            limit = _address_space() + megabytes * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        from utils.errors import run_command
+
+        main = sys.modules[script.removesuffix(".py").replace("/", ".")].main
+        if asked.get("root"):
+            arm = ctypes.CDLL(None).faults_arm
+            arm(os.fsencode(asked["root"]), asked.get("at", 0), asked.get("error", 0), os.fsencode(asked["log"]))
+        run_command(main, one_result=True)
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    serve()

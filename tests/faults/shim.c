@@ -1,0 +1,146 @@
+/* Counts the calls of a process that change files below one folder, and fails or kills it at the n-th.
+
+   gcc -shared -fPIC -O1 -o shim.so shim.c -ldl
+
+   Loaded before the C library (LD_PRELOAD). `faults_arm(root, at, error, log)` begins the count: at call number `at` the
+   process is killed before the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted
+   call is a line in `log`, which lies elsewhere. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static char root[PATH_MAX];
+static int armed, at, error_code, log_fd = -1;
+static int count;
+
+void faults_arm(const char *folder, int number, int code, const char *log) {
+  snprintf(root, sizeof root, "%s", folder);
+  log_fd = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
+  count = 0; at = number; error_code = code; armed = 1;
+}
+
+static int below(const char *path) {
+  size_t length = strlen(root);
+  return strncmp(path, root, length) == 0 && (path[length] == '/' || path[length] == 0);
+}
+
+static int path_counts(int folder, const char *path) {
+  char whole[PATH_MAX * 2], from[PATH_MAX];
+  if (path == NULL) return 0;
+  if (path[0] == '/') return below(path);
+  if (folder == AT_FDCWD) {
+    if (getcwd(from, sizeof from) == NULL) return 0;
+  } else {
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    ssize_t length = readlink(link, from, sizeof from - 1);
+    if (length < 0) return 0;
+    from[length] = 0;
+  }
+  snprintf(whole, sizeof whole, "%s/%s", from, path);
+  return below(whole);
+}
+
+static int file_counts(int file) {
+  char link[64], path[PATH_MAX];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+  ssize_t length = readlink(link, path, sizeof path - 1);
+  if (length <= 0) return 0;
+  path[length] = 0;
+  return below(path);
+}
+
+/* 1: the call shall fail, errno is set */
+static int hit(const char *name, const char *what) {
+  int number = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
+  if (log_fd >= 0) {
+    char line[PATH_MAX + 64];
+    int length = snprintf(line, sizeof line, "%d %s %s\n", number, name, what);
+    if (length > (int)sizeof line - 1) length = sizeof line - 1;
+    syscall(SYS_write, log_fd, line, length);
+  }
+  if (at == 0 || number != at) return 0;
+  if (error_code == 0) {
+    syscall(SYS_kill, getpid(), SIGKILL);
+    for (;;) pause();
+  }
+  errno = error_code;
+  return 1;
+}
+
+#define REAL(symbol) static __typeof__(&symbol) real; if (!real) real = (__typeof__(&symbol))dlsym(RTLD_NEXT, #symbol)
+#define PATH_CALL(label, folder, path) if (armed && path_counts(folder, path) && hit(label, path)) return -1
+#define FILE_CALL(label, file) if (armed && file_counts(file) && hit(label, "")) return -1
+
+#define OPEN(symbol) \
+  int symbol(const char *path, int flags, ...) { \
+    REAL(symbol); \
+    va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest); \
+    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("open", AT_FDCWD, path); } \
+    return real(path, flags, mode); }
+OPEN(open) OPEN(open64)
+
+#define OPENAT(symbol) \
+  int symbol(int folder, const char *path, int flags, ...) { \
+    REAL(symbol); \
+    va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest); \
+    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("openat", folder, path); } \
+    return real(folder, path, flags, mode); }
+OPENAT(openat) OPENAT(openat64)
+
+ssize_t write(int file, const void *content, size_t size) {
+  REAL(write); FILE_CALL("write", file); return real(file, content, size); }
+ssize_t pwrite(int file, const void *content, size_t size, off_t offset) {
+  REAL(pwrite); FILE_CALL("pwrite", file);
+  return real(file, content, size, offset); }
+ssize_t pwrite64(int file, const void *content, size_t size, off64_t offset) {
+  REAL(pwrite64); FILE_CALL("pwrite", file);
+  return real(file, content, size, offset); }
+ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
+  REAL(sendfile); FILE_CALL("sendfile", out);
+  return real(out, in, offset, size); }
+ssize_t sendfile64(int out, int in, off64_t *offset, size_t size) {
+  REAL(sendfile64); FILE_CALL("sendfile", out);
+  return real(out, in, offset, size); }
+int ftruncate(int file, off_t size) {
+  REAL(ftruncate); FILE_CALL("ftruncate", file); return real(file, size); }
+int ftruncate64(int file, off64_t size) {
+  REAL(ftruncate64); FILE_CALL("ftruncate", file); return real(file, size); }
+int fsync(int file) { REAL(fsync); FILE_CALL("fsync", file); return real(file); }
+int fdatasync(int file) { REAL(fdatasync); FILE_CALL("fdatasync", file); return real(file); }
+int fchmod(int file, mode_t mode) { REAL(fchmod); FILE_CALL("fchmod", file); return real(file, mode); }
+
+int rename(const char *from, const char *to) {
+  REAL(rename); PATH_CALL("rename", AT_FDCWD, to); return real(from, to); }
+int renameat(int a, const char *from, int b, const char *to) {
+  REAL(renameat); PATH_CALL("renameat", b, to); return real(a, from, b, to); }
+int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
+  REAL(renameat2); PATH_CALL("renameat2", b, to);
+  return real(a, from, b, to, flags); }
+int link(const char *from, const char *to) {
+  REAL(link); PATH_CALL("link", AT_FDCWD, to); return real(from, to); }
+int linkat(int a, const char *from, int b, const char *to, int flags) {
+  REAL(linkat); PATH_CALL("linkat", b, to);
+  return real(a, from, b, to, flags); }
+int symlink(const char *from, const char *to) {
+  REAL(symlink); PATH_CALL("symlink", AT_FDCWD, to); return real(from, to); }
+int unlink(const char *path) { REAL(unlink); PATH_CALL("unlink", AT_FDCWD, path); return real(path); }
+int unlinkat(int folder, const char *path, int flags) {
+  REAL(unlinkat); PATH_CALL("unlinkat", folder, path); return real(folder, path, flags); }
+int rmdir(const char *path) { REAL(rmdir); PATH_CALL("rmdir", AT_FDCWD, path); return real(path); }
+int mkdir(const char *path, mode_t mode) {
+  REAL(mkdir); PATH_CALL("mkdir", AT_FDCWD, path); return real(path, mode); }
+int mkdirat(int folder, const char *path, mode_t mode) {
+  REAL(mkdirat); PATH_CALL("mkdirat", folder, path); return real(folder, path, mode); }
+int chmod(const char *path, mode_t mode) {
+  REAL(chmod); PATH_CALL("chmod", AT_FDCWD, path); return real(path, mode); }

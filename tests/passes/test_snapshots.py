@@ -1,0 +1,76 @@
+"""A pass that was stopped goes on where it stood, to the very same bits.
+
+python -m pytest tests/passes/test_snapshots.py
+"""
+
+import pytest
+import torch
+
+from tests.passes.test_block_runner import CPU, opened, token_lists
+from tests.tiny_checkpoints import LAYERS, save_any
+from utils.guidance.lewis.visitor import LewisVisitor
+from utils.pair.calibration import micro_batches
+from utils.passes import snapshots
+from utils.passes.block_runner import run_blocks
+from utils.passes.snapshots import Snapshots
+
+
+@pytest.fixture(autouse=True)
+def at_every_block(monkeypatch):
+    monkeypatch.setattr(snapshots, "SECONDS", -1.0)
+    monkeypatch.setattr(snapshots, "MOST_SHARE", float("inf"))
+
+
+def run(folder, path, stop_after=None, sparsity=0.0):
+    """Final hidden states, norms, and the blocks that text went through."""
+    encoded = token_lists()
+    decoder, weights = opened(folder)
+    tokens = sum(map(len, encoded))
+    visitor = LewisVisitor(decoder, tokens, tokens, sparsity)
+    observed = []
+    observing = visitor.observing
+    visitor.observing = lambda layer, block: observed.append(layer) or observing(layer, block)
+
+    def on_block(layer):
+        if layer == stop_after:
+            raise KeyboardInterrupt
+
+    kept = Snapshots(path)
+    finals = run_blocks(
+        decoder, weights, micro_batches(encoded, 64, pad_id=0), visitor, CPU, on_block=on_block, snapshots=kept
+    )
+    return finals, visitor.norms, observed
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "falcon"])
+def test_a_stopped_pass_goes_on_to_the_same_bits(tmp_path, family, sparsity):
+    folder, path = save_any(family, tmp_path / "model"), tmp_path / "pass.snapshot"
+    finals, norms, observed = run(folder, None, sparsity=sparsity)
+    assert observed == list(range(LAYERS))
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, path, stop_after=1, sparsity=sparsity)
+    assert path.is_file()
+    again, norms_again, observed = run(folder, path, sparsity=sparsity)
+    assert observed == list(range(1, LAYERS)) and not path.exists()
+    assert norms.keys() == norms_again.keys() and all(torch.equal(norms[key], norms_again[key]) for key in norms)
+    assert all(map(torch.equal, finals, again))
+
+
+def test_a_damaged_snapshot_or_one_of_another_pass_is_not_used(tmp_path):
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "pass.snapshot"
+    path.write_bytes(b"half")
+    assert run(folder, path)[2] == list(range(LAYERS))
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, path, stop_after=1)
+    data = torch.load(path)
+    torch.save({**data, "around": [[value + 1 for value in one] for one in data["around"]]}, path)
+    assert run(folder, path)[2] == list(range(LAYERS))
+
+
+def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "pass.snapshot"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, path, stop_after=1)
+    assert not path.exists()

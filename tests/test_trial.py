@@ -1,0 +1,81 @@
+"""Work done in a fork first: what hangs, crashes or takes too much memory is said, and this process goes on.
+
+python -m pytest tests/test_trial.py
+"""
+
+import ctypes
+import signal
+import time
+
+import pytest
+
+from utils import trial
+from utils.trial import Trial, allow_trials, is_failure
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    monkeypatch.setattr(trial, "_allowed", False)
+    allow_trials()
+
+
+def test_work_that_ends_well_or_with_an_error_is_no_failure():
+    def fail(begin):
+        raise ValueError("said by the process itself")
+
+    assert Trial(lambda begin: begin("counting")).failure() == ""
+    assert Trial(fail).failure() == ""
+
+
+def test_a_loop_ends_with_its_time(monkeypatch):
+    monkeypatch.setattr(trial, "CPU_SECONDS", 1)
+
+    def loop(begin):
+        begin("rendering")
+        while True:
+            pass
+
+    start = time.perf_counter()
+    assert Trial(loop).failure() == "rendering took more than 1 s of processor time"
+    assert time.perf_counter() - start < 20
+
+
+def test_a_wait_ends_too(monkeypatch):
+    monkeypatch.setattr(trial, "WALL_SECONDS", 0.2)
+    assert "was killed" in Trial(lambda begin: time.sleep(60)).failure()
+
+
+def test_memory_is_limited(monkeypatch):
+    monkeypatch.setattr(trial, "MEMORY", 2**28)
+
+    def fill(begin):
+        begin("reading")
+        bytearray(2**30)
+
+    assert Trial(fill).failure() == "reading took more than 0 GiB of memory"
+
+
+def test_a_crash_is_said():
+    def crash(begin):
+        begin("loading")
+        ctypes.string_at(8)
+
+    assert Trial(crash).failure() == f"loading ended a process by signal {signal.SIGSEGV.value}"
+
+
+class PanicException(BaseException):
+    """As pyo3's."""
+
+
+def test_a_panic_is_a_failure_and_an_interrupt_is_none():
+    def panic(begin):
+        begin("encoding")
+        raise PanicException
+
+    assert Trial(panic).failure() == "encoding made a library give up"
+    assert is_failure(PanicException()) and is_failure(ValueError()) and not is_failure(KeyboardInterrupt())
+
+
+def test_nothing_is_tried_outside_a_command(monkeypatch):
+    monkeypatch.setattr(trial, "_allowed", False)
+    assert Trial(lambda begin: time.sleep(60)).failure() == ""

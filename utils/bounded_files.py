@@ -1,0 +1,56 @@
+"""Small files that somebody else wrote: regular files of bounded size only, so that reading one always ends.
+
+A pipe in the place of a `config.json` would keep a reader waiting for ever, and a link to an endless device would fill
+the memory.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+MOST_BYTES = 64 * 2**20  # of a JSON file; the index of a model with 100,000 tensors has 10 MiB
+
+
+def read_bounded(path: Path, what: str, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        path: the file; links are followed.
+        what: what to call it in a message.
+        most: bytes that such a file never exceeds.
+
+    Raises:
+        UserError: it is a folder, a pipe or a device, is larger than `most`, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{what} is not a regular file; put a copy of the file there", "file-not-regular")
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} cannot be read: {why}", "file-unreadable") from error
+    if len(content) > most:
+        raise UserError(f"{what} is larger than {most / 2**20:g} MiB: is it the right file?", "file-too-large")
+    return content
+
+
+def read_json(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: as `read_bounded`; it is not JSON, or not an object.
+    """
+    content = read_bounded(path, what, most)
+    try:
+        data = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not valid JSON: {error}", "json-invalid") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{what} must hold a JSON object, but holds a {type(data).__name__}", "json-no-object")
+    return data

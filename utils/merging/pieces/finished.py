@@ -1,0 +1,75 @@
+"""Which tensors of an unfinished merge are complete on the disk, so that a run after a kill need not make them again.
+
+A text file beside the weights: the hash of the request in the first line, then a tensor's name in each. A name is added
+once the tensor's last byte has reached the disk, so a file that ends anywhere is still true.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from utils.models.shard_files import TensorSpec
+
+_SECONDS = 5.0  # between two times that names are added
+
+
+class FinishedTensors:
+    """The list of one folder; without a path nothing is kept."""
+
+    def __init__(self, path: Path | None, request: str) -> None:
+        """Read the list that is there, if it is of the same request."""
+        self._path, self._request = path, request
+        self.names: frozenset[str] = frozenset(self._read())
+
+    @contextlib.contextmanager
+    def kept_up(self, specs: Sequence[TensorSpec], sync: Callable[[], None]) -> Iterator[Callable[[str, int], None]]:
+        """Yield what takes the name of a tensor and how many bytes more of it are written, from one thread.
+
+        Args:
+            specs: all tensors.
+            sync: has what was written reach the disk.
+        """
+        missing = {spec.name: spec.nbytes for spec in specs}
+        complete: list[str] = []
+        saved = time.monotonic()
+
+        def note(name: str, nbytes: int) -> None:
+            nonlocal saved
+            missing[name] -= nbytes
+            if not missing[name]:
+                complete.append(name)
+            if time.monotonic() - saved > _SECONDS:
+                self._add(complete, sync)
+                saved = time.monotonic()
+
+        try:
+            yield note
+        finally:
+            self._add(complete, sync)
+
+    def _add(self, complete: list[str], sync: Callable[[], None]) -> None:
+        if self._path is None or not complete:
+            return
+        sync()
+        new = not self._path.exists()
+        with open(self._path, "a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps(self._request) + "\n")
+            file.writelines(json.dumps(name) + "\n" for name in complete)
+            file.flush()
+            os.fsync(file.fileno())
+        complete.clear()
+
+    def _read(self) -> Iterator[str]:
+        if self._path is None or not self._path.is_file():
+            return
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # killed in the middle of a line
+            os.truncate(self._path, len(whole))
+        request, *names = whole.decode().splitlines() or [""]
+        if request == json.dumps(self._request):
+            yield from map(json.loads, names)

@@ -1,0 +1,49 @@
+"""What a merge was asked for, as one hash: two runs with the same hash make the same folder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from utils.merging.planning import PlannedMerge
+from utils.models.checkpoints import weight_file_record
+from utils.models.tokenizer_files import copied_names
+from utils.publish import MANIFEST, file_sha256
+from utils.runtime import versions
+
+
+def request_hash(ready: PlannedMerge) -> str:
+    """SHA-256 over everything that the result of a planned merge depends on.
+
+    That is the recipe, the flags, the versions, the device, and of every input the place, sizes, times and headers of its
+    weights and the small files; no weights are read.
+    """
+    plan, settings = ready.plan, ready.settings
+    inputs = [
+        {
+            **weight_file_record(model.checkpoint),
+            "folder": str(model.checkpoint.folder),
+            "small": _small_files(model.checkpoint.folder),
+        }
+        for model in plan.inputs.models
+    ]
+    asked = {
+        "recipe": ready.recipe.sha256,
+        "options": settings.asked(),
+        "evaluation": _evaluation(settings.evaluation),
+        "versions": versions(),
+        "device": ready.device,
+        "origin": ready.origin.as_data() if ready.origin else None,
+        "inputs": inputs,
+        "saliency": [[file.label, file.sha256] for file in ready.saliency],
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _small_files(folder: Path) -> dict[str, tuple[int, int]]:
+    names = ["config.json", *copied_names(folder)]
+    found = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
+    return {name: (one.st_size, one.st_mtime_ns) for name, one in found.items()}
+
+
+def _evaluation(folder: Path | None) -> str | None:
+    return None if folder is None else file_sha256(folder / MANIFEST)

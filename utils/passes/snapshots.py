@@ -1,0 +1,95 @@
+"""Where a pass through a model's blocks stands, on disk at least every five minutes, so that a kill costs no more.
+
+A snapshot holds what the last block returned for every micro-batch and what has been measured so far. To go on, the model's
+own forward runs again with the blocks that are done left out: each of them seems to return what the last one did. Whatever
+else the next block is given is compared with what it was given then; a model that hands on more than hidden states from block
+to block begins anew.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SECONDS = 300.0
+MOST_SHARE = 0.05  # of the time that snapshots may take
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state in front of block `layer`: by micro-batch the output of the block before and digests of the next one's
+    other arguments, and what the visitor has measured."""
+
+    layer: int
+    outputs: list[Any]
+    around: list[list[float]]
+    state: Any
+
+
+class Snapshots:
+    """The snapshot of one pass; without a path none is made."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Take the file."""
+        self._path = path
+        self._last, self._pause = time.monotonic(), SECONDS
+
+    def load(self) -> Snapshot | None:
+        """The snapshot that a killed run has left, None if there is none that can be read."""
+        if self._path is None or not self._path.is_file():
+            return None
+        try:
+            return Snapshot(**torch.load(self._path, weights_only=True))
+        except Exception:  # torch raises anything over a damaged file; the pass then begins anew
+            return None
+
+    def offer(
+        self, layer: int, outputs: Sequence[Any], around: Sequence[list[float]], state: Callable[[], Any]
+    ) -> None:
+        """Write a snapshot if it is time for one and the outputs are hidden states alone."""
+        if self._path is None or time.monotonic() - self._last < self._pause or not all(map(_is_plain, outputs)):
+            return
+        start = time.monotonic()
+        part = self._path.with_suffix(".writing")
+        data = {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()}
+        with open(part, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self._path)
+        self._last = time.monotonic()
+        self._pause = max(SECONDS, (self._last - start) / MOST_SHARE)
+
+    def forget(self) -> None:
+        """The pass is over."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def digests(args: Sequence[Any], kwargs: dict[str, Any]) -> list[float]:
+    """A number for every tensor that a block is given; equal for equal tensors."""
+    return [_digest(tensor) for tensor in _tensors([*args, *(kwargs[name] for name in sorted(kwargs))])]
+
+
+def _digest(tensor: Tensor) -> float:
+    values = tensor.detach().double().flatten()
+    return float((values * torch.arange(1, values.numel() + 1, device=values.device).double().sin()).nan_to_num().sum())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = [values[key] for key in sorted(values, key=str)]
+    return [tensor for one in values for tensor in _tensors(one)] if isinstance(values, (list, tuple)) else []
+
+
+def _is_plain(output: Any) -> bool:
+    if isinstance(output, tuple):
+        return all(one is None or isinstance(one, Tensor) for one in output)
+    return isinstance(output, Tensor)

@@ -1,0 +1,289 @@
+"""A folder made beside its place and published in one step; what killed runs have left is taken up or swept.
+
+While a run works, `.NAME.KEY.part` beside the target is its own: a lock on it ends with the process, even by a kill. The
+key says what is being made. A run that makes the same takes a dead run's folder over, with what is finished in it, or
+waits for the living one; a run that makes something else is refused while one lives and sweeps what is dead.
+
+A target that exists changes places with the new folder in one step where the system can do that (`utils/exchange.py`).
+Elsewhere it is first moved to `.NAME.KEY.old`, so that there is a moment without a target: the next run puts it back.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.exchange import exchange
+from utils.publish import remove_empty, sync_folder, sync_published
+from utils.signals import finish, signals_held
+
+PROGRESS = ".progress"  # a file in a stage that says what is finished there; without it nothing in a dead stage is used
+Stamp = tuple[int, int]  # bytes and time of change in nanoseconds
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells that a file has not been written since."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def staged_folder(
+    target: Path,
+    *,
+    replaceable: Mapping[str, Stamp] | None = None,
+    key: str | None = None,
+    is_there: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+    last: bool = False,
+) -> Iterator[Path | None]:
+    """Yield a sibling of `target`; when the block ends well, it becomes `target`.
+
+    Every file reaches the disk before that, with the permissions that new files have (safetensors are written for their
+    owner alone). A failure removes what was written, and the parent folders that were made for it; but an interrupted
+    run's folder stays if it holds `PROGRESS`.
+
+    Args:
+        target: the folder to publish. It may exist if it is empty, or if it holds nothing but `replaceable`.
+        replaceable: relative paths of files that may be removed, with their stamps.
+        key: names what is made, in hexadecimal. The folder may then hold what a killed run of the same key finished;
+            None: it is always empty.
+        is_there: whether `target` holds by now what the key names, asked once this run has the folder to itself.
+        say: takes a line where another run of the same key is waited for.
+        last: whether the command has succeeded with this.
+
+    Yields:
+        The folder; None if `is_there`, and nothing is published then.
+
+    Raises:
+        UserError: another run is at it with another key, or `target` holds something that is not `replaceable` by the
+            time it would be replaced.
+    """
+    with working_folder(target, key=key, is_there=is_there, say=say) as stage:
+        yield stage
+        if stage is None:
+            return
+        _settle(stage)
+        with signals_held():
+            (stage / PROGRESS).unlink(missing_ok=True)
+            _swap_in(stage, target, replaceable or {})
+            if last:
+                finish()
+        sync_published(target.parent)
+
+
+@contextlib.contextmanager
+def working_folder(
+    target: Path,
+    *,
+    key: str | None = None,
+    is_there: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Path | None]:
+    """The folder of `staged_folder` alone: it is removed in the end, unless it was moved or an interrupt left `PROGRESS`."""
+    target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _claimed(target, key or secrets.token_hex(6), say) as stage:
+            if is_there():
+                shutil.rmtree(stage, ignore_errors=True)
+                yield None
+                return
+            if not (stage / PROGRESS).is_file():
+                _empty(stage)
+            try:
+                yield stage
+            except KeyboardInterrupt as interrupt:
+                if (stage / PROGRESS).is_file():
+                    interrupt.kept = stage  # for the command's last words
+                else:
+                    shutil.rmtree(stage, ignore_errors=True)
+                raise
+            except BaseException:
+                shutil.rmtree(stage, ignore_errors=True)
+                raise
+            shutil.rmtree(stage, ignore_errors=True)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def refuse_parallel_run(target: Path, key: str | None = None) -> None:
+    """Raise a `UserError` if another run is making this folder, unless with the same key."""
+    own = None if key is None else _stage(target, key)
+    if any(_is_held(folder) for folder in _siblings(target, "part") if folder != own):
+        raise UserError(f"{target} is being written by another run; wait for it or choose another folder", "out-in-use")
+
+
+def put_back(target: Path) -> str:
+    """Undo half an exchange of a killed run; a sentence if there was one."""
+    target = Path(os.path.realpath(target))
+    for retired in _siblings(target, "old"):
+        if not os.path.lexists(target) and not _is_held(retired):
+            os.rename(retired, target)
+            return f"a run was killed while it replaced {target}: what was there is back"
+    return ""
+
+
+def sweep(target: Path, key: str | None = None) -> str:
+    """Remove what dead runs have left beside a target, but for that of the same key; a sentence if there was something."""
+    target = Path(os.path.realpath(target))
+    own = None if key is None else _stage(target, key)
+    dead = [folder for folder in _siblings(target, "part", "old") if folder != own and not _is_held(folder)]
+    if not dead or (any(folder.suffix == ".old" for folder in dead) and not os.path.lexists(target)):
+        return ""
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+    return f"removed what a killed run has left: {', '.join(str(folder) for folder in dead)}"
+
+
+def foreign_entries(folder: Path, known: Mapping[str, Stamp]) -> list[str]:
+    """Relative paths below a folder that are not in `known`, were written since, or are folders that hold nothing known."""
+    if not folder.exists():
+        return []
+    holding = {parent.as_posix() for name in known for parent in Path(name).parents}
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            foreign = name not in holding
+        else:
+            foreign = path.is_symlink() or name not in known or stamp(path) != known[name]
+        if foreign:
+            found.append(name)
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def _claimed(target: Path, key: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """This run's own folder for a key, locked; waits for another run that has it."""
+    stage = _stage(target, key)
+    waiting = False
+    while True:
+        stage.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:  # published or swept in this moment
+            continue
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waiting:
+                    say(f"another run is making {target} in the same way; waiting for it")
+                waiting = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, stage):
+                continue
+            try:
+                refuse_parallel_run(target, key)
+            except UserError:
+                with contextlib.suppress(OSError):
+                    stage.rmdir()
+                raise
+            yield stage
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to an open folder: whoever held it may have published or swept it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> None:
+    target = Path(os.path.realpath(target))
+    if not target.exists():
+        os.rename(stage, target)
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; choose another folder", "out-is-file")
+    _refuse_foreign(target, target, replaceable)
+    retired = stage.with_suffix(".old")
+    shutil.rmtree(retired, ignore_errors=True)  # a dead run's, whose target is back
+    if exchange(stage, target):
+        try:
+            os.rename(stage, retired)  # what was the target, under a name that nobody takes for unfinished work
+        except OSError:  # it is in its place all the same
+            retired = stage
+        try:
+            _refuse_foreign(retired, target, replaceable)  # what appeared in the last moment
+        except UserError:
+            exchange(retired, target)
+            shutil.rmtree(retired, ignore_errors=True)
+            raise
+    else:
+        os.rename(target, retired)
+        try:
+            os.rename(stage, target)
+        except OSError:
+            os.rename(retired, target)
+            raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path, target: Path, replaceable: Mapping[str, Stamp]) -> None:
+    if foreign := foreign_entries(folder, replaceable):
+        raise UserError(
+            f"{target} holds files this project did not write: {', '.join(foreign[:5])}. Move them first",
+            "out-foreign-files",
+        )
+
+
+def _settle(folder: Path) -> None:
+    """Have everything in a folder reach the disk, with the permissions of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, 0o666 & ~mask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    os.chmod(folder, 0o777 & ~mask)
+    sync_folder(folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _stage(target: Path, key: str) -> Path:
+    target = Path(os.path.realpath(target))
+    return target.with_name(f".{target.name[:64]}.{key[:12]}.part")
+
+
+def _siblings(target: Path, *kinds: str) -> list[Path]:
+    """The folders of runs beside a target; the keys of earlier versions were random names."""
+    target = Path(os.path.realpath(target))
+    if not target.parent.is_dir():
+        return []
+    form = re.compile(re.escape(f".{target.name[:64]}.") + rf"[a-z0-9_]{{8,12}}\.({'|'.join(kinds)})")
+    return sorted(path for path in target.parent.iterdir() if form.fullmatch(path.name) and path.is_dir())
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,0 +1,115 @@
+"""Work with a stranger's files, done first in a fork of this process with limits of time and memory.
+
+A hang, a crash of a library or a lack of memory then ends the fork, and this process says so. Whatever the fork raises is
+left to this process to meet again. A fork has everything imported that this process has, so that nothing is waited for
+but the work itself, and it works while this process goes on.
+"""
+
+import atexit
+import faulthandler
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+
+CPU_SECONDS = 10
+WALL_SECONDS = 60.0  # on a machine that is busy with other things
+MEMORY = 4 * 2**30  # bytes more than this process has mapped
+_allowed = False
+
+
+def allow_trials() -> None:
+    """From now on trials are made: this is a command's own process, whose threads do not compute yet when they begin."""
+    global _allowed
+    _allowed = True
+
+
+class Trial:
+    """A fork at work. `step` tells it apart in a message: what was being done when it died."""
+
+    def __init__(self, work: Callable[[Callable[[str], None]], None]) -> None:
+        """Begin the work, which is given what to call with the name of each step; nothing where trials are not made."""
+        self._child = 0
+        if not _allowed or not hasattr(os, "fork"):
+            return
+        self._deadline = time.monotonic() + WALL_SECONDS
+        self._steps, writer = os.pipe()
+        self._child = os.fork()
+        if not self._child:
+            _be_the_fork(work, writer)
+        os.close(writer)
+        atexit.register(self.close)
+
+    def failure(self) -> str:
+        """Wait for the fork; how it died and at which step, as a clause, or "" if it came through."""
+        if not self._child:
+            return ""
+        status = self._wait()
+        with open(self._steps, encoding="utf-8") as steps:
+            step = (steps.read().splitlines() or ["starting"])[-1]
+        code, self._child = os.waitstatus_to_exitcode(status), 0
+        if code == 0:
+            return ""
+        how = {
+            -signal.SIGXCPU: f"took more than {CPU_SECONDS} s of processor time",
+            -signal.SIGKILL: f"took more than {CPU_SECONDS} s of processor time or was killed for its memory",
+            _NO_MEMORY: f"took more than {MEMORY >> 30} GiB of memory",
+            _PANIC: "made a library give up",
+        }.get(code, f"ended a process by signal {-code}" if code < 0 else f"ended a process with code {code}")
+        return f"{step} {how}"
+
+    def close(self) -> None:
+        """End a fork that nobody waits for any more."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            os.close(self._steps)
+            self._child = 0
+
+    def _wait(self) -> int:
+        pause = 0.001
+        while True:
+            found, status = os.waitpid(self._child, os.WNOHANG)
+            if found:
+                return status
+            if time.monotonic() > self._deadline:
+                os.kill(self._child, signal.SIGKILL)
+                return os.waitpid(self._child, 0)[1]
+            time.sleep(pause)
+            pause = min(0.02, pause * 1.5)
+
+
+_NO_MEMORY, _PANIC = 71, 72  # exit codes of a fork
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception is a library's failure, its panics included, which are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _be_the_fork(work: Callable[[Callable[[str], None]], None], writer: int) -> None:
+    code = 0
+    try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nothing, stream)
+        faulthandler.disable()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
+        with open("/proc/self/statm", encoding="ascii") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        for limit, most in (
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CPU, CPU_SECONDS),
+            (resource.RLIMIT_AS, mapped + MEMORY),
+        ):
+            hard = resource.getrlimit(limit)[1]
+            resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        work(lambda step: os.write(writer, f"{step}\n".encode()) and None)
+    except MemoryError:
+        code = _NO_MEMORY
+    except BaseException as error:
+        code = 0 if isinstance(error, Exception) or not is_failure(error) else _PANIC
+    finally:
+        os._exit(code)

@@ -74,7 +74,7 @@ def test_threads_that_ask_at_once_on_the_cpu_read_the_same_file(headers):
 
 def test_a_file_that_shrinks_while_it_is_measured_is_an_error_not_a_crash(tmp_path):
     tensors = open_checkpoint(str(save_tiny("llama", tmp_path / "model"))).tensors
-    weights = StreamedWeights(tensors, torch.device("cpu"), torch.bfloat16)
+    weights = StreamedWeights(StoredLayout(tensors, (), (), ()), torch.device("cpu"), torch.bfloat16)
     names = list(tensors)
     weights.fetch(names[:1])
     os.truncate(tensors[names[0]].file, tensors[names[0]].start)
@@ -84,7 +84,7 @@ def test_a_file_that_shrinks_while_it_is_measured_is_an_error_not_a_crash(tmp_pa
 
 
 def test_values_are_those_of_the_safetensors_library(headers):
-    weights = StreamedWeights(headers, torch.device("cpu"), torch.bfloat16)
+    weights = StreamedWeights(StoredLayout(headers, (), (), ()), torch.device("cpu"), torch.bfloat16)
     stored = load_file(next(iter(headers.values())).file)
     found = weights.fetch(list(headers))
     assert set(found) == set(stored) and all(torch.equal(found[name], stored[name]) for name in stored)

@@ -6,7 +6,8 @@ python -m pytest tests/passes/test_snapshots.py
 import pytest
 import torch
 
-from tests.passes.test_block_runner import CPU, opened, token_lists
+from tests.passes.test_block_runner import CPU, LENGTHS, opened
+from tests.plain_gradients import token_lists
 from tests.tiny_checkpoints import LAYERS, save_any
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.pair.calibration import micro_batches
@@ -23,7 +24,7 @@ def at_every_block(monkeypatch):
 
 def run(folder, path, stop_after=None, sparsity=0.0):
     """Final hidden states, norms, and the blocks that text went through."""
-    encoded = token_lists()
+    encoded = token_lists(LENGTHS)
     decoder, weights = opened(folder)
     tokens = sum(map(len, encoded))
     visitor = LewisVisitor(decoder, tokens, tokens, sparsity)

@@ -6,14 +6,20 @@ python -m pytest tests/passes/test_snapshots.py
 import pytest
 import torch
 
-from tests.passes.test_block_runner import CPU, LENGTHS, opened
 from tests.plain_gradients import token_lists
 from tests.tiny_checkpoints import LAYERS, save_any
 from utils.guidance.lewis.visitor import LewisVisitor
+from utils.models.checkpoints import open_checkpoint
+from utils.models.decoder import find_decoder
+from utils.models.stored_layout import stored_layout
+from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.calibration import micro_batches
 from utils.passes import snapshots
 from utils.passes.block_runner import run_blocks
 from utils.passes.snapshots import Snapshots
+
+CPU = torch.device("cpu")
+LENGTHS = (17, 30, 5, 23, 11)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,10 @@ def at_every_block(monkeypatch):
 def run(folder, path, stop_after=None, sparsity=0.0):
     """Final hidden states, norms, and the blocks that text went through."""
     encoded = token_lists(LENGTHS)
-    decoder, weights = opened(folder)
+    checkpoint = open_checkpoint(str(folder))
+    model = build_skeleton(checkpoint, torch.float32, trust_remote_code=False)
+    decoder = find_decoder(model, None, {}, "test model")
+    weights = StreamedWeights(stored_layout(model, checkpoint), CPU, torch.float32)
     tokens = sum(map(len, encoded))
     visitor = LewisVisitor(decoder, tokens, tokens, sparsity)
     observed = []

@@ -487,7 +487,7 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, sha
     from utils.merging.pieces import finished
 
     whole = contents(merge_here(copies, recipe(copies), "whole", out_shard_size=shards))
-    monkeypatch.setattr(finished, "_SECONDS", 0.0)
+    monkeypatch.setattr(finished, "SECONDS", 0.0)
     pwrite, calls = os.pwrite, []
 
     def interrupt(*arguments):
@@ -514,7 +514,7 @@ def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
     from utils.merging.pieces import finished
 
     for change_of_request in ({"restart": True}, {"out_shard_size": 20_000}):
-        monkeypatch.setattr(finished, "_SECONDS", 0.0)
+        monkeypatch.setattr(finished, "SECONDS", 0.0)
         with monkeypatch.context() as patch:
             patch.setattr("utils.merging.run.forget_inputs", Failing(forget_inputs, 2, KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):

@@ -14,9 +14,10 @@ from utils.trial import Trial, allow_trials, is_failure
 
 
 @pytest.fixture(autouse=True)
-def allowed(monkeypatch):
-    monkeypatch.setattr(trial, "_allowed", False)
+def allowed():
     allow_trials()
+    yield
+    allow_trials(False)
 
 
 def test_work_that_ends_well_or_with_an_error_is_no_failure():
@@ -76,6 +77,6 @@ def test_a_panic_is_a_failure_and_an_interrupt_is_none():
     assert is_failure(PanicException()) and is_failure(ValueError()) and not is_failure(KeyboardInterrupt())
 
 
-def test_nothing_is_tried_outside_a_command(monkeypatch):
-    monkeypatch.setattr(trial, "_allowed", False)
+def test_nothing_is_tried_outside_a_command():
+    allow_trials(False)
     assert Trial(lambda begin: time.sleep(60)).failure() == ""

@@ -19,10 +19,10 @@ MEMORY = 4 * 2**30  # bytes more than this process has mapped
 _allowed = False
 
 
-def allow_trials() -> None:
+def allow_trials(allowed: bool = True) -> None:
     """From now on trials are made: this is a command's own process, whose threads do not compute yet when they begin."""
     global _allowed
-    _allowed = True
+    _allowed = allowed
 
 
 class Trial:

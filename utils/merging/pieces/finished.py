@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.models.shard_files import TensorSpec
 
-_SECONDS = 5.0  # between two times that names are added
+SECONDS = 5.0  # between two times that names are added
 
 
 class FinishedTensors:
@@ -41,7 +41,7 @@ class FinishedTensors:
             missing[name] -= nbytes
             if not missing[name]:
                 complete.append(name)
-            if time.monotonic() - saved > _SECONDS:
+            if time.monotonic() - saved > SECONDS:
                 self._add(complete, sync)
                 saved = time.monotonic()
 

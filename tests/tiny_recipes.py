@@ -70,6 +70,7 @@ def decide_here(guidance: str, measured: str | Path = "dfs", out: str | Path = "
         out: the folder to write into.
         asked: flags of the method, fields of `RecipeOptions` and of `DecideOptions`, by name.
     """
+    asked.setdefault("accept_edited", True)  # tests edit tables
     own = own_defaults(guidance)
     own |= {name: asked.pop(name) for name in own if name in asked}
     fields = {field.name for field in dataclasses.fields(RecipeOptions)}

@@ -287,7 +287,8 @@ def test_refusals(pair):
         decided("saliency")
     text = Path("dfs/saliency_budget_histogram.csv").read_text().splitlines()
     Path("dfs/saliency_budget_histogram.csv").write_text("\n".join(text[:-1]) + "\n")
-    refused_here("table-row-missing", "lewis_merge.py", *DECIDE)
+    refused_here("dataframes-edited", "lewis_merge.py", *DECIDE)
+    refused_here("table-row-missing", "lewis_merge.py", *DECIDE, "--accept_edited")
     write_config(folder, {"components": ["q_proj"]})
     with refused("dataframes-other-config"):
         decided()

@@ -50,7 +50,9 @@ class Pair:
 
     def decide(self, *more, refused=""):
         flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
-        return self.call("lewis_merge.py", *flags, "--guidance", "sens_merging", *more, refused=refused)
+        return self.call(
+            "lewis_merge.py", *flags, "--accept_edited", "--guidance", "sens_merging", *more, refused=refused
+        )
 
     def recipe(self, method="task_arithmetic", tags=""):
         return yaml.safe_load((self.folder / "out" / RECIPE.format(method=method, tags=tags)).read_text())

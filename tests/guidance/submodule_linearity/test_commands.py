@@ -54,7 +54,7 @@ def decide(folder, *more, out="out", run=done_here):
     flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", out)
     own = () if "--guidance" in more else ("--guidance", "submodule_linearity")
     method = () if "--merge_method" in more else ("--merge_method", "task_arithmetic")
-    return run("lewis_merge.py", *flags, *own, *method, *more, cwd=folder)
+    return run("lewis_merge.py", *flags, "--accept_edited", *own, *method, *more, cwd=folder)
 
 
 def refusing(code):

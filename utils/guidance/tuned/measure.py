@@ -17,7 +17,7 @@ from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
 from utils.guidance.tuned.parts import Parts, SummedWeights, plan_parts, write_parts
 from utils.guidance.tuned.slopes import CoefficientSlopes, group_numbers
 from utils.guidance.tuned.start import Start, plain_start, read_start
-from utils.guidance.tuned.tables import COEFFICIENT_TABLE, STEP_TABLE, start_content
+from utils.guidance.tuned.tables import COEFFICIENT_TABLE, SAMPLES, STEP_TABLE, start_content
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
 from utils.passes.language_head import require_head
@@ -234,14 +234,9 @@ def _rows(base: Subject, parts: Parts, coefficients: Tensor) -> list[tuple]:
 
 def _step_rows(descent: Descent, tasks: Sequence[str]) -> list[tuple]:
     return [
-        (
-            number,
-            task,
-            "" if step.losses is None else step.losses[place],
-            step.held_out[place],
-            step.lost,
-            int(number == descent.best),
-        )
+        (number, task, samples, losses[place], step.lost, int(number == descent.best))
         for number, step in enumerate(descent.steps)
         for place, task in enumerate(tasks)
+        for samples, losses in zip(SAMPLES, (step.losses, step.held_out), strict=True)
+        if losses is not None
     ]

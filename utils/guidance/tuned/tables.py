@@ -3,8 +3,8 @@
 | file | one row per |
 |---|---|
 | `tuned_coefficients.csv` | expert and tensor of the base's checkpoint: `layer` (-1 outside the blocks), `component`, `params`, `coefficient` |
-| `tuned_steps.csv` | step and task: mean loss (nats per token) of the samples stepped on (`loss`, blank for the last) and of those held |
-| | out, the share of the gains that the step loses on the latter, and whether it is the one that was kept |
+| `tuned_steps.csv` | step, task and `samples`, those stepped on (none from the last) or held out: mean `loss` (nats per token), the |
+| | share of the gains that the step loses on what is held out, and whether it is the one that was kept |
 | `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights and files of the experts |
 """
 
@@ -21,6 +21,7 @@ from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
 from utils.guidance.tuned.start import METHODS, Start
 from utils.safe_yaml import read_yaml_mapping
 
+SAMPLES = ("stepped", "held_out")
 COEFFICIENT_TABLE = TableFormat(
     COEFFICIENTS,
     (
@@ -38,12 +39,12 @@ STEP_TABLE = TableFormat(
     (
         whole("step"),
         expert("task"),
-        text("loss", blank=True),
-        number("held_out_loss"),
+        text("samples", names=SAMPLES),
+        number("loss"),
         number("share_lost", least=-float("inf")),
         whole("kept"),
     ),
-    key=("step", "task"),
+    key=("step", "task", "samples"),
 )
 
 

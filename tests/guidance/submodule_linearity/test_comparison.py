@@ -5,12 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from tests.plain_gradients import CPU, token_lists
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_any
-from utils.errors import UserError
 from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
 from utils.guidance.submodule_linearity.nonlinearity import GRID
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
@@ -380,30 +378,42 @@ def test_pads_where_the_length_equals_the_number_of_heads(family, tmp_path):
         torch.testing.assert_close(one.grams, other.grams, rtol=2e-4, atol=1e-5 * float(one.grams.max()))
 
 
-class Tampered:
-    """A base whose first block's MLP is called differently; `compare_models` must refuse it."""
-
-    def __init__(self, folder, forward):
-        self.base, *self.experts = (compared(folder, name) for name in NAMES)
-        mlp = self.base.decoder.blocks[0].mlp
-        mlp.forward = forward(mlp, mlp.forward)
-
-    def message(self):
-        with pytest.raises(UserError) as refused:
-            given = [ComparedText(micro_batches(TEXTS[0], 64, 0), (0, 1))]
-            compare_models(self.base, self.experts, given, CPU, scores=False)
-        assert all(parameter.is_meta for parameter in self.base.decoder.model.parameters())
-        return str(refused.value)
+def compared_after(folder, change):
+    """Compare models after a change to the base's first block."""
+    save_models("llama", folder)
+    base, *experts = (compared(folder, name) for name in NAMES)
+    change(base.decoder.blocks[0])
+    try:
+        return compare_models(base, experts, [ComparedText(micro_batches(TEXTS[0], 64, 0), (0, 1))], CPU, scores=False)
+    finally:
+        assert all(parameter.is_meta for parameter in base.decoder.model.parameters())
 
 
-def test_a_part_that_is_called_twice_or_never_is_refused(tmp_path):
-    save_models("llama", tmp_path)
-    never = Tampered(
-        tmp_path, lambda mlp, forward: lambda x: nn.functional.linear(mlp.up_proj(x), mlp.down_proj.weight)
-    )
-    assert "mlp.gate_proj of block 0 is called never" in never.message()
-    twice = Tampered(tmp_path, lambda mlp, forward: lambda x: forward(x) + 0 * mlp.down_proj(mlp.up_proj(x)))
-    assert "of block 0 is called 2 times" in twice.message()
+def test_a_small_part_that_is_called_twice_or_never_counts_as_the_larger_one_around_it(tmp_path):
+    def change(block):
+        mlp = block.mlp
+        mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) + 0 * mlp.up_proj(x))
+
+    parts = {(part.layer, part.name): part.sums for part in compared_after(tmp_path, change).parts}
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        assert torch.equal(parts[0, name], parts[0, "mlp"])
+    assert not torch.equal(parts[0, "mlp.down_proj"], parts[0, "mlp"])
+    assert not torch.equal(parts[1, "mlp.gate_proj"], parts[1, "mlp"])
+
+
+def test_a_larger_part_that_is_called_twice_is_refused(tmp_path):
+    def change(block):
+        plain = block.self_attn.forward
+
+        def forward(*given, **named):
+            result = plain(*given, **named)
+            block.mlp(result[0])
+            return result
+
+        block.self_attn.forward = forward
+
+    with refused("model-unsupported", "mlp of block 0 is called 2 times"):
+        compared_after(tmp_path, change)
 
 
 def test_models_of_other_parts_are_refused_without_weights(tmp_path):

@@ -8,14 +8,14 @@ STORE = 80 * 2**20  # bytes, about the least that Ray takes
 
 
 @contextmanager
-def own_ray(cpus: int = 2) -> Iterator[None]:
+def own_ray(cpus: int = 2, gpus: int = 0) -> Iterator[None]:
     """Ray in this process, for as long as the context lasts."""
     import ray
 
     ray.init(
         address="local",
         num_cpus=cpus,
-        num_gpus=0,
+        num_gpus=gpus,
         include_dashboard=False,
         object_store_memory=STORE,
         log_to_driver=False,

@@ -16,7 +16,7 @@ from tests.tiny_evaluations import save_evaluated_pair
 from tests.tiny_experts import save_experts
 from tests.tiny_pairs import contents, save_pair, write_config
 from tests.workers.clusters import add_node, own_ray, several_nodes
-from tests.workers.pieces import stop, stop_the_first_time, sum_slowly
+from tests.workers.pieces import stop, stop_the_first_time, sum_slowly, threads
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import RayFlags
@@ -150,6 +150,20 @@ def test_a_share_that_no_machine_has_is_refused(tmp_path):
         for share in (ClusterShare(cpus=2), ClusterShare(gpus=1)):
             with refused("workers-share-too-large"), ray_workers("local", share):
                 raise AssertionError("there is such a machine")
+
+
+def test_pieces_take_their_share_of_a_gpu_and_say_where_there_is_none(tmp_path):
+    """Ray believes in the GPU; whether torch sees it shows in the task."""
+    with own_ray(4, gpus=1):
+        with ray_workers("local", ClusterShare(gpus=0.5)) as ray:
+            assert (ray.at_once, ray.device.type) == (2, "cuda")
+        with ray_workers("local", ClusterShare()) as ray:
+            assert (ray.at_once, ray.gpus) == (1, 1)
+            if not torch.cuda.is_available():
+                with refused("workers-no-gpu"):
+                    ray.run([Piece("threads", threads)], tmp_path, lambda label, steps: None)
+        with ray_workers("local", ClusterShare(gpus=0)) as ray:
+            assert (ray.at_once, ray.device.type) == (4, "cpu")
 
 
 def test_a_killed_command_goes_on_with_what_is_missing(pair, monkeypatch):

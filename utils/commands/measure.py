@@ -108,8 +108,8 @@ def _measure(
     )
     request = _request(options, job, samples)
     with contextlib.ExitStack() as stack:
-        place = options.out_dir / WORK
-        same = (place / folder_name(request)).is_dir
+        place, pieces_of = options.out_dir / WORK, _pieces_of(job, workers, request)
+        same = (place / folder_name(pieces_of)).is_dir
         stack.enter_context(locked_folder(options.out_dir, is_same=same, say=say))
         if not options.overwrite:
             if _already_there(options.out_dir, request):
@@ -126,9 +126,9 @@ def _measure(
         if options.restart:
             shutil.rmtree(place, ignore_errors=True)
         elif place.is_dir():
-            say(_left_over(place, request))
+            say(_left_over(place, pieces_of))
         keep = workers is not None
-        workspace = stack.enter_context(work_folder(place, request, keep=keep, through_interrupts=True))
+        workspace = stack.enter_context(work_folder(place, pieces_of, keep=keep, through_interrupts=True))
         if workers is not None:
             workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
         measured = method.measure(replace(job, workspace=workspace))
@@ -279,6 +279,14 @@ def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
     }
     found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
     return {"other_inputs": found} if found else {}
+
+
+def _pieces_of(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bits of the pieces' results depend on beside the request."""
+    import torch
+
+    threads = torch.get_num_threads() if workers is None else workers.cpus
+    return {**request, "threads": threads, "batches_a_piece": job.batches_a_piece}
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

@@ -78,10 +78,11 @@ class MeasureJob:
     def of(self, *subjects: Subject) -> "MeasureJob":
         """This job as a piece of it needs it: these subjects, with skeletons that nobody else uses; nothing of where it runs.
 
-        Weights are placed into skeletons, and pieces may run side by side.
+        Weights are placed into skeletons, and pieces may run side by side. (Other processes build skeletons of their own.)
         """
-        own = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
-        return MeasureJob(self.config, own, (), self.options, self.trust_remote_code)
+        if self.workers is None:
+            subjects = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
+        return MeasureJob(self.config, subjects, (), self.options, self.trust_remote_code)
 
     def run(self, pieces: Sequence[Piece]) -> list[Any]:
         """Do all pieces with one progress bar, where `workers` or `devices` and `at_once` say; results in their order.

@@ -49,8 +49,8 @@ def test_pieces_and_command_1_on_ray_come_to_what_they_come_to_here(tmp_path, mo
     torch.set_num_threads(before)
     work = tmp_path / "work"
     work.mkdir()
-    with own_ray(), ray_workers("local", ClusterShare()) as workers:
-        assert (workers.at_once, workers.gpus, workers.device) == (2, 0, torch.device("cpu"))
+    with own_ray(1), ray_workers("local", ClusterShare()) as workers:
+        assert (workers.at_once, workers.gpus, workers.device) == (1, 0, torch.device("cpu"))
         pieces = [*doubling(2, tmp_path / "log"), Piece("threads", threads)]
         first = workers.run(pieces, work, lambda label, steps: None)
         assert [first[0].twice, first[1].twice, first[2]] == [0, 2, (1, "cpu")]

@@ -113,7 +113,6 @@ def test_a_machine_that_is_lost_half_way_costs_its_running_tasks(pair):
             thread.start()
             found = ray.run(pieces, work, lambda label, steps: None)
             thread.join()
-            assert ray.at_once == 1
     assert 3 <= len(lost[0]) < 10
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 

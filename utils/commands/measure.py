@@ -16,7 +16,13 @@ from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
-from utils.models.checkpoints import find_small_files, open_checkpoint, read_model_config, weight_file_record
+from utils.models.checkpoints import (
+    Checkpoint,
+    find_small_files,
+    open_checkpoint,
+    read_model_config,
+    weight_file_record,
+)
 from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples, token_digest, with_defaults
 from utils.pair.config import PairConfig
@@ -130,7 +136,7 @@ def _measure(
         keep = workers is not None
         workspace = stack.enter_context(work_folder(place, pieces_of, keep=keep, through_interrupts=True))
         if workers is not None:
-            workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
+            workers.refuse_unlike(workspace, {one.folder: one.files for one in _checkpoints(options, subjects)})
         measured = method.measure(replace(job, workspace=workspace))
         _refuse_changed(subjects, request)
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
@@ -274,11 +280,20 @@ def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict
 def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
     """The records of models and files that the method's own flags name, by flag."""
     named = options.method_options
-    found: dict[str, Any] = {
-        flag: weight_file_record(open_checkpoint(named[flag])) for flag in options.method.model_flags if named.get(flag)
-    }
+    found: dict[str, Any] = {flag: weight_file_record(one) for flag, one in _named_checkpoints(options).items()}
     found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
     return {"other_inputs": found} if found else {}
+
+
+def _named_checkpoints(options: MeasureOptions) -> dict[str, Checkpoint]:
+    """The models that the method's own flags name, by flag."""
+    named = options.method_options
+    return {flag: open_checkpoint(named[flag]) for flag in options.method.model_flags if named.get(flag)}
+
+
+def _checkpoints(options: MeasureOptions, subjects: Sequence[Subject]) -> list[Checkpoint]:
+    """Every model that is read."""
+    return [*(subject.checkpoint for subject in subjects), *_named_checkpoints(options).values()]
 
 
 def _pieces_of(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def _cases(*quick: tuple[str, bool]) -> list:
     return found
 
 
-@pytest.mark.parametrize(("command", "again", "every"), _cases(("measure", False), ("merge", False), ("merge", True)))
+@pytest.mark.parametrize(("command", "again", "every"), _cases(("merge", False)))
 def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder, tmp_path, command, again, every):
     old, expected, points = _prepared(faulty_server, folder, tmp_path, command, again, every)
     for at in points:
@@ -68,7 +68,7 @@ def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder
         assert _found(folder) == expected, at
 
 
-@pytest.mark.parametrize(("command", "again", "every"), _cases(("decide", False), ("merge", False)))
+@pytest.mark.parametrize(("command", "again", "every"), _cases(("merge", False)))
 @pytest.mark.parametrize(
     "error", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)], ids=errno.errorcode.get
 )

@@ -1,6 +1,6 @@
 """Models, configs and recipes that somebody made to do harm: success or one message, in seconds, with little memory.
 
-python -m pytest tests/faults/test_untrusted.py
+python -m pytest tests/faults/test_untrusted.py -m slow
 """
 
 import json
@@ -15,6 +15,7 @@ import pytest
 
 from tests.faults.pair import COMMANDS, make_pair
 
+pytestmark = pytest.mark.slow
 SECONDS, MEGABYTES = 30, 3000  # on a machine that is busy with other tests; a process with everything imported has 700
 
 
@@ -92,7 +93,7 @@ def _check(done: dict[str, Any], what: object = "") -> None:
     assert done["seconds"] < SECONDS and done["peak_kb"] < MEGABYTES * 1024, (what, done)
 
 
-@pytest.mark.parametrize("attack", [*ATTACKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("attack", [*ATTACKS, *SLOW])
 @pytest.mark.parametrize("command", ["measure", "merge"])
 def test_a_model_made_to_do_harm(plain_server, folder, command, attack):
     model = folder / ("base" if command == "measure" else "merged/base")
@@ -193,7 +194,6 @@ def test_a_few_mutated_files(plain_server, folder, command):
     _fuzz(plain_server, folder, command, 8, seed=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_many_mutated_files(plain_server, folder, command, part):

@@ -39,6 +39,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     from utils.commands import decide_report as report
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
     from utils.guidance.recipe_files import recipe_files
+    from utils.models.relative_change import strangers
 
     made = guided_recipe(measured, choices, folder=options.out_dir)
     control = None if options.control is None else control_recipe(measured, made, options.control)
@@ -50,9 +51,9 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     check_file_names(list(files), options.config.path)
     if not options.quiet:
         report.say_choices(options, measured, made)
-    report.warn(
-        [*([mended] if mended else []), *measured.warnings, *made.warnings, *(control.warnings if control else ())]
-    )
+    far = strangers(measured.models.checkpoints, options.config.base.type, [one.type for one in choices.experts])
+    control_warnings = control.warnings if control else ()
+    report.warn([*([mended] if mended else []), *measured.warnings, *far, *made.warnings, *control_warnings])
     remarks = () if options.quiet else made.decision.remarks()
     written = publish_changed(options.out_dir, files, overwrite=options.overwrite, last=True)
     if not options.quiet:

@@ -139,12 +139,10 @@ def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> s
 
 def _check(scorer: "Scorer", candidates: "Sequence[Candidate]") -> list[str]:
     """Everything that can be refused of candidates before weights are read; warnings are printed and handed on."""
-    from utils.models.relative_change import no_fine_tune
+    from utils.models.relative_change import strangers
 
-    base = scorer.inputs[scorer.config.base.type]
-    found = []
-    for entry in scorer.config.experts:
-        found += no_fine_tune(base, scorer.inputs[entry.type], entry.type)
+    config = scorer.config
+    found = strangers(scorer.inputs, config.base.type, [entry.type for entry in config.experts])
     for one in candidates:
         found += [f"{one.name}: {warning}" for warning in scorer.check(one)]
     if not candidates:

@@ -101,6 +101,7 @@ def prepare_search(
     from utils.evaluation.placing import score_placed
     from utils.evaluation.store import LossStore
     from utils.guidance.measured_pair import experts_to_merge
+    from utils.models.relative_change import strangers
     from utils.recipes.naming import LocalModels
     from utils.searching.knowns import knowns
     from utils.searching.losses import Losses
@@ -129,6 +130,7 @@ def prepare_search(
     maker = RecipeMaker(config, models, measured, options.out_dir / VECTORS, dtype)
     space = search_space(config.search, list(measured), [one.type for one in experts], len(maker.blocks.filters))
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
+    notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     for line in notes:
         print(f"warning: {line}", file=sys.stderr)
     store = LossStore(options.out_dir / LOSSES)

@@ -14,6 +14,7 @@ from utils.merging.output_folder import OutputFolder, check_apart, check_space
 from utils.merging.planning import PlannedMerge, plan_models
 from utils.merging.resources import memory_estimate
 from utils.merging.settings import MergeSettings
+from utils.models.relative_change import strangers
 from utils.models.small_files import check_copied
 from utils.models.tokenizer_files import copied_names, small_bytes
 from utils.runtime import available_bytes, gigabytes
@@ -44,7 +45,15 @@ def preflight(
     tagged = planned.plan.architecture.info.tagalong_files or []
     check_copied(donor, [*copied_names(donor), *tagged])
     short = _check_space(planned, output, say)
-    return replace(planned, warnings=(*planned.warnings, *short))
+    return replace(planned, warnings=(*planned.warnings, *_no_fine_tunes(planned.plan.inputs), *short))
+
+
+def _no_fine_tunes(inputs: MergeInputs) -> list[str]:
+    """Sentences about models whose weights are too far from the base's; of a merge without a base there are none."""
+    if inputs.config.base_model is None:
+        return []
+    checkpoints = {one.checkpoint.name: one.checkpoint for one in inputs.models}
+    return strangers(checkpoints, inputs.donor.checkpoint.name, list(checkpoints))
 
 
 def _check_space(planned: PlannedMerge, output: OutputFolder, say: Callable[[str], None]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import save_tokenizer
 from utils.pair.config import PairSettings, read_pair_config
+from utils.pair.search import SearchSettings
 from utils.pair.source import CalibrationSource
 
 README = ROOT / "README.md"
@@ -145,10 +146,12 @@ def test_every_config_key_is_explained():
         assert f"| `{key}` |" in CONFIG
     for key in (field.name for field in dataclasses.fields(CalibrationSource)):
         assert f"`{key}`" in CONFIG
+    for key in (field.name.rstrip("_") for field in dataclasses.fields(SearchSettings)):
+        assert re.search(rf"^\|[^|]*`{key}`[^|]*\|", CONFIG, flags=re.M), key
 
 
 def test_the_yaml_in_it_is_valid(tmp_path):
-    whole, dataset = fenced(ROOT / "docs/config.md", "yaml")
+    whole, dataset, sought = fenced(ROOT / "docs/config.md", "yaml")
     (search,) = fenced(ROOT / "docs/search.md", "yaml")
     path = tmp_path / "pair.yaml"
     path.write_text(whole)
@@ -157,6 +160,9 @@ def test_the_yaml_in_it_is_valid(tmp_path):
     assert read_pair_config(path).dataset.path == "data/my_task.jsonl"
     path.write_text(whole + search)
     assert read_pair_config(path).search.depth_groups == 3
+    path.write_text(whole + sought)
+    found = read_pair_config(path).search
+    assert found.density.fixed and found.options["saliency_budget"]["mask"] == ("magnitude", "saliency")
 
 
 @pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])

@@ -80,7 +80,17 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     )
     assert done.returncode == 0, done.stderr
     out = pair / "out/search"
-    written = {"best.yaml", "best_uniform.yaml", "trials.csv", "scores.csv", "report.html", "manifest.json", "study.db"}
+    written = {
+        "best.yaml",
+        "best.manifest.json",
+        "best_uniform.yaml",
+        "best_uniform.manifest.json",
+        "trials.csv",
+        "scores.csv",
+        "report.html",
+        "manifest.json",
+        "study.db",
+    }
     assert written <= {path.name for path in out.iterdir()}
     scores = pd.read_csv(out / "scores.csv")
     best = json.loads((out / "manifest.json").read_text())["best"]
@@ -102,7 +112,13 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     words[0] = "utils/merger.py"
     merged = run_command_line(*words, cwd=pair)
     assert merged.returncode == 0, merged.stderr
-    assert (Path(pair, words[words.index("--output_path") + 1]) / "model.safetensors").exists()
+    result = Path(pair, words[words.index("--output_path") + 1])
+    assert (result / "model.safetensors").exists()
+    record = json.loads((out / "best.manifest.json").read_text())
+    assert record["search"]["trial"] == best[winner]["trial"] and record["search"]["trials"] == 26
+    card = (result / "README.md").read_text()
+    assert f"Found by a search: trial {best[winner]['trial']} of 26" in card
+    assert json.loads((result / "manifest.json").read_text())["origin"]["search"]["validation_rows"]["code"] == 24
     before = contents(out / "losses")
     done_here("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair)
     assert contents(out / "losses") == before
@@ -120,6 +136,25 @@ def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, 
     search_pair(options(pair, measure=True, trials=4, out_dir=pair / "out/all"))
     assert "guidance gram_mean is left out" in (said := capsys.readouterr().err) and "[text-without-gain]" in said
     assert (pair / "out/all/best.yaml").exists()
+
+
+def test_held_out_prompts_are_answered_on_the_page_unless_that_is_not_wanted(pair):
+    evaluation = {}
+    for name in ("code", "math"):
+        lines = [json.loads(line)["text"].split() for line in (pair / f"{name}.jsonl").read_text().splitlines()]
+        rows = [{"question": " ".join(words[:3]), "answer": " ".join(words[3:])} for words in lines]
+        (pair / f"{name}_asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = {"path": f"{name}_asked.jsonl", "text": "{question} {answer}", "seqlen": 48}
+        evaluation[name] = text | {"answer": "{answer}"}
+    settings(pair, search=UNGUIDED, evaluation=evaluation)
+    search_pair(options(pair, trials=4))
+    page = (pair / "out/search/report.html").read_text()
+    assert "Answers to held-out prompts" in page
+    before = contents(pair / "out/search/losses")
+    search_pair(options(pair, trials=4, samples=False))
+    assert "Answers to held-out prompts" not in (pair / "out/search/report.html").read_text()
+    search_pair(options(pair, trials=4))  # from what was kept
+    assert contents(pair / "out/search/losses") == before
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def _declare_flags(parser: FlagParser) -> None:
         "tokens that go through a block together [default: 2048 on the CPU, 16384 on a GPU]",
         type=whole_number(1, 2**24),
     )
+    parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("max_hours", "end in time: what was found by then is judged", type=number(0, math.inf, low_open=True))
     parser.flag("max_disk", "end before --out_dir holds more than this, e.g. 500M, 5G", type=byte_count)
     parser.ray_flags()

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.refusals import refused
 from tests.tiny_evaluations import SCORE_COLUMNS, write_scores
 from utils.commands.evaluation_folder import read_evaluation
-from utils.reports.card_table import evaluation_section
+from utils.reports.card_table import evaluation_section, model_index
 from utils.reports.page import render
 from utils.reports.values import Estimate, Role
 
@@ -64,6 +66,20 @@ def test_the_recipes_that_a_search_wrote(folder):
     found = read_evaluation(folder)
     assert found.candidate_of(Path("best.yaml"), "aa") == "ours"
     assert found.candidate_of(Path("best_uniform.yaml"), "bb") == "plain"
+
+
+def test_rows_of_a_data_set_of_the_hub_stand_in_the_cards_metadata(folder):
+    assert model_index(read_evaluation(folder).page, "ours", "merged") == []
+    rows = {"test": [3, 5, 8]}
+    hub = {"id": "openai/gsm8k", "config": "main", "split": "test"}
+    record(folder, tasks=[{"name": "math", "rows": rows, "hub": hub}])
+    (index,) = model_index(read_evaluation(folder).page, "ours", "merged")
+    (result,) = index["results"]
+    assert result["dataset"] == {"name": "math", "type": "openai/gsm8k", "config": "main", "split": "test"}
+    (metric,) = result["metrics"]
+    assert metric["type"] == "perplexity" and metric["value"] > 1
+    card = ModelCardData(model_name="merged", eval_results=model_index_to_eval_results([index])[1], license="mit")
+    assert "openai/gsm8k" in card.to_yaml()  # as the hub's own client writes it
 
 
 def test_a_manifest_is_not_needed_and_scores_are(folder):

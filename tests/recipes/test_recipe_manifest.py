@@ -40,13 +40,24 @@ def test_what_is_written_is_read_again(recipe):
     data = json.loads((recipe.parent / "a_merge_config.manifest.json").read_text())
     assert data["command"] == "lewis_merge" and data["lambda"] == 0.4
     fields = {field.name.rstrip("_") for field in dataclasses.fields(RecipeManifest)}
-    assert set(data) == {"command", *fields}
+    assert set(data) == {"command", *fields} - {"search"}
+
+
+def test_beside_a_recipe_that_a_search_found_it_says_which_trial(recipe):
+    found = dataclasses.replace(MANIFEST, search={"trial": 7, "trials": 64})
+    path = recipe.parent / "a_merge_config.manifest.json"
+    path.write_bytes(found.as_bytes())
+    assert read_recipe_manifest(recipe, "12") == (found, "")
+    assert json.loads(path.read_text())["command"] == "utils/searcher.py"
+    path.write_text(path.read_text().replace('"search"', '"sought"'))
+    with refused("recipe-manifest-malformed"):
+        read_recipe_manifest(recipe, "12")
 
 
 def test_the_docstring_names_every_key():
     from utils.recipes import recipe_manifest
 
-    assert all(f"`{key}`" in recipe_manifest.__doc__ for key in json.loads(MANIFEST.as_bytes()))
+    assert all(f"`{key}`" in recipe_manifest.__doc__ for key in [*json.loads(MANIFEST.as_bytes()), "search"])
 
 
 def test_an_edited_recipe_has_none(recipe):

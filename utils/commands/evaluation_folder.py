@@ -15,7 +15,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.merging.recipe_file import MergeRecipe
 from utils.publish import MANIFEST
-from utils.reports.values import Contender, Estimate, Page, Role, Score, Standing, TaskScores
+from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Score, Standing, TaskScores
 
 SCORES = "scores.csv"
 _BEST, _BEST_UNIFORM = "best.yaml", "best_uniform.yaml"  # what a search writes
@@ -118,11 +118,19 @@ def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping
     against = next((line["against"] for line in rows.values() if line["against"]), "")
     named = manifest.get("best_on_validation") or next(iter(manifest.get("best") or {}), "")
     tested = {one["name"]: len(one["rows"]["test"]) for one in manifest.get("tasks", [])}
+    hub = {one["name"]: HubDataset(**one["hub"]) for one in manifest.get("tasks", []) if one.get("hub")}
     tasks = dict.fromkeys(task for _, task, measure in rows if measure == _LOSS)
     known = (_LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING)
     others = dict.fromkeys((task, measure) for _, task, measure in rows if measure not in known)
     scored = [
-        TaskScores(task, "loss, nats per token", False, _scores(rows, roles, task, _LOSS), tested.get(task))
+        TaskScores(
+            task,
+            "loss, nats per token",
+            False,
+            _scores(rows, roles, task, _LOSS),
+            tested.get(task),
+            dataset=hub.get(task),
+        )
         for task in tasks
     ]
     scored += [TaskScores(task, measure, True, _scores(rows, roles, task, measure)) for task, measure in others]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.commands.evaluate_generation import generate
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
 from utils.publish import MANIFEST, publish_files, to_json
 from utils.recipes.recipe import file_key, recipe_bytes
+from utils.recipes.recipe_manifest import manifest_name
 from utils.runtime import versions
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 TRIALS, SCORES, REPORT = "trials.csv", "scores.csv", "report.html"
 BEST, BEST_STOCK, BEST_UNIFORM = "best.yaml", "best_stock.yaml", "best_uniform.yaml"
-FILES = (BEST, BEST_STOCK, BEST_UNIFORM, TRIALS, SCORES, REPORT, MANIFEST)
+_RECIPES = (BEST, BEST_STOCK, BEST_UNIFORM)
+FILES = (*_RECIPES, *map(manifest_name, _RECIPES), TRIALS, SCORES, REPORT, MANIFEST)
 
 
 def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None]) -> None:
@@ -55,13 +58,15 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     evaluated = _on_test_rows(ready, winners, names)
     recipes = _recipes(ready, winners)
     following = _next(ready)
-    warnings = [*ready.warnings, *([f"the search ended early: {stopped}"] if stopped else [])]
+    generated = generate(ready.scorer, evaluated, ready.store, None, answers=ready.options.samples, say=say)
+    warnings = [*ready.warnings, *generated.warnings]
+    warnings += [f"the search ended early: {stopped}"] if stopped else []
     request = _request(ready, evaluated, winners, names, stopped)
-    page = _page(ready, evaluated, request, warnings, following, winners, names)
+    page = _page(ready, evaluated, request, warnings, following, winners, names, generated)
     files: dict[str, bytes | Path] = {
         **recipes,
         TRIALS: trials_table(ready.study, ready.objective).to_csv(index=False).encode(),
-        SCORES: scores_table(evaluated, Generated()).to_csv(index=False).encode(),
+        SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         REPORT: render(page).encode(),
     }
     request["files"] = {name: _sha256(content) for name, content in files.items()}
@@ -125,7 +130,9 @@ def _candidate(ready: "Prepared", one: "Finished", name: str) -> "Candidate":
 
 
 def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
-    """The recipes by file name, after the files of vectors they name, which lie beside them."""
+    """The recipes by file name, after the files of vectors they name, which lie beside them; their manifests behind."""
+    from utils.searching.records import recipe_record
+
     wanted = {BEST: winners.best}
     if winners.stock.digest != winners.best.digest:
         wanted[BEST_STOCK] = winners.stock
@@ -141,8 +148,26 @@ def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
             places[str(path)] = f"{stem}_{expert}_saliency.safetensors"
             files[places[str(path)]] = path
         models = [_beside(entry, places, ready.options.out_dir) for entry in made.data["models"]]
-        files[name] = recipe_bytes({**made.data, "models": models})
+        data = {**made.data, "models": models}
+        files[name] = recipe_bytes(data)
+        vectors = {file: Path(path) for path, file in places.items()}
+        measured, search = ready.measured.get(one.point.guidance), _search_record(ready)
+        record = recipe_record(ready.options.config, measured, one, (name, files[name]), data, vectors, search)
+        files[manifest_name(name)] = record.as_bytes()
     return files
+
+
+def _search_record(ready: "Prepared") -> dict[str, Any]:
+    """What a recipe's manifest says of the search that found it."""
+    options = ready.options
+    return {
+        "trials": len(ready.study.trials),
+        "sampler": ready.study.sampler,
+        "seed": options.seed,
+        "objective": options.objective,
+        "validation_rows": {task: len(rows) for task, rows in ready.yardstick.rows.items()},
+        "rows_sha256": {task.name: task.digest for task in ready.scorer.tasks if task.measures_gain},
+    }
 
 
 def _beside(entry: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> dict[str, Any]:
@@ -198,12 +223,13 @@ def _page(
     following: str,
     winners: "Winners",
     names: Mapping[str, str],
+    generated: Generated,
 ) -> "Page":
     """The evaluator's page of the winners, with the search on it."""
     from utils.commands.evaluate_page import evaluation_page
     from utils.commands.search_page import add_search
 
-    page = evaluation_page(ready.scorer, evaluated, request, warnings, following, Generated())
+    page = evaluation_page(ready.scorer, evaluated, request, warnings, following, generated)
     page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
     return add_search(page, ready, evaluated, winners, names)
 

@@ -55,6 +55,7 @@ class SearchOptions:
     micro_batch_tokens: int | None = None
     max_hours: float | None = None
     max_disk: int | None = None
+    samples: bool = True
     trust_remote_code: bool = False
     quiet: bool = False
     ray: RayFlags | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from utils.errors import UserError
+from utils.models.checkpoints import is_local
 from utils.pair.calibration import (
     Sample,
     choose_samples,
@@ -55,7 +56,7 @@ class Task:
     """A named text with its rows; a row is known by its number in `rows`, which the config settles.
 
     `experts` are the types whose text this is (none for a third kind of text). `summary` says in a line where the rows
-    come from.
+    come from; `hub` is the data set of the hub of the test rows, if it is one: `id`, and `config` and `split` it has.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     rows: tuple[Row, ...] = field(repr=False)
     experts: tuple[str, ...] = ()
     summary: str = ""
+    hub: Mapping[str, str] | None = None
 
     @property
     def measures_gain(self) -> bool:
@@ -80,6 +82,7 @@ class Task:
             "text": self.summary,
             "experts": list(self.experts),
             "rows_sha256": self.digest,
+            "hub": self.hub,
             "rows": {part: [self.rows[row].place for row in self.part(part)] for part in (VALIDATION, TEST)},
         }
 
@@ -196,7 +199,16 @@ def _task(
     summary += ", none of them seen by calibration or shared"
     if dropped:
         summary += f"; {dropped} rows with texts that are elsewhere left out"
-    return Task(name, source.seqlen, (*chosen[VALIDATION], *chosen[TEST]), experts, summary)
+    rows = (*chosen[VALIDATION], *chosen[TEST])
+    return Task(name, source.seqlen, rows, experts, summary, _hub(parts[TEST].source))
+
+
+def _hub(source: CalibrationSource) -> dict[str, str] | None:
+    """The data set of the hub that rows come from; None for a file or folder."""
+    if looks_like_file(source.path) or is_local(source.path):
+        return None
+    named = {"id": source.path, "config": source.subset, "split": source.split}
+    return {key: value for key, value in named.items() if value}
 
 
 def _wanted(parts: "Mapping[str, _Part]", validation: int, test: int) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The files of a recipe: the vectors it names, its YAML, and the manifest that says what it was made of."""
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 from utils.guidance.guided_recipe import Control, GuidedRecipe
@@ -27,19 +26,27 @@ def recipe_files(measured: MeasuredPair, made: GuidedRecipe, control: Control | 
         vectors={file: _sha256(bytes_) for file, bytes_ in vectors.items()},
         guidance=made.choices.method.name,
         guidance_options=dict(made.choices.options.method_options),
-        measure_options=(measured.manifest or {}).get("guidance_options"),
         control=None if control is None else control.kind,
         merge_method=data["merge_method"],
         mean_density=made.choices.options.mean_density,
         lambda_=data["parameters"].get("lambda"),
         dtype=data["dtype"],
         out_dtype=data.get("out_dtype"),
-        options=_pair_options(measured.config),
-        samples=(measured.manifest or {}).get("samples"),
-        measurement=_measurement(measured),
-        versions=versions(),
+        **measurement_record(measured.config, measured),
     )
     return {**vectors, name: content, manifest_name(name): record.as_bytes()}
+
+
+def measurement_record(config: PairConfig, measured: MeasuredPair | None) -> dict[str, Any]:
+    """What the manifest of a recipe says of the pair and of its measurement, None for a recipe without one."""
+    manifest = (measured.manifest if measured else None) or {}
+    return {
+        "measure_options": manifest.get("guidance_options"),
+        "options": _pair_options(config),
+        "samples": manifest.get("samples"),
+        "measurement": {"sha256": measured.sha256, "versions": manifest.get("versions")} if manifest else None,
+        "versions": versions(),
+    }
 
 
 def _pair_options(config: PairConfig) -> dict[str, Any]:
@@ -48,12 +55,6 @@ def _pair_options(config: PairConfig) -> dict[str, Any]:
         "target_model_names": dict(config.target_model_names),
         "global_parameters": dict(config.global_parameters),
     }
-
-
-def _measurement(measured: MeasuredPair) -> Mapping[str, Any] | None:
-    if measured.manifest is None:
-        return None
-    return {"sha256": measured.sha256, "versions": measured.manifest.get("versions")}
 
 
 def _sha256(content: bytes) -> str:

@@ -28,8 +28,19 @@ def origin_lines(origin: RecipeManifest) -> Iterator[str]:
             parts = [f"{key} {text[key]}" for key in ("subset", "split", "seed") if text.get(key) is not None]
             more = f" ({', '.join(parts)})" if parts else ""
             yield f"- Measured on {count}`{text['path']}`{more}."
+    if origin.search:
+        yield _found_by(origin.search)
     if origin.measurement:
         yield f"- SHA-256 of the measurement's manifest: `{origin.measurement.get('sha256')}`."
+
+
+def _found_by(search: Mapping[str, Any]) -> str:
+    """Which trial of a search the recipe was, and on which rows it was chosen."""
+    rows = ", ".join(f"{count} of {task}" for task, count in search.get("validation_rows", {}).items())
+    return (
+        f"- Found by a search: trial {search.get('trial')} of {search.get('trials')} (sampler {search.get('sampler')}, seed "
+        f"{search.get('seed')}), chosen by {search.get('objective')} gain kept on validation rows ({rows})."
+    )
 
 
 def _listed(before: str, options: Mapping[str, Any]) -> str:

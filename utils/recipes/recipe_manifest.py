@@ -15,6 +15,7 @@
 | `samples` | texts and their rows, as the measurement's manifest has them |
 | `measurement` | `sha256` of the measurement's manifest, and its `versions`; null for bare tables |
 | `versions` | of the libraries that command 2 ran with |
+| `search` | only beside a recipe that a search found: which trial of how many, and on which rows it was chosen |
 """
 
 import json
@@ -29,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from utils.bounded_files import read_json
 from utils.errors import UserError
 
-COMMAND = "lewis_merge"
+COMMAND, SEARCHER = "lewis_merge", "utils/searcher.py"
 SUFFIX = ".manifest.json"
 
 
@@ -52,10 +53,16 @@ class RecipeManifest:
     samples: Any
     measurement: Mapping[str, Any] | None
     versions: Mapping[str, str]
+    search: Mapping[str, Any] | None = None
 
     def as_data(self) -> dict[str, Any]:
         """The file's content as plain data."""
-        return {"command": COMMAND} | {key.rstrip("_"): value for key, value in vars(self).items()}
+        data = {key.rstrip("_"): value for key, value in vars(self).items() if key != "search"}
+        return (
+            {"command": COMMAND, **data}
+            if self.search is None
+            else {"command": SEARCHER, **data, "search": self.search}
+        )
 
     def as_bytes(self) -> bytes:
         """The file's content."""
@@ -87,18 +94,17 @@ def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | No
         data = read_json(path, str(path))
     except UserError as error:
         raise UserError(f"{error}; {_REMEDY}", "recipe-manifest-unreadable") from error
-    own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__}
-    if data.get("command") != COMMAND or set(own) - set(data):
-        raise UserError(f"{path} is not a manifest as lewis_merge.py writes it; {_REMEDY}", "recipe-manifest-malformed")
+    own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__ if key != "search"}
+    own = {COMMAND: own, SEARCHER: {**own, "search": "search"}}.get(str(data.get("command")))
+    where = f"{path} is not a manifest as lewis_merge.py and utils/searcher.py write it"
+    if own is None or set(own) - set(data):
+        raise UserError(f"{where}; {_REMEDY}", "recipe-manifest-malformed")
     try:
         found = TypeAdapter(RecipeManifest).validate_python({field: data[key] for key, field in own.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(step).rstrip("_") for step in first["loc"])
-        raise UserError(
-            f"{path} is not a manifest as lewis_merge.py writes it: {where}: {first['msg']}; {_REMEDY}",
-            "recipe-manifest-malformed",
-        ) from error
+        place = ".".join(str(step).rstrip("_") for step in first["loc"])
+        raise UserError(f"{where}: {place}: {first['msg']}; {_REMEDY}", "recipe-manifest-malformed") from error
     if found.recipe.get("sha256") != sha256:
         return None, f"{path.name} was written for other content of {recipe.name} (edited since?); it is not used"
     return found, ""

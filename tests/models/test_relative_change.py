@@ -70,7 +70,7 @@ def test_few_bytes_are_read_however_many_blocks_there_are(tmp_path, monkeypatch)
 
 def test_every_command_warns_before_work(tmp_path, run_command_line):
     """Models of other seeds are no fine-tunes of each other."""
-    save_pair(tmp_path)
+    save_pair(tmp_path, layers=3)
     config = ("--config", "pair.yaml")
     rows = ("--validation_rows", 4, "--test_rows", 4)
     words = {

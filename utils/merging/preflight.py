@@ -52,8 +52,8 @@ def _no_fine_tunes(inputs: MergeInputs) -> list[str]:
     """Sentences about models whose weights are too far from the base's; of a merge without a base there are none."""
     if inputs.config.base_model is None:
         return []
-    checkpoints = {one.checkpoint.name: one.checkpoint for one in inputs.models}
-    return strangers(checkpoints, inputs.donor.checkpoint.name, list(checkpoints))
+    checkpoints = {one.label: replace(one.checkpoint, name=one.label) for one in inputs.models}  # fit to be published
+    return strangers(checkpoints, inputs.donor.label, list(checkpoints))
 
 
 def _check_space(planned: PlannedMerge, output: OutputFolder, say: Callable[[str], None]) -> Iterator[str]:

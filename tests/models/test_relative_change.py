@@ -42,7 +42,7 @@ def test_the_change_of_each_group_of_matrices(tmp_path):
     assert not any("norm" in one.group for one in found)
 
 
-def test_models_trained_apart_are_told_by_their_groups_and_fine_tunes_are_not(tmp_path):
+def test_models_trained_apart_are_named_group_by_group_and_fine_tunes_are_not(tmp_path):
     base = save_tiny("llama", tmp_path / "base")
     save_tiny("llama", tmp_path / "other", seed=5)
     near = changed(base, tmp_path / "near", lambda name, tensor: tensor * 1.1)

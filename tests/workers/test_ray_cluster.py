@@ -212,6 +212,7 @@ def test_a_search_finds_the_same_on_a_cluster(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     from utils.commands.search import search_pair
 
+    (tmp_path / "pair").mkdir()
     pair = save_experts(tmp_path / "pair")
     config = yaml.safe_load((pair / "pair.yaml").read_text())
     write_config(pair, {**config, "search": {"guidance": ["uniform", "lines"], "depth_groups": 1}})

@@ -99,7 +99,7 @@ def test_a_row_that_is_missing(tmp_path, name, row):
         (TENSORS, "zeros", -1, "table-bad-value"),
         (TENSORS, "zeros", 4, "table-row-missing"),
         (TENSORS, "model", "maths", "table-unknown-expert"),
-        (TENSORS, "component", "k", "table-row-missing"),
+        (TENSORS, "component", "k", "dataframes-other-config"),
         (TENSORS, "tensor", "layers.1.up.weight", "table-row-twice"),
         (HISTOGRAM, "bin", BINS, "table-bad-value"),
         (HISTOGRAM, "bin", float("inf"), "table-bad-value"),

@@ -79,7 +79,7 @@ def page(outcomes: Mapping[str, Any]) -> str:
         "float64), the merge equals the formula, nothing is missing or unexpected on reload. Otherwise a number: the reason",
         "below. This page is written by `python -m tests.architectures.table`.",
         "",
-        f"{len(outcomes)} rows: {totals['ok']} go through everything, {totals['refused']} are refused in some step before "
+        f"{len(outcomes)} of the {len(read_rows())} rows have been run: {totals['ok']} go through everything, {totals['refused']} are refused in some step before "
         f"anything is computed, {totals['wrong']} are wrong.",
         "",
         f"| type | class | {' | '.join(STEPS)} |",

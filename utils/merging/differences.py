@@ -6,7 +6,7 @@ from typing import Any
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.merging.plan import MergePlan, gathered
-from utils.models.architecture import quiet_mergekit
+from utils.models.architecture import load_config, quiet_mergekit
 
 _SHOWN = 4
 # config.json keys that say nothing about what the tensors compute
@@ -108,5 +108,5 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _depth(model: MergeInput, trust_remote_code: bool) -> int | None:
     with quiet_mergekit():
-        config = model.reference.config(trust_remote_code)
+        config = load_config(model.checkpoint, trust_remote_code)
     return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

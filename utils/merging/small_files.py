@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from utils.errors import UserError, brief
 from utils.mergekit_api import set_chat_template, set_config_value
 from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, manifest, runnable_recipe
 from utils.merging.planning import PlannedMerge
@@ -19,12 +20,21 @@ from utils.recipes.recipe_manifest import manifest_name
 
 
 def write_small_files(ready: PlannedMerge, folder: Path) -> None:
-    """Write config and tokenizer of the result, and copy what the base has beside them."""
+    """Write config and tokenizer of the result, and copy what the base has beside them.
+
+    Raises:
+        UserError: the base's config cannot be written; a file to copy is linked from elsewhere.
+    """
     plan, donor = ready.plan, ready.plan.inputs.donor.checkpoint.folder
     if plan.vocabulary.size is not None:
         key = plan.architecture.info.vocab_size_config_key or "vocab_size"
         set_config_value(plan.config, key, plan.vocabulary.size)
-    plan.config.save_pretrained(folder)
+    try:
+        plan.config.save_pretrained(folder)
+    except Exception as error:  # transformers checks some values only when they are written
+        name = plan.inputs.donor.checkpoint.name
+        text = f"model {name}: transformers does not write its config.json again: {brief(error)}"
+        raise UserError(text, "merge-config-unwritable") from error
     copy_missing(donor, folder, [GENERATION, *(plan.architecture.info.tagalong_files or [])])
     if ready.settings.trust_remote_code and "auto_map" in plan.inputs.donor.checkpoint.config:
         copy_missing(donor, folder, [path.name for path in donor.glob("*.py")])

@@ -227,7 +227,7 @@ class _Inputs:
 
         self.base, self.checkpoints = base, (base, *experts)
         self.options = MergeOptions(trust_remote_code=trust_remote_code)
-        self.configs = [_load_config(checkpoint, trust_remote_code) for checkpoint in self.checkpoints]
+        self.configs = [load_config(checkpoint, trust_remote_code) for checkpoint in self.checkpoints]
         self.references = [model_reference(checkpoint) for checkpoint in self.checkpoints]
         self._module: tuple[frozenset[str], tuple[str, ...]] | None = None
         self._transforms: list[Any] | None = None
@@ -375,7 +375,12 @@ def _adjust(inputs: _Inputs, info: "ModelArchitecture", lacking: set[str]) -> "M
     return with_optional(info, inputs.configs[0], spare) if spare else None
 
 
-def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """A checkpoint's config as transformers reads it, with the one architecture that mergekit takes.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     try:

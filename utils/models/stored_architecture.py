@@ -62,7 +62,7 @@ def read_models(base: Checkpoint, experts: Sequence[Checkpoint], trust_remote_co
 
     Raises:
         UserError: transformers cannot build one; one is incomplete; an expert is neither of the base's class nor of that
-            of its language tower.
+            of its language tower, or has other parameters than the base.
     """
     models: list[ModelOnDisk] = []
     for checkpoint in (base, *experts):
@@ -71,6 +71,8 @@ def read_models(base: Checkpoint, experts: Sequence[Checkpoint], trust_remote_co
         own = models[0].model if alike else build_skeleton(checkpoint, torch.float32, trust_remote_code)
         layout = stored_layout(own, checkpoint)
         _require_complete(checkpoint, own, layout)
+        if models and same:
+            _require_same_parameters(models[0], checkpoint, own)
         renamed = {name: name for name in own.state_dict()}
         if models and not same:
             renamed = tower_names(models[0].model, own, base, checkpoint)
@@ -97,6 +99,18 @@ def _require_complete(checkpoint: Checkpoint, model: nn.Module, layout: StoredLa
             f"model {checkpoint.name}: its weights lack {', '.join(names[:4])}{more}, which its architecture "
             f"({checkpoint.architecture}) has; is the checkpoint complete?",
             "model-incomplete",
+        )
+
+
+def _require_same_parameters(base: ModelOnDisk, expert: Checkpoint, model: nn.Module) -> None:
+    """Refuse an expert that has more or fewer parameters than the base, of whose class it is."""
+    ours, theirs = (dict.fromkeys(one.state_dict()) for one in (base.model, model))
+    lacks, adds = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+    if lacks or adds:
+        what = f"lacks {lacks[0]}, which the base has" if lacks else f"has {adds[0]}, which the base lacks"
+        raise UserError(
+            f"model {expert.name} {what} ({base.checkpoint.name}); an expert must be a fine-tune of the base",
+            "model-not-of-base",
         )
 
 

@@ -12,7 +12,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
 from utils.publish import MANIFEST, publish_files, to_json
-from utils.recipes.recipe import file_key, recipe_bytes
+from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.runtime import versions
 
@@ -174,8 +174,9 @@ def _beside(entry: Mapping[str, Any], places: Mapping[str, str], folder: Path) -
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    named = parameters["saliency"]  # by its whole path; a file of the measurement's own stays where it is
-    return {**entry, "parameters": {**parameters, "saliency": places.get(named) or file_key(Path(named), folder)}}
+    # by its whole path; a file of the measurement's own stays where it is
+    named = renamed_files(parameters["saliency"], lambda file: places.get(file) or file_key(Path(file), folder))
+    return {**entry, "parameters": {**parameters, "saliency": named}}
 
 
 def _next(ready: "Prepared") -> str:

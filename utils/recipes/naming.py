@@ -27,7 +27,8 @@ class Naming:
     name; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
     write beside (a head that is tied in the base), with the name whose weight they take. `coverage` is None without a
     base checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings`
-    are sentences for the user.
+    are sentences for the user. `beside` are the filters of tensors that the merge writes and that no text can measure
+    (buffers that checkpoints store), where tensors were recorded one by one.
     """
 
     names: Mapping[Any, str]
@@ -38,6 +39,7 @@ class Naming:
     warnings: tuple[str, ...] = ()
     group_filters: Mapping[str, str] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
     Raises:
         UserError: a tensor is not in the base, or a filter hits something else.
     """
-    names, tied = {name: name for name in recorded}, {}
+    names, tied, beside = {name: name for name in recorded}, {}, []
     where, evidence = NOT_HERE, RECORDED_EVIDENCE
     if written is not None:
         where, evidence = written.where, written.evidence
@@ -148,6 +150,7 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
             for planned in written.plan.tensors
             if planned.name not in own and (source := planned.stored_name(stored)) in names
         }
+        beside = [name for name in written.names if name not in own and name not in tied]
     all_names = list(names.values()) if written is None else written.names
     proof = filters.exact_filters([names[name] for name, one in recorded.items() if one.has_density], all_names, where)
     shared = None
@@ -162,4 +165,5 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
         evidence=evidence,
         group_filters=shared,
         tied=tied,
+        beside=tuple(filters.exact_filters(beside, all_names, where).values()),
     )

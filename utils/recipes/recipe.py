@@ -5,7 +5,7 @@ merge_method, base_model, parameters (the pair config's global_parameters), dtyp
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,9 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         if settings.as_factors:
             parameters["factor"] = [*_weights(rows, naming), {"value": 1.0}]
         if expert.type in settings.saliency:
-            parameters["saliency"] = settings.saliency[expert.type]
+            file = settings.saliency[expert.type]
+            unmeasured = [{"filter": text, "value": ""} for text in naming.beside]
+            parameters["saliency"] = [*unmeasured, {"value": file}] if unmeasured else file
         if settings.method.extra:
             name = settings.method.extra
             wanted = float(settings.parameters.get(name, settings.method.extra_default))
@@ -109,6 +111,13 @@ def model_key(entry: ModelEntry) -> str | dict[str, Any]:
     if "+" in name or "@" in name:
         return {"model": {"path": name, **({"revision": entry.revision} if entry.revision else {})}}
     return f"{name}@{entry.revision}" if entry.revision else name
+
+
+def renamed_files(saliency: Any, rename: Callable[[str], str]) -> Any:
+    """A model's `saliency` with its files renamed: one for all tensors, or under filters ("" is none)."""
+    if isinstance(saliency, str):
+        return rename(saliency) if saliency else saliency
+    return [{**one, "value": renamed_files(one["value"], rename)} for one in saliency]
 
 
 def file_key(file: Path, folder: Path | None) -> str:

@@ -21,7 +21,7 @@ from utils.recipes.global_parameters import known_parameters
 from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, extra_value
 from utils.recipes.naming import LocalModels, Naming
-from utils.recipes.recipe import RecipeSettings, recipe
+from utils.recipes.recipe import RecipeSettings, recipe, renamed_files
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
 from utils.searching.space import DENSITY, LAMBDA, LINES, Point, Way
 
@@ -214,8 +214,9 @@ def _with_vectors(entry: Mapping[str, Any], places: Mapping[str, Path]) -> dict[
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    named = parameters["saliency"]  # a file of the measurement's own keeps its place
-    return {**entry, "parameters": {**parameters, "saliency": str(places.get(named, named))}}
+    # a file of the measurement's own keeps its place
+    named = renamed_files(parameters["saliency"], lambda file: str(places.get(file, file)))
+    return {**entry, "parameters": {**parameters, "saliency": named}}
 
 
 def _no_rows() -> Any:

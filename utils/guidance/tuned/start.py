@@ -104,7 +104,9 @@ def read_start(path: Path, base: ModelEntry, experts: Sequence[ModelEntry]) -> S
         if not isinstance(weight, (int, float)) or isinstance(weight, bool):
             problems.append(Problem(f"{name}: weight must be one number for all tensors", "tuned-start-weight"))
         weights[type_] = weight
-        if own.get("saliency"):
+        if isinstance(own.get("saliency"), list):
+            problems.append(Problem(f"{name}: saliency must be one file for all tensors", "tuned-start-parameter"))
+        elif own.get("saliency"):
             saliency[type_] = os.path.abspath(os.path.expanduser(recipe.locate(str(own["saliency"]))))
     raise_collected(problems, where)
     return Start(data["merge_method"], parameters, weights, saliency)

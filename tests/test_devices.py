@@ -96,8 +96,10 @@ def test_every_guidance_measures_the_same_as_on_the_cpu(tmp_path, monkeypatch, n
         for key, vector in vectors.items():
             least = 1e-6 * float(vector.abs().max())  # sums that cancel have the rounding of their terms
             np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-2 if GPU else 1e-4, atol=least)
-    # results are fetched once, after the last block; transformers looks once at every padded mask, before the first
-    assert not [wait for wait in waits if "_through_block" in wait["stack"]]
+    # results are fetched once, after the last block; transformers looks once at every padded mask, before the first.
+    # Merges of a block at every level are solved and judged on the CPU while that block is there.
+    inside = [wait for wait in waits if "_through_block" in wait["stack"]]
+    assert not [wait for wait in inside if "held_out_misses" not in wait["stack"]]
     assert waits or GPU
 
 

@@ -61,6 +61,7 @@ def read_flags(words: Sequence[str] | None = None) -> MergeSettings:
 
 
 def _declare_flags(parser: FlagParser) -> None:
+    parser.flag("verify", "alone: check a merged folder against its manifest, byte by byte", type=path)  # see main
     parser.flag("output_path", "folder for the merged model; made if needed", type=path, required=True)
     parser.flag("merge_config", "the merge recipe (YAML), from lewis_merge.py or your own", type=path, required=True)
     parser.switch("copy_tokenizer", "copy the base's tokenizer where the recipe asks for none", default=True)

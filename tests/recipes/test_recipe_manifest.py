@@ -94,4 +94,4 @@ def test_values_of_another_kind_are_named(recipe, key, value):
     (recipe.parent / manifest_name(recipe.name)).write_text(json.dumps(data))
     with refused("recipe-manifest-malformed") as caught:
         read_recipe_manifest(recipe, "12")
-    assert f"writes it: {key}" in str(caught.value)
+    assert f"write it: {key}" in str(caught.value)

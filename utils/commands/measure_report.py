@@ -8,7 +8,6 @@ from utils.commands.measure_options import MeasureOptions
 from utils.commands.next_command import next_command
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import DEFAULT
-from utils.models.relative_change import strangers
 from utils.pair.calibration import text_doubts, with_defaults
 from utils.pair.source import CalibrationSource
 from utils.passes.subjects import Samples, Subject, memory_estimate, model_doubts
@@ -91,6 +90,8 @@ def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -
         line for source, text in job.base.texts.items() for line in text_doubts(with_defaults(source), text.encoded)
     ]
     found += [line for subject in job.subjects for line in model_doubts(job.base, subject)]
+    from utils.models.relative_change import strangers  # torch: this file is there before a mistake is found
+
     found += strangers(
         {one.entry.type: one.checkpoint for one in job.subjects}, config.base.type, [one.type for one in config.experts]
     )

@@ -68,6 +68,7 @@ def read_settings(flags: argparse.Namespace) -> MergeSettings:
         UserError: flags that contradict each other or cannot be honored.
     """
     given = dict(vars(flags))
+    given.pop("verify", None)  # another job, done instead of a merge
     cuda, gpu_rich = given.pop("cuda"), given.pop("gpu_rich")
     if not given.pop("safe_serialization"):
         raise UserError(

@@ -75,6 +75,7 @@ def read_models(base: Checkpoint, experts: Sequence[Checkpoint], trust_remote_co
             _require_same_parameters(models[0], checkpoint, own)
         renamed = {name: name for name in own.state_dict()}
         if models and not same:
+            _require_tower(models[0].model, base, checkpoint)
             renamed = tower_names(models[0].model, own, base, checkpoint)
         models.append(ModelOnDisk(checkpoint, own, layout, renamed))
     return models
@@ -111,6 +112,16 @@ def _require_same_parameters(base: ModelOnDisk, expert: Checkpoint, model: nn.Mo
         raise UserError(
             f"model {expert.name} {what} ({base.checkpoint.name}); an expert must be a fine-tune of the base",
             "model-not-of-base",
+        )
+
+
+def _require_tower(base: nn.Module, where: Checkpoint, other: Checkpoint) -> None:
+    """Refuse an expert of another class than the base's, where that has no language tower the expert could be like."""
+    if base.config.get_text_config(decoder=True) is base.config:
+        raise UserError(
+            f"model {other.name} is a {other.architecture}, the base {where.name} a {where.architecture}; an expert must be "
+            "a fine-tune of the base",
+            "model-architectures-differ",
         )
 
 

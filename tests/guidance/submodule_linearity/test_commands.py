@@ -141,7 +141,9 @@ def test_the_three_commands(tmp_path):
     printed = ""
     for step in steps:
         done = done_here(*step, cwd=tmp_path)
-        assert "warning" not in done.stderr
+        # the pair is random: its experts are no fine-tunes of its base
+        warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+        assert all("does not look like a fine-tune" in line for line in warnings)
         printed += done.stdout
     assert "--guidance submodule_linearity --merge_method task_arithmetic" in printed
     assert "in float32" in printed and "covered: 21 of 21 tensors" in printed
@@ -291,7 +293,7 @@ def test_a_picture_shows_the_root_of_the_score_that_is_printed(pair, monkeypatch
     from utils import plots
 
     drawn = []
-    monkeypatch.setattr(plots, "depth_lines", lambda table, title, *more, **keys: drawn.append((title, table)) or b"")
+    monkeypatch.setattr(plots, "curves", lambda table, title, *more, **keys: drawn.append((title, table)) or b"")
     printed = re.findall(r"most \S+ \(root (\S+)%\)", decide(pair, "--plot").stdout)
     shown = [float(table.max().max()) for title, table in drawn if "root of the non-linearity" in title]
     assert len(shown) == 2 and max(map(float, printed)) == pytest.approx(max(shown), abs=0.006)

@@ -233,7 +233,8 @@ def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error, ex
     monkeypatch.setattr(os, "pwrite", fail_later)
     with pytest.raises(expected, match=text):
         merge_here(copies, recipe(copies))
-    assert not (copies / "merged").exists() and not list(copies.glob(".merged*"))
+    assert not (copies / "merged").exists()
+    assert text is None or not list(copies.glob(".merged*"))  # what an interrupt leaves, the next run goes on with
     assert not any(thread.is_alive() for thread in set(written) - {threading.main_thread()})
 
 

@@ -48,9 +48,9 @@ class WorkLine(Generic[Tools]):
                 self._changed.notify_all()
             for worker in workers:
                 worker.join()
+            meanwhile()  # after an interrupt, too: what is done by then is worth knowing
         if self._failure is not None:
             raise self._failure
-        meanwhile()
 
     def _work(self) -> None:
         try:

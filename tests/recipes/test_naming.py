@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.models.checkpoints import open_checkpoint
 from utils.pair.config import ModelEntry
-from utils.recipes.naming import LocalModels, Recorded, name_recorded
+from utils.recipes.naming import LocalModels, filters_without_vectors
 from utils.recipes.recipe import renamed_files
+from utils.recipes.saliency_vectors import open_vectors, vector_file_bytes
 
 SIZES = {
     "vocab_size": 64,
@@ -31,15 +32,15 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def test_stored_buffers_stand_beside_what_was_measured(base):
-    checkpoint = open_checkpoint(str(base))
+def test_stored_buffers_are_those_without_vectors(base, tmp_path):
     parameters = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
-    recorded = {name: Recorded(value.numel(), value.ndim > 1) for name, value in parameters.items()}
+    ones = {name: tuple(torch.ones(length) for length in value.shape) for name, value in parameters.items()}
+    (tmp_path / "file").write_bytes(vector_file_bytes(ones))
     written = LocalModels(ModelEntry(name=str(base), type="base"), []).written
-    naming = name_recorded(recorded, written, grouped=False)
-    buffers = [name for name in checkpoint.tensors if name not in parameters]
-    assert len(buffers) >= 4 and sorted(naming.beside) == sorted(buffers)
-    for text in naming.beside:
+    found = filters_without_vectors(written, [open_vectors(tmp_path / "file")])
+    buffers = [name for name in open_checkpoint(str(base)).tensors if name not in parameters]
+    assert len(buffers) >= 4 and sorted(found) == sorted(buffers)
+    for text in found:
         assert [name for name in written.names if text in name] == [text]
 
 

@@ -21,7 +21,9 @@ from utils.pair.config import PairConfig
 from utils.recipes.coefficients import control_table
 from utils.recipes.doubts import cancelled_weights, doubts
 from utils.recipes.method_rules import counterpart
+from utils.recipes.naming import filters_without_vectors
 from utils.recipes.recipe import DTYPE, RecipeSettings, file_key, recipe, recipe_name
+from utils.recipes.saliency_vectors import open_vectors
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def guided_recipe(
     name = name or _file_name(measured.config, choices, decision)
     stem = name.removesuffix(".yaml")
     vectors = {expert: f"{stem}_{expert}_saliency.safetensors" for expert in decision.vectors}
+    files = {key: measured.folder / file for key, file in decision.measured.items()}
+    unmeasured = filters_without_vectors(measured.models.written, [open_vectors(file) for file in files.values()])
     lambda_ = choices.options.lambda_
     if lambda_ is None and "lambda" not in choices.parameters:
         lambda_ = decision.lambda_
@@ -100,7 +104,8 @@ def guided_recipe(
         lambda_=lambda_,
         dtype=choices.options.dtype,
         out_dtype=choices.options.out_dtype,
-        saliency=vectors | {key: file_key(measured.folder / file, folder) for key, file in decision.measured.items()},
+        saliency=vectors | {key: file_key(file, folder) for key, file in files.items()},
+        unmeasured=unmeasured,
     )
     return GuidedRecipe(
         choices=choices,

@@ -242,14 +242,3 @@ def _info(one: StoredTensor, weight_info: Any) -> "WeightInfo":
         vocabulary_axis=one.vocabulary_axis,
         tied_names=(*one.spellings, *one.tied) or None,
     )
-
-
-def layers_alike(architecture: "ModelArchitecture", config: Any) -> bool:
-    """Whether every layer has the same tensors, so that a slice may put one in another's place."""
-    (module,) = architecture.modules.values()
-    module = module.architecture
-    shapes = {
-        tuple(_LAYER.sub(".", one.name) for one in module.layer_weights(layer, config))
-        for layer in range(module.num_layers(config))
-    }
-    return len(shapes) == 1

@@ -50,7 +50,7 @@ def planned_tensors(plan: "ArchitecturePlan", base: Checkpoint) -> list[NamedTen
     for name, header in base.tensors.items():
         stored.setdefault(plan.spellings.get(name, name), []).append(header)
     tensors = []
-    for planned in plan.tensors:
+    for planned in {one.name: one for one in plan.tensors}.values():  # a definition of mergekit's lists some twice
         tied = base.tensors.get(planned.stored_name(base.tensors) or "")
         headers = stored.get(planned.name) or ([tied] if tied else [])
         params = sum(math.prod(header.shape) for header in headers)

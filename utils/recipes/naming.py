@@ -11,6 +11,7 @@ from utils.pair.config import ModelEntry
 from utils.recipes import filters
 from utils.recipes.filters import Coverage, NamedTensor
 from utils.recipes.group_filters import group_filters
+from utils.recipes.saliency_vectors import SaliencyVectors
 
 if TYPE_CHECKING:
     from utils.models.architecture import ArchitecturePlan
@@ -27,8 +28,7 @@ class Naming:
     name; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
     write beside (a head that is tied in the base), with the name whose weight they take. `coverage` is None without a
     base checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings`
-    are sentences for the user. `beside` are the filters of tensors that the merge writes and that no text can measure
-    (buffers that checkpoints store), where tensors were recorded one by one.
+    are sentences for the user.
     """
 
     names: Mapping[Any, str]
@@ -39,7 +39,6 @@ class Naming:
     warnings: tuple[str, ...] = ()
     group_filters: Mapping[str, str] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
-    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
     Raises:
         UserError: a tensor is not in the base, or a filter hits something else.
     """
-    names, tied, beside = {name: name for name in recorded}, {}, []
+    names, tied = {name: name for name in recorded}, {}
     where, evidence = NOT_HERE, RECORDED_EVIDENCE
     if written is not None:
         where, evidence = written.where, written.evidence
@@ -150,7 +149,6 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
             for planned in written.plan.tensors
             if planned.name not in own and (source := planned.stored_name(stored)) in names
         }
-        beside = [name for name in written.names if name not in own and name not in tied]
     all_names = list(names.values()) if written is None else written.names
     proof = filters.exact_filters([names[name] for name, one in recorded.items() if one.has_density], all_names, where)
     shared = None
@@ -165,5 +163,31 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
         evidence=evidence,
         group_filters=shared,
         tied=tied,
-        beside=tuple(filters.exact_filters(beside, all_names, where).values()),
     )
+
+
+def filters_without_vectors(written: WrittenTensors | None, files: Sequence[SaliencyVectors]) -> tuple[str, ...]:
+    """The filters of written tensors that some file of vectors lacks: what no text can measure, buffers among it.
+
+    Args:
+        written: what the merge writes; None: nothing is known of it.
+        files: of the experts.
+
+    Raises:
+        UserError: a filter hits something else.
+    """
+    if written is None:
+        return ()
+    spellings: dict[str, list[str]] = {}
+    for spelled, planned in written.plan.spellings.items():
+        spellings.setdefault(planned, []).append(spelled)
+    left = []
+    for tensor in {one.name: one for one in written.plan.tensors}.values():
+        stored = tensor.stored_name(written.base.tensors)
+        known = [tensor.name, *([stored] if stored else []), *spellings.get(tensor.name, ())]
+        if not all(vectors.of_these(known) for vectors in files):
+            left.append(tensor.name)
+    absent = set(left)
+    # a weight's filter hits its bias, too
+    own = [name for name in left if not (name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in absent)]
+    return tuple(filters.exact_filters(own, written.names, written.where).values())

@@ -32,8 +32,9 @@ class RecipeSettings:
 
     `parameters` are the global ones, `lambda_` and `out_dtype` None where the user gave none. `as_weights` writes the
     coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`, or the expert's own
-    in `expert_weights` (by type). `as_factors` writes them as factors of the changes alone instead. `dtype` is what the merge computes in. `saliency` names the file of saliency vectors by
-    expert type, for the method that reads them: a path relative to the recipe's folder, or an absolute one.
+    in `expert_weights` (by type). `as_factors` writes them as factors of the changes alone instead. `dtype` is what the
+    merge computes in. `saliency` names the file of saliency vectors by expert type, for the method that reads them: a path
+    relative to the recipe's folder, or an absolute one; `unmeasured` are the filters of tensors that it has none of.
     """
 
     method: DeltaMethod
@@ -48,6 +49,7 @@ class RecipeSettings:
     dtype: str = DTYPE
     out_dtype: str | None = None
     saliency: Mapping[str, str] = field(default_factory=dict)
+    unmeasured: tuple[str, ...] = ()
 
 
 def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSettings) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
             parameters["factor"] = [*_weights(rows, naming), {"value": 1.0}]
         if expert.type in settings.saliency:
             file = settings.saliency[expert.type]
-            unmeasured = [{"filter": text, "value": ""} for text in naming.beside]
+            unmeasured = [{"filter": text, "value": ""} for text in settings.unmeasured]
             parameters["saliency"] = [*unmeasured, {"value": file}] if unmeasured else file
         if settings.method.extra:
             name = settings.method.extra

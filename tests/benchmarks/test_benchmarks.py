@@ -10,13 +10,15 @@ import sys
 import numpy
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import contenders, measuring, merging, report, shapes
+from benchmarks import contenders, measuring, merging, products, report, shapes
 from benchmarks.contenders import Run, chosen, growth_lines, read_output, write_csv
 from benchmarks.growth import fit
 from tests.conftest import ROOT
+from utils.runtime import computing_dtype
 
 COSTS = st.floats(0.1, 1e3)
 TINY = {
@@ -213,3 +215,12 @@ def test_both_benchmarks_run_and_report(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"cost_by_size.png"}
     rows = pd.read_csv(tmp_path / "measuring.csv")
     assert set(rows["contender"]) == {"ours", "read-floor"} and (rows[rows["contender"] == "ours"]["tokens"] > 0).all()
+
+
+def test_products_in_few_bits_are_compared_with_float32(monkeypatch):
+    monkeypatch.setattr(products, "SHAPES", ((4, 8, 8),))
+    table = products.measured("cpu", threads=1, repeats=1).set_index("dtype")
+    assert table.loc["float32", "of_float32"] == 1 and (table["gflops"] >= 0).all()
+    assert table["computed_in"].to_dict() == {
+        name: computing_dtype(name, torch.device("cpu")) for name in ("float32", "bfloat16", "float16")
+    }

@@ -144,3 +144,13 @@ def test_the_package_is_light():
     probe = "import sys, utils.recipes.saliency_vectors; print({'torch', 'numpy', 'mergekit'} & set(sys.modules) or 'light')"
     done = subprocess.run([sys.executable, "-c", probe], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stdout.strip() == "light", done.stderr
+
+
+def test_the_same_vectors_and_exponent_always_give_the_same_bytes(tmp_path):
+    vectors = {"a.weight": (torch.rand(3), torch.rand(4)), "b.weight": (torch.rand(2),)}
+    contents = {vector_file_bytes(vectors, 0.5) for _ in range(20)}
+    assert len(contents) == 1
+    (tmp_path / "file").write_bytes(contents.pop())
+    opened = open_vectors(tmp_path / "file")
+    assert all(torch.equal(a, b) for a, b in zip(opened.vectors("a.weight"), vectors["a.weight"], strict=True))
+    assert opened.power == 0.5

@@ -11,6 +11,7 @@ names and never taken apart. Entries are finite and at least 0; only their ratio
 more about a tensor (`utils/recipes/gram_file.py`).
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -134,8 +135,16 @@ def vector_file_bytes(vectors: "Mapping[str, tuple[Tensor, ...]]", power: float 
             raise ValueError(f"{tensor} has {len(axes)} vectors; there must be one or two")
         for key, axis in zip(_keys(tensor), axes, strict=False):
             content[key] = _checked(key, axis)
-    said = {} if power is None else {"power": repr(float(power))}
-    return save(content, metadata={"format": FORMAT, **said})
+    plain = save(content, metadata={"format": FORMAT})
+    return plain if power is None else _with_metadata(plain, {"format": FORMAT, "power": repr(float(power))})
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with this metadata in this order; the library shuffles keys where there are several."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8:start]), "__metadata__": metadata}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def open_vectors(path: Path) -> SaliencyVectors:

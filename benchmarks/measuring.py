@@ -48,7 +48,7 @@ def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsample
     config.write_text(yaml.safe_dump({"model_info": models, "dataset": dataset, "nsamples": nsamples, **parity}))
     out = places["base"].parent / f"dfs_{name}"
     options = ["--config", str(config), "--out_dir", str(out), "--overwrite", "--device", device]
-    options += ["--dtype", "float32" if name == "parity" else "bfloat16"]
+    options += ["--dtype", {"ours": "auto", "parity": "float32", "parity-fast": "bfloat16"}[name]]
     return Contender(name, (sys.executable, str(ROOT / "lewis_importance.py"), *options), moved)
 
 

@@ -7,7 +7,6 @@ Each expert of the small pair is merged alone onto the base by TIES at mean dens
 by the evaluator's functions; no merged model is written. Writes `budget_sweep.csv` and `.png` into `benchmarks/results/`.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.held_out import HeldOut
 from benchmarks.quality_contenders import Variant, guided
 from benchmarks.quality_models import SMALL
 from benchmarks.quality_seed import prepare
+from benchmarks.sweep_flags import sweep_flags
 from utils.errors import run_command
 from utils.evaluation.tasks import TEST
 
@@ -38,12 +38,7 @@ def contenders(task: str, density: float) -> dict[str, Variant]:
 
 def main() -> None:
     """Score the sweep on every seed, then write the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mbpp/; default: the offline example's text")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models and what was measured")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
+    asked = sweep_flags(__doc__, RESULTS)
     rows = [row for seed in range(asked.seeds) for row in _one_seed(seed, asked.data, asked.work.resolve())]
     with (asked.results / "budget_sweep.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

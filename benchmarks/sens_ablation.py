@@ -8,7 +8,6 @@ test text by the evaluator's functions. Shown are the share of the experts' gain
 difference to the same merge with uniform weights. Writes `sens_ablation.md` and `.csv` into `benchmarks/results/`.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.held_out import HeldOut, mean_and_interval
 from benchmarks.quality_contenders import Variant, guided, plain
 from benchmarks.quality_models import SMALL
 from benchmarks.quality_seed import prepare
+from benchmarks.sweep_flags import sweep_flags
 from utils.errors import run_command
 from utils.evaluation.tasks import TEST, VALIDATION
 
@@ -60,12 +60,7 @@ def contenders() -> dict[str, tuple[str, Variant]]:
 
 def main() -> None:
     """Score every contender on every seed, then report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mbpp/; default: the offline example's text")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models and what was measured")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
+    asked = sweep_flags(__doc__, RESULTS)
     rows = [row for seed in range(asked.seeds) for row in _one_seed(seed, asked.data, asked.work.resolve())]
     with (asked.results / "sens_ablation.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

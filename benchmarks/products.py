@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from benchmarks.contenders import machine
-from utils.publish import publish_files
+from utils.publishing.files import publish_files
 from utils.runtime import computing_dtype
 
 ROOT = Path(__file__).resolve().parent.parent

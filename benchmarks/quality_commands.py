@@ -15,7 +15,7 @@ from benchmarks.quality_pairs import Pair, measured
 from utils.commands.merge import merge
 from utils.guidance.method import guidance_methods
 from utils.merging.settings import MergeSettings
-from utils.publish import MANIFEST
+from utils.publishing.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that make the recipe of a method; the guided ones of the contenders' table with nothing to choose.

@@ -11,8 +11,8 @@ from benchmarks.quality_models import MADE, Trained, Training, fit, precision_of
 from benchmarks.quality_pairs import Pair
 from benchmarks.quality_texts import Texts
 from demo.small_model import windows
-from utils.publish import to_json
-from utils.staging import staged_folder
+from utils.publishing.manifest import to_json
+from utils.publishing.staging import staged_folder
 
 CODE_VERSION = 1  # raise it when a change below changes what is trained
 CEILING = "joint fine-tuning"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality_texts import Texts
 from demo.small_model import Shape, new_model, train_tokenizer, windows
-from utils.publish import to_json
-from utils.staging import staged_folder
+from utils.publishing.manifest import to_json
+from utils.publishing.staging import staged_folder
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from benchmarks.quality_peers import (
 )
 from utils.merging.guided.mean import WeighedModel, guided_mean
 from utils.passes.axis_sums import row_column_factors
-from utils.staging import staged_folder
+from utils.publishing.staging import staged_folder
 
 CODE_VERSION = 1  # raise it when a change here or in the formulas changes what is written
 WEIGHTS = "model.safetensors"

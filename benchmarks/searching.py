@@ -37,7 +37,7 @@ import yaml
 
 from benchmarks.contenders import machine
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
-from utils.publish import publish_files
+from utils.publishing.files import publish_files
 from utils.searching.knowns import Known
 from utils.searching.space import DENSITY, LAMBDA, UNIFORM, Point
 

@@ -27,8 +27,8 @@ from demo.small_model import Shape, fit, new_model, train_tokenizer, windows
 from demo.texts import Sizes, Split, Texts, build_texts
 from utils.errors import UserError, run_command
 from utils.flags import FlagParser
-from utils.publish import file_sha256, to_json
-from utils.staging import foreign_entries, staged_folder, stamp
+from utils.publishing.manifest import file_sha256, to_json
+from utils.publishing.staging import foreign_entries, staged_folder, stamp
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

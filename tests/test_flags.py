@@ -210,7 +210,7 @@ def test_paths(monkeypatch):
 
 def test_parsing_needs_no_heavy_import():
     code = (
-        "import sys; import utils.flags, utils.errors, utils.pair.config, utils.publish, utils.models.checkpoints\n"
+        "import sys; import utils.flags, utils.errors, utils.pair.config, utils.publishing.files, utils.models.checkpoints\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'mergekit', 'datasets'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

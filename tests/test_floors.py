@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 UTILS = ROOT / "utils"
 FLOORS = (
     {""},
+    {"publishing"},
     {"models"},
     {"pair"},
     {"passes", "workers"},

@@ -81,3 +81,11 @@ def contents(folder: Path) -> dict[str, Any]:
         else:
             found[name] = path.read_bytes() if path.is_file() else None
     return found
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files, by relative path, below a folder, and return it."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder

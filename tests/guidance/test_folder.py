@@ -10,7 +10,7 @@ import pytest
 
 from tests.refusals import refused
 from utils.guidance.folder import folder_files, read_manifest, refuse_edited
-from utils.publish import publish_files
+from utils.publishing.files import publish_files
 
 GOOD = {
     "command": "lewis_importance",

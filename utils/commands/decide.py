@@ -8,7 +8,8 @@ from utils.commands.options import DecideOptions
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.recipe_choices import settle
 from utils.plots import require_matplotlib
-from utils.publish import locked_folder, prepare_folder, publish_files, refuse_existing, repair_folder
+from utils.publishing.files import publish_files, repair_folder
+from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.recipes.recipe import check_file_names
 from utils.recipes.recipe_manifest import COMMAND, manifest_name
 

@@ -21,7 +21,9 @@ from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
 from utils.evaluation.candidates import UNIFORM
 from utils.pair.config import PairConfig
-from utils.publish import MANIFEST, file_sha256, locked_folder, prepare_folder, publish_files, refuse_existing, to_json
+from utils.publishing.files import publish_files
+from utils.publishing.manifest import MANIFEST, file_sha256, to_json
+from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import peak_gpu_memory, versions
 
 if TYPE_CHECKING:

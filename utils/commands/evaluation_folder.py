@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.merging.recipe_file import MergeRecipe
-from utils.publish import MANIFEST
+from utils.publishing.manifest import MANIFEST
 from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Score, Standing, TaskScores
 
 SCORES = "scores.csv"

@@ -29,15 +29,9 @@ from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing
 from utils.pair.source import CalibrationSource
 from utils.passes.subjects import Precision, Samples, Subject, memory_estimate, prepare_subjects
-from utils.publish import (
-    MANIFEST,
-    file_sha256,
-    locked_folder,
-    prepare_folder,
-    publish_files,
-    refuse_existing,
-    repair_folder,
-)
+from utils.publishing.files import publish_files, repair_folder
+from utils.publishing.manifest import MANIFEST, file_sha256
+from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import (
     available_bytes,
     choose_devices,

@@ -19,9 +19,9 @@ from utils.merging.result_files import read_result_manifest
 from utils.merging.settings import MergeSettings
 from utils.models.model_trial import ModelTrial
 from utils.models.page_cache import AHEAD, read_ahead
-from utils.publish import MANIFEST
+from utils.publishing.manifest import MANIFEST
+from utils.publishing.staging import PROGRESS, put_back, staged_folder, stamp, sweep
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
-from utils.staging import PROGRESS, put_back, staged_folder, stamp, sweep
 
 if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge

@@ -15,7 +15,7 @@ from utils.commands.search_results import FILES, publish_results
 from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
-from utils.publish import locked_folder, prepare_folder, refuse_existing
+from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import available_host_bytes, gigabytes, versions
 from utils.workers.work_folder import work_folder
 

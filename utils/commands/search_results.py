@@ -11,7 +11,8 @@ from utils.commands.evaluate_generation import generate
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
-from utils.publish import MANIFEST, publish_files, to_json
+from utils.publishing.files import publish_files
+from utils.publishing.manifest import MANIFEST, to_json
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.runtime import versions
@@ -236,6 +237,6 @@ def _page(
 
 
 def _sha256(content: bytes | Path) -> str:
-    from utils.publish import file_sha256
+    from utils.publishing.manifest import file_sha256
 
     return file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.result_files import deviations, read_result_manifest
-from utils.publish import MANIFEST
+from utils.publishing.manifest import MANIFEST
 
 
 def verify(folder: Path) -> None:

@@ -31,7 +31,7 @@ from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
 from utils.pair.config import PairConfig
 from utils.passes.subjects import check_tokens, load_tokenizer, pad_token, tokenizer_digest
-from utils.publish import file_sha256
+from utils.publishing.manifest import file_sha256
 from utils.runtime import available_bytes, computing_dtype
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")

@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import Problem, UserError, raise_collected
-from utils.publish import MANIFEST, file_sha256
+from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.validation import show
 
 

@@ -10,7 +10,8 @@ from utils.guidance.folder import check_folder, read_manifest, refuse_edited
 from utils.guidance.method import GuidanceMethod
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
 from utils.pair.config import ModelEntry, PairConfig
-from utils.publish import MANIFEST, file_sha256, half_published
+from utils.publishing.files import half_published
+from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.recipes.naming import LocalModels
 
 

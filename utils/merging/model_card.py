@@ -17,7 +17,7 @@ from utils.merging.provenance import origin_lines
 from utils.merging.result_files import COMMAND, file_record
 from utils.merging.saliency_plan import SaliencyFile
 from utils.models.checkpoints import weight_file_record
-from utils.publish import MANIFEST, file_sha256
+from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.runtime import versions
 
 CARD = "README.md"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.merging.result_files import deviations, read_result_manifest
-from utils.publish import MANIFEST, prepare_folder
+from utils.publishing.manifest import MANIFEST
+from utils.publishing.staging import Stamp, stamp
+from utils.publishing.target import prepare_folder
 from utils.runtime import gigabytes
-from utils.staging import Stamp, stamp
 
 FLAG = "--output_path"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import weight_file_record
 from utils.models.tokenizer_files import copied_names
-from utils.publish import MANIFEST, file_sha256
+from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.runtime import versions
 
 

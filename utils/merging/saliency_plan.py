@@ -18,7 +18,7 @@ from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_file import MergeRecipe
 from utils.models.checkpoints import FLOAT_DTYPES
-from utils.publish import file_sha256
+from utils.publishing.manifest import file_sha256
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
 
 _NO_VECTORS = ""

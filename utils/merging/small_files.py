@@ -15,7 +15,7 @@ from utils.mergekit_api import set_chat_template, set_config_value
 from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, manifest, runnable_recipe
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
-from utils.publish import MANIFEST, to_json
+from utils.publishing.manifest import MANIFEST, to_json
 from utils.recipes.recipe_manifest import manifest_name
 
 

@@ -14,8 +14,8 @@ from utils.models.architecture import quiet_mergekit
 from utils.models.checkpoints import Checkpoint, find_small_files, header_hash, is_local
 from utils.models.hub import download
 from utils.models.tokenizer_files import copy_tokenizer
-from utils.publish import file_sha256
-from utils.staging import staged_folder
+from utils.publishing.manifest import file_sha256
+from utils.publishing.staging import staged_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

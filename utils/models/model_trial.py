@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.models.checkpoints import INDEX
-from utils.publish import file_sha256
+from utils.publishing.manifest import file_sha256
 from utils.trial import Trial
 
 _TEXT = "The quick brown fox, 0123456789: don't... \u00fcber\n\n    x = y  " + "aA1 " * 50

@@ -19,7 +19,7 @@ from utils.models.checkpoints import (
 from utils.pair.calibration import Sample, encode, micro_batches, reference_batches
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.source import CalibrationSource
-from utils.publish import file_sha256
+from utils.publishing.manifest import file_sha256
 from utils.runtime import computing_dtype
 from utils.trial import is_failure
 

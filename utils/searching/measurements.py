@@ -8,7 +8,7 @@ from utils.guidance.folder import read_manifest
 from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.method import DEFAULT, guidance_methods
 from utils.pair.config import PairConfig
-from utils.publish import MANIFEST
+from utils.publishing.manifest import MANIFEST
 
 FOLDER = "measurements"  # in a search's folder: what it measured itself
 

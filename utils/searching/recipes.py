@@ -15,7 +15,7 @@ from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
-from utils.publish import publish_files
+from utils.publishing.files import publish_files
 from utils.recipes.coefficients import COLUMNS, mean_density
 from utils.recipes.global_parameters import known_parameters
 from utils.recipes.group_filters import group_filters

@@ -8,7 +8,7 @@ from typing import Any
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.recipe_files import measurement_record
 from utils.pair.config import PairConfig
-from utils.publish import file_sha256
+from utils.publishing.manifest import file_sha256
 from utils.recipes.recipe_manifest import RecipeManifest
 from utils.searching.space import DENSITY, LAMBDA
 from utils.searching.study import Finished

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.publish import sync_folder
+from utils.publishing.disk import sync_folder
 from utils.workers.piece import Piece
 
 _RESULT = "result.pt"

@@ -20,7 +20,7 @@ from utils.models.weight_source import StreamedWeights, WeightSource
 from utils.pair.config import ModelEntry
 from utils.passes.block_runner import block_tensor_names
 from utils.passes.subjects import Subject
-from utils.publish import to_json
+from utils.publishing.manifest import to_json
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A folder takes its place in one step, and what killed runs have left is taken up, put back or swept.
 
-python -m pytest tests/test_staging.py
+python -m pytest tests/publishing/test_staging.py
 """
 
 import errno
@@ -17,20 +17,21 @@ import pytest
 from tests.conftest import ROOT
 from tests.faulty import Failing, full
 from tests.refusals import refused
-from tests.tiny_pairs import contents
-from utils import staging
+from tests.tiny_pairs import contents, fill
 from utils.errors import UserError
-from utils.exchange import exchange
-from utils.staging import PROGRESS, foreign_entries, put_back, refuse_parallel_run, staged_folder, stamp, sweep
+from utils.publishing import staging
+from utils.publishing.exchange import exchange
+from utils.publishing.staging import (
+    PROGRESS,
+    foreign_entries,
+    put_back,
+    refuse_parallel_run,
+    staged_folder,
+    stamp,
+    sweep,
+)
 
 NEW = {"a.csv": b"new a", "b.csv": b"new b" * 1000, "manifest.json": b"{}"}
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def stamps(folder: Path, names) -> dict:
@@ -316,7 +317,7 @@ def test_a_signal_during_the_swap_waits(tmp_path, monkeypatch, either_way):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from utils import staging
+from utils.publishing import staging
 where, at = sys.argv[2], int(sys.argv[3])
 if where == "renames":
     staging.exchange = lambda first, second: False

@@ -1,11 +1,10 @@
 """Output is complete or absent, whatever fails and whenever; nothing else in the folder is touched.
 
-python -m pytest tests/test_publish.py
+python -m pytest tests/publishing/test_files.py
 """
 
 import builtins
 import errno
-import hashlib
 import os
 import shutil
 import signal
@@ -19,33 +18,15 @@ import pytest
 from tests.conftest import ROOT
 from tests.faulty import Failing, full
 from tests.refusals import refused
-from tests.tiny_pairs import contents
-from utils import publish
+from tests.tiny_pairs import contents, fill
 from utils.errors import UserError
-from utils.publish import (
-    file_sha256,
-    half_published,
-    locked_folder,
-    prepare_folder,
-    publish_files,
-    refuse_existing,
-    repair_folder,
-    to_json,
-)
+from utils.publishing import disk
+from utils.publishing.files import half_published, publish_files, repair_folder
+from utils.publishing.target import locked_folder, refuse_existing
 
 NEW = {"a.csv": b"new a", "b.csv": b"new b" * 1000, "manifest.json": b"{}"}
 OLD = {"a.csv": b"old a", "manifest.json": b"{1}"}
 OTHERS = {"recipe.yml": b"somebody's", "sub/deep.txt": b"somebody's too"}
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-# --- publish_files ----------------------------------------------------------------------------------------------------
 
 
 def test_files_appear_beside_others(tmp_path):
@@ -131,10 +112,10 @@ class FailingFile:
 def inject(monkeypatch, where: str, failing: Failing) -> None:
     if where == "write":
         real = builtins.open
-        monkeypatch.setattr(publish, "open", lambda *args: FailingFile(real(*args), failing), raising=False)
+        monkeypatch.setattr(disk, "open", lambda *args: FailingFile(real(*args), failing), raising=False)
     elif where == "open":
         failing.function = builtins.open
-        monkeypatch.setattr(publish, "open", failing, raising=False)
+        monkeypatch.setattr(disk, "open", failing, raising=False)
     else:
         failing.function = getattr(os, where)
         monkeypatch.setattr(os, where, failing)
@@ -214,7 +195,7 @@ def test_a_signal_between_renames_waits_for_the_last_one(tmp_path, monkeypatch, 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from utils.publish import publish_files
+from utils.publishing.files import publish_files
 at, calls, replace = int(sys.argv[2]), [], os.replace
 
 def replace_then_die(source, final):
@@ -258,98 +239,6 @@ def test_nothing_is_repaired_while_a_run_is_at_work(tmp_path):
     with locked_folder(tmp_path):
         assert repair_folder(tmp_path) == ""
     assert repair_folder(tmp_path) and repair_folder(tmp_path / "none") == ""
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def test_prepare_folder_accepts_and_makes_nothing(tmp_path):
-    for folder in (tmp_path, tmp_path / "new" / "deep", tmp_path / "with space ", tmp_path / "caf\u00e9" / ".." / "x"):
-        prepare_folder(folder, "--out_dir")
-    assert contents(tmp_path) == {}
-
-
-def test_prepare_folder_refuses(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "broken").symlink_to("nowhere")
-    before = contents(tmp_path)
-    for folder, codes in {
-        tmp_path / "file": {"out-is-file"},
-        tmp_path / "file" / "below": {"out-is-file"},
-        tmp_path / "loop": {"out-broken-link"},
-        tmp_path / "broken" / "x": {"out-broken-link"},
-        tmp_path / ("n" * 256): {"out-unusable", "out-name-too-long"},
-        tmp_path / "new" / ("\u00e9" * 128): {"out-unusable", "out-name-too-long"},
-        tmp_path / ("a/" * 3000): {"out-unusable"},
-    }.items():
-        with pytest.raises(UserError) as caught:
-            prepare_folder(folder, "--out_dir")
-        assert caught.value.code in codes and str(caught.value).startswith("--out_dir")
-    assert contents(tmp_path) == before
-
-
-def test_prepare_folder_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with refused("out-unwritable") as caught:
-        prepare_folder(tmp_path / "x", "--out_dir")
-    assert str(caught.value) == f"--out_dir {tmp_path / 'x'}: {tmp_path} is not writable"
-
-
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    folder = tmp_path / "out"
-    with locked_folder(folder):
-        with refused("out-in-use"), locked_folder(folder):
-            pass
-        assert folder.is_dir()  # the refused run took nothing away
-        publish_files(folder, NEW, overwrite=False)
-    with locked_folder(folder):
-        assert contents(folder) == NEW  # no lock file
-
-
-def test_a_refused_run_that_saw_no_folder_yet_leaves_it_alone(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    with locked_folder(folder):
-        monkeypatch.setattr(Path, "exists", lambda path: path == tmp_path)  # as it was a moment before the first run
-        with refused("out-in-use"), locked_folder(folder):
-            pass
-        monkeypatch.undo()
-        assert folder.is_dir()
-
-
-def test_a_run_that_fails_leaves_no_empty_folders(tmp_path):
-    with pytest.raises(KeyboardInterrupt), locked_folder(tmp_path / "a" / "b" / "c"):
-        raise KeyboardInterrupt
-    assert contents(tmp_path) == {}
-    fill(tmp_path, {"a/other": b"x"})
-    with pytest.raises(KeyboardInterrupt), locked_folder(tmp_path / "a" / "b" / "c"):
-        raise KeyboardInterrupt
-    assert contents(tmp_path) == {"a": None, "a/other": b"x"}
-
-
-def test_a_full_disk_for_the_folder_leaves_nothing(tmp_path, monkeypatch):
-    failing = Failing(os.mkdir, 3, full())  # the parents are made after the first attempt fails
-    monkeypatch.setattr(os, "mkdir", failing)
-    with pytest.raises(OSError, match="No space left"), locked_folder(tmp_path / "a" / "b"):
-        pass
-    assert failing.calls >= 3
-    assert contents(tmp_path) == {}
-
-
-# --- hashes and JSON --------------------------------------------------------------------------------------------------
-
-
-def test_file_sha256(tmp_path):
-    content = os.urandom(2**20) * 9  # more than is read at once
-    (tmp_path / "x").write_bytes(content)
-    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
-
-
-def test_json_is_stable_and_finite():
-    assert to_json({"b": 1, "a": "caf\u00e9"}) == b'{\n  "b": 1,\n  "a": "caf\xc3\xa9"\n}\n'
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="JSON compliant"):
-            to_json({"a": value})
 
 
 def test_a_disk_that_is_really_full(tmp_path):

@@ -4,7 +4,7 @@ While a run works, `.NAME.KEY.part` beside the target is its own: a lock on it e
 key says what is being made. A run that makes the same takes a dead run's folder over, with what is finished in it, or
 waits for the living one; a run that makes something else is refused while one lives and sweeps what is dead.
 
-A target that exists changes places with the new folder in one step where the system can do that (`utils/exchange.py`).
+A target that exists changes places with the new folder in one step where the system can do that (`utils/publishing/exchange.py`).
 Elsewhere it is first moved to `.NAME.KEY.old`, so that there is a moment without a target: the next run puts it back.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.exchange import exchange
-from utils.publish import remove_empty, sync_folder, sync_published
+from utils.publishing.disk import remove_empty, sync_folder, sync_published
+from utils.publishing.exchange import exchange
 from utils.signals import finish, signals_held
 
 PROGRESS = ".progress"  # a file in a stage that says what is finished there; without it nothing in a dead stage is used

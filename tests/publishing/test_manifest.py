@@ -1,0 +1,24 @@
+"""Hashes and JSON of manifests.
+
+python -m pytest tests/publishing/test_manifest.py
+"""
+
+import hashlib
+import os
+
+import pytest
+
+from utils.publishing.manifest import file_sha256, to_json
+
+
+def test_file_sha256(tmp_path):
+    content = os.urandom(2**20) * 9  # more than is read at once
+    (tmp_path / "x").write_bytes(content)
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_stable_and_finite():
+    assert to_json({"b": 1, "a": "caf\u00e9"}) == b'{\n  "b": 1,\n  "a": "caf\xc3\xa9"\n}\n'
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            to_json({"a": value})

@@ -1,0 +1,54 @@
+"""Content and names reach the disk, where the file system can say so."""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
+
+
+def write_through(path: Path, content: bytes | None) -> None:
+    """Write a file, or take it as it is, and have it reach the disk."""
+    with open(path, "r+b" if content is None else "wb") as file:
+        if content is not None:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where its file system can say so; the files are complete either way."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_published(folder: Path) -> None:
+    """`sync_folder` for a folder whose new content is in its place.
+
+    Raises:
+        UserError: the system could not say that the names reached the disk.
+    """
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the result is complete and in its place, but the system could not confirm that it reached the "
+            f"disk ({error.strerror}); check the disk before you rely on it",
+            "out-not-synced",
+        ) from error
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for a run that published nothing, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks.contenders import Contender, Run, alternate, chosen, growth_lines, machine, table, write_csv
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count
-from utils.models.checkpoints import read_headers
+from utils.models.headers import read_headers
 
 NAMES = ("ours", "ours-gpu", "ours-cpu", "ours-stock", "mergekit-yaml", "mergekit-fast-options", "floor")
 STOCK = str(ROOT / "benchmarks" / "timed_mergekit.py")

@@ -79,7 +79,7 @@ def build_pair(shape: str, folder: Path, data: Path | None) -> dict[str, Path]:
 
 def parameter_count(place: Path) -> int:
     """Stored parameters of a model folder, from its headers."""
-    from utils.models.checkpoints import read_headers
+    from utils.models.headers import read_headers
 
     return sum(math.prod(header.shape) for header in read_headers(place, place.name).values())
 

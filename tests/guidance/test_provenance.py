@@ -9,7 +9,8 @@ import yaml
 
 from tests.refusals import refused
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
-from utils.models.checkpoints import header_hash, open_checkpoint
+from utils.models.checkpoints import open_checkpoint
+from utils.models.headers import header_hash
 from utils.pair.config import read_pair_config
 
 

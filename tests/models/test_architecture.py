@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, save_tiny
-from utils.models.architecture import ADJUSTED, DEFINITION, INFERENCE, STORED, plan_architecture
+from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
+from utils.models.planned_tensors import ADJUSTED, DEFINITION, INFERENCE, STORED
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,17 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import resave, save_tiny
 from tests.tiny_pairs import contents
 from utils.errors import UserError
-from utils.models import checkpoints
 from utils.models.checkpoints import (
-    INDEX,
-    SINGLE,
     Checkpoint,
     find_small_files,
-    header_hash,
     hub_commit,
     is_local,
     open_checkpoint,
     open_without_download,
-    read_headers,
     read_model_config,
     weight_file_record,
 )
+from utils.models.headers import DTYPE_BYTES, INDEX, SINGLE, file_headers, header_hash, read_headers
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 TABLE = {
@@ -348,11 +344,11 @@ def check_file(path: Path, content: bytes) -> None:
 
     path.write_bytes(content)
     try:
-        headers = {header.name: header for header in checkpoints.file_headers(path, "m")}
+        headers = {header.name: header for header in file_headers(path, "m")}
     except UserError as error:
         assert len(str(error)) < 5000
         return
-    if not {header.dtype for header in headers.values()} <= set(checkpoints.DTYPE_BYTES):
+    if not {header.dtype for header in headers.values()} <= set(DTYPE_BYTES):
         return  # a dtype of the future: not ours to judge, unless it is measured
     try:
         with safe_open(path, framework="np") as opened:

@@ -19,7 +19,8 @@ from huggingface_hub.utils import filter_repo_objects
 from tests.conftest import ROOT
 from tests.refusals import refused
 from tests.tiny_checkpoints import resave, save_tiny
-from utils.models.checkpoints import INDEX, open_checkpoint
+from utils.models.checkpoints import open_checkpoint
+from utils.models.headers import INDEX
 from utils.models.hub import download
 
 

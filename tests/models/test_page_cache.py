@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.models.checkpoints import Checkpoint, TensorHeader, open_checkpoint
+from utils.models.checkpoints import Checkpoint, open_checkpoint
+from utils.models.headers import TensorHeader
 from utils.models.page_cache import first_bytes, read_ahead
 
 

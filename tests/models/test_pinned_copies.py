@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from utils.models import pinned_copies
-from utils.models.checkpoints import read_headers
+from utils.models.headers import read_headers
 from utils.models.pinned_copies import PinnedCopies
 
 CPU = torch.device("cpu")

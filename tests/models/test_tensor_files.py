@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.refusals import refused
-from utils.models.checkpoints import TensorHeader
+from utils.models.headers import TensorHeader
 from utils.models.tensor_files import TensorFiles
 
 

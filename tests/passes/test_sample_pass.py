@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.refusals import refused
-from utils.passes.block_runner import stops
+from utils.passes.flows import stops
 from utils.passes.sample_pass import SamplePass, handed_over
 
 VOCABULARY, WIDTH, BLOCKS = 11, 6, 3

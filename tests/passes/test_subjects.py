@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.tiny_pairs import save_pair, write_config
+from utils.models.tokenizer import tokenizer_digest
 from utils.pair.calibration import choose_samples
 from utils.pair.config import read_pair_config
-from utils.passes.subjects import Precision, model_doubts, prepare_subjects, tokenizer_digest
+from utils.passes.preparation import Precision, model_doubts, prepare_subjects
 
 CONFIG = {"model_type": "llama"}
 

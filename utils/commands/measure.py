@@ -28,7 +28,8 @@ from utils.pair.calibration import choose_samples, token_digest, with_defaults
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing
 from utils.pair.source import CalibrationSource
-from utils.passes.subjects import Precision, Samples, Subject, memory_estimate, prepare_subjects
+from utils.passes.preparation import Precision, Samples, prepare_subjects
+from utils.passes.subjects import Subject, memory_estimate
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing

@@ -10,7 +10,8 @@ from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import DEFAULT
 from utils.pair.calibration import text_doubts, with_defaults
 from utils.pair.source import CalibrationSource
-from utils.passes.subjects import Samples, Subject, memory_estimate, model_doubts
+from utils.passes.preparation import Samples, model_doubts
+from utils.passes.subjects import Subject, memory_estimate
 from utils.runtime import available_bytes, gigabytes, versions
 
 _FIRST_IDS = 5

@@ -21,11 +21,12 @@ from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
 from utils.merging.vocabulary import embedding_rows
-from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader, open_checkpoint, read_model_config
+from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
+from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.stored_layout import StoredLayout, stored_layout
+from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
-from utils.passes.subjects import load_tokenizer
 from utils.runtime import computing_dtype
 
 _MOST_PLANS = 128  # kept, each of about a megabyte

@@ -29,8 +29,9 @@ from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
+from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
-from utils.passes.subjects import check_tokens, load_tokenizer, pad_token, tokenizer_digest
+from utils.passes.preparation import check_tokens, pad_token
 from utils.publishing.manifest import file_sha256
 from utils.runtime import available_bytes, computing_dtype
 

@@ -19,7 +19,8 @@ from utils.evaluation.encoding import ScoredBatch
 from utils.evaluation.row_losses import row_losses
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed, tensor_names
-from utils.passes.block_runner import Flow, block_tensor_names, body_names, stops
+from utils.passes.block_runner import block_tensor_names, body_names
+from utils.passes.flows import Flow, stops
 from utils.passes.language_head import head_names, language_head
 
 NOT_FINITE = "merge-not-finite"  # the code of a merged tensor that holds NaN or infinity

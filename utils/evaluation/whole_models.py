@@ -12,8 +12,8 @@ from torch import nn
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.entries import Preparing, ReadyCandidate
 from utils.evaluation.weights import CandidateWeights
+from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import placed, share_tied
-from utils.passes.subjects import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import Problem, raise_collected
-from utils.models.checkpoints import Checkpoint, header_hash, is_local
+from utils.models.checkpoints import Checkpoint, is_local
+from utils.models.headers import header_hash
 from utils.pair.config import ModelEntry, PairConfig
 
 _MODEL_OPTIONS = ("model_info", "base_model_type")

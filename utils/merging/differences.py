@@ -6,7 +6,7 @@ from typing import Any
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.merging.plan import MergePlan, gathered
-from utils.models.architecture import load_config, quiet_mergekit
+from utils.models.mergekit_inputs import load_config, quiet_mergekit
 
 _SHOWN = 4
 # config.json keys that say nothing about what the tensors compute

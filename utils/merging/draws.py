@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.mergekit_api import ExecuteMergeMethodTask, Executor, MergeMethod, SparsificationMethod
 from utils.merging.plan import MergePlan, OutputTensor
-from utils.models.checkpoints import FLOAT_DTYPES
+from utils.models.headers import FLOAT_DTYPES
 
 _BY_CHANCE = (SparsificationMethod.random, SparsificationMethod.della_magprune)
 _AT_ONCE = 2**22  # numbers

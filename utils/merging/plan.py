@@ -26,8 +26,9 @@ from utils.mergekit_api import (
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import VocabularyPlan
-from utils.models.architecture import ArchitecturePlan, PlannedTensor, quiet_mergekit
-from utils.models.checkpoints import DTYPE_BYTES, FLOAT_DTYPES, TensorHeader
+from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, TensorHeader
+from utils.models.mergekit_inputs import quiet_mergekit
+from utils.models.planned_tensors import ArchitecturePlan, PlannedTensor
 
 _TORCH_BYTES = {name: DTYPE_BYTES[code] for code, name in FLOAT_DTYPES.items()}
 _SHOWN = 5

@@ -26,7 +26,8 @@ from utils.merging.resources import choose_merge_device
 from utils.merging.saliency_plan import SaliencyFile, bind_saliency
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import plan_vocabulary
-from utils.models.architecture import DEFINITION, plan_architecture
+from utils.models.architecture import plan_architecture
+from utils.models.planned_tensors import DEFINITION
 from utils.recipes.recipe_manifest import RecipeManifest, read_recipe_manifest
 from utils.runtime import device_name, gigabytes, versions
 

@@ -13,8 +13,8 @@ from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import get_auto_cls
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
-from utils.models.architecture import quiet_mergekit
-from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader, read_headers
+from utils.models.headers import FLOAT_DTYPES, TensorHeader, read_headers
+from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import GENERATION, has_chat_template, has_tokenizer
 from utils.trial import is_failure
 

@@ -17,7 +17,7 @@ from utils.merging.inputs import MergeInput
 from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_file import MergeRecipe
-from utils.models.checkpoints import FLOAT_DTYPES
+from utils.models.headers import FLOAT_DTYPES
 from utils.publishing.manifest import file_sha256
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
 

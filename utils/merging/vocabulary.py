@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.models.architecture import ArchitecturePlan, quiet_mergekit
 from utils.models.checkpoints import Checkpoint
+from utils.models.mergekit_inputs import quiet_mergekit
+from utils.models.planned_tensors import ArchitecturePlan
 from utils.models.tokenizer_files import fingerprint, has_chat_template, has_tokenizer
 from utils.trial import is_failure
 

@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.models.architecture import quiet_mergekit
-from utils.models.checkpoints import Checkpoint, find_small_files, header_hash, is_local
+from utils.models.checkpoints import Checkpoint, find_small_files, is_local
+from utils.models.headers import header_hash
 from utils.models.hub import download
+from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import copy_tokenizer
 from utils.publishing.manifest import file_sha256
 from utils.publishing.staging import staged_folder

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.models.checkpoints import INDEX
+from utils.models.headers import INDEX
 from utils.publishing.manifest import file_sha256
 from utils.trial import Trial
 

@@ -5,7 +5,8 @@ import os
 import threading
 from collections.abc import Iterable
 
-from utils.models.checkpoints import Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import TensorHeader
 
 AHEAD = 4 * 2**30  # bytes asked for at most: what a fast disk reads while libraries are imported
 

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from utils.models.checkpoints import TensorHeader
+from utils.models.headers import TensorHeader
 from utils.models.tensor_files import TensorFiles, stored_dtype
 
 SLOTS = 8

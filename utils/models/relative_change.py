@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.tensor_files import TensorFiles
 
 UNUSUAL = 0.5  # relative change beyond what fine-tunes have

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from utils.errors import UserError
-from utils.models.checkpoints import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
+from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
 
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 _WIDEST_FIRST = ("F64", "F32", "BF16", "F16")  # the order of tensors in a file; within a dtype by name

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint
+from utils.models.checkpoints import Checkpoint
 from utils.models.decoder import find_blocks
+from utils.models.headers import FLOAT_DTYPES
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.weight_source import build_skeleton, tied_names
 

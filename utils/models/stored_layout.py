@@ -26,7 +26,8 @@ from transformers.core_model_loading import (
 )
 
 from utils.errors import UserError, brief
-from utils.models.checkpoints import Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import TensorHeader
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.models.checkpoints import TensorHeader
+from utils.models.headers import TensorHeader
 
 _STORED = {
     "F64": torch.float64,

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, brief
-from utils.models.checkpoints import Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import TensorHeader
 from utils.models.pinned_copies import PinnedCopies
 from utils.models.stored_layout import StoredLayout
 from utils.models.tensor_files import TensorFiles

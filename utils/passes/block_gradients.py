@@ -23,7 +23,8 @@ from torch import nn
 from utils.errors import UserError
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, share_tied, tied_names
-from utils.passes.block_runner import BlocksInTurn, block_tensor_names, stops
+from utils.passes.block_runner import BlocksInTurn, block_tensor_names
+from utils.passes.flows import stops
 from utils.passes.sample_pass import SamplePass, handed_over
 
 

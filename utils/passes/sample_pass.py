@@ -17,7 +17,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Arrival, Flow
+from utils.passes.flows import Arrival, Flow
 
 HandOver = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Takes a parameter's name, its value and its gradient."""

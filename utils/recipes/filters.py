@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from utils.errors import Problem, raise_collected
-from utils.models.checkpoints import Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import TensorHeader
 
 if TYPE_CHECKING:
-    from utils.models.architecture import ArchitecturePlan
+    from utils.models.planned_tensors import ArchitecturePlan
 
 _WEIGHT = ".weight"
 

@@ -14,7 +14,7 @@ from utils.recipes.group_filters import group_filters
 from utils.recipes.saliency_vectors import SaliencyVectors
 
 if TYPE_CHECKING:
-    from utils.models.architecture import ArchitecturePlan
+    from utils.models.planned_tensors import ArchitecturePlan
 
 NOT_HERE = "the base model is not on this machine"
 RECORDED_EVIDENCE = f"{NOT_HERE}; proven only against each other, with the names recorded while measuring"
@@ -62,7 +62,7 @@ class WrittenTensors:
     @property
     def evidence(self) -> str:
         """The clause that says what filters were proven against, and by which of mergekit's ways."""
-        from utils.models.architecture import DEFINITION
+        from utils.models.planned_tensors import DEFINITION
 
         why = "" if self.plan.origin == DEFINITION else f" ({self.plan.reason})"
         return f"each hits its own tensors and nothing else in {self.base.name}, by {self.plan.origin}{why}"

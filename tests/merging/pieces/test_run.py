@@ -19,7 +19,7 @@ from utils.merging.pieces import tensor as tensor_merge
 from utils.merging.pieces.arithmetic import Average, Combination
 from utils.merging.pieces.choice import DirectTensor, kept_band
 from utils.merging.pieces.run import merge_directly
-from utils.models.checkpoints import read_headers
+from utils.models.headers import read_headers
 from utils.models.shard_files import ShardFiles, TensorSpec
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -22,7 +22,8 @@ from utils.guidance.lewis.norms import metric_norm
 from utils.models.decoder import Decoder, weight_matrix
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Flow, Visitor, block_tensor_names, body_names, stops
+from utils.passes.block_runner import Visitor, block_tensor_names, body_names
+from utils.passes.flows import Flow, stops
 from utils.passes.second_moments import SecondMoments
 
 SAMPLES = 2  # of a text

@@ -33,7 +33,8 @@ from utils.guidance.submodule_linearity.whole_models import WholeModels
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import BlocksInTurn, Flow, block_tensor_names, stops
+from utils.passes.block_runner import BlocksInTurn, block_tensor_names
+from utils.passes.flows import Flow, stops
 
 
 @dataclass(frozen=True)

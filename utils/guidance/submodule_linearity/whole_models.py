@@ -20,7 +20,7 @@ from utils.guidance.submodule_linearity.part_changes import Passage
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Flow
+from utils.passes.flows import Flow
 
 _SHARES = GRID[1:]  # the base's own pass is there
 

@@ -13,8 +13,8 @@ from utils.guidance.tuned.start import Start
 from utils.merging.merged_tensors import MergeWork, merged_tensors, prepare
 from utils.merging.planning import plan_recipe
 from utils.merging.settings import MergeSettings
-from utils.models.checkpoints import INDEX, TensorHeader, read_headers
 from utils.models.decoder import Decoder
+from utils.models.headers import INDEX, TensorHeader, read_headers
 from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import StreamedWeights, WeightSource
 from utils.pair.config import ModelEntry

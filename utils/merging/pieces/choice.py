@@ -30,7 +30,7 @@ from utils.mergekit_api import (
 from utils.merging.pieces.arithmetic import MOST_CHANGES, Average, Combination
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.settings import MergeSettings
-from utils.models.checkpoints import FLOAT_DTYPES, TensorHeader
+from utils.models.headers import FLOAT_DTYPES, TensorHeader
 
 # Of the functions of mergekit 0.1.5 listed in `utils/mergekit_api.py`. To accept another version: compare those functions,
 # run the tests of these modules with the new digest, then put it here.

@@ -13,10 +13,8 @@ Another method measures into a folder of its own (`--guidance`; each writes `<me
 """
 
 from utils.errors import run_command
-from utils.flags import FlagParser, path, whole_number
+from utils.flags import FlagParser, path
 from utils.guidance.method import chosen_method, declare_flags, own_options
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main() -> None:
@@ -26,23 +24,8 @@ def main() -> None:
         "config", "pair config: the YAML that names the models, the text and the settings", type=path, required=True
     )
     parser.flag("out_dir", "folder to write the dataframes into; made if needed", type=path, required=True)
-    parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
-    parser.flag(
-        "devices",
-        "several of one kind, such as cuda:0,cuda:1 or cpu,cpu: models are measured side by side; replaces --device "
-        "(without it, on a CPU: as many as threads and memory allow)",
-    )
-    parser.flag(
-        "dtype",
-        "precision of the forward pass; auto: the checkpoint's own, or float32 on a processor that is slow in that",
-        choices=DTYPES,
-        default="auto",
-    )
-    parser.flag(
-        "micro_batch_tokens",
-        "tokens that go through a block together; lower it if memory is short [default: 2048 on the CPU, 16384 on a "
-        "GPU]",
-        type=whole_number(1, 2**24),
+    parser.computing_flags(
+        "models are measured side by side; replaces --device (without it, on a CPU: as many as threads and memory allow)"
     )
     parser.ray_flags()
     parser.switch("trust_remote_code", "run Python code that comes with a model")

@@ -39,7 +39,7 @@ from benchmarks.contenders import machine
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
 from utils.publishing.files import publish_files
 from utils.searching.knowns import Known
-from utils.searching.space import DENSITY, LAMBDA, UNIFORM, Point
+from utils.searching.points import DENSITY, LAMBDA, UNIFORM, Point
 
 if TYPE_CHECKING:
     from utils.commands.search_setup import Prepared

@@ -21,9 +21,7 @@ from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
 
 if TYPE_CHECKING:
-    from utils.commands.evaluate import EvaluateOptions
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+    from utils.commands.evaluate_options import EvaluateOptions
 
 
 def main() -> None:
@@ -50,26 +48,14 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
     parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("test_rows", "rows a task that figures are taken of", type=whole_number(2, 10**6), default=128)
     parser.flag("validation_rows", "rows a task that settings are chosen on", type=whole_number(2, 10**6), default=64)
-    parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
-    parser.flag("devices", "several of one kind, such as cuda:0,cuda:1: candidates go side by side; replaces --device")
-    parser.flag(
-        "dtype",
-        "precision of the forward pass; auto: each model's own, or float32 on a processor that is slow in that",
-        choices=DTYPES,
-        default="auto",
-    )
-    parser.flag(
-        "micro_batch_tokens",
-        "tokens that go through a block together [default: 2048 on the CPU, 16384 on a GPU]",
-        type=whole_number(1, 2**24),
-    )
+    parser.computing_flags("candidates go side by side; replaces --device")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("confirm_run_unsafe_code", "let lm-eval tasks run code that models write")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     flags = vars(parser.parse(words))
 
-    from utils.commands.evaluate import EvaluateOptions
+    from utils.commands.evaluate_options import EvaluateOptions
     from utils.pair.config import read_pair_config
 
     flags["config"] = read_pair_config(flags["config"])

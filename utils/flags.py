@@ -123,6 +123,27 @@ class FlagParser(argparse.ArgumentParser):
             help = f"{help} [default: {str(default).replace('%', '%%')}]"
         self.add_argument(*_spellings("--", name), dest=name, action=_StoreOnce, help=help, **kwargs)
 
+    def computing_flags(self, side_by_side: str) -> None:
+        """Declare where and how models are computed.
+
+        Args:
+            side_by_side: what goes side by side on several devices, a clause.
+        """
+        self.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
+        self.flag("devices", f"several of one kind, such as cuda:0,cuda:1 or cpu,cpu: {side_by_side}")
+        self.flag(
+            "dtype",
+            "precision of the forward pass; auto: each checkpoint's own, or float32 on a processor that is slow in that",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            default="auto",
+        )
+        self.flag(
+            "micro_batch_tokens",
+            "tokens that go through a block together; lower it if memory is short [default: 2048 on the CPU, 16384 on a "
+            "GPU]",
+            type=whole_number(1, 2**24),
+        )
+
     def ray_flags(self) -> None:
         """Declare `--ray` and what belongs to it."""
         self.flag(

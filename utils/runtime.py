@@ -59,13 +59,19 @@ def import_libraries(*names: str) -> None:
 
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+def versions_line(*packages: str) -> str:
+    """A line with Python's version and those of the libraries that a command's numbers depend on."""
+    return ", ".join([f"versions: python {platform.python_version()}", *(f"{one} {_version(one)}" for one in packages)])
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def choose_device(asked: str) -> tuple["torch.device", str]:

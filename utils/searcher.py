@@ -26,7 +26,6 @@ from utils.merging.settings import byte_count
 if TYPE_CHECKING:
     from utils.commands.search_setup import SearchOptions
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLERS = ("auto", "tpe", "gp", "random")
 OBJECTIVES = ("mean", "worst", "weighted")
 
@@ -83,19 +82,7 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("validation_rows", "rows a task that recipes are chosen on", type=whole_number(4, 10**6), default=64)
     parser.flag("test_rows", "rows a task that the winner is judged on", type=whole_number(2, 10**6), default=128)
     parser.flag("first_rows", "rows a task in the first round of a race", type=whole_number(4, 10**6), default=8)
-    parser.flag("device", "where to compute: auto, cpu, cuda or cuda:n", default="auto")
-    parser.flag("devices", "several of one kind, such as cuda:0,cuda:1: candidates go side by side; replaces --device")
-    parser.flag(
-        "dtype",
-        "precision of the forward pass; auto: each model's own, or float32 on a processor that is slow in that",
-        choices=DTYPES,
-        default="auto",
-    )
-    parser.flag(
-        "micro_batch_tokens",
-        "tokens that go through a block together [default: 2048 on the CPU, 16384 on a GPU]",
-        type=whole_number(1, 2**24),
-    )
+    parser.computing_flags("candidates go side by side; replaces --device")
     parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("max_hours", "end in time: what was found by then is judged", type=number(0, math.inf, low_open=True))
     parser.flag("max_disk", "end before --out_dir holds more than this, e.g. 500M, 5G", type=byte_count)

@@ -15,9 +15,10 @@ from utils.pair.search import SearchSettings
 from utils.searching.knowns import Known
 from utils.searching.losses import Entrant, Losses
 from utils.searching.objective import Objective
+from utils.searching.points import DENSITY, LAMBDA, Point, Way
 from utils.searching.recipes import Made
 from utils.searching.rounds import Search, Yardstick
-from utils.searching.space import DENSITY, LAMBDA, Point, Space, Way
+from utils.searching.space import Space
 from utils.searching.study import SearchStudy
 
 TASKS = ("code", "math")

@@ -15,8 +15,10 @@ from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
 from utils.searching.knowns import knowns
 from utils.searching.measurements import find_measurements
+from utils.searching.points import Point
 from utils.searching.recipes import RecipeMaker
-from utils.searching.space import Point, search_space
+from utils.searching.space import Space
+from utils.searching.ways import ways_to_try
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_guided_recipes_are_command_twos(pair, maker):
 
 def test_every_default_is_made_again_from_its_numbers(maker):
     """A guided way's defaults, all numbers said, give the recipe that saying none gives, to rounding."""
-    space = search_space(maker.config.search, list(maker.measured), ("code", "math"), 2)
+    space = Space(maker.config.search, ways_to_try(maker.config.search, list(maker.measured)), ("code", "math"), 2)
     for way in (way for way in space.ways if way.guided):
         point = maker.default(way)
         assert all(value is not None for value in point.numbers.values()), way.label
@@ -104,7 +106,7 @@ def test_every_default_is_made_again_from_its_numbers(maker):
 def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
     import torch
 
-    space = search_space(maker.config.search, list(maker.measured), ("code", "math"), 2)
+    space = Space(maker.config.search, ways_to_try(maker.config.search, list(maker.measured)), ("code", "math"), 2)
     listed = knowns(space, maker, 99)
     assert knowns(space, maker, 5) == listed[:5] and len({known.point.merge_method for known in listed[:5]}) > 1
     assert len({known.name for known in listed}) == len(listed)

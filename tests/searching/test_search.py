@@ -8,7 +8,7 @@ pytest.importorskip("optuna")
 
 from tests.refusals import refused
 from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run
-from utils.searching.study import require_optuna
+from utils.searching.storage import require_optuna
 
 
 def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):

@@ -10,15 +10,16 @@ from tests.refusals import refused
 from utils.guidance.method import guidance_methods
 from utils.pair.search import SearchSettings, Span
 from utils.recipes.method_rules import OWN_METHODS
-from utils.searching.space import Point, search_space
+from utils.searching.points import Point
+from utils.searching.space import Space
+from utils.searching.ways import ways_to_try
 
 EXPERTS = ("code", "math")
 
 
 def space(measured=(), blocks=6, experts=EXPERTS, **settings):
-    return search_space(
-        SearchSettings(**{key.rstrip("_"): value for key, value in settings.items()}), list(measured), experts, blocks
-    )
+    settings = SearchSettings(**{key.rstrip("_"): value for key, value in settings.items()})
+    return Space(settings, ways_to_try(settings, list(measured)), experts, blocks)
 
 
 def test_without_measurements_there_are_the_unguided_ways():

@@ -1,7 +1,7 @@
 """Whom a search ends with."""
 
 from utils.searching.objective import Objective
-from utils.searching.space import Point
+from utils.searching.points import Point
 from utils.searching.study import Finished
 from utils.searching.winners import choose
 

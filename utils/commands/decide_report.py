@@ -15,7 +15,7 @@ from utils.recipes.coefficients import average, by_component, by_depth, mean_den
 from utils.recipes.filters import Coverage, NamedTensor, name_template
 from utils.recipes.global_parameters import normalizes
 from utils.recipes.recipe import DTYPE, RecipeSettings
-from utils.runtime import versions
+from utils.runtime import versions_line
 
 _PER_LINE = 6
 
@@ -30,10 +30,7 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
     """Print what the recipe is made from, and how."""
     settings, decision, asked = made.settings, made.decision, made.choices.options
     given, method = options.config.global_parameters, settings.method
-    found = versions()
-    print(
-        "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "mergekit", "transformers", "pandas"))
-    )
+    print(versions_line("mergekit", "transformers", "pandas"))
     print(f"guidance: {asked.method.name}, {asked.method.summary}")
     places = _measured(decision.table)
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"

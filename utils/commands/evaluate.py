@@ -1,67 +1,29 @@
 """The evaluator's one job: candidates scored on held-out rows, their figures, a table, a verdict and a page."""
 
-import hashlib
-import io
-import json
-import os
-import re
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.commands.evaluate_generation import find_accuracy_tasks, generate
-from utils.commands.evaluated import Evaluated, Generated
+from utils.commands.evaluate_options import EvaluateOptions
+from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
+from utils.commands.evaluated import Evaluated
 from utils.commands.measure import quiet_libraries
-from utils.commands.next_command import next_command
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
-from utils.evaluation.candidates import UNIFORM
-from utils.pair.config import PairConfig
-from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, file_sha256, to_json
-from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
-from utils.runtime import peak_gpu_memory, versions
+from utils.progress_bar import progress_bar
+from utils.publishing.target import locked_folder, prepare_folder
+from utils.runtime import peak_gpu_memory, versions_line
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from utils.evaluation.candidates import Candidate
     from utils.evaluation.scoring import Scorer
     from utils.evaluation.store import LossStore
 
-COMMAND = "utils/evaluator.py"
-SCORES, SAMPLES = "scores.csv", "samples.parquet"
 LOSSES = "losses"  # the folder of what is kept for the next time
-ACCURACY = "lm_eval_samples.parquet"
-REPORT = "report.html"
-FILES = (SCORES, SAMPLES, ACCURACY, REPORT, UNIFORM, MANIFEST)
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What the evaluator was asked to do; `candidates` are as typed."""
-
-    config: PairConfig
-    out_dir: Path
-    candidates: tuple[str, ...] = ()
-    against: str | None = None
-    controls: bool = True
-    samples: bool = True
-    test_rows: int = 128
-    validation_rows: int = 64
-    device: str = "auto"
-    devices: str | None = None
-    dtype: str = "auto"
-    micro_batch_tokens: int | None = None
-    random_seed: int = 0
-    trust_remote_code: bool = False
-    confirm_run_unsafe_code: bool = False
-    overwrite: bool = False
-    quiet: bool = False
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -73,12 +35,9 @@ def evaluate(options: EvaluateOptions) -> None:
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
     candidates = _candidates(options)
-    _refuse_out_dir(options)
+    refuse_out_dir(options)
     quiet_libraries()
-    say(
-        "versions: "
-        + ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "mergekit"))
-    )
+    say(versions_line("torch", "transformers", "mergekit"))
     devices = scoring_devices(options, say)
     asked = [name for text in options.config.evaluation.values() for name in text.lm_eval]
     accuracy = find_accuracy_tasks(asked, options.confirm_run_unsafe_code)
@@ -99,7 +58,7 @@ def evaluate(options: EvaluateOptions) -> None:
             f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
         generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
-        _publish(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
+        publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
 
 
 def _candidates(options: EvaluateOptions) -> "list[Candidate]":
@@ -110,18 +69,6 @@ def _candidates(options: EvaluateOptions) -> "list[Candidate]":
     for one in asked:
         refuse_other_models(one, options.config)
     return distinct_names(asked, {entry.type for entry in options.config.model_info})
-
-
-def _refuse_out_dir(options: EvaluateOptions) -> None:
-    """Refuse a folder of files that are not an earlier evaluation's, or that somebody has changed since."""
-    try:
-        earlier = json.loads((options.out_dir / MANIFEST).read_text(encoding="utf-8"))
-        files = earlier["files"] if earlier["command"] == COMMAND else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        files = {}
-    ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
-               (options.out_dir / name).is_file())  # fmt: skip
-    refuse_existing(options.out_dir, list(FILES), overwrite=options.overwrite or (bool(files) and ours))
 
 
 def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> str | None:
@@ -218,121 +165,17 @@ def _evaluate(
     )
 
 
-class _progress:
-    """One bar for the blocks of all passes, on stderr, for as long as the context lasts."""
-
-    def __init__(self, options: EvaluateOptions, scorers: "Sequence[Scorer]", what: str) -> None:
-        self.quiet, self.scorers, self.what = options.quiet, scorers, what
-
-    def __enter__(self) -> None:
-        from tqdm import tqdm
-
-        bar = self.bar = tqdm(desc=self.what, unit="block", disable=self.quiet, file=sys.stderr, total=0)
-
-        shown = dict.fromkeys(range(len(self.scorers)), (0, 0))  # done and steps of each device
+@contextlib.contextmanager
+def _progress(options: EvaluateOptions, scorers: "Sequence[Scorer]", what: str) -> Iterator[None]:
+    """One bar for the blocks of all passes, for as long as the context lasts."""
+    shown = dict.fromkeys(range(len(scorers)), (0, 0))  # done and steps of each device
+    with progress_bar(what, 0, "block", quiet=options.quiet) as bar:
 
         def show(place: int, done: int, steps: int) -> None:
             shown[place] = done, steps
             bar.total = sum(steps for _, steps in shown.values())
             bar.update(sum(done for done, _ in shown.values()) - bar.n)
 
-        for place, scorer in enumerate(self.scorers):
+        for place, scorer in enumerate(scorers):
             scorer.on_step = partial(show, place)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-
-def _publish(
-    options: EvaluateOptions,
-    scorer: "Scorer",
-    evaluated: Evaluated,
-    generated: Generated,
-    warnings: Sequence[str],
-) -> None:
-    from utils.commands.evaluate_page import evaluation_page
-    from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
-    from utils.recipes.recipe import recipe_bytes
-    from utils.reports.page import render
-
-    following = _next(options, evaluated)
-    request = _request(options, scorer, evaluated)
-    page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
-    files = {
-        SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
-        SAMPLES: _parquet(samples_table(scorer, evaluated)),
-        REPORT: render(page).encode(),
-    }
-    if generated.accuracy is not None:
-        files[ACCURACY] = _parquet(generated.accuracy)
-    best = evaluated.best_control()
-    if best is not None:
-        files[UNIFORM] = recipe_bytes(best.recipe)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files[MANIFEST] = to_json({**request, "files": digests})
-    publish_files(options.out_dir, files, overwrite=True)
-    print(f"\n{printed_table(scorer, evaluated)}\n")
-    if generated.accuracy is not None:
-        files_line = printed_accuracy(evaluated, generated)
-        print(f"{files_line}\n")
-    for line in page.notes:
-        print(line)
-    if page.verdict:
-        print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
-    print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
-    if following:
-        print(f"next:\n{following}")
-
-
-def _recipe_hash(candidate: "Candidate") -> str | None:
-    """SHA-256 of the recipe file that has been scored, so that a merge by it can show its figures."""
-    from utils.merging.recipe_file import read_recipe
-    from utils.recipes.recipe import recipe_bytes
-
-    if candidate.recipe is None:
-        return None
-    if candidate.source is None:  # a control, which may be written
-        return hashlib.sha256(recipe_bytes(candidate.recipe)).hexdigest()
-    written = read_recipe(candidate.source)
-    return written.sha256 if written.data == candidate.recipe else None
-
-
-def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -> dict[str, Any]:
-    """What was asked, of what, on which rows: the manifest without the files."""
-    from utils.models.checkpoints import weight_file_record
-
-    return {
-        "command": COMMAND,
-        "versions": versions(),
-        "settings": scorer.settings.record(),
-        "reference": evaluated.reference,
-        "best_on_validation": evaluated.winner,
-        "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
-        "candidates": [
-            {
-                "name": one.name,
-                "role": one.role,
-                "model": one.model if one.model is None else os.path.basename(one.model.rstrip("/")),
-                "sha256": scorer.fingerprint(one),
-                "recipe_sha256": _recipe_hash(one),
-            }
-            for one in evaluated.candidates
-        ],
-        "tasks": [task.record() for task in scorer.tasks],
-    }
-
-
-def _parquet(table: "pd.DataFrame") -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
-def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
-    """The command that merges the winner, where that is a recipe: a file that was given, or the best uniform merge."""
-    winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
-    if winner is None or winner.recipe is None:
-        return ""
-    source = winner.source or options.out_dir / UNIFORM
-    folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
-    return next_command("utils/merger.py", {"output_path": folder, "merge_config": source})
+        yield

@@ -39,6 +39,7 @@ from utils.runtime import (
     import_libraries,
     peak_gpu_memory,
     versions,
+    versions_line,
 )
 from utils.workers.work_folder import folder_name, work_folder
 
@@ -75,7 +76,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
     trial = None if options.trust_remote_code else ModelTrial(_small_files(config))
-    say(report.versions_line())
+    say(versions_line("torch", "transformers"))
     with connected(options.ray, say) as workers:
         _measure(options, workers, trial, names, say, alone)
 

@@ -12,15 +12,9 @@ from utils.pair.calibration import text_doubts, with_defaults
 from utils.pair.source import CalibrationSource
 from utils.passes.preparation import Samples, model_doubts
 from utils.passes.subjects import Subject, memory_estimate
-from utils.runtime import available_bytes, gigabytes, versions
+from utils.runtime import available_bytes, gigabytes
 
 _FIRST_IDS = 5
-
-
-def versions_line() -> str:
-    """The versions that the numbers depend on."""
-    found = versions()
-    return "versions: " + ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
 
 
 def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Iterator[str]:

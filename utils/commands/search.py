@@ -16,7 +16,7 @@ from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
-from utils.runtime import available_host_bytes, gigabytes, versions
+from utils.runtime import available_host_bytes, gigabytes, versions_line
 from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def search_pair(options: SearchOptions) -> None:
     Raises:
         UserError: anything the user can mend. What was scored and tried is kept; typed again, the search goes on.
     """
-    from utils.searching.study import STORAGE, require_optuna, storage_guarded
+    from utils.searching.storage import STORAGE, require_optuna, storage_guarded
 
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
@@ -50,9 +50,7 @@ def search_pair(options: SearchOptions) -> None:
     if not (options.out_dir / STORAGE).exists():
         refuse_existing(options.out_dir, [*FILES, LOSSES])
     quiet_libraries()
-    names = ("python", "torch", "transformers", "mergekit", "optuna")
-    found = versions()
-    say("versions: " + ", ".join(f"{name} {found[name]}" for name in names if name in found))
+    say(versions_line("torch", "transformers", "mergekit", "optuna"))
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:
         if options.measure:
             _measure_missing(options)
@@ -85,7 +83,7 @@ def _measure_missing(options: SearchOptions) -> None:
     from utils.guidance.measured_pair import experts_to_merge
     from utils.guidance.method import guidance_methods
     from utils.searching.measurements import FOLDER, find_measurements
-    from utils.searching.space import UNGUIDED
+    from utils.searching.points import UNGUIDED
 
     config = options.config
     there, _ = find_measurements(

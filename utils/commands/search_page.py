@@ -8,7 +8,7 @@ from utils.reports.values import Front, FrontPoint, History, Importance, Page, R
 from utils.reports.values import Verdict as PageVerdict
 
 if TYPE_CHECKING:
-    from utils.commands.evaluate import Evaluated
+    from utils.commands.evaluated import Evaluated
     from utils.commands.search_setup import Prepared
     from utils.searching.winners import Winners
 
@@ -77,7 +77,7 @@ def _history(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) ->
     """All trials, by the objective's figure on validation rows."""
     import numpy as np
 
-    from utils.searching.space import Point
+    from utils.searching.points import Point
 
     objective, trials = ready.objective, []
     for place, trial in enumerate(ready.study.trials):

@@ -109,8 +109,9 @@ def prepare_search(
     from utils.searching.measurements import find_measurements
     from utils.searching.recipes import VECTORS, RecipeMaker
     from utils.searching.rounds import Search
-    from utils.searching.space import search_space
+    from utils.searching.space import Space
     from utils.searching.study import SearchStudy
+    from utils.searching.ways import ways_to_try
 
     config = options.config
     if scorers is None:
@@ -129,7 +130,8 @@ def prepare_search(
     models = LocalModels(config.base, experts, trust_remote_code=options.trust_remote_code)
     dtype = scorer.inputs[config.base.type].float_dtype
     maker = RecipeMaker(config, models, measured, options.out_dir / VECTORS, dtype)
-    space = search_space(config.search, list(measured), [one.type for one in experts], len(maker.blocks.filters))
+    ways = ways_to_try(config.search, list(measured))
+    space = Space(config.search, ways, tuple(one.type for one in experts), len(maker.blocks.filters))
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     for line in notes:

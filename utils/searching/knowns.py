@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from utils.recipes.method_rules import TASK_ARITHMETIC
+from utils.searching.points import DENSITY, LAMBDA, LINES, UNIFORM, Point
 from utils.searching.recipes import RecipeMaker
-from utils.searching.space import DENSITY, LAMBDA, LINES, UNIFORM, Point, Space
+from utils.searching.space import Space
 
 _LAMBDAS = (0.3, 0.4, 1.0, 0.2, 0.5, 0.7)
 _LINES_LAMBDAS = (0.5, 0.3)

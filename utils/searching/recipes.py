@@ -23,7 +23,7 @@ from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METH
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe, renamed_files
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
-from utils.searching.space import DENSITY, LAMBDA, LINES, Point, Way
+from utils.searching.points import DENSITY, LAMBDA, LINES, Point, Way
 
 VECTORS = "vectors"
 _DTYPE = "float32"

@@ -10,7 +10,7 @@ from utils.guidance.recipe_files import measurement_record
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import file_sha256
 from utils.recipes.recipe_manifest import RecipeManifest
-from utils.searching.space import DENSITY, LAMBDA
+from utils.searching.points import DENSITY, LAMBDA
 from utils.searching.study import Finished
 
 

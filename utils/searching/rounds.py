@@ -15,8 +15,8 @@ from utils.evaluation.candidates import Candidate
 from utils.searching import racing
 from utils.searching.losses import Entrant, Losses
 from utils.searching.objective import Objective
+from utils.searching.points import Point
 from utils.searching.recipes import Made
-from utils.searching.space import Point
 from utils.searching.study import SearchStudy
 
 

@@ -10,21 +10,20 @@ study alone: a search that was killed and typed again asks what it would have as
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.errors import UserError, brief
+from utils.errors import UserError
 from utils.searching.knowns import Known
-from utils.searching.space import Point, Space
+from utils.searching.points import Point
+from utils.searching.space import Space
+from utils.searching.storage import open_storage, require_optuna, storage_guarded, without_warnings
 
 if TYPE_CHECKING:
     import optuna
 
-STORAGE = "study.db"
 STUDY = "search"
 Sampler = Literal["auto", "tpe", "gp", "random"]
 
@@ -147,7 +146,7 @@ class SearchStudy:
             return
         self._set(number, _GAINS, dict(gains))
         self._set(number, _ROWS, [rows, all_rows])
-        with _quiet():
+        with without_warnings():
             self.study.tell(number, list(values))
 
     def fail(self, number: int, why: str) -> None:
@@ -155,7 +154,7 @@ class SearchStudy:
         if self._trial(number).state.is_finished():
             return
         self._set(number, _FAILURE, why)
-        with _quiet():
+        with without_warnings():
             self.study.tell(number, state=self._optuna.trial.TrialState.FAIL)
 
     def close(self) -> None:
@@ -168,17 +167,15 @@ class SearchStudy:
         if len(complete) < 8 or len({tuple(trial.values) for trial in complete}) < 2:
             return {}
         target = None if len(self.tasks) == 1 else (lambda trial: sum(trial.values) / len(trial.values))
-        with _quiet():
+        with without_warnings():
             try:
                 return self._optuna.importance.get_param_importances(self.study, target=target)
             except (ValueError, RuntimeError):  # parameters that no two trials share, or that never changed
                 return {}
 
     def _open(self, folder: Path, identity: Mapping[str, Any]) -> "tuple[optuna.storages.BaseStorage, optuna.Study]":
-        path = folder / STORAGE
-        with _quiet(), storage_guarded(folder):
-            storage = self._optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
-            _sync_less(storage)
+        with without_warnings(), storage_guarded(folder):
+            storage = open_storage(folder)
             study = self._optuna.create_study(
                 storage=storage,
                 sampler=self._sampler(0),
@@ -196,7 +193,7 @@ class SearchStudy:
         again = {trial.user_attrs.get(_AGAIN) for trial in self.trials}
         for trial in [trial for trial in self.trials if trial.state == state.RUNNING]:
             if _POINT in trial.user_attrs and trial.number not in again:  # else nothing was chosen, or it is queued
-                with _quiet():
+                with without_warnings():
                     self.study.add_trial(
                         self._optuna.trial.create_trial(
                             state=state.WAITING,
@@ -206,7 +203,7 @@ class SearchStudy:
                         )
                     )
             self._set(trial.number, _INTERRUPTED, True)
-            with _quiet():
+            with without_warnings():
                 self.study.tell(trial.number, state=state.FAIL)
 
     def _point(self, trial: "optuna.Trial", batch: int) -> Point:
@@ -214,7 +211,7 @@ class SearchStudy:
         known = None if given is None else Point.read(given)
         if known is not None and self.space.parameters(known) is None:  # a known outside the space has no parameters
             return known
-        with _quiet():
+        with without_warnings():
             point = self.space.suggest(trial)
         if known is None:
             trial.set_user_attr(_POINT, point.plain())
@@ -225,7 +222,7 @@ class SearchStudy:
         samplers = self._optuna.samplers
         digest = hashlib.sha256(f"{self.seed} {asked}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
-        with _quiet():
+        with without_warnings():
             if self.sampler == "random":
                 return samplers.RandomSampler(seed=seed)
             if self.sampler == "gp":
@@ -243,40 +240,6 @@ class SearchStudy:
         self.storage.set_trial_user_attr(trial, key, value)
 
 
-def require_optuna() -> Any:
-    """Import Optuna, its chatter off.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "the search needs Optuna: pip install -r requirements-search.txt", "search-optuna-missing"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-@contextmanager
-def storage_guarded(folder: Path) -> Iterator[None]:
-    """Turn what SQLite cannot do into a `UserError`: a file that is no study, a full disk."""
-    optuna = require_optuna()
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        why = brief(getattr(cause, "orig", None) or cause or error, 120)
-        raise UserError(
-            f"{folder / STORAGE}, the search's storage, cannot be used ({why}). If the disk is full, free some and type the "
-            "command again: it goes on. If the file is no study, move it or choose another --out_dir",
-            "search-storage-unusable",
-        ) from error
-
-
 def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: Path) -> None:
     found = study.user_attrs.get(_IDENTITY)
     if found is None:
@@ -289,26 +252,3 @@ def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: 
             "compared with new ones. Choose another --out_dir, or search as before",
             "search-other-study",
         )
-
-
-def _sync_less(storage: "optuna.storages.RDBStorage") -> None:
-    """Have SQLite wait for the disk at checkpoints alone: a trial is some thirty commits, half a second on a slow disk.
-
-    A kill of the process loses nothing then, a power cut the last commits, but not the file.
-    """
-    from sqlalchemy import event
-
-    @event.listens_for(storage.engine, "connect")
-    def _on_connect(connection: Any, record: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    storage.engine.dispose()  # connections made before; the next one listens
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's warnings of what is experimental, or of knowns outside a range."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -1,0 +1,138 @@
+"""What an evaluation writes and prints: tables, samples, the page, the manifest, the verdict, the next command."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from utils.commands.evaluate_options import EvaluateOptions
+from utils.commands.evaluated import Evaluated, Generated
+from utils.commands.next_command import next_command
+from utils.evaluation.candidates import UNIFORM
+from utils.publishing.files import publish_files
+from utils.publishing.manifest import MANIFEST, file_sha256, to_json
+from utils.publishing.target import refuse_existing
+from utils.runtime import versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from utils.evaluation.candidates import Candidate
+    from utils.evaluation.scoring import Scorer
+
+COMMAND = "utils/evaluator.py"
+SCORES, SAMPLES = "scores.csv", "samples.parquet"
+ACCURACY = "lm_eval_samples.parquet"
+REPORT = "report.html"
+FILES = (SCORES, SAMPLES, ACCURACY, REPORT, UNIFORM, MANIFEST)
+
+
+def refuse_out_dir(options: EvaluateOptions) -> None:
+    """Refuse a folder of files that are not an earlier evaluation's, or that somebody has changed since."""
+    try:
+        earlier = json.loads((options.out_dir / MANIFEST).read_text(encoding="utf-8"))
+        files = earlier["files"] if earlier["command"] == COMMAND else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        files = {}
+    ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
+               (options.out_dir / name).is_file())  # fmt: skip
+    refuse_existing(options.out_dir, list(FILES), overwrite=options.overwrite or (bool(files) and ours))
+
+
+def publish_evaluation(
+    options: EvaluateOptions,
+    scorer: "Scorer",
+    evaluated: Evaluated,
+    generated: Generated,
+    warnings: Sequence[str],
+) -> None:
+    """Publish all files, the manifest last; print the table, the verdict and the next command."""
+    from utils.commands.evaluate_page import evaluation_page
+    from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
+    from utils.recipes.recipe import recipe_bytes
+    from utils.reports.page import render
+
+    following = _next(options, evaluated)
+    request = _request(options, scorer, evaluated)
+    page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
+    files = {
+        SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
+        SAMPLES: _parquet(samples_table(scorer, evaluated)),
+        REPORT: render(page).encode(),
+    }
+    if generated.accuracy is not None:
+        files[ACCURACY] = _parquet(generated.accuracy)
+    best = evaluated.best_control()
+    if best is not None:
+        files[UNIFORM] = recipe_bytes(best.recipe)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[MANIFEST] = to_json({**request, "files": digests})
+    publish_files(options.out_dir, files, overwrite=True)
+    print(f"\n{printed_table(scorer, evaluated)}\n")
+    if generated.accuracy is not None:
+        files_line = printed_accuracy(evaluated, generated)
+        print(f"{files_line}\n")
+    for line in page.notes:
+        print(line)
+    if page.verdict:
+        print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
+    print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
+    if following:
+        print(f"next:\n{following}")
+
+
+def _recipe_hash(candidate: "Candidate") -> str | None:
+    """SHA-256 of the recipe file that has been scored, so that a merge by it can show its figures."""
+    from utils.merging.recipe_file import read_recipe
+    from utils.recipes.recipe import recipe_bytes
+
+    if candidate.recipe is None:
+        return None
+    if candidate.source is None:  # a control, which may be written
+        return hashlib.sha256(recipe_bytes(candidate.recipe)).hexdigest()
+    written = read_recipe(candidate.source)
+    return written.sha256 if written.data == candidate.recipe else None
+
+
+def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -> dict[str, Any]:
+    """What was asked, of what, on which rows: the manifest without the files."""
+    from utils.models.checkpoints import weight_file_record
+
+    return {
+        "command": COMMAND,
+        "versions": versions(),
+        "settings": scorer.settings.record(),
+        "reference": evaluated.reference,
+        "best_on_validation": evaluated.winner,
+        "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
+        "candidates": [
+            {
+                "name": one.name,
+                "role": one.role,
+                "model": one.model if one.model is None else os.path.basename(one.model.rstrip("/")),
+                "sha256": scorer.fingerprint(one),
+                "recipe_sha256": _recipe_hash(one),
+            }
+            for one in evaluated.candidates
+        ],
+        "tasks": [task.record() for task in scorer.tasks],
+    }
+
+
+def _parquet(table: "pd.DataFrame") -> bytes:
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
+    """The command that merges the winner, where that is a recipe: a file that was given, or the best uniform merge."""
+    winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
+    if winner is None or winner.recipe is None:
+        return ""
+    source = winner.source or options.out_dir / UNIFORM
+    folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
+    return next_command("utils/merger.py", {"output_path": folder, "merge_config": source})

@@ -117,7 +117,7 @@ GRAM_MEAN = DeltaMethod(
     "gram_mean",
     "the entries of largest saliency, fitted anew,",
     normalize=False,
-    switches=("embedding_rows",),
+    switches=("embedding_rows", "low_rank"),
     numbers=(
         *GUIDED_MEAN.numbers,
         SharedNumber("ridge", 1e-7, 0, 1, low_open=True, is_written=True),

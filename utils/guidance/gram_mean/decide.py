@@ -6,7 +6,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.gram_mean.method import gram_file
+from utils.guidance.gram_mean.method import FORM, LOW_RANK, SPARSE, gram_file
 from utils.guidance.gram_mean.tables import read_grams
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
@@ -15,6 +15,10 @@ from utils.recipes.naming import Naming, Recorded, name_recorded
 
 _ENOUGH_SAMPLES = 15  # below, the guided mean merges embeddings as well (benchmarks/quality.py)
 _DIGITS = 6
+_KEPT = {
+    SPARSE: "{:g} of each linear layer's entries, those of largest saliency, fitted anew to answer like the whole",
+    LOW_RANK: "of each linear layer two factors with {:g} of its numbers, of all such the ones that answer most like the whole",
+}
 
 
 def decide(job: DecideJob) -> Decision:
@@ -33,19 +37,31 @@ def decide(job: DecideJob) -> Decision:
     naming = name_recorded(recorded, job.models.written, grouped=False)
     weights, warnings = _weights(job, gains)
     density = job.mean_density if job.merge_method.keeps else None
+    form = _form(job, density)
     samples = min(one.samples for one in gains.values())
     rows = samples >= _ENOUGH_SAMPLES
     return Decision(
         table=_table(tensors, naming, weights, density),
         naming=naming,
         writes_weights=False,
-        how=tuple(_how(gains, samples, rows, density)),
+        how=tuple(_how(gains, samples, rows, density, form)),
         after=tuple(_after(tensors)),
         warnings=tuple(warnings),
-        parameters={"embedding_rows": rows},
+        parameters={"embedding_rows": rows} | ({"low_rank": True} if form == LOW_RANK else {}),
         measured={name: gram_file(name) for name in names},
         expert_weights=weights,
     )
+
+
+def _form(job: DecideJob, density: float | None) -> str:
+    """What a density leaves of a change. Raises a `UserError` if nothing is left out, so that factors have no size."""
+    if job.options[FORM] == LOW_RANK and (density is None or density >= 1):
+        raise UserError(
+            f"--{FORM} {LOW_RANK} takes its ranks from --mean_density, the share of a layer's numbers that two factors hold; "
+            "give --mean_density 0.1",
+            "flag-no-effect",
+        )
+    return job.options[FORM]
 
 
 def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, float], list[str]]:
@@ -70,7 +86,9 @@ def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], 
     return table[list(COLUMNS)].reset_index(drop=True)
 
 
-def _how(gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None) -> list[tuple[str, str]]:
+def _how(
+    gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None, form: str
+) -> list[tuple[str, str]]:
     shown = ", ".join(f"{name} {one.gain:.3f}" for name, one in gains.items())
     embeddings = (
         "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
@@ -78,7 +96,7 @@ def _how(gains: Mapping[str, TextGain], samples: int, rows: bool, density: float
     kept = (
         "1, whole changes; --mean_density keeps less of the linear layers, fitted anew to answer like the whole"
         if density is None
-        else f"{density:g} of each linear layer's entries, those of largest saliency, fitted anew to answer like the whole"
+        else _KEPT[form].format(density)
     )
     return [
         ("density", kept),

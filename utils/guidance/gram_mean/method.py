@@ -26,7 +26,9 @@ from utils.recipes.method_rules import GRAM_MEAN
 
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
-AT = "inputs_at"  # the flag
+AT = "inputs_at"  # flags
+FORM = "form"
+FORMS = SPARSE, LOW_RANK = "sparse", "low_rank"
 
 
 def gram_file(model_type: str) -> str:
@@ -50,6 +52,15 @@ METHOD = GuidanceMethod(
             AT,
             "a merged model (the folder that utils/merger.py wrote, or a hub id) whose inputs are taken, for a second "
             "round; without it those of base and experts",
+        ),
+    ),
+    decide_flags=(
+        MethodFlag(
+            FORM,
+            "what --mean_density leaves of a linear layer's change: single entries, fitted anew (sparse), or two factors of "
+            "as many numbers (low_rank), which utils/merger.py --adapter writes as an adapter for peft",
+            choices=FORMS,
+            default=FORMS[0],
         ),
     ),
     fewest_experts=1,

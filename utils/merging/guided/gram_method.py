@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.mergekit_api import TensorGroup
 from utils.merging.guided.gram import InputChange, gram_mean
+from utils.merging.guided.low_rank import low_rank_factors, rank_of
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import WeighedModel, guided_mean
 from utils.merging.guided.own_method import FACTOR, SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
@@ -25,6 +26,8 @@ from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
+
+_SWITCHES = {"embedding_rows": True, "low_rank": False}
 
 
 class GramMean(WeighedMethod):
@@ -45,13 +48,17 @@ class GramMean(WeighedMethod):
         off_diagonal: factor on what inputs have in common with each other, 0 to 1 (default 1).
         embedding_rows: merge embeddings and heads row by row (default true); false takes the guided mean.
         power, floor: of the guided mean, as there.
-        refit_ridge: above 0; pull of the entries that are kept to what they were (default 1e-3).
+        refit_ridge: above 0; pull of the entries that are kept to what they were, or of a change of low rank to the one
+            nearest to the whole (default 1e-3).
+        low_rank: a density below 1 keeps, instead of entries, as many numbers in two factors: the change of that rank which
+            answers most like the whole (`utils/merging/guided/low_rank.py`; by magnitude where there are no inputs).
+            Default false.
 
     Matrices are solved in float64, on a GPU too; the result is rounded once.
     """
 
     rule = method_rules.GRAM_MEAN
-    spec = weighed_spec(rule, "Mean guided by inputs", "https://arxiv.org/abs/2212.09849", {"embedding_rows": True})
+    spec = weighed_spec(rule, "Mean guided by inputs", "https://arxiv.org/abs/2212.09849", _SWITCHES)
     summary = "the change that answers as each expert does on its own inputs"
     use = "merged"
     question = "What decided about a change"
@@ -116,6 +123,8 @@ def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
     k = kept_entries(change.numel(), model.density)
     if k == change.numel():
         return change
+    if shared["low_rank"] and change.dim() == 2 and k:
+        return _of_low_rank(change, model, shared["refit_ridge"])
     if model.key is None:
         return torch.where(magnitude_mask(change, k), change, 0.0)
     mask = saliency_mask(change, k, *(axis.double().pow(shared["power"]) for axis in read_vectors(model.key)))
@@ -125,6 +134,14 @@ def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
     if inputs.axis == 0:
         return refitted(change.t(), mask.t(), inputs.gram, shared["refit_ridge"]).t()
     return refitted(change, mask, inputs.gram, shared["refit_ridge"])
+
+
+def _of_low_rank(change: Tensor, model: _Model, ridge: float) -> Tensor:
+    """The change of the rank that a density asks for, whichever way the weight is stored."""
+    inputs, rank = None if model.key is None else input_gram(model.key), rank_of(tuple(change.shape), model.density)
+    turned = inputs is not None and inputs.axis == 0
+    left, right = low_rank_factors(change.t() if turned else change, rank, inputs and inputs.gram, ridge)
+    return (left @ right).t() if turned else left @ right
 
 
 def _change(

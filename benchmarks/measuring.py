@@ -10,7 +10,10 @@ ratios and peak memory; every run goes into `benchmarks/results/measuring.csv`. 
 more, it also prints how cost grows with parameters and with tokens. Contenders: `ours` (default settings), `parity`
 (ours with `parity: reference`, pruning 0.5, in float32) and `parity-fast` (the same in bfloat16); `published` and
 `published-fp32` are the procedure as published (`benchmarks/published_scoring.py`), in bfloat16 and float32; `read-floor`
-brings the weights of both models to the device and computes nothing (`benchmarks/read_floor.py`).
+brings the weights of both models to the device and computes nothing (`benchmarks/read_floor.py`); `gram_mean` and
+`saliency_budget` measure the expert by these, where `ours` is two ways forward, one of each model:
+
+    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders ours,gram_mean
 """
 
 import argparse
@@ -24,7 +27,8 @@ import yaml
 from benchmarks.contenders import Contender, Run, alternate, chosen, growth_lines, machine, table, write_csv
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
 
-NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor")
+GUIDED = {"gram_mean": ["--accept_useless_text"], "saliency_budget": []}  # random models gain nothing on their text
+NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor", *GUIDED)
 
 
 def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsamples: int, device: str) -> Contender:
@@ -48,7 +52,9 @@ def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsample
     config.write_text(yaml.safe_dump({"model_info": models, "dataset": dataset, "nsamples": nsamples, **parity}))
     out = places["base"].parent / f"dfs_{name}"
     options = ["--config", str(config), "--out_dir", str(out), "--overwrite", "--device", device]
-    options += ["--dtype", {"ours": "auto", "parity": "float32", "parity-fast": "bfloat16"}[name]]
+    options += ["--dtype", {"parity": "float32", "parity-fast": "bfloat16"}.get(name, "auto")]
+    if name in GUIDED:
+        options += ["--guidance", name, *GUIDED[name]]
     return Contender(name, (sys.executable, str(ROOT / "lewis_importance.py"), *options), moved)
 
 

@@ -33,7 +33,10 @@ class Clock:
             raise OutOfTimeError(name)
         start = time.perf_counter()
         yield
-        took = time.perf_counter() - start
+        self.note(name, time.perf_counter() - start)
+
+    def note(self, name: str, took: float) -> None:
+        """Remember what a piece of work took that was timed elsewhere."""
         if took > self.seconds.get(name, 0.0):
             self.seconds[name] = took
             part = self.file.with_name(f"{self.file.name}.part")

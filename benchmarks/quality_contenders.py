@@ -112,6 +112,7 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
         "saliency budget": guided("saliency_budget", **keep),
         "saliency mask": guided("saliency_budget", mask="saliency", **keep),
         "saliency mask, refitted": guided("gram_mean", **keep),
+        "low rank, by inputs": guided("gram_mean", form="low_rank", **keep),
     }
 
 
@@ -150,6 +151,7 @@ def two_experts() -> dict[str, list[Variant]]:
             for scale in (0.9, 1.0)
             for ridge in (1e-7, 1e-5)
         ],
+        "gram mean, embeddings by the guided mean": [guided("gram_mean", shared={"embedding_rows": False})],
         "gram mean, second round": [second_round(**{"lambda": scale}) for scale in (0.9, 1.0)],
         "tuned coefficients": [tuned(None)],
         "gram mean, second round, tuned": [tuned(second_round(**{"lambda": 1.0}))],

@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality_contenders import Variant
-from benchmarks.quality_models import MADE, Trained, Training, fit, precision_of
+from benchmarks.quality_models import MADE, Trained, Training, precision_of
 from benchmarks.quality_pairs import Pair
 from benchmarks.quality_texts import Texts
+from benchmarks.quality_training import Fitted, Saves, fit
 from demo.small_model import windows
 from utils.publishing.manifest import to_json
 from utils.publishing.staging import staged_folder
@@ -18,26 +20,32 @@ CODE_VERSION = 1  # raise it when a change below changes what is trained
 CEILING = "joint fine-tuning"
 
 
-def joint_training(training: Training, texts: Texts, seed: int) -> Variant:
-    """The jointly trained model of a pair, judged like a merge."""
+def joint_training(training: Training, texts: Texts, seed: int, until: float | None = None) -> Variant:
+    """The jointly trained model of a pair, judged like a merge; the clock is told of the seconds of all parts."""
 
     def folder(pair: Pair, device: str) -> Path:
-        with pair.clock.work(CEILING):
-            return train_or_find_joint(pair.trained, training, texts, seed, device)
+        found = train_or_find_joint(pair.trained, training, texts, seed, device, until)
+        pair.clock.note(CEILING, json.loads((found / MADE).read_text()).get("seconds", 0.0))
+        return found
 
     return Variant("", folder)
 
 
-def train_or_find_joint(trained: Trained, training: Training, texts: Texts, seed: int, device: str) -> Path:
+def train_or_find_joint(
+    trained: Trained, training: Training, texts: Texts, seed: int, device: str, until: float | None = None
+) -> Path:
     """The jointly trained model of a seed, beside its base and experts.
 
     It takes as many steps as all experts together, at the experts' rate; every task has the same number of windows,
-    those its expert reads. Found again by a digest of everything that made it.
+    those its expert reads. Found again by a digest of everything that made it; what was cut goes on.
+
+    Raises:
+        OutOfTimeError: the time `until` which work is done is over.
     """
     precision = precision_of(device)
     made = {
         "code": CODE_VERSION,
-        "training": dataclasses.asdict(training),
+        "training": training.made_of(),
         "tasks": list(texts.tasks),
         "seed": seed,
         "precision": precision,
@@ -45,12 +53,17 @@ def train_or_find_joint(trained: Trained, training: Training, texts: Texts, seed
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     folder = trained.base.parent / f"joint_{digest[:8]}"
     if not (folder / MADE).exists():
+        saves = Saves(folder.with_name(f"{folder.name}_unfinished"), until)
         with staged_folder(folder) as stage:
-            (stage / MADE).write_bytes(to_json(made | {"loss": _train(trained, training, texts, seed, stage, device)}))
+            fitted = _train(trained, training, texts, seed, stage, device, saves)
+            (stage / MADE).write_bytes(to_json(made | dataclasses.asdict(fitted)))
+        shutil.rmtree(saves.folder, ignore_errors=True)
     return folder
 
 
-def _train(trained: Trained, training: Training, texts: Texts, seed: int, stage: Path, device: str) -> float:
+def _train(
+    trained: Trained, training: Training, texts: Texts, seed: int, stage: Path, device: str, saves: Saves
+) -> Fitted:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,10 +72,11 @@ def _train(trained: Trained, training: Training, texts: Texts, seed: int, stage:
     read = training.expert_steps * training.batch
     data = torch.cat([repeated(windows(task.train, tokenizer, training.window), read) for task in texts.tasks.values()])
     steps = training.expert_steps * len(texts.tasks)
-    loss = fit(model, data, training, steps=steps, rate=training.expert_rate, seed=seed, precision=precision_of(device))
+    how = {"steps": steps, "rate": training.expert_rate, "seed": seed, "precision": precision_of(device)}
+    fitted = fit(model, data, training, **how, name="joint", saves=saves)
     model.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
-    return loss
+    return fitted
 
 
 def repeated(data: "Sequence", count: int) -> "Sequence":

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from utils.commands.decide import decide
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.options import DecideOptions
+from utils.errors import UserError
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions
 from utils.pair.config import PairConfig, read_pair_config
@@ -74,8 +75,14 @@ def measured(pair: Pair, guidance: str, device: str, name: str = "", **flags: An
     config = pair.configs[pair.both]
     folder = pair.folder / f"measured_{name or guidance}"
     quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    options = MeasureOptions(config, method, defaults(method, "measure") | flags, folder, device=device)
     with pair.clock.work(f"measure {name or guidance}"), quiet[0], quiet[1]:
-        measure_pair(MeasureOptions(config, method, defaults(method, "measure") | flags, folder, device=device))
+        try:
+            measure_pair(options)
+        except UserError as error:
+            if error.code != "out-exists":
+                raise
+            measure_pair(replace(options, overwrite=True))  # by other versions, or of other models
     return folder
 
 

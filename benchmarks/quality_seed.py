@@ -1,16 +1,14 @@
 """One seed of the quality benchmark: train or find its models, merge them in every way, judge them."""
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import BUDGETS, EVERYTHING, Choice, Variant, one_expert, two_experts
 from benchmarks.quality_joint import CEILING, joint_training
 from benchmarks.quality_losses import share_kept
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
-from benchmarks.quality_models import Trained, Training, is_trained, train_or_find
+from benchmarks.quality_models import Trained, Training, train_or_find
 from benchmarks.quality_pairs import Pair, lay_out
 from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO, Figure
@@ -27,9 +25,7 @@ def prepare(
     """
     texts = texts_of_seed(data, TextSizes(), seed)
     assert_disjoint(texts)
-    if until is not None and time.time() > until and not is_trained(training, texts, seed, work / "models", device):
-        raise OutOfTimeError("training")
-    trained: Trained = train_or_find(training, texts, seed, work / "models", device)
+    trained: Trained = train_or_find(training, texts, seed, work / "models", device, until)
     # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
     return lay_out(trained, texts, work / "pairs" / trained.base.parent.name, until), texts
 
@@ -67,7 +63,7 @@ def judge_seed(
     pair, texts = prepare(training, seed, data, work, device, until)
     judge = Judge(pair, texts, rows, device)
     say = _Progress(f"{size}, seed {seed}")
-    joint = joint_training(training, texts, seed)
+    joint = joint_training(training, texts, seed, until)
     figures = []
     for contender, variants in choice.of(two_experts() | peers_of_two() | {CEILING: [joint]}).items():
         say(contender)
@@ -102,12 +98,13 @@ def chosen_variant(judge: Judge, pair: Pair, variants: Sequence[Variant], device
 
     def kept(variant: Variant) -> float:
         losses = judge.recipe_losses(variant.recipe(pair, device), VALIDATION)
-        return sum(_shares(judge, losses, VALIDATION).values()) / len(losses)
+        return sum(shares_kept(judge, losses, VALIDATION).values()) / len(losses)
 
     return max(variants, key=kept)
 
 
-def _shares(judge: Judge, losses: Mapping[str, float], split: str) -> dict[str, float]:
+def shares_kept(judge: Judge, losses: Mapping[str, float], split: str) -> dict[str, float]:
+    """The share of each task's gain that a merge keeps, given its losses."""
     trained = judge.pair.trained
     base = judge.model_losses(trained.base, split)
     return {
@@ -135,7 +132,7 @@ def _figure(
         contender=contender,
         budget=budget,
         task=task,
-        kept=_shares(judge, losses, TEST)[task],
+        kept=shares_kept(judge, losses, TEST)[task],
         own_loss=losses[task],
         other_loss=sum(others) / len(others) if others else None,
         setting=setting,

@@ -14,7 +14,7 @@ POSITIONS = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a Llama: as many key-value heads as heads, embeddings tied to the output."""
+    """The size of a Llama: as many key-value heads as heads."""
 
     vocabulary: int = 2048
     hidden: int = 160
@@ -23,8 +23,13 @@ class Shape:
     heads: int = 5
 
 
-def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
-    """An untrained Llama in float32, its weights drawn from `seed`; its vocabulary is the tokenizer's."""
+def new_model(
+    shape: Shape, tokenizer: "PreTrainedTokenizerFast", seed: int, *, tied: bool = True
+) -> "LlamaForCausalLM":
+    """An untrained Llama in float32, its weights drawn from `seed`; its vocabulary is the tokenizer's.
+
+    `tied`: the head is the embedding.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +42,7 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerFast", seed: int) -> 
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

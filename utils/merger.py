@@ -65,6 +65,7 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("output_path", "folder for the merged model; made if needed", type=path, required=True)
     parser.flag("merge_config", "the merge recipe (YAML), from lewis_merge.py or your own", type=path, required=True)
     parser.switch("copy_tokenizer", "copy the base's tokenizer where the recipe asks for none", default=True)
+    parser.switch("adapter", "write an adapter for peft in place of a model, for a recipe of --form low_rank")
     parser.switch("overwrite", "replace an earlier merge in --output_path: the files its manifest lists, no others")
     parser.switch("restart", "throw away what a killed run of this very merge has finished")
     parser.switch("dry_run", "stop after the checks; writes nothing but downloads and --lora_merge_cache")

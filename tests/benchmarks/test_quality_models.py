@@ -1,5 +1,6 @@
 """The quality benchmark's training: cached by what made it, complete or absent, the same each time."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import quality_models
-from benchmarks.quality_models import MADE, Training, is_trained, train_or_find
+from benchmarks.quality_clock import OutOfTimeError
+from benchmarks.quality_models import MADE, Training, train_or_find
 from benchmarks.quality_texts import TaskTexts, Texts
 from demo.small_model import Shape
 
@@ -26,9 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_trained_is_found_and_never_trained_again(tmp_path, monkeypatch):
-    assert not is_trained(TINY, texts(), 0, tmp_path)
     first = train_or_find(TINY, texts(), 0, tmp_path)
-    assert is_trained(TINY, texts(), 0, tmp_path)
     monkeypatch.setattr(quality_models, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
     assert train_or_find(TINY, texts(), 0, tmp_path) == first
     assert set(first.experts) == {"one", "two"}
@@ -47,14 +47,28 @@ def test_what_is_trained_is_found_and_never_trained_again(tmp_path, monkeypatch)
     ],
 )
 def test_whatever_decides_the_models_decides_the_folder(tmp_path, changed):
-    train_or_find(TINY, texts(), 0, tmp_path)
-    assert not is_trained(*changed, tmp_path)
+    first = train_or_find(TINY, texts(), 0, tmp_path)
+    assert train_or_find(*changed, tmp_path) != first
 
 
 def test_training_again_gives_the_same_bits(tmp_path):
     one, two = (train_or_find(TINY, texts(), 0, tmp_path / name).experts["two"] for name in "ab")
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_that_is_cut_goes_on_and_gives_the_same_bits(tmp_path):
+    """Each run has time for one step."""
+    whole = train_or_find(TINY, texts(), 0, tmp_path / "whole")
+    for _ in range(4):  # 3 + 2 + 2 steps, one a run, but that the last of a model goes on to the next one
+        with pytest.raises(OutOfTimeError):
+            train_or_find(TINY, texts(), 0, tmp_path / "cut", until=0.0)
+    cut = train_or_find(TINY, texts(), 0, tmp_path / "cut", until=0.0)
+    for one, two in zip((whole.base, *whole.experts.values()), (cut.base, *cut.experts.values()), strict=True):
+        assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+    made = json.loads((cut.base.parent / MADE).read_text())
+    assert made["losses"] == json.loads((whole.base.parent / MADE).read_text())["losses"]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [cut.base.parent.name]
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):

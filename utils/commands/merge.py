@@ -14,7 +14,7 @@ from utils.commands.evaluation_folder import read_measured
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
 from utils.merging.recipe_check import check_recipe
-from utils.merging.recipe_file import read_recipe
+from utils.merging.recipe_file import in_float32, read_recipe
 from utils.merging.result_files import read_result_manifest
 from utils.merging.settings import MergeSettings
 from utils.models.model_trial import ModelTrial
@@ -24,6 +24,7 @@ from utils.publishing.staging import PROGRESS, put_back, staged_folder, stamp, s
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
+    from utils.merging.pieces.finished import FinishedTensors
     from utils.merging.planning import PlannedMerge
 
 REPORT = "report.html"
@@ -39,6 +40,8 @@ def merge(settings: MergeSettings) -> None:
     if settings.transformers_cache:  # read once, when huggingface_hub is imported
         os.environ["HF_HUB_CACHE"] = str(settings.transformers_cache.resolve())
     recipe = read_recipe(settings.merge_config)
+    if settings.adapter:
+        recipe = in_float32(recipe)
     measured = read_measured(settings.evaluation, recipe)
     check_apart(settings.output_path, recipe.local_folders())
     restored = "" if settings.dry_run else put_back(settings.output_path)
@@ -74,9 +77,7 @@ def merge(settings: MergeSettings) -> None:
 
     from utils.commands.merge_report import card_addition, report_html
     from utils.merging.pieces.finished import FinishedTensors
-    from utils.merging.result_check import check_result
-    from utils.merging.run import run_merge
-    from utils.merging.small_files import describe_result, write_small_files
+    from utils.merging.small_files import describe_result
 
     start = time.perf_counter()
     with staged_folder(
@@ -92,16 +93,34 @@ def merge(settings: MergeSettings) -> None:
             return
         finished = FinishedTensors(stage / PROGRESS, request)
         _clear(stage, bool(finished.names))
-        run_merge(ready, stage, finished)
-        ready.check_unchanged()
+        report = _write_adapter(ready, stage) if settings.adapter else _write_model(ready, stage, finished)
         seconds = time.perf_counter() - start
-        write_small_files(ready, stage)
-        report = check_result(ready.plan, settings, stage)
         if settings.report:
             (stage / REPORT).write_text(report_html(ready, measured, seconds), encoding="utf-8")
         written = describe_result(ready, stage, card_addition(ready, measured), request)
     _say(report, settings)
     _say_where(ready, written, seconds)
+
+
+def _write_model(ready: "PlannedMerge", stage: Path, finished: "FinishedTensors") -> Iterable[str]:
+    """Merge, and write the model. Returns lines about it."""
+    from utils.merging.result_check import check_result
+    from utils.merging.run import run_merge
+    from utils.merging.small_files import write_small_files
+
+    run_merge(ready, stage, finished)
+    ready.check_unchanged()
+    write_small_files(ready, stage)
+    return check_result(ready.plan, ready.settings, stage)
+
+
+def _write_adapter(ready: "PlannedMerge", stage: Path) -> Iterable[str]:
+    """Merge, and write what changes about the base. Returns lines about it."""
+    from utils.merging.adapter import write_adapter
+
+    report = write_adapter(ready, stage)
+    ready.check_unchanged()
+    return [report]
 
 
 def _is_there(output: OutputFolder, request: str) -> bool:
@@ -153,5 +172,6 @@ def _say_where(ready: "PlannedMerge", written: int, seconds: float) -> None:
     folder = str(ready.settings.output_path)
     peak = peak_gpu_memory(devices_used(ready.device, all_of_them=ready.settings.multi_gpu))
     print(f"\nmerged in {seconds:.2f} s{peak}; wrote {gigabytes(written)} to {folder}\nload it with\n")
-    print("    from transformers import AutoModelForCausalLM")
-    print(f"    model = AutoModelForCausalLM.from_pretrained({folder!r})")
+    loading = "peft import AutoPeft" if ready.settings.adapter else "transformers import Auto"
+    print(f"    from {loading}ModelForCausalLM")
+    print(f"    model = {loading.split()[-1]}ModelForCausalLM.from_pretrained({folder!r})")

@@ -59,7 +59,8 @@ def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
     base = plan.inputs.config.base_model
     hub_ids = list(dict.fromkeys(name for model in plan.inputs.models for name in model.hub_ids))
     metadata = {"base_model": hub_ids} if hub_ids else {}
-    metadata |= {"library_name": "transformers", "tags": ["mergekit", "merge"]}
+    adapter = done.settings.adapter
+    metadata |= {"library_name": "peft" if adapter else "transformers", "tags": ["mergekit", "merge"]}
     added = added or CardAddition()
     metadata |= added.metadata
     experts = [model.label for model in plan.inputs.models if model.reference != base]
@@ -72,7 +73,7 @@ def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
         f"# {done.settings.output_path.resolve().name}",
         "",
         f"A merge of {_listed(experts)}{onto} by {_method(done)}, computed in "
-        f"{plan.dtype or 'the dtype of the inputs'} and saved in {plan.out_dtype}.",
+        f"{plan.dtype or 'the dtype of the inputs'} and saved {'as an adapter ' if adapter else ''}in {plan.out_dtype}.",
         "",
         *_density_table(done),
         *_saliency_lines(done),

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,11 @@ def checked_recipe(path: Path, text: str, data: Mapping[str, Any]) -> MergeRecip
         problems.append(Problem(f"needs exactly one of models, slices and modules, got {got}", "recipe-inputs"))
     raise_collected(problems, f"merge recipe {path}")
     return MergeRecipe(path, text, data)
+
+
+def in_float32(recipe: MergeRecipe) -> MergeRecipe:
+    """A recipe whose merge is computed and handed over in float32, whatever it says itself."""
+    return replace(recipe, data={**recipe.data, "dtype": "float32", "out_dtype": "float32"})
 
 
 def model_names(node: Any) -> Iterator[str]:

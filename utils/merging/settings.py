@@ -16,7 +16,7 @@ _OF_THIS_RUN = ("quiet", "verbosity", "overwrite", "dry_run", "restart", "num_th
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for the last four.
+    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for the last five.
 
     `device` is what was asked for (`auto`, `cpu`, `cuda`, `cuda:1`); `out_shard_size` is in bytes, 0 for one file.
     """
@@ -51,6 +51,7 @@ class MergeSettings:
     evaluation: Path | None = None
     report: bool = False
     restart: bool = False
+    adapter: bool = False
 
     def options(self) -> dict[str, Any]:
         """The settings for a manifest; folders of this machine are left out."""

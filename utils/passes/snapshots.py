@@ -41,12 +41,7 @@ class Snapshots:
 
     def load(self) -> Snapshot | None:
         """The snapshot that a killed run has left, None if there is none that can be read."""
-        if self._path is None or not self._path.is_file():
-            return None
-        try:
-            return Snapshot(**torch.load(self._path, weights_only=True))
-        except Exception:  # torch raises anything over a damaged file; the pass then begins anew
-            return None
+        return read_state(self._path, lambda found: Snapshot(**found))
 
     def offer(
         self, layer: int, outputs: Sequence[Any], around: Sequence[list[float]], state: Callable[[], Any]
@@ -55,13 +50,7 @@ class Snapshots:
         if self._path is None or time.monotonic() - self._last < self._pause or not all(map(_is_plain, outputs)):
             return
         start = time.monotonic()
-        part = self._path.with_suffix(".writing")
-        data = {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()}
-        with open(part, "wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self._path)
+        write_state(self._path, {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()})
         self._last = time.monotonic()
         self._pause = max(SECONDS, (self._last - start) / MOST_SHARE)
 
@@ -69,6 +58,26 @@ class Snapshots:
         """The pass is over."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def read_state(path: Path | None, made: Callable[[Any], Any] = lambda found: found) -> Any | None:
+    """What `write_state` has written there, as `made` of it; None if there is nothing that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return made(torch.load(path, weights_only=True))
+    except Exception:  # torch raises anything over a damaged file; the work then begins anew
+        return None
+
+
+def write_state(path: Path, data: Any) -> None:
+    """Write plain data and tensors, so that after a kill at any time the old ones are there or the new ones."""
+    part = path.with_suffix(".writing")
+    with open(part, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def digests(args: Sequence[Any], kwargs: dict[str, Any]) -> list[float]:

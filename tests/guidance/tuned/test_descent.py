@@ -1,5 +1,7 @@
 """The descent's arithmetic: what is lost, how losses weigh, which table is kept; which parameters share a coefficient."""
 
+import copy
+
 import pytest
 import torch
 
@@ -55,6 +57,29 @@ def test_the_start_is_kept_where_held_out_samples_get_worse_and_the_descent_ends
     found = descend((2, 1), Asked(30, 0.1, 0.0, True), (0.0, 0.0), (1.0, 1.0), slope, held_out)
     assert found.best == 0 and bool((found.coefficients == 1).all())
     assert len(found.steps) == 4
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_descent_that_is_cut_goes_on_to_the_same_end(cut):
+    losses, slope = quadratic(0.5)
+    arguments = (2, 3), Asked(12, 0.05, 0.1, False), (0.0, 0.0), (1.0, 1.0), slope, losses
+    whole, states = descend(*arguments), []
+
+    class Killed(Exception):
+        pass
+
+    def keep(state):
+        states.append(copy.deepcopy(state))
+        if len(states) == cut:
+            raise Killed
+
+    with pytest.raises(Killed):
+        descend(*arguments, None, keep)
+    found = descend(*arguments, states[-1])
+    assert torch.equal(found.coefficients, whole.coefficients) and (found.best, found.steps) == (
+        whole.best,
+        whole.steps,
+    )
 
 
 def test_a_pull_keeps_coefficients_near_the_start():

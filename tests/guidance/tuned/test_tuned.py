@@ -4,6 +4,10 @@ python -m pytest tests/guidance/tuned
 """
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from tests.commands_here import done_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import save_pair, write_config
@@ -22,6 +27,7 @@ from utils.guidance.tuned.start import plain_start, read_start
 from utils.guidance.tuned.tables import read_tuned
 from utils.pair.config import read_pair_config
 
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("code", "math")
 START, BAD = Path("start/start.yaml"), Path("start/bad.yaml")
 TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
@@ -224,6 +230,26 @@ def test_a_start_needs_one_weight_and_whole_changes(pair, own, code):
     config = read_pair_config("pair.yaml")
     with refused(code):
         read_start(BAD, config.base, config.experts)
+
+
+def test_killed_between_steps_and_typed_again_it_goes_on_to_the_same_end(pair):
+    words = ["lewis_importance.py", "--config", "pair.yaml", "--guidance", "tuned", "--accept_useless_text"]
+    words += ["--tune_steps", "12", "--tune_rate", "0.01", "--dtype", "float32", "--device", "cpu", "--out_dir"]
+    killed = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:], "one"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path("one").glob(".measuring.part/*/tuned.snapshot")):
+            assert killed.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not Path("one/manifest.json").exists()
+    assert "resumed" in done_here(*words, "one").stdout
+    done_here(*words, "two")
+    for name in ("tuned_coefficients.csv", "tuned_steps.csv"):
+        assert (Path("one") / name).read_bytes() == (Path("two") / name).read_bytes()
+    assert not Path("one/.measuring.part").exists()
 
 
 def test_what_was_started_from_is_read_back(pair):

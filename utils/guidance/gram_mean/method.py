@@ -1,4 +1,4 @@
-"""Our own: each part of a model merged where the experts' own outputs agree best, on each expert's own text.
+"""Each part of a model merged where the experts' own outputs agree best, on each expert's own text.
 
 | part | what is measured of each expert on its own text, at base and expert | how it is merged |
 |---|---|---|

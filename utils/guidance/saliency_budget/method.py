@@ -1,4 +1,4 @@
-"""Our own: what may be kept of a fine-tune goes where its entries matter most to the loss.
+"""What may be kept of a fine-tune goes where its entries matter most to the loss.
 
     F_ij     = sum over samples of (dL/dW_ij)^2         on the expert's own text, at base, expert, or both added up
     saliency = delta_ij^2 F_ij^p                        delta = expert - base

@@ -1,7 +1,8 @@
 """Steps of Adam on a table of coefficients, judged on samples of their own: pure, but for what evaluates a table."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ def descend(
     gains: Sequence[float],
     slope: Slope,
     held_out: Callable[[Tensor], list[float]],
+    resumed: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> Descent:
     """Step from a table of ones down the share lost, plus pull / 2 times the mean of (a - 1)^2.
 
@@ -77,6 +80,8 @@ def descend(
         gains: by task, how much lower it is than the base's; what losses are divided by.
         slope: evaluates a table on the samples to step on.
         held_out: losses by task of a table on samples that are not stepped on.
+        resumed: where to go on, as `keep` was given it by a descent that was cut; the end is the same to the bit.
+        keep: takes the whole state after each step, plain data and tensors.
 
     Returns:
         The table that loses least on what is held out; the steps end where it did not get better for a while.
@@ -85,7 +90,12 @@ def descend(
     optimizer = torch.optim.Adam([table], lr=asked.rate)
     steps: list[Step] = []
     best, kept = 0, table.clone()
-    for number in range(asked.steps + 1):
+    if resumed is not None:
+        table.copy_(resumed["table"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        steps = [Step(*one) for one in resumed["steps"]]
+        best, kept = resumed["best"], resumed["kept"]
+    for number in range(len(steps), asked.steps + 1):
         judged = held_out(table)
         lost = share_lost(judged, experts, gains, asked.worst)
         if number and lost < steps[best].lost:
@@ -97,4 +107,6 @@ def descend(
         steps.append(Step(tuple(losses), tuple(judged), lost))
         table.grad = gradient.double() + asked.pull * (table - 1) / table.numel()
         optimizer.step()
+        state = {"table": table, "optimizer": optimizer.state_dict(), "steps": [astuple(one) for one in steps]}
+        keep({**state, "best": best, "kept": kept})
     return Descent(kept, best, tuple(steps))

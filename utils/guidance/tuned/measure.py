@@ -1,9 +1,10 @@
 """tuned, measure half: the parts of a recipe's merge, and steps of gradient descent on their coefficients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from utils.guidance.tuned.tables import COEFFICIENT_TABLE, SAMPLES, STEP_TABLE, 
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
 from utils.passes.language_head import require_head
+from utils.passes.snapshots import read_state, write_state
 from utils.passes.subjects import Subject, component_names
 from utils.runtime import gigabytes
 from utils.workers.piece import OnStep, Piece, Place
@@ -114,7 +116,9 @@ def _tune(place: Place, job: MeasureJob, start: Start) -> Tuned:
 def _tuned(place: Place, job: MeasureJob, start: Start, folder: Path) -> Tuned:
     device, on_block = place.device, place.on_step
     base, *experts = job.subjects
-    gains = {expert.entry.type: _gain(job, base, expert, device, on_block) for expert in experts}
+    resumed = read_state(place.snapshot)
+    gains = {} if resumed is None else {name: TextGain(*own) for name, own in resumed["gains"].items()}
+    gains = gains or {expert.entry.type: _gain(job, base, expert, device, on_block) for expert in experts}
     works = plan_parts(start, base, [one.entry for one in experts], _settings(job, device))
     parts = write_parts(works, base, folder)
     stepped, held = _Samples(), _Samples()
@@ -151,7 +155,15 @@ def _tuned(place: Place, job: MeasureJob, start: Start, folder: Path) -> Tuned:
     sure = all(one.is_sure for one in gains.values())
     divisors = [one.gain if sure else 1.0 for one in gains.values()]
     least = [one.expert for one in gains.values()]
-    descent = descend((len(experts), int(groups.max()) + 1), asked, least, divisors, slope, held_out)
+
+    def keep(state: dict[str, Any]) -> None:
+        if place.snapshot is not None:
+            write_state(
+                place.snapshot, {"gains": {name: astuple(one) for name, one in gains.items()}, "descent": state}
+            )
+
+    shape, before = (len(experts), int(groups.max()) + 1), resumed and resumed["descent"]
+    descent = descend(shape, asked, least, divisors, slope, held_out, before, keep)
     return Tuned(_rows(base, parts, descent.coefficients[:, groups]), descent, gains)
 
 

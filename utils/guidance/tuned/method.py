@@ -1,4 +1,4 @@
-"""Our own: how much of what each expert adds to a merge, tensor by tensor, found by gradient on calibration text.
+"""How much of what each expert adds to a merge, tensor by tensor, found by gradient on calibration text.
 
     merged(a) = base + sum over experts t of a(t, tensor) part_t(tensor)
     dL/da(t, tensor) = < dL/dW(tensor), part_t(tensor) >

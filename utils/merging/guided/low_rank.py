@@ -21,7 +21,9 @@ def rank_of(shape: tuple[int, ...], density: float) -> int:
     return min(out, width, max(1, round(density * out * width / (out + width))))
 
 
-def low_rank_factors(change: Tensor, rank: int, gram: Tensor | None = None, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+def low_rank_factors(
+    change: Tensor, rank: int, gram: Tensor | None = None, ridge: float = 1e-3
+) -> tuple[Tensor, Tensor]:
     """The factors of the change that minimizes the sum above.
 
     Args:

@@ -1,0 +1,132 @@
+"""The training loop of the quality benchmark, which goes on where it was cut: the whole state lies on disk every minute."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.quality_clock import OutOfTimeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from benchmarks.quality_models import Training
+
+SECONDS = 60.0  # between two saves
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Where the states of unfinished trainings lie, one file for each model, and the time after which none goes on."""
+
+    folder: Path
+    until: float | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The mean loss of the last tenth of the steps, and the seconds that all steps took, in this run and earlier ones."""
+
+    loss: float
+    seconds: float
+
+
+def fit(
+    model: "LlamaForCausalLM",
+    data: "torch.Tensor",
+    training: "Training",
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    precision: str,
+    name: str,
+    saves: Saves,
+) -> Fitted:
+    """Train all weights in place with AdamW for exactly `steps` steps.
+
+    The rate rises over the first tenth of the steps and falls linearly to zero. Weights and optimizer stay in float32;
+    with `precision` bfloat16 the matrix products are computed in it. Windows are drawn without replacement, epoch by
+    epoch, from a generator of its own. A training that was cut goes on from its last save and gives the same weights.
+
+    Raises:
+        OutOfTimeError: the time is over; the state is saved.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
+    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+    state = _State(saves.folder / f"{name}.pt", model, optimizer, generator)
+    state.restore()
+    model.train()
+    while state.step < steps:
+        step = state.step
+        while len(state.order) < training.batch:
+            state.order = torch.cat([state.order, torch.randperm(len(data), generator=generator)])
+        rows, state.order = data[state.order[: training.batch]].to(device), state.order[training.batch :]
+        share = min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= int(0.9 * steps):
+            state.recent.append(loss.item())
+        state.step += 1
+        is_over = saves.until is not None and time.time() > saves.until
+        if is_over or state.step == steps or state.is_due:
+            state.save()
+        if is_over and state.step < steps:
+            raise OutOfTimeError(f"step {state.step + 1} of {steps} of training {name}")
+    model.eval()
+    return Fitted(sum(state.recent) / len(state.recent), state.seconds)
+
+
+class _State:
+    """Everything that a training goes on from, and its file."""
+
+    def __init__(self, file: Path, model: Any, optimizer: Any, generator: "torch.Generator") -> None:
+        import torch
+
+        self.file, self.parts, self.generator = file, {"model": model, "optimizer": optimizer}, generator
+        self.step, self.recent, self.seconds = 0, [], 0.0
+        self.order = torch.empty(0, dtype=torch.int64)
+        self._since = time.perf_counter()
+
+    @property
+    def is_due(self) -> bool:
+        return time.perf_counter() - self._since > SECONDS
+
+    def restore(self) -> None:
+        import torch
+
+        if not self.file.exists():
+            return
+        saved = torch.load(self.file, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved.pop(name))
+        self.generator.set_state(saved.pop("generator"))
+        self.step, self.recent, self.seconds, self.order = (
+            saved[key] for key in ("step", "recent", "seconds", "order")
+        )
+
+    def save(self) -> None:
+        import torch
+
+        self.seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        saved |= {"generator": self.generator.get_state(), "order": self.order}
+        saved |= {"step": self.step, "recent": self.recent, "seconds": self.seconds}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f".{self.file.name}.part")
+        torch.save(saved, part)
+        part.replace(self.file)

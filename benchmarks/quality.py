@@ -77,7 +77,9 @@ def main() -> None:
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
     device = "cuda" if asked.preset == "gpu" else "cpu"
     until = None if asked.minutes is None else time.time() + 60 * asked.minutes
-    choice = Choice(_listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float))
+    choice = Choice(
+        _listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float), _listed(asked.experts, ",", int)
+    )
     runs = [
         Run(size, seed, asked.data, asked.work.resolve(), device, choice, until)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
@@ -119,6 +121,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
     parser.add_argument("--contenders", help="only these beside the controls, by semicolon")
     parser.add_argument("--budgets", help="only these densities of one expert, by comma")
+    parser.add_argument("--experts", default="1,2", help="merges of how many experts, by comma; 3: with a third task")
     parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
     parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models, recipes and what was judged")

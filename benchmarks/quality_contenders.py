@@ -17,15 +17,19 @@ from benchmarks.quality_pairs import Pair, measured, recipe_of
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 UNIFORM_ONE = "uniform"
 UNIFORM_TWO = "uniform task arithmetic"
-CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO}
+CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO, "three experts": UNIFORM_TWO}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which contenders and budgets of one expert are run, beside the controls; None: all there are."""
+    """Which contenders and budgets of one expert are run, beside the controls; None: all there are.
+
+    `experts`: merges of how many.
+    """
 
     contenders: tuple[str, ...] | None = None
     budgets: tuple[float, ...] | None = None
+    experts: tuple[int, ...] = (1, 2)
 
     def of(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """The chosen ones among some contenders."""

@@ -1,7 +1,7 @@
 """The quality benchmark's figures as tables, words and one picture; pure functions of its rows, apart from files.
 
-A row is one merge judged on one task's test text. `one expert`: the expert's own task, with a budget. `two experts`:
-one row per task, no budget. What is compared is the mean over tasks of a seed; the minimum over tasks is shown beside.
+A row is one merge judged on one task's test text. `one expert`: the expert's own task, with a budget. `two experts`, `three
+experts`: one row per task, no budget. What is compared is the mean over tasks of a seed; the minimum over tasks is shown beside.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.quality_losses import mean_and_least
 from benchmarks.quality_statistics import Interval, by_seed, paired_interval, verdict
 
-ONE, TWO = "one expert", "two experts"
+ONE, TWO, THREE = "one expert", "two experts", "three experts"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from benchmarks.quality_contenders import BUDGETS, EVERYTHING, Choice, Variant, one_expert, two_experts
@@ -11,8 +13,9 @@ from benchmarks.quality_merges import TEST, VALIDATION, Judge
 from benchmarks.quality_models import Trained, Training, train_or_find
 from benchmarks.quality_pairs import Pair, lay_out
 from benchmarks.quality_peer_models import peers_of_one, peers_of_two
-from benchmarks.quality_report import ONE, TWO, Figure
+from benchmarks.quality_report import ONE, THREE, TWO, Figure
 from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
+from benchmarks.quality_third import texts_with_third, three_experts, train_or_find_third
 
 
 def prepare(
@@ -62,23 +65,46 @@ def judge_seed(
     register_methods()
     pair, texts = prepare(training, seed, data, work, device, until)
     judge = Judge(pair, texts, rows, device)
-    say = _Progress(f"{size}, seed {seed}")
-    joint = joint_training(training, texts, seed, until)
+    run = _Run(size, seed, device, choice, _Progress(f"{size}, seed {seed}"))
+    figures, seconds = [], 0.0
+    if 2 in choice.experts:
+        joint = joint_training(training, texts, seed, until)
+        figures += _several(run, judge, TWO, two_experts() | peers_of_two() | {CEILING: [joint]})
+    if 3 in choice.experts:
+        texts = texts_with_third(texts, TextSizes(), seed)
+        assert_disjoint(texts)
+        trained = train_or_find_third(pair.trained, training, texts, seed, device, until)
+        third = lay_out(trained, texts, pair.folder / "three", until)
+        figures += _several(run, Judge(third, texts, rows, device), THREE, three_experts())
+        seconds += third.clock.total
+    if 1 in choice.experts:
+        figures += _alone(run, judge)
+    return figures, seconds + pair.clock.total + pair.trained.seconds
+
+
+def _several(run: "_Run", judge: Judge, experiment: str, contenders: Mapping[str, Sequence[Variant]]) -> list[Figure]:
+    """Figures of merges of several experts, each in the setting that is best on validation."""
     figures = []
-    for contender, variants in choice.of(two_experts() | peers_of_two() | {CEILING: [joint]}).items():
-        say(contender)
-        best = chosen_variant(judge, pair, variants, device)
-        losses = judge.recipe_losses(best.recipe(pair, device), TEST)
+    for contender, variants in run.choice.of(contenders).items():
+        run.say(f"{experiment}, {contender}")
+        best = chosen_variant(judge, judge.pair, variants, run.device)
+        losses = judge.recipe_losses(best.recipe(judge.pair, run.device), TEST)
         figures += [
-            _figure(judge, TWO, size, seed, contender, None, task, losses, best.setting) for task in texts.tasks
+            _figure(judge, experiment, run.size, run.seed, contender, None, task, losses, best.setting)
+            for task in judge.pair.trained.experts
         ]
-    for task in texts.tasks:
-        for budget in choice.budgets or BUDGETS:
-            for contender, variant in choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
-                say(f"{task} {budget} {contender}")
-                losses = judge.recipe_losses(variant.recipe(pair, device), TEST)
-                figures.append(_figure(judge, ONE, size, seed, contender, budget, task, losses, variant.setting))
-    return figures, pair.clock.total + pair.trained.seconds
+    return figures
+
+
+def _alone(run: "_Run", judge: Judge) -> list[Figure]:
+    """Figures of what is kept of each expert at each budget."""
+    figures = []
+    for task, budget in product(judge.pair.trained.experts, run.choice.budgets or BUDGETS):
+        for contender, variant in run.choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
+            run.say(f"{task} {budget} {contender}")
+            losses = judge.recipe_losses(variant.recipe(judge.pair, run.device), TEST)
+            figures.append(_figure(judge, ONE, run.size, run.seed, contender, budget, task, losses, variant.setting))
+    return figures
 
 
 class _Progress:
@@ -89,6 +115,17 @@ class _Progress:
 
     def __call__(self, what: str) -> None:
         print(f"{self.label}: {what}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A seed of a size, where it is judged, and what of it."""
+
+    size: str
+    seed: int
+    device: str
+    choice: Choice
+    say: _Progress
 
 
 def chosen_variant(judge: Judge, pair: Pair, variants: Sequence[Variant], device: str) -> Variant:

@@ -70,7 +70,7 @@ class Row:
     @property
     def keys(self) -> frozenset[str]:
         """Two rows with a key in common count as the same row."""
-        return frozenset(map(_key, (self.question, self.answer, self.text)))
+        return frozenset(map(row_key, (self.question, self.answer, self.text)))
 
 
 def texts_of_seed(data: Path | None, sizes: TextSizes, seed: int) -> Texts:
@@ -87,12 +87,12 @@ def assert_disjoint(texts: Texts) -> None:
     held_out: set[str] = set()
     for name, task in texts.tasks.items():
         for part in (task.test, task.validation, task.calibration):
-            own = {_key(text) for text in part}
+            own = {row_key(text) for text in part}
             if len(own) != len(part) or own & held_out:
                 raise AssertionError(f"a held-out row of {name} occurs twice")
             held_out |= own
     for part in (texts.base, *(task.train for task in texts.tasks.values())):
-        if any(_key(text) in held_out for text in part):
+        if any(row_key(text) in held_out for text in part):
             raise AssertionError("a row of the training text is held out as well")
 
 
@@ -135,8 +135,8 @@ def _published_texts(data: Path, sizes: TextSizes, seed: int) -> Texts:
         )
         base += tasks[name].train[: sizes.base_rows]
     draw.shuffle(base)
-    held_out = {_key(text) for task in tasks.values() for text in (*task.test, *task.validation, *task.calibration)}
-    base = [text for text in base if _key(text) not in held_out]
+    held_out = {row_key(text) for task in tasks.values() for text in (*task.test, *task.validation, *task.calibration)}
+    base = [text for text in base if row_key(text) not in held_out]
     return Texts(tuple(base), tasks, "GSM8K and MBPP")
 
 
@@ -147,8 +147,8 @@ def _offline_texts(sizes: TextSizes, seed: int) -> Texts:
         Sizes(sizes.base_prose, sizes.base_code // 4, sizes.base_rows // 4, 900, sizes.calibration, 0), seed=seed + 1
     )
     pairs = {"math": (held.math, own.math), "code": (held.code, own.code)}
-    held_out = {_key(text) for split, _ in pairs.values() for text in (*split.heldout, *split.calibration)}
-    held_out_now = held_out | {_key(text) for _, split in pairs.values() for text in split.calibration}
+    held_out = {row_key(text) for split, _ in pairs.values() for text in (*split.heldout, *split.calibration)}
+    held_out_now = held_out | {row_key(text) for _, split in pairs.values() for text in split.calibration}
     tasks = {
         name: TaskTexts(
             train=_without(split.train, held_out_now),
@@ -188,8 +188,9 @@ def _texts(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def _without(texts: Iterable[str], keys: set[str]) -> tuple[str, ...]:
-    return tuple(text for text in texts if _key(text) not in keys)
+    return tuple(text for text in texts if row_key(text) not in keys)
 
 
-def _key(text: str) -> str:
+def row_key(text: str) -> str:
+    """What two rows that count as the same have in common."""
     return " ".join(text.casefold().split())

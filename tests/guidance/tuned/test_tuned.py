@@ -178,6 +178,20 @@ def test_coefficients_are_for_the_method_they_were_tuned_for(pair):
         decide_here("tuned", "dfs", merge_method="gram_mean")
 
 
+def test_coefficients_are_for_the_parts_that_they_were_tuned_for(pair):
+    start = yaml.safe_load(Path("dfs_gram/tuned_start.yaml").read_text())
+    file = Path("grams/math_grams.safetensors")
+    start["saliency"]["math"] = str(file.resolve())
+    Path("dfs_gram/tuned_start.yaml").write_text(yaml.safe_dump(start))
+    assert decide_here("tuned", "dfs_gram", merge_method="gram_mean")
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    with refused("tuned-parts-changed"):
+        decide_here("tuned", "dfs_gram", out="other", merge_method="gram_mean")
+    file.unlink()
+    with refused("tuned-parts-changed"):
+        decide_here("tuned", "dfs_gram", out="other", merge_method="gram_mean")
+
+
 def test_coefficients_are_for_the_experts_that_were_tuned_together(pair):
     config = yaml.safe_load(Path("pair.yaml").read_text())
     write_config(pair, {**config, "target_model_names": {"math": "./math"}})

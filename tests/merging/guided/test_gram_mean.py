@@ -324,6 +324,30 @@ def test_an_expert_without_gain_is_refused_with_both_losses(pair):
         decided()
 
 
+def test_an_expert_whose_losses_are_not_finite_is_refused(pair):
+    folder = pair()
+    own = load_file(folder / "math/model.safetensors")
+    own["model.norm.weight"] = torch.full_like(own["model.norm.weight"], float("inf"))
+    shutil.copytree("math", "broken")
+    save_file(own, "broken/model.safetensors", metadata={"format": "pt"})
+    config = yaml.safe_load(Path("pair.yaml").read_text())
+    models = [one | {"name": "./broken"} if one["type"] == "math" else one for one in config["model_info"]]
+    write_config(folder, {**config, "model_info": models, "target_model_names": {"math": "./broken", "code": "./code"}})
+    with refused("measure-not-finite"):
+        measure("other")
+    assert not Path("other").exists()
+
+
+def test_too_little_text_says_how_many_tokens_are_needed(pair, capsys):
+    folder = pair()
+    write_config(folder, yaml.safe_load(Path("pair.yaml").read_text()) | {"nsamples": 1})
+    measure("other")
+    said = capsys.readouterr().out
+    assert "tokens are fewer than the input channels of" in said and "from 64 tokens on there need be none" in said
+    decide_here("gram_mean", measured="other")
+    assert "layers with fewer tokens than input channels" in capsys.readouterr().out
+
+
 def test_command_2_refuses(pair):
     pair()
     with refused("merge-method-unfit"):

@@ -4,7 +4,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.tuned.start import Start
+from utils.guidance.tuned.start import Start, refuse_changed_parts
 from utils.guidance.tuned.tables import read_tuned
 from utils.recipes.coefficients import COLUMNS
 from utils.recipes.naming import Recorded, name_recorded
@@ -20,6 +20,7 @@ def decide(job: DecideJob) -> Decision:
             f"{start.merge_method}; give --merge_method {start.merge_method}",
             "merge-method-unfit",
         )
+    refuse_changed_parts(start, job.folder)
     own = table[table["model"] == names[0]]
     recorded = {
         row.tensor: Recorded(int(row.params), has_density=bool(row.component), group=row.tensor)

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.recipe_file import MergeRecipe, checked_recipe, read_recipe
 from utils.pair.config import ModelEntry
+from utils.publishing.manifest import file_sha256
 from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, TASK_ARITHMETIC
 from utils.recipes.recipe import model_key, recipe_bytes
 
@@ -21,13 +22,15 @@ class Start:
     """A merge that is a sum of parts, one for each expert.
 
     `weights` are those of the recipe by expert type, `saliency` the absolute paths of the files that its method reads,
-    none for plain changes. `parameters` are the shared ones.
+    none for plain changes, and `sha256` these files' hashes: coefficients hold for the parts that were made of them.
+    `parameters` are the shared ones.
     """
 
     merge_method: str
     parameters: Mapping[str, Any]
     weights: Mapping[str, float]
     saliency: Mapping[str, str]
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
@@ -109,7 +112,29 @@ def read_start(path: Path, base: ModelEntry, experts: Sequence[ModelEntry]) -> S
         elif own.get("saliency"):
             saliency[type_] = os.path.abspath(os.path.expanduser(recipe.locate(str(own["saliency"]))))
     raise_collected(problems, where)
-    return Start(data["merge_method"], parameters, weights, saliency)
+    if absent := [file for file in saliency.values() if not os.path.isfile(file)]:
+        raise UserError(
+            f"{where}: it reads {absent[0]}, which is not there; keep the dataframe folder where the recipe found it, or "
+            "measure and make the recipe again",
+            "vectors-missing",
+        )
+    return Start(data["merge_method"], parameters, weights, saliency, _hashes(saliency))
+
+
+def refuse_changed_parts(start: Start, where: Path) -> None:
+    """Raise a `UserError` if a file that the parts were made of is not there any more, or is another one."""
+    for type_, file in start.saliency.items():
+        if not os.path.isfile(file) or file_sha256(Path(file)) != start.sha256.get(type_):
+            state = "is another file now" if os.path.isfile(file) else "is not there any more"
+            raise UserError(
+                f"dataframe folder {where}: {file}, which the tuned recipe reads for {type_}, {state}, and the coefficients "
+                "hold for what it was; tune again (lewis_importance.py --guidance tuned)",
+                "tuned-parts-changed",
+            )
+
+
+def _hashes(files: Mapping[str, str]) -> dict[str, str]:
+    return {type_: file_sha256(Path(file)) for type_, file in files.items()}
 
 
 def _refuse_other_models(found: Mapping[str, Any], wanted: set[str], where: str) -> None:

@@ -5,7 +5,7 @@
 | `tuned_coefficients.csv` | expert and tensor of the base's checkpoint: `layer` (-1 outside the blocks), `component`, `params`, `coefficient` |
 | `tuned_steps.csv` | step, task and `samples`, those stepped on (none from the last) or held out: mean `loss` (nats per token), the |
 | | share of the gains that the step loses on what is held out, and whether it is the one that was kept |
-| `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights and files of the experts |
+| `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights, files of the experts and their SHA-256 |
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,8 +88,9 @@ def _read_start(path: Path) -> Start:
     try:
         weights = {str(key): float(value) for key, value in data["weights"].items()}
         saliency = {str(key): str(value) for key, value in data["saliency"].items()}
-        found = Start(str(data["merge_method"]), dict(data["parameters"]), weights, saliency)
-        if found.merge_method not in METHODS or not saliency.keys() <= weights.keys():
+        sha256 = {str(key): str(value) for key, value in data["sha256"].items()}
+        found = Start(str(data["merge_method"]), dict(data["parameters"]), weights, saliency, sha256)
+        if found.merge_method not in METHODS or not saliency.keys() == sha256.keys() <= weights.keys():
             raise ValueError(found.merge_method)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not as tuning writes it ({error}); measure again", "tuned-start-damaged") from error

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.errors import Problem, UserError, raise_collected
+from utils.errors import UserError
 from utils.merging.merged_tensors import MergeWork, merged_tensors, prepare
 from utils.merging.planning import PlannedMerge
 from utils.models.adapters import CONFIG, WEIGHTS
@@ -51,13 +51,12 @@ def low_rank_parts(change: Tensor, most_left: float) -> tuple[Tensor, Tensor] | 
 
 @dataclass
 class _Adapter:
-    """What is collected of an adapter: its tensors, the rank of each layer, modules that are kept whole, what is in the way."""
+    """What is collected of an adapter: its tensors, the rank of each layer, modules that are kept whole."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
-    problems: list[Problem] = field(default_factory=list)
 
     def add_layer(self, module: str, turned: bool, before: Tensor, after: Tensor) -> None:
         """Factors of a linear layer's change."""
@@ -65,12 +64,11 @@ class _Adapter:
         most_left = max(_LEAST * float(change.norm()), _ROUNDING * float(after.norm()))
         parts = low_rank_parts(change.t() if turned else change, most_left)
         if parts is None:
-            words = (
-                f"{module}: its change has no low rank; make the recipe with --guidance gram_mean --form low_rank "
-                "--mean_density 0.1, for one expert, or merge without --adapter"
+            raise UserError(
+                f"this merge cannot be an adapter: {module} changes by no low rank; make the recipe with --guidance "
+                "gram_mean --form low_rank --mean_density 0.1, for one expert, or merge without --adapter",
+                "adapter-not-low-rank",
             )
-            self.problems.append(Problem(words, "adapter-not-low-rank"))
-            return
         self.ranks[module] = len(parts[0])
         for end, part in zip(("lora_A", "lora_B"), parts, strict=True):
             self.tensors[f"{_PREFIX}{module}.{end}.weight"] = part.contiguous()
@@ -117,9 +115,11 @@ def write_adapter(ready: PlannedMerge, folder: Path) -> str:
         elif changes and own == "weight":
             found.add_layer(module, is_transposed(layers[module]), before, after)
         elif changes:
-            words = f"{name}: a bias of a linear layer changes, which an adapter of factors leaves alone"
-            found.problems.append(Problem(words, "adapter-unfit"))
-    raise_collected(found.problems, "this merge cannot be an adapter")
+            raise UserError(
+                f"this merge cannot be an adapter: {name}, a bias of a linear layer, changes, which factors leave alone; "
+                "merge without --adapter",
+                "adapter-unfit",
+            )
     found.settle([] if all(f"{name}.weight" in stored for name in ends) else ends)
     _write(found, base.name, layers, folder)
     ranks = sorted(found.ranks.values()) or [0]

@@ -333,7 +333,7 @@ def test_an_expert_whose_losses_are_not_finite_is_refused(pair):
     config = yaml.safe_load(Path("pair.yaml").read_text())
     models = [one | {"name": "./broken"} if one["type"] == "math" else one for one in config["model_info"]]
     write_config(folder, {**config, "model_info": models, "target_model_names": {"math": "./broken", "code": "./code"}})
-    with refused("measure-not-finite"):
+    with refused("measured-not-finite"):
         measure("other")
     assert not Path("other").exists()
 
@@ -343,7 +343,7 @@ def test_too_little_text_says_how_many_tokens_are_needed(pair, capsys):
     write_config(folder, yaml.safe_load(Path("pair.yaml").read_text()) | {"nsamples": 1})
     measure("other")
     said = capsys.readouterr().out
-    assert "tokens are fewer than the input channels of" in said and "from 64 tokens on there need be none" in said
+    assert "tokens are fewer than the input channels of" in said and "from 48 tokens on there need be none" in said
     decide_here("gram_mean", measured="other")
     assert "layers with fewer tokens than input channels" in capsys.readouterr().out
 

@@ -50,16 +50,15 @@ def merge(settings: MergeSettings) -> None:
     if not settings.dry_run:
         read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
-    import_libraries("torch", "transformers", "accelerate")
+    _set_up_libraries(settings)
     models = ((str(name), folder) for name, folder in found.folders.items() if not name.lora)
     trial = None if settings.trust_remote_code else ModelTrial(models)
-    _set_up_libraries(settings)
-    if trial is not None:
-        trial.check()
 
     from utils.merging.preflight import preflight
     from utils.merging.request import request_hash
 
+    if trial is not None:
+        trial.check()
     ready = preflight(settings, found, output, lambda line: _say([line], settings))
     _warn(ready.warnings)
     _warn([restored] if restored else ())

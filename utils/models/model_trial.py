@@ -7,17 +7,28 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.models.headers import INDEX
 from utils.publishing.manifest import file_sha256
+from utils.runtime import import_libraries
 from utils.trial import Trial
 
 _TEXT = "The quick brown fox, 0123456789: don't... \u00fcber\n\n    x = y  " + "aA1 " * 50
+# What every model class imports. It takes seconds, which this process needs anyway and the fork must not need again.
+_LIBRARIES = (
+    "accelerate",
+    "transformers.generation.utils",
+    "transformers.masking_utils",
+    "transformers.modeling_layers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
 _CHAT = ({"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4."})
 
 
 class ModelTrial:
-    """Every model's small files in one fork; transformers is imported before it begins."""
+    """Every model's small files in one fork, which begins once the libraries that models need are imported."""
 
     def __init__(self, models: Iterable[tuple[str, Path]]) -> None:
         """Begin with models, each with its name and folder; those with equal files count once."""
+        import_libraries(*_LIBRARIES)
         distinct = {_same(folder): (name, folder) for name, folder in reversed(list(models))}
         self._trial = Trial(lambda begin: _try_all(list(distinct.values()), begin))
 

@@ -17,6 +17,7 @@ from utils.errors import run_command
 from utils.flags import FlagParser, number, path
 from utils.guidance.method import chosen_method, declare_flags, own_options
 from utils.recipes.recipe import CONTROLS, DTYPE, DTYPES
+from utils.recipes.routers import router_option
 
 
 def main() -> None:
@@ -61,6 +62,13 @@ def main() -> None:
         "it; a wider one than --dtype adds no precision",
         choices=DTYPES,
     )
+    parser.flag(
+        "router",
+        "what becomes of the routers of mixtures of experts; base: the base's; merge: merged like everything; weight:x: "
+        "merged with this weight [default: base, unless all models share one]",
+        type=router_option,
+        metavar="base|merge|weight:x",
+    )
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     parser.switch("accept_edited", "take tables that differ from what their manifest.json recorded: you edited them")
@@ -88,6 +96,7 @@ def main() -> None:
                 lambda_=getattr(flags, "lambda"),
                 dtype=flags.dtype,
                 out_dtype=flags.out_dtype,
+                router=flags.router,
             ),
             delta_dfs_in_dir=flags.delta_dfs_in_dir,
             out_dir=flags.out_dir,

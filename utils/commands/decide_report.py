@@ -54,6 +54,8 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
         print(
             f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
         )
+    if settings.routers.said:
+        print(f"routers:  {settings.routers.said}")
     if settings.dtype != DTYPE:
         print(f"merged:   in {settings.dtype}")
     if settings.out_dtype:

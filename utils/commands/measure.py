@@ -269,8 +269,17 @@ def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict
             }
             for subject in job.subjects
         ],
+        **_routers(job.base),
         **_other_inputs(options),
     }
+
+
+def _routers(base: Subject) -> dict[str, Any]:
+    """The stored names of the routers, of a mixture: where the models are not at hand, command 2 knows them from here."""
+    from utils.models.routers import stored_routers
+
+    found = stored_routers(base.decoder.model, base.layout, f"model {base.entry.name}")
+    return {"routers": found} if found else {}
 
 
 def _other_inputs(options: MeasureOptions) -> dict[str, Any]:

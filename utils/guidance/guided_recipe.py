@@ -23,6 +23,7 @@ from utils.recipes.doubts import cancelled_weights, doubts
 from utils.recipes.method_rules import counterpart
 from utils.recipes.naming import filters_without_vectors
 from utils.recipes.recipe import DTYPE, RecipeSettings, file_key, recipe, recipe_name
+from utils.recipes.routers import choose_routers, without_routers
 from utils.recipes.saliency_vectors import open_vectors
 
 
@@ -93,11 +94,15 @@ def guided_recipe(
     lambda_ = choices.options.lambda_
     if lambda_ is None and "lambda" not in choices.parameters:
         lambda_ = decision.lambda_
+    parameters = {**decision.parameters, **choices.parameters, **decision.fixed}
+    recorded = (measured.manifest or {}).get("routers", ())
+    routers = choose_routers(choices.options.router, measured.models, recorded, choices.rule, parameters)
+    decision = replace(decision, naming=without_routers(decision.naming, routers, measured.models.written))
     settings = RecipeSettings(
         method=choices.rule,
         base=measured.config.base,
         experts=choices.experts,
-        parameters={**decision.parameters, **choices.parameters, **decision.fixed},
+        parameters=parameters,
         as_weights=decision.writes_weights,
         as_factors=decision.writes_factors,
         expert_weights=decision.expert_weights,
@@ -106,6 +111,7 @@ def guided_recipe(
         out_dtype=choices.options.out_dtype,
         saliency=vectors | {key: file_key(file, folder) for key, file in files.items()},
         unmeasured=unmeasured,
+        routers=routers,
     )
     return GuidedRecipe(
         choices=choices,
@@ -130,6 +136,7 @@ def _file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, c
         "lambda": options.lambda_,
         "dtype_": None if options.dtype == DTYPE else options.dtype,
         "out_": options.out_dtype,
+        "router_": options.router,
     }
     tags = [*decision.tags, *(f"{key}{value}" for key, value in given.items() if value is not None)]
     beside = decision.tags_beside if tags else ()

@@ -11,6 +11,7 @@ from utils.pair.config import ModelEntry, PairConfig
 from utils.recipes.global_parameters import check_global_parameters, known_parameters
 from utils.recipes.method_rules import DeltaMethod, density_method, own_method, weight_method
 from utils.recipes.recipe import DTYPE
+from utils.recipes.routers import RouterOption
 
 _USUAL_DENSITY = 0.5  # of guidance that gives weights, with a method that needs a density
 
@@ -26,6 +27,7 @@ class RecipeOptions:
     lambda_: float | None = None
     dtype: str = DTYPE
     out_dtype: str | None = None
+    router: RouterOption = None
 
 
 @dataclass(frozen=True)

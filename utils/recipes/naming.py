@@ -101,6 +101,21 @@ class LocalModels:
         plan = plan_architecture(base, others, trust_remote_code=self.trust_remote_code)
         return WrittenTensors(base, plan, tuple(filters.planned_tensors(plan, base)))
 
+    @cached_property
+    def routers(self) -> tuple[str, ...]:
+        """The routers' tensors of a mixture, as the merge writes them; none without the base.
+
+        Raises:
+            UserError: the models cannot be merged; routers cannot be told from other parts.
+        """
+        from utils.models.routers import routers_of
+
+        if self.written is None:
+            return ()
+        stored = routers_of(self.written.base, self.trust_remote_code)
+        spellings = self.written.plan.spellings
+        return tuple(dict.fromkeys(spellings[name] for name in stored if name in spellings))
+
 
 @dataclass(frozen=True)
 class Recorded:

@@ -15,6 +15,7 @@ from utils.models.checkpoints import is_local
 from utils.pair.config import ModelEntry
 from utils.recipes.method_rules import DeltaMethod, extra_value
 from utils.recipes.naming import Naming
+from utils.recipes.routers import RouterChoice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +36,7 @@ class RecipeSettings:
     in `expert_weights` (by type). `as_factors` writes them as factors of the changes alone instead. `dtype` is what the
     merge computes in. `saliency` names the file of saliency vectors by expert type, for the method that reads them: a path
     relative to the recipe's folder, or an absolute one; `unmeasured` are the filters of tensors that it has none of.
+    `routers` have a weight of their own, before all others; in a method that averages one above 0 is a factor instead.
     """
 
     method: DeltaMethod
@@ -50,6 +52,7 @@ class RecipeSettings:
     out_dtype: str | None = None
     saliency: Mapping[str, str] = field(default_factory=dict)
     unmeasured: tuple[str, ...] = ()
+    routers: RouterChoice = field(default_factory=RouterChoice)
 
 
 def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSettings) -> dict[str, Any]:
@@ -67,10 +70,15 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         texts = [naming.filters[tensor] for tensor in dense["tensor"]]
         density = [float(value) for value in dense["density"]]
         parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
-        weights = _weights(rows, naming) if settings.as_weights else []
-        parameters["weight"] = [*weights, {"value": settings.expert_weights.get(expert.type, settings.weight)}]
-        if settings.as_factors:
-            parameters["factor"] = [*_weights(rows, naming), {"value": 1.0}]
+        others = rows[~rows["tensor"].isin(settings.routers.tensors)]
+        weights = _weights(others, naming) if settings.as_weights else []
+        routers = _conditional(settings.routers.filters, [settings.routers.weight] * len(settings.routers.filters))
+        of_change = bool(settings.routers.weight) and settings.method.averages
+        own = settings.expert_weights.get(expert.type, settings.weight)
+        parameters["weight"] = [*([] if of_change else routers), *weights, {"value": own}]
+        if settings.as_factors or (of_change and routers):
+            factors = _weights(others, naming) if settings.as_factors else []
+            parameters["factor"] = [*(routers if of_change else []), *factors, {"value": 1.0}]
         if expert.type in settings.saliency:
             file = settings.saliency[expert.type]
             unmeasured = [{"filter": text, "value": ""} for text in settings.unmeasured]

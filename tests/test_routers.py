@@ -1,0 +1,110 @@
+"""Routers of mixtures through commands 1, 2 and 3: the base's unless asked otherwise, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.commands_here import done_here, refused_here
+from tests.tiny_mixtures import save_mixtures, weights
+
+ROUTERS = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    folder = save_mixtures(tmp_path_factory.mktemp("mixtures"))
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    return folder
+
+
+def merged(folder: Path, name: str, *flags: object) -> tuple[dict, str]:
+    """The tensors of a merge by a recipe that is made with these flags, and what command 2 printed."""
+    arguments = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", name, "--dtype", "float32")
+    done = done_here("lewis_merge.py", *arguments, *flags, cwd=folder)
+    (recipe,) = (folder / name).glob("*.yaml")
+    done_here("utils/merger.py", "--merge_config", recipe, "--output_path", f"{name}_merged", cwd=folder)
+    return dict(weights(folder / f"{name}_merged")), done.stdout
+
+
+def test_the_base_s_router_is_the_default(measured):
+    tensors, said = merged(measured, "default")
+    base = weights(measured / "base")
+    assert "routers:  the base's, 4 tensors" in said
+    assert all(torch.equal(tensors[name], base[name]) for name in ROUTERS)
+    assert not any(torch.equal(tensors[name], base[name]) for name in base if "experts" in name)
+    asked, _ = merged(measured, "asked", "--router", "base")
+    assert all(torch.equal(asked[name], value) for name, value in tensors.items())
+
+
+def test_merged_routers_are_merged_like_the_rest(measured):
+    tensors, said = merged(measured, "merged", "--router", "merge")
+    assert "routers:  merged like everything else" in said
+    base, rest = weights(measured / "base"), weights(measured / "default_merged")
+    assert not any(torch.equal(tensors[name], base[name]) for name in ROUTERS)
+    assert all(torch.equal(tensors[name], rest[name]) for name in base if name not in ROUTERS)
+
+
+def test_a_weight_of_their_own_scales_their_changes(measured):
+    flags = ("--merge_method", "dare_linear", "--router", "weight:0.25")
+    tensors, _ = merged(measured, "weighed", *flags)
+    base, code, math = (weights(measured / name) for name in ("base", "code", "math"))
+    for name in ROUTERS:
+        wanted = base[name] + 0.25 * (code[name] - base[name]) + 0.25 * (math[name] - base[name])
+        assert torch.allclose(tensors[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_is_divided_by_itself_is_refused(measured):
+    flags = (
+        "--delta_dfs_in_dir",
+        "dfs",
+        "--config_file",
+        "pair.yaml",
+        "--out_dir",
+        "refused",
+        "--router",
+        "weight:0.5",
+    )
+    refused_here("flag-no-effect", "lewis_merge.py", *flags, cwd=measured)
+    refused_here("flag-invalid", "lewis_merge.py", *flags[:-1], "half", cwd=measured)
+
+
+def test_stock_mergekit_reads_the_same_filters(measured):
+    (recipe,) = (measured / "default").glob("*.yaml")
+    weight = yaml.safe_load(recipe.read_text())["models"][1]["parameters"]["weight"]
+    assert weight == [
+        *({"filter": f"model.layers.{layer}.mlp.gate.", "value": 0.0} for layer in range(4)),
+        {"value": 1},
+    ]
+
+
+def test_routers_that_all_models_share_are_left_alone(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = save_mixtures(tmp_path)
+    base = weights(folder / "base")
+    for name in ("code", "math"):
+        shared = {**weights(folder / name), **{router: base[router] for router in ROUTERS}}
+        save_file(shared, folder / name / "model.safetensors", {"format": "pt"})
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    _, said = merged(folder, "shared")
+    assert "routers:  all models share one" in said
+    (recipe,) = (folder / "shared").glob("*.yaml")
+    assert "mlp.gate." not in recipe.read_text().split("weight:")[1].split("- filter")[0]
+
+
+def test_routers_are_known_from_the_measurement_where_the_models_are_not_here(measured, tmp_path):
+    here = shutil.copytree(measured, tmp_path / "copy")
+    for name in ("base", "code", "math"):
+        shutil.rmtree(here / name)
+    manifest = json.loads((here / "dfs" / "manifest.json").read_text())
+    assert manifest["routers"] == ROUTERS
+    arguments = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "away")
+    done = done_here("lewis_merge.py", *arguments, cwd=here)
+    assert "routers:  the base's, 4 tensors" in done.stdout
+    (recipe,) = (here / "away").glob("*.yaml")
+    weight = yaml.safe_load(recipe.read_text())["models"][1]["parameters"]["weight"]
+    assert weight == [*({"filter": name, "value": 0.0} for name in ROUTERS), {"value": 1}]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality_pairs import Pair
-from utils.pair.calibration import choose_samples, encode
+from utils.pair.calibration import choose_samples
+from utils.pair.tokens import encode
 
 Rows = Sequence[Sequence[int]]
 

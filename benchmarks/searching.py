@@ -356,7 +356,7 @@ def main() -> None:
 
     let_waiting_threads_sleep()
 
-    from utils.commands.measure import quiet_libraries
+    from utils.runtime import quiet_libraries
 
     quiet_libraries()
     print(f"machine: {machine()}")

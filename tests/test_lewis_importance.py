@@ -520,8 +520,8 @@ def test_fuzz_the_small_files_of_a_model(pair, name):
     import torch
 
     from utils.errors import UserError
-    from utils.pair.calibration import Sample
     from utils.pair.config import read_pair_config
+    from utils.pair.sample_text import Sample
     from utils.passes.preparation import Precision, prepare_subjects
 
     config, precision = read_pair_config(pair / "pair.yaml"), Precision(torch.device("cpu"), "auto", None)

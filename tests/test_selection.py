@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import selection
+from utils import magnitudes, selection
 from utils.selection import band_mask, smallest_per_row_mask, top_k_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +33,7 @@ def place(request, monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"cpu": 7, "default": 7})
+    monkeypatch.setattr(magnitudes, "CHUNK_ENTRIES", {"cpu": 7, "default": 7})
 
 
 def top_k_oracle(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_a_result_does_not_depend_on_the_chunk_size(monkeypatch, place):
     x = place(torch.randn(1000).mul(3).round().bfloat16())
     whole = top_k_mask(x, 333)
     for entries in (1, 64, 999, 1000):
-        monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"default": entries})
+        monkeypatch.setattr(magnitudes, "CHUNK_ENTRIES", {"default": entries})
         assert torch.equal(top_k_mask(x, 333), whole)
 
 
@@ -280,7 +280,7 @@ def test_the_probe_for_allocations_sees_what_a_sort_takes():
 def test_temporaries_are_bounded_by_the_chunk(dtype, strided):
     x = torch.randn(4000, 1500).to(dtype)
     x = x.t() if strided else x
-    chunk = selection.CHUNK_ENTRIES["cpu"]
+    chunk = magnitudes.CHUNK_ENTRIES["cpu"]
     largest, peak = allocations(lambda: band_mask(x, x.numel() // 100, x.numel() // 3))
     assert largest == x.numel(), "the mask, one byte an entry, is the only allocation of the tensor's size"
     assert peak - x.numel() <= 16 * chunk + 3 * 65536 * 8
@@ -288,7 +288,7 @@ def test_temporaries_are_bounded_by_the_chunk(dtype, strided):
 
 def test_temporaries_of_rows_are_bounded_by_the_chunk():
     metric = torch.rand(3000, 2000)
-    chunk = selection.CHUNK_ENTRIES["cpu"]
+    chunk = magnitudes.CHUNK_ENTRIES["cpu"]
     largest, peak = allocations(lambda: smallest_per_row_mask(metric, 1000))
     assert largest == metric.numel()
     assert peak - metric.numel() <= 16 * chunk
@@ -299,7 +299,7 @@ def test_temporaries_of_rows_are_bounded_by_the_chunk():
 def test_the_search_over_bits_needs_4_bytes_an_entry_at_most(dtype, rows, monkeypatch):
     """One chunk, in the way of other devices: the sum of a mask must not make an int64 copy of it."""
     monkeypatch.setattr(selection, "counts_patterns", lambda device: False)
-    x = torch.rand(512, selection.CHUNK_ENTRIES["cpu"] // 512).to(dtype)
+    x = torch.rand(512, magnitudes.CHUNK_ENTRIES["cpu"] // 512).to(dtype)
     work = (lambda: smallest_per_row_mask(x, 100)) if rows else (lambda: band_mask(x, 1000, 50_000))
     largest, _ = allocations(work)
     assert largest <= 4 * x.numel()
@@ -329,7 +329,7 @@ def test_on_the_cpu_one_thread_of_torchs_selects_and_the_setting_is_put_back(fai
 
 def test_selecting_in_several_threads_leaves_their_setting(monkeypatch):
     inputs = [torch.randn(3000, generator=torch.Generator().manual_seed(seed)) for seed in range(24)]
-    monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"cpu": 64, "default": 64})
+    monkeypatch.setattr(magnitudes, "CHUNK_ENTRIES", {"cpu": 64, "default": 64})
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

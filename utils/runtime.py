@@ -57,6 +57,18 @@ def import_libraries(*names: str) -> None:
     atexit.register(gc.freeze)  # the interpreter's last collections then find nothing to look through
 
 
+def quiet_libraries() -> None:
+    """Import the libraries, and keep their own progress bars and chatter off the screen; their errors still show."""
+    import_libraries("torch", "transformers", "transformers.modeling_utils", "accelerate", "pandas")
+
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bar()
+
+
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions."""
     return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}

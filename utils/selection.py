@@ -1,13 +1,8 @@
 """Exact selection by rank, without sorting: the k entries of a tensor largest in magnitude, the k smallest of each row.
 
-Everything works on *magnitude patterns*: the bits of a float without the sign bit, read as an integer. They order exactly
-as magnitudes do (IEEE 754), so a rank can be found by counting integers instead of moving entries about:
-
-    zero of either sign = 0  <  subnormals  <  normals  <  infinity  <  every NaN, all tied with each other
-
-Tensors are float32, bfloat16 or float16. Nothing is rounded or turned into another floating-point type: masks are exact.
-Work proceeds in chunks (`CHUNK_ENTRIES`). Apart from the mask that is returned, temporaries are a few buffers of at most
-4 bytes per entry of one chunk and at most a few tables of 65,536 counters. A strided tensor is copied chunk by chunk.
+Everything works on the integers of `utils/magnitudes.py`. Tensors are float32, bfloat16 or float16. Nothing is rounded or
+turned into another floating-point type: masks are exact. Apart from the mask that is returned, temporaries are a few buffers
+of at most 4 bytes per entry of one chunk and at most a few tables of 65,536 counters.
 
 On the CPU patterns are counted in a table. On any other device the threshold is found bit by bit, by comparing and adding
 up: with a table, thousands of threads would wait for one counter wherever many entries are equal, as zeros are in the
@@ -22,26 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Entries at a time. On the CPU a chunk's patterns (1 MiB at most) stay in cache between the steps; on a GPU a chunk must be
-# long enough to hide the start of each kernel, and bounds the temporaries to 64 MiB each.
-CHUNK_ENTRIES = {"cpu": 1 << 18, "default": 1 << 24}
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """How a floating-point type shows its magnitude as an integer."""
-
-    integer: torch.dtype  # of the same width
-    bits: int  # width without the sign
-    low_bits: int  # counted in a second table: one for all 31 bits of a float32 would have 2**31 counters
-    infinity: int
-
-
-_PATTERNS = {
-    torch.float32: Pattern(torch.int32, 31, 16, 0x7F800000),
-    torch.bfloat16: Pattern(torch.int16, 15, 0, 0x7F80),
-    torch.float16: Pattern(torch.int16, 15, 0, 0x7C00),
-}
+from utils.magnitudes import Pattern, chunk_entries, flat_patterns, magnitude_patterns, pattern_of
 
 
 @dataclass(frozen=True)
@@ -141,9 +117,9 @@ def smallest_per_row_mask(metric: Tensor, k: int) -> Tensor:
     if k <= 0 or k >= columns or not metric.numel():
         return torch.full(metric.shape, 0 < columns <= k, dtype=torch.bool, device=metric.device)
     mask = torch.empty(metric.shape, dtype=torch.bool, device=metric.device)
-    rows_at_once = max(1, _chunk_entries(metric) // columns)
+    rows_at_once = max(1, chunk_entries(metric) // columns)
     for rows, out in zip(metric.split(rows_at_once), mask.split(rows_at_once), strict=True):
-        patterns = _patterns(rows.contiguous(), kind)
+        patterns = magnitude_patterns(rows.contiguous(), kind)
         if counts_patterns(metric.device):
             _smallest_on_host(patterns, k, out)
         else:
@@ -151,49 +127,9 @@ def smallest_per_row_mask(metric: Tensor, k: int) -> Tensor:
     return mask
 
 
-# --- patterns -------------------------------------------------------------------------------------------------------------
-
-
-def pattern_of(dtype: torch.dtype) -> Pattern:
-    """The layout of a floating-point type; a TypeError for any but float32, bfloat16 and float16."""
-    if dtype not in _PATTERNS:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _PATTERNS)
-        raise TypeError(f"selection is for {names}, not {str(dtype).removeprefix('torch.')}")
-    return _PATTERNS[dtype]
-
-
 def counts_patterns(device: torch.device) -> bool:
     """Whether thresholds are found on the host, by tables and partitions; else by the search that needs no synchronization."""
     return device.type == "cpu"
-
-
-def _chunk_entries(x: Tensor) -> int:
-    return CHUNK_ENTRIES.get(x.device.type, CHUNK_ENTRIES["default"])
-
-
-def _patterns(piece: Tensor, kind: Pattern) -> Tensor:
-    """The magnitude patterns of a contiguous piece, as a new integer tensor; every NaN is infinity + 1."""
-    bits = piece.view(kind.integer).bitwise_and((1 << kind.bits) - 1)
-    return bits.clamp_(max=kind.infinity + 1)
-
-
-def _flat_pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
-    """x in flattened order as contiguous 1-D pieces of at most `limit` entries: views where possible, else copies of one piece."""
-    if x.is_contiguous():
-        yield from x.view(-1).split(limit)
-    elif x.numel() <= limit:
-        yield x.reshape(-1)
-    elif x[0].numel() > limit:
-        for part in x:
-            yield from _flat_pieces(part, limit)
-    else:
-        for part in x.split(limit // x[0].numel()):
-            yield part.reshape(-1)
-
-
-def _flat_patterns(x: Tensor, kind: Pattern) -> Iterator[Tensor]:
-    for piece in _flat_pieces(x, _chunk_entries(x)):
-        yield _patterns(piece, kind)
 
 
 # --- whole tensors --------------------------------------------------------------------------------------------------------
@@ -202,7 +138,7 @@ def _flat_patterns(x: Tensor, kind: Pattern) -> Iterator[Tensor]:
 def _cuts_by_counting(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), from tables of how often each pattern occurs. CPU."""
     counts = torch.zeros(1 << (kind.bits - kind.low_bits), dtype=torch.int64, device=x.device)
-    for patterns in _flat_patterns(x, kind):
+    for patterns in flat_patterns(x, kind):
         digits = patterns.bitwise_right_shift_(kind.low_bits) if kind.low_bits else patterns
         counts += torch.bincount(digits, minlength=len(counts))
     cuts = []
@@ -220,7 +156,7 @@ def _cuts_by_counting(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
 def _low_digit_counts(x: Tensor, kind: Pattern, high: int) -> Tensor:
     """How often each low digit occurs among the patterns whose high digit is `high`."""
     counts = torch.zeros(1 << kind.low_bits, dtype=torch.int64, device=x.device)
-    for patterns in _flat_patterns(x, kind):
+    for patterns in flat_patterns(x, kind):
         offsets = patterns.sub_(high << kind.low_bits)
         inside = offsets[offsets.bitwise_right_shift(kind.low_bits) == 0]
         if inside.numel():
@@ -240,12 +176,12 @@ def _cuts_by_bits(x: Tensor, kind: Pattern, ranks: list[int]) -> list[_Cut]:
     """The cut that selects each rank (1 .. numel), by a search over the bits of the pattern. Any device, no synchronization."""
 
     # A tensor of one chunk is turned into patterns once, a longer one anew for every bit.
-    held = tuple(_flat_patterns(x, kind)) if x.numel() <= _chunk_entries(x) else None
+    held = tuple(flat_patterns(x, kind)) if x.numel() <= chunk_entries(x) else None
 
     def count_from(pattern: Tensor) -> Tensor:
         # torch sums booleans by way of a copy in the sum's dtype: int32 holds the count of a chunk.
         return sum(
-            ((patterns >= pattern).sum(dtype=torch.int32) for patterns in held or _flat_patterns(x, kind)),
+            ((patterns >= pattern).sum(dtype=torch.int32) for patterns in held or flat_patterns(x, kind)),
             pattern.new_zeros((), dtype=torch.int64),
         )
 
@@ -271,7 +207,7 @@ def _toggle(mask: Tensor, x: Tensor, kind: Pattern, cut: _Cut) -> None:
     flat_mask = mask.view(-1)
     ties_left = cut.ties_kept
     start = 0
-    for patterns in _flat_patterns(x, kind):
+    for patterns in flat_patterns(x, kind):
         selected = patterns > cut.pattern
         if isinstance(ties_left, Tensor):
             tied = patterns == cut.pattern

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
-from utils import selection
+from utils import magnitudes, selection
+from utils.magnitudes import pattern_of
 from utils.merging import planning
 from utils.merging import run as merge_run
 from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.pieces import choice
-from utils.selection import pattern_of
 
 STOCK = (sparsify.magnitude, sparsify.magnitude_outliers)
 METHODS = ["ties", "breadcrumbs", "breadcrumbs_ties"]
@@ -47,7 +47,7 @@ def _mergekit_is_as_before():
 @pytest.fixture(params=["cpu", "search over bits", pytest.param("cuda", marks=needs_cuda)])
 def place(request, monkeypatch):
     """Each way of selecting, as a function that puts a tensor where that way is taken."""
-    monkeypatch.setattr(selection, "CHUNK_ENTRIES", {"cpu": 29, "default": 29})
+    monkeypatch.setattr(magnitudes, "CHUNK_ENTRIES", {"cpu": 29, "default": 29})
     if request.param == "search over bits":
         monkeypatch.setattr(selection, "counts_patterns", lambda device: False)
     return (lambda x: x.cuda()) if request.param == "cuda" else (lambda x: x)

@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from tests.tiny_pairs import BOS_CHAT, CHATML, save_tokenizer
-from utils.pair.calibration import (
-    Sample,
-    choose_samples,
-    encode,
-    micro_batches,
-    reference_batches,
-    text_doubts,
-    token_digest,
-    with_defaults,
-)
+from utils.pair.batches import micro_batches, reference_batches
+from utils.pair.calibration import choose_samples, text_doubts, with_defaults
+from utils.pair.sample_text import Sample
 from utils.pair.source import CalibrationSource, ChatTurn
+from utils.pair.tokens import encode, token_digest
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}

@@ -14,8 +14,7 @@ from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
-from utils.pair.batches import MicroBatch
-from utils.pair.calibration import micro_batches
+from utils.pair.batches import MicroBatch, micro_batches
 from utils.passes.block_runner import run_blocks
 
 CPU = torch.device("cpu")

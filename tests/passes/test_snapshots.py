@@ -13,7 +13,7 @@ from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
-from utils.pair.calibration import micro_batches
+from utils.pair.batches import micro_batches
 from utils.passes import snapshots
 from utils.passes.block_runner import run_blocks
 from utils.passes.snapshots import Snapshots

@@ -11,12 +11,11 @@ from utils.commands.evaluate_generation import find_accuracy_tasks, generate
 from utils.commands.evaluate_options import EvaluateOptions
 from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
 from utils.commands.evaluated import Evaluated
-from utils.commands.measure import quiet_libraries
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder
-from utils.runtime import peak_gpu_memory, versions_line
+from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
 
 if TYPE_CHECKING:
     from utils.evaluation.candidates import Candidate

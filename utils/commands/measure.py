@@ -11,34 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 from utils.commands import measure_report as report
 from utils.commands.measure_options import MeasureOptions
+from utils.commands.measure_request import (
+    already_there,
+    checkpoints_read,
+    measure_request,
+    pieces_request,
+    refuse_changed,
+)
 from utils.commands.ray_flags import connected
 from utils.errors import UserError
 from utils.guidance.folder import folder_files, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
 from utils.models.checkpoints import (
-    Checkpoint,
     find_small_files,
-    open_checkpoint,
     read_model_config,
-    weight_file_record,
 )
 from utils.models.model_trial import ModelTrial
-from utils.pair.calibration import choose_samples, token_digest, with_defaults
+from utils.pair.calibration import choose_samples
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing
-from utils.pair.source import CalibrationSource
-from utils.passes.preparation import Precision, Samples, prepare_subjects
+from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
 from utils.publishing.files import publish_files, repair_folder
-from utils.publishing.manifest import MANIFEST, file_sha256
+from utils.publishing.manifest import MANIFEST
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import (
     available_bytes,
     choose_devices,
-    import_libraries,
     peak_gpu_memory,
-    versions,
+    quiet_libraries,
     versions_line,
 )
 from utils.workers.work_folder import folder_name, work_folder
@@ -108,13 +110,13 @@ def _measure(
         workers=workers,
         batches_a_piece=None if workers is None else _BATCHES_A_PIECE,
     )
-    request = _request(options, job, samples)
+    request = measure_request(options, job, samples)
     with contextlib.ExitStack() as stack:
-        place, pieces_of = options.out_dir / WORK, _pieces_of(job, workers, request)
+        place, pieces_of = options.out_dir / WORK, pieces_request(job, workers, request)
         same = (place / folder_name(pieces_of)).is_dir
         stack.enter_context(locked_folder(options.out_dir, is_same=same, say=say))
         if not options.overwrite:
-            if _already_there(options.out_dir, request):
+            if already_there(options.out_dir, request):
                 shutil.rmtree(place, ignore_errors=True)  # of a run that was killed once all was published
                 print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
                 if alone:
@@ -132,9 +134,9 @@ def _measure(
         keep = workers is not None
         workspace = stack.enter_context(work_folder(place, pieces_of, keep=keep, through_interrupts=True))
         if workers is not None:
-            workers.refuse_unlike(workspace, {one.folder: one.files for one in _checkpoints(options, subjects)})
+            workers.refuse_unlike(workspace, {one.folder: one.files for one in checkpoints_read(options, subjects)})
         measured = method.measure(replace(job, workspace=workspace))
-        _refuse_changed(subjects, request)
+        refuse_changed(subjects, request)
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
         for note in measured.notes:
             say(note)
@@ -204,27 +206,6 @@ def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
     refuse_existing(options.out_dir, names, overwrite=again)
 
 
-def _refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> None:
-    for subject, recorded in zip(subjects, request["models"], strict=True):
-        if any(recorded[key] != value for key, value in weight_file_record(subject.checkpoint).items()):
-            raise UserError(
-                f"model {subject.entry.name}: its weight files changed while they were measured; measure again",
-                "model-changed",
-            )
-
-
-def quiet_libraries() -> None:
-    """Import the libraries, and keep their own progress bars and chatter off the screen; their errors still show."""
-    import_libraries("torch", "transformers", "transformers.modeling_utils", "accelerate", "pandas")
-
-    import transformers
-    from datasets.utils.logging import disable_progress_bar
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bar()
-
-
 def _choose_devices(options: MeasureOptions, say: Callable[[str], None]) -> list["torch.device"]:
     """The devices asked for; `say` takes the line with the reason."""
     devices, line = choose_devices(options.device, options.devices)
@@ -245,83 +226,3 @@ def _at_once(options: MeasureOptions, subjects: Sequence[Subject], device: "torc
         return 1
     most = max(memory_estimate(subject) + subject.checkpoint.total_bytes for subject in subjects)
     return max(1, min(len(subjects), torch.get_num_threads(), available_bytes(device) // (2 * most)))
-
-
-def _request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict[str, Any]:
-    """Everything the result depends on, as the manifest records it."""
-    texts = [_text_record(source, [sample.row for sample in chosen]) for source, chosen in samples.items()]
-    return {
-        "command": "lewis_importance",
-        "guidance": options.method.name,
-        "guidance_options": dict(options.method_options),
-        "versions": versions(),
-        "options": options.config.options(),
-        "device": job.devices[0].type,
-        "micro_batch_tokens": options.micro_batch_tokens,
-        "samples": texts[0] if len(texts) == 1 else texts,
-        "models": [
-            {
-                "type": subject.entry.type,
-                **weight_file_record(subject.checkpoint),
-                "dtype": str(subject.dtype).removeprefix("torch."),
-                "tokens": sum(text.tokens for text in subject.texts.values()),
-                "token_sha256": token_digest([ids for text in subject.texts.values() for ids in text.encoded]),
-            }
-            for subject in job.subjects
-        ],
-        **_routers(job.base),
-        **_other_inputs(options),
-    }
-
-
-def _routers(base: Subject) -> dict[str, Any]:
-    """The stored names of the routers, of a mixture: where the models are not at hand, command 2 knows them from here."""
-    from utils.models.routers import stored_routers
-
-    found = stored_routers(base.decoder.model, base.layout, f"model {base.entry.name}")
-    return {"routers": found} if found else {}
-
-
-def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
-    """The records of models and files that the method's own flags name, by flag."""
-    named = options.method_options
-    found: dict[str, Any] = {flag: weight_file_record(one) for flag, one in _named_checkpoints(options).items()}
-    found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
-    return {"other_inputs": found} if found else {}
-
-
-def _named_checkpoints(options: MeasureOptions) -> dict[str, Checkpoint]:
-    """The models that the method's own flags name, by flag."""
-    named = options.method_options
-    return {flag: open_checkpoint(named[flag]) for flag in options.method.model_flags if named.get(flag)}
-
-
-def _checkpoints(options: MeasureOptions, subjects: Sequence[Subject]) -> list[Checkpoint]:
-    """Every model that is read."""
-    return [*(subject.checkpoint for subject in subjects), *_named_checkpoints(options).values()]
-
-
-def _pieces_of(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the bits of the pieces' results depend on beside the request."""
-    import torch
-
-    threads = torch.get_num_threads() if workers is None else workers.cpus
-    return {**request, "threads": threads, "batches_a_piece": job.batches_a_piece}
-
-
-def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:
-    full = with_defaults(source)
-    return {"path": full.path, "subset": full.subset, "split": full.split, "seed": full.seed, "rows": list(rows)}
-
-
-def _already_there(folder: Path, request: Mapping[str, Any]) -> bool:
-    """Whether the folder's manifest records this very request and its files are as it recorded them."""
-    manifest = read_manifest(folder)
-    if not manifest or {key: value for key, value in manifest.items() if key != "files"} != request:
-        return False
-    recorded = manifest.get("files")
-    return (
-        isinstance(recorded, dict)
-        and bool(recorded)
-        and all((folder / name).exists() and file_sha256(folder / name) == digest for name, digest in recorded.items())
-    )

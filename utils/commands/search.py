@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.commands.measure import measure_pair, quiet_libraries
+from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
 from utils.commands.search_results import FILES, publish_results
@@ -16,7 +16,7 @@ from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
-from utils.runtime import available_host_bytes, gigabytes, versions_line
+from utils.runtime import available_host_bytes, gigabytes, quiet_libraries, versions_line
 from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:

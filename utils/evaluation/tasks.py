@@ -11,19 +11,11 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.models.checkpoints import is_local
-from utils.pair.calibration import (
-    Sample,
-    choose_samples,
-    make_sample,
-    open_rows,
-    render,
-    row_order,
-    template_columns,
-    with_defaults,
-)
+from utils.pair.calibration import choose_samples, open_rows, row_order, with_defaults
 from utils.pair.config import PairConfig
 from utils.pair.evaluation import EvaluationText, text_of_calibration
 from utils.pair.rows import Rows, looks_like_file
+from utils.pair.sample_text import Sample, make_sample, render, template_columns
 from utils.pair.source import CalibrationSource
 
 VALIDATION, TEST = "validation", "test"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from utils.magnitudes import pattern_of
 from utils.mergekit_api import (
     RescaleNorm,
     SparsificationMethod,
@@ -23,7 +24,7 @@ from utils.mergekit_api import (
     rescaled_masked_tensor,
 )
 from utils.merging.pieces.choice import kept_band
-from utils.selection import band_mask, pattern_of
+from utils.selection import band_mask
 
 
 @contextlib.contextmanager

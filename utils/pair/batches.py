@@ -36,3 +36,29 @@ class MicroBatch:
         """The same micro-batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
         return MicroBatch(self.input_ids.to(device), self.lengths, mask)
+
+
+def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id: int) -> list[MicroBatch]:
+    """Group samples of similar length into right-padded micro-batches of at most `tokens_at_once` tokens.
+
+    A sample longer than that is a micro-batch of its own. Pads are masked.
+    """
+    groups: list[list[Sequence[int]]] = []
+    for ids in sorted(encoded, key=len, reverse=True):
+        if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens_at_once:
+            groups[-1].append(ids)
+        else:
+            groups.append([ids])
+    return [MicroBatch.of(group, pad_id) for group in groups]
+
+
+def reference_batches(
+    encoded: Sequence[Sequence[int]], seqlen: int, tokens_at_once: int, pad_id: int, left: bool
+) -> list[MicroBatch]:
+    """Micro-batches as the reference makes them: every sample padded to `seqlen`, pads attended and counted."""
+    rows = []
+    for ids in encoded:
+        pads = [pad_id] * (seqlen - len(ids))
+        rows.append([*pads, *ids] if left else [*ids, *pads])
+    at_once = max(1, tokens_at_once // seqlen)
+    return [MicroBatch.of(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]

@@ -1,23 +1,16 @@
-"""Where calibration text comes from, and how it becomes token batches.
+"""Where calibration text comes from: which rows of which data set.
 
 Rows come from a hub data set or a local file; `nsamples` of them are chosen by the permutation that
 `datasets.Dataset.shuffle(seed)` uses, so that a local copy of a hub data set yields the same samples.
 """
 
-import hashlib
-import math
-import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from utils.errors import UserError, brief
 from utils.pair.rows import Rows, local_rows, looks_like_file
+from utils.pair.sample_text import Sample, make_sample, template_columns
 from utils.pair.source import CalibrationSource
-from utils.trial import is_failure
-
-if TYPE_CHECKING:
-    from utils.pair.batches import MicroBatch
 
 # The reference's data sets and text format (arXiv 2503.03874, released code).
 BUILT_IN = {
@@ -25,19 +18,7 @@ BUILT_IN = {
     "mbpp": CalibrationSource(path="google-research-datasets/mbpp", subset="full", split="train", text="{text} {code}"),
 }
 
-# No tokenizer's tokens are this long on average: characters further on cannot reach the first `seqlen` tokens, and a
-# row that holds a whole book need not be tokenized to its end.
-_CHARACTERS_PER_TOKEN = 1024
 _SHORT = 10
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One chosen row: its number in the data set, and either its text or its chat messages."""
-
-    row: int
-    text: str | None
-    messages: list[Mapping[str, Any]] | None = None
 
 
 def with_defaults(source: CalibrationSource) -> CalibrationSource:
@@ -100,42 +81,6 @@ def row_order(source: CalibrationSource, count: int) -> list[int]:
     return numpy.random.default_rng(source.seed).permutation(count).tolist()
 
 
-def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -> list[list[int]]:
-    """Token ids of each sample, special tokens once, truncated to `seqlen`.
-
-    Chat messages are rendered with the tokenizer's chat template, which writes its own special tokens.
-
-    Raises:
-        UserError: a chat column without a chat template, messages the template refuses, text the tokenizer cannot
-            encode, or a sample without tokens.
-    """
-    encoded = []
-    for sample in samples:
-        if sample.messages is None:
-            text, special = sample.text, True
-        else:
-            text, special = _render_chat(sample, tokenizer, where), False
-        if getattr(tokenizer, "truncation_side", "right") == "right":
-            text = text[: _CHARACTERS_PER_TOKEN * seqlen]
-        try:
-            ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
-        except (
-            BaseException
-        ) as error:  # tokenizers raise errors of their own kinds, and panic over a regular expression
-            if not is_failure(error):
-                raise
-            raise UserError(
-                f"{where}: its tokenizer cannot encode row {sample.row} of the data set: {brief(error)}",
-                "text-not-encodable",
-            ) from error
-        if not ids:
-            raise UserError(
-                f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}", "text-no-tokens"
-            )
-        encoded.append(ids)
-    return encoded
-
-
 def text_doubts(source: CalibrationSource, encoded: Sequence[Sequence[int]]) -> list[str]:
     """Sentences about calibration text that is allowed but unlikely to be meant."""
     found = []
@@ -147,165 +92,6 @@ def text_doubts(source: CalibrationSource, encoded: Sequence[Sequence[int]]) -> 
     if longest < _SHORT:
         found.append(f"the longest sample has {longest} tokens; so little text says little about a model")
     return found
-
-
-def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id: int) -> list["MicroBatch"]:
-    """Group samples of similar length into right-padded micro-batches of at most `tokens_at_once` tokens.
-
-    A sample longer than that is a micro-batch of its own. Pads are masked.
-    """
-    from utils.pair.batches import MicroBatch
-
-    groups: list[list[Sequence[int]]] = []
-    for ids in sorted(encoded, key=len, reverse=True):
-        if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens_at_once:
-            groups[-1].append(ids)
-        else:
-            groups.append([ids])
-    return [MicroBatch.of(group, pad_id) for group in groups]
-
-
-def reference_batches(
-    encoded: Sequence[Sequence[int]], seqlen: int, tokens_at_once: int, pad_id: int, left: bool
-) -> list["MicroBatch"]:
-    """Micro-batches as the reference makes them: every sample padded to `seqlen`, pads attended and counted."""
-    from utils.pair.batches import MicroBatch
-
-    rows = []
-    for ids in encoded:
-        pads = [pad_id] * (seqlen - len(ids))
-        rows.append([*pads, *ids] if left else [*ids, *pads])
-    at_once = max(1, tokens_at_once // seqlen)
-    return [MicroBatch.of(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
-
-
-def token_digest(encoded: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of the token ids, for the manifest."""
-    return hashlib.sha256(repr([list(ids) for ids in encoded]).encode()).hexdigest()
-
-
-def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) -> Sample:
-    """The text of one row of a source whose defaults are filled in.
-
-    Raises:
-        UserError: the row lacks a column, or has no text.
-    """
-    where = f"dataset {source.path}, row {row}"
-    if source.messages is not None:
-        messages = _column(values, source.messages, where)
-        return Sample(row, None, _checked_messages(messages, f"{where}: column {source.messages!r}"))
-    if source.chat is not None:
-        return Sample(
-            row, None, [{"role": turn.role, "content": render(turn.content, values, where)} for turn in source.chat]
-        )
-    template = source.text
-    if template is None:
-        if "text" not in values:
-            raise UserError(
-                f"{where}: no column 'text' (columns: {', '.join(map(str, values))}); give dataset.text",
-                "text-no-column",
-            )
-        template = "{text}"
-    text = render(template, values, where)
-    if not text.strip():
-        raise UserError(f"{where} is empty; remove the row or choose another seed", "text-empty")
-    if not _is_unicode(text):
-        raise UserError(
-            f"{where} holds half of a surrogate pair, which is no character; mend the file", "text-surrogate"
-        )
-    return Sample(row, text)
-
-
-def template_columns(template: str, key: str) -> list[str]:
-    """The columns that a template names, in their order.
-
-    Raises:
-        UserError: it is no template, or names none; `key` is what to call it.
-    """
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"{key} {template!r} is not a template: {error}", "template-invalid") from error
-    names = [name for _, name, _, _ in pieces if name is not None]
-    if any(not name or form or conversion for _, name, form, conversion in pieces if name is not None):
-        raise UserError(
-            f"{key} {template!r}: write columns as {{column}}, nothing else in the braces", "template-invalid"
-        )
-    if not names:
-        raise UserError(f"{key} {template!r} names no column; write for example {{question}}", "template-no-column")
-    return names
-
-
-def render(template: str, values: Mapping[str, Any], where: str) -> str:
-    """A template with the row's values in their places.
-
-    Raises:
-        UserError: the row lacks a column, or holds something else than text or a number there.
-    """
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is None:
-            continue
-        value = _column(values, name, where)
-        if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{where}: column {name!r} holds {_kind(value)}, not text", "text-bad-value")
-        parts.append(str(value))
-    return "".join(parts)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _checked_messages(messages: Any, where: str) -> list[Mapping[str, Any]]:
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(item, Mapping) for item in messages):
-        raise UserError(f"{where} is not a list of chat messages", "text-bad-messages")
-    if not messages:
-        raise UserError(f"{where} holds no messages; remove the row or choose another seed", "text-bad-messages")
-    for number, item in enumerate(messages, 1):
-        content = item.get("content")
-        if not isinstance(item.get("role"), str) or not (isinstance(content, (str, list)) or item.get("tool_calls")):
-            raise UserError(
-                f"{where}, message {number} must have a role and a content, both text; it has {', '.join(map(str, item))}",
-                "text-bad-messages",
-            )
-    return [dict(item) for item in messages]
-
-
-def _column(values: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in values:
-        raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, values))})", "text-no-column")
-    return values[name]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    return "nothing (null)" if value is None else f"a {type(value).__name__}"
-
-
-def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{where}: its tokenizer has no chat template; give dataset.text instead",
-            "text-no-chat-template",
-        )
-    try:
-        text = tokenizer.apply_chat_template(sample.messages, tokenize=False)
-    except Exception as error:  # templates raise errors of their own kinds
-        raise UserError(
-            f"{where}: the chat template refuses row {sample.row}: {brief(error)}", "text-chat-refused"
-        ) from error
-    if not _is_unicode(text):
-        raise UserError(
-            f"{where}: row {sample.row} holds half of a surrogate pair, which is no character", "text-surrogate"
-        )
-    return text
 
 
 def _hub_rows(source: CalibrationSource) -> Rows:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from utils.errors import Problem
+from utils.pair.components import Components, ModulePath
 from utils.pair.evaluation import TaskText, TextByTask
 from utils.pair.search import SearchSettings
 from utils.pair.source import CalibrationSource, Place, Seed, SequenceLength, TextByKey, TextSource
@@ -26,7 +27,6 @@ from utils.validation import Mistakes, Text, checked, nearest, read_checked, ref
 MAX_CONFIG_BYTES = 2**20
 MAX_SAMPLES = 1_000_000
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MODULE_PATH = re.compile(r"\w+(\.\w+)*")
 
 
 def _file_name_part(text: str) -> str:
@@ -155,30 +155,6 @@ def _a_text_for_every_expert(texts: Mapping[str, Any], known: ValidationInfo) ->
     return texts
 
 
-def _listed_components(raw: Any) -> Any:
-    if raw == "auto":
-        return None
-    if not isinstance(raw, list) or not raw:
-        text = f"must be 'auto' or a list of names such as q_proj, got {show(raw)}"
-        raise Mistakes(Problem(text, "wrong-type"))
-    return raw
-
-
-def _each_component_once(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    repeated = [name for name, count in Counter(names or ()).items() if count > 1]
-    refuse(Problem(f": {show(name)} is listed twice", "component-twice") for name in repeated)
-    return names
-
-
-def _module_path(text: str) -> str:
-    if not _MODULE_PATH.fullmatch(text):
-        example = "q_proj, mlp.c_proj or self_attn.q_proj"
-        raise Mistakes(
-            Problem(f"must be a module path inside a block, such as {example}, got {show(text)}", "bad-path")
-        )
-    return text
-
-
 def _a_prefix_for_every_component(prefixes: Mapping[str, str], known: ValidationInfo) -> Mapping[str, str]:
     if prefixes:
         absent = [name for name in known.data.get("components") or () if name not in prefixes]
@@ -207,12 +183,6 @@ def _not_a_percentage(raw: Any) -> Any:
 
 def _or_nothing(raw: Any) -> Any:
     return {} if raw is None else raw
-
-
-ModulePath = Annotated[Text, AfterValidator(_module_path)]
-Components = Annotated[
-    tuple[ModulePath, ...] | None, BeforeValidator(_listed_components), AfterValidator(_each_component_once)
-]
 
 
 @checked(kw_only=True)

@@ -8,9 +8,10 @@ from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint, find_small_files, open_checkpoint, read_model_config
 from utils.models.headers import FLOAT_DTYPES
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
-from utils.pair.calibration import Sample, encode, micro_batches, reference_batches
 from utils.pair.config import ModelEntry, PairConfig
+from utils.pair.sample_text import Sample
 from utils.pair.source import CalibrationSource
+from utils.pair.tokens import encode
 from utils.passes.subjects import EncodedText, Subject
 from utils.runtime import computing_dtype
 
@@ -116,6 +117,8 @@ def _dtype_of(checkpoint: Checkpoint, precision: Precision, parity: bool) -> str
 def _batched(
     encoded: list[list[int]], seqlen: int, parity: bool, tokenizer: Any, model: Any, tokens_at_once: int, where: str
 ) -> EncodedText:
+    from utils.pair.batches import micro_batches, reference_batches
+
     longest = seqlen if parity else max(map(len, encoded))
     rows = check_tokens(model, longest, max(max(ids) for ids in encoded), where)
     if parity:

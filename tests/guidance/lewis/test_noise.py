@@ -20,7 +20,7 @@ from utils.guidance.lewis.noise import RoundingTrial, VisitorWithTrial, relative
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.guidance.method import guidance_methods
 from utils.models.decoder import find_decoder
-from utils.pair.calibration import micro_batches
+from utils.pair.batches import micro_batches
 from utils.pair.config import read_pair_config
 from utils.passes.block_runner import run_blocks
 

@@ -9,15 +9,16 @@ import torch
 from tests.plain_gradients import CPU, token_lists
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_any
-from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models, require_comparable
+from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models
 from utils.guidance.submodule_linearity.nonlinearity import GRID
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
+from utils.guidance.submodule_linearity.parts import require_comparable
 from utils.guidance.submodule_linearity.weights import merging_weights, misfit
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
-from utils.pair.calibration import micro_batches
+from utils.pair.batches import micro_batches
 
 NAMES = ("base", "one", "two")
 LENGTHS = ((17, 2, 23, 4), (9, 21, 12))  # of each text; longer than the sliding windows (8)

@@ -85,7 +85,8 @@ def dense_loss(weights, ids):
 def samples(expert):
     from transformers import AutoTokenizer
 
-    from utils.pair.calibration import choose_samples, encode
+    from utils.pair.calibration import choose_samples
+    from utils.pair.tokens import encode
 
     config = read_pair_config("pair.yaml")
     source = config.text_of(expert)

@@ -9,26 +9,18 @@ and, for one micro-batch and one part, the outputs of all models. With scores al
 text six times (`whole_models.py`, `level_fit.py`) and a merged block.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from utils.errors import UserError
 from utils.guidance.submodule_linearity.folds import fold_tokens, sample_folds
-from utils.guidance.submodule_linearity.gram import NoTokenAxis
 from utils.guidance.submodule_linearity.level_fit import held_out_misses
-from utils.guidance.submodule_linearity.method import TENSOR
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
-from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage, Variant, observe
-from utils.guidance.submodule_linearity.parts import (
-    Submodule,
-    block_submodules,
-    outside_submodules,
-    require_same_parameters,
-)
+from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage
+from utils.guidance.submodule_linearity.watched_parts import WatchedPart, around, watched_parts
 from utils.guidance.submodule_linearity.whole_models import WholeModels
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
@@ -105,24 +97,6 @@ def compare_models(
         part.sums = part.sums.cpu()
         part.distances = {expert: sums.cpu() for expert, sums in part.distances.items()}
     return Compared(parts, comparison.tokens, comparison.whole_scores, comparison.missed)
-
-
-def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
-    """Raise a `UserError` if models cannot be compared part by part; no weights are read.
-
-    Args:
-        base: the base.
-        experts: the experts by what to call them.
-    """
-    paths, _ = outside_submodules(base)
-    for where, expert in experts.items():
-        if outside_submodules(expert)[0] != paths:
-            raise UserError(
-                f"{where} has other modules outside its blocks than the base; it is no fine-tune of it",
-                "model-not-of-base",
-            )
-        for layer, pair in enumerate(zip(base.blocks, expert.blocks, strict=True)):
-            require_same_parameters(*pair, f"{where}: block {layer}")
 
 
 class _Comparison:
@@ -222,7 +196,8 @@ class _Comparison:
 
     def _through_block(self, blocks: Sequence[nn.Module], flows: Sequence[Flow]) -> list[PartChanges]:
         block = blocks[0]
-        watched = [self._watched(submodule, blocks) for submodule in block_submodules(block)]
+        prefix = f"{self.decoder.blocks_path}.{self.layer}."
+        watched = watched_parts(blocks, self.layer, prefix, self.outside.sums_shape, scores=self.scores)
         inner = [one for one in watched if one.path]
         itself = [one for one in watched if not one.path]  # the block's own hooks would see it at the entrance only
         handles = [
@@ -236,7 +211,7 @@ class _Comparison:
                 call = Call(block, arrival.args, arrival.kwargs, arrival.forward(*arrival.args, **arrival.kwargs))
                 calls.append((call, passage))
                 for one in itself:
-                    self._take(one, call)
+                    one.take(call, passage)
                 for one in watched:
                     if not one.is_small:
                         one.part.require_calls(len(calls), f"{one.part.name} of block {self.layer}")
@@ -245,10 +220,9 @@ class _Comparison:
                 handle.remove()
         for one in watched:
             if one.is_small and one.part.calls != len(flows):
-                one.part.sums = _around(one.part, watched).sums.clone()
+                one.part.sums = around(one.part, watched).sums.clone()
         parts = [one.part for one in watched]
         if self.scores:
-            prefix = f"{self.decoder.blocks_path}.{self.layer}."
             missed = held_out_misses(parts, blocks, calls, self.tokens, prefix)
             self.missed |= {(self.layer, level, expert): value for (level, expert), value in missed.items()}
         for flow, (call, passage) in zip(flows, calls, strict=True):
@@ -256,56 +230,8 @@ class _Comparison:
             flow.advance_with(call.output)
         return parts
 
-    def _watched(self, submodule: Submodule, blocks: Sequence[nn.Module]) -> "_Watched":
-        prefix = f"{self.decoder.blocks_path}.{self.layer}"
-        names = tuple(f"{prefix}.{name}" for name in submodule.parameters)
-        sums = torch.zeros(self.outside.sums_shape, dtype=torch.float64, device=self.device)
-        part = PartChanges(submodule.levels, self.layer, submodule.name, names, sums)
-        variants = [_block_variant(submodule, blocks[0], other) for other in blocks[1:]]
-        return _Watched(submodule.path, part, variants, self.scores and submodule.levels != (TENSOR,))
-
-    def _hook(self, one: "_Watched") -> Callable[..., None]:
-        return lambda module, args, kwargs, output: self._take(one, Call(module, args, kwargs, output))
-
-    def _take(self, one: "_Watched", call: Call) -> None:
-        try:
-            observe(one.part, call, one.variants, self.passage, one.scored)
-        except NoTokenAxis:
-            if not one.is_small:
-                raise
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A part of the present block, with the experts' versions of it."""
-
-    path: str
-    part: PartChanges
-    variants: Sequence[Variant]
-    scored: bool
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is a part at the finest level alone, within a part of a coarser one."""
-        return self.part.levels == (TENSOR,)
-
-
-def _around(part: PartChanges, watched: Sequence["_Watched"]) -> PartChanges:
-    """The smallest larger part that holds a small one: its weight is taken where the small one's cannot be.
-
-    Some modules do not answer once for each token (norms over heads), or have their weights used without being called.
-    """
-    larger = [one for one in watched if not one.is_small and set(part.parameters) <= set(one.part.parameters)]
-    return min(larger, key=lambda one: len(one.part.parameters)).part
-
-
-def _block_variant(submodule: Submodule, base: nn.Module, expert: nn.Module) -> Variant:
-    tables = [dict(block.named_parameters()) for block in (base, expert)]
-    ours, theirs = ({name: table[name] for name in submodule.parameters} for table in tables)
-    path = submodule.path
-    below = [f"{path}.{name}" if path else name for name, _ in base.get_submodule(path).named_parameters()]
-    around = {name: tables[0][name] for name in below if name not in ours}
-    return Variant(expert.get_submodule(path), expert, ours, theirs, around)
+    def _hook(self, one: WatchedPart) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: one.take(Call(module, args, kwargs, output), self.passage)
 
 
 def _passage(batch: MicroBatch, text: int, folds: Sequence[int], scored: tuple[int, ...]) -> Passage:

@@ -9,15 +9,11 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.submodule_linearity.comparison import (
-    Compared,
-    ComparedText,
-    compare_models,
-    require_comparable,
-)
+from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
 from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
 from utils.guidance.submodule_linearity.part_changes import PartChanges
+from utils.guidance.submodule_linearity.parts import require_comparable
 from utils.guidance.submodule_linearity.tables import (
     FOLD_TABLE,
     GRAM_TABLE,

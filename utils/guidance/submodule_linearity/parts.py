@@ -92,6 +92,24 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in module._parameters.items() if value is not None}
 
 
+def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
+    """Raise a `UserError` if models cannot be compared part by part; no weights are read.
+
+    Args:
+        base: the base.
+        experts: the experts by what to call them.
+    """
+    paths, _ = outside_submodules(base)
+    for where, expert in experts.items():
+        if outside_submodules(expert)[0] != paths:
+            raise UserError(
+                f"{where} has other modules outside its blocks than the base; it is no fine-tune of it",
+                "model-not-of-base",
+            )
+        for layer, pair in enumerate(zip(base.blocks, expert.blocks, strict=True)):
+            require_same_parameters(*pair, f"{where}: block {layer}")
+
+
 def require_same_parameters(base: nn.Module, other: nn.Module, where: str) -> None:
     """Raise a `UserError` unless two blocks have the same parameters, of the same shapes."""
     shapes = [_shapes(block) for block in (base, other)]

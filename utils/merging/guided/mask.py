@@ -16,7 +16,8 @@ overflows.
 import torch
 from torch import Tensor
 
-from utils.selection import pattern_of, top_k_mask
+from utils.magnitudes import pattern_of
+from utils.selection import top_k_mask
 
 
 def kept_entries(numel: int, density: float) -> int:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.magnitudes import pattern_of
 from utils.merging.pieces.cuts import Cut, magnitude
-from utils.selection import pattern_of
 
 MOST_CHANGES = 4
 _NO_DIVISOR = 1e-8  # without a vote, weights that add up to less than this are not divided by

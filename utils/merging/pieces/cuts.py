@@ -1,7 +1,7 @@
 """Where to cut a tensor by magnitude when it comes in pieces: differences that are computed, counted and forgotten.
 
 The k entries of largest magnitude of a tensor are those above some magnitude and, of those that tie with it, the first
-few. Both are found from tables of how often each magnitude pattern (`utils/selection.py`) occurs in each *span*, a
+few. Both are found from tables of how often each magnitude pattern (`utils/magnitudes.py`) occurs in each *span*, a
 stretch of the flattened tensor: the tables of all spans added up give the pattern, and the span in which the last tie
 to be kept lies. Only that span is looked at again. Nothing of the tensor's size is held; a table takes 128 KiB a span
 (256 KiB for the second round of float32).
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.selection import entry_of_rank, pattern_of
+from utils.magnitudes import pattern_of
+from utils.selection import entry_of_rank
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What a measurement depends on, as its manifest records it, and whether a folder holds that already."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.commands.measure_options import MeasureOptions
+from utils.errors import UserError
+from utils.guidance.folder import read_manifest
+from utils.guidance.measure_job import MeasureJob
+from utils.models.checkpoints import Checkpoint, open_checkpoint, weight_file_record
+from utils.pair.calibration import with_defaults
+from utils.pair.source import CalibrationSource
+from utils.pair.tokens import token_digest
+from utils.passes.preparation import Samples
+from utils.passes.subjects import Subject
+from utils.publishing.manifest import file_sha256
+from utils.runtime import versions
+
+if TYPE_CHECKING:
+    from utils.workers.ray_cluster import RayWorkers
+
+
+def measure_request(options: MeasureOptions, job: MeasureJob, samples: Samples) -> dict[str, Any]:
+    """Everything the result depends on, as the manifest records it."""
+    texts = [_text_record(source, [sample.row for sample in chosen]) for source, chosen in samples.items()]
+    return {
+        "command": "lewis_importance",
+        "guidance": options.method.name,
+        "guidance_options": dict(options.method_options),
+        "versions": versions(),
+        "options": options.config.options(),
+        "device": job.devices[0].type,
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "samples": texts[0] if len(texts) == 1 else texts,
+        "models": [
+            {
+                "type": subject.entry.type,
+                **weight_file_record(subject.checkpoint),
+                "dtype": str(subject.dtype).removeprefix("torch."),
+                "tokens": sum(text.tokens for text in subject.texts.values()),
+                "token_sha256": token_digest([ids for text in subject.texts.values() for ids in text.encoded]),
+            }
+            for subject in job.subjects
+        ],
+        **_routers(job.base),
+        **_other_inputs(options),
+    }
+
+
+def _routers(base: Subject) -> dict[str, Any]:
+    """The stored names of the routers, of a mixture: where the models are not at hand, command 2 knows them from here."""
+    from utils.models.routers import stored_routers
+
+    found = stored_routers(base.decoder.model, base.layout, f"model {base.entry.name}")
+    return {"routers": found} if found else {}
+
+
+def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
+    """The records of models and files that the method's own flags name, by flag."""
+    named = options.method_options
+    found: dict[str, Any] = {flag: weight_file_record(one) for flag, one in _named_checkpoints(options).items()}
+    found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
+    return {"other_inputs": found} if found else {}
+
+
+def _named_checkpoints(options: MeasureOptions) -> dict[str, Checkpoint]:
+    """The models that the method's own flags name, by flag."""
+    named = options.method_options
+    return {flag: open_checkpoint(named[flag]) for flag in options.method.model_flags if named.get(flag)}
+
+
+def checkpoints_read(options: MeasureOptions, subjects: Sequence[Subject]) -> list[Checkpoint]:
+    """Every model that is read."""
+    return [*(subject.checkpoint for subject in subjects), *_named_checkpoints(options).values()]
+
+
+def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bits of the pieces' results depend on beside the request."""
+    import torch
+
+    threads = torch.get_num_threads() if workers is None else workers.cpus
+    return {**request, "threads": threads, "batches_a_piece": job.batches_a_piece}
+
+
+def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:
+    full = with_defaults(source)
+    return {"path": full.path, "subset": full.subset, "split": full.split, "seed": full.seed, "rows": list(rows)}
+
+
+def already_there(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Whether the folder's manifest records this very request and its files are as it recorded them."""
+    manifest = read_manifest(folder)
+    if not manifest or {key: value for key, value in manifest.items() if key != "files"} != request:
+        return False
+    recorded = manifest.get("files")
+    return (
+        isinstance(recorded, dict)
+        and bool(recorded)
+        and all((folder / name).exists() and file_sha256(folder / name) == digest for name, digest in recorded.items())
+    )
+
+
+def refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if weights are not what the request says they were before they were read."""
+    for subject, recorded in zip(subjects, request["models"], strict=True):
+        if any(recorded[key] != value for key, value in weight_file_record(subject.checkpoint).items()):
+            raise UserError(
+                f"model {subject.entry.name}: its weight files changed while they were measured; measure again",
+                "model-changed",
+            )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -368,39 +367,21 @@ def test_other_settings_get_a_warning(work, golden):
     ("more", "code"),
     [
         (["--gamma", "0.9"], "flag-invalid"),
-        (["--gamma", "-0.1"], "flag-invalid"),
         (["--epsilon", "1.5"], "flag-invalid"),
         (["--epsilon", "0", "--gamma", "0"], "flag-invalid"),
-        (["--gamma", "nan"], "flag-invalid"),
-        (["--gamma", "inf"], "flag-invalid"),
-        (["--gamma", "0,3"], "flag-invalid"),
-        (["--gamma", "0.2", "--gamma", "0.3"], "flag-twice"),
-        (["--out-dir", "elsewhere"], "flag-twice"),
         (["--mean_density", "0"], "flag-invalid"),
         (["--mean_density", "1.01"], "flag-invalid"),
         (["--lambda", "0"], "flag-invalid"),
-        (["--lambda", "big"], "flag-invalid"),
         (["--out_dtype", "bf16"], "flag-invalid"),
         (["--bound", "max"], "flag-invalid"),
         (["--control", "random"], "flag-invalid"),
-        (["--plot", "maybe"], "flag-invalid"),
-        (["--merge_metod", "ties"], "flag-unknown"),
         (["--merge_method", "dare-ties"], "merge-method-unknown"),
-        (["--merge_method", "TIES"], "merge-method-unknown"),
         (["--merge_method", "task_arithmetic"], "merge-method-unfit"),
-        (["--merge_method", "slerp"], "merge-method-unfit"),
         (["--mean_density", "1", "--gamma", "0"], "mean-density-unreachable"),
     ],
 )
 def test_wrong_flags(more, code, work):
     refuses(code, work, *more)
-
-
-@pytest.mark.parametrize("missing", ["--delta_dfs_in_dir", "--config_file", "--out_dir"])
-def test_required_flags(missing, work):
-    flags = _flags(work)
-    place = flags.index(missing)
-    assert missing in refused_here("flag-invalid", "lewis_merge.py", *flags[:place], *flags[place + 2 :])
 
 
 def _drop_csv(work):
@@ -416,20 +397,6 @@ def _swap_csvs(work):
     text = math.read_text()
     math.write_text(code.read_text())
     code.write_text(text)
-
-
-def _text(replace, by):
-    def change(work):
-        path = work / "dfs" / "math_delta.csv"
-        text = path.read_text()
-        assert replace in text
-        path.write_text(text.replace(replace, by, 1))
-
-    return change
-
-
-def _csv(change):
-    return lambda work: _edit_csv(work, change)
 
 
 def _config(**changes):
@@ -477,17 +444,6 @@ def _other_layers(work):
         (_drop_csv, "table-missing"),
         (_foreign_csv, "table-unknown-expert"),
         (_swap_csvs, "table-columns"),
-        (_csv(lambda frame: frame.drop(columns="v_proj_delta_math_base")), "table-columns"),
-        (_csv(lambda frame: frame.assign(extra=1)), "table-columns"),
-        (_csv(lambda frame: frame.reset_index()), "table-columns"),
-        (_csv(lambda frame: frame.iloc[:-1]), "table-row-missing"),
-        (_csv(lambda frame: frame.iloc[:0]), "table-no-rows"),
-        (_csv(lambda frame: -frame), "table-bad-value"),
-        (_text("0.", "nan "), "table-bad-value"),
-        (_text("0.", "=cmd|0."), "table-bad-value"),
-        (_text(",", ";"), "table-unreadable"),
-        (_text("q_proj_", "k_proj_"), "table-unreadable"),
-        (_text("\n", "\n\n"), "table-unreadable"),
         (_out_is_a_file, "out-is-file"),
         (_broken_manifest, "manifest-unreadable"),
         (_broken_model, "weights-truncated"),
@@ -504,37 +460,12 @@ def test_wrong_input(spoil, code, work):
     refuses(code, work)
 
 
-def test_infinite_and_missing_values(work):
-    for value in ("inf", ""):
-        _edit_csv(work, lambda frame, value=value: frame.astype(object).where(frame != frame.iloc[1, 1], value))
-        said = refuses("table-bad-value", work)
-        assert "math_delta.csv, line 3" in said and "k_proj" in said
-
-
-def test_both_experts_without_their_last_layer(work):
-    for name in ("math", "code"):
-        _edit_csv(work, lambda frame: frame.iloc[:-1], name)
-    refuses("table-row-missing", work)
-
-
 def test_dataframes_of_another_config(work, golden):
     _write_norms(work, golden)
     config = yaml.safe_load((work / "pair.yaml").read_text())
     config["model_info"][1]["name"] = config["target_model_names"]["math"] = "models/code2"
     (work / "pair.yaml").write_text(yaml.safe_dump(config))
     assert "'models/math'" in refuses("measured-other-model", work)
-
-
-def test_a_folder_in_the_way_of_the_recipe(work):
-    (work / "out" / TIES).mkdir(parents=True)
-    refuses("out-in-the-way", work, "--overwrite")
-
-
-def test_an_unwritable_out_dir(work):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    (work / "out").mkdir(mode=0o500)
-    refuses("out-unwritable", work)
 
 
 def test_a_missing_matplotlib_is_found_before_any_work(work, monkeypatch):

@@ -1,6 +1,6 @@
 """Tiny random checkpoints of real architectures, saved by transformers itself. Built in a second, no network."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,25 @@ def resave(folder: Path, shard_size: str) -> Path:
     (folder / "model.safetensors").unlink()
     loaded.save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the tensors of a folder with one weight file; `edit` changes the dictionary of them by name."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as stored:  # not load_file, which tests forbid where no weight is to be read
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def poison(folder: Path, name: str, value: float = float("nan")) -> None:
+    """Put a value among the entries of one tensor."""
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[3].fill_(value))
+
+
+def drop_head(folder: Path) -> None:
+    """Take the language-model head out of a folder's weights."""
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))

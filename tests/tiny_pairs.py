@@ -63,6 +63,11 @@ def write_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path
     return path
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set some keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def sample_ids(folder: Path, expert: str, measured: str = "dfs") -> list[list[int]]:
     """Token ids of an expert's samples of `CALIBRATION`: the tokenizer has BOS, and one token per character."""
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from mergekit.sparsify import RescaleNorm, SparsificationMethod
 from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
+from tests.tiny_checkpoints import poison
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
 from utils import magnitudes, selection
 from utils.magnitudes import pattern_of
@@ -356,10 +357,7 @@ def test_the_reason_on_a_gpu(code, monkeypatch):
 
 
 def test_mergekits_functions_are_back_after_a_merge_that_fails(copies, by_executor):
-    file = copies / "math" / "model.safetensors"
-    found = load_file(file)
-    found["model.norm.weight"].view(-1)[3] = float("inf")
-    save_file(found, file, metadata={"format": "pt"})
+    poison(copies / "math", "model.norm.weight", float("inf"))
     with refused("merge-not-finite"):
         merge_here(copies, recipe(copies))
     assert by_executor and not set(by_executor[0]) & set(STOCK)

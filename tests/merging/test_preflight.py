@@ -1,18 +1,17 @@
 """What is known before weights are read is said before weights are read, and nothing is written."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.commands_here import run_here
 from tests.measured_merge import estimated_and_measured
 from tests.refusals import refused
-from tests.tiny_checkpoints import save_tiny
+from tests.tiny_checkpoints import edit_tensors, save_tiny
 from tests.tiny_merges import (
     assert_refused,
     assert_same_tensors,
@@ -23,47 +22,25 @@ from tests.tiny_merges import (
     tensors,
     write_recipe,
 )
-from tests.tiny_pairs import contents
+from tests.tiny_pairs import contents, edit_json
 from utils.merging import planning
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, edit) -> None:
-    found = load_file(folder / "model.safetensors")
-    edit(found)
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-
 
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_tensor(copies, no_weights):
     data = recipe(copies)
-    _rewrite(copies / "math", lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
+    edit_tensors(copies / "math", lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
     assert_refused(copies, data, "model-incomplete", "mlp.up_proj.weight")
 
 
-def _rewrite(folder: Path, edit) -> None:
-    """Edit a safetensors file without safetensors.torch.load_file, which `no_weights` forbids."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    edit(found)
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def test_a_different_shape(copies, no_weights):
-    _rewrite(copies / "code", lambda found: found.update({"model.norm.weight": torch.ones(31)}))
+    edit_tensors(copies / "code", lambda found: found.update({"model.norm.weight": torch.ones(31)}))
     assert_refused(copies, recipe(copies), "merge-shapes", "model.norm.weight has different shapes")
 
 
 def test_a_tensor_that_the_merge_would_lose(copies, capsys, no_weights):
-    _rewrite(copies / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
+    edit_tensors(copies / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
     merge_here(copies, recipe(copies), dry_run=True)
     assert "model.mtp.weight is stored by code but not by base; the result stores it" in capsys.readouterr().err
 
@@ -98,7 +75,7 @@ def test_different_architectures_need_a_flag(copies):
 
 
 def test_configs_that_differ_are_said(copies, capsys):
-    edit_config(copies / "math", rope_theta=5.0, rms_norm_eps=1e-5)
+    edit_json(copies / "math" / "config.json", rope_theta=5.0, rms_norm_eps=1e-5)
     merge_here(copies, recipe(copies), dry_run=True)
     errors = capsys.readouterr().err
     assert "config.json of base and math differ in" in errors and "rms_norm_eps 1e-06 and 1e-05" in errors
@@ -110,9 +87,12 @@ def test_configs_that_differ_are_said(copies, capsys):
         (lambda copies: shutil.rmtree(copies / "math"), "model-missing"),
         (lambda copies: (copies / "math" / "config.json").unlink(), "model-no-config"),
         (lambda copies: (copies / "math" / "config.json").write_text("{"), "json-invalid"),
-        (lambda copies: edit_config(copies / "math", architectures=None), "model-no-architecture"),
-        (lambda copies: edit_config(copies / "math", quantization_config={"quant_method": "gptq"}), "model-quantized"),
-        (lambda copies: edit_config(copies / "math", is_encoder_decoder=True), "model-encoder-decoder"),
+        (lambda copies: edit_json(copies / "math" / "config.json", architectures=None), "model-no-architecture"),
+        (
+            lambda copies: edit_json(copies / "math" / "config.json", quantization_config={"quant_method": "gptq"}),
+            "model-quantized",
+        ),
+        (lambda copies: edit_json(copies / "math" / "config.json", is_encoder_decoder=True), "model-encoder-decoder"),
         (lambda copies: (copies / "math" / "model.safetensors").unlink(), "model-no-weights"),
         (lambda copies: (copies / "math" / "model.safetensors").write_bytes(b"x" * 100), "weights-truncated"),
         (lambda copies: (copies / "math" / "model.safetensors.index.json").write_text("{}"), "model-two-weights"),
@@ -287,8 +267,8 @@ def test_an_input_that_changes_meanwhile(copies, monkeypatch):
 
 def test_without_a_dtype_the_result_has_the_bases_tensor_by_tensor(copies, capsys):
     """mergekit would promote and save float32 if one expert is float32."""
-    edit_weights(copies / "base", lambda found: found.update({"model.norm.weight": found["model.norm.weight"].float()}))
-    edit_weights(copies / "code", lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
+    edit_tensors(copies / "base", lambda found: found.update({"model.norm.weight": found["model.norm.weight"].float()}))
+    edit_tensors(copies / "code", lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
     merged = merge_here(copies, recipe(copies, dtype=None), quiet=False)
     assert "computed in the dtype of the inputs, saved in bfloat16" in capsys.readouterr().out
     for name, tensor in tensors(merged).items():
@@ -344,7 +324,7 @@ def test_slices_that_take_nothing_from_the_donor_are_no_tied_heads(copies, capsy
 def test_quiet_is_quiet(copies):
     """The last lines remain; on stderr, where warnings and the bar would be, there is nothing at all."""
     for name in ("code", "math"):  # fine-tunes of the base: else there is a warning to see
-        _rewrite(copies / name, lambda found: found.update(load_file(copies / "base" / "model.safetensors")))
+        edit_tensors(copies / name, lambda found: found.update(load_file(copies / "base" / "model.safetensors")))
     write_recipe(copies / "recipe.yaml", recipe(copies, tokenizer_source="union"))
     words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu", "--quiet"]
     for more in ([], ["--overwrite", "--fast_selection", "False"]):

@@ -9,7 +9,7 @@ import torch
 
 from tests.plain_gradients import CPU, opened, plain_gradients, token_lists
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, HIDDEN, LAYERS, OTHERS, save_any, save_tiny
+from tests.tiny_checkpoints import FAMILIES, HIDDEN, LAYERS, OTHERS, drop_head, poison, save_any, save_tiny
 from utils.models.weight_source import StreamedWeights
 from utils.passes.block_gradients import backward_pass, observe_gradients
 
@@ -259,12 +259,7 @@ def test_weights_without_the_head_are_refused(tmp_path):
 
 
 def test_a_head_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    save_any("llama", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    drop_head(save_any("llama", tmp_path))
     decoder, weights = opened(tmp_path)
     with refused("model-no-head"):
         observe_gradients(decoder, weights, token_lists(), Keeper(), CPU)
@@ -284,12 +279,7 @@ def test_a_stored_head_that_differs_from_its_tied_embedding_stays_its_own(tmp_pa
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    save_any("llama", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("inf")
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    poison(save_any("llama", tmp_path), "model.norm.weight", float("inf"))
     with refused("measured-not-finite"):
         observe_gradients(*opened(tmp_path), token_lists(), Keeper(), CPU)
 

@@ -5,11 +5,11 @@ python -m pytest tests/passes/test_language_head.py
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.plain_gradients import CPU, opened, token_lists
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, OTHERS, VOCABULARY, save_any, save_tiny
+from tests.tiny_checkpoints import FAMILIES, HIDDEN, OTHERS, VOCABULARY, edit_tensors, save_any, save_tiny
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import run_blocks
 from utils.passes.language_head import fetch_head, language_head, require_head
@@ -71,9 +71,9 @@ def test_caps_and_scales_of_logits_are_the_models_own(tmp_path):
 
 def test_a_tied_head_that_is_stored_and_differs_is_used_as_stored(tmp_path):
     save_tiny("gemma3", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = torch.randn(VOCABULARY, tensors["model.embed_tokens.weight"].shape[1]).bfloat16()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(
+        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16()})
+    )
     ids = token_lists((9,))[0]
     torch.testing.assert_close(logits_by_parts(tmp_path, ids, 4), plain_logits(tmp_path, ids), atol=2e-6, rtol=2e-5)
 

@@ -115,6 +115,25 @@ def test_deltas_that_were_edited_wrongly(tmp_path, change, code):
     assert "code_delta.csv" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ("0.1", "nan ", "table-bad-value"),
+        ("0.1", "inf", "table-bad-value"),
+        ("0.1", "", "table-bad-value"),
+        ("0.1", "=cmd|0.1", "table-bad-value"),
+        (",", ";", "table-unreadable"),
+        ("q_delta", "up_delta", "table-unreadable"),
+        ("\n", "\n\n", "table-unreadable"),
+    ],
+)
+def test_text_of_a_table_that_was_edited_wrongly(tmp_path, old, new, code):
+    path = saved(tmp_path, tables()[0]) / "code_delta.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with refused(code, "code_delta.csv, line 3" if code == "table-bad-value" else "code_delta.csv"):
+        read(tmp_path)
+
+
 def test_files_of_other_experts_and_files_that_are_missing(tmp_path):
     deltas, _ = tables()
     saved(tmp_path, {"math": deltas["math"], "law": deltas["code"]})

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands_here import done_here, refused_here
 from tests.plain_gradients import plain_squares
 from tests.refusals import refused
+from tests.tiny_checkpoints import drop_head, poison
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import TEXTS, sample_ids, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
@@ -296,8 +297,7 @@ def test_refusals(pair):
 
 def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair):
     pair()
-    body = {key: value for key, value in load_file("base/model.safetensors").items() if key != "lm_head.weight"}
-    save_file(body, "base/model.safetensors", metadata={"format": "pt"})
+    drop_head(Path("base"))
     with refused("model-no-head"):
         measured("base")
     assert not Path("dfs").exists()
@@ -306,9 +306,7 @@ def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair):
 
 def test_weights_that_are_not_finite_are_refused(pair):
     pair()
-    own = load_file("code/model.safetensors")
-    own["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(own, "code/model.safetensors", metadata={"format": "pt"})
+    poison(Path("code"), "model.layers.1.mlp.up_proj.weight")
     with refused("measured-not-finite", "model.layers.1.mlp.up_proj.weight"):
         measured("base")
     assert not Path("dfs").exists()

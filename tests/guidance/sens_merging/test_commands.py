@@ -19,7 +19,7 @@ import yaml
 from tests.commands_here import done_here, refused_here
 from tests.conftest import ROOT
 from tests.plain_gradients import plain_gradients
-from tests.tiny_checkpoints import save_tiny
+from tests.tiny_checkpoints import drop_head, poison, save_tiny
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
 from tests.tiny_pairs import CALIBRATION, pair_settings, sample_ids, save_pair, save_tokenizer, write_config
 from utils.guidance.sens_merging.method import METHOD
@@ -348,11 +348,7 @@ def test_a_text_that_is_missing(pair, unread):
 
 
 def test_an_expert_without_a_head(pair, unread):
-    from safetensors.torch import load_file, save_file
-
-    path = pair.folder / "math/model.safetensors"
-    short = {name: value for name, value in load_file(path).items() if name != "lm_head.weight"}
-    save_file(short, path, metadata={"format": "pt"})
+    drop_head(pair.folder / "math")
     pair.measure("--overwrite", refused="model-no-head")
 
 
@@ -364,12 +360,7 @@ def test_a_sample_without_a_next_token(pair, unread):
 
 
 def test_weights_that_are_not_finite(pair):
-    from safetensors.torch import load_file, save_file
-
-    path = pair.folder / "math/model.safetensors"
-    stored = load_file(path)
-    stored["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(stored, path, metadata={"format": "pt"})
+    poison(pair.folder / "math", "model.layers.1.mlp.up_proj.weight")
     pair.measure("--overwrite", refused="measured-not-finite")
 
 
@@ -381,13 +372,7 @@ def test_weights_that_are_not_finite(pair):
         (SENSITIVITY, lambda t: pd.concat([t, t.tail(1)]), "table-row-twice"),
         (SENSITIVITY, lambda t: t.replace({"layer": {1: 2}}), "several"),
         (SENSITIVITY, lambda t: t.replace({"model": {"math": "law"}}), "table-unknown-expert"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity=float("nan")), "table-bad-value"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity=float("inf")), "table-bad-value"),
         (SENSITIVITY, lambda t: t.assign(sensitivity=-1.0), "table-bad-value"),
-        (SENSITIVITY, lambda t: t.assign(sensitivity="many"), "table-bad-value"),
-        (SENSITIVITY, lambda t: t.assign(layer="first"), "table-bad-value"),
-        (SENSITIVITY, lambda t: t.rename(columns={"sensitivity": "s"}), "table-columns"),
-        (SENSITIVITY, lambda t: t.head(0), "table-no-rows"),
         (DISTANCES, lambda t: t.head(1), "table-row-missing"),
         (DISTANCES, lambda t: t.assign(other=t["model"]), "several"),
         (DISTANCES, lambda t: t.replace({"other": {"math": "law"}}), "table-unknown-expert"),
@@ -401,12 +386,9 @@ def test_weights_that_are_not_finite(pair):
         (TENSORS, lambda t: t[t["layer"] != 1], "table-row-missing"),
         (TENSORS, lambda t: pd.concat([t, t.tail(1)]), "table-row-twice"),
         (TENSORS, lambda t: t.assign(params=0), "table-bad-value"),
-        (TENSORS, lambda t: t.assign(params=1.5), "table-bad-value"),
-        (TENSORS, lambda t: t.assign(layer=t["layer"] + 0.5), "table-bad-value"),
         (TENSORS, lambda t: t.assign(layer=t["layer"] - 1), "table-bad-value"),
         (TENSORS, lambda t: t.assign(component=""), "table-row-missing"),
         (TENSORS, lambda t: t.assign(tensor=t["tensor"] + "s"), "tensor-not-in-model"),
-        (TENSORS, lambda t: t.assign(tensor=""), "table-bad-value"),
     ],
 )
 def test_edited_tables_are_refused(pair, name, change, code):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from tests.measured_merge import estimated_and_measured
 from tests.refusals import refused
+from tests.tiny_checkpoints import poison
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors, write_recipe
 from tests.tiny_pairs import contents
 from utils.errors import UserError
@@ -204,10 +205,7 @@ def test_aligned_vocabularies_go_to_mergekit_and_the_rest_does_not(copies, capsy
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
 def test_the_tensor_that_is_not_finite_is_named(copies, name, value):
-    place = copies / "math" / "model.safetensors"
-    found = load_file(place)
-    found[name].view(-1)[7] = value
-    save_file(found, place, metadata={"format": "pt"})
+    poison(copies / "math", name, value)
     with refused("merge-not-finite"):
         merge_here(copies, recipe(copies))
     assert not (copies / "merged").exists() and not list(copies.glob(".merged*"))

@@ -1,0 +1,275 @@
+"""Command 3 when something goes wrong: nothing is left, nothing is lost, and the same line goes on.
+
+python -m pytest tests/test_merger_failures.py
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.faulty import Failing
+from tests.refusals import refused
+from tests.tiny_checkpoints import edit_tensors, poison
+from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, write_recipe
+from tests.tiny_pairs import contents, edit_json
+from utils.merging.plan import forget_inputs
+
+# --- what goes wrong while it merges ----------------------------------------------------------------------------------
+
+
+def change(folder: Path, name: str, edit) -> None:
+    """Edit one tensor of a single-file model."""
+    edit_tensors(folder, lambda tensors: tensors.update({name: edit(tensors[name])}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("async_write", [False, True])
+def test_a_value_that_is_not_finite_stops_the_merge(copies, value, async_write):
+    name = "model.layers.1.self_attn.v_proj.weight"
+    poison(copies / "math", name, value)
+    assert_refused(
+        copies,
+        recipe(copies, "task_arithmetic"),
+        "merge-not-finite",
+        name,
+        async_write=async_write,
+        out_shard_size=10_000,
+    )
+
+
+def test_overflow_of_the_saved_dtype_is_noticed(copies):
+    change(copies / "code", "model.norm.weight", lambda tensor: tensor + 1e6)
+    data = recipe(copies, "task_arithmetic", dtype="float32", out_dtype="float16")
+    assert_refused(copies, data, "merge-not-finite", "model.norm.weight")
+
+
+@pytest.mark.parametrize("error", ["full", "memory", "gpu"])
+def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    failures = {
+        "full": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "memory": MemoryError(),
+        "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    }
+    written = []
+    save = safetensors.torch.save_file
+
+    def fail_third(*arguments, **keywords):
+        written.append(1)
+        if len(written) == 3:
+            raise failures[error]
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail_third)
+    code, words = {
+        "full": ("merge-weights-io", "make room"),
+        "memory": ("memory-host", "memory ran out"),
+        "gpu": ("memory-gpu", "--device cpu"),
+    }[error]
+    assert_refused(
+        copies,
+        recipe(copies),
+        code,
+        words,
+        out_shard_size=10_000,
+        fast_selection=False,
+    )
+
+
+@pytest.mark.parametrize("step", ["write_small_files", "describe_result"])
+def test_a_full_disk_after_the_weights_leaves_nothing(copies, monkeypatch, step):
+    from utils.merging import small_files as result_files
+
+    def fail(*_arguments):
+        raise OSError(28, "No space left on device", "config.json")
+
+    monkeypatch.setattr(result_files, step, fail)
+    write_recipe(copies / "merged.yaml", recipe(copies))
+    before = contents(copies)
+    with pytest.raises(OSError, match="No space left"):
+        merge_here(copies, recipe(copies))
+    assert contents(copies) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "ending", "words"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "unloadable", "cannot load it"),
+        (lambda folder: edit_json(folder / "config.json", hidden_size=64), "wrong", "do not fit config.json"),
+        (lambda folder: edit_json(folder / "config.json", num_hidden_layers=4), "wrong", "missing for the model class"),
+        (lambda folder: edit_json(folder / "config.json", vocab_size=90), "wrong", "vocab_size 90"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "unloadable", "tokenizer cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "wrong", "tokenizer of the base is missing"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "wrong", "generation_config.json of the base is missing"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor[:5]), "wrong", "has shape [5]"),
+        (lambda folder: change(folder, "model.norm.weight", lambda tensor: tensor.float()), "wrong", "planned was bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_result_that_fails_its_checks_is_not_published(copies, monkeypatch, spoil, ending, words):
+    from utils.merging import small_files as result_files
+
+    write = result_files.write_small_files
+
+    def write_and_spoil(ready, folder):
+        write(ready, folder)
+        spoil(folder)
+
+    monkeypatch.setattr(result_files, "write_small_files", write_and_spoil)
+    assert_refused(copies, recipe(copies), f"merge-result-{ending}", words)
+
+
+# --- overwriting ------------------------------------------------------------------------------------------------------
+
+
+def test_smaller_shards_leave_no_stale_file(copies):
+    merge_here(copies, recipe(copies))
+    target = merge_here(copies, recipe(copies, "task_arithmetic"), overwrite=True, out_shard_size=20_000)
+    assert not (target / "model.safetensors").exists()
+    assert set(contents(target)) == {*json.loads((target / "manifest.json").read_text())["files"], "manifest.json"}
+    assert_same_tensors(target, merge_stock(copies, recipe(copies, "task_arithmetic")))
+
+
+def test_an_earlier_merge_is_kept_unless_asked_and_if_the_new_one_fails(copies):
+    target = merge_here(copies, recipe(copies))
+    assert_refused(copies, recipe(copies, "linear"), "out-exists", "give --overwrite")
+    poison(copies / "code", "model.norm.weight")
+    assert_refused(copies, recipe(copies), "merge-not-finite", "model.norm.weight", overwrite=True)
+    (target / "notes.txt").write_text("mine")
+    assert_refused(copies, recipe(copies), "out-foreign-files", "notes.txt", overwrite=True)
+
+
+def test_a_file_that_appears_during_the_merge_survives(copies, monkeypatch):
+    from utils.merging import small_files as result_files
+
+    target = merge_here(copies, recipe(copies))
+    describe = result_files.describe_result
+
+    def meanwhile(*arguments):
+        (target / "notes.txt").write_text("mine")
+        return describe(*arguments)
+
+    monkeypatch.setattr(result_files, "describe_result", meanwhile)
+    with refused("out-foreign-files"):
+        merge_here(copies, recipe(copies), overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "model.safetensors").exists()
+    assert not list(copies.glob(".*"))
+
+
+def start_merge(copies: Path, *arguments: str) -> subprocess.Popen:
+    """The command with a merge that lasts: it waits before every shard until killed."""
+    program = (
+        "import sys, time, runpy, safetensors.torch as s\n"
+        "save = s.save_file\n"
+        "def slow(*a, **k):\n    save(*a, **k)\n    print('SHARD', flush=True)\n    time.sleep(30)\n"
+        "s.save_file = slow\n"
+        f"sys.argv = ['merger.py', *{[str(a) for a in arguments]!r}]\n"
+        f"sys.path[0] = {str(ROOT / 'utils')!r}\n"
+        f"runpy.run_path({str(ROOT / 'utils' / 'merger.py')!r}, run_name='__main__')\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=copies, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
+def test_killed_in_the_middle(copies, signum, capsys):
+    write_recipe(copies / "recipe.yaml", recipe(copies))
+    before = contents(copies)
+    process = start_merge(
+        copies, "--output_path", "out/model", "--merge_config", "recipe.yaml", "--out_shard_size", "10000",
+        "--fast_selection", "False",
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("SHARD"):
+            break
+    if signum == signal.SIGKILL:  # meanwhile a second run of the same output is refused
+        with refused("out-in-use"):
+            merge_here(copies, recipe(copies), "out/model", random_seed=1)
+        (copies / "out" / "model.yaml").unlink()
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    if signum == signal.SIGKILL:
+        (stage,) = (copies / "out").iterdir()
+        assert stage.name.startswith(".model.") and stage.name.endswith(".part")
+        target = merge_here(copies, recipe(copies), "out/model")
+        assert f"removed what a killed run has left: {stage}" in capsys.readouterr().err
+        assert [path.name for path in (copies / "out").iterdir()] == ["model", "model.yaml"]
+        assert (target / "manifest.json").exists()
+    else:
+        assert process.returncode == 128 + signum and "Traceback" not in errors
+        assert contents(copies) == before
+
+
+# --- the same line again ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_merge_is_not_made_again(copies, capsys):
+    target = merge_here(copies, recipe(copies))
+    before = contents(copies)
+    merge_here(copies, recipe(copies))
+    assert f"{target} already holds exactly this merge" in capsys.readouterr().out
+    assert contents(copies) == before
+    assert_refused(copies, recipe(copies), "out-exists", random_seed=1)
+    assert_refused(copies, recipe(copies), "out-exists", out_shard_size=20_000)
+    (copies / "code" / "model.safetensors").touch()
+    assert_refused(copies, recipe(copies), "out-exists")
+
+
+@pytest.mark.parametrize("shards", [0, 20_000])
+def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, shards, capsys):
+    from utils.merging.pieces import finished
+
+    whole = contents(merge_here(copies, recipe(copies), "whole", out_shard_size=shards))
+    monkeypatch.setattr(finished, "SECONDS", 0.0)
+    pwrite, calls = os.pwrite, []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        merge_here(copies, recipe(copies), "part", out_shard_size=shards)
+    assert caught.value.kept.name.startswith(".part.") and not (copies / "part").exists()
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    capsys.readouterr()
+    part = contents(merge_here(copies, recipe(copies), "part", out_shard_size=shards, quiet=False))
+    said = re.search(r"resumed: (\d+) of (\d+) tensors", capsys.readouterr().out)
+    assert 0 < int(said[1]) < int(said[2])
+    weights = [name for name in whole if name.startswith("model")]
+    assert {name: part[name] for name in weights} == {name: whole[name] for name in weights} and set(part) == set(whole)
+    assert not list(copies.glob(".*"))
+
+
+def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
+    from utils.merging.pieces import finished
+
+    for change_of_request in ({"restart": True}, {"out_shard_size": 20_000}):
+        monkeypatch.setattr(finished, "SECONDS", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.merging.run.forget_inputs", Failing(forget_inputs, 2, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                merge_here(copies, recipe(copies), "part")
+        assert len(list(copies.glob(".part.*"))) == 1
+        capsys.readouterr()
+        merge_here(copies, recipe(copies), "part", quiet=False, **change_of_request)
+        printed = capsys.readouterr()
+        assert "resumed" not in printed.out and "removed what a killed run has left" in printed.err
+        assert not list(copies.glob(".*"))
+        shutil.rmtree(copies / "part")

@@ -221,14 +221,6 @@ def test_manifest_and_hashes_of_inputs(copies):
     assert all((path.stat().st_mode & 0o777) == 0o644 for path in target.iterdir())
 
 
-def test_the_folder_mergekit_at_the_top_shadows_nothing():
-    """Our data folder and the installed package share a name; a folder without __init__.py gives way."""
-    assert not [path for path in (ROOT / "mergekit").rglob("*") if path.suffix in (".py", ".pyc", ".so")]
-    program = "import importlib.util as u; print(u.find_spec('mergekit.merge').origin)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert "site-packages" in done.stdout and str(ROOT / "mergekit") not in done.stdout, done.stderr
-
-
 def test_only_the_script_itself_changes_the_path():
     program = "import sys; before = list(sys.path); import utils.merger; assert sys.path == before"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

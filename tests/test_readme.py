@@ -173,6 +173,16 @@ def test_links_lead_somewhere(page):
         assert (ROOT / path).is_dir(), path
 
 
+def test_the_lines_that_a_page_names_are_there():
+    """`file.py`: `name` is a definition in that file; every package of the library has a line."""
+    page = (ROOT / "docs/code.md").read_text()
+    named = re.findall(r"`(utils/[\w/]+\.py)`: `(\w+)`", page)
+    for path, name in named:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(), flags=re.M), f"{path}: {name}"
+    assert len(named) > 12
+    assert {path.parent.name for path in (ROOT / "utils").glob("*/__init__.py")} <= set(re.findall(r"`utils/(\w+)/", page))
+
+
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_each_config_says_the_command_that_uses_it_and_is_valid(config):
     first = (ROOT / "configs" / config).read_text().splitlines()[0]

@@ -158,6 +158,12 @@ def test_bad_words(run, pair, words, code):
     assert not (pair / "out/bad").exists()
 
 
+def test_a_text_that_is_missing_is_refused_before_the_libraries_load(run, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.commands.evaluate.quiet_libraries", None)
+    config = write_config(tmp_path, dict(read_keys(pair)) | {"evaluation": {"code": {"path": "gone.jsonl"}}})
+    assert refusal_code(run(config=config, out="out/bad")) == "text-missing"
+
+
 def test_bad_recipes_and_texts_are_refused_before_work(run, pair, tmp_path):
     shutil.copytree(pair / "base", tmp_path / "stranger")
     other = recipe(pair)

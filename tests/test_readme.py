@@ -180,7 +180,9 @@ def test_the_lines_that_a_page_names_are_there():
     for path, name in named:
         assert re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(), flags=re.M), f"{path}: {name}"
     assert len(named) > 12
-    assert {path.parent.name for path in (ROOT / "utils").glob("*/__init__.py")} <= set(re.findall(r"`utils/(\w+)/", page))
+    assert {path.parent.name for path in (ROOT / "utils").glob("*/__init__.py")} <= set(
+        re.findall(r"`utils/(\w+)/", page)
+    )
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

@@ -54,7 +54,7 @@ def test_texts_of_experts_are_looked_for_and_those_for_later_commands_are_not(fo
         check(folder, calibration={"code": {"path": "none.jsonl"}})
     config = read_pair_config(write_config(folder, {"general": {"path": "none.jsonl"}}))
     with refused("text-missing"):
-        refuse_missing(config, texts=[config.general.source])
+        refuse_missing(config, [config.general.source])
 
 
 @pytest.mark.parametrize("name", ["./base+./adapter", "org/base+org/adapter"])

@@ -13,6 +13,8 @@ from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
 from utils.commands.evaluated import Evaluated
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError
+from utils.evaluation.tasks import task_texts
+from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder
 from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
@@ -35,6 +37,7 @@ def evaluate(options: EvaluateOptions) -> None:
     prepare_folder(options.out_dir, "--out_dir")
     candidates = _candidates(options)
     refuse_out_dir(options)
+    refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
     say(versions_line("torch", "transformers", "mergekit"))
     devices = scoring_devices(options, say)

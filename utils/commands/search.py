@@ -14,6 +14,8 @@ from utils.commands.ray_flags import connected
 from utils.commands.search_results import FILES, publish_results
 from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
 from utils.errors import UserError
+from utils.evaluation.tasks import task_texts
+from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import available_host_bytes, gigabytes, quiet_libraries, versions_line
@@ -49,6 +51,7 @@ def search_pair(options: SearchOptions) -> None:
         options.ray.refuse_devices(options.device, options.devices)
     if not (options.out_dir / STORAGE).exists():
         refuse_existing(options.out_dir, [*FILES, LOSSES])
+    refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
     say(versions_line("torch", "transformers", "mergekit", "optuna"))
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:

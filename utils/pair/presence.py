@@ -11,26 +11,21 @@ from utils.pair.rows import data_file, looks_like_file
 from utils.pair.source import CalibrationSource
 
 
-def refuse_missing(
-    config: PairConfig,
-    models: Iterable[ModelEntry] | None = None,
-    texts: Iterable[CalibrationSource] | None = None,
-) -> None:
+def refuse_missing(config: PairConfig, texts: Iterable[CalibrationSource] = ()) -> None:
     """Refuse model folders (by their config.json) and text files that are not there; hub ids are left to the download.
 
     Args:
         config: the pair config.
-        models: which of its models are needed; None for all.
-        texts: which texts are needed; None for those that experts are measured on.
+        texts: which texts are needed beside those that experts are measured on.
 
     Raises:
         UserError: what is missing, all of it in one message.
     """
     problems = []
-    for entry in config.model_info if models is None else models:
+    for entry in config.model_info:
         if is_local(entry.name) or "+" in entry.name:  # no hub id has a plus sign: a model with an adapter
             problems += _refusal(_check_model, entry)
-    for text in config.texts if texts is None else texts:
+    for text in dict.fromkeys((*config.texts, *texts)):
         path = with_defaults(text).path
         if path is not None and looks_like_file(path):
             problems += _refusal(data_file, path)

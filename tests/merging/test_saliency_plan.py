@@ -100,7 +100,7 @@ def test_the_command_makes_what_the_dense_version_makes(tmp_path, family):
         "utils/merger.py", "--output_path", "merged", "--merge_config", "recipe.yaml", "--device", "cpu", cwd=tmp_path
     )
     count = 3 * len(FAMILIES[family][2])
-    assert f"saliency of code: {count} tensors are cut by the vectors in code.vectors" in done.stdout
+    assert f"saliency of code: {count} tensors are merged by the vectors in code.vectors" in done.stdout
     assert "all tensors by mergekit: guided_ties has no faster way here" in done.stdout
     merged, base = tensors(tmp_path / "merged"), tensors(tmp_path / "base")
     assert sorted(merged) == sorted(base)

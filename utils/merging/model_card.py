@@ -18,11 +18,27 @@ from utils.merging.result_files import COMMAND, file_record
 from utils.merging.saliency_plan import SaliencyFile
 from utils.models.checkpoints import weight_file_record
 from utils.publishing.manifest import MANIFEST, file_sha256
+from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, GUIDED_TIES
 from utils.runtime import versions
 
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"
 _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
+# This project's merge methods in words, and what they do by files of vectors (of a squared gradient, to a power).
+_OWN_METHODS = {
+    GUIDED_TIES.name: (
+        "mergekit's `ties`, with the entries to keep chosen by saliency",
+        "the entries of largest saliency (change squared, times {gradient})",
+    ),
+    GUIDED_MEAN.name: (
+        "the mean of the changes, with each entry weighed by a power of its squared gradient",
+        "each by how much the loss depends on it ({gradient})",
+    ),
+    GRAM_MEAN.name: (
+        "the change that answers as each expert does on its own inputs",
+        "the inputs and squared gradients of its own text",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -157,18 +173,18 @@ def _density_table(done: PlannedMerge) -> list[str]:
 def _method(done: PlannedMerge) -> str:
     method = done.plan.method
     if isinstance(method, OwnMethod):
-        return f"`{method.spec.name}` ({method.summary})"
+        return f"`{method.spec.name}` ({_OWN_METHODS[method.spec.name][0]})"
     return f"mergekit's `{method.spec.name}`"
 
 
 def _saliency_lines(done: PlannedMerge) -> list[str]:
-    method = done.plan.method
+    name = done.plan.method.spec.name
     lines = [
-        f"- `{label}`: {method.effect.format(gradient=_gradient(file))} in {count} tensors, by `{file.label}`"
+        f"- `{label}`: {_OWN_METHODS[name][1].format(gradient=_gradient(file))} in {count} tensors, by `{file.label}`"
         for file in done.saliency
         for label, count in file.tensors.items()
     ]
-    return [f"{method.question}:", "", *lines, ""] if lines else []
+    return ["What was measured decided about each change:", "", *lines, ""] if lines else []
 
 
 def _gradient(file: SaliencyFile) -> str:

@@ -189,4 +189,4 @@ def _saliency_lines(plan: MergePlan, saliency: tuple[SaliencyFile, ...]) -> Iter
     method = plan.method
     for file in saliency if isinstance(method, OwnMethod) else ():
         for label, count in file.tensors.items():
-            yield f"saliency of {label}: {count} tensors are {method.use} by the vectors in {file.written}"
+            yield f"saliency of {label}: {count} tensors are merged by the vectors in {file.written}"

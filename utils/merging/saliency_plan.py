@@ -22,6 +22,7 @@ from utils.publishing.manifest import file_sha256
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
 
 _NO_VECTORS = ""
+_WITHOUT_VECTORS = "give it saliency '' (merged without vectors) or weight 0 by a filter"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
         SaliencyFile(text, path, path.stat().st_size, file_sha256(path), used[text], frozenset(powers[text]))
         for text, path in named.items()
     )
-    return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files, method))
+    return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files))
 
 
 def _bad_values(plan: MergePlan, method: OwnMethod) -> Iterator[Problem]:
@@ -121,11 +122,11 @@ def _named_files(plan: MergePlan) -> list[str]:
 def _checked_key(
     plan: MergePlan, tensor: OutputTensor, model: MergeInput, vectors: SaliencyVectors, method: OwnMethod
 ) -> VectorKey:
-    task, remedy = tensor.task, method.remedy
+    task = tensor.task
     weight = gathered(task).weight_info[model.reference]
     if not isinstance(task.gather_tensors, GatherTensors):
         raise UserError(
-            f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {remedy}",
+            f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {_WITHOUT_VECTORS}",
             "saliency-vocabulary",
         )
     stored = tensor.sources[model.reference].name  # of a head that is tied in this model: the embedding's
@@ -134,7 +135,8 @@ def _checked_key(
     found = vectors.of_these(dict.fromkeys((weight.name, stored, *spellings)))
     if not found:
         raise UserError(
-            f"{model.label}: {vectors.path} has no vectors of {weight.name}; {remedy}", "saliency-missing-tensor"
+            f"{model.label}: {vectors.path} has no vectors of {weight.name}; {_WITHOUT_VECTORS}",
+            "saliency-missing-tensor",
         )
     shape = vectors.shape(found[0])
     if tensor.shape is not None and shape != (tensor.shape or (1,)):
@@ -161,9 +163,9 @@ def _tied(tensor: OutputTensor, keys: Mapping[ModelReference, VectorKey | str]) 
     return replace(tensor, task=type(task)(**{**dict(task), "input_parameters": values}))
 
 
-def _idle_files(files: tuple[SaliencyFile, ...], method: OwnMethod) -> Iterator[str]:
+def _idle_files(files: tuple[SaliencyFile, ...]) -> Iterator[str]:
     if not files:
-        yield f"no model names a file of saliency vectors ({SALIENCY}), so {method.without}"
+        yield f"no model names a file of saliency vectors ({SALIENCY}), so nothing guides this merge"
     for file in files:
         if not file.tensors:
-            yield f"the saliency file {file.label} is not used: {method.unused}"
+            yield f"the saliency file {file.label} is not used: where it applies, every density is 0 or 1, or every weight 0"

@@ -116,7 +116,7 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
     assert done.returncode == 0, done.stderr
     found, base = tensors(folder / "merged"), tensors(folder / "base")
     assert sorted(found) == sorted(base)
-    assert f"saliency of ./math: {len(base)} tensors are weighed by the vectors in {stem}_math" in done.stdout
+    assert f"saliency of ./math: {len(base)} tensors are merged by the vectors in {stem}_math" in done.stdout
     files = {name: f"dfs/{name}_saliency.safetensors" for name in NAMES}
     for name, value in found.items():
         expected = dense(recipe, name, files=files).float()
@@ -324,9 +324,14 @@ def test_an_aligned_vocabulary_is_refused_and_may_count_alike(copies):
 
 def test_what_does_nothing_is_said(copies, capsys):
     merge_here(Path(), by_hand(own={"weight": 0.0}), dry_run=True)
-    assert "the saliency file code.vectors is not used: where it applies, every weight is 0" in capsys.readouterr().err
+    assert (
+        "the saliency file code.vectors is not used: where it applies, every density is 0 or 1, or every weight 0"
+        in capsys.readouterr().err
+    )
     merge_here(Path(), by_hand(own={"saliency": ""}), dry_run=True)
-    assert "no model names a file of saliency vectors (saliency), so all entries count alike" in capsys.readouterr().err
+    assert (
+        "no model names a file of saliency vectors (saliency), so nothing guides this merge" in capsys.readouterr().err
+    )
 
 
 def test_a_head_that_is_tied_in_one_expert_has_the_embeddings_vectors(tmp_path, monkeypatch):

@@ -59,12 +59,6 @@ class GramMean(WeighedMethod):
 
     rule = method_rules.GRAM_MEAN
     spec = weighed_spec(rule, "Mean guided by inputs", "https://arxiv.org/abs/2212.09849", _SWITCHES)
-    summary = "the change that answers as each expert does on its own inputs"
-    use = "merged"
-    question = "What decided about a change"
-    effect = "the inputs and squared gradients of its own text"
-    without = "the plain mean is taken"
-    remedy = "give it saliency '' (the guided mean, all its entries alike) or weight 0 by a filter"
 
     def misfit(self, file: SaliencyVectors, tensor: str, shape: tuple[int, ...]) -> str:
         """Gram matrices of another number of channels."""

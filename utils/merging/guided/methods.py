@@ -83,13 +83,6 @@ class GuidedTies(OwnMethod):
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
-    summary = "mergekit's `ties`, with the entries to keep chosen by saliency"
-    use = "cut"
-    question = "What was kept of a change"
-    effect = "the entries of largest saliency (change squared, times {gradient})"
-    unused = "where it applies, every density is 0 or 1"
-    without = "entries are kept by magnitude, as ties does"
-    remedy = "give it density 1, or saliency '' (by magnitude) by a filter"
 
     def power(self, file: SaliencyVectors, shared: Mapping[str, Any]) -> float | None:
         """What the file holds: this method takes its vectors as they are."""
@@ -144,12 +137,6 @@ class GuidedMean(WeighedMethod):
 
     rule = method_rules.GUIDED_MEAN
     spec = weighed_spec(rule, "Mean guided by saliency", "https://arxiv.org/abs/2111.09832")
-    summary = "the mean of the changes, with each entry weighed by a power of its squared gradient"
-    use = "weighed"
-    question = "How the entries of a change were weighed"
-    effect = "each by how much the loss depends on it ({gradient})"
-    without = "all entries count alike"
-    remedy = "give it saliency '' (all its entries count alike) or weight 0 by a filter"
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor of the base and the other models; all on one device.

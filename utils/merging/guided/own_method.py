@@ -23,20 +23,7 @@ FACTOR = "factor"
 
 
 class OwnMethod(GroupMergeMethod):
-    """A method that reads vectors. Classes because mergekit's shorter form knows no parameter called `lambda`.
-
-    `summary` says what it is, `use` what is done to a tensor by its vectors; `question` and `effect` say in a model card
-    what was (`{gradient}` in it is the squared gradient, to its power); `unused` when a file is read for nothing,
-    `without` what is done without any, `remedy` what to do about a tensor whose vectors are not there.
-    """
-
-    summary: str
-    use: str
-    question: str
-    effect: str
-    unused: str
-    without: str
-    remedy: str
+    """A method that reads vectors. Classes because mergekit's shorter form knows no parameter called `lambda`."""
 
     @abstractmethod
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
@@ -59,7 +46,6 @@ class WeighedMethod(OwnMethod):
     """A mean in which each model counts by a share, and which has numbers with a range: those of its `rule`."""
 
     rule: DeltaMethod
-    unused = "where it applies, every weight is 0"
 
     def reads_vectors(self, values: Mapping[str, Any], dimensions: int) -> bool:
         """Everything that counts at all, but for stacked experts and convolutions, of which no vectors are measured."""

@@ -1,13 +1,13 @@
 """A device that is not the CPU, for machines without a GPU: real numbers, strict about what lies where.
 
-    python -m tests.simulated_device REPORT SCRIPT ARGUMENTS...
+    python -m tests.simulated_device REPORT < COMMANDS
 
-Runs a script of this project as `python SCRIPT ARGUMENTS...` would, on a device called `sim:0` whatever `--device` says.
-Tensors on it compute on the CPU, but as on a GPU
+Runs commands of this project, one after another, each as `python SCRIPT ARGUMENTS...` would, on a device called `sim:0`
+whatever `--device` says; COMMANDS is a JSON list of [SCRIPT, ARGUMENTS...]. Tensors on it compute on the CPU, but as on a GPU
 
 - an operation on tensors of both devices is an error (a scalar on the CPU may take part);
-- whatever makes the host wait for the device is recorded: REPORT is a JSON list of {"operation", "stack"}, where the
-  stack names the functions of this project, the outermost first.
+- whatever makes the host wait for the device is recorded: REPORT is, for each command, a JSON list of {"operation",
+  "stack"}, where the stack names the functions of this project, the outermost first.
 
 torch is given the device as a backend written in Python (`torch.utils.backend_registration`), for the whole process;
 so this is for a process of its own. CUDA's streams, events and pinned memory are not simulated.
@@ -146,18 +146,18 @@ def register() -> list[torch.library.Library]:
 
 
 def main() -> None:
-    """Run a script on the device."""
-    report, script, *arguments = sys.argv[1:]
-    kept = register()
+    """Run the commands on the device."""
+    report, kept, found = Path(sys.argv[1]), register(), []
     from utils import runtime
 
     runtime.choose_device = lambda asked: (torch.device(NAME, 0), "simulated")
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    finally:
-        Path(report).write_text(json.dumps(waits))
-        kept.clear()
+    for words in json.load(sys.stdin):
+        waits.clear()
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+        found.append(list(waits))
+    report.write_text(json.dumps(found))
+    kept.clear()
 
 
 if __name__ == "__main__":

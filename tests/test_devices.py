@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +19,37 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.tiny_merges import assert_same_tensors, merge_here, recipe, save_models, tensors
-from tests.tiny_pairs import save_pair, write_config
+from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from tests.tiny_recipes import decide_here
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.merge import merge
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.merging.settings import MergeSettings
-from utils.pair.config import PairConfig, read_pair_config
+from utils.pair.config import read_pair_config
 
-HERE = Path("here")
 GPU = torch.cuda.is_available()
-CALIBRATION = {
-    name: {"path": "rows.jsonl", "text": text, "seqlen": 32}
-    for name, text in {"code": "{answer}", "math": "{question} {answer}"}.items()
-}
+OWN = [("saliency", "ties"), ("magnitude", "guided_mean")]
+STOCK = [
+    method for method in ("ties", "breadcrumbs", "dare_ties") if not (GPU and method == "dare_ties")
+]  # other draws
 
 
-def run_on_device(folder: Path, script: str, *arguments: object) -> list[dict]:
-    """Run one of the commands on the device, in a process of its own; returns what made the host wait (of a GPU: nothing)."""
-    command = [sys.executable, "-m", "tests.simulated_device", "waits.json", str(ROOT / script), *map(str, arguments)]
+def run_on_device(folder: Path, *commands: Sequence[object]) -> list[list[dict]]:
+    """Run commands on the device, in a process of their own; returns what made the host wait (of a GPU: nothing), by command."""
+    commands = [[str(ROOT / script), *map(str, words)] for script, *words in commands]
     if GPU:
-        command = [sys.executable, str(ROOT / script), *map(str, arguments), "--device", "cuda"]
+        runs = [([sys.executable, *words, "--device", "cuda"], "") for words in commands]
+    else:
+        runs = [([sys.executable, "-m", "tests.simulated_device", "waits.json"], json.dumps(commands))]
     paths = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert ("cuda:0" if GPU else "simulated") in done.stdout
-    return [] if GPU else json.loads((folder / "waits.json").read_text())
+    for command, given in runs:
+        done = subprocess.run(
+            command, input=given, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("cuda:0" if GPU else "simulated") in done.stdout
+    return [[] for _ in commands] if GPU else json.loads((folder / "waits.json").read_text())
 
 
 def assert_same_models(folder: Path, other: Path) -> None:
@@ -60,13 +65,11 @@ def assert_same_models(folder: Path, other: Path) -> None:
 ACCEPTING = {"accept_useless_text": True}  # experts of random numbers gain nothing
 
 
-def measured_here(method: GuidanceMethod) -> PairConfig:
-    """Measure the pair in the current folder on the CPU, in this process; the tables are in `HERE`."""
-    config = read_pair_config(Path("pair.yaml"))
+def measured_here(method: GuidanceMethod, out: Path) -> None:
+    """Measure the pair in the current folder on the CPU, in this process."""
     own = {flag.name: flag.default for flag in method.measure_flags}
     own |= {name: value for name, value in ACCEPTING.items() if name in own}
-    measure_pair(MeasureOptions(config, method, own, HERE, "cpu", "float32", 64))
-    return config
+    measure_pair(MeasureOptions(read_pair_config(Path("pair.yaml")), method, own, out, "cpu", "float32", 64))
 
 
 def assert_same_tables(folder: Path, other: Path) -> None:
@@ -78,49 +81,73 @@ def assert_same_tables(folder: Path, other: Path) -> None:
         pd.testing.assert_frame_equal(one, two, rtol=1e-2 if GPU else 1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(guidance_methods()))
-def test_every_guidance_measures_the_same_as_on_the_cpu(tmp_path, monkeypatch, name):
-    pair = save_pair(tmp_path)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """A pair, measured with every guidance on the device into `there`; and what made the host wait, by guidance."""
+    pair = save_pair(tmp_path_factory.mktemp("measured"))
     write_config(pair, {"calibration": CALIBRATION})
-    waits = run_on_device(
-        pair, "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", "there", "--guidance", name),
-        *("--dtype", "float32", "--micro_batch_tokens", "64"),
-        *(f"--{flag.name}" for flag in guidance_methods()[name].measure_flags if flag.name in ACCEPTING),
-    )  # fmt: skip
+    commands = {
+        name: [
+            "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", f"there/{name}", "--guidance", name),
+            *("--dtype", "float32", "--micro_batch_tokens", "64"),
+            *(f"--{flag.name}" for flag in method.measure_flags if flag.name in ACCEPTING),
+        ]
+        for name, method in guidance_methods().items()
+    }  # fmt: skip
+    return pair, dict(zip(commands, run_on_device(pair, *commands.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(guidance_methods()))
+def test_every_guidance_measures_the_same_as_on_the_cpu(measured, monkeypatch, name):
+    pair, found = measured
     monkeypatch.chdir(pair)
-    measured_here(guidance_methods()[name])
-    assert_same_tables(pair / "here", pair / "there")
-    for file in (pair / "here").glob("*.safetensors"):
-        vectors, others = load_file(file), load_file(pair / "there" / file.name)
+    here, there = Path("here") / name, Path("there") / name
+    measured_here(guidance_methods()[name], here)
+    assert_same_tables(here, there)
+    for file in here.glob("*.safetensors"):
+        vectors, others = load_file(file), load_file(there / file.name)
         assert vectors.keys() == others.keys()
         for key, vector in vectors.items():
             least = 1e-6 * float(vector.abs().max())  # sums that cancel have the rounding of their terms
             np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-2 if GPU else 1e-4, atol=least)
     # results are fetched once, after the last block; transformers looks once at every padded mask, before the first.
     # Merges of a block at every level are solved and judged on the CPU while that block is there.
-    inside = [wait for wait in waits if "_through_block" in wait["stack"]]
+    inside = [wait for wait in found[name] if "_through_block" in wait["stack"]]
     assert not [wait for wait in inside if "held_out_misses" not in wait["stack"]]
-    assert waits or GPU
+    assert found[name] or GPU
 
 
-@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_ties"])
-def test_a_merge_by_mergekits_executor_has_the_bits_of_one_on_the_cpu(tmp_path, method):
-    if GPU and method.startswith("dare"):
-        pytest.skip("a GPU draws other numbers than the CPU")
-    save_models(tmp_path)
-    here = merge_here(tmp_path, recipe(tmp_path, method), "here")
-    waits = run_on_device(tmp_path, "utils/merger.py", "--output_path", "there", "--merge_config", "here.yaml")
-    assert_same_models(here, tmp_path / "there")
-    assert not [wait for wait in waits if "band_mask" in wait["stack"]]  # selection leaves every number on the device
+@pytest.fixture(scope="module")
+def merged_by_mergekit(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """Models merged by each method here and on the device; and what made the host wait, by method."""
+    folder = save_models(tmp_path_factory.mktemp("merged"))
+    for method in STOCK:
+        merge_here(folder, recipe(folder, method), f"here_{method}")
+    commands = [
+        ["utils/merger.py", "--output_path", f"there_{method}", "--merge_config", f"here_{method}.yaml"]
+        for method in STOCK
+    ]
+    return folder, dict(zip(STOCK, run_on_device(folder, *commands), strict=True))
 
 
-@pytest.mark.parametrize(("mask", "method"), [("saliency", "ties"), ("magnitude", "guided_mean")])
-def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(tmp_path, monkeypatch, mask, method):
+@pytest.mark.parametrize("method", STOCK)
+def test_a_merge_by_mergekits_executor_has_the_bits_of_one_on_the_cpu(merged_by_mergekit, method):
+    folder, waits = merged_by_mergekit
+    assert_same_models(folder / f"here_{method}", folder / f"there_{method}")
+    # selection leaves every number on the device
+    assert not [wait for wait in waits[method] if "band_mask" in wait["stack"]]
+
+
+def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(tmp_path, monkeypatch):
     pair = save_pair(tmp_path)
     write_config(pair, {"calibration": CALIBRATION})
     monkeypatch.chdir(pair)
-    measured_here(guidance_methods()["saliency_budget"])
-    (made,) = decide_here("saliency_budget", HERE, mask=mask, merge_method=method, mean_density=0.3)
-    merge(MergeSettings(Path("cpu"), made, device="cpu", quiet=True))
-    run_on_device(pair, "utils/merger.py", "--output_path", "sim", "--merge_config", made)
-    assert_same_models(pair / "cpu", pair / "sim")
+    measured_here(guidance_methods()["saliency_budget"], Path("here"))
+    commands = []
+    for mask, method in OWN:
+        (made,) = decide_here("saliency_budget", "here", mask=mask, merge_method=method, mean_density=0.3)
+        merge(MergeSettings(Path(f"cpu_{method}"), made, device="cpu", quiet=True))
+        commands.append(["utils/merger.py", "--output_path", f"sim_{method}", "--merge_config", made])
+    run_on_device(pair, *commands)
+    for _, method in OWN:
+        assert_same_models(pair / f"cpu_{method}", pair / f"sim_{method}")

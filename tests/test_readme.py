@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def ray_flags(command: str) -> set[str]:
     return {flag for option in scripts.cli.commands[command].params for flag in option.opts}
 
 
-def run_page(page: Path, workplace: Path, run: Callable[..., subprocess.CompletedProcess]) -> list[str]:
+def run_page(page: Path, workplace: Path) -> list[str]:
     """Run the commands of a page, those for a cluster on one of this machine; returns their names."""
     ran = []
     for words in shell_commands(page):
@@ -81,14 +80,14 @@ def run_page(page: Path, workplace: Path, run: Callable[..., subprocess.Complete
             continue
         assert words[0] == "python3", words
         words = ["local" if before == "--ray" else word for before, word in zip(["", *words], words, strict=False)]
-        done = run(*words[1:], cwd=workplace)
+        done = run_here(*words[1:], cwd=workplace)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
     return ran
 
 
-def test_every_command_of_the_readme_runs(workplace, run_command_line):
-    ran = run_page(README, workplace, run_command_line)
+def test_every_command_of_the_readme_runs(workplace):
+    ran = run_page(README, workplace)
     assert ran[:3] == ["lewis_importance.py", "lewis_merge.py", "utils/merger.py"]
     assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
 
@@ -104,7 +103,7 @@ SLOW_PAGES = {"docs/cluster.md"}  # starts a cluster for each command
     ],
 )
 def test_every_command_of_a_page_runs(page, workplace):
-    assert run_page(ROOT / page, workplace, run_here)
+    assert run_page(ROOT / page, workplace)
 
 
 def test_the_readme_fits_on_a_few_screens():

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.refusals import refused
-from tests.tiny_pairs import contents, save_pair, write_config
+from tests.tiny_pairs import CALIBRATION, contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, measure_here, own_defaults
 from utils.guidance.guided_recipe import control_recipe, guided_recipe
 from utils.guidance.measured_pair import open_measured
@@ -28,23 +28,12 @@ GUIDANCE = tuple(guidance_methods())
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
     folder = save_pair(tmp_path_factory.mktemp("pair"))
-    texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
-    write_config(folder, {"calibration": texts, "global_parameters": {"normalize": True}})
+    write_config(folder, {"calibration": CALIBRATION, "global_parameters": {"normalize": True}})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("lewis", "saliency_budget"):
             measure_here(name, f"dfs_{name}")
         measure_here("gram_mean", "dfs_gram_mean", accept_useless_text=True)
-    return folder
-
-
-TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
-
-
-@pytest.fixture
-def pair(pristine, tmp_path, monkeypatch) -> Path:
-    folder = shutil.copytree(pristine, tmp_path / "pair")
-    monkeypatch.chdir(folder)
     return folder
 
 
@@ -96,7 +85,7 @@ def test_one_opened_measurement_serves_many_recipes(pair, monkeypatch):
             measured, settle(config, dataclasses.replace(asked, lambda_=lambda_)), name=f"trial_{number}.yaml"
         )
         assert made.data["parameters"]["lambda"] == lambda_
-        assert set(made.vectors) == {f"trial_{number}_{expert}_saliency.safetensors" for expert in TEXTS}
+        assert set(made.vectors) == {f"trial_{number}_{expert}_saliency.safetensors" for expert in CALIBRATION}
         assert {m["parameters"]["saliency"] for m in made.data["models"][1:]} == set(made.vectors)
     assert len(plans) == 1
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands_here import done_here
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import recipe, write_recipe
 from tests.tiny_pairs import save_pair
@@ -68,30 +69,16 @@ def test_few_bytes_are_read_however_many_blocks_there_are(tmp_path, monkeypatch)
     assert 0 < len({name for name in read if "up_proj" in name}) <= 6
 
 
-def test_every_command_warns_before_work(tmp_path, run_command_line):
+def test_every_command_warns_before_work(tmp_path):
     """Models of other seeds are no fine-tunes of each other."""
     save_pair(tmp_path, layers=3)
-    config = ("--config", "pair.yaml")
-    rows = ("--validation_rows", 4, "--test_rows", 4)
-    words = {
-        "lewis_importance.py": (*config, "--out_dir", "out/deltas"),
-        "lewis_merge.py": (
-            "--config_file",
-            "pair.yaml",
-            "--delta_dfs_in_dir",
-            "out/deltas",
-            "--out_dir",
-            "out/recipes",
-        ),
-        "utils/merger.py": (
-            "--merge_config",
-            write_recipe(tmp_path / "r.yaml", recipe(tmp_path)),
-            "--output_path",
-            "m",
-        ),
-        "utils/evaluator.py": (*config, "--out_dir", "out/evaluation", *rows, "--no-samples", "--no-controls"),
-    }
-    for command, flags in words.items():
-        done = run_command_line(command, *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("does not look like a fine-tune of") == 2, (command, done.stderr)
+    made = write_recipe(tmp_path / "r.yaml", recipe(tmp_path))
+    few = "--validation_rows 4 --test_rows 4 --no-samples --no-controls"
+    for line in (
+        "lewis_importance.py --config pair.yaml --out_dir out/deltas",
+        "lewis_merge.py --config_file pair.yaml --delta_dfs_in_dir out/deltas --out_dir out/recipes",
+        f"utils/merger.py --merge_config {made} --output_path m",
+        f"utils/evaluator.py --config pair.yaml --out_dir out/evaluation {few}",
+    ):
+        said = done_here(*line.split(), cwd=tmp_path).stderr
+        assert said.count("does not look like a fine-tune of") == 2, (line, said)

@@ -3,31 +3,18 @@
 python -m pytest tests/passes/test_subjects.py
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny_pairs import save_pair, write_config
+from tests.tiny_pairs import write_config
 from utils.models.tokenizer import tokenizer_digest
 from utils.pair.calibration import choose_samples
 from utils.pair.config import read_pair_config
 from utils.passes.preparation import Precision, model_doubts, prepare_subjects
 
 CONFIG = {"model_type": "llama"}
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Path:
-    return save_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def pair(pristine, tmp_path, monkeypatch) -> Path:
-    folder = shutil.copytree(pristine, tmp_path / "pair")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def prepared(pair: Path, dtype: str = "auto", **changes):

@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 from tests.refusals import refused
 from tests.tiny_evaluations import save_evaluated_pair
 from tests.tiny_experts import save_experts
-from tests.tiny_pairs import contents, save_pair, write_config
+from tests.tiny_pairs import CALIBRATION, contents, save_pair, write_config
 from tests.workers.clusters import add_node, own_ray, several_nodes
 from tests.workers.pieces import stop, stop_the_first_time, sum_slowly, threads
 from utils.commands.measure import measure_pair
@@ -34,10 +34,6 @@ from utils.workers.ray_cluster import ClusterShare, ray_workers
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-CALIBRATION = {
-    name: {"path": "rows.jsonl", "text": text, "seqlen": 32}
-    for name, text in {"code": "{answer}", "math": "{question} {answer}"}.items()
-}
 
 
 @pytest.fixture(autouse=True)

@@ -313,17 +313,15 @@ def test_measuring_side_by_side_gives_the_same_bytes(pair):
         np.testing.assert_allclose(pair.table(name)[column], old, rtol=1e-5)
 
 
-def test_the_three_commands_as_a_user_runs_them(saved, tmp_path, run_command_line):
+def test_each_command_says_what_to_type_next(saved, tmp_path):
     folder = shutil.copytree(saved("llama")[0], tmp_path / "pair")
     shutil.rmtree(folder / "dfs")
     flags = ("--config", "pair.yaml", "--out_dir", "run/dfs", "--guidance", "sens_merging")
-    done = run_command_line("lewis_importance.py", *flags, cwd=folder)
-    for script in ("lewis_merge.py", "utils/merger.py"):  # each command says what to run next
-        assert done.returncode == 0, done.stderr
-        words = shlex.split(done.stdout.split("next:")[-1].split("\nor,")[0].replace("\\\n", " "))
-        assert words[0] == sys.executable and Path(words[1]) == ROOT / script
-        done = run_command_line(script, *words[2:], cwd=folder)
-    assert done.returncode == 0, done.stderr
+    said = done_here("lewis_importance.py", *flags, cwd=folder).stdout
+    for script in ("lewis_merge.py", "utils/merger.py"):
+        words = shlex.split(said.split("next:")[-1].split("\nor,")[0].replace("\\\n", " "))
+        assert words[0] == sys.executable and (folder / words[1]).resolve() == ROOT / script
+        said = done_here(script, *words[2:], cwd=folder).stdout
     (merged,) = (folder / "run/merged_models").iterdir()
     assert tensors(merged).keys() == tensors(folder / "base").keys()
 

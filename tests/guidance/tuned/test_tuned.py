@@ -19,7 +19,7 @@ import yaml
 from tests.commands_here import done_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import save_pair, write_config
+from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.guidance.method import guidance_methods
@@ -30,7 +30,6 @@ from utils.pair.config import read_pair_config
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("code", "math")
 START, BAD = Path("start/start.yaml"), Path("start/bad.yaml")
-TEXTS = {"code": "{answer}", "math": "{question} {answer}"}
 
 
 def measure(guidance="tuned", out="dfs", **options):
@@ -43,8 +42,7 @@ def measure(guidance="tuned", out="dfs", **options):
 def measured(tmp_path_factory):
     """A pair, tuned from the plain mean and from gram_mean's answer. Random models gain nothing on their texts."""
     folder = save_pair(tmp_path_factory.mktemp("pair"))
-    texts = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
-    write_config(folder, {"calibration": texts, "nsamples": 8})
+    write_config(folder, {"calibration": CALIBRATION, "nsamples": 8})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         measure("gram_mean", "grams")

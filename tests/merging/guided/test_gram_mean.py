@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.commands_here import run_here
+from tests.commands_here import done_here
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import merge_here, tensors
@@ -127,14 +127,13 @@ def dense(plain, weights, name, transposed, rows=True, ridge=1e-7):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
-    """Once as processes; ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
-    folder, run = pair(family), run_command_line if family == "llama" else run_here
+def test_the_commands_make_the_dense_merge(family, pair):
+    """Ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
+    folder = pair(family)
     shutil.rmtree(folder / "dfs")
     write_config(folder, {"calibration": CALIBRATION, "global_parameters": {"ridge": 1e-2, "embedding_rows": True}})
     flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "gram_mean", "--device", "cpu"]
-    done = run("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done_here("lewis_importance.py", *flags, "--dtype", "float32", "--accept_useless_text", cwd=folder)
     assert {path.name for path in (folder / "dfs").iterdir()} == {
         "gram_mean_tensors.csv",
         "gram_mean_losses.csv",
@@ -143,8 +142,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
         "manifest.json",
     }
     flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--guidance", "gram_mean"]
-    done = run("lewis_merge.py", *flags, "--out_dtype", "float32", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done_here("lewis_merge.py", *flags, "--out_dtype", "float32", cwd=folder)
     (written,) = (folder / "out").glob("*.yaml")
     recipe = yaml.safe_load(written.read_text())
     assert recipe["merge_method"] == "gram_mean"
@@ -154,8 +152,7 @@ def test_the_commands_make_the_dense_merge(family, pair, run_command_line):
         f"../dfs/{name}_grams.safetensors" for name in NAMES
     ]
     flags = ["--output_path", "merged", "--merge_config", f"out/{written.name}", "--device", "cpu"]
-    done = run("utils/merger.py", *flags, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done_here("utils/merger.py", *flags, cwd=folder)
     found, base = tensors(folder / "merged"), tensors(folder / "base")
     assert sorted(found) == sorted(base)
     weights = {name: recipe["models"][place]["parameters"]["weight"][-1]["value"] for place, name in ((1, "code"), (2, "math"))}  # fmt: skip

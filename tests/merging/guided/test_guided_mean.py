@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.commands_here import refused_here, run_here
+from tests.commands_here import done_here, refused_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, save_models, tensors
 from tests.tiny_pairs import contents, save_tokenizer, write_config
@@ -72,18 +72,16 @@ def dense(recipe, name, *, files, power=0.5, floor=0.1, scale=1.0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
-    """Once as processes; norms, biases, embeddings and head included."""
-    folder, run = pair(family), run_command_line if family == "llama" else run_here
+def test_the_commands_make_the_dense_mean(family, pair):
+    """Norms, biases, embeddings and head included."""
+    folder = pair(family)
     shutil.rmtree(folder / "dfs")
     flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget", "--device", "cpu"]
-    done = run("lewis_importance.py", *flags, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = done_here("lewis_importance.py", *flags, cwd=folder)
     assert "vectors of every parameter" in done.stdout
     flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--control", "uniform"]
     flags += ["--guidance", "saliency_budget", "--merge_method", "guided_mean", "--out_dtype", "float32"]
-    done = run("lewis_merge.py", *flags, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = done_here("lewis_merge.py", *flags, cwd=folder)
     assert "power 0.5; floor 0.1" in done.stdout and "needs this project's utils/merger.py" in done.stdout
     assert "left out: int8_mask, normalize of global_parameters, which guided_mean does not have" in done.stdout
     assert "filters: none" in done.stdout
@@ -103,7 +101,7 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
     recipe = yaml.safe_load((folder / f"out/{stem}.yaml").read_text())
     assert recipe["parameters"] == {"power": 0.5, "floor": 0.1} and recipe["merge_method"] == "guided_mean"
     assert [set(model["parameters"]) for model in recipe["models"][1:]] == [{"weight", "saliency"}] * 2
-    done = run(
+    done = done_here(
         "utils/merger.py",
         "--output_path",
         "merged",
@@ -113,7 +111,6 @@ def test_the_commands_make_the_dense_mean(family, pair, run_command_line):
         "cpu",
         cwd=folder,
     )
-    assert done.returncode == 0, done.stderr
     found, base = tensors(folder / "merged"), tensors(folder / "base")
     assert sorted(found) == sorted(base)
     assert f"saliency of ./math: {len(base)} tensors are merged by the vectors in {stem}_math" in done.stdout

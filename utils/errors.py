@@ -51,6 +51,12 @@ def brief(error: BaseException, limit: int = 240) -> str:
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, each once."""
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
 def raise_collected(problems: Iterable[Problem], heading: str) -> None:
     """Raise one `UserError` that lists every problem found, or return if there is none."""
     if found := list(problems):

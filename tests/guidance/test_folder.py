@@ -9,8 +9,9 @@ import os
 import pytest
 
 from tests.refusals import refused
-from utils.guidance.folder import folder_files, read_manifest, refuse_edited
+from utils.guidance.folder import read_manifest, refuse_edited
 from utils.publishing.files import publish_files
+from utils.publishing.manifest import with_manifest
 
 GOOD = {
     "command": "lewis_importance",
@@ -22,7 +23,7 @@ GOOD = {
 
 @pytest.fixture
 def folder(tmp_path):
-    publish_files(tmp_path, folder_files({"a.csv": b"a", "b.csv": b"b"}, GOOD), overwrite=False)
+    publish_files(tmp_path, with_manifest({"a.csv": b"a", "b.csv": b"b"}, GOOD), overwrite=False)
     return tmp_path
 
 

@@ -168,7 +168,7 @@ def test_a_killed_command_goes_on_with_what_is_missing(pair, monkeypatch):
         def interrupt(*given: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("utils.commands.measure.folder_files", interrupt)
+        monkeypatch.setattr("utils.commands.measure.with_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             measured("there", ray=RayFlags("local"))
         monkeypatch.undo()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.commands.options import DecideOptions
+from utils.errors import warn
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.recipe_choices import settle
 from utils.plots import require_matplotlib
@@ -54,7 +55,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
         report.say_choices(options, measured, made)
     far = strangers(measured.models.checkpoints, options.config.base.type, [one.type for one in choices.experts])
     control_warnings = control.warnings if control else ()
-    report.warn([*([mended] if mended else []), *measured.warnings, *far, *made.warnings, *control_warnings])
+    warn([*([mended] if mended else []), *measured.warnings, *far, *made.warnings, *control_warnings])
     remarks = () if options.quiet else made.decision.remarks()
     written = publish_changed(options.out_dir, files, overwrite=options.overwrite, last=True)
     if not options.quiet:

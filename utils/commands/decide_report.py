@@ -1,7 +1,6 @@
 """What command 2 prints, and the heatmaps it draws: the choices first, then what was decided, then what to do next."""
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,12 +17,6 @@ from utils.recipes.recipe import DTYPE, RecipeSettings
 from utils.runtime import versions_line
 
 _PER_LINE = 6
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on stderr, each once."""
-    for warning in dict.fromkeys(warnings):
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedRecipe) -> None:

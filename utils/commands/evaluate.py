@@ -1,7 +1,6 @@
 """The evaluator's one job: candidates scored on held-out rows, their figures, a table, a verdict and a page."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from utils.commands.evaluate_options import EvaluateOptions
 from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
 from utils.commands.evaluated import Evaluated
 from utils.commands.scorers import make_scorers, scoring_devices
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
 from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
@@ -101,8 +100,7 @@ def _check(scorer: "Scorer", candidates: "Sequence[Candidate]") -> list[str]:
             "no candidate was given and no recipe lies beside --out_dir: only the pair and uniform merges are scored"
         )
     found = list(dict.fromkeys(found))
-    for warning in found:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(found)
     return found
 
 

@@ -1,12 +1,11 @@
 """What the evaluator needs whole models for, one in memory at a time: answers to held-out prompts, lm-eval's tasks."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
+from utils.publishing.manifest import sha256_of
 from utils.runtime import available_bytes, gigabytes
 
 if TYPE_CHECKING:
@@ -137,4 +136,4 @@ def _refuse_too_large(scorer: "Scorer", one: "Candidate") -> None:
 
 
 def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_of(parts)

@@ -13,7 +13,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import next_command
 from utils.evaluation.candidates import UNIFORM
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, file_sha256, to_json
+from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
 from utils.publishing.target import refuse_existing
 from utils.runtime import versions
 
@@ -68,8 +68,7 @@ def publish_evaluation(
     best = evaluated.best_control()
     if best is not None:
         files[UNIFORM] = recipe_bytes(best.recipe)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files[MANIFEST] = to_json({**request, "files": digests})
+    files = with_manifest(files, request)
     publish_files(options.out_dir, files, overwrite=True)
     print(f"\n{printed_table(scorer, evaluated)}\n")
     if generated.accuracy is not None:

@@ -19,8 +19,8 @@ from utils.commands.measure_request import (
     refuse_changed,
 )
 from utils.commands.ray_flags import connected
-from utils.errors import UserError
-from utils.guidance.folder import folder_files, read_manifest
+from utils.errors import UserError, warn
+from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
 from utils.models.checkpoints import (
@@ -34,7 +34,7 @@ from utils.pair.presence import refuse_missing
 from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
 from utils.publishing.files import publish_files, repair_folder
-from utils.publishing.manifest import MANIFEST
+from utils.publishing.manifest import MANIFEST, with_manifest
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import (
     available_bytes,
@@ -70,7 +70,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     names = [*method.files(config), MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
     mended = repair_folder(options.out_dir)
-    report.warn([mended] if mended else [])
+    warn([mended] if mended else [])
     _refuse_out_dir(options, names)
     refuse_missing(config)
     if options.ray is not None:
@@ -125,7 +125,7 @@ def _measure(
             refuse_existing(options.out_dir, names)
         for line in report.choices(options, job, samples):
             say(line)
-        report.warn(report.doubts(options, job, _idle_keys(options)))
+        warn(report.doubts(options, job, _idle_keys(options)))
         start = time.perf_counter()
         if options.restart:
             shutil.rmtree(place, ignore_errors=True)
@@ -140,8 +140,8 @@ def _measure(
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
         for note in measured.notes:
             say(note)
-        report.warn(measured.warnings)
-        files = folder_files(measured.files, request)
+        warn(measured.warnings)
+        files = with_manifest(measured.files, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite, last=alone)
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
     if alone:

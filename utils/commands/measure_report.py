@@ -1,8 +1,7 @@
 """What command 1 prints: the choices first, then doubts, then what it wrote and what to do next."""
 
 import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.next_command import next_command
@@ -103,12 +102,6 @@ def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -
             "--device cpu"
         )
     return found
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on stderr, each once."""
-    for warning in dict.fromkeys(warnings):
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def say_next(options: MeasureOptions) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluation_folder import read_measured
+from utils.errors import warn
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
 from utils.merging.recipe_check import check_recipe
@@ -60,8 +60,8 @@ def merge(settings: MergeSettings) -> None:
     if trial is not None:
         trial.check()
     ready = preflight(settings, found, output, lambda line: _say([line], settings))
-    _warn(ready.warnings)
-    _warn([restored] if restored else ())
+    warn(ready.warnings)
+    warn([restored] if restored else ())
     request = request_hash(ready)
     if output.request and output.request != request:
         raise refuse_existing_merge(settings.output_path)
@@ -69,7 +69,7 @@ def merge(settings: MergeSettings) -> None:
         print("dry run: everything was checked, nothing was written")
         return
     swept = sweep(output.target, None if output.request or settings.restart else request)
-    _warn([swept] if swept else ())
+    warn([swept] if swept else ())
     if output.request:
         _say_there(settings)
         return
@@ -160,11 +160,6 @@ def _set_up_libraries(settings: MergeSettings) -> None:
 def _say(lines: Iterable[str], settings: MergeSettings) -> None:
     if not settings.quiet:
         print(*lines, sep="\n", flush=True)
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _say_where(ready: "PlannedMerge", written: int, seconds: float) -> None:

@@ -1,7 +1,6 @@
 """The search's one job: what is measured and allowed -> a study of recipes, raced on validation rows -> the best, on test rows."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
 from utils.commands.search_results import FILES, publish_results
 from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
 from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
@@ -116,7 +115,7 @@ def _measure_missing(options: SearchOptions) -> None:
         except UserError as error:
             if asked:
                 raise
-            print(f"warning: guidance {name} is left out: {error} [{error.code}]", file=sys.stderr)
+            warn([f"guidance {name} is left out: {error} [{error.code}]"])
 
 
 def _run(ready: Prepared) -> str:

@@ -1,7 +1,6 @@
 """What a search ends with: the winners scored on test rows, their recipes, tables, the page, the next command."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.errors import UserError
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, to_json
+from utils.publishing.manifest import MANIFEST, with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.runtime import versions
@@ -70,8 +69,7 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
         SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         REPORT: render(page).encode(),
     }
-    request["files"] = {name: _sha256(content) for name, content in files.items()}
-    files[MANIFEST] = to_json(request)
+    files = with_manifest(files, request)
     publish_files(ready.options.out_dir, files, overwrite=True)
     print(f"\n{printed_table(ready.scorer, evaluated)}\n")
     for line in page.notes:
@@ -234,9 +232,3 @@ def _page(
     page = evaluation_page(ready.scorer, evaluated, request, warnings, following, generated)
     page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
     return add_search(page, ready, evaluated, winners, names)
-
-
-def _sha256(content: bytes | Path) -> str:
-    from utils.publishing.manifest import file_sha256
-
-    return file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()

@@ -1,6 +1,5 @@
 """What a search is asked to do, and everything up to its first trial: rows, measurements, space, study, yardstick."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.commands.ray_flags import RayFlags
 from utils.commands.scorers import make_scorers, scoring_devices
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.pair.config import PairConfig
 
 if TYPE_CHECKING:
@@ -134,8 +133,7 @@ def prepare_search(
     space = Space(config.search, ways, tuple(one.type for one in experts), len(maker.blocks.filters))
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
-    for line in notes:
-        print(f"warning: {line}", file=sys.stderr)
+    warn(notes)
     store = LossStore(options.out_dir / LOSSES)
     losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
@@ -153,8 +151,7 @@ def prepare_search(
         options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search, [*notes, *doubts]
     )
     _say_choices(ready, len(tried), say)
-    for line in doubts:
-        print(f"warning: {line}", file=sys.stderr)
+    warn(doubts)
     return ready
 
 
@@ -186,7 +183,7 @@ def _objective(options: SearchOptions, scorer: "Scorer") -> "Objective":
             "search-one-task",
         )
     if weights and options.objective != "weighted":
-        print("warning: search.objective_weights counts with --objective weighted alone", file=sys.stderr)
+        warn(["search.objective_weights counts with --objective weighted alone"])
     return Objective.of(options.objective, tasks, weights)
 
 

@@ -1,8 +1,6 @@
 """What is evaluated: a model that lies on disk or on the hub, or a recipe, whose model is never written."""
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,7 @@ from utils.errors import UserError
 from utils.merging.recipe_file import INPUT_KEYS, MergeRecipe, checked_recipe, model_names, read_recipe
 from utils.models.checkpoints import is_local
 from utils.pair.config import PairConfig
+from utils.publishing.manifest import sha256_of
 from utils.safe_yaml import read_yaml_mapping
 
 UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
@@ -57,7 +56,7 @@ class Candidate:
     def digest(self) -> str:
         """SHA-256 of what decides the candidate's weights beside the inputs' own: recipe and folder, or model."""
         parts = [self.recipe, str(self.folder) if self.folder else None, self.model, self.revision]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return sha256_of(parts)
 
 
 def read_candidate(text: str) -> Candidate:

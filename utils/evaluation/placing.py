@@ -1,8 +1,6 @@
 """Where candidates are scored: on one device, side by side on several, or as tasks of a cluster; losses are the same bits."""
 
 import concurrent.futures
-import hashlib
-import json
 import math
 import pickle
 import shutil
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.store import LossStore, keep_losses, score_new, unscored
+from utils.publishing.manifest import sha256_of
 from utils.workers.piece import Piece, Place
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def _score_on_cluster(
 
 def _name(scorer: "Scorer", group: Sequence[Candidate], rows: Rows) -> str:
     parts = [[scorer.fingerprint(one) for one in group], {task: list(numbers) for task, numbers in rows.items()}]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    return sha256_of(parts)[:20]
 
 
 def score_piece(place: Place, what: bytes, candidates: Sequence[Candidate], rows: Rows) -> dict[str, Any]:

@@ -7,8 +7,6 @@ A recipe's losses are, to the bit, those of the model that command 3 writes from
 settings and number of threads.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +30,7 @@ from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_con
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
 from utils.passes.preparation import check_tokens, pad_token
-from utils.publishing.manifest import file_sha256
+from utils.publishing.manifest import file_sha256, sha256_of
 from utils.runtime import available_bytes, computing_dtype
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")
@@ -171,7 +169,7 @@ class Scorer:
             recipe = candidate.merge_recipe().data
             vectors = [file_sha256(path) for path in vector_files(recipe)]
             parts = [recipe, vectors, [_weights(one) for one in self.inputs.values()]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return sha256_of(parts)
 
     def score(
         self,

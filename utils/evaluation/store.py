@@ -4,7 +4,6 @@ A file is named after everything that its numbers depend on, so that it can be u
 a kill, with one more candidate, or in a search.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import pandas as pd
 
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.scoring import COLUMNS, Scorer
+from utils.publishing.manifest import sha256_of
 
 
 class LossStore:
@@ -136,4 +136,4 @@ def _keys(
 def _key(scorer: Scorer, candidate: Candidate, task: str, rows: Sequence[int]) -> str:
     digest = next(one.digest for one in scorer.tasks if one.name == task)
     parts = [scorer.fingerprint(candidate), digest, list(rows), scorer.settings.record()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_of(parts)

@@ -9,8 +9,6 @@
 One folder holds one measurement.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,6 @@ from utils.bounded_files import read_json
 from utils.errors import Problem, UserError, raise_collected
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.validation import show
-
-
-def folder_files(files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> dict[str, bytes | Path]:
-    """The content of a dataframe folder by file name: the files, then the manifest, which gains their hashes."""
-    hashes = {
-        name: file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-        for name, content in files.items()
-    }
-    text = json.dumps({**manifest, "files": hashes}, indent=2, ensure_ascii=False, allow_nan=False)
-    return {**files, MANIFEST: (text + "\n").encode()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

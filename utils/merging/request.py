@@ -1,13 +1,11 @@
 """What a merge was asked for, as one hash: two runs with the same hash make the same folder."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import weight_file_record
 from utils.models.tokenizer_files import copied_names
-from utils.publishing.manifest import MANIFEST, file_sha256
+from utils.publishing.manifest import MANIFEST, file_sha256, sha256_of
 from utils.runtime import versions
 
 
@@ -36,7 +34,7 @@ def request_hash(ready: PlannedMerge) -> str:
         "inputs": inputs,
         "saliency": [[file.label, file.sha256] for file in ready.saliency],
     }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_of(asked)
 
 
 def _small_files(folder: Path) -> dict[str, tuple[int, int]]:

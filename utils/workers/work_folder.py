@@ -1,19 +1,18 @@
 """The folder that the results of a run's pieces lie in: named after what was asked, so that only the same run goes on there."""
 
 import contextlib
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.publishing.manifest import sha256_of
 from utils.workers.results import remove_unfinished
 
 
 def folder_name(request: Mapping[str, Any]) -> str:
     """A folder name that equal requests share and others do not; a request is plain data."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:20]
+    return sha256_of(request)[:20]
 
 
 @contextlib.contextmanager

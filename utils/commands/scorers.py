@@ -1,8 +1,9 @@
 """Who scores candidates for a command: one scorer for each device, or one that speaks for a cluster."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from utils.pair.config import PairConfig
 from utils.runtime import choose_devices
@@ -14,18 +15,21 @@ if TYPE_CHECKING:
     from utils.workers.ray_cluster import RayWorkers
 
 
-class ScoringOptions(Protocol):
-    """What a command's options say of scoring."""
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What the evaluator and the search are both asked: of which pair, into which folder, on how many rows, how computed."""
 
     config: PairConfig
     out_dir: Path
-    validation_rows: int
-    test_rows: int
-    device: str
-    devices: str | None
-    dtype: str
-    micro_batch_tokens: int | None
-    trust_remote_code: bool
+    validation_rows: int = 64
+    test_rows: int = 128
+    device: str = "auto"
+    devices: str | None = None
+    dtype: str = "auto"
+    micro_batch_tokens: int | None = None
+    samples: bool = True
+    trust_remote_code: bool = False
+    quiet: bool = False
 
 
 def scoring_devices(options: ScoringOptions, say: Callable[[str], None]) -> "list[torch.device]":

@@ -3,13 +3,11 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.commands.ray_flags import RayFlags
-from utils.commands.scorers import make_scorers, scoring_devices
+from utils.commands.scorers import ScoringOptions, make_scorers, scoring_devices
 from utils.errors import UserError, warn
-from utils.pair.config import PairConfig
 
 if TYPE_CHECKING:
     from utils.evaluation.placing import Cluster
@@ -29,15 +27,13 @@ LOSSES = "losses"  # the folder of what was scored
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(ScoringOptions):
     """What the search was asked to do.
 
     `trials` in all, `batch` of them asked for and raced together, `first_rows` of each task in a race's first round.
     `max_disk` is in bytes, of the output folder; `max_hours` of this run.
     """
 
-    config: PairConfig
-    out_dir: Path
     trials: int = 64
     batch: int = 8
     sampler: str = "auto"
@@ -45,18 +41,9 @@ class SearchOptions:
     pareto: bool = False
     seed: int = 0
     measure: bool = False
-    validation_rows: int = 64
-    test_rows: int = 128
     first_rows: int = 8
-    device: str = "auto"
-    devices: str | None = None
-    dtype: str = "auto"
-    micro_batch_tokens: int | None = None
     max_hours: float | None = None
     max_disk: int | None = None
-    samples: bool = True
-    trust_remote_code: bool = False
-    quiet: bool = False
     ray: RayFlags | None = None
 
 

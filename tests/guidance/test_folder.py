@@ -38,7 +38,7 @@ def test_what_is_written_is_read(folder):
         ({"guidance": ["lewis"]}, "guidance must be text"),
         ({"command": {}}, "command must be text"),
         ({"files": ["a.csv"]}, "files must be a mapping"),
-        ({"files": {"a.csv": ["0"]}}, "files.a.csv must be text"),
+        ({"files": {"a.csv": ["0"]}}, "files.'a.csv' must be text"),
         ({"models": {"x": 1}}, "models must be a list"),
         ({"models": [{"type": ["base"]}]}, "models[0].type must be text"),
         ({"models": ["base"]}, "models[0] must be a mapping"),
@@ -48,7 +48,7 @@ def test_what_is_written_is_read(folder):
 )
 def test_a_manifest_of_another_form(folder, change, words):
     (folder / "manifest.json").write_text(json.dumps({**GOOD, **change}))
-    with refused("manifest-malformed") as caught:
+    with refused("manifest-wrong-type") as caught:
         read_manifest(folder)
     assert words in str(caught.value)
 

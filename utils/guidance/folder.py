@@ -9,14 +9,45 @@
 One folder holds one measurement.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
 from utils.bounded_files import read_json
-from utils.errors import Problem, UserError, raise_collected
+from utils.errors import UserError
 from utils.publishing.manifest import MANIFEST, file_sha256
-from utils.validation import show
+from utils.validation import read_checked
+
+_AGAIN = "measure again with --overwrite"
+_read = partial(dataclass, config=ConfigDict(extra="ignore"))
+
+
+@_read
+class _Model:
+    type: str = ""
+    name: str = ""
+    header_sha256: str = ""
+
+
+@_read
+class _Options:
+    model_info: list[_Model] = field(default_factory=list)
+
+
+@_read
+class _Manifest:
+    """What is read of a manifest; keys that are not there are looked at by their users."""
+
+    command: str = ""
+    guidance: str = ""
+    options: _Options = field(default_factory=_Options)
+    files: dict[str, str] = field(default_factory=dict)
+    models: list[_Model] = field(default_factory=list)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -32,37 +63,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         data = read_json(path, str(path))
     except UserError as error:
         raise UserError(f"{error}; {_AGAIN}", "manifest-unreadable") from error
-    problems = [Problem(text, "manifest-malformed") for text in _malformed(data)]
-    raise_collected(problems, f"{path} is not as lewis_importance.py writes it; {_AGAIN}")
+    command = data.get("command", "lewis_importance")
+    if not isinstance(command, str) or command == "lewis_importance":  # another command's is for its reader to see
+        heading = f"{path} is not as lewis_importance.py writes it; {_AGAIN}"
+        read_checked(_Manifest, data, heading, "manifest")
     return data
-
-
-_AGAIN = "measure again with --overwrite"
-
-
-def _malformed(data: Mapping[str, Any]) -> Iterator[str]:
-    """What in a manifest is of another kind than what is read of it; keys that are not there are looked at by their users."""
-    if isinstance(data.get("command"), str) and data["command"] != "lewis_importance":
-        return  # another command's, which its reader will see
-    for key, kind in (("command", str), ("guidance", str), ("options", dict), ("files", dict), ("models", list)):
-        if key in data and not isinstance(data[key], kind):
-            yield f"{key} must be {_KINDS[kind]}, got {show(data[key])}"
-            return
-    for name, digest in data.get("files", {}).items():
-        if not isinstance(digest, str):
-            yield f"files.{name} must be text, got {show(digest)}"
-    entries = data.get("options", {}).get("model_info")
-    for where, listed in (("options.model_info", entries), ("models", data.get("models"))):
-        for place, entry in enumerate(listed if isinstance(listed, list) else ()):
-            if not isinstance(entry, dict):
-                yield f"{where}[{place}] must be a mapping, got {show(entry)}"
-                continue
-            for key in ("type", "name", "header_sha256"):
-                if not isinstance(entry.get(key, ""), str):
-                    yield f"{where}[{place}].{key} must be text, got {show(entry[key])}"
-
-
-_KINDS = {str: "text", dict: "a mapping", list: "a list"}
 
 
 def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str) -> None:

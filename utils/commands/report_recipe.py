@@ -8,8 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from utils.merging.guided.own_method import OwnMethod
-from utils.merging.model_card import shown_recipe
+from utils.merging.model_card import OWN_METHOD_WORDS, shown_recipe
 from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.planning import PlannedMerge
@@ -27,8 +26,8 @@ def planned_recipe(planned: PlannedMerge) -> Recipe:
     plan = planned.plan
     method = plan.method
     facts = [("merge method", method.spec.name)]
-    if isinstance(method, OwnMethod):
-        facts.append(("what it does", method.summary))
+    if words := OWN_METHOD_WORDS.get(method.spec.name):
+        facts.append(("what it does", words[0]))
     shared = dict(plan.tensors[0].task.parameters.items()) if plan.tensors else {}
     facts += [(name, _shown(value)) for name, value in shared.items() if _is_setting(value)]
     facts += [("computed in", plan.dtype or "the inputs' dtype"), ("saved in", plan.out_dtype)]

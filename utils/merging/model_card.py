@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.merging.guided.own_method import OwnMethod
 from utils.merging.planning import PlannedMerge
 from utils.merging.provenance import origin_lines
 from utils.merging.result_files import COMMAND, file_record
@@ -25,7 +24,7 @@ CARD = "README.md"
 RECIPE = "mergekit_config.yml"
 _PACKAGES = ("python", "torch", "transformers", "mergekit", "safetensors")
 # This project's merge methods in words, and what they do by files of vectors (of a squared gradient, to a power).
-_OWN_METHODS = {
+OWN_METHOD_WORDS = {
     GUIDED_TIES.name: (
         "mergekit's `ties`, with the entries to keep chosen by saliency",
         "the entries of largest saliency (change squared, times {gradient})",
@@ -171,16 +170,14 @@ def _density_table(done: PlannedMerge) -> list[str]:
 
 
 def _method(done: PlannedMerge) -> str:
-    method = done.plan.method
-    if isinstance(method, OwnMethod):
-        return f"`{method.spec.name}` ({_OWN_METHODS[method.spec.name][0]})"
-    return f"mergekit's `{method.spec.name}`"
+    name = done.plan.method.spec.name
+    return f"`{name}` ({OWN_METHOD_WORDS[name][0]})" if name in OWN_METHOD_WORDS else f"mergekit's `{name}`"
 
 
 def _saliency_lines(done: PlannedMerge) -> list[str]:
     name = done.plan.method.spec.name
     lines = [
-        f"- `{label}`: {_OWN_METHODS[name][1].format(gradient=_gradient(file))} in {count} tensors, by `{file.label}`"
+        f"- `{label}`: {OWN_METHOD_WORDS[name][1].format(gradient=_gradient(file))} in {count} tensors, by `{file.label}`"
         for file in done.saliency
         for label, count in file.tensors.items()
     ]

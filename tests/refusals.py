@@ -1,4 +1,4 @@
-"""What a refusal is recognised by: the code of its `UserError`, in this process or at the end of a command's message."""
+"""What a refusal is recognized by: the code of its `UserError`, in this process or at the end of a command's message."""
 
 import contextlib
 import re

@@ -54,6 +54,7 @@ def test_from_recipes_to_a_page(run, pair, run_command_line):
     words = ("--config", "pair.yaml", "--out_dir", "out/evaluation", *ROWS, "--no-samples")
     done = run_command_line("utils/evaluator.py", *words, cwd=pair)
     assert done.returncode == 0, done.stderr
+    assert "scoring test rows: " in done.stderr and "\r" not in done.stderr
     out = pair / "out" / "evaluation"
     assert sorted(path.name for path in out.iterdir()) == [
         "best_uniform.yaml",

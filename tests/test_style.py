@@ -75,7 +75,7 @@ def test_names_are_words_of_the_field():
 
 
 def test_tests_match_codes():
-    """A refusal is recognised by its code (`tests/refusals.py`); the prose of a `UserError` is never what is matched."""
+    """A refusal is recognized by its code (`tests/refusals.py`); the prose of a `UserError` is never what is matched."""
     for path in TESTS:
         for node in nodes_of(path):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "raises":

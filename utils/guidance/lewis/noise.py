@@ -41,7 +41,7 @@ def relative_noise(expert: Norms, base: Norms) -> dict[tuple[int, str], float]:
 
 
 def trial_batch(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """The first samples of a text, without their neighbours."""
+    """The first samples of a text, without their neighbors."""
     first = batches[0]
     lengths = first.lengths[:SAMPLES]
     mask = None if first.mask is None else first.mask[:SAMPLES]

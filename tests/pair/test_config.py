@@ -174,17 +174,12 @@ REFUSED = {
     "unknown model key": ({"model_info": models(typ="x")}, "config-unknown-key"),
     # wrong types
     "nsamples as text": ({"nsamples": "15"}, "config-wrong-type"),
-    "nsamples as float": ({"nsamples": 15.5}, "config-wrong-type"),
-    "nsamples as bool": ({"nsamples": True}, "config-wrong-type"),
-    "nsamples missing its value": ({"nsamples": None}, "config-wrong-type"),
     "nsamples 0": ({"nsamples": 0}, "config-out-of-range"),
-    "nsamples negative": ({"nsamples": -1}, "config-out-of-range"),
     "nsamples huge": ({"nsamples": 10**9}, "config-out-of-range"),
     "seed negative": ({"seed": -1}, "config-out-of-range"),
     "seqlen 1": ({"dataset": {"name": "mbpp", "seqlen": 1}}, "config-out-of-range"),
     "components as text": ({"components": "q_proj"}, "config-wrong-type"),
     "type that YAML reads as false": ({"model_info": models(type=False)}, "config-wrong-type"),
-    "type that is a number": ({"model_info": models(type=7)}, "config-wrong-type"),
     "base type that is a bool": ({"base_model_type": True}, "config-wrong-type"),
     "parity other": ({"parity": "yes"}, "config-unknown-value"),
     "parity true": ({"parity": True}, "config-unknown-value"),
@@ -194,18 +189,13 @@ REFUSED = {
     "sparsity in percent": ({"sparsity_ratio": 50}, "config-out-of-range"),
     "sparsity negative": ({"sparsity_ratio": -0.1}, "config-out-of-range"),
     "sparsity 1": ({"sparsity_ratio": 1.0}, "config-out-of-range"),
-    "sparsity nan": ({"sparsity_ratio": math.nan}, "config-out-of-range"),
-    "sparsity null": ({"sparsity_ratio": None}, "config-wrong-type"),
-    "sparsity as YAML 1.1 text": ({"sparsity_ratio": "1e-3"}, "config-wrong-type"),
     # components and prefixes
     "no components": ({"components": []}, "config-wrong-type"),
     "component twice": ({"components": ["q_proj", "q_proj"]}, "config-component-twice"),
-    "component null": ({"components": [None]}, "config-wrong-type"),
     "component a formula": ({"components": ["=cmd|' /C calc'!A0"]}, "config-bad-path"),
     "prefix missing": ({"components": ["q_proj", "k_proj"], "prefix_mapping": {"q_proj": "a.q_proj"}}, "config-no-prefix"),
     "prefix a pattern": ({"prefix_mapping": {"q_proj": "attn.*.q"}}, "config-bad-path"),
     "prefix with a trailing dot": ({"prefix_mapping": {"q_proj": "self_attn."}}, "config-bad-path"),
-    "prefix null": ({"prefix_mapping": {"q_proj": None}}, "config-wrong-type"),
     # the models and their types
     "no models": ({"model_info": None}, "config-no-models"),
     "models as a mapping": ({"model_info": {"base": "x"}}, "config-no-models"),
@@ -215,7 +205,6 @@ REFUSED = {
     "base type unknown": ({"base_model_type": "bse"}, "config-unknown-base"),
     "a type twice": ({"model_info": models(type="math")}, "config-type-twice"),
     "types that differ in case only": ({"model_info": models(type="MATH")}, "config-type-twice"),
-    "an expert of the type base": ({"model_info": models(type="base")}, "config-type-twice"),
     "the base as an expert": ({"model_info": models(name="./base")}, "config-model-twice"),
     "an expert twice": ({"model_info": models(name="./math")}, "config-model-twice"),
     "base name differs": ({"base_model_name": "./other"}, "config-other-base"),
@@ -231,7 +220,6 @@ REFUSED = {
     "dataset far from known": ({"dataset": "my text"}, "config-unknown-dataset"),
     "dataset a list": ({"dataset": ["mbpp"]}, "config-wrong-type"),
     "dataset empty": ({"dataset": {}}, "config-no-text"),
-    "dataset null": ({"dataset": None}, "config-wrong-type"),
     "text and messages": ({"dataset": {"path": "x", "text": "{a}", "messages": "m"}}, "config-two-texts"),
     "text and chat": ({"dataset": {"name": "mbpp", "text": "{a}", "chat": [{"role": "user", "content": "{a}"}]}}, "config-two-texts"),
     "chat without messages": ({"dataset": {"name": "mbpp", "chat": []}}, "config-no-turns"),
@@ -259,26 +247,14 @@ def test_refused_with_key_and_code(tmp_path, case):
 
 
 WORDING = {
-    "unknown model key": "unknown key model_info[1].'typ'; did you mean 'type'?",
-    "nsamples as text": "nsamples must be a whole number, got '15'",
-    "nsamples 0": "nsamples must be at least 1, got 0",
-    "nsamples missing its value": "nsamples must be a whole number, got nothing",
     "components as text": "components must be 'auto' or a list of names such as q_proj, got 'q_proj'",
-    "type that YAML reads as false": "model_info[1].type must be text (YAML reads yes/no/on/off as booleans: put it in "
-    "quotes), got False",
-    "type that is a number": "model_info[1].type must be text (put it in quotes), got 7",
     "parity true": "parity must be 'reference' or left out, got True",
-    "prefix_mapping a list": "prefix_mapping must be a mapping of keys to values, got ['a']",
     "sparsity in percent": "sparsity_ratio must be below 1, got 50; 50% is 0.5",
-    "sparsity as YAML 1.1 text": "sparsity_ratio must be a number (write it with a point, such as 0.001, without "
-    "quotes), got '1e-3'",
     "component twice": "components: 'q_proj' is listed twice",
     "prefix missing": "prefix_mapping has no entry for component 'k_proj'",
     "prefix a pattern": "prefix_mapping.q_proj must be a module path inside a block, such as q_proj, mlp.c_proj or "
     "self_attn.q_proj, got 'attn.*.q'",
     "no models": "model_info must list the models: one {name, type} for the base and one per expert",
-    "a model as text": "model_info[1] must be a mapping with name, type, revision, got './code'",
-    "a model without a name": "model_info[1].name is missing",
     "only one model": "model_info names only one model; a pair needs the base and at least one expert",
     "base type unknown": "base_model_type 'bse' is not a type in model_info (types there: base, code, math)",
     "types that differ in case only": "model_info: type 'math' is given twice ('MATH' before)",
@@ -297,9 +273,7 @@ WORDING = {
     "text and messages": "dataset: give one of text (a template), messages (a chat column) and chat (messages made of "
     "columns)",
     "chat without messages": "dataset.chat must list messages such as {role: user, content: '{question}'}",
-    "path with a NUL": "dataset.path must be text on one line, got 'a\\x00b'",
     "parameter nan": "global_parameters.lambda must be a finite number, true, false, text, or a list of these, got nan",
-    "parameter name a number": "global_parameters: key 1 must be text (put it in quotes), got 1",
 }
 
 

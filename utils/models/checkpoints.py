@@ -24,6 +24,7 @@ from utils.models.headers import (
     weight_files,
 )
 from utils.models.hub import download
+from utils.models.quantized import refuse_quantized
 from utils.models.small_files import SMALL_FILES, check_small_files
 
 
@@ -79,13 +80,14 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Open a local folder or hub id, weights included (a hub id is downloaded or found in the cache).
 
     Raises:
-        UserError: as `find_small_files` and `read_headers`.
+        UserError: as `find_small_files` and `read_headers`; its weights are quantized.
     """
     folder = find_small_files(name, revision)
     config = read_model_config(folder, name)
     if not is_local(name):
         folder = download(name, revision, [*SMALL_FILES, *weight_files(folder, name)])
     headers = read_headers(folder, name)
+    refuse_quantized(headers.values(), name)
     check_layers(config, len(headers), name)
     return Checkpoint(name, revision, folder, config, headers)
 

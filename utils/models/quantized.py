@@ -5,12 +5,9 @@ takes the stored numbers for the weights and leaves their scales out, without an
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from utils.models.checkpoints import TensorHeader
+from utils.models.headers import TensorHeader
 
 _FLOATS = ("F8_", "F6_", "F4")  # dtypes of 8 bits and less
 _PACKED = {"I8", "U8", "I16", "U16", "I32", "U32"}
@@ -18,7 +15,7 @@ _MUCH = 0.2  # share of the bytes from which on integers are weights; masks that
 _SAVE = "then model.save_pretrained(FOLDER)"
 
 
-def refuse_quantized(headers: "Iterable[TensorHeader]", name: str) -> None:
+def refuse_quantized(headers: Iterable[TensorHeader], name: str) -> None:
     """Refuse tensors that hold quantized weights.
 
     Args:

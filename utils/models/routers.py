@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from utils.errors import UserError
-from utils.models.checkpoints import Checkpoint, TensorHeader
+from utils.models.checkpoints import Checkpoint
 from utils.models.decoder import find_blocks, is_experts
+from utils.models.headers import TensorHeader
 
 if TYPE_CHECKING:
     from utils.models.stored_layout import StoredLayout

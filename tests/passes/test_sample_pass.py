@@ -1,5 +1,7 @@
 """Models that do something around their blocks: it is differentiated exactly, or refused."""
 
+from collections import UserDict
+from collections.abc import MutableMapping
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +26,14 @@ class Block(nn.Module):
 
     def forward(self, hidden, extra=None, other=None):
         mixed = hidden.cumsum(1) * self.gate + (0 if extra is None else extra[0])
+        if isinstance(
+            other, MutableMapping
+        ):  # the last block reads what the first has left, and what the second made of it
+            mixed = (
+                mixed + other["table"][0] + sum(part for key, pair in other.items() if key != "table" for part in pair)
+            )
+            other["seen"] = torch.sin(mixed), torch.cos(mixed)
+            other.setdefault("first", (mixed * mixed,))
         out = hidden + torch.tanh(self.inner(mixed))
         return (out, torch.sin(mixed), None) if self.pair else out
 
@@ -42,9 +52,10 @@ class Model(nn.Module):
     def forward(self, input_ids, attention_mask=None, use_cache=False):
         hidden = first = self.embed(input_ids)
         extra, skipped = None, 0
+        shared = UserDict(table=(self.scale * 0.5, None)) if self.way == "shared" else [hidden]
         for place, block in enumerate(self.blocks):
-            if self.way == "state":
-                hidden = block(hidden, other={})
+            if self.way in ("shared", "state"):
+                hidden = block(hidden, other=shared)
             elif self.way == "pair":
                 hidden, seen, _ = block(hidden, extra=None if extra is None else (extra, 1))
                 extra = seen if extra is None else extra  # the first block's second output goes to every later block
@@ -96,7 +107,7 @@ def by_blocks(model):
     return loss, found
 
 
-@pytest.mark.parametrize("way", ["plain", "between", "pair", "first", "parameter"])
+@pytest.mark.parametrize("way", ["plain", "between", "pair", "first", "parameter", "shared"])
 def test_what_lies_around_the_blocks_is_differentiated(way):
     model = Model(way)
     loss, gradients = by_blocks(model)
@@ -109,7 +120,7 @@ def test_what_lies_around_the_blocks_is_differentiated(way):
 
 
 def test_state_handed_from_block_to_block_is_refused():
-    with refused("model-unsupported", "hands its blocks a dict"):
+    with refused("model-unsupported", "hands its blocks a list"):
         by_blocks(Model("state"))
 
 

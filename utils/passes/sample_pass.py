@@ -9,7 +9,7 @@ the head, a cap or a scale on the logits) is differentiated by autograd as it st
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.pair.batches import MicroBatch
 from utils.passes.flows import Arrival, Flow
+from utils.passes.shared_state import Left, entries, left_behind, mappings, put_back, with_copies
 
 HandOver = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Takes a parameter's name, its value and its gradient."""
@@ -27,18 +28,20 @@ HandOver = Callable[[str, torch.Tensor, torch.Tensor], None]
 class _Call:
     """A call that the model made to a block.
 
-    `arrival` is the call with its arguments, None once the way back has passed it; `output` what was returned, whose
-    floating-point tensors are leaves; `entering` the gradients of arguments that the model computed outside its
-    blocks, by place among the differentiable arguments.
+    `arrival` is the call with its arguments (mappings as they were then), None once the way back has passed it; `output`
+    what was returned and `left` what the block left in mappings for later ones, whose floating-point tensors are leaves;
+    `entering` the gradients of arguments that the model computed outside its blocks, by place among the differentiable
+    arguments.
     """
 
     arrival: Arrival | None
     output: Any
+    left: Left
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def leaves(self) -> list[torch.Tensor]:
-        """The output's differentiable tensors."""
-        return _differentiable(self.output)
+        """The differentiable tensors among what the block gave."""
+        return _differentiable((self.output, *self.left.values()))
 
     def arguments(self) -> list[torch.Tensor]:
         """The differentiable tensors among the call's arguments."""
@@ -73,11 +76,18 @@ class SamplePass:
         """
         self.flow.expect(layer)
         arrival = self.flow.arrival
-        _mapped((arrival.args, *arrival.kwargs.values()), _refuse_state)
+        handed = mappings(arrival.args, arrival.kwargs)
+        plain = [
+            value for value in (*arrival.args, *arrival.kwargs.values()) if not any(value is one for one in handed)
+        ]
+        _mapped((*plain, *entries(handed)), _refuse_state)
+        args, kwargs = with_copies(arrival.args, arrival.kwargs)
         with torch.no_grad():
             output = arrival.forward(*arrival.args, **arrival.kwargs)
         output = _mapped(output, _leaf)
-        self.calls.append(_Call(arrival, output))
+        left = {key: _mapped(value, _leaf) for key, value in left_behind(mappings(args, kwargs), handed).items()}
+        put_back(left, handed)
+        self.calls.append(_Call(replace(arrival, args=args, kwargs=kwargs), output, left))
         _run(self.flow, output)
 
     def score(self) -> float:
@@ -108,7 +118,7 @@ class SamplePass:
         """
         call = self.calls[layer]
         given = [leaf.grad for leaf in call.leaves()]
-        outputs, leaves = _computed_again(call.arrival)
+        outputs, leaves = _computed_again(call.arrival, call.left)
         pairs = [
             (output, gradient)
             for output, gradient in zip(outputs, given, strict=True)
@@ -124,7 +134,7 @@ class SamplePass:
         for leaf in call.leaves():
             leaf.grad = None
         if not keep_output:
-            call.output = None
+            call.output, call.left = None, {}
 
     def _take_back(self, call: _Call, place: int, argument: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take the gradient of a block's argument to where it was computed."""
@@ -154,6 +164,7 @@ class SamplePass:
             for place, gradient in call.entering.items():
                 reached.append(arguments[place])
                 gradients.append(gradient)
+            put_back(call.left, mappings(flow.arrival.args, flow.arrival.kwargs))
             _run(flow, call.output)
         loss = _loss(flow)
         flow.close()
@@ -225,8 +236,11 @@ def _loss(flow: Flow) -> torch.Tensor:
         return nn.functional.cross_entropy(logits[0, :-1].float(), targets)
 
 
-def _computed_again(arrival: Arrival) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A block's outputs with a graph of the block alone, and the copies of its differentiable arguments it starts at."""
+def _computed_again(arrival: Arrival, left: Left) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A block's outputs with a graph of the block alone, and the copies of its differentiable arguments it starts at.
+
+    Its outputs are what it returns, and what it leaves in mappings under the keys of `left`.
+    """
     leaves = []
 
     def leaf(value: Any) -> Any:
@@ -235,10 +249,16 @@ def _computed_again(arrival: Arrival) -> tuple[list[torch.Tensor], list[torch.Te
         leaves.append(value.detach().requires_grad_())
         return leaves[-1]
 
-    args = _mapped(arrival.args, leaf)
-    kwargs = {key: _mapped(value, leaf) for key, value in arrival.kwargs.items()}
+    args, kwargs = with_copies(arrival.args, arrival.kwargs)
+    args = _mapped(args, leaf)
+    kwargs = {key: _mapped(value, leaf) for key, value in kwargs.items()}
+    handed = mappings(args, kwargs)
+    for one in handed:
+        for key in sorted(one, key=str):
+            one[key] = _mapped(one[key], leaf)
     with torch.enable_grad():
-        return _floating(arrival.forward(*args, **kwargs)), leaves
+        output = arrival.forward(*args, **kwargs)
+        return _floating((output, *(handed[place][key] for place, key in left))), leaves
 
 
 def _leaf(value: Any) -> Any:
@@ -260,7 +280,8 @@ def _refuse_state(value: Any) -> Any:
 
 
 def _arguments(arrival: Arrival) -> list[torch.Tensor]:
-    return _differentiable((arrival.args, tuple(arrival.kwargs.values())))
+    handed = mappings(arrival.args, arrival.kwargs)
+    return _differentiable((arrival.args, tuple(arrival.kwargs.values()), *entries(handed)))
 
 
 def _differentiable(value: Any) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ to block begins anew.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _digest(tensor: Tensor) -> float:
 def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
-    if isinstance(values, dict):
+    if isinstance(values, Mapping):
         values = [values[key] for key in sorted(values, key=str)]
     return [tensor for one in values for tensor in _tensors(one)] if isinstance(values, (list, tuple)) else []
 

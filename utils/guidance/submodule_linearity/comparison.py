@@ -186,8 +186,13 @@ class _Comparison:
 
             return take
 
+        def entering(path: str) -> Callable[..., None]:
+            return lambda *_: self.outside.entered.add(path)
+
         modules = [(path, self.decoder.model.get_submodule(path)) for path in self.outside.paths]
         handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules]
+        for path in self.outside.around:
+            handles.append(self.decoder.model.get_submodule(path).register_forward_hook(entering(path)))
         try:
             yield
         finally:

@@ -92,7 +92,7 @@ def _merged(
 
 
 def _rows(block: nn.Module, call: Call, passage: Passage) -> torch.Tensor:
-    return passage.rows(block(*call.args, **call.kwargs), "block")
+    return passage.rows(call.made_by(block), "block")
 
 
 def _tried_squares(

@@ -58,11 +58,15 @@ class OutsideChanges:
         self.paths, self.head_path = outside_submodules(base.decoder)
         self.ids = torch.cat([batch.input_ids.flatten() for batch in batches]).unique()
         self.sums_shape = (texts, FOLDS, len(experts), len(experts))
+        self.around = {path.rpartition(".")[0] for path in self.paths}
+        self.entered: set[str] = set()
         self.parts: dict[str, PartChanges] = {}
         self.variants: dict[str, list[Variant]] = {}
 
     def observe(self, path: str, call: Call, layer: int, passage: Passage) -> None:
         """Add a call that the base made, before its blocks (`layer` -1) or behind them."""
+        if _holds_modules(call.module) and not self._in_tower(path):
+            return  # what it holds beside modules is for images (a model of towers has marks between their rows)
         part = self.parts.setdefault(path, self._empty_part(path, layer))
         variants = self.variants_of(path)
         with ExitStack() as stack:
@@ -81,14 +85,19 @@ class OutsideChanges:
         self.variants.clear()
 
     def checked(self, calls: int) -> list[PartChanges]:
-        """The parts, in the model's order, after a check that each was called that often."""
+        """The parts, in the model's order, after a check that each that text reaches was called that often."""
         parts = [self.parts.get(path) or self._empty_part(path, -1) for path in self.paths]
         for part in parts:
-            if part.calls or self._sees_text(part.name):
+            if part.calls or self._is_reached(part.name):
                 part.require_calls(calls, part.name)
         return parts
 
-    def _sees_text(self, path: str) -> bool:
+    def _is_reached(self, path: str) -> bool:
+        """Whether text may use a part's weights without calling it: its surroundings are called, it stands alone."""
+        alone = not _holds_modules(self.base.decoder.model.get_submodule(path))
+        return alone and path.rpartition(".")[0] in self.entered and self._in_tower(path)
+
+    def _in_tower(self, path: str) -> bool:
         """Whether a part belongs to the language tower; others, which text does not reach, keep the base's weights."""
         tower = self.base.decoder.blocks_path.rpartition(".")[0]
         return path.startswith(f"{tower}.") or not any(
@@ -124,7 +133,7 @@ class OutsideChanges:
     def _variant(self, path: str, expert: ComparedModel) -> Variant:
         base, module = (model.decoder.model.get_submodule(path) for model in (self.base, expert))
         own = own_parameters(base)
-        if len(own) < sum(1 for _ in base.parameters()):
+        if _holds_modules(base):
             raise UserError(
                 f"{path} holds parameters beside modules that hold some; this architecture is not supported",
                 "model-unsupported",
@@ -144,6 +153,11 @@ class OutsideChanges:
         rows = torch.zeros(base.shape, dtype=torch.float32, device=self.device)
         rows[there], rows[beyond] = stored[there].float(), base[beyond]
         return rows
+
+
+def _holds_modules(module: nn.Module) -> bool:
+    """Whether modules with parameters are inside a module that has some of its own."""
+    return len(own_parameters(module)) < sum(1 for _ in module.parameters())
 
 
 Head = tuple[torch.Tensor, torch.Tensor | None]  # weight [vocabulary, hidden], bias [vocabulary]

@@ -15,6 +15,7 @@ from utils.guidance.submodule_linearity.gram import gram_matrices, token_rows
 from utils.guidance.submodule_linearity.nonlinearity import GRID, distance_sums, nonlinearity
 from utils.models.decoder import is_linear, weight_matrix
 from utils.models.weight_source import placed
+from utils.passes.shared_state import with_copies
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+
+    def made_by(self, module: nn.Module) -> Any:
+        """What another module returns for the same arguments; it leaves nothing in them for later blocks."""
+        args, kwargs = with_copies(self.args, self.kwargs)
+        return module(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def _interpolated(variant: Variant, call: Call, share: float) -> Any:
 def _evaluated(variant: Variant, call: Call, replaced: Mapping[str, torch.Tensor]) -> Any:
     tensors = {**variant.around, **replaced}
     if not tensors:
-        return variant.module(*call.args, **call.kwargs)
+        return call.made_by(variant.module)
     device = next(iter(tensors.values())).device
     with placed(variant.owner, "", tensors, device):
-        return variant.module(*call.args, **call.kwargs)
+        return call.made_by(variant.module)

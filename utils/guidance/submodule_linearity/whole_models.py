@@ -122,9 +122,9 @@ class WholeModels:
 
     @contextmanager
     def _outside_placed(self, expert: int, share: float, embeddings: bool = True) -> Iterator[None]:
-        """What lies outside the blocks, between the base's and the expert's; the embeddings if they are needed."""
+        """What text has reached outside the blocks, between the base's and the expert's; embeddings if they are needed."""
         model, tensors = self.decoder.model, {}
-        for path in self.outside.paths:
+        for path in self.outside.parts:
             if not embeddings and model.get_submodule(path) is model.get_input_embeddings():
                 continue
             variant = self.outside.variants_of(path)[expert]

@@ -6,6 +6,7 @@ experts token by token in float64; merges with the formula on loaded state dicts
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -23,7 +24,7 @@ import yaml
 from safetensors import safe_open
 from torch import nn
 
-from tests.architectures.shrinking import Row, save_changed, tiny_model
+from tests.architectures.shrinking import VOCABULARY, Row, save_changed, tiny_model
 from tests.tiny_pairs import save_tokenizer
 from utils.errors import run_command
 
@@ -82,7 +83,7 @@ def _save(row: Row, folder: Path) -> None:
     for seed, name in enumerate(SHARES, start=1):
         save_changed(model, folder / name, seed)
     for name in ("base", *SHARES):
-        save_tokenizer(folder / name)
+        save_tokenizer(folder / name, size=VOCABULARY - 2)  # some kinds of tokenizers add a token of their own
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _TEXTS))
     pair = {
         "model_info": [{"name": f"./{name}", "type": name} for name in ("base", *SHARES)],
@@ -203,7 +204,7 @@ def _compare_norms(folder: Path, row: Row) -> None:
         for tensor, value in own.items():
             assert tensor in wanted, f"{tensor} was measured, no hook saw it"
             error = abs(value - wanted[tensor]) / max(wanted[tensor], 1e-30)
-            assert error <= NORM_ERROR, f"norm of {tensor} is {value}, not {wanted[tensor]}"
+            assert error <= NORM_ERROR, f"norm of {tensor} of {name} is {value}, not {wanted[tensor]}"
 
 
 def _plain_norms(folder: Path) -> dict[str, float]:
@@ -218,8 +219,10 @@ def _plain_norms(folder: Path) -> dict[str, float]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_pre_hook(_summing(squares, f"{path}.weight"), with_kwargs=True))
-        elif hasattr(module, "has_gate") and hasattr(module, "down_proj"):
-            handles.append(module.register_forward_pre_hook(_routed(squares, path), with_kwargs=True))
+        elif getattr(module, "down_proj", None) is not None and getattr(module.down_proj, "ndim", 0) == 3:
+            is_told = "top_k_index" in inspect.signature(module.forward).parameters
+            take = _routed(squares, path) if is_told else _sorted(squares, path)
+            handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
     tokens = 0
     with torch.no_grad():
         for text in _TEXTS:
@@ -251,9 +254,9 @@ def _routed(squares: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden, chosen, gates = [*args, *kwargs.values()][:3]
-        first = "gate_up_proj" if module.has_gate else "up_proj"
+        has_gate, turned = getattr(module, "has_gate", True), getattr(module, "is_transposed", False)
+        first = "gate_up_proj" if has_gate else "up_proj"
         up, down = getattr(module, first), module.down_proj
-        turned = module.is_transposed
         shapes = {first: up, "down_proj": down}
         for name, stack in shapes.items():
             key = f"{path}.{name}"
@@ -268,11 +271,32 @@ def _routed(squares: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
             bias = getattr(module, f"{first}_bias", None)
             if bias is not None:
                 middle = middle + bias[expert].double()
-            inner = module._apply_gate(middle[None])[0] if module.has_gate else module.act_fn(middle)
+            inner = module._apply_gate(middle[None])[0] if has_gate else module.act_fn(middle)
             for name, value in ((first, x), ("down_proj", inner)):
                 moment = (gate * value).square()
                 own = squares[f"{path}.{name}"]
                 own[expert] += moment[:, None] if turned else moment[None, :]
+
+    return take
+
+
+def _sorted(squares: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
+    """As `_routed`, for experts that are given every token for every expert, times its gate (0 where it is not asked)."""
+
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        up, down = module.gate_up_proj.double(), module.down_proj.double()
+        inputs = args[0].double().reshape(up.shape[0], -1, up.shape[1])
+        for expert, rows in enumerate(inputs):
+            for row in rows:
+                gate, raised = (row @ up[expert]).chunk(2)
+                for name, stack, value in (
+                    ("gate_up_proj", up, row),
+                    ("down_proj", down, raised * module.act_fn(gate)),
+                ):
+                    key = f"{path}.{name}"
+                    if key not in squares:
+                        squares[key] = torch.zeros(*stack.shape[:2], 1, dtype=torch.float64)
+                    squares[key][expert] += value.square()[:, None]
 
     return take
 

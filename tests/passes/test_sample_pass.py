@@ -35,6 +35,8 @@ class Block(nn.Module):
             other["seen"] = torch.sin(mixed), torch.cos(mixed)
             other.setdefault("first", (mixed * mixed,))
         out = hidden + torch.tanh(self.inner(mixed))
+        if self.pair == "list":
+            return [out, mixed]
         return (out, torch.sin(mixed), None) if self.pair else out
 
 
@@ -44,7 +46,7 @@ class Model(nn.Module):
     def __init__(self, way):
         super().__init__()
         torch.manual_seed(0)
-        self.way, pair = way, way == "pair"
+        self.way, pair = way, {"pair": True, "list": "list"}.get(way, False)
         self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
         self.scale = nn.Parameter(torch.randn(WIDTH))
         self.blocks = nn.ModuleList(Block(pair) for _ in range(BLOCKS))
@@ -63,6 +65,8 @@ class Model(nn.Module):
                 hidden = block(hidden, extra=(first * 0.5,))  # the embedding goes to every block
             elif self.way == "parameter":
                 hidden = block(hidden, extra=(self.scale,))  # a parameter from outside goes to every block
+            elif self.way == "list":
+                hidden = block(hidden)[0]
             else:
                 hidden = block(hidden)
             if self.way == "between" and place + 1 < BLOCKS:
@@ -107,7 +111,7 @@ def by_blocks(model):
     return loss, found
 
 
-@pytest.mark.parametrize("way", ["plain", "between", "pair", "first", "parameter", "shared"])
+@pytest.mark.parametrize("way", ["plain", "between", "pair", "first", "parameter", "shared", "list"])
 def test_what_lies_around_the_blocks_is_differentiated(way):
     model = Model(way)
     loss, gradients = by_blocks(model)

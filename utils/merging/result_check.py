@@ -7,6 +7,7 @@ but no weights enter memory.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.errors import Problem, UserError, raise_collected
@@ -72,7 +73,10 @@ def _loading_problems(folder: Path, settings: MergeSettings) -> Iterator[str]:
     try:
         with quiet_mergekit():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-            model_class = get_auto_cls(config.architectures[0])
+            own = getattr(transformers, config.architectures[0], None)
+            model_class = (
+                own if own is not None and "auto_map" not in vars(config) else get_auto_cls(config.architectures[0])
+            )
             _, report = model_class.from_pretrained(
                 folder,
                 device_map="meta",
@@ -125,7 +129,13 @@ def _vocabulary(
     }
     declared = getattr(config.get_text_config(), "vocab_size", None)
     problems = []
-    if declared is not None and rows and rows != {declared}:
+    donor = plan.inputs.donor.checkpoint.tensors
+    as_before = all(
+        donor[tensor.name].shape == headers[tensor.name].shape
+        for tensor in plan.tensors
+        if tensor.vocabulary_axis is not None and tensor.name in headers and tensor.name in donor
+    )  # some classes have rows beyond their vocab_size
+    if declared is not None and rows and rows != {declared} and not as_before:
         problems.append(f"embeddings have {sorted(rows)} rows, config.json says vocab_size {declared}")
     size = plan.vocabulary.size
     if plan.vocabulary.asked and size is not None and rows != {size}:

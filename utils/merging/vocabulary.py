@@ -82,6 +82,12 @@ def plan_vocabulary(inputs: MergeInputs, architecture: ArchitecturePlan, *, trus
                 "are, the same tensors as by the recipe's tokenizer block, which is skipped"
             )
             return VocabularyPlan(summary, warnings, asked=True)
+        if rows := _rows_beyond_tokens(inputs, architecture, trust_remote_code):
+            summary = (
+                f"tokenizers are byte-identical, and {', '.join(rows)} has rows that stand for no token: rows are merged "
+                "as they are, and the recipe's tokenizer block is skipped"
+            )
+            return VocabularyPlan(summary, warnings, asked=True)
     return _aligned(inputs, architecture, warnings, trust_remote_code)
 
 
@@ -133,6 +139,21 @@ def _one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size
         if rows != {size} or declared != size:
             return False
     return True
+
+
+def _rows_beyond_tokens(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool) -> list[str]:
+    """The embeddings and heads to which the model's class gives another number of rows than its config's vocab_size.
+
+    They are the same in all inputs. Cut to one row per token, such a model would not load.
+    """
+    found: list[dict[str, int]] = []
+    for model in inputs.models:
+        with quiet_mergekit():
+            config = model.reference.config(trust_remote_code)
+        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        rows = embedding_rows(architecture, model.checkpoint)
+        found.append({name: count for name, count in rows.items() if count != declared})
+    return list(found[0]) if all(one == found[0] for one in found) else []
 
 
 def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:

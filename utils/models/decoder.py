@@ -160,6 +160,8 @@ def find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module.parameters())
     }
     if not lists:
+        lists = _lists_that_stay_whole(model)
+    if not lists:
         raise UserError(
             f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported",
             "model-no-blocks",
@@ -171,11 +173,37 @@ def find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
     return path, lists[path]
 
 
+def _lists_that_stay_whole(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of what the model's class calls its blocks, where the config counts layers in another way.
+
+    Some configs count a block with two attentions twice, for the sake of a cache.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    settings = vars(model.config.get_text_config(decoder=True)).items()
+    counts = {value for key, value in settings if "layers" in key and type(value) is int}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) in counts
+        and all(type(one).__name__ in names for one in module)
+    }
+
+
 def _body(model: nn.Module, blocks_path: str) -> nn.Module:
     """The part of a model that ends before its head."""
+    parents = blocks_path.split(".")
+    around = [model.get_submodule(".".join(parents[:end])) for end in range(1, max(2, len(parents)))]
     if model.base_model is not model:
-        return model.base_model
-    return model.get_submodule(blocks_path.partition(".")[0])  # a class whose base_model_prefix names no part of it
+        around.insert(0, model.base_model)
+    # A class whose base_model_prefix names no part of it; a model of towers, of which one is a language model with a head.
+    return next((module for module in around if not holds_head(module, model)), around[0])
+
+
+def holds_head(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a part of a model has the model's head inside."""
+    head = model.get_output_embeddings()
+    return head is not None and any(one is head for one in module.modules())
 
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, str]]:

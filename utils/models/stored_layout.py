@@ -153,6 +153,11 @@ class StoredLayout:
         in_pieces = parameter in self.conversions and self.can_split(parameter)
         return self.split(parameter, value) if in_pieces else {parameter: value}
 
+    def is_part(self, parameter: str) -> bool:
+        """Whether a parameter is one of several that are made of the same stored tensors (of a fused q, k and v, say)."""
+        conversion = self.conversions.get(parameter)
+        return conversion is not None and len(conversion.targets) > 1
+
     def can_split(self, parameter: str) -> bool:
         """Whether `split` works."""
         conversion = self.conversions.get(parameter)

@@ -22,8 +22,8 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.models.decoder import Decoder
-from utils.models.weight_source import WeightSource, placed, share_tied, tied_names
-from utils.passes.block_runner import BlocksInTurn, block_tensor_names
+from utils.models.weight_source import WeightSource, placed, share_tied
+from utils.passes.block_runner import BlocksInTurn, block_tensor_names, shared_in_blocks
 from utils.passes.flows import stops
 from utils.passes.sample_pass import SamplePass, handed_over
 
@@ -261,14 +261,7 @@ def _refuse_short(samples: Sequence[Sequence[int]]) -> None:
 
 def _refuse_shared(decoder: Decoder) -> None:
     """Refuse parameters of a block that are also used elsewhere: a block's gradient would be a part of theirs."""
-    in_blocks = block_tensor_names(decoder)
-    shared = [name for pair in tied_names(decoder.model).items() for name in pair if name in in_blocks]
-    seen: set[int] = set()
-    for block in decoder.blocks:
-        own = {id(module): name for name, module in block.named_modules() if any(True for _ in module.parameters())}
-        shared += [name for key, name in own.items() if key in seen]
-        seen |= own.keys()
-    if shared:
+    if shared := shared_in_blocks(decoder):
         raise UserError(
             f"{type(decoder.model).__name__}: {', '.join(shared[:4])} is shared between decoder blocks or with what "
             "lies outside them; gradients block by block are not supported for it",

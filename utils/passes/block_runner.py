@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils.models.decoder import Decoder
-from utils.models.weight_source import WeightSource, placed, tensor_names
+from utils.models.weight_source import WeightSource, placed, tensor_names, tied_names
 from utils.pair.batches import MicroBatch
 from utils.passes.flows import Flow, stops
 from utils.passes.snapshots import Snapshots, digests
@@ -163,6 +163,18 @@ def block_tensor_names(decoder: Decoder) -> set[str]:
 
 def _names_in_block(decoder: Decoder, layer: int) -> list[str]:
     return tensor_names(decoder.blocks[layer], f"{decoder.blocks_path}.{layer}")
+
+
+def shared_in_blocks(decoder: Decoder) -> list[str]:
+    """The names of parameters and modules of blocks that other blocks, or what lies outside them, use too."""
+    in_blocks = block_tensor_names(decoder)
+    shared = [name for pair in tied_names(decoder.model).items() for name in pair if name in in_blocks]
+    seen: set[int] = set()
+    for block in decoder.blocks:
+        own = {id(module): name for name, module in block.named_modules() if any(True for _ in module.parameters())}
+        shared += [name for key, name in own.items() if key in seen]
+        seen |= own.keys()
+    return shared
 
 
 class BlocksInTurn:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from utils.errors import UserError
-from utils.models.decoder import Decoder
+from utils.models.decoder import Decoder, holds_head
 from utils.models.weight_source import WeightSource, placed, share_tied, tied_names
 
 ToLogits = Callable[[torch.Tensor], torch.Tensor]
@@ -118,6 +118,7 @@ def _outside_body(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 
 def _around_blocks(decoder: Decoder) -> list[nn.Module]:
-    """The modules, other than the model itself, that hold the list of blocks."""
-    parents = decoder.blocks_path.split(".")[:-1]
-    return [decoder.model.get_submodule(".".join(parents[: end + 1])) for end in range(len(parents))]
+    """The modules before the head that hold the list of blocks."""
+    parents, model = decoder.blocks_path.split(".")[:-1], decoder.model
+    around = [model.get_submodule(".".join(parents[: end + 1])) for end in range(len(parents))]
+    return [module for module in around if not holds_head(module, model)]

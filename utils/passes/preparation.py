@@ -97,7 +97,9 @@ def _subject(
     checkpoint = open_checkpoint(entry.name, entry.revision)
     dtype = getattr(torch, _dtype_of(checkpoint, precision, config.parity))
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
+    _refuse_looking_ahead(model, where)
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
+    _refuse_shared(decoder, where)
     layout = stored_layout(model, checkpoint)
     _refuse_incomplete(decoder, layout, where)
     _refuse_integer_weights(checkpoint, layout, model)
@@ -141,7 +143,7 @@ def check_tokens(model: Any, longest: int, top: int, where: str) -> int:
         UserError: it has not.
     """
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and longest > positions:
+    if positions and 0 < positions < longest:
         raise UserError(
             f"{where} has {positions} positions, but samples reach {longest} tokens; lower seqlen", "text-too-long"
         )
@@ -171,6 +173,30 @@ def _refuse_incomplete(decoder: "Decoder", layout: "StoredLayout", where: str) -
             f"{where}: its weights lack {', '.join(absent[:4])}{more}, which config.json makes the model have; is the "
             "checkpoint complete?",
             "model-incomplete",
+        )
+
+
+def _refuse_looking_ahead(model: Any, where: str) -> None:
+    """Refuse a model whose text attends to later tokens: it predicts no next token, and padding changes what it computes."""
+    if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", None) is True:
+        raise UserError(
+            f"{where}: its tokens attend to later ones (use_bidirectional_attention in config.json), so text says nothing "
+            "about how it predicts; merge it with the same coefficients everywhere (utils/merger.py with a recipe of your "
+            "own)",
+            "model-not-causal",
+        )
+
+
+def _refuse_shared(decoder: "Decoder", where: str) -> None:
+    """Refuse blocks that have parameters in common: what one of them is to be merged with, the others would be too."""
+    from utils.passes.block_runner import shared_in_blocks
+
+    if shared := shared_in_blocks(decoder):
+        raise UserError(
+            f"{where}: {', '.join(shared[:2])} of its decoder blocks are shared with other blocks or with what lies outside "
+            "them, so that no block can be measured on its own; merge it with the same coefficients everywhere "
+            "(utils/merger.py with a recipe of your own)",
+            "model-unsupported",
         )
 
 

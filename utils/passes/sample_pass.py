@@ -84,7 +84,7 @@ class SamplePass:
         args, kwargs = with_copies(arrival.args, arrival.kwargs)
         with torch.no_grad():
             output = arrival.forward(*arrival.args, **arrival.kwargs)
-        output = _mapped(output, _leaf)
+        output = _mapped(_as_tuple(output), _leaf)
         left = {key: _mapped(value, _leaf) for key, value in left_behind(mappings(args, kwargs), handed).items()}
         put_back(left, handed)
         self.calls.append(_Call(replace(arrival, args=args, kwargs=kwargs), output, left))
@@ -258,7 +258,12 @@ def _computed_again(arrival: Arrival, left: Left) -> tuple[list[torch.Tensor], l
             one[key] = _mapped(one[key], leaf)
     with torch.enable_grad():
         output = arrival.forward(*args, **kwargs)
-        return _floating((output, *(handed[place][key] for place, key in left))), leaves
+        return _floating((_as_tuple(output), *(handed[place][key] for place, key in left))), leaves
+
+
+def _as_tuple(output: Any) -> Any:
+    """What a block returned; some return a list."""
+    return tuple(output) if isinstance(output, list) else output
 
 
 def _leaf(value: Any) -> Any:

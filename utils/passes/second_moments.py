@@ -53,6 +53,7 @@ class SecondMoments:
         self.paths, self.gather = tuple(paths), gather
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
+        self.unfit: dict[str, str] = {}  # why a part cannot be measured
         self.batch: MicroBatch | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._real_rows: torch.Tensor | None = None  # of a padded micro-batch, where rows are gathered
@@ -60,7 +61,7 @@ class SecondMoments:
     @contextlib.contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
         """Start from zero and observe a block while the context lasts."""
-        self.sums, self.tokens, self._last = {}, dict.fromkeys(self.paths, 0), None
+        self.sums, self.tokens, self.unfit, self._last = {}, dict.fromkeys(self.paths, 0), {}, None
         handles = [
             block.get_submodule(path).register_forward_pre_hook(self._hook(path), with_kwargs=True)
             for path in self.paths
@@ -87,41 +88,42 @@ class SecondMoments:
         Args:
             layer: the block, for messages.
             expected_tokens: how many there were.
-            passing_over: leave out parts that are never called as modules (their weights are used in another way).
+            passing_over: leave out parts that do not process each token once (a convolution's, routers that are called
+                twice), or are never called as modules.
 
         Raises:
             UserError: a part saw more or fewer tokens, so that its statistic would not mean what it says.
         """
+        unfit = dict(self.unfit)
         for path, seen in self.tokens.items():
-            if passing_over and not seen:
-                continue
             if seen != expected_tokens:
-                raise UserError(
-                    f"{path} of block {layer} saw {seen} tokens where the text has {expected_tokens}; it does not "
-                    "process each token once and cannot be measured (leave it out of components)",
-                    "model-unsupported",
-                )
-        return self.sums
+                unfit.setdefault(path, f"saw {seen} tokens where the text has {expected_tokens}")
+        if unfit and not passing_over:
+            path, reason = next(iter(unfit.items()))
+            raise UserError(
+                f"{path} of block {layer} {reason}; it does not process each token once and cannot be measured (leave it "
+                "out of components)",
+                "model-unsupported",
+            )
+        return {path: sums for path, sums in self.sums.items() if path not in unfit}
 
     def _hook(self, path: str):
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
+            places = self.batch.input_ids.numel()
+            if x.numel() != places * x.shape[-1]:
+                self.unfit[path] = f"is given {x.numel() // x.shape[-1]} rows for {places} tokens"
+                return
             if self._last is None or self._last[0] is not x:
-                self._last = (x, self._sums_over_real_tokens(x, path))
+                self._last = (x, self._sums_over_real_tokens(x))
             sums = self._last[1]
             self.sums[path] = self.sums[path] + sums if path in self.sums else sums
             self.tokens[path] += self.batch.tokens
 
         return observe
 
-    def _sums_over_real_tokens(self, x: torch.Tensor, path: str) -> torch.Tensor:
+    def _sums_over_real_tokens(self, x: torch.Tensor) -> torch.Tensor:
         samples, length = self.batch.input_ids.shape
-        if x.numel() != samples * length * x.shape[-1]:
-            raise UserError(
-                f"{path} is given {x.numel() // x.shape[-1]} rows for {samples * length} tokens; it does not process "
-                "each token once and cannot be measured (leave it out of components)",
-                "model-unsupported",
-            )
         if self.batch.mask is None:
             return column_square_sums(x.reshape(-1, x.shape[-1]))
         if x.device.type != "cpu" if self.gather is None else self.gather:

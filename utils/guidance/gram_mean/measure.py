@@ -1,6 +1,7 @@
 """gram_mean, measure half: losses, Gram matrices and squared gradients of every expert on its own text."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
-from utils.models.decoder import is_transposed, weight_matrix
+from utils.models.decoder import Component, is_transposed, weight_matrix
 from utils.models.stored_layout import stored_layout
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, first_stored_name, stored_as
+from utils.passes.subjects import StoredPart, Subject, first_stored_name, stored_as
 from utils.recipes.gram_file import GramFileWriter
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
@@ -152,8 +153,8 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
             for part in both.parts:
                 on_inputs(part.layer, part.inputs)
                 for parameter, axes in part.axes.items():
-                    is_piece = parameter in models.base.checkpoint.tensors
-                    file.add_axes(parameter if is_piece else first_stored_name(models.named, parameter), axes)
+                    if (stored := _stored_alone(models, parameter)) is not None:
+                        file.add_axes(stored, axes)
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
@@ -173,6 +174,15 @@ def _finite(expert: Subject) -> Iterator[None]:
         ) from error
 
 
+def _stored_alone(models: _Models, name: str) -> str | None:
+    """The stored tensor that a parameter, or a piece of one, is; None where it is only a part of one, or several."""
+    if name in models.base.checkpoint.tensors:
+        return name
+    layout, own = stored_as(models.named, name)
+    stored = layout.stored_names(own)
+    return stored[0] if len(stored) == 1 and not layout.is_part(own) else None
+
+
 def _names(models: _Models) -> set[str]:
     """The names in the checkpoints of everything that may be written."""
     found = set()
@@ -189,17 +199,24 @@ def _write_inputs(
     """Write a block's Gram matrices of inputs; rows of the table of tensors."""
     base = models.base
     for shared in inputs:
-        names = [base.decoder.weight_name(layer, component) for component in shared.components]
-        stored = [base.stored_name(name) for name in names]
+        stored = [part for component in shared.components for part in _with_the_same_inputs(base, layer, component)]
+        if not stored:
+            continue
         module = base.decoder.blocks[layer].get_submodule(shared.components[0].path)
-        file.add_inputs(stored[0], 0 if is_transposed(module) else 1, shared.gram, stored[1:])
-        for component, name, tensor in zip(shared.components, names, stored, strict=True):
-            place = (models.expert.entry.type, layer, component.name, tensor, _params(base, name))
-            yield (*place, len(shared.gram), shared.tokens)
+        file.add_inputs(
+            stored[0].tensor, 0 if is_transposed(module) else 1, shared.gram, [one.tensor for one in stored[1:]]
+        )
+        for part in stored:
+            params = math.prod(base.checkpoint.tensors[part.tensor].shape)
+            yield models.expert.entry.type, layer, part.name, part.tensor, params, len(shared.gram), shared.tokens
 
 
-def _params(subject: Subject, name: str) -> int:
-    return subject.decoder.model.get_parameter(name).numel()
+def _with_the_same_inputs(base: Subject, layer: int, component: Component) -> list[StoredPart]:
+    """The stored tensors of a linear part that have its inputs: itself, or the pieces it is stored in."""
+    name = base.decoder.weight_name(layer, component)
+    if base.layout.is_part(name) or not base.layout.can_split(name):
+        return []
+    return base.parts(layer, component)
 
 
 def _file_bytes(expert: Subject) -> int:

@@ -264,6 +264,9 @@ def _taken(
         yield parts[0], norms[place], None
     elif place in stacks:
         stack = stacks[place]
+        if stack.tokens is None:
+            yield from ((part, stack.norms[part.tensor], None) for part in parts)
+            return
         counts = [int(count) for count in stack.tokens.tolist()]
         conversion = subject.layout.conversions.get(subject.decoder.weight_name(layer, component))
         own = [None] if conversion is None else conversion.ordinals  # one tensor holds all experts, or each has its own

@@ -17,14 +17,15 @@ from utils.passes.second_moments import SecondMoments
 
 @dataclass(frozen=True)
 class StackNorms:
-    """The norms of a component that is a mixture's experts: by stored tensor, and how many tokens each expert had."""
+    """The norms of a component that is stored in several tensors, by their names; of experts also each one's tokens."""
 
     norms: dict[str, torch.Tensor]
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
 
     def on_cpu(self) -> "StackNorms":
         """The same on the CPU."""
-        return StackNorms({name: norm.cpu() for name, norm in self.norms.items()}, self.tokens.cpu())
+        tokens = None if self.tokens is None else self.tokens.cpu()
+        return StackNorms({name: norm.cpu() for name, norm in self.norms.items()}, tokens)
 
 
 class LewisVisitor:
@@ -81,13 +82,17 @@ class LewisVisitor:
         self.moments.begin(batch)
         self.experts.begin(batch)
 
-    def state(self) -> list[tuple[int, str, torch.Tensor]]:
+    def state(self) -> dict[str, list[tuple]]:
         """The norms of the blocks that are done."""
-        return [(layer, name, norm) for (layer, name), norm in self.norms.items()]
+        stacks = [(layer, name, one.norms, one.tokens) for (layer, name), one in self.stacks.items()]
+        return {"norms": [(layer, name, norm) for (layer, name), norm in self.norms.items()], "stacks": stacks}
 
-    def restore(self, state: list[tuple[int, str, torch.Tensor]], device: torch.device) -> None:
+    def restore(self, state: dict[str, list[tuple]], device: torch.device) -> None:
         """Take up the norms of an earlier run."""
-        self.norms = {(layer, name): norm.to(device) for layer, name, norm in state}
+        self.norms = {(layer, name): norm.to(device) for layer, name, norm in state["norms"]}
+        for layer, name, norms, tokens in state["stacks"]:
+            there = {stored: norm.to(device) for stored, norm in norms.items()}
+            self.stacks[layer, name] = StackNorms(there, None if tokens is None else tokens.to(device))
 
     def finish(self, layer: int, block: nn.Module) -> None:
         """Take the block's norms, then prune it if asked."""
@@ -95,8 +100,7 @@ class LewisVisitor:
         moments = {path: sums / self.divisor for path, sums in checked.items()}
         for component in self.decoder.components_of(layer):
             if component.path in moments:
-                weight = weight_matrix(block.get_submodule(component.path))
-                self.norms[layer, component.name] = metric_norm(weight, moments[component.path])
+                self._take_linear(layer, component, block.get_submodule(component.path), moments[component.path])
         self._take_experts(layer, block)
         if not self.rewrites:
             return
@@ -104,6 +108,15 @@ class LewisVisitor:
             module = block.get_submodule(path)
             new = pruned(weight_matrix(module), moment, self.sparsity_ratio)
             module.weight = nn.Parameter(new.t() if is_transposed(module) else new, requires_grad=False)
+
+    def _take_linear(self, layer: int, component: Component, module: nn.Module, moments: torch.Tensor) -> None:
+        name, key = self.decoder.weight_name(layer, component), (layer, component.name)
+        if self.layout is None or len(self.layout.stored_names(name)) < 2:
+            self.norms[key] = metric_norm(weight_matrix(module), moments)
+            return
+        metric = weight_matrix(module).float().square() * moments.float()
+        pieces = self.layout.split(name, metric.t() if is_transposed(module) else metric)
+        self.stacks[key] = StackNorms({one: part.sum(dtype=torch.float64).sqrt() for one, part in pieces.items()}, None)
 
     def _take_experts(self, layer: int, block: nn.Module) -> None:
         for component, sums in self.experts.checked(layer).items():

@@ -63,7 +63,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
             tensor, *pieces = layout.stored_names(own)
             if not all(bool(axis.isfinite().all()) for axis in axes):
                 raise _not_finite(tensor, base, expert)
-            if not pieces:
+            if not pieces and not layout.is_part(own):
                 vectors[tensor] = axes
         return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses)
 

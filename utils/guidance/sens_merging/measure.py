@@ -132,7 +132,7 @@ def _tensor_rows(base: Subject) -> list[tuple[str, int, str, int]]:
             "weigh; save the whole model, with its head",
             "model-no-head",
         )
-    return rows
+    return list({row[0]: row for row in reversed(rows)}.values())[::-1]  # what holds several parameters comes once
 
 
 def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tuple[str, str, str, float]]:
@@ -141,9 +141,12 @@ def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tu
     A tied parameter has the other one's sensitivity, and names it: the two are one layer.
     """
     tied = tied_names(expert.decoder.model)
+    sums: dict[str, float] = {}
     for name, value in found.outside.items():
         for stored in base.layout.stored_names(name):
-            yield expert.entry.type, stored, "", value
+            sums[stored] = sums.get(stored, 0.0) + value  # one that holds several parameters has the sum of theirs
+    for stored, value in sums.items():
+        yield expert.entry.type, stored, "", value
     for name, other in tied.items():
         if name in base.layout and name not in found.outside and other in found.outside:
             yield expert.entry.type, base.stored_name(name), base.stored_name(other), found.outside[other]

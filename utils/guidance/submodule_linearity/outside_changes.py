@@ -133,9 +133,9 @@ class OutsideChanges:
     def _variant(self, path: str, expert: ComparedModel) -> Variant:
         base, module = (model.decoder.model.get_submodule(path) for model in (self.base, expert))
         own = own_parameters(base)
-        if _holds_modules(base):
+        if _holds_modules(base) and self.base.decoder.blocks_path.startswith(f"{path}." if path else ""):
             raise UserError(
-                f"{path} holds parameters beside modules that hold some; this architecture is not supported",
+                f"{path} holds parameters beside the decoder blocks; this architecture is not supported",
                 "model-unsupported",
             )
         if module is expert.decoder.model.get_input_embeddings() and isinstance(module, nn.Embedding):
@@ -143,7 +143,8 @@ class OutsideChanges:
         else:
             fetched = expert.weights.fetch([f"{path}.{name}" for name in own])
             tensors = {name: fetched[f"{path}.{name}"] for name in own}
-        return Variant(module, module, own, tensors, {})
+        around = {name: value for name, value in base.named_parameters() if name not in own}
+        return Variant(module, module, own, tensors, around)
 
     def _seen_rows(self, path: str, expert: ComparedModel, base: torch.Tensor) -> torch.Tensor:
         """An expert's embedding with only the rows filled that the text uses; the base's where it has no such row."""

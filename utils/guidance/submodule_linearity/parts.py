@@ -76,7 +76,7 @@ def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
             continue
         elif id(module) in body:
             paths.append(path)
-        else:
+        elif not _is_tower(decoder):
             others.append(path)
     if head_path is None or others:
         problem = f"{', '.join(others)} are neither body nor head" if others else "it has no language-model head"
@@ -85,6 +85,11 @@ def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
             "model-unsupported",
         )
     return paths, head_path
+
+
+def _is_tower(decoder: Decoder) -> bool:
+    """Whether the body is a language tower beside others, which text does not reach: it has a config of its own."""
+    return getattr(decoder.body, "config", None) is not decoder.model.config
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -220,8 +220,8 @@ def _plain_norms(folder: Path) -> dict[str, float]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_pre_hook(_summing(squares, f"{path}.weight"), with_kwargs=True))
         elif getattr(module, "down_proj", None) is not None and getattr(module.down_proj, "ndim", 0) == 3:
-            is_told = "top_k_index" in inspect.signature(module.forward).parameters
-            take = _routed(squares, path) if is_told else _sorted(squares, path)
+            is_routed = "top_k_index" in inspect.signature(module.forward).parameters
+            take = _routed(squares, path) if is_routed else _sorted(squares, path)
             handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
     tokens = 0
     with torch.no_grad():

@@ -71,8 +71,10 @@ def recipe_on(pair: Pair, device: str) -> tuple[Path, str]:
 def lines(seed: int, trained: Trained, texts: Texts, judge: Judge, device: str) -> Iterator[Line]:
     """All merges of a seed."""
     for text, rows in [*((OWN, rows) for rows in ROWS_OF_TEXT), (HALF, ROWS_OF_TEXT[-1]), (SWAPPED, ROWS_OF_TEXT[-1])]:
-        folder = judge.pair.folder / "calibration_text" / f"{text} {rows}"
-        recipe, refused = recipe_on(lay_out(trained, other_texts(texts, rows, text), folder), device)
+        pair = judge.pair
+        if (text, rows) != (OWN, CALIBRATION_SAMPLES):  # else what all benchmarks measure
+            pair = lay_out(trained, other_texts(texts, rows, text), pair.folder / "calibration_text" / f"{text} {rows}")
+        recipe, refused = recipe_on(pair, device)
         for task, kept in shares_kept(judge, judge.recipe_losses(recipe, TEST), TEST).items():
             yield Line(seed, text, rows, refused, task, kept)
 

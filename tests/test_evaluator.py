@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaluator.py
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -16,9 +17,9 @@ import yaml
 
 from tests.commands_here import run_here
 from tests.refusals import refusal_code
-from tests.tiny_evaluations import save_evaluated_pair, task_file, write_rows
+from tests.tiny_evaluations import plain_losses, save_evaluated_pair, task_file, write_rows
 from tests.tiny_merges import merge_here, recipe, write_recipe
-from tests.tiny_pairs import contents, write_config
+from tests.tiny_pairs import contents, save_tokenizer, write_config
 from utils.commands.evaluation_folder import read_evaluation
 from utils.merging.recipe_file import read_recipe
 
@@ -224,18 +225,64 @@ def test_answers_stand_on_the_page_and_are_given_once(run, pair):
 
 def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
-    keys = read_keys(pair)
-    keys["evaluation"]["math"]["lm_eval"] = [str(task_file(tmp_path))]
+    keys = read_keys(pair) | {"evaluation": {"arithmetic": {"lm_eval": [str(task_file(tmp_path))]}}}
     done = run("out/recipes/first.yaml", "--no-controls", config=write_config(tmp_path, keys), out="out/lm_eval")
     assert done.returncode == 0, done.stderr
+    losses = table(pair, "out/lm_eval").query("measure == 'loss'")
+    assert set(losses["task"]) == {"code", "math"}  # each expert's own text, where no task names one
     scores = table(pair, "out/lm_eval").query("measure == 'acc'")
     samples = pd.read_parquet(pair / "out/lm_eval/lm_eval_samples.parquet").query("metric == 'acc'")
     assert scores.set_index("candidate")["value"].to_dict() == samples.groupby("candidate")["value"].mean().to_dict()
     assert len(scores) == 4 and "tiny_choice acc: first" in done.stdout
     unsafe = task_file(tmp_path, "tiny_unsafe", "unsafe_code: true")
-    keys["evaluation"]["math"]["lm_eval"] = [str(unsafe)]
+    keys["evaluation"]["arithmetic"]["lm_eval"] = [str(unsafe)]
     refused = run(config=write_config(tmp_path, keys), out="out/bad")
     assert refusal_code(refused) == "lm-eval-unsafe-code"
+
+
+def test_chat_rows_are_what_the_template_makes_of_them(run, tmp_path):
+    """Calibrated on and scored: written out here by hand, with one token per character."""
+    from tests.evaluation.test_tasks import CHAT
+
+    folder = save_evaluated_pair(tmp_path / "chat")
+    for name in ("base", "code", "math"):
+        save_tokenizer(folder / name, chat_template=CHAT)
+    asked = [("hi " + "?" * (n % 5), f"yes {n}.") for n in range(40)]
+    lines = [
+        {"turns": [{"role": "user", "content": one}, {"role": "assistant", "content": other}]} for one, other in asked
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = [{"question": one, "answer": other} for one, other in asked[:20]]
+    (folder / "columns.jsonl").write_text("".join(json.dumps(line) + "\n" for line in columns))
+    turns = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
+    chat = {"path": str(folder / "chat.jsonl"), "messages": "turns", "seqlen": 64}
+    made = {"path": str(folder / "columns.jsonl"), "chat": turns, "seqlen": 64}
+    keys = read_keys(folder) | {"calibration": {"code": made, "math": made}, "evaluation": {"chat": chat}}
+    config = write_config(folder, keys | {"dataset": made})
+    done = run("--no-controls", config=config, out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+    def ids(text: str) -> list[int]:
+        return [3 + ord(letter) - 32 for letter in text]
+
+    samples = pd.read_parquet(tmp_path / "out/samples.parquet").query("candidate == 'code'")
+    expected = []
+    for place in samples["place"]:
+        question, answer = asked[int(place.split(":")[1])]
+        prompt = [0, *ids("<|user|>"), *ids(question), 1, *ids("<|assistant|>")]
+        expected.append(([*prompt, *ids(answer), 1], len(prompt)))
+    assert samples["tokens"].tolist() == [len(whole) - first for whole, first in expected]
+    assert samples["nll"].tolist() == pytest.approx(plain_losses(folder / "code", expected), rel=1e-4)
+    measured = run_here("lewis_importance.py", "--config", config, "--out_dir", tmp_path / "dfs", cwd=folder)
+    assert measured.returncode == 0, measured.stderr
+    sample = json.loads((tmp_path / "dfs/manifest.json").read_text())["samples"][0]
+    encoded = []
+    for row in sample["rows"]:
+        question, answer = asked[row]
+        whole = [0, *ids("<|user|>"), *ids(question), 1, *ids("<|assistant|>"), *ids(answer), 1]
+        encoded.append(whole)
+    models = json.loads((tmp_path / "dfs/manifest.json").read_text())["models"]
+    assert {one["token_sha256"] for one in models} == {hashlib.sha256(repr(encoded).encode()).hexdigest()}
 
 
 def test_help_explains_every_flag(run_command_line):

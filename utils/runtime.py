@@ -178,6 +178,13 @@ def available_host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def peak_host_bytes() -> int:
+    """The most memory of the host that this process has held so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def return_freed_memory() -> None:
     """Hand memory that was freed back to the system, where the C library can (glibc keeps much of it otherwise)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -184,3 +184,14 @@ def test_a_text_of_a_third_kind(tmp_path):
     write_rows(tmp_path / "prose.jsonl", "thrice", 40)
     *_, last = evaluation_rows(pair(tmp_path, general={"path": str(tmp_path / "prose.jsonl"), "text": TEXT}))
     assert last.name == module.GENERAL and not last.measures_gain and last.experts == ()
+
+
+def test_without_a_text_for_losses_they_are_of_each_experts_own(tmp_path):
+    """Where `evaluation` names tasks of lm-eval's alone."""
+    own = evaluation_rows(pair(tmp_path, evaluation={}))
+    alone = evaluation_rows(pair(tmp_path, evaluation={"math": {"lm_eval": ["gsm8k"]}, "more": {"lm_eval": "mbpp"}}))
+    assert [task.digest for task in alone] == [task.digest for task in own]
+    beside = {"path": str(tmp_path / "math.jsonl"), "text": TEXT}
+    assert [
+        task.name for task in evaluation_rows(pair(tmp_path, evaluation={"more": {"lm_eval": "x"}, "math": beside}))
+    ] == ["math"]

@@ -115,9 +115,12 @@ def test_tasks_that_run_code_or_have_no_data_are_refused_before_a_model_is_loade
 
 
 @pytest.mark.slow  # reads all of lm-eval's own tasks
-def test_a_task_that_is_unknown(tmp_path):
+def test_a_task_that_is_unknown_or_whose_data_are_not_here(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
     from utils.evaluation.lm_eval_scores import find_tasks
 
     with refused("lm-eval-unknown-task"):
         find_tasks(["no_such_task"], confirmed=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with refused("lm-eval-no-data"):
+        find_tasks(["gsm8k"], confirmed=False)

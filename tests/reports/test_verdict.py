@@ -15,7 +15,7 @@ def test_better():
     assert found.outcome is Outcome.BETTER
     assert found.sentence == (
         "ours is better than plain, the best uniform merge: it keeps 56.0% of the experts' gain over the base, "
-        "21.0 points more than plain (95% interval +17.2 to +24.8)."
+        "21.0 points more (95% interval +17.2 to +24.8)."
     )
 
 

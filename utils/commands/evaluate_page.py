@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.commands.evaluate_tables import accuracy_cells
@@ -28,6 +29,7 @@ from utils.reports.values import (
     Verdict,
 )
 from utils.reports.verdict import judge
+from utils.runtime import peak_host_bytes
 
 if TYPE_CHECKING:
     from utils.commands.evaluated import Evaluated, Generated
@@ -139,7 +141,12 @@ def _recipe(scorer: "Scorer", evaluated: "Evaluated") -> Recipe | None:
     winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
     if winner is None or winner.recipe is None:
         return None
-    return planned_recipe(scorer.planned(winner))
+    return planned_recipe(scorer.planned(winner), model_types(scorer))
+
+
+def model_types(scorer: "Scorer") -> dict[Path, str]:
+    """What the pair config calls its models, by their folders."""
+    return {checkpoint.folder: name for name, checkpoint in scorer.inputs.items()}
 
 
 def _notes(scorer: "Scorer", evaluated: "Evaluated") -> Iterator[str]:
@@ -193,6 +200,7 @@ def _run(scorer: "Scorer", evaluated: "Evaluated", request: Mapping[str, Any]) -
         seeds=(("merge", settings["random_seed"]),),
         device=settings["device"],
         seconds=evaluated.seconds,
+        memory=peak_host_bytes(),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         facts=(("dtype", settings["dtype"]), ("tokens at a time", str(settings["batch_tokens"]))),
     )

@@ -14,7 +14,7 @@ from utils.reports.card_table import evaluation_section, inputs_section, model_i
 from utils.reports.page import render
 from utils.reports.values import Run
 from utils.reports.verdict import judge
-from utils.runtime import versions
+from utils.runtime import peak_host_bytes, versions
 
 
 def card_addition(ready: PlannedMerge, measured: Measured | None) -> CardAddition:
@@ -36,6 +36,7 @@ def report_html(ready: PlannedMerge, measured: Measured | None, seconds: float) 
         seeds=(("merge", ready.settings.random_seed),),
         device=ready.device,
         seconds=seconds,
+        memory=peak_host_bytes(),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     page = merge_page(ready, run)

@@ -6,7 +6,9 @@ page = Page(..., recipe=planned_recipe(planned), run=Run(models=model_records(pl
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 from utils.merging.model_card import OWN_METHOD_WORDS, shown_recipe
 from utils.merging.parameters import input_values
@@ -21,8 +23,13 @@ _WEIGHT = ".weight"
 _SHOWN = 4  # significant digits of a fact
 
 
-def planned_recipe(planned: PlannedMerge) -> Recipe:
-    """What a recipe comes to, tensor by tensor: its settings, and heatmaps of what differs between tensors."""
+def planned_recipe(planned: PlannedMerge, called: Mapping[Path, str] = MappingProxyType({})) -> Recipe:
+    """What a recipe comes to, tensor by tensor: its settings, and heatmaps of what differs between tensors.
+
+    Args:
+        planned: the merge.
+        called: what to call its models, by their folders; the others are called as the recipe does.
+    """
     plan = planned.plan
     method = plan.method
     facts = [("merge method", method.spec.name)]
@@ -32,7 +39,7 @@ def planned_recipe(planned: PlannedMerge) -> Recipe:
     facts += [(name, _shown(value)) for name, value in shared.items() if _is_setting(value)]
     facts += [("computed in", plan.dtype or "the inputs' dtype"), ("saved in", plan.out_dtype)]
     heatmaps = []
-    for label, name, tensors in _numbers(plan):
+    for label, name, tensors in _numbers(plan, called):
         if len({value for _, value in tensors}) == 1:
             facts.append((f"{name}, {label}", _shown(tensors[0][1])))
             continue
@@ -84,7 +91,9 @@ def merge_page(planned: PlannedMerge, run: Run) -> Page:
     )
 
 
-def _numbers(plan: MergePlan) -> Iterator[tuple[str, str, list[tuple[OutputTensor, float]]]]:
+def _numbers(
+    plan: MergePlan, called: Mapping[Path, str]
+) -> Iterator[tuple[str, str, list[tuple[OutputTensor, float]]]]:
     """Each expert's own numeric parameters: its label, the parameter's name, and the tensors with their values."""
     for model in plan.inputs.models:
         if model.reference == plan.inputs.config.base_model:
@@ -95,7 +104,7 @@ def _numbers(plan: MergePlan) -> Iterator[tuple[str, str, list[tuple[OutputTenso
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     found.setdefault(name, []).append((tensor, float(value)))
         for name, tensors in sorted(found.items()):
-            yield model.label, name, tensors
+            yield called.get(model.checkpoint.folder, model.label), name, tensors
 
 
 def layer_heatmap(

@@ -2,9 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from utils.commands.measure import measure_pair
@@ -17,22 +15,16 @@ from utils.evaluation.tasks import task_texts
 from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
-from utils.runtime import available_host_bytes, gigabytes, quiet_libraries, versions_line
+from utils.runtime import quiet_libraries, versions_line
 from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:
     from utils.evaluation.placing import Cluster
-    from utils.searching.forecast import Pace
-    from utils.searching.rounds import Round
     from utils.searching.study import SearchStudy
     from utils.workers.ray_cluster import RayWorkers
 
 
 _TASKS = ".scoring.part"  # in the output folder
-
-
-class Enough(Exception):
-    """The time or disk that was allowed is used up: what runs is left for the next time, the search ends."""
 
 
 def search_pair(options: SearchOptions) -> None:
@@ -43,6 +35,7 @@ def search_pair(options: SearchOptions) -> None:
     """
     from utils.searching.storage import STORAGE, require_optuna, storage_guarded
 
+    start = time.perf_counter()
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
     require_optuna()
@@ -57,7 +50,7 @@ def search_pair(options: SearchOptions) -> None:
         if options.measure:
             _measure_missing(options)
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
-            ready = prepare_search(options, say, cluster=cluster)
+            ready = prepare_search(options, say, cluster=cluster, start=start)
             try:
                 stopped = _run(ready)
                 publish_results(ready, stopped, say)
@@ -120,10 +113,12 @@ def _measure_missing(options: SearchOptions) -> None:
 
 def _run(ready: Prepared) -> str:
     """Batch after batch until there are as many trials as asked for; returns why it stopped before, or nothing."""
+    from utils.commands.search_watch import Enough, Watch
+
     options, study, search = ready.options, ready.study, ready.search
     done = sum(trial.state.is_finished() for trial in study.trials)
     with progress_bar("searching", options.trials, "trial", quiet=options.quiet, initial=done) as bar:
-        watch = _Watch(ready, bar.write if not options.quiet else (lambda line: None))
+        watch = Watch(ready, bar.write if not options.quiet else (lambda line: None))
         search.on_round, search.may_score = watch.on_round, watch.may_score
         try:
             while (following := study.next_batch(options.trials, options.batch)) is not None:
@@ -145,79 +140,3 @@ def _refuse_nothing_left(study: "SearchStudy", batch: int) -> None:
             f"{trials[0].user_attrs.get('failure', '')}",
             "search-all-failed",
         )
-
-
-@dataclass
-class _Watch:
-    """Watches time and disk while a search runs, and tells after its first round what the rest will take."""
-
-    ready: Prepared
-    write: Callable[[str], None]
-    batches_left: int = 1
-    pace: "Pace | None" = None
-
-    def may_score(self, candidates: int, losses: int) -> None:
-        """Raise `Enough` if a round would go over the time, or the folder is over the disk, that is allowed."""
-        options = self.ready.options
-        if options.max_hours is not None and self.pace is not None:
-            used = time.perf_counter() - self.ready.start
-            needed = self.pace.seconds(candidates, losses) + self._end_seconds()
-            if used + needed > 3600 * options.max_hours:
-                raise Enough(f"--max_hours {options.max_hours:g}: a round more would take too long")
-        if options.max_disk is not None and (size := folder_bytes(options.out_dir)) > options.max_disk:
-            raise Enough(f"--max_disk: {options.out_dir} holds {gigabytes(size)}")
-
-    def on_round(self, done: "Round") -> None:
-        """Take the pace of what was scored; after the first round, the forecast."""
-        from utils.searching.forecast import Pace
-
-        seconds = self.ready.scorer.seconds
-        if done.scored:
-            first = self.pace is None
-            before = getattr(self, "_before", (0.0, 0.0))
-            self.pace = Pace.measured(
-                seconds.weights - before[0], seconds.forward - before[1], done.candidates, done.scored
-            )
-            if first:
-                self._say()
-        self._before = (seconds.weights, seconds.forward)
-        self.write(
-            f"batch {done.batch}: {done.candidates} candidates read {done.rows} rows; {done.beaten} are beaten or failed"
-        )
-
-    def _say(self) -> None:
-        from utils.searching.forecast import forecast
-
-        ready, options = self.ready, self.ready.options
-        rounds = [sum(seen) for seen in ready.search.schedule()]
-        left = sum(not trial.state.is_finished() for trial in ready.study.trials)
-        left += max(0, options.trials - len(ready.study.trials))
-        coming = forecast(self.pace, left, self.batches_left, rounds, _AT_THE_END, self._test_rows())
-        disk = folder_bytes(options.out_dir)
-        per_trial = disk / max(1, len(ready.study.trials))
-        self.write(
-            f"forecast: {coming.shown} for the {left} trials that are left and the end; "
-            f"{gigabytes(disk + per_trial * left)} of disk; memory so far {gigabytes(peak_bytes())}, "
-            f"{gigabytes(available_host_bytes())} are free"
-        )
-
-    def _test_rows(self) -> int:
-        return sum(len(task.part("test")) for task in self.ready.scorer.tasks)
-
-    def _end_seconds(self) -> float:
-        return self.pace.seconds(_AT_THE_END, _AT_THE_END * self._test_rows()) if self.pace else 0.0
-
-
-_AT_THE_END = 8  # about so many candidates are scored on test rows: the pair, the best, uniform ones
-
-
-def folder_bytes(folder: Path) -> int:
-    """How much a folder holds."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -45,15 +45,15 @@ def _verdict(page: Page, evaluated: "Evaluated", winners: "Winners", names: Mapp
     nearest = max(others, key=lambda name: others[name])
     ahead = 100 * (own - others[nearest])
     each = "each" if ahead > 0 else "not each"
-    said = (
-        f"On test rows it keeps more than {each} of the {len(others)} uniform merges that were tried; the nearest is "
-        f"{nearest}, {ahead:+.1f} points away."
-    )
-    return dataclasses.replace(page.verdict, details=(said, *page.verdict.details))
+    said = f"On test rows it keeps more than {each} of the {len(others)} uniform merges that validation rows did not rule out"
+    if nearest != page.reference:
+        said += f"; the nearest is {nearest}, {abs(ahead):.1f} points {'behind' if ahead > 0 else 'ahead'}"
+    return dataclasses.replace(page.verdict, details=(f"{said}.", *page.verdict.details))
 
 
 def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
     """The winner as the merge would plan it, tensor by tensor, and what the search set."""
+    from utils.commands.evaluate_page import model_types
     from utils.commands.report_recipe import planned_recipe
     from utils.evaluation.candidates import Candidate
     from utils.merging.planning import plan_recipe
@@ -62,7 +62,7 @@ def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
     planned = plan_recipe(
         ready.scorer.settings.merge, Candidate("best", recipe=made.data).merge_recipe(), lambda line: None
     )
-    recipe = planned_recipe(planned)
+    recipe = planned_recipe(planned, model_types(ready.scorer))
     facts = [("guidance", point.guidance)]
     facts += [(name, f"{value:.4g}") for name, value in point.numbers.items() if value is not None]
     facts += [(name, str(value)) for name, value in point.options.items()]
@@ -70,7 +70,8 @@ def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
     facts += [(f"factor of depth {place + 1} of {len(point.depth)}", f"{v:.4g}") for place, v in enumerate(point.depth)]
     facts.append(("runs in", "any mergekit" if made.stock else "this project's utils/merger.py"))
     text = page.recipe.text if page.recipe else recipe.text
-    return Recipe((*facts, *recipe.facts), recipe.heatmaps, text)
+    own = {name for name, _ in facts}
+    return Recipe((*facts, *(fact for fact in recipe.facts if fact[0] not in own)), recipe.heatmaps, text)
 
 
 def _history(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> History:

@@ -99,7 +99,7 @@ def _on_test_rows(ready: "Prepared", winners: "Winners", names: Mapping[str, str
     from utils.evaluation.figures import all_figures, task_losses
     from utils.evaluation.tasks import GENERAL, TEST
 
-    start, scorer = time.perf_counter(), ready.scorer
+    scorer = ready.scorer
     pair = models_of_pair(scorer.config)
     chosen = [_candidate(ready, one, names[one.digest]) for one in winners.all]
     rows = {task.name: task.part(TEST) for task in scorer.tasks}
@@ -117,7 +117,7 @@ def _on_test_rows(ready: "Prepared", winners: "Winners", names: Mapping[str, str
         reference_is="the best uniform merge",
         winner=names[winners.best.digest],
         scored=len(chosen),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - ready.start,
     )
 
 

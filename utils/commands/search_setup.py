@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.commands.ray_flags import RayFlags
 from utils.commands.scorers import ScoringOptions, make_scorers, scoring_devices
 from utils.errors import UserError, warn
+from utils.runtime import available_bytes, gigabytes
 
 if TYPE_CHECKING:
     from utils.evaluation.placing import Cluster
@@ -49,7 +50,10 @@ class SearchOptions(ScoringOptions):
 
 @dataclass
 class Prepared:
-    """A search that is ready to run: who scores, what is searched, and what gains are measured with."""
+    """A search that is ready to run: who scores, what is searched, and what gains are measured with.
+
+    `memory` are the bytes that a pass of a batch over all rows takes, about (None: on a cluster); `start` is when the command began.
+    """
 
     options: SearchOptions
     scorer: "Scorer"
@@ -62,8 +66,9 @@ class Prepared:
     losses: "Losses"
     study: "SearchStudy"
     search: "Search"
-    warnings: list[str] = field(default_factory=list)
-    start: float = field(default_factory=time.perf_counter)
+    warnings: list[str]
+    start: float
+    memory: int | None
 
 
 def prepare_search(
@@ -72,6 +77,7 @@ def prepare_search(
     first: "Sequence[Known] | None" = None,
     scorers: "Sequence[Scorer] | None" = None,
     cluster: "Cluster | None" = None,
+    start: float | None = None,
 ) -> Prepared:
     """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
 
@@ -81,10 +87,14 @@ def prepare_search(
         first: what to try first; None: the usual (`utils/searching/knowns.py`).
         scorers: one for each device; None: those of the options.
         cluster: who scores in the place of this process, if one does.
+        start: when the command began (`time.perf_counter`), which time limits count from; None: now.
 
     Raises:
         UserError: anything the user can mend.
     """
+    start = time.perf_counter() if start is None else start
+
+    from utils.evaluation.candidates import Candidate
     from utils.evaluation.placing import score_placed
     from utils.evaluation.store import LossStore
     from utils.guidance.measured_pair import experts_to_merge
@@ -133,10 +143,14 @@ def prepare_search(
     )
     study.queue(tried)
     yardstick, doubts = _yardstick(options, scorer, objective, losses)
+    at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
+    at_once = max(options.batch, len(tried))
+    memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
     search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
     ready = Prepared(
-        options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search, [*notes, *doubts]
-    )
+        options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
+        [*notes, *doubts], start, memory,
+    )  # fmt: skip
     _say_choices(ready, len(tried), say)
     warn(doubts)
     return ready
@@ -243,6 +257,16 @@ def _yardstick(
     return Yardstick(rows, base.digest, scales, objective, options.pareto), doubts
 
 
+def memory_line(ready: Prepared) -> str:
+    """What a pass over all rows takes of the memory that is free; empty where a cluster scores."""
+    if ready.memory is None:
+        return ""
+    free = available_bytes(ready.scorer.settings.device)
+    return (
+        f"memory: about {gigabytes(ready.memory)} beside the runtime for a pass over all rows, {gigabytes(free)} free"
+    )
+
+
 def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> None:
     options, space = ready.options, ready.space
     for task in ready.scorer.tasks:
@@ -257,6 +281,8 @@ def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> Non
         say(f"beside their numbers: {beside}")
     goal = "a Pareto front over the tasks" if options.pareto else _figure_name(options)
     say(f"objective: {goal}; sampler {ready.study.sampler} (seed {options.seed}), {options.batch} at a time")
+    if memory := memory_line(ready):
+        say(memory)
     done = sum(trial.state.is_finished() for trial in ready.study.trials)
     say(
         f"trials: {options.trials}, of which {tried} are what a careful user tries by hand"

@@ -17,6 +17,7 @@ from utils.evaluation.candidates import Candidate, changes_layers
 from utils.evaluation.weights import MergedModel
 from utils.merging.merged_tensors import prepare
 from utils.merging.planning import PlannedMerge, plan_recipe
+from utils.merging.resources import arithmetic_bytes
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
@@ -37,7 +38,7 @@ _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 class ReadyCandidate:
     """A candidate whose losses can be computed: its skeleton, and what opens its weights.
 
-    `folder` holds its tokenizer.
+    `folder` holds its tokenizer. `merging` are the bytes that making one of its tensors takes beside it, 0 for a model.
     """
 
     candidate: Candidate
@@ -45,6 +46,7 @@ class ReadyCandidate:
     folder: Path
     dtype: torch.dtype
     open_weights: Callable[[], WeightSource | MergedModel] = field(repr=False)
+    merging: int = 0
 
 
 @dataclass
@@ -96,7 +98,8 @@ class Preparing:
         def prepared() -> MergedModel:
             return MergedModel(prepare(planned), names, dtype)
 
-        return ReadyCandidate(candidate, decoder, promised.folder, dtype, prepared)
+        merging = arithmetic_bytes(plan, planned.division)
+        return ReadyCandidate(candidate, decoder, promised.folder, dtype, prepared, merging)
 
     def _small_files(self, candidate: Candidate, planned: PlannedMerge) -> Path:
         """A folder with all that command 3 would write but the weights; recipes of one form share it."""

@@ -83,7 +83,12 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
         try:
             loaded = manager.load(names)["tasks"]
         except Exception as error:  # data sets, the hub, YAML tags and task code fail in ways of their own
-            raise UserError(f"lm-eval cannot load {', '.join(names)}: {brief(error)}", "lm-eval-no-data") from error
+            raise UserError(
+                f"lm-eval cannot load {', '.join(names)}: {brief(error)}. Its own tasks fetch their data from the hub: load "
+                "them once with a network (HF_HUB_OFFLINE unset), or give a YAML file whose data lie here, such as those in "
+                "utils/evaluation/accuracy",
+                "lm-eval-no-data",
+            ) from error
     unsafe = tuple(name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False))
     if unsafe and not confirmed:
         raise UserError(

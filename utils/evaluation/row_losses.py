@@ -9,6 +9,13 @@ from utils.passes.language_head import ToLogits
 _ENTRIES = 2**26  # of a piece of the logits: 256 MiB in float32
 
 
+def logits_bytes(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes that `row_losses` takes for so many scored tokens: a piece of the logits, its log-probabilities, both float32
+    where the model computes in another dtype."""
+    entries = min(tokens, max(1, _ENTRIES // vocabulary)) * vocabulary
+    return entries * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
+
+
 def row_losses(finals: torch.Tensor, scored: ScoredBatch, to_logits: ToLogits, vocabulary: int) -> list[float]:
     """The negative log-likelihood of each row's scored tokens, summed.
 

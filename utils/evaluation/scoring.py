@@ -20,9 +20,10 @@ import torch
 from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
 from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
 from utils.evaluation.entries import Preparing, ReadyCandidate
+from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, share_passes
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
-from utils.evaluation.weights import CandidateWeights
+from utils.evaluation.weights import CandidateWeights, models_at_once
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
@@ -140,6 +141,15 @@ class Scorer:
                 written.add(candidate.name)
         return written
 
+    def memory(self, candidate: Candidate, count: int, rows: Mapping[str, Sequence[int]]) -> int:
+        """Bytes that scoring so many candidates like this one takes at its peak beside the runtime, about; 0 where the model
+        has to be written first."""
+        if candidate.recipe is None:
+            ready = self._preparing.model(candidate)
+        else:
+            ready = self._preparing.recipe(candidate, self._preparing.plan(candidate))
+        return 0 if isinstance(ready, str) else self._passes([self._rider(ready, rows)] * count)[1]
+
     def planned(self, candidate: Candidate) -> PlannedMerge:
         """A recipe's merge, planned as command 3 would; headers alone are read."""
         return self._preparing.plan(candidate)
@@ -208,9 +218,6 @@ class Scorer:
         frames: dict[str, pd.DataFrame] = {}
         groups = self._groups(ready, rows)
         steps = sum(len(group[0].decoder.blocks) for group in groups) + len(to_write)
-        if len(ready) > 1:
-            passes = "one pass" if len(groups) == 1 else f"{len(groups)} passes"
-            self.say(f"{len(ready)} candidates in {passes} over the inputs, up to {max(map(len, groups))} at once")
         done = 0
         for group in groups:
             start = done
@@ -263,26 +270,23 @@ class Scorer:
         return scored_batches(encoded, rows, self.settings.batch_tokens, pad_token(tokenizer, width))
 
     def _groups(self, ready: Sequence[ReadyCandidate], rows: Mapping[str, Sequence[int]]) -> list[list[ReadyCandidate]]:
-        """Candidates that go side by side: as many as the memory that is free holds the hidden states of."""
-        groups: list[list[ReadyCandidate]] = []
-        available = _SHARE * available_bytes(self.settings.device)
-        held = 0.0
+        """Candidates that go side by side: as many as the memory that is free holds the hidden states of; this is said."""
         for one in ready:
             self._checked(one)
-            needed = self._hidden_bytes(one, rows)
-            full = groups and self.settings.most_at_once and len(groups[-1]) >= self.settings.most_at_once
-            if not groups or full or held + needed > available:
-                groups.append([])
-                held = 0.0
-            groups[-1].append(one)
-            held += needed
-        return groups
+        together, needed = self._passes([self._rider(one, rows) for one in ready])
+        if together:
+            self.say(passes_line(together, needed, available_bytes(self.settings.device)))
+        return [[ready[place] for place in group] for group in together]
 
-    def _hidden_bytes(self, one: ReadyCandidate, rows: Mapping[str, Sequence[int]]) -> float:
-        """Bytes of a candidate's hidden states between blocks, with what its passes hold beside (masks, positions)."""
-        slots = sum(scored.batch.input_ids.numel() for scored in self._batches(one, rows))
-        hidden = one.decoder.model.config.get_text_config(decoder=True).hidden_size
-        return 2.5 * slots * hidden * one.dtype.itemsize
+    def _passes(self, riders: Sequence[Rider]) -> tuple[list[list[int]], int]:
+        """Candidates by place, those of a pass together; and what the largest pass takes."""
+        device = self.settings.device
+        together = share_passes(riders, int(_SHARE * available_bytes(device)), self.settings.most_at_once)
+        at_once = models_at_once(device)
+        return together, max((pass_bytes([riders[place] for place in group], at_once) for group in together), default=0)
+
+    def _rider(self, one: ReadyCandidate, rows: Mapping[str, Sequence[int]]) -> Rider:
+        return Rider(one.decoder, self._batches(one, rows), one.dtype, one.merging)
 
     def _checked(self, one: ReadyCandidate) -> None:
         _, encoded = self.encoded(one.folder, one.candidate.name)

@@ -16,6 +16,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.evaluation.encoding import ScoredBatch
+from utils.evaluation.pass_memory import tensor_bytes
 from utils.evaluation.row_losses import row_losses
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed, tensor_names
@@ -124,7 +125,7 @@ def _each(
     """Fetch some tensors of each model that is still there, a few models at a time, and do its work with them."""
     there = [number for number, entry in enumerate(entries) if entry is not None and entry.failure is None]
     while there:
-        at_once = weights.models_at_once(_nbytes(entries[there[0]], names_of(entries[there[0]])))
+        at_once = weights.models_at_once(tensor_bytes(entries[there[0]].decoder.model, names_of(entries[there[0]])))
         now, there = there[:at_once], there[at_once:]
         start = time.perf_counter()
         fetched = weights.fetch(now, [names_of(entries[number]) for number in now])
@@ -138,13 +139,6 @@ def _each(
                 work(entries[number], found)
             del found
         seconds.forward += time.perf_counter() - made
-
-
-def _nbytes(entry: Entry, names: Sequence[str]) -> int:
-    """Bytes of some tensors of a model, by its skeleton."""
-    wanted, model = set(names), entry.decoder.model
-    pairs = [*model.named_parameters(), *model.named_buffers()]
-    return sum(value.numel() * value.element_size() for name, value in pairs if name in wanted)
 
 
 def _head_names(entry: Entry) -> list[str]:

@@ -102,20 +102,15 @@ def evaluation_rows(config: PairConfig, *, validation: int = 64, test: int = 128
         task = _task(name, text, config, seen, validation, test)
         seen |= {row.digest for row in task.rows}
         tasks.append(task)
-    if not tasks:
-        raise UserError(
-            f"pair config {config.path}: evaluation names no text, so there are no losses to compare; give a task a "
-            "dataset",
-            "evaluation-no-text",
-        )
     prove_apart(tasks)
     return tasks
 
 
 def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
-    """The text of every task by name: those of `evaluation`, or one for each text experts have; and `general`."""
+    """The text of every task by name: those of `evaluation`, or one for each text experts have where it names none (but
+    tasks of lm-eval's); and `general`."""
     asked = dict(config.evaluation)
-    if not asked:
+    if not any(text.source for text in asked.values()):
         for source in config.texts:
             users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
             name = users[0] if len(users) == 1 else "+".join(users)

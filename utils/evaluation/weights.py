@@ -1,6 +1,6 @@
 """The tensors of candidates by the names that their models have for them: read from a checkpoint, or merged as asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class CandidateWeights:
     ) -> None:
         """Take each candidate's source, the device that the tensors are wanted on, and cuts that were found before."""
         self.sources, self.device, self.known = list(sources), device, known
-        self._available = max(2**28, available_bytes(device) // _SHARE)
+        self.models_at_once = models_at_once(device)
 
     def fetch(self, models: Sequence[int], names: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor] | UserError]:
         """The named tensors of each of some candidates; in place of them the error, where a merge is not finite."""
@@ -48,8 +48,10 @@ class CandidateWeights:
             else:
                 found[model] = {name: _aligned(tensor) for name, tensor in source.fetch(list(wanted[model])).items()}
         for outputs, group in alike.items():
-            for model, merged in zip(group, self._merged(group, outputs), strict=True):
-                found[model] = merged if isinstance(merged, UserError) else self._named(model, wanted[model], merged)
+            merged = self._merged(group, outputs)
+            for place, model in enumerate(group):
+                made, merged[place] = merged[place], None  # so that only one model's is there in two dtypes
+                found[model] = made if isinstance(made, UserError) else self._named(model, wanted[model], made)
         return [found[model] for model in models]
 
     def _merged(self, models: Sequence[int], outputs: Sequence[str]) -> list[dict[str, torch.Tensor] | UserError]:
@@ -72,15 +74,17 @@ class CandidateWeights:
     def _placed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=dtype) if tensor.is_floating_point() else tensor.to(self.device)
 
-    def models_at_once(self, nbytes: int) -> int:
-        """How many candidates' tensors to ask for at a time, where those of one take so many bytes."""
-        return max(1, self._available // max(1, nbytes))
-
     def close(self) -> None:
         """Close the checkpoints."""
         for source in self.sources:
             if not isinstance(source, MergedModel):
                 source.close()
+
+
+def models_at_once(device: torch.device) -> Callable[[int], int]:
+    """How many candidates' tensors to make at a time, where those of one take so many bytes, as memory is now."""
+    available = max(2**28, available_bytes(device) // _SHARE)
+    return lambda nbytes: max(1, available // max(1, nbytes))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

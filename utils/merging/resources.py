@@ -63,6 +63,14 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
     `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
     `gram_mean` says itself what it takes.
     """
+    if division.direct:
+        return arithmetic_bytes(plan, division)
+    shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
+    return arithmetic_bytes(plan, division) + shard * (2 if settings.async_write else 1)
+
+
+def arithmetic_bytes(plan: MergePlan, division: Division) -> int:
+    """Bytes that making a merge's tensors takes at its peak, about, whatever becomes of them then."""
     ranking = _COUNT if division.by_counting else _SORT
     if division.direct:
         threads = torch.get_num_threads()
@@ -70,9 +78,7 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
         buffers = max(buffer_bytes(tensor) for tensor in division.direct)
         left = (_arithmetic(plan, tensor, ranking) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)
-    largest = max((_arithmetic(plan, tensor, ranking) for tensor in plan.tensors), default=0)
-    shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
-    return largest + shard * (2 if settings.async_write else 1)
+    return max((_arithmetic(plan, tensor, ranking) for tensor in plan.tensors), default=0)
 
 
 def _arithmetic(plan: MergePlan, tensor: OutputTensor, ranking: int) -> int:

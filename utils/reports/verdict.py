@@ -42,15 +42,16 @@ def judge(
         Outcome.UNCLEAR: f"No difference seen between {winner} and {named}: {winner} {keeps}",
         None: f"{winner} {keeps}",
     }[outcome]
-    return Verdict(f"{start}, {_apart(ours.difference, reference)}.", outcome, _details(ours))
+    than = "" if outcome else f" than {reference}"  # which stands at the beginning already, else
+    return Verdict(f"{start}, {_apart(ours.difference, than)}.", outcome, _details(ours))
 
 
-def _apart(difference: Estimate, reference: str) -> str:
+def _apart(difference: Estimate, than: str) -> str:
     """How far ahead or behind, in percentage points."""
     size = number(100 * abs(difference.value), 1)
     within = interval(difference, 1, scale=100.0, signed=True)
     side = "more" if difference.value >= 0 else "less"
-    return f"{size} points {side} than {reference}" + (f" (95% interval {within})" if within else "")
+    return f"{size} points {side}{than}" + (f" (95% interval {within})" if within else "")
 
 
 def _details(ours: Standing) -> tuple[str, ...]:

@@ -302,7 +302,8 @@ class Benchmark:
 def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
     """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
     from utils.commands.scorers import make_scorers, scoring_devices
-    from utils.commands.search_setup import SearchOptions, prepare_search
+    from utils.commands.search_options import SearchOptions
+    from utils.commands.search_setup import prepare_search
     from utils.pair.config import read_pair_config
 
     (work / "search").mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from tests.refusals import refusal_code, refused
 from tests.tiny_experts import save_experts
 from tests.tiny_pairs import contents, write_config
 from utils.commands.search import search_pair
-from utils.commands.search_setup import SearchOptions
+from utils.commands.search_options import SearchOptions
 from utils.evaluation import entries
 from utils.models.weight_source import build_skeleton
 from utils.pair.config import read_pair_config

@@ -24,7 +24,7 @@ from utils.flags import FlagParser, number, path, whole_number
 from utils.merging.settings import byte_count
 
 if TYPE_CHECKING:
-    from utils.commands.search_setup import SearchOptions
+    from utils.commands.search_options import SearchOptions
 
 SAMPLERS = ("auto", "tpe", "gp", "random")
 OBJECTIVES = ("mean", "worst", "weighted")
@@ -51,7 +51,7 @@ def read_flags(words: Sequence[str] | None = None) -> "SearchOptions":
     flags.pop("traceback", None)
 
     from utils.commands.ray_flags import RayFlags
-    from utils.commands.search_setup import SearchOptions
+    from utils.commands.search_options import SearchOptions
     from utils.pair.config import read_pair_config
 
     flags["ray"] = RayFlags.taken(flags)

@@ -21,7 +21,7 @@ from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import RayFlags
 from utils.commands.scorers import make_scorers
-from utils.commands.search_setup import SearchOptions
+from utils.commands.search_options import SearchOptions
 from utils.evaluation.candidates import models_of_pair
 from utils.evaluation.controls import uniform_controls
 from utils.evaluation.placing import Cluster, score_placed

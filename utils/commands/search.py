@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
+from utils.commands.search_options import SearchOptions
 from utils.commands.search_results import FILES, publish_results
-from utils.commands.search_setup import LOSSES, Prepared, SearchOptions, prepare_search
+from utils.commands.search_setup import LOSSES, Prepared, prepare_search
 from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
 from utils.pair.presence import refuse_missing

@@ -1,12 +1,12 @@
-"""What a search is asked to do, and everything up to its first trial: rows, measurements, space, study, yardstick."""
+"""Everything up to a search's first trial: rows, measurements, space, study, yardstick."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.commands.ray_flags import RayFlags
-from utils.commands.scorers import ScoringOptions, make_scorers, scoring_devices
+from utils.commands.scorers import make_scorers, scoring_devices
+from utils.commands.search_options import SearchOptions
 from utils.errors import UserError, warn
 from utils.runtime import available_bytes, gigabytes
 
@@ -25,27 +25,6 @@ if TYPE_CHECKING:
 
 COMMAND = "utils/searcher.py"
 LOSSES = "losses"  # the folder of what was scored
-
-
-@dataclass(frozen=True)
-class SearchOptions(ScoringOptions):
-    """What the search was asked to do.
-
-    `trials` in all, `batch` of them asked for and raced together, `first_rows` of each task in a race's first round.
-    `max_disk` is in bytes, of the output folder; `max_hours` of this run.
-    """
-
-    trials: int = 64
-    batch: int = 8
-    sampler: str = "auto"
-    objective: str = "mean"
-    pareto: bool = False
-    seed: int = 0
-    measure: bool = False
-    first_rows: int = 8
-    max_hours: float | None = None
-    max_disk: int | None = None
-    ray: RayFlags | None = None
 
 
 @dataclass

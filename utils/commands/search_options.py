@@ -1,0 +1,27 @@
+"""What the searcher was asked to do."""
+
+from dataclasses import dataclass
+
+from utils.commands.ray_flags import RayFlags
+from utils.commands.scorers import ScoringOptions
+
+
+@dataclass(frozen=True)
+class SearchOptions(ScoringOptions):
+    """What the search was asked to do.
+
+    `trials` in all, `batch` of them asked for and raced together, `first_rows` of each task in a race's first round.
+    `max_disk` is in bytes, of the output folder; `max_hours` of this run.
+    """
+
+    trials: int = 64
+    batch: int = 8
+    sampler: str = "auto"
+    objective: str = "mean"
+    pareto: bool = False
+    seed: int = 0
+    measure: bool = False
+    first_rows: int = 8
+    max_hours: float | None = None
+    max_disk: int | None = None
+    ray: RayFlags | None = None

@@ -20,7 +20,7 @@ from utils.evaluation.scoring import Scorer, ScoreSettings
 from utils.evaluation.tasks import evaluation_rows
 from utils.pair.config import read_pair_config
 
-SMALL = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "layers": 3, "tokens": 256, "rows": 24}
+SMALL = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "layers": 3, "tokens": 256, "rows": 12}
 LARGE = {"hidden_size": 640, "intermediate_size": 2560, "vocab_size": 16384, "layers": 6, "tokens": 256, "rows": 12}
 
 

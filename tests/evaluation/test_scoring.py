@@ -124,7 +124,8 @@ def test_many_candidates_in_several_passes_are_those_scored_alone(made):
     by_two.say = said.append
     whole = by_name(together.score(candidates, rows_of(together)))
     assert by_name(by_two.score(candidates, rows_of(together))) == whole
-    assert said == ["4 candidates in 2 passes over the inputs, up to 2 at once"]
+    (line,) = said
+    assert line.startswith("4 candidates in 2 passes over the inputs, up to 2 at once; memory: about ")
     for candidate in candidates:
         assert by_name(alone.score([candidate], rows_of(alone)))[candidate.name] == whole[candidate.name]
 

@@ -40,6 +40,8 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     Raises:
         UserError: not one trial has a value.
     """
+    import torch
+
     from utils.commands.evaluate_tables import printed_table, scores_table
     from utils.reports.page import render
     from utils.searching.winners import choose, trials_table
@@ -58,8 +60,13 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     evaluated = _on_test_rows(ready, winners, names)
     recipes = _recipes(ready, winners)
     following = _next(ready)
-    generated = generate(ready.scorer, evaluated, ready.store, None, answers=ready.options.samples, say=say)
+    device = ready.scorer.settings.device
+    here = device.type != "cuda" or torch.cuda.is_available()  # a cluster's GPUs may all be elsewhere
+    answers = ready.options.samples and here
+    generated = generate(ready.scorer, evaluated, ready.store, None, answers=answers, say=say)
     warnings = [*ready.warnings, *generated.warnings]
+    if ready.options.samples and not here:
+        warnings.append("held-out prompts are not answered: this machine, which would do it, has no GPU")
     warnings += [f"the search ended early: {stopped}"] if stopped else []
     request = _request(ready, evaluated, winners, names, stopped)
     page = _page(ready, evaluated, request, warnings, following, winners, names, generated)

@@ -275,14 +275,13 @@ def test_chat_rows_are_what_the_template_makes_of_them(run, tmp_path):
     assert samples["nll"].tolist() == pytest.approx(plain_losses(folder / "code", expected), rel=1e-4)
     measured = run_here("lewis_importance.py", "--config", config, "--out_dir", tmp_path / "dfs", cwd=folder)
     assert measured.returncode == 0, measured.stderr
-    sample = json.loads((tmp_path / "dfs/manifest.json").read_text())["samples"][0]
+    manifest = json.loads((tmp_path / "dfs/manifest.json").read_text())
     encoded = []
-    for row in sample["rows"]:
-        question, answer = asked[row]
-        whole = [0, *ids("<|user|>"), *ids(question), 1, *ids("<|assistant|>"), *ids(answer), 1]
-        encoded.append(whole)
-    models = json.loads((tmp_path / "dfs/manifest.json").read_text())["models"]
-    assert {one["token_sha256"] for one in models} == {hashlib.sha256(repr(encoded).encode()).hexdigest()}
+    for question, answer in (asked[row] for row in manifest["samples"]["rows"]):
+        prompt = [0, *ids("<|user|>"), *ids(question), 1, *ids("<|assistant|>")]
+        encoded.append([*prompt, *ids(answer), 1])
+    digests = {one["token_sha256"] for one in manifest["models"]}
+    assert digests == {hashlib.sha256(repr(encoded).encode()).hexdigest()}
 
 
 def test_help_explains_every_flag(run_command_line):

@@ -111,6 +111,7 @@ def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
     tasks of lm-eval's); and `general`."""
     asked = dict(config.evaluation)
     if not any(text.source for text in asked.values()):
+        asked = {}
         for source in config.texts:
             users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
             name = users[0] if len(users) == 1 else "+".join(users)

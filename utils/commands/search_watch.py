@@ -66,9 +66,8 @@ class Watch:
         self._spent = spent
         if done.scored and first:
             self.write(self._forecast(self.pace, done))
-        self.write(
-            f"batch {done.batch}: {done.candidates} candidates read {done.rows} rows; {done.beaten} are beaten or failed"
-        )
+        who = "1 candidate" if done.candidates == 1 else f"{done.candidates} candidates"
+        self.write(f"batch {done.batch}: {who} read {done.rows} rows; beaten or failed: {done.beaten}")
 
     def _forecast(self, pace: Pace, done: "Round") -> str:
         ready, options = self.ready, self.ready.options

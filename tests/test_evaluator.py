@@ -19,7 +19,7 @@ from tests.commands_here import run_here
 from tests.refusals import refusal_code
 from tests.tiny_evaluations import plain_losses, save_evaluated_pair, task_file, write_rows
 from tests.tiny_merges import merge_here, recipe, write_recipe
-from tests.tiny_pairs import contents, save_tokenizer, write_config
+from tests.tiny_pairs import ASKING_CHAT, contents, save_tokenizer, write_config
 from utils.commands.evaluation_folder import read_evaluation
 from utils.merging.recipe_file import read_recipe
 
@@ -242,11 +242,9 @@ def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
 
 def test_chat_rows_are_what_the_template_makes_of_them(run, tmp_path):
     """Calibrated on and scored: written out here by hand, with one token per character."""
-    from tests.evaluation.test_tasks import CHAT
-
     folder = save_evaluated_pair(tmp_path / "chat")
     for name in ("base", "code", "math"):
-        save_tokenizer(folder / name, chat_template=CHAT)
+        save_tokenizer(folder / name, chat_template=ASKING_CHAT)
     asked = [("hi " + "?" * (n % 5), f"yes {n}.") for n in range(40)]
     lines = [
         {"turns": [{"role": "user", "content": one}, {"role": "assistant", "content": other}]} for one, other in asked

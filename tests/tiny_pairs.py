@@ -12,6 +12,10 @@ from tests.tiny_checkpoints import VOCABULARY, save_tiny
 TEXTS = {"code": "{answer}", "math": "{question} {answer}"}  # of each expert's own
 CALIBRATION = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
 CHATML = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+ASKING_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 BOS_CHAT = "{{ bos_token }}" + CHATML
 
 

@@ -11,17 +11,12 @@ import pytest
 
 from tests.refusals import refused
 from tests.tiny_evaluations import TEXT, pair_keys, write_rows
-from tests.tiny_pairs import BOS_CHAT, save_tokenizer, write_config
+from tests.tiny_pairs import ASKING_CHAT, BOS_CHAT, save_tokenizer, write_config
 from utils.evaluation import tasks as module
 from utils.evaluation.encoding import encode_task
 from utils.evaluation.tasks import Row, Task, evaluation_rows, prove_apart
 from utils.pair.calibration import choose_samples
 from utils.pair.config import read_pair_config
-
-CHAT = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def pair(folder: Path, rows: int = 40, **changes):
@@ -158,7 +153,7 @@ def test_answers_beyond_the_sequence_do_not_count(tokenizer):
 def test_chat_answers_are_scored_behind_the_generation_prompt(tokenizer):
     messages = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
     task = Task("a", 64, (Row("test", "1", "", "", messages),))
-    made = tokenizer(chat_template=CHAT)
+    made = tokenizer(chat_template=ASKING_CHAT)
     (row,) = encode_task(task, made, "model")
     prompt = made("<s><|user|>hi</s><|assistant|>", add_special_tokens=False)["input_ids"]
     assert row.ids[: row.first] == prompt and made.decode(row.ids[row.first :]).replace(" ", "") == "ho</s>"

@@ -23,6 +23,7 @@ from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.guidance.method import guidance_methods
+from utils.guidance.tuned.parts import SummedWeights
 from utils.guidance.tuned.start import plain_start, read_start
 from utils.guidance.tuned.tables import read_tuned
 from utils.pair.config import read_pair_config
@@ -133,6 +134,18 @@ def test_the_first_step_goes_against_the_gradient_of_every_coefficient(pair, fol
             if abs(slopes[t][name]) > 1e-3 * most:
                 expected = 1 - 1e-4 * (1 if slopes[t][name] > 0 else -1)
                 assert value == pytest.approx(expected, abs=1e-6), (t, name)
+
+
+def test_no_more_than_a_block_is_summed_up_at_a_time(pair, monkeypatch):
+    asked, fetch = [], SummedWeights.fetch
+
+    def noted(self, names):
+        asked.append({name.split(".")[2] if name.startswith("model.layers.") else "outside" for name in names})
+        return fetch(self, names)
+
+    monkeypatch.setattr(SummedWeights, "fetch", noted)
+    measure("tuned", "one", tune_steps=1)
+    assert {"0"} in asked and {"1"} in asked and all(len(blocks) <= 1 for blocks in asked)
 
 
 def test_steps_lose_less_on_what_they_step_on(pair):

@@ -7,8 +7,9 @@ Reads a JSON object from each line of stdin and answers with one on stdout:
 {"words": ["utils/merger.py", "--output_path", ...], "cwd": folder, "log": file, "root": folder, "at": 3, "error": 28}
 {"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "peak_kb": 61234}
 
-`code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it are counted, and at
-number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded before the C library then.
+`code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
+them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded
+before the C library then.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ def serve() -> None:
 
 def _import_all() -> None:
     import accelerate  # noqa: F401
+    import optuna  # noqa: F401
     import pandas  # noqa: F401
+    import pyarrow  # noqa: F401
     import torch
     import transformers  # noqa: F401
 
@@ -46,15 +49,19 @@ def _import_all() -> None:
     import lewis_merge  # noqa: F401
     import utils.commands.decide
     import utils.commands.decide_report
+    import utils.commands.evaluate
     import utils.commands.measure
     import utils.commands.merge
     import utils.commands.merge_report
+    import utils.commands.search
+    import utils.evaluator
     import utils.guidance.guided_recipe
     import utils.mergekit_api
     import utils.merger
     import utils.merging.preflight
     import utils.merging.result_check
-    import utils.merging.run  # noqa: F401
+    import utils.merging.run
+    import utils.searcher  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -105,7 +112,8 @@ def _be_the_command(asked: dict, out: int, err: int) -> None:
         main = sys.modules[script.removesuffix(".py").replace("/", ".")].main
         if asked.get("root"):
             arm = ctypes.CDLL(None).faults_arm
-            arm(os.fsencode(asked["root"]), asked.get("at", 0), asked.get("error", 0), os.fsencode(asked["log"]))
+            root, log = os.fsencode(asked["root"]), os.fsencode(asked["log"])
+            arm(root, asked.get("reads", 0), asked.get("at", 0), asked.get("error", 0), log)
         run_command(main, one_result=True)
         code = 0
     except SystemExit as ending:

@@ -1,10 +1,11 @@
-/* Counts the calls of a process that change files below one folder, and fails or kills it at the n-th.
+/* Counts the calls of a process that change (or read) files below one folder, and fails or kills it at the n-th.
 
    gcc -shared -fPIC -O1 -o shim.so shim.c -ldl
 
-   Loaded before the C library (LD_PRELOAD). `faults_arm(root, at, error, log)` begins the count: at call number `at` the
-   process is killed before the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted
-   call is a line in `log`, which lies elsewhere. */
+   Loaded before the C library (LD_PRELOAD). `faults_arm(root, reads, at, error, log)` begins the count, of calls that change
+   files or, with `reads`, of those that open them for reading and read them: at call number `at` the process is killed before
+   the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted call is a line in `log`,
+   which lies elsewhere. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,16 +18,17 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static int armed, at, error_code, log_fd = -1;
+static int armed, reading, at, error_code, log_fd = -1;
 static int count;
 
-void faults_arm(const char *folder, int number, int code, const char *log) {
+void faults_arm(const char *folder, int reads, int number, int code, const char *log) {
   snprintf(root, sizeof root, "%s", folder);
   log_fd = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
-  count = 0; at = number; error_code = code; armed = 1;
+  count = 0; at = number; error_code = code; reading = reads; armed = 1;
 }
 
 static int below(const char *path) {
@@ -79,14 +81,16 @@ static int hit(const char *name, const char *what) {
 }
 
 #define REAL(symbol) static __typeof__(&symbol) real; if (!real) real = (__typeof__(&symbol))dlsym(RTLD_NEXT, #symbol)
-#define PATH_CALL(label, folder, path) if (armed && path_counts(folder, path) && hit(label, path)) return -1
-#define FILE_CALL(label, file) if (armed && file_counts(file) && hit(label, "")) return -1
+#define PATH_CALL(label, folder, path) if (armed && !reading && path_counts(folder, path) && hit(label, path)) return -1
+#define FILE_CALL(label, file) if (armed && !reading && file_counts(file) && hit(label, "")) return -1
+#define PATH_READ(label, folder, path) if (armed && reading && path_counts(folder, path) && hit(label, path)) return -1
+#define FILE_READ(label, file) if (armed && reading && file_counts(file) && hit(label, "")) return -1
 
 #define OPEN(symbol) \
   int symbol(const char *path, int flags, ...) { \
     REAL(symbol); \
     va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest); \
-    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("open", AT_FDCWD, path); } \
+    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("open", AT_FDCWD, path); } else { PATH_READ("open", AT_FDCWD, path); } \
     return real(path, flags, mode); }
 OPEN(open) OPEN(open64)
 
@@ -94,9 +98,20 @@ OPEN(open) OPEN(open64)
   int symbol(int folder, const char *path, int flags, ...) { \
     REAL(symbol); \
     va_list rest; va_start(rest, flags); mode_t mode = va_arg(rest, mode_t); va_end(rest); \
-    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("openat", folder, path); } \
+    if (flags & (O_CREAT | O_TRUNC)) { PATH_CALL("openat", folder, path); } else { PATH_READ("openat", folder, path); } \
     return real(folder, path, flags, mode); }
 OPENAT(openat) OPENAT(openat64)
+
+ssize_t read(int file, void *content, size_t size) {
+  REAL(read); FILE_READ("read", file); return real(file, content, size); }
+ssize_t pread(int file, void *content, size_t size, off_t offset) {
+  REAL(pread); FILE_READ("pread", file); return real(file, content, size, offset); }
+ssize_t pread64(int file, void *content, size_t size, off64_t offset) {
+  REAL(pread64); FILE_READ("pread", file); return real(file, content, size, offset); }
+ssize_t preadv(int file, const struct iovec *parts, int number, off_t offset) {
+  REAL(preadv); FILE_READ("pread", file); return real(file, parts, number, offset); }
+ssize_t preadv64(int file, const struct iovec *parts, int number, off64_t offset) {
+  REAL(preadv64); FILE_READ("pread", file); return real(file, parts, number, offset); }
 
 ssize_t write(int file, const void *content, size_t size) {
   REAL(write); FILE_CALL("write", file); return real(file, content, size); }

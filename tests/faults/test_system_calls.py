@@ -1,14 +1,18 @@
 """Kill a command before every call that changes a file, and let every such call fail: nothing is lost or half there.
 
-python -m pytest tests/faults/test_system_calls.py            a few points of each command
-python -m pytest tests/faults/test_system_calls.py -m slow    all of them
+python -m pytest tests/faults/test_system_calls.py            a few points of a merge
+python -m pytest tests/faults/test_system_calls.py -m slow    all points of all commands, in parts
 """
 
+import contextlib
+import csv
 import errno
+import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +47,35 @@ def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):
     assert done["code"] == 2 and "Input/output error" in done["stderr"]
 
 
+PARTS = {
+    "measure": 2,
+    "decide": 1,
+    "merge": 2,
+    "evaluate": 4,
+    "search": 13,
+}  # of about 60 points at most, chosen by chance
+
+
 def _cases(*quick: tuple[str, bool]) -> list:
-    """Every command in a fresh place and over an earlier result: a few calls of the quick ones, all of all in slow tests."""
+    """Every command in a fresh place and over an earlier result: a few calls of the quick ones in `make test`, all calls of
+    all of them, in parts, in slow tests. (A search is gone on with, never done over.)"""
     found = []
-    for every in (False, True):
-        for command, again in [(command, again) for again in (False, True) for command in COMMANDS]:
-            name = f"{command} {'again' if again else 'fresh'} {'all' if every else 'few'}"
-            slow = () if not every and (command, again) in quick else pytest.mark.slow
-            found.append(pytest.param(command, again, every, id=name, marks=slow))
+    for command, again in [(command, again) for again in (False, True) for command in COMMANDS]:
+        name = f"{command} {'again' if again else 'fresh'}"
+        if (command, again) in quick:
+            found.append(pytest.param(command, again, None, id=f"{name} few"))
+        if (command, again) != ("search", True):
+            parts = PARTS[command]
+            found += [
+                pytest.param(command, again, part, id=f"{name} {part + 1} of {parts}", marks=pytest.mark.slow)
+                for part in range(parts)
+            ]
     return found
 
 
-@pytest.mark.parametrize(("command", "again", "every"), _cases(("merge", False)))
-def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder, tmp_path, command, again, every):
-    old, expected, points = _prepared(faulty_server, folder, tmp_path, command, again, every)
+@pytest.mark.parametrize(("command", "again", "part"), _cases(("merge", False)))
+def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder, tmp_path, command, again, part):
+    old, expected, points = _prepared(faulty_server, folder, tmp_path, command, again, part)
     for at in points:
         _reset(folder, old)
         killed = _run(faulty_server, command, folder, tmp_path, again, at=at, error=0)
@@ -68,22 +87,20 @@ def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder
         assert _found(folder) == expected, at
 
 
-@pytest.mark.parametrize(("command", "again", "every"), _cases(("merge", False)))
+@pytest.mark.parametrize(("command", "again", "part"), _cases(("merge", False)))
 @pytest.mark.parametrize(
     "error", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)], ids=errno.errorcode.get
 )
-def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp_path, command, again, error, every):
-    old, expected, points = _prepared(faulty_server, folder, tmp_path, command, again, every)
+def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp_path, command, again, error, part):
+    old, expected, points = _prepared(faulty_server, folder, tmp_path, command, again, part)
     for at in points:
         _reset(folder, old)
         failed = _run(faulty_server, command, folder, tmp_path, again, at=at, error=error)
         assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"], (at, failed)
         _check_result(folder, command, expected, old, at, failed)
         if failed["code"] == 2 and "[out-not-synced]" not in failed["stderr"]:
-            assert _found(folder).keys() & expected.keys() == (old or BYSTANDER_ENTRIES).keys() & expected.keys(), (
-                at,
-                failed,
-            )
+            before = (old or BYSTANDER_ENTRIES).keys()
+            assert _published(_found(folder), expected) == _published(before, expected), (at, failed)
         done = _run(faulty_server, command, folder, tmp_path, again)
         assert done["code"] == 0, (at, failed["stderr"], done["stderr"])
         assert _found(folder) == expected, at
@@ -92,8 +109,25 @@ def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp
 BYSTANDER_ENTRIES = {name.removeprefix("out/"): text.encode() for name, text in BYSTANDERS.items() if "/" in name}
 
 
+INTERIM = (
+    "/losses",
+    "/study.db",
+    "search",
+    "evaluation",
+)  # what evaluator and searcher keep for the next run of the line
+
+
+def _published(names: Iterable[str], expected: Iterable[str]) -> set[str]:
+    """The names that belong to a result, without what is kept to go on from."""
+    return {
+        name
+        for name in {*names} & {*expected}
+        if not any(part in f"/{name}" for part in INTERIM[:2]) and name not in INTERIM
+    }
+
+
 def _prepared(
-    server: Server, folder: Path, logs: Path, command: str, again: bool, every: bool
+    server: Server, folder: Path, logs: Path, command: str, again: bool, part: int | None
 ) -> tuple[dict[str, Any] | None, dict[str, Any], list[int]]:
     """What lies there before, what the command makes of it, and the numbers of calls to fail at."""
     _reset(folder, None)
@@ -105,7 +139,9 @@ def _prepared(
     calls = _calls(server, command, folder, logs, again)
     expected = _found(folder)
     numbers = range(1, len(calls) + 1)
-    if not every:  # the beginning, the end, and where things take their place
+    if part is not None:
+        numbers = random.Random(1).sample(numbers, len(numbers))[part :: PARTS[command]]
+    else:  # the beginning, the end, and where things take their place
         turning = [number for number in numbers if calls[number - 1].split()[1].startswith("rename")]
         step = max(1, len(calls) // FEW)
         numbers = sorted({*list(numbers)[::step], *turning[:1], *turning[-1:], len(calls)})
@@ -116,6 +152,7 @@ OTHER = {
     "measure": ("--dtype", "bfloat16"),
     "decide": ("--gamma", "0.3", "--epsilon", "0.8", "--dtype", "float32"),
     "merge": ("--no-write_model_card",),
+    "evaluate": ("--random_seed", "1"),
 }
 
 
@@ -150,17 +187,32 @@ def _raw(folder: Path) -> dict[str, Any]:
     return _found(folder)
 
 
+TIMED = {"report.html", "trials.csv"}
+
+
 def _found(folder: Path) -> dict[str, Any]:
-    """Everything in the folder of the results, hidden files included, without the times that manifests hold."""
-    found: dict[str, Any] = {}
-    for path in sorted((folder / "out").rglob("*")):
-        content: Any = path.read_bytes() if path.is_file() else None
-        if path.name == "manifest.json":
-            content = {
-                key: value for key, value in json.loads(content).items() if key not in ("created", "modified_ns")
-            }
-        found[path.relative_to(folder / "out").as_posix()] = content
-    return found
+    """Everything in the folder of the results, hidden files included, without the times that some of it holds."""
+    paths = sorted((folder / "out").rglob("*"))
+    return {path.relative_to(folder / "out").as_posix(): _content(path) if path.is_file() else None for path in paths}
+
+
+def _content(path: Path) -> Any:
+    if path.parent.name.startswith("."):  # a killed run's own folder, where a file may be half written
+        return path.read_bytes()
+    if path.name == "manifest.json":
+        data = json.loads(path.read_bytes())
+        for name in TIMED & data.get("files", {}).keys():
+            data["files"][name] = data["files"][name] == hashlib.sha256((path.parent / name).read_bytes()).hexdigest()
+        return {key: value for key, value in data.items() if key not in ("created", "modified_ns")}
+    if path.name == "report.html":  # says how long things took
+        return path.read_text().rstrip().endswith("</html>")
+    if path.name == "trials.csv":
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    if path.name == "study.db":
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as study:
+            return study.execute("pragma integrity_check").fetchall()
+    return path.read_bytes()
 
 
 def _check_result(folder: Path, command: str, expected: dict, old: dict | None, at: int, done: dict) -> None:
@@ -177,6 +229,39 @@ def _check_result(folder: Path, command: str, expected: dict, old: dict | None, 
 
 def _of(name: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((path, content) for path, content in found.items() if path == name or path.startswith(name + "/"))
+
+
+READ_PARTS = {"measure": 8, "decide": 4, "merge": 8, "evaluate": 16, "search": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        pytest.param(command, part, id=f"{command} {part + 1} of {parts}")
+        for command, parts in READ_PARTS.items()
+        for part in range(parts)
+    ],
+)
+def test_any_read_that_fails_ends_in_a_message(faulty_server, folder, tmp_path, command, part):
+    """Of the inputs: models, text, config, tables, recipe."""
+    _reset(folder, None)
+    (tmp_path / "calls").unlink(missing_ok=True)
+    done = faulty_server.run(*_words(command), cwd=folder, root=folder, reads=1, log=tmp_path / "calls")
+    assert done["code"] == 0, done["stderr"]
+    expected, calls = _found(folder), (tmp_path / "calls").read_text().splitlines()
+    for at in random.Random(1).sample(range(1, len(calls) + 1), len(calls))[part :: READ_PARTS[command]]:
+        _reset(folder, None)
+        failed = faulty_server.run(
+            *_words(command), cwd=folder, root=folder, reads=1, at=at, error=errno.EIO, log=tmp_path / "calls"
+        )
+        assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"], (at, calls[at - 1], failed)
+        found = _found(folder)
+        if failed["code"] == 0:
+            assert found == expected, (at, calls[at - 1], failed)
+        else:
+            assert "error: " in failed["stderr"], (at, failed)
+            assert _published(found, expected) == _published(BYSTANDER_ENTRIES, expected), (at, calls[at - 1], failed)
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 import gc
 import weakref
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from tests.plain_gradients import CPU, opened, plain_gradients, token_lists
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, HIDDEN, LAYERS, OTHERS, drop_head, poison, save_any, save_tiny
+from tests.tiny_checkpoints import FAMILIES, LAYERS, OTHERS, drop_head, poison, save_any, save_tiny
 from utils.models.weight_source import StreamedWeights
 from utils.passes.block_gradients import backward_pass, observe_gradients
 
@@ -163,11 +164,8 @@ def test_two_blocks_of_weights_and_no_kept_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_checkpoints_are_all_that_grows_with_depth(outside, tmp_path, monkeypatch):
-    """Live tensors, weights aside: a block more costs one hidden state per sample, until the way back has passed it.
-
-    Gradients outside the blocks need those hidden states once more, so they stay.
-    """
+def test_nothing_in_memory_grows_with_depth(outside, tmp_path, monkeypatch):
+    """Live tensors, weights aside: what a block more needs of each sample waits on disk."""
     samples, live = token_lists((30, 30)), {}
     for layers in (4, 8):
         save_tiny("llama", tmp_path / str(layers), layers=layers)
@@ -187,10 +185,8 @@ def test_checkpoints_are_all_that_grows_with_depth(outside, tmp_path, monkeypatc
 
         monkeypatch.setattr(keeper, "gradient", count)
         observe_gradients(decoder, weights, samples, keeper, CPU, outside=outside)
-    grown = 4 * len(samples) * 30 * HIDDEN * 4
-    for sample in range(len(samples)):
-        assert live[8, "last", sample] - live[4, "last", sample] == grown
-        assert live[8, "first", sample] - live[4, "first", sample] == (grown if outside else 0)
+    for sample, place in product(range(len(samples)), ("first", "last")):
+        assert live[8, place, sample] == live[4, place, sample] > 0
 
 
 def pristine(decoder):

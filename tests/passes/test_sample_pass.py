@@ -11,9 +11,11 @@ from torch import nn
 from tests.refusals import refused
 from utils.passes.flows import stops
 from utils.passes.sample_pass import SamplePass, handed_over
+from utils.passes.tensor_store import TensorStore
 
 VOCABULARY, WIDTH, BLOCKS = 11, 6, 3
 IDS = [3, 1, 4, 1, 5, 9]
+CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -95,7 +97,7 @@ def by_blocks(model):
         found[name] = gradient
 
     with stops(model.blocks):
-        sample = SamplePass(model, IDS, torch.device("cpu"))
+        sample = SamplePass(model, IDS, CPU, TensorStore(CPU))
         for layer in range(BLOCKS):
             sample.forward(layer)
         loss = sample.score()
@@ -142,7 +144,7 @@ def test_a_part_that_cuts_the_graph_gives_what_autograd_gives():
     model = Model("cut")
     own = dict(model.blocks[0].named_parameters())
     with stops(model.blocks):
-        sample = SamplePass(model, IDS, torch.device("cpu"))
+        sample = SamplePass(model, IDS, CPU, TensorStore(CPU))
         for layer in range(BLOCKS):
             sample.forward(layer)
         sample.score()

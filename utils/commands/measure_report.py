@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.next_command import next_command
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.method import DEFAULT
+from utils.guidance.method import DEFAULT, GuidanceMethod
 from utils.pair.calibration import text_doubts, with_defaults
 from utils.pair.source import CalibrationSource
+from utils.passes.gradient_memory import waiting_line
 from utils.passes.preparation import Samples, model_doubts
-from utils.passes.subjects import Subject, memory_estimate
+from utils.passes.subjects import Subject
 from utils.runtime import available_bytes, gigabytes
 
 _FIRST_IDS = 5
+_ALLOCATED = 64 * 2**20  # bytes that freed tensors leave in the allocator of the thread that fetches weights (measured)
 
 
 def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Iterator[str]:
@@ -32,7 +34,9 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
         yield f"tasks: {method.tasks}"
     for subject in job.subjects:
         yield from _subject_lines(options, job, subject)
-    need = _memory(job)
+    need = _memory(method, job)
+    if waiting := job.at_once * method.waiting(job):
+        yield waiting_line(waiting, job.devices[0].type == "cpu")
     if job.workers is None:
         free = gigabytes(available_bytes(job.devices[0]))
         yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {free} are free"
@@ -72,9 +76,9 @@ def _users(job: MeasureJob, source: CalibrationSource) -> str:
     return ", ".join(entry.type for entry in job.config.experts if job.config.text_of(entry.type) == source)
 
 
-def _memory(job: MeasureJob) -> int:
+def _memory(method: GuidanceMethod, job: MeasureJob) -> int:
     """Bytes that measuring needs beside the runtime, on one device."""
-    return job.at_once * max(memory_estimate(subject) for subject in job.subjects)
+    return job.at_once * (method.memory(job) + _ALLOCATED)
 
 
 def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -> list[str]:
@@ -95,7 +99,7 @@ def doubts(options: MeasureOptions, job: MeasureJob, idle_keys: Sequence[str]) -
             f"guidance {method.name} means each expert to be measured on text of its own task, but several share one; "
             "give calibration: {type: text} in the pair config"
         )
-    need, free = _memory(job), available_bytes(job.devices[0]) if job.workers is None else math.inf
+    need, free = _memory(method, job), available_bytes(job.devices[0]) if job.workers is None else math.inf
     if need > free:
         found.append(
             f"{gigabytes(need)} may not fit into {gigabytes(free)}; lower nsamples, seqlen or --micro_batch_tokens, or use "

@@ -49,7 +49,7 @@ class GuidanceMethod:
 
     Attributes:
         name: what `--guidance` calls it.
-        package: the package of its halves: `<package>.measure` has `choices(job)` and `measure(job)`,
+        package: the package of its halves: `<package>.measure` has `choices(job)`, `memory(job)` and `measure(job)`,
             `<package>.decide` has `decide(job)`.
         summary: a line for people.
         gives: what its *decide* half sets per tensor.
@@ -101,6 +101,15 @@ class GuidanceMethod:
     def choices(self, job: "MeasureJob") -> list[str]:
         """Lines that say how a job will be measured."""
         return self._half("measure").choices(job)
+
+    def memory(self, job: "MeasureJob") -> int:
+        """Bytes that measuring needs on one device at its peak, beside the runtime, about; for one piece of work."""
+        return self._half("measure").memory(job)
+
+    def waiting(self, job: "MeasureJob") -> int:
+        """Bytes of hidden states that wait for the way back outside of that memory, at most; for one piece of work."""
+        half = self._half("measure")
+        return half.waiting(job) if hasattr(half, "waiting") else 0
 
     def measure(self, job: "MeasureJob") -> "Measured":
         """Measure a pair."""

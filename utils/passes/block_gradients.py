@@ -7,14 +7,16 @@ its pass, so that its gradients are its own, exactly, for every kind of paramete
 
 Memory: what lies outside the blocks (the language-model head included), two blocks of weights (this one and the next,
 which is being fetched), the activations and parameter gradients of one sample in one block, the logits of one sample,
-and the checkpoints: samples x blocks x tokens x hidden size, in the model's dtype and on the computing device. Models
-with a sliding window add one mask of tokens x tokens per sample.
+and three hidden states of each sample (where it enters the blocks, where it stands, and a gradient). The checkpoints,
+samples x blocks x tokens x hidden size in the model's dtype, wait on disk, or on the host where a GPU computes
+(`checkpoint_bytes`). Models with a sliding window add one mask of tokens x tokens per sample.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +28,7 @@ from utils.models.weight_source import WeightSource, placed, share_tied
 from utils.passes.block_runner import BlocksInTurn, block_tensor_names, shared_in_blocks
 from utils.passes.flows import stops
 from utils.passes.sample_pass import SamplePass, handed_over
+from utils.passes.tensor_store import TensorStore
 
 
 class GradientObserver(Protocol):
@@ -87,6 +90,7 @@ def backward_pass(
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
     observing: Observing = lambda layer, block: nullcontext(),
+    folder: Path | None = None,
 ) -> Iterator[BackwardPass]:
     """Take all samples forward on entering, and back block by block as `blocks` is iterated.
 
@@ -105,6 +109,7 @@ def backward_pass(
             more pass through the head. A tied embedding has one gradient, under the embedding's name.
         on_block: called with the layer number after each block, on both ways (twice per block).
         observing: what else to attach to a block on the way back, such as hooks that see its modules' inputs.
+        folder: where hidden states wait in a file without a name; None: the system's folder for temporary files.
 
     Raises:
         UserError: a sample without a next token; weights that lack a parameter; blocks that share parameters or hand
@@ -121,7 +126,8 @@ def backward_pass(
         turn = stack.enter_context(BlocksInTurn(decoder, weights, [*layers, *reversed(layers)], device))
         passes: list[SamplePass] = []
         stack.callback(lambda: [sample.close() for sample in passes])
-        losses = _forward(decoder, turn, samples, passes, device, on_block)
+        store = stack.enter_context(closing(TensorStore(device, folder)))
+        losses = _forward(decoder, turn, samples, passes, store, device, on_block)
         blocks = _backward(decoder, turn, passes, around if outside else None, observer, on_block, observing)
         stack.callback(blocks.close)
         yield BackwardPass(tuple(losses), blocks)
@@ -136,13 +142,16 @@ def observe_gradients(
     *,
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
+    folder: Path | None = None,
 ) -> tuple[float, ...]:
     """Take one model forward and all the way back; arguments and errors as for `backward_pass`.
 
     Returns:
         The loss of each sample: mean negative log-likelihood per predicted token, in nats.
     """
-    with backward_pass(decoder, weights, samples, observer, device, outside=outside, on_block=on_block) as model:
+    with backward_pass(
+        decoder, weights, samples, observer, device, outside=outside, on_block=on_block, folder=folder
+    ) as model:
         for _ in model.blocks:
             pass
         return model.losses
@@ -153,12 +162,13 @@ def _forward(
     turn: BlocksInTurn,
     samples: Sequence[Sequence[int]],
     passes: list[SamplePass],
+    store: TensorStore,
     device: torch.device,
     on_block: Callable[[int], None],
 ) -> list[float]:
     with stops(decoder.blocks):
         for ids in samples:
-            passes.append(SamplePass(decoder.model, ids, device))
+            passes.append(SamplePass(decoder.model, ids, device, store))
         losses = []
         for layer in range(len(decoder.blocks)):
             with turn.next_block():

@@ -1,51 +1,30 @@
 """One sample's way through a causal language model and back, a block at a time.
 
 On the way forward no graph is kept inside the blocks: each block's output enters the rest of the model's own forward
-as a new leaf of the graph, and the call that the model made to the block is kept (the checkpoint: the hidden state,
-and by reference what comes with it, such as masks and rotary tables). On the way back each block is computed again
-from its call, this time with a graph. What the model computes outside its blocks (between two of them, the final norm,
-the head, a cap or a scale on the logits) is differentiated by autograd as it stands, so nothing about it is assumed.
+as a new leaf of the graph, and the call that the model made to the block is kept (the checkpoint: by reference what is
+the same for all blocks, such as masks and rotary tables; the hidden state in a `TensorStore`, so that memory does not grow
+with the number of blocks). On the way back each block is computed again from its call, this time with a graph. What the model computes outside its blocks (between two of them, the final norm,
+the head, a cap or a scale on the logits) is differentiated by autograd as it stands, so nothing about it is assumed; of
+a model that computes something between two blocks, autograd keeps in memory what it needs for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.pair.batches import MicroBatch
+from utils.passes.block_calls import Call, Output, arguments, floating, mapped
 from utils.passes.flows import Arrival, Flow
 from utils.passes.shared_state import Left, entries, left_behind, mappings, put_back, with_copies
+from utils.passes.tensor_store import TensorStore
 
-HandOver = Callable[[str, torch.Tensor, torch.Tensor], None]
+HandOver = Callable[[str, Tensor, Tensor], None]
 """Takes a parameter's name, its value and its gradient."""
-
-
-@dataclass
-class _Call:
-    """A call that the model made to a block.
-
-    `arrival` is the call with its arguments (mappings as they were then), None once the way back has passed it; `output`
-    what was returned and `left` what the block left in mappings for later ones, whose floating-point tensors are leaves;
-    `entering` the gradients of arguments that the model computed outside its blocks, by place among the differentiable
-    arguments.
-    """
-
-    arrival: Arrival | None
-    output: Any
-    left: Left
-    entering: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def leaves(self) -> list[torch.Tensor]:
-        """The differentiable tensors among what the block gave."""
-        return _differentiable((self.output, *self.left.values()))
-
-    def arguments(self) -> list[torch.Tensor]:
-        """The differentiable tensors among the call's arguments."""
-        return _arguments(self.arrival)
 
 
 class SamplePass:
@@ -55,12 +34,13 @@ class SamplePass:
         model: a causal language model; what lies outside its blocks is in memory.
         token_ids: the sample's tokens, at least two.
         device: where to compute.
+        store: where hidden states wait for the way back.
     """
 
-    def __init__(self, model: nn.Module, token_ids: Sequence[int], device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: nn.Module, token_ids: Sequence[int], device: torch.device, store: TensorStore) -> None:
+        self.model, self.device, self.store = model, device, store
         self.batch = MicroBatch.of([token_ids])
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.flow = self._started()
 
     def _started(self) -> Flow:
@@ -80,15 +60,32 @@ class SamplePass:
         plain = [
             value for value in (*arrival.args, *arrival.kwargs.values()) if not any(value is one for one in handed)
         ]
-        _mapped((*plain, *entries(handed)), _refuse_state)
+        mapped((*plain, *entries(handed)), _refuse_state)
         args, kwargs = with_copies(arrival.args, arrival.kwargs)
         with torch.no_grad():
             output = arrival.forward(*arrival.args, **arrival.kwargs)
-        output = _mapped(_as_tuple(output), _leaf)
-        left = {key: _mapped(value, _leaf) for key, value in left_behind(mappings(args, kwargs), handed).items()}
+        output = mapped(_as_tuple(output), _leaf)
+        left = {key: mapped(value, _leaf) for key, value in left_behind(mappings(args, kwargs), handed).items()}
         put_back(left, handed)
-        self.calls.append(_Call(replace(arrival, args=args, kwargs=kwargs), output, left))
+        kept = {key: mapped(value, self._kept) for key, value in left.items()}
+        self.calls.append(Call(self._put_by(arrival, args, kwargs), mapped(output, self._kept), kept))
         _run(self.flow, output)
+
+    def _put_by(self, arrival: Arrival, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arrival:
+        """A call that is over, with its arguments in mappings of their own and earlier blocks' outputs where they wait."""
+        waiting = {id(leaf): one for call in self.calls for one in call.outputs() if (leaf := one.leaf()) is not None}
+
+        def put_by(value: Any) -> Any:
+            return waiting.get(id(value), value)
+
+        for one in mappings(args, kwargs):
+            for key in one:
+                one[key] = mapped(one[key], put_by)
+        kwargs = {key: mapped(value, put_by) for key, value in kwargs.items()}
+        return replace(arrival, args=mapped(args, put_by), kwargs=kwargs)
+
+    def _kept(self, value: Any) -> Any:
+        return Output(value, self.store) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def score(self) -> float:
         """Compute the loss from the logits and its gradient for the last block's output; lets go of the logits.
@@ -103,8 +100,9 @@ class SamplePass:
         self.flow.close()
         del self.flow
         entrances = [argument for call in self.calls[1:] for argument in call.arguments()]
-        again = any(not argument.is_leaf for argument in entrances)  # the way to blocks may share parts with this one
-        torch.autograd.backward(loss, inputs=self._leaves(), retain_graph=again)
+        # The way to blocks may share parts with this one.
+        again = any(isinstance(argument, Tensor) and not argument.is_leaf for argument in entrances)
+        self._differentiate(loss, None, again)
         return float(loss.detach())
 
     def backward(self, layer: int, keep_output: bool) -> None:
@@ -117,7 +115,7 @@ class SamplePass:
             keep_output: whether `outside` will be called.
         """
         call = self.calls[layer]
-        given = [leaf.grad for leaf in call.leaves()]
+        given = [output.gradient for output in call.outputs()]
         outputs, leaves = _computed_again(call.arrival, call.left)
         pairs = [
             (output, gradient)
@@ -131,24 +129,27 @@ class SamplePass:
             if copy.grad is not None:
                 self._take_back(call, place, argument, copy.grad)
         call.arrival = None
-        for leaf in call.leaves():
-            leaf.grad = None
+        for output in call.outputs():
+            output.gradient = None
         if not keep_output:
             call.output, call.left = None, {}
 
-    def _take_back(self, call: _Call, place: int, argument: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _take_back(self, call: Call, place: int, argument: Tensor | Output, gradient: Tensor) -> None:
         """Take the gradient of a block's argument to where it was computed."""
-        if argument.is_leaf and not isinstance(argument, nn.Parameter):  # a block's output as it was
-            argument.grad = gradient if argument.grad is None else argument.grad + gradient
+        if isinstance(argument, Output):
+            argument.add(gradient)
             return
         call.entering[place] = gradient
-        leaves = self._leaves()
-        if leaves:
-            torch.autograd.backward(argument, gradient, inputs=leaves, retain_graph=True)
+        self._differentiate(argument, gradient, True)
 
-    def _leaves(self) -> list[torch.Tensor]:
-        """The outputs of the blocks that the way back has not passed."""
-        return [leaf for call in self.calls if call.arrival is not None for leaf in call.leaves()]
+    def _differentiate(self, value: Tensor, gradient: Tensor | None, retain_graph: bool) -> None:
+        """Take a gradient back to the outputs of the blocks that the way back has not passed."""
+        outputs = [output for call in self.calls if call.arrival is not None for output in call.outputs()]
+        leaves = [leaf for output in outputs if (leaf := output.leaf()) is not None]
+        if leaves:
+            torch.autograd.backward(value, gradient, inputs=leaves, retain_graph=retain_graph)
+        for output in outputs:
+            output.collect()
 
     def outside(self, parameters: Sequence[nn.Parameter]) -> None:
         """Differentiate with respect to parameters outside the blocks, once the way back has passed all blocks.
@@ -160,12 +161,13 @@ class SamplePass:
         reached, gradients = [], []
         for layer, call in enumerate(self.calls):
             flow.expect(layer)
-            arguments = _arguments(flow.arrival)
+            given = arguments(flow.arrival)
             for place, gradient in call.entering.items():
-                reached.append(arguments[place])
+                reached.append(given[place])
                 gradients.append(gradient)
-            put_back(call.left, mappings(flow.arrival.args, flow.arrival.kwargs))
-            _run(flow, call.output)
+            left = {key: mapped(value, _value) for key, value in call.left.items()}
+            put_back(left, mappings(flow.arrival.args, flow.arrival.kwargs))
+            _run(flow, mapped(call.output, _value))
         loss = _loss(flow)
         flow.close()
         del flow
@@ -226,7 +228,7 @@ def _refuse_frozen(flow: Flow) -> None:
     )
 
 
-def _loss(flow: Flow) -> torch.Tensor:
+def _loss(flow: Flow) -> Tensor:
     """Mean next-token cross-entropy of a finished pass, in float32."""
     logits = flow.result()
     if not logits.requires_grad:
@@ -236,7 +238,7 @@ def _loss(flow: Flow) -> torch.Tensor:
         return nn.functional.cross_entropy(logits[0, :-1].float(), targets)
 
 
-def _computed_again(arrival: Arrival, left: Left) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _computed_again(arrival: Arrival, left: Left) -> tuple[list[Tensor], list[Tensor]]:
     """A block's outputs with a graph of the block alone, and the copies of its differentiable arguments it starts at.
 
     Its outputs are what it returns, and what it leaves in mappings under the keys of `left`.
@@ -244,21 +246,29 @@ def _computed_again(arrival: Arrival, left: Left) -> tuple[list[torch.Tensor], l
     leaves = []
 
     def leaf(value: Any) -> Any:
-        if not (isinstance(value, torch.Tensor) and value.requires_grad):
+        if isinstance(value, Output):
+            leaves.append(value.value())
+        elif isinstance(value, Tensor) and value.requires_grad:
+            leaves.append(value.detach().requires_grad_())
+        else:
             return value
-        leaves.append(value.detach().requires_grad_())
         return leaves[-1]
 
     args, kwargs = with_copies(arrival.args, arrival.kwargs)
-    args = _mapped(args, leaf)
-    kwargs = {key: _mapped(value, leaf) for key, value in kwargs.items()}
+    args = mapped(args, leaf)
+    kwargs = {key: mapped(value, leaf) for key, value in kwargs.items()}
     handed = mappings(args, kwargs)
     for one in handed:
         for key in sorted(one, key=str):
-            one[key] = _mapped(one[key], leaf)
+            one[key] = mapped(one[key], leaf)
     with torch.enable_grad():
         output = arrival.forward(*args, **kwargs)
-        return _floating((_as_tuple(output), *(handed[place][key] for place, key in left))), leaves
+        return floating((_as_tuple(output), *(handed[place][key] for place, key in left))), leaves
+
+
+def _value(value: Any) -> Any:
+    """A block's output in the place of where it waits."""
+    return value.value() if isinstance(value, Output) else value
 
 
 def _as_tuple(output: Any) -> Any:
@@ -268,43 +278,17 @@ def _as_tuple(output: Any) -> Any:
 
 def _leaf(value: Any) -> Any:
     """A floating-point tensor as a new leaf of the graph; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
 
 
 def _refuse_state(value: Any) -> Any:
     """Raise on an argument of a block through which values could pass that no gradient would follow."""
-    if value is None or isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)):
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device)):
         return value
     raise UserError(
         f"the model hands its blocks a {type(value).__name__}, which may carry values from block to block; gradients "
         "block by block are not supported for it",
         "model-unsupported",
     )
-
-
-def _arguments(arrival: Arrival) -> list[torch.Tensor]:
-    handed = mappings(arrival.args, arrival.kwargs)
-    return _differentiable((arrival.args, tuple(arrival.kwargs.values()), *entries(handed)))
-
-
-def _differentiable(value: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in _floating(value) if tensor.requires_grad]
-
-
-def _floating(value: Any) -> list[torch.Tensor]:
-    """The floating-point tensors in nested tuples, in order."""
-    found = []
-    _mapped(
-        value, lambda item: found.append(item) if isinstance(item, torch.Tensor) and item.is_floating_point() else None
-    )
-    return found
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested tuples with each item replaced."""
-    if isinstance(value, tuple):
-        items = [_mapped(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return function(value)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ def joint_pass(
     *,
     inputs: bool = True,
     split: Split = lambda name, value: {name: value},
+    folder: Path | None = None,
 ) -> Iterator[JointPass]:
     """Take models forward on entering, and back block by block as `parts` is iterated.
 
@@ -78,6 +80,7 @@ def joint_pass(
         on_block: called twice per block and side.
         inputs: whether Gram matrices of inputs are wanted.
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
+        folder: where hidden states wait, as `backward_pass`.
 
     Raises:
         UserError: as `backward_pass`.
@@ -99,6 +102,7 @@ def joint_pass(
                     outside=True,
                     on_block=on_block,
                     observing=gram.attached,
+                    folder=folder,
                 )
             )
             for side, gram in zip(sides, grams, strict=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from utils.errors import UserError
 from utils.guidance.gram_mean.input_pass import SharedInputs, Side, input_pass
 from utils.guidance.gram_mean.joint_pass import joint_pass
@@ -16,6 +18,7 @@ from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Component, is_transposed, weight_matrix
 from utils.models.stored_layout import stored_layout
+from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import StoredPart, Subject, first_stored_name, stored_as
 from utils.recipes.gram_file import GramFileWriter
@@ -71,6 +74,30 @@ def choices(job: MeasureJob) -> list[str]:
                 f"merged by the guided mean; from {max(short.values())} tokens on there need be none"
             )
     return lines
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at the peak of an expert's pass, about: both models, and one block's Gram matrices of both."""
+    found = []
+    for expert in job.experts:
+        base, own = (gradient_memory(one, job.text(one, expert).encoded) for one in (job.base, expert))
+        grams = max(_gram_bytes(block) for block in job.base.decoder.blocks)
+        found.append(base.held + own.peak(2 * grams))
+    return max(found)
+
+
+def waiting(job: MeasureJob) -> int:
+    """Bytes that wait for the way back of an expert's pass, at most."""
+    return max(
+        sum(gradient_memory(one, job.text(one, expert).encoded).waiting for one in (job.base, expert))
+        for expert in job.experts
+    )
+
+
+def _gram_bytes(block: nn.Module) -> int:
+    """Of the inputs and of the gradients' rows of each matrix, float32."""
+    matrices = [value for value in block.parameters() if value.dim() == 2]
+    return 4 * sum(rows * rows + columns * columns for rows, columns in (value.shape for value in matrices))
 
 
 def measure(job: MeasureJob) -> Measured:
@@ -139,7 +166,8 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
         return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded)
 
     sides, split = [side(one) for one in models.named], models.base.layout.pieces
-    with joint_pass(sides, device, on_block, inputs=models.merged is None, split=split) as both:
+    inputs = models.merged is None
+    with joint_pass(sides, device, on_block, inputs=inputs, split=split, folder=place.folder) as both:
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)

@@ -21,7 +21,7 @@ from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.block_runner import Visitor, run_blocks
 from utils.passes.snapshots import Snapshots
-from utils.passes.subjects import EncodedText, StoredPart, Subject
+from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate
 from utils.workers.piece import Piece, Place
 
 _NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
@@ -65,6 +65,11 @@ def choices(job: MeasureJob) -> list[str]:
             "delta is rounding"
         )
     return lines
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at the peak of a model's pass, about."""
+    return max(memory_estimate(subject) for subject in job.subjects)
 
 
 def measure(job: MeasureJob) -> Measured:

@@ -45,7 +45,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         sides.append(Side(subject.decoder, job.open_weights(subject, place.device), samples))
     tensors, bins, vectors = [], [], {}
     names = component_names(base)
-    with squares_pass(*sides, place.device, place.on_step, base.layout.split) as both:
+    with squares_pass(*sides, place.device, place.on_step, base.layout.split, place.folder) as both:
         for part in both.parts:
             tensor = part.tensor
             try:

@@ -9,10 +9,10 @@ from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import HISTOGRAM_TABLE, TENSOR_TABLE
+from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject
 from utils.recipes.saliency_vectors import vector_file_bytes
-from utils.runtime import gigabytes
 from utils.workers.piece import Piece
 
 _SILENT = 0.1  # share of the changed entries without any gradient from which on something is wrong
@@ -21,28 +21,32 @@ _SILENT = 0.1  # share of the changed entries without any gradient from which on
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     parts = job.base.decoder.components
-    found = []
-    for expert in job.experts:
-        sizes = [
-            job.text(subject, expert).tokens
-            * len(subject.decoder.blocks)
-            * subject.decoder.model.config.get_text_config(decoder=True).hidden_size
-            * subject.dtype.itemsize
-            for subject in _at(job, expert)
-        ]
-        weights = [sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks]
-        blocks = f"{expert.decoder.blocks_path}."
-        named = expert.decoder.model.named_parameters()
-        outside = [value.numel() for name, value in named if not name.startswith(blocks)]
-        found.append(sum(sizes) + max(4 * max(weights), expert.dtype.itemsize * sum(outside)))
     point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
     return [
         f"components: {', '.join(part.name for part in parts)} "
         f"({'as configured' if job.config.components else 'every linear part of a block'}); vectors of every parameter",
-        f"gradients: {point[job.options['gradient_at']]}, sample by sample, block by block; beside what is said below, up "
-        f"to {gigabytes(max(found))} for hidden states at every block's entrance, and one block's squared gradients or "
-        "the embeddings' gradients",
+        f"gradients: {point[job.options['gradient_at']]}, sample by sample, block by block",
     ]
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at the peak of an expert's pass, about: both models, and one block's squared gradients."""
+    blocks = [sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks]
+    found = []
+    for expert in job.experts:
+        needed = [gradient_memory(subject, job.text(subject, expert).encoded) for subject in _at(job, expert)]
+        fetched = 2 * max(blocks) * expert.dtype.itemsize * (2 - len(needed))
+        first, *others = sorted(needed, key=lambda one: -one.peak())
+        found.append(first.peak(4 * max(blocks)) + sum(one.held for one in others) + fetched)
+    return max(found)
+
+
+def waiting(job: MeasureJob) -> int:
+    """Bytes that wait for the way back of an expert's pass, at most."""
+    return max(
+        sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
+        for expert in job.experts
+    )
 
 
 def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:

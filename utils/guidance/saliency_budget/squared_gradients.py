@@ -12,6 +12,7 @@ vector per axis needs is summed up, so that F of a vocabulary is never in memory
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -67,7 +68,12 @@ class SquaresPass:
 
 @contextmanager
 def squares_pass(
-    base: Side, expert: Side, device: torch.device, on_block: OnBlock, split: Split = lambda name, value: {name: value}
+    base: Side,
+    expert: Side,
+    device: torch.device,
+    on_block: OnBlock,
+    split: Split = lambda name, value: {name: value},
+    folder: Path | None = None,
 ) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
@@ -80,6 +86,7 @@ def squares_pass(
         device: where to compute.
         on_block: called twice per block and side with gradients.
         split: how parameters are stored; by default each as it is.
+        folder: where hidden states wait, as `backward_pass`.
 
     Raises:
         UserError: as `backward_pass`.
@@ -98,7 +105,7 @@ def squares_pass(
     observer = SquaredGradients(whole, frozenset(name for name, value in named if value.dim() <= 2) - whole)
     others: dict[str, tuple[Tensor, ...]] = {}
     with ExitStack() as stack:
-        sides = [stack.enter_context(_side(side, observer, device, on_block)) for side in (base, expert)]
+        sides = [stack.enter_context(_side(side, observer, device, on_block, folder)) for side in (base, expert)]
         parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split)
         stack.enter_context(closing(parts))
         yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
@@ -109,12 +116,14 @@ _Blocks = Iterator[BlockDone]
 
 @contextmanager
 def _side(
-    side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock
+    side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock, folder: Path | None
 ) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
     """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
     decoder, weights = side.decoder, side.weights
     if side.samples is not None:
-        with backward_pass(decoder, weights, side.samples, observer, device, outside=True, on_block=on_block) as passed:
+        with backward_pass(
+            decoder, weights, side.samples, observer, device, outside=True, on_block=on_block, folder=folder
+        ) as passed:
             yield passed.losses, passed.blocks
         return
     layers = list(reversed(range(len(decoder.blocks))))

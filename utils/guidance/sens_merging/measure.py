@@ -23,9 +23,9 @@ from utils.models.weight_source import tied_names
 from utils.pair.source import CalibrationSource
 from utils.passes.block_gradients import observe_gradients
 from utils.passes.block_runner import run_blocks
+from utils.passes.gradient_memory import GradientMemory, gradient_memory
 from utils.passes.language_head import fetch_head, language_head, require_head
 from utils.passes.subjects import Subject, component_names
-from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 from utils.workers.results import KeptResult
 
@@ -45,17 +45,21 @@ class _Expert:
 
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
-    found = []
-    for expert in job.experts:
-        tokens, blocks = job.text(expert, expert).tokens, len(expert.decoder.blocks)
-        hidden = expert.decoder.model.config.get_text_config(decoder=True).hidden_size
-        named, blocks_path = expert.decoder.model.named_parameters(), f"{expert.decoder.blocks_path}."
-        outside = sum(value.numel() for name, value in named if not name.startswith(blocks_path))
-        found.append((tokens * blocks * hidden + outside) * expert.dtype.itemsize)
-    return [
-        "gradients: sample by sample, block by block, then of what lies outside the blocks; beside what is said below, up "
-        f"to {gigabytes(max(found))} for hidden states at every block's entrance, and the embeddings' gradients"
-    ]
+    return ["gradients: sample by sample, block by block, then of what lies outside the blocks"]
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at the peak of an expert's passes, about."""
+    return max(_needed(job, expert).peak() for expert in job.experts)
+
+
+def waiting(job: MeasureJob) -> int:
+    """Bytes that wait for an expert's way back, at most."""
+    return max(_needed(job, expert).waiting for expert in job.experts)
+
+
+def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:
+    return gradient_memory(expert, job.text(expert, expert).encoded)
 
 
 def measure(job: MeasureJob) -> Measured:
@@ -158,7 +162,9 @@ def _passes(place: Place, job: MeasureJob) -> _Expert:
     decoder, own = expert.decoder, job.text(expert, expert)
     observer = SensitivityObserver(decoder, device)
     weights = job.open_weights(expert, device)
-    losses = observe_gradients(decoder, weights, own.encoded, observer, device, outside=True, on_block=on_block)
+    losses = observe_gradients(
+        decoder, weights, own.encoded, observer, device, outside=True, on_block=on_block, folder=place.folder
+    )
     outside = {name: float(total) / len(own.encoded) for name, total in observer.outside.items()}
     values = [value / len(own.encoded) for value in observer.sums.tolist()]
     named = {**{f"block {layer}": value for layer, value in enumerate(values)}, **outside}

@@ -23,20 +23,15 @@ from utils.guidance.submodule_linearity.tables import (
 )
 from utils.models.weight_source import tied_names
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, component_names
-from utils.runtime import gigabytes
+from utils.passes.subjects import Subject, component_names, memory_estimate
 from utils.workers.piece import Piece, Place
 
 
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
-    models = (job.base, *job.experts)
-    largest = max(sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks)
     lines = [
         "inputs: the base's own; parts: blocks, their children, every module with parameters; all in float32, because "
         "bfloat16 would round away what a fine-tune changes",
-        f"memory: two blocks of all {len(models)} models together, {gigabytes(2 * 4 * largest * len(models))}, are part "
-        "of what it needs beside the estimate below",
     ]
     if job.options["nonlinearity"]:
         lines.append(
@@ -47,6 +42,13 @@ def choices(job: MeasureJob) -> list[str]:
     if len(job.devices) > 1:
         lines.append(f"of the devices only {job.devices[0]} is used: the models go through one block together")
     return lines
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at its peak, about: two blocks of all models together, beside the base's own pass."""
+    largest = max(sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks)
+    base = replace(job.base, dtype=torch.float32)
+    return memory_estimate(base) + 2 * 4 * largest * len(job.experts)
 
 
 def measure(job: MeasureJob) -> Measured:

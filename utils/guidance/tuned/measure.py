@@ -21,11 +21,12 @@ from utils.guidance.tuned.start import Start, plain_start, read_start
 from utils.guidance.tuned.tables import COEFFICIENT_TABLE, SAMPLES, STEP_TABLE, start_content
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
+from utils.passes.gradient_memory import GradientMemory, gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.snapshots import read_state, write_state
 from utils.passes.subjects import Subject, component_names
 from utils.runtime import gigabytes
-from utils.workers.piece import OnStep, Piece, Place
+from utils.workers.piece import Piece, Place
 
 _HELD_OUT = 4  # every so many samples of a task are held out
 _FEWEST = 2
@@ -41,6 +42,23 @@ def choices(job: MeasureJob) -> list[str]:
         f"steps of Adam on {job.config.nsamples - held} samples of each task, judged on {held} others",
         f"disk: {gigabytes(own * len(_experts(job)))} for what each expert adds, while measuring",
     ]
+
+
+def memory(job: MeasureJob) -> int:
+    """Bytes on one device at the peak of a step, about: the base's way there and back, and one part of a block of every
+    expert while they are summed."""
+    needed = [_needed(job, expert) for expert in _experts(job)]
+    largest = max(value.numel() for value in job.base.decoder.model.parameters())
+    return max(one.peak(0) for one in needed) + 4 * largest * (len(needed) + 1)
+
+
+def waiting(job: MeasureJob) -> int:
+    """Bytes that wait for the way back of a step, at most."""
+    return sum(_needed(job, expert).waiting for expert in _experts(job))
+
+
+def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:
+    return gradient_memory(job.base, job.text(job.base, expert).encoded)
 
 
 def measure(job: MeasureJob) -> Measured:
@@ -118,7 +136,7 @@ def _tuned(place: Place, job: MeasureJob, start: Start, folder: Path) -> Tuned:
     base, *experts = job.subjects
     resumed = read_state(place.snapshot)
     gains = {} if resumed is None else {name: TextGain(*own) for name, own in resumed["gains"].items()}
-    gains = gains or {expert.entry.type: _gain(job, base, expert, device, on_block) for expert in experts}
+    gains = gains or {expert.entry.type: _gain(job, base, expert, place) for expert in experts}
     works = plan_parts(start, base, [one.entry for one in experts], _settings(job, device))
     parts = write_parts(works, base, folder)
     stepped, held = _Samples(), _Samples()
@@ -137,13 +155,15 @@ def _tuned(place: Place, job: MeasureJob, start: Start, folder: Path) -> Tuned:
         return SummedWeights(job.open_weights(base, device), parts, coefficients, device)
 
     def slope(table: Tensor, weigh: Weigh) -> tuple[list[float], Tensor]:
-        losses, found = _slope(base, summed(table), parts, stepped, weigh, device, on_block)
+        losses, found = _slope(base, summed(table), parts, stepped, weigh, place)
         by_group = torch.zeros(table.shape, dtype=torch.float64)
         return losses, by_group.index_add_(1, groups, found)
 
     def held_out(table: Tensor) -> list[float]:
         source = summed(table)
-        with backward_pass(base.decoder, source, held.ids, _Nothing(), device, on_block=on_block) as model:
+        with backward_pass(
+            base.decoder, source, held.ids, _Nothing(), device, on_block=on_block, folder=place.folder
+        ) as model:
             return held.by_task(model.losses)
 
     asked = Asked(
@@ -173,13 +193,21 @@ def _slope(
     parts: Parts,
     samples: _Samples,
     weigh: Weigh,
-    device: torch.device,
-    on_block: OnStep,
+    place: Place,
 ) -> tuple[list[float], Tensor]:
     """Losses by task of a merged model, and the gradient of their weighed sum by every coefficient."""
     by_sample: list[float] = []
     observer = CoefficientSlopes(parts, weights, by_sample)
-    with backward_pass(base.decoder, weights, samples.ids, observer, device, outside=True, on_block=on_block) as model:
+    with backward_pass(
+        base.decoder,
+        weights,
+        samples.ids,
+        observer,
+        place.device,
+        outside=True,
+        on_block=place.on_step,
+        folder=place.folder,
+    ) as model:
         losses = samples.by_task(model.losses)
         by_task = weigh(losses)
         by_sample += [share * by_task[task] for share, task in zip(samples.shares, samples.tasks, strict=True)]
@@ -188,12 +216,18 @@ def _slope(
     return losses, observer.found
 
 
-def _gain(job: MeasureJob, base: Subject, expert: Subject, device: torch.device, on_block: OnStep) -> TextGain:
-    losses = []
+def _gain(job: MeasureJob, base: Subject, expert: Subject, place: Place) -> TextGain:
+    losses, device = [], place.device
     for subject in (base, expert):
         ids = job.text(subject, expert).encoded
         with backward_pass(
-            subject.decoder, job.open_weights(subject, device), ids, _Nothing(), device, on_block=on_block
+            subject.decoder,
+            job.open_weights(subject, device),
+            ids,
+            _Nothing(),
+            device,
+            on_block=place.on_step,
+            folder=place.folder,
         ) as model:
             losses.append(model.losses)
     gain = text_gain([len(row) - 1 for row in job.text(expert, expert).encoded], *losses)

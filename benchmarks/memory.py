@@ -1,0 +1,142 @@
+"""Memory: what each guidance and merge method takes, against what its command says before the work, and whether depth adds to it.
+
+    python3 benchmarks/memory.py
+    python3 benchmarks/memory.py --guidance saliency_budget,sens_merging --merge_methods "" --depths 4,32
+    python3 benchmarks/memory.py --guidance "" --merge_methods ties,della,slerp
+
+Every command runs as a whole process, once for each number of blocks in `--depths`, on models of one width that have random
+weights. The peak of memory that the system cannot reclaim (RssAnon), without that of the same command on models of next to
+no size, which is the runtime, is compared with the line `memory: about`. Every run goes into
+`benchmarks/results/memory.csv`; a table of medians is printed.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+
+from benchmarks.contenders import Contender, machine, run_once
+from benchmarks.shapes import ROOT, SHAPES, build_pair, rows_files
+from utils.guidance.method import guidance_methods
+
+RESULTS = ROOT / "benchmarks" / "results" / "memory.csv"
+COLUMNS = ("command", "method", "blocks", "estimate_mb", "peak_mb", "runtime_mb", "ratio", "machine")
+WIDE = SHAPES["llama-78m"]
+NARROW = WIDE | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
+                 "vocab_size": 8192, "num_hidden_layers": 2}  # fmt: skip
+MERGE_METHODS = (
+    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della",
+    "della_linear", "model_stock", "sce", "karcher",
+)  # fmt: skip
+NEEDED = {"slerp": {"t": 0.5}, "linear": {"weight": 0.5}}
+SAMPLES = 6
+FREE = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "2")}
+_ABOUT = re.compile(r"memory: about ([\d.]+) (MB|GB|kB)")
+_SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def measuring(method: str, places: dict[str, Path], folder: Path) -> tuple[str, ...]:
+    """The command line of command 1 for one guidance."""
+    models = [{"name": str(place), "type": name} for name, place in places.items()]
+    text = {"name": "gsm8k", "path": str(rows_files(None)["gsm8k"])}
+    config = {"model_info": models, "base_model_type": "base", "dataset": text, "nsamples": SAMPLES}
+    (folder / "pair.yaml").write_text(yaml.safe_dump(config))
+    words = ("--config", str(folder / "pair.yaml"), "--out_dir", str(folder / "out"), "--guidance", method)
+    return (sys.executable, str(ROOT / "lewis_importance.py"), *words, "--devices", "cpu", *FREE.get(method, ()))
+
+
+def merging(method: str, places: dict[str, Path], folder: Path) -> tuple[str, ...]:
+    """The command line of command 3 for one merge method."""
+    base, *experts = (str(place) for place in places.values())
+    parameters = NEEDED.get(method, {"weight": 0.5, **({} if method in ("sce",) else {"density": 0.5})})
+    if method in ("model_stock", "karcher", "task_arithmetic"):
+        parameters = {} if method != "task_arithmetic" else {"weight": 0.5}
+    listed = [base, experts[0]] if method == "slerp" else experts
+    recipe = {"merge_method": method, "dtype": "bfloat16", "models": [
+        {"model": one, **({"parameters": parameters} if parameters and method != "slerp" else {})} for one in listed
+    ]}  # fmt: skip
+    if method == "slerp":
+        recipe["parameters"] = parameters
+    if method not in ("linear", "karcher"):
+        recipe["base_model"] = base
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = ("--merge_config", str(folder / "recipe.yaml"), "--output_path", str(folder / "out"), "--device", "cpu")
+    return (sys.executable, str(ROOT / "utils" / "merger.py"), *words)
+
+
+def measured(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
+    """(bytes the command says it needs, bytes at its peak)."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    log = folder / "log"
+    shell = ("bash", "-c", 'exec "$@" > "$0" 2>&1', str(log), *command)
+    try:
+        run = run_once(Contender(command[1], shell, 0))
+    except RuntimeError as error:
+        raise RuntimeError(log.read_text()[-2000:]) from error
+    found = _ABOUT.search(log.read_text())
+    return float(found[1]) * _SCALE[found[2]], run.anonymous
+
+
+def rows(kind: str, methods: Sequence[str], depths: Sequence[int], folder: Path) -> Iterator[dict[str, object]]:
+    """A row for every method and depth."""
+    command = {"measure": measuring, "merge": merging}[kind]
+    SHAPES["narrow"] = NARROW
+    narrow = build_pair("narrow", folder / "narrow", None)
+    here = machine()
+    for method in methods:
+        _, runtime = measured(command(method, narrow, folder), folder)
+        for blocks in depths:
+            SHAPES[f"wide-{blocks}"] = WIDE | {"num_hidden_layers": blocks}
+            places = build_pair(f"wide-{blocks}", folder / f"wide-{blocks}", None)
+            about, peak = measured(command(method, places, folder), folder)
+            values = (kind, method, blocks, about / 1e6, peak / 1e6, runtime / 1e6, about / (peak - runtime))
+            row = dict(zip(COLUMNS, [round(one, 3) if isinstance(one, float) else one for one in values], strict=False))
+            print(row, file=sys.stderr)
+            yield row | {"machine": here}
+
+
+def table(found: Sequence[dict[str, object]]) -> str:
+    """Medians as Markdown."""
+    lines = ["| command | method | blocks | said MB | taken MB | said / taken |", "|---|---|---|---|---|---|"]
+    for key in dict.fromkeys((row["command"], row["method"], row["blocks"]) for row in found):
+        own = [row for row in found if (row["command"], row["method"], row["blocks"]) == key]
+        said, taken = (
+            statistics.median(values)
+            for values in ([row["estimate_mb"] for row in own], [row["peak_mb"] - row["runtime_mb"] for row in own])
+        )
+        lines.append(f"| {' | '.join(map(str, key))} | {said:.0f} | {taken:.0f} | {said / taken:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--guidance", default=",".join(guidance_methods()), help="methods, separated by commas")
+    parser.add_argument("--merge_methods", default=",".join(MERGE_METHODS), help="methods, separated by commas")
+    parser.add_argument("--depths", default="4", help="numbers of blocks, separated by commas")
+    parser.add_argument("--runs", type=int, default=1)
+    args = parser.parse_args()
+    depths, found = [int(one) for one in args.depths.split(",")], []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, names in (("measure", args.guidance), ("merge", args.merge_methods)):
+            for _ in range(args.runs):
+                for row in rows(kind, [one for one in names.split(",") if one], depths, Path(folder)):
+                    found.append(row)
+                    new = not RESULTS.exists()
+                    with open(RESULTS, "a", newline="") as file:
+                        writer = csv.DictWriter(file, COLUMNS)
+                        writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * new + [row])
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What `backward_pass` needs, known from configs and text: memory on its device, and room for what waits elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from utils.passes.subjects import Subject
+from utils.runtime import gigabytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """Bytes of one model's way forward and back.
+
+    `held` are there all the time: what lies outside the blocks, two blocks of weights, two hidden states of every sample.
+    At one time or another there come on top of that, for one sample: `block`, what autograd keeps of a block and its
+    largest gradient; `logits`, with what their loss takes; `outside`, the largest gradient of what lies outside the blocks
+    and autograd's copy of it (when no block is there any more). `waiting` are the hidden states at the entrance of every block, which wait elsewhere.
+    """
+
+    held: int
+    block: int
+    logits: int
+    outside: int
+    waiting: int
+
+    def peak(self, beside_blocks: int = 0) -> int:
+        """With `beside_blocks` bytes that are there together with gradients of blocks alone."""
+        return self.held + max(self.logits, self.block + beside_blocks, self.outside)
+
+
+def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> GradientMemory:
+    """Of a model in the dtype it is computed in, and the token ids of each sample."""
+    decoder, size = subject.decoder, subject.dtype.itemsize
+    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
+    inside = {id(value) for value in decoder.blocks.parameters()}
+    around = [value for value in decoder.model.parameters() if id(value) not in inside]
+    tokens, longest = sum(map(len, samples)), max(map(len, samples))
+    hidden = decoder.model.config.get_text_config(decoder=True).hidden_size
+    largest = max(value.numel() for value in decoder.blocks.parameters())
+    logits = longest * decoder.model.get_input_embeddings().weight.shape[0] * (size + 12)
+    widest = size * max(value.numel() for value in around)
+    return GradientMemory(
+        held=size * (sum(value.numel() for value in around) + 2 * max(blocks) + 2 * tokens * hidden),
+        block=size * largest + max(_kept(block, longest, size) for block in decoder.blocks),
+        logits=logits,
+        outside=max(logits + widest, 2 * widest) - 2 * size * max(blocks),
+        waiting=size * tokens * hidden * len(blocks),
+    )
+
+
+def _kept(block: "nn.Module", tokens: int, size: int) -> int:
+    """What autograd keeps of a block for one sample, about: what every matrix is given and returns."""
+    return tokens * size * sum(sum(value.shape[-2:]) for value in block.parameters() if value.dim() > 1)
+
+
+def waiting_line(bytes_: int, is_cpu: bool) -> str:
+    """The bound on what waits for the way back, and where."""
+    where = "on the disk of --out_dir" if is_cpu else "in the host's memory"
+    return f"gradients: hidden states at every block's entrance wait {where}, at most {gigabytes(bytes_)}"

@@ -18,7 +18,7 @@ class GradientMemory:
     `held` are there all the time: what lies outside the blocks, two blocks of weights, two hidden states of every sample.
     At one time or another there come on top of that, for one sample: `block`, what autograd keeps of a block and its
     largest gradient; `logits`, with what their loss takes; `outside`, the largest gradient of what lies outside the blocks
-    and autograd's copy of it (when no block is there any more). `waiting` are the hidden states at the entrance of every block, which wait elsewhere.
+    (when no block is there any more). `waiting` are the hidden states at the entrance of every block, which wait elsewhere.
     """
 
     held: int
@@ -47,7 +47,7 @@ def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> Gradi
         held=size * (sum(value.numel() for value in around) + 2 * max(blocks) + 2 * tokens * hidden),
         block=size * largest + max(_kept(block, longest, size) for block in decoder.blocks),
         logits=logits,
-        outside=max(logits + widest, 2 * widest) - 2 * size * max(blocks),
+        outside=logits + widest - 2 * size * max(blocks),
         waiting=size * tokens * hidden * len(blocks),
     )
 

@@ -1,11 +1,12 @@
 """One sample's way through a causal language model and back, a block at a time.
 
-On the way forward no graph is kept inside the blocks: each block's output enters the rest of the model's own forward
-as a new leaf of the graph, and the call that the model made to the block is kept (the checkpoint: by reference what is
-the same for all blocks, such as masks and rotary tables; the hidden state in a `TensorStore`, so that memory does not grow
-with the number of blocks). On the way back each block is computed again from its call, this time with a graph. What the model computes outside its blocks (between two of them, the final norm,
-the head, a cap or a scale on the logits) is differentiated by autograd as it stands, so nothing about it is assumed; of
-a model that computes something between two blocks, autograd keeps in memory what it needs for that.
+On the way forward no graph is kept inside the blocks: each block's output enters the rest of the model's own forward as
+a new leaf of the graph, and the call that the model made to the block is kept (the checkpoint: by reference what is the
+same for all blocks, such as masks and rotary tables; the hidden state in a `TensorStore`, so that memory does not grow
+with the number of blocks). On the way back each block is computed again from its call, this time with a graph. What the
+model computes outside its blocks (between two of them, the final norm, the head, a cap or a scale on the logits) is
+differentiated by autograd as it stands, so nothing about it is assumed; of a model that computes something between two
+blocks, autograd keeps in memory what it needs for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -49,8 +49,9 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at the peak of an expert's passes, about."""
-    return max(_needed(job, expert).peak() for expert in job.experts)
+    """Bytes on one device at the peak of an expert's passes, about; products of an embedding with its gradient included."""
+    largest = max(value.numel() for value in job.base.decoder.model.parameters())
+    return max(_needed(job, expert).peak() for expert in job.experts) + 2 * 4 * largest
 
 
 def waiting(job: MeasureJob) -> int:

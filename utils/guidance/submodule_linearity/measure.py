@@ -45,10 +45,12 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at its peak, about: two blocks of all models together, beside the base's own pass."""
-    largest = max(sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks)
+    """Bytes on one device at its peak, about: two blocks and what lies outside of all models, beside the base's own pass."""
+    model, decoder = job.base.decoder.model, job.base.decoder
+    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
+    outside = sum(value.numel() for value in model.parameters()) - sum(blocks)
     base = replace(job.base, dtype=torch.float32)
-    return memory_estimate(base) + 2 * 4 * largest * len(job.experts)
+    return memory_estimate(base) + 4 * (2 * max(blocks) + outside) * len(job.experts)
 
 
 def measure(job: MeasureJob) -> Measured:

@@ -49,7 +49,7 @@ def memory(job: MeasureJob) -> int:
     expert while they are summed."""
     needed = [_needed(job, expert) for expert in _experts(job)]
     largest = max(value.numel() for value in job.base.decoder.model.parameters())
-    return max(one.peak(0) for one in needed) + 4 * largest * (len(needed) + 1)
+    return max(one.peak(0) for one in needed) + 4 * largest * (len(needed) + 2)
 
 
 def waiting(job: MeasureJob) -> int:

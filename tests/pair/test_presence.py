@@ -57,11 +57,13 @@ def test_texts_of_experts_are_looked_for_and_those_for_later_commands_are_not(fo
         refuse_missing(config, [config.general.source])
 
 
-@pytest.mark.parametrize("name", ["./base+./adapter", "org/base+org/adapter"])
-def test_a_model_with_an_adapter_is_for_recipes(folder, name):
-    with refused("model-is-adapter") as caught:
-        check(folder, model_info=[{"name": "./base", "type": "base"}, {"name": name, "type": "code"}])
-    assert "which utils/merger.py takes" in str(caught.value)
+def test_the_adapter_of_a_model_is_looked_for_too(folder):
+    models = [{"name": "./base", "type": "base"}, {"name": "./base+./adapter", "type": "code"}]
+    with refused("model-missing", "./adapter"):
+        check(folder, model_info=models)
+    (folder / "adapter").mkdir()
+    check(folder, model_info=models)
+    check(folder, model_info=[models[0], {"name": "org/base+org/adapter", "type": "code"}])
 
 
 def test_no_library_loads_for_it(folder):

@@ -100,12 +100,31 @@ def test_the_configs_extra_parameter_is_the_one_aimed_at():
         (ModelEntry("./a@b", "x"), {"model": {"path": "./a@b"}}),
     ],
 )
-def test_mergekit_reads_the_models_that_are_meant(entry, key):
+def test_mergekit_reads_the_models_that_are_meant(entry, key, tmp_path, monkeypatch):
     from mergekit.common import ModelReference
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b").mkdir()
     assert model_key(entry) == key
     reference = ModelReference.model_validate(yaml.safe_load(recipe_bytes({"model": key}))["model"])
     assert (reference.model.path, reference.model.revision, reference.lora) == (entry.name, entry.revision, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "key"),
+    [
+        ("org/model+./adapter", None, "org/model+./adapter"),
+        ("org/model+org/adapter", "abc", "org/model@abc+org/adapter"),
+        ("./a@b+./c", None, {"model": {"path": "./a@b"}, "lora": "./c"}),
+    ],
+)
+def test_mergekit_reads_model_and_adapter(name, revision, key):
+    from mergekit.common import ModelReference
+
+    assert model_key(ModelEntry(name, "x", revision)) == key
+    reference = ModelReference.model_validate(yaml.safe_load(recipe_bytes({"model": key}))["model"])
+    assert f"{reference.model.path}+{reference.lora.path}" == name
+    assert reference.model.revision == revision
 
 
 def test_a_home_folder_is_expanded(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import yaml
 from utils.errors import UserError
 from utils.merging.recipe_file import INPUT_KEYS, MergeRecipe, checked_recipe, model_names, read_recipe
 from utils.models.checkpoints import is_local
+from utils.models.low_rank import adapter_name
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
 from utils.safe_yaml import read_yaml_mapping
@@ -68,7 +69,7 @@ def read_candidate(text: str) -> Candidate:
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
         return Candidate(path.stem, recipe=read_recipe(path).data, source=path)
-    if is_local(text) and not path.is_dir():
+    if adapter_name(text) is None and is_local(text) and not path.is_dir():
         raise UserError(
             f"candidate {text}: no such folder or file (looked in {Path.cwd()}); give a recipe (.yaml), a model folder "
             "or a hub id",

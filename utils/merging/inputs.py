@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
 from utils.merging.settings import MergeSettings
-from utils.models.adapters import check_adapter, merged_folder
+from utils.models.adapters import check_adapter, merged_folder, refuse_adapter
 from utils.models.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
 from utils.models.mergekit_inputs import model_reference
 
@@ -83,6 +83,7 @@ def find_models(recipe: CheckedRecipe, adapter_cache: Path | None) -> FoundModel
         if name.lora:
             check_adapter(str(name), adapter_cache)
         place = recipe.file.locate(name.model.path)
+        refuse_adapter(place, str(name))
         folders[name] = find_small_files(place, name.model.revision)
         read_model_config(folders[name], str(name))
         if name in merged and not name.lora and is_local(place):

@@ -10,15 +10,14 @@ import shutil
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.models.checkpoints import Checkpoint, find_small_files, is_local
+from utils.models.checkpoints import Checkpoint, is_local, local_folder
 from utils.models.headers import header_hash
 from utils.models.hub import download
+from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import copy_tokenizer
 from utils.publishing.manifest import file_sha256
 from utils.publishing.staging import staged_folder
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def check_adapter(shown: str, cache: Path | None) -> None:
@@ -38,6 +37,19 @@ def check_adapter(shown: str, cache: Path | None) -> None:
             f"model {shown} means a model with a LoRA adapter. Give --lora_merge_cache FOLDER to have the adapter "
             "merged into the model there first, or do that with peft (merge_and_unload) and name the result",
             "adapter-no-cache",
+        )
+
+
+def refuse_adapter(place: str, shown: str) -> None:
+    """Refuse an adapter in the place of a model: a recipe names both.
+
+    Raises:
+        UserError: the folder holds an adapter.
+    """
+    if os.path.isdir(os.path.expanduser(place)) and (parts := adapter_name(place)) is not None:
+        raise UserError(
+            f"model {shown} is a LoRA adapter; write {parts.model}+{shown}, the model and the adapter",
+            "model-is-adapter",
         )
 
 
@@ -84,7 +96,7 @@ def _merge(model: Checkpoint, adapter: Path, name: str, stage: Path, dtype: str)
 
 
 def _adapter_files(name: str, revision: str | None) -> Path:
-    folder = find_small_files(name, revision) if is_local(name) else download(name, revision, [CONFIG, WEIGHTS])
+    folder = local_folder(name, revision) if is_local(name) else download(name, revision, [CONFIG, WEIGHTS])
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"LoRA adapter {name}: {folder} has no {file}", "adapter-no-files")

@@ -7,7 +7,7 @@ code.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from utils.models.headers import (
     weight_files,
 )
 from utils.models.hub import download
+from utils.models.low_rank import CONFIG, WEIGHTS, AdapterName, adapter_name, with_adapter
 from utils.models.quantized import refuse_quantized
 from utils.models.small_files import SMALL_FILES, check_small_files
 
@@ -32,7 +33,8 @@ from utils.models.small_files import SMALL_FILES, check_small_files
 class Checkpoint:
     """A model folder: where it is, its `config.json`, and the headers of its tensors by name in the file.
 
-    `name` and `revision` are what the user asked for; `folder` is where it lies, absolute.
+    `name` and `revision` are what the user asked for; `folder` is where it lies, absolute. `adapter` is the folder of an
+    adapter whose changes the tensors have, while config and tokenizer are the model's.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader] = field(repr=False)
+    adapter: Path | None = None
+
+    @property
+    def place(self) -> tuple[Path, Path | None]:
+        """What tells it from every other one: the model's folder and the adapter's."""
+        return self.folder, self.adapter
 
     @property
     def architecture(self) -> str:
@@ -49,7 +57,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The weight files, in name order."""
-        return sorted({header.file for header in self.tensors.values()})
+        return sorted({file for header in self.tensors.values() for file in header.files})
 
     @property
     def total_bytes(self) -> int:
@@ -79,9 +87,15 @@ def is_local(name: str) -> bool:
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Open a local folder or hub id, weights included (a hub id is downloaded or found in the cache).
 
+    `model+adapter`, or the folder of an adapter, is the model with the adapter's changes; `revision` is the model's.
+
     Raises:
-        UserError: as `find_small_files` and `read_headers`; its weights are quantized.
+        UserError: as `find_small_files` and `read_headers`; its weights are quantized; an adapter does not fit.
     """
+    parts = adapter_name(name)
+    if parts is not None:
+        adapter = _adapter_folder(parts, fetch=True)
+        return _changed(open_checkpoint(parts.model, revision), adapter, name)
     folder = find_small_files(name, revision)
     config = read_model_config(folder, name)
     if not is_local(name):
@@ -98,6 +112,10 @@ def open_without_download(name: str, revision: str | None = None) -> Checkpoint 
     Raises:
         UserError: a local folder exists but is malformed, as in `open_checkpoint`.
     """
+    parts = adapter_name(name)
+    if parts is not None:
+        model, adapter = open_without_download(parts.model, revision), _adapter_folder(parts, fetch=False)
+        return None if model is None or adapter is None else _changed(model, adapter, name)
     if is_local(name):
         return open_checkpoint(name, revision) if Path(name).expanduser().exists() else None
     from huggingface_hub import snapshot_download
@@ -110,12 +128,26 @@ def open_without_download(name: str, revision: str | None = None) -> Checkpoint 
         return None  # not in the hub cache, or only in part: the next download completes it
 
 
+def _changed(model: Checkpoint, adapter: Path, name: str) -> Checkpoint:
+    return replace(model, name=name, tensors=with_adapter(model.tensors, adapter, name), adapter=adapter)
+
+
+def _adapter_folder(parts: AdapterName, *, fetch: bool) -> Path | None:
+    """Where an adapter lies; None if it is to be fetched first, and may not be."""
+    if is_local(parts.adapter):
+        return local_folder(parts.adapter)
+    return download(parts.adapter, None, [CONFIG, WEIGHTS]) if fetch else None
+
+
 def find_small_files(name: str, revision: str | None = None) -> Path:
     """Return the folder that holds a model's config and tokenizer; for a hub id, only these small files are fetched.
 
     Raises:
         UserError: no such folder; or the hub does not have it, refuses it, or cannot be reached.
     """
+    parts = adapter_name(name)
+    if parts is not None:
+        return find_small_files(parts.model, revision)
     if not is_local(name):
         return download(name, revision, list(SMALL_FILES))
     return local_folder(name, revision)
@@ -129,12 +161,6 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     """
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
-        if "+" in name:
-            raise UserError(
-                f"model {name}: adapters (model+adapter) are for merge recipes, which utils/merger.py takes; merge the "
-                "adapter into its model first, and give the result",
-                "model-is-adapter",
-            )
         state = "is a broken symbolic link" if os.path.islink(path) else f"does not exist (looked in {Path.cwd()})"
         raise UserError(f"model folder {name} {state}", "model-missing")
     if not path.is_dir():
@@ -189,6 +215,7 @@ def weight_file_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": {file.name: file.stat().st_size for file in checkpoint.files},
         "modified_ns": {file.name: file.stat().st_mtime_ns for file in checkpoint.files},
         "header_sha256": header_hash(checkpoint.tensors.values()),
+        **({} if checkpoint.adapter is None else {"adapter": checkpoint.adapter.name}),
     }
 
 

@@ -34,8 +34,31 @@ _OTHER_WEIGHTS = {
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """The change that an adapter makes of a matrix W: `scale` B A, or its transpose.
+
+    `down` is A [rank, in], `up` is B [out, rank]. With `magnitude` m [out] (DoRA) each row of W + scale B A is then brought
+    to the length m.
+    """
+
+    down: "TensorHeader"
+    up: "TensorHeader"
+    scale: float
+    transposed: bool = False
+    magnitude: "TensorHeader | None" = None
+
+    @property
+    def headers(self) -> "tuple[TensorHeader, ...]":
+        """The tensors it is made of."""
+        return (self.down, self.up, *([self.magnitude] if self.magnitude else []))
+
+
+@dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a safetensors file. `start` is the absolute offset of its first byte in `file`."""
+    """One tensor of a safetensors file. `start` is the absolute offset of its first byte in `file`.
+
+    With `change` the tensor is what the file holds with an adapter's change (`utils/models/tensor_files.py`).
+    """
 
     name: str
     dtype: str
@@ -43,6 +66,12 @@ class TensorHeader:
     file: Path
     start: int
     nbytes: int
+    change: LowRank | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold any of it."""
+        return (self.file, *(part.file for part in (self.change.headers if self.change else ())))
 
 
 def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
@@ -90,6 +119,8 @@ def header_hash(headers: Iterable[TensorHeader]) -> str:
     digest = hashlib.sha256()
     for header in sorted(headers, key=lambda header: header.name):
         digest.update(f"{header.name}|{header.dtype}|{header.shape}|{header.file.name}|{header.start}\n".encode())
+        if header.change is not None:
+            digest.update(f"{header.change.scale}|{header_hash(header.change.headers)}\n".encode())
     return digest.hexdigest()
 
 

@@ -120,7 +120,7 @@ class StoredLayout:
     def files(self) -> set[Path]:
         """The files that hold any of it."""
         headers = [*self.direct.values(), *(header for one in self.converted for header in one.sources)]
-        return {header.file for header in headers}
+        return {file for header in headers for file in header.files}
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.direct or parameter in self.conversions

@@ -5,6 +5,7 @@ from typing import Any
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.models.checkpoints import is_local, local_folder, read_model_config
+from utils.models.low_rank import adapter_name
 from utils.pair.calibration import with_defaults
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.rows import data_file, looks_like_file
@@ -23,8 +24,7 @@ def refuse_missing(config: PairConfig, texts: Iterable[CalibrationSource] = ()) 
     """
     problems = []
     for entry in config.model_info:
-        if is_local(entry.name) or "+" in entry.name:  # no hub id has a plus sign: a model with an adapter
-            problems += _refusal(_check_model, entry)
+        problems += _refusal(_check_model, entry)
     for text in dict.fromkeys((*config.texts, *texts)):
         path = with_defaults(text).path
         if path is not None and looks_like_file(path):
@@ -33,7 +33,12 @@ def refuse_missing(config: PairConfig, texts: Iterable[CalibrationSource] = ()) 
 
 
 def _check_model(entry: ModelEntry) -> None:
-    read_model_config(local_folder(entry.name, entry.revision), entry.name)
+    parts = adapter_name(entry.name)
+    model = entry.name if parts is None else parts.model
+    if parts is not None and is_local(parts.adapter):
+        local_folder(parts.adapter)
+    if is_local(model):
+        read_model_config(local_folder(model, entry.revision), entry.name)
 
 
 def _refusal(check: Callable[[Any], object], asked: Any) -> list[Problem]:

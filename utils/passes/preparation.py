@@ -226,7 +226,7 @@ def model_doubts(base: Subject, subject: Subject) -> list[str]:
 def _same_structure(base: Subject, expert: Subject) -> None:
     """Refuse an expert whose blocks are not shaped like the base's: the norms could not be compared nor merged."""
     where = f"model {expert.entry.name} is no fine-tune of the base {base.entry.name}, so they cannot be compared"
-    if expert is not base and expert.checkpoint.folder == base.checkpoint.folder:
+    if expert is not base and expert.checkpoint.place == base.checkpoint.place:
         raise UserError(
             f"{where}: they are the same folder, {base.checkpoint.folder}; every delta would be 0", "model-twice"
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.models.checkpoints import is_local
+from utils.models.low_rank import adapter_name
 from utils.pair.config import ModelEntry
 from utils.recipes.method_rules import DeltaMethod, extra_value
 from utils.recipes.naming import Naming
@@ -112,15 +113,30 @@ def recipe_bytes(data: Mapping[str, Any]) -> bytes:
 
 
 def model_key(entry: ModelEntry) -> str | dict[str, Any]:
-    """How a recipe names a model: its name as in the pair config, `name@revision`, or mergekit's long form.
+    """How a recipe names a model: its name as in the pair config, `name@revision`, `model+adapter`, or mergekit's long form.
 
     mergekit reads '+' and '@' in a plain name as an adapter and a revision, so a folder whose name holds one is spelled
     out. `~` is expanded, which mergekit does not do.
     """
-    name = str(Path(entry.name).expanduser()) if entry.name.startswith("~") and is_local(entry.name) else entry.name
+    parts = adapter_name(entry.name)
+    if parts is None:
+        return _own_key(entry.name, entry.revision)
+    return _with_adapter(_own_key(parts.model, entry.revision), _own_key(parts.adapter, None))
+
+
+def _own_key(name: str, revision: str | None) -> str | dict[str, Any]:
+    name = str(Path(name).expanduser()) if name.startswith("~") and is_local(name) else name
     if "+" in name or "@" in name:
-        return {"model": {"path": name, **({"revision": entry.revision} if entry.revision else {})}}
-    return f"{name}@{entry.revision}" if entry.revision else name
+        return {"model": {"path": name, **({"revision": revision} if revision else {})}}
+    return f"{name}@{revision}" if revision else name
+
+
+def _with_adapter(model: str | dict[str, Any], adapter: str | dict[str, Any]) -> str | dict[str, Any]:
+    """mergekit's name of a model with an adapter: `model+adapter`, or the long form where one of them has that."""
+    if isinstance(model, str) and isinstance(adapter, str):
+        return f"{model}+{adapter}"
+    whole = model if isinstance(model, dict) else {"model": model}
+    return {**whole, "lora": adapter["model"] if isinstance(adapter, dict) else adapter}
 
 
 def renamed_files(saliency: Any, rename: Callable[[str], str]) -> Any:

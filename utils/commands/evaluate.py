@@ -12,7 +12,15 @@ from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
 from utils.commands.evaluated import Evaluated
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError, warn
-from utils.evaluation.tasks import task_texts
+from utils.evaluation.candidates import (
+    distinct_names,
+    found_recipes,
+    models_of_pair,
+    read_candidate,
+    refuse_other_models,
+)
+from utils.evaluation.controls import uniform_controls
+from utils.evaluation.tasks import GENERAL, TEST, VALIDATION, task_texts
 from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder
@@ -64,8 +72,6 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def _candidates(options: EvaluateOptions) -> "list[Candidate]":
     """What was asked for on the command line; without that, the recipes beside the output folder."""
-    from utils.evaluation.candidates import distinct_names, found_recipes, read_candidate, refuse_other_models
-
     asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
     for one in asked:
         refuse_other_models(one, options.config)
@@ -121,11 +127,8 @@ def _evaluate(
     store: "LossStore",
 ) -> Evaluated:
     """Choose the controls (and the winner) on validation rows, take everybody's figures on test rows."""
-    from utils.evaluation.candidates import models_of_pair
-    from utils.evaluation.controls import uniform_controls
     from utils.evaluation.figures import all_figures, merit, task_losses
     from utils.evaluation.placing import score_placed
-    from utils.evaluation.tasks import GENERAL, TEST, VALIDATION
 
     start, scored, scorer = time.perf_counter(), 0, scorers[0]
     pair = models_of_pair(scorer.config)

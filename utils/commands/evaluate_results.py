@@ -12,9 +12,12 @@ from utils.commands.evaluate_options import EvaluateOptions
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import next_command
 from utils.evaluation.candidates import UNIFORM
+from utils.merging.recipe_file import read_recipe
+from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
 from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
 from utils.publishing.target import refuse_existing
+from utils.recipes.recipe import recipe_bytes
 from utils.runtime import versions
 
 if TYPE_CHECKING:
@@ -52,7 +55,6 @@ def publish_evaluation(
     """Publish all files, the manifest last; print the table, the verdict and the next command."""
     from utils.commands.evaluate_page import evaluation_page
     from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
-    from utils.recipes.recipe import recipe_bytes
     from utils.reports.page import render
 
     following = _next(options, evaluated)
@@ -85,9 +87,6 @@ def publish_evaluation(
 
 def _recipe_hash(candidate: "Candidate") -> str | None:
     """SHA-256 of the recipe file that has been scored, so that a merge by it can show its figures."""
-    from utils.merging.recipe_file import read_recipe
-    from utils.recipes.recipe import recipe_bytes
-
     if candidate.recipe is None:
         return None
     if candidate.source is None:  # a control, which may be written
@@ -98,8 +97,6 @@ def _recipe_hash(candidate: "Candidate") -> str | None:
 
 def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -> dict[str, Any]:
     """What was asked, of what, on which rows: the manifest without the files."""
-    from utils.models.checkpoints import weight_file_record
-
     return {
         "command": COMMAND,
         "versions": versions(),

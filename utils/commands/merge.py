@@ -13,6 +13,7 @@ from utils.commands.evaluation_folder import read_measured
 from utils.errors import warn
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
+from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import in_float32, read_recipe
 from utils.merging.result_files import read_result_manifest
@@ -24,7 +25,6 @@ from utils.publishing.staging import PROGRESS, put_back, staged_folder, stamp, s
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
-    from utils.merging.pieces.finished import FinishedTensors
     from utils.merging.planning import PlannedMerge
 
 REPORT = "report.html"
@@ -75,7 +75,6 @@ def merge(settings: MergeSettings) -> None:
         return
 
     from utils.commands.merge_report import card_addition, report_html
-    from utils.merging.pieces.finished import FinishedTensors
     from utils.merging.small_files import describe_result
 
     start = time.perf_counter()

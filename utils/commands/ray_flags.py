@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+from utils.workers.ray_cluster import ClusterShare, ray_workers
 
 if TYPE_CHECKING:
     from utils.workers.ray_cluster import RayWorkers
@@ -55,7 +56,6 @@ def connected(ray: RayFlags | None, say: Callable[[str], None]) -> "Iterator[Ray
     if ray is None:
         yield None
         return
-    from utils.workers.ray_cluster import ClusterShare, ray_workers
 
     with ray_workers(ray.address, ClusterShare(ray.gpus, ray.cpus), say) as workers:
         say(workers.describe())

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.evaluation.tasks import evaluation_rows
+from utils.merging.settings import MergeSettings
 from utils.pair.config import PairConfig
 from utils.runtime import choose_devices
 
@@ -64,8 +66,6 @@ def make_scorers(
         UserError: a text or a model of the pair that cannot be used.
     """
     from utils.evaluation.scoring import Scorer, ScoreSettings
-    from utils.evaluation.tasks import evaluation_rows
-    from utils.merging.settings import MergeSettings
 
     tasks = evaluation_rows(options.config, validation=options.validation_rows, test=options.test_rows)
     found = []

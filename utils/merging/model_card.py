@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.merging.planning import PlannedMerge
 from utils.merging.provenance import origin_lines
 from utils.merging.result_files import COMMAND, file_record
@@ -68,8 +70,6 @@ def runnable_recipe(done: PlannedMerge) -> str:
 
 def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
     """The model card, Markdown with the metadata block that the hub reads; what is added stands before the recipe."""
-    import yaml
-
     plan = done.plan
     base = plan.inputs.config.base_model
     hub_ids = list(dict.fromkeys(name for model in plan.inputs.models for name in model.hub_ids))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import brief
 from utils.models.checkpoints import Checkpoint
+from utils.models.definition_adjustment import with_optional
 from utils.models.mergekit_inputs import load_config, model_reference, vocabulary_key
 from utils.models.planned_tensors import (
     ADJUSTED,
@@ -173,8 +174,6 @@ def _compare(
 
 def _adjust(inputs: MergekitInputs, info: "ModelArchitecture", lacking: set[str]) -> "ModelArchitecture | None":
     """`info` with the lacking tensors optional that the model class does not have or ties; None if there are none."""
-    from utils.models.definition_adjustment import with_optional
-
     names, _ = inputs.module_names()
     stored = {name for checkpoint in inputs.checkpoints for name in checkpoint.tensors}
     spare = {name for name in lacking - stored if names and (name not in names or inputs.is_tied(name))}

@@ -6,7 +6,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import Problem, raise_collected
+from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import Checkpoint, open_without_download
+from utils.models.planned_tensors import DEFINITION
 from utils.pair.config import ModelEntry
 from utils.recipes import filters
 from utils.recipes.filters import Coverage, NamedTensor
@@ -62,8 +64,6 @@ class WrittenTensors:
     @property
     def evidence(self) -> str:
         """The clause that says what filters were proven against, and by which of mergekit's ways."""
-        from utils.models.planned_tensors import DEFINITION
-
         why = "" if self.plan.origin == DEFINITION else f" ({self.plan.reason})"
         return f"each hits its own tensors and nothing else in {self.base.name}, by {self.plan.origin}{why}"
 
@@ -92,8 +92,6 @@ class LocalModels:
         Raises:
             UserError: the models cannot be merged.
         """
-        from utils.models.architecture import plan_architecture
-
         base = self.checkpoints.get(self.base_type)
         if base is None:
             return None

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from utils.errors import UserError
 from utils.models.checkpoints import is_local
 from utils.models.low_rank import adapter_name
@@ -107,8 +109,6 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
 
 def recipe_bytes(data: Mapping[str, Any]) -> bytes:
     """The recipe as a YAML file, byte for byte as the released code writes it."""
-    import yaml
-
     return yaml.dump(dict(data), sort_keys=False).encode()
 
 

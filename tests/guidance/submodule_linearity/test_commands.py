@@ -291,10 +291,10 @@ def test_the_whole_models_score_is_in_the_table(pair):
 
 
 def test_a_picture_shows_the_root_of_the_score_that_is_printed(pair, monkeypatch):
-    from utils import plots
+    from utils.guidance.submodule_linearity import report
 
     drawn = []
-    monkeypatch.setattr(plots, "curves", lambda table, title, *more, **keys: drawn.append((title, table)) or b"")
+    monkeypatch.setattr(report, "curves", lambda table, title, *more, **keys: drawn.append((title, table)) or b"")
     printed = re.findall(r"most \S+ \(root (\S+)%\)", decide(pair, "--plot").stdout)
     shown = [float(table.max().max()) for title, table in drawn if "root of the non-linearity" in title]
     assert len(shown) == 2 and max(map(float, printed)) == pytest.approx(max(shown), abs=0.006)

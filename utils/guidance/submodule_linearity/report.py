@@ -9,6 +9,7 @@ import pandas as pd
 from utils.guidance.submodule_linearity.intervals import CONFIDENCE
 from utils.guidance.submodule_linearity.method import WHOLE
 from utils.guidance.submodule_linearity.weights import Misfit, best_uniform_weight
+from utils.plots import curves
 
 _LISTED = 120  # weights of an expert; of more only the share that is decided is said
 _PER_LINE = 6
@@ -102,8 +103,6 @@ def interval_pictures(
     table: Sequence[PartWeights], types: Sequence[str], uniform: float, blocks: int
 ) -> dict[str, bytes]:
     """The weights of the blocks' parts over the depth, a line per kind of part, with their intervals; PNGs by name's end."""
-    from utils.plots import curves
-
     inside = [part for part in table if part.layer in range(blocks)]
     pictures = {}
     for place, name in enumerate(types if inside else ()):
@@ -163,8 +162,6 @@ def score_pictures(scores: pd.DataFrame, types: Sequence[str]) -> dict[str, byte
     The root of the score is shown, in percent: the root mean square of what linearity gets wrong, relative to the whole
     change.
     """
-    from utils.plots import curves
-
     pictures = {}
     for name in types if len(scores) else ():
         own = scores[scores["model"] == name]

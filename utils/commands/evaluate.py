@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from utils.commands.evaluate_generation import find_accuracy_tasks, generate
-from utils.commands.evaluate_options import EvaluateOptions
-from utils.commands.evaluate_results import publish_evaluation, refuse_out_dir
-from utils.commands.evaluated import Evaluated
+from utils.commands.evaluate_options import EvaluateOptions, refuse_out_dir
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import (
+    Candidate,
     distinct_names,
     found_recipes,
     models_of_pair,
@@ -27,7 +25,7 @@ from utils.publishing.target import locked_folder, prepare_folder
 from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
 
 if TYPE_CHECKING:
-    from utils.evaluation.candidates import Candidate
+    from utils.commands.evaluated import Evaluated
     from utils.evaluation.scoring import Scorer
     from utils.evaluation.store import LossStore
 
@@ -46,17 +44,22 @@ def evaluate(options: EvaluateOptions) -> None:
     refuse_out_dir(options)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
+
+    # torch, pandas and what is built on them, once nothing simpler can be wrong
+    from utils.commands.evaluate_generation import generate
+    from utils.commands.evaluate_results import publish_evaluation
+    from utils.evaluation.lm_eval_scores import find_tasks
+    from utils.evaluation.store import LossStore
+
     say(versions_line("torch", "transformers", "mergekit"))
     devices = scoring_devices(options, say)
     asked = [name for text in options.config.evaluation.values() for name in text.lm_eval]
-    accuracy = find_accuracy_tasks(asked, options.confirm_run_unsafe_code)
+    accuracy = find_tasks(asked, options.confirm_run_unsafe_code) if asked else None
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
     against = _reference(options, candidates)
     warnings = _check(scorer, candidates)
     _say_choices(scorer, candidates, say)
-    from utils.evaluation.store import LossStore
-
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         start = time.perf_counter()
@@ -70,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> None:
         publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
 
 
-def _candidates(options: EvaluateOptions) -> "list[Candidate]":
+def _candidates(options: EvaluateOptions) -> list[Candidate]:
     """What was asked for on the command line; without that, the recipes beside the output folder."""
     asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
     for one in asked:
@@ -78,7 +81,7 @@ def _candidates(options: EvaluateOptions) -> "list[Candidate]":
     return distinct_names(asked, {entry.type for entry in options.config.model_info})
 
 
-def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> str | None:
+def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str | None:
     """The name in the table of what --against names; None for the best uniform merge."""
     if options.against is None:
         return None
@@ -93,7 +96,7 @@ def _reference(options: EvaluateOptions, candidates: "Sequence[Candidate]") -> s
     return name
 
 
-def _check(scorer: "Scorer", candidates: "Sequence[Candidate]") -> list[str]:
+def _check(scorer: "Scorer", candidates: Sequence[Candidate]) -> list[str]:
     """Everything that can be refused of candidates before weights are read; warnings are printed and handed on."""
     from utils.models.relative_change import strangers
 
@@ -110,7 +113,7 @@ def _check(scorer: "Scorer", candidates: "Sequence[Candidate]") -> list[str]:
     return found
 
 
-def _say_choices(scorer: "Scorer", candidates: "Sequence[Candidate]", say: Callable[[str], None]) -> None:
+def _say_choices(scorer: "Scorer", candidates: Sequence[Candidate], say: Callable[[str], None]) -> None:
     for task in scorer.tasks:
         whose = f" (text of {' and '.join(task.experts)})" if task.experts else ""
         say(f"task {task.name}{whose}: {task.summary}")
@@ -122,11 +125,12 @@ def _say_choices(scorer: "Scorer", candidates: "Sequence[Candidate]", say: Calla
 def _evaluate(
     options: EvaluateOptions,
     scorers: "Sequence[Scorer]",
-    candidates: "Sequence[Candidate]",
+    candidates: Sequence[Candidate],
     against: str | None,
     store: "LossStore",
-) -> Evaluated:
+) -> "Evaluated":
     """Choose the controls (and the winner) on validation rows, take everybody's figures on test rows."""
+    from utils.commands.evaluated import Evaluated
     from utils.evaluation.figures import all_figures, merit, task_losses
     from utils.evaluation.placing import score_placed
 

@@ -1,41 +1,30 @@
 """What the evaluator needs whole models for, one in memory at a time: answers to held-out prompts, lm-eval's tasks."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
+from utils.evaluation.answers import expected, greedy_answers, prompts_of, shown
+from utils.evaluation.candidates import Candidate
+from utils.evaluation.lm_eval_scores import COLUMNS, AccuracyTasks
+from utils.evaluation.lm_eval_scores import accuracy as run_tasks
+from utils.evaluation.scoring import Scorer
+from utils.evaluation.store import LossStore
+from utils.evaluation.tasks import Row
+from utils.evaluation.whole_models import whole_model
 from utils.publishing.manifest import sha256_of
 from utils.runtime import available_bytes, gigabytes
-
-if TYPE_CHECKING:
-    from utils.evaluation.candidates import Candidate
-    from utils.evaluation.lm_eval_scores import AccuracyTasks
-    from utils.evaluation.scoring import Scorer
-    from utils.evaluation.store import LossStore
-    from utils.evaluation.tasks import Row
 
 _NOT_FINITE = "merge-not-finite"
 
 
-def find_accuracy_tasks(asked: Sequence[str], confirmed: bool) -> "AccuracyTasks | None":
-    """The tasks of lm-eval's that `evaluation` names; None where it names none, and lm-eval is not needed.
-
-    Raises:
-        UserError: as `find_tasks`.
-    """
-    if not asked:
-        return None
-    from utils.evaluation.lm_eval_scores import find_tasks
-
-    return find_tasks(asked, confirmed)
-
-
 def generate(
-    scorer: "Scorer",
+    scorer: Scorer,
     evaluated: Evaluated,
-    store: "LossStore",
-    accuracy: "AccuracyTasks | None",
+    store: LossStore,
+    accuracy: AccuracyTasks | None,
     *,
     answers: bool,
     say: Callable[[str], None],
@@ -44,10 +33,6 @@ def generate(
 
     Everybody does lm-eval's tasks. Base, experts, the reference and the best candidate answer up to 8 test prompts.
     """
-    import pandas as pd
-
-    from utils.evaluation.answers import expected, prompts_of, shown
-
     prompts = prompts_of(scorer.tasks) if answers else []
     speakers = _speakers(evaluated) if prompts else set()
     warnings, tables, said = [], [], {}
@@ -85,20 +70,14 @@ def _speakers(evaluated: Evaluated) -> set[str]:
 
 
 def _work(
-    scorer: "Scorer",
-    one: "Candidate",
-    store: "LossStore",
-    accuracy: "AccuracyTasks | None",
-    rows: "Sequence[Row]",
+    scorer: Scorer,
+    one: Candidate,
+    store: LossStore,
+    accuracy: AccuracyTasks | None,
+    rows: Sequence[Row],
     say: Callable[[str], None],
 ) -> tuple:
     """One candidate's table of lm-eval results and its answers, from the store or from its model."""
-    import pandas as pd
-
-    from utils.evaluation.lm_eval_scores import COLUMNS
-    from utils.evaluation.lm_eval_scores import accuracy as run_tasks
-    from utils.evaluation.whole_models import whole_model
-
     mark = [scorer.fingerprint(one), scorer.settings.record()]
     task_key = _key("lm-eval", *mark, accuracy.digest) if accuracy else ""
     answer_key = _key("answers", *mark, [row.digest for row in rows])
@@ -113,8 +92,6 @@ def _work(
                 kept_tasks = {"rows": table[list(COLUMNS[1:])].values.tolist()}
                 store.keep_record(task_key, {"candidate": one.name, **kept_tasks})
             if kept_answers is None:
-                from utils.evaluation.answers import greedy_answers
-
                 say(f"{one.name} answers {len(rows)} prompts")
                 kept_answers = {"answers": greedy_answers(whole, rows)}
                 store.keep_record(answer_key, {"candidate": one.name, **kept_answers})
@@ -124,7 +101,7 @@ def _work(
     return table, kept_answers.get("answers", [])
 
 
-def _refuse_too_large(scorer: "Scorer", one: "Candidate") -> None:
+def _refuse_too_large(scorer: Scorer, one: Candidate) -> None:
     """Raise a `UserError` if a whole model of the pair's size does not fit into the memory that is free."""
     needed = max(checkpoint.total_bytes for checkpoint in scorer.inputs.values())
     free = available_bytes(scorer.settings.device)

@@ -1,8 +1,18 @@
-"""What the evaluator was asked to do."""
+"""What the evaluator was asked to do, and the files it writes."""
 
+import json
 from dataclasses import dataclass
 
 from utils.commands.scorers import ScoringOptions
+from utils.evaluation.candidates import UNIFORM
+from utils.publishing.manifest import MANIFEST, file_sha256
+from utils.publishing.target import refuse_existing
+
+COMMAND = "utils/evaluator.py"
+SCORES, SAMPLES = "scores.csv", "samples.parquet"
+ACCURACY = "lm_eval_samples.parquet"
+REPORT = "report.html"
+FILES = (SCORES, SAMPLES, ACCURACY, REPORT, UNIFORM, MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -15,3 +25,15 @@ class EvaluateOptions(ScoringOptions):
     random_seed: int = 0
     confirm_run_unsafe_code: bool = False
     overwrite: bool = False
+
+
+def refuse_out_dir(options: EvaluateOptions) -> None:
+    """Refuse a folder of files that are not an earlier evaluation's, or that somebody has changed since."""
+    try:
+        earlier = json.loads((options.out_dir / MANIFEST).read_text(encoding="utf-8"))
+        files = earlier["files"] if earlier["command"] == COMMAND else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        files = {}
+    ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
+               (options.out_dir / name).is_file())  # fmt: skip
+    refuse_existing(options.out_dir, list(FILES), overwrite=options.overwrite or (bool(files) and ours))

@@ -6,10 +6,12 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.commands.evaluate_tables import accuracy_cells
+from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.report_recipe import planned_recipe
+from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import DRAWS, Interval
 from utils.models.license import stated_license
 from utils.reports.values import (
@@ -31,18 +33,14 @@ from utils.reports.values import (
 from utils.reports.verdict import judge
 from utils.runtime import peak_host_bytes
 
-if TYPE_CHECKING:
-    from utils.commands.evaluated import Evaluated, Generated
-    from utils.evaluation.scoring import Scorer
-
 
 def evaluation_page(
-    scorer: "Scorer",
-    evaluated: "Evaluated",
+    scorer: Scorer,
+    evaluated: Evaluated,
     request: Mapping[str, Any],
     warnings: Sequence[str],
     next_command: str,
-    generated: "Generated",
+    generated: Generated,
 ) -> Page:
     """The report of an evaluation; candidates are listed by their mean gain, the best first."""
     standings = tuple(_standing(evaluated, one.name) for one in evaluated.candidates)
@@ -71,7 +69,7 @@ def _sample(task: str, prompt: str, expected: str, answers: Mapping[str, str]) -
     return Sample(prompt, tuple(Answer(name, text) for name, text in answers.items()), task, expected)
 
 
-def _accuracy_scores(evaluated: "Evaluated", generated: "Generated") -> Iterator[TaskScores]:
+def _accuracy_scores(evaluated: Evaluated, generated: Generated) -> Iterator[TaskScores]:
     """One task for each task and metric of lm-eval's."""
     found: dict[tuple[str, str], list[Score]] = {}
     for one in evaluated.candidates:
@@ -95,7 +93,7 @@ def _note(one: Any) -> str:
     return "model" if one.role == "candidate" else str(one.model)
 
 
-def _verdict(evaluated: "Evaluated", standings: Sequence[Standing]) -> Verdict | None:
+def _verdict(evaluated: Evaluated, standings: Sequence[Standing]) -> Verdict | None:
     if evaluated.winner is None:
         return None
     if not any(math.isfinite(one.gain.value) for one in evaluated.figures.values()):
@@ -105,7 +103,7 @@ def _verdict(evaluated: "Evaluated", standings: Sequence[Standing]) -> Verdict |
     return judge(evaluated.winner, evaluated.reference or "", standings, evaluated.reference_is)
 
 
-def _standing(evaluated: "Evaluated", name: str) -> Standing:
+def _standing(evaluated: Evaluated, name: str) -> Standing:
     figures = evaluated.figures[name]
     return Standing(
         name,
@@ -118,7 +116,7 @@ def _standing(evaluated: "Evaluated", name: str) -> Standing:
     )
 
 
-def _task_scores(scorer: "Scorer", evaluated: "Evaluated", task: Any) -> TaskScores:
+def _task_scores(scorer: Scorer, evaluated: Evaluated, task: Any) -> TaskScores:
     scores = []
     for one in evaluated.candidates:
         found = evaluated.figures[one.name].tasks[task.name]
@@ -136,7 +134,7 @@ def _estimate(interval: Interval) -> Estimate:
     return Estimate(*known)
 
 
-def _recipe(scorer: "Scorer", evaluated: "Evaluated") -> Recipe | None:
+def _recipe(scorer: Scorer, evaluated: Evaluated) -> Recipe | None:
     """What the winner's recipe comes to, layer by layer; None where a model won."""
     winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
     if winner is None or winner.recipe is None:
@@ -144,12 +142,12 @@ def _recipe(scorer: "Scorer", evaluated: "Evaluated") -> Recipe | None:
     return planned_recipe(scorer.planned(winner), model_types(scorer))
 
 
-def model_types(scorer: "Scorer") -> dict[Path, str]:
+def model_types(scorer: Scorer) -> dict[Path, str]:
     """What the pair config calls its models, by their folders."""
     return {checkpoint.folder: name for name, checkpoint in scorer.inputs.items()}
 
 
-def _notes(scorer: "Scorer", evaluated: "Evaluated") -> Iterator[str]:
+def _notes(scorer: Scorer, evaluated: Evaluated) -> Iterator[str]:
     yield (
         f"Intervals are 95% paired bootstrap intervals over rows ({DRAWS} resamples, the same for everybody): they hold "
         "the noise of the text, so what other rows of this kind would give, not that of training the experts again."
@@ -169,14 +167,14 @@ def _notes(scorer: "Scorer", evaluated: "Evaluated") -> Iterator[str]:
             yield f"On {task.name} no expert is better than the base, so it has no share in the mean."
 
 
-def _failures(evaluated: "Evaluated") -> Iterator[str]:
+def _failures(evaluated: Evaluated) -> Iterator[str]:
     for one in evaluated.candidates:
         losses = [each.loss.value for each in evaluated.figures[one.name].tasks.values()]
         if not all(map(math.isfinite, losses)):
             yield f"{one.name} has no losses: its merge, or what it computes, is not finite."
 
 
-def _run(scorer: "Scorer", evaluated: "Evaluated", request: Mapping[str, Any]) -> Run:
+def _run(scorer: Scorer, evaluated: Evaluated, request: Mapping[str, Any]) -> Run:
     models = tuple(
         ModelRecord(
             checkpoint.name,

@@ -2,61 +2,37 @@
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.commands.evaluate_options import EvaluateOptions
+import pandas as pd
+
+from utils.commands.evaluate_options import ACCURACY, COMMAND, REPORT, SAMPLES, SCORES, EvaluateOptions
+from utils.commands.evaluate_page import evaluation_page
+from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import next_command
-from utils.evaluation.candidates import UNIFORM
+from utils.evaluation.candidates import UNIFORM, Candidate
+from utils.evaluation.scoring import Scorer
 from utils.merging.recipe_file import read_recipe
 from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
-from utils.publishing.target import refuse_existing
+from utils.publishing.manifest import with_manifest
 from utils.recipes.recipe import recipe_bytes
+from utils.reports.page import render
 from utils.runtime import versions
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from utils.evaluation.candidates import Candidate
-    from utils.evaluation.scoring import Scorer
-
-COMMAND = "utils/evaluator.py"
-SCORES, SAMPLES = "scores.csv", "samples.parquet"
-ACCURACY = "lm_eval_samples.parquet"
-REPORT = "report.html"
-FILES = (SCORES, SAMPLES, ACCURACY, REPORT, UNIFORM, MANIFEST)
-
-
-def refuse_out_dir(options: EvaluateOptions) -> None:
-    """Refuse a folder of files that are not an earlier evaluation's, or that somebody has changed since."""
-    try:
-        earlier = json.loads((options.out_dir / MANIFEST).read_text(encoding="utf-8"))
-        files = earlier["files"] if earlier["command"] == COMMAND else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        files = {}
-    ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
-               (options.out_dir / name).is_file())  # fmt: skip
-    refuse_existing(options.out_dir, list(FILES), overwrite=options.overwrite or (bool(files) and ours))
 
 
 def publish_evaluation(
     options: EvaluateOptions,
-    scorer: "Scorer",
+    scorer: Scorer,
     evaluated: Evaluated,
     generated: Generated,
     warnings: Sequence[str],
 ) -> None:
     """Publish all files, the manifest last; print the table, the verdict and the next command."""
-    from utils.commands.evaluate_page import evaluation_page
-    from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
-    from utils.reports.page import render
-
     following = _next(options, evaluated)
     request = _request(options, scorer, evaluated)
     page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
@@ -85,7 +61,7 @@ def publish_evaluation(
         print(f"next:\n{following}")
 
 
-def _recipe_hash(candidate: "Candidate") -> str | None:
+def _recipe_hash(candidate: Candidate) -> str | None:
     """SHA-256 of the recipe file that has been scored, so that a merge by it can show its figures."""
     if candidate.recipe is None:
         return None
@@ -95,7 +71,7 @@ def _recipe_hash(candidate: "Candidate") -> str | None:
     return written.sha256 if written.data == candidate.recipe else None
 
 
-def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -> dict[str, Any]:
+def _request(options: EvaluateOptions, scorer: Scorer, evaluated: Evaluated) -> dict[str, Any]:
     """What was asked, of what, on which rows: the manifest without the files."""
     return {
         "command": COMMAND,
@@ -118,7 +94,7 @@ def _request(options: EvaluateOptions, scorer: "Scorer", evaluated: Evaluated) -
     }
 
 
-def _parquet(table: "pd.DataFrame") -> bytes:
+def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()

@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from utils.commands.evaluated import Evaluated, Generated
+from utils.evaluation.lm_eval_scores import compare, means
+from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import Interval
-
-if TYPE_CHECKING:
-    from utils.commands.evaluated import Evaluated, Generated
-    from utils.evaluation.scoring import Scorer
 
 MEAN = "all tasks"
 
 
-def scores_table(evaluated: "Evaluated", generated: "Generated") -> pd.DataFrame:
+def scores_table(evaluated: Evaluated, generated: Generated) -> pd.DataFrame:
     """One row for each candidate, task and measure, with its 95 % interval and its difference to the reference.
 
     Measures: `loss` (nats per token), `perplexity`, `gain_kept` (share; of `all tasks`: the mean), `worst_gain_kept`,
@@ -52,12 +51,11 @@ def _cells(value: Interval, difference: Interval | None) -> dict[str, Any]:
     return found
 
 
-def accuracy_cells(name: str, evaluated: "Evaluated", generated: "Generated") -> Iterator[dict[str, Any]]:
+def accuracy_cells(name: str, evaluated: Evaluated, generated: Generated) -> Iterator[dict[str, Any]]:
     """One candidate's mean of each metric of lm-eval's tasks, with its difference to the reference and McNemar's p."""
     table = generated.accuracy
     if table is None:
         return
-    from utils.evaluation.lm_eval_scores import compare, means
 
     found = means(table)
     p_values = compare(table, name, evaluated.reference) if evaluated.reference not in (None, name) else {}
@@ -71,7 +69,7 @@ def accuracy_cells(name: str, evaluated: "Evaluated", generated: "Generated") ->
         yield cells
 
 
-def printed_accuracy(evaluated: "Evaluated", generated: "Generated") -> str:
+def printed_accuracy(evaluated: Evaluated, generated: Generated) -> str:
     """The metrics of lm-eval's tasks for the screen: a line for each task, metric and candidate."""
     lines = []
     for one in evaluated.candidates:
@@ -84,7 +82,7 @@ def printed_accuracy(evaluated: "Evaluated", generated: "Generated") -> str:
     return "\n".join(sorted(lines))
 
 
-def samples_table(scorer: "Scorer", evaluated: "Evaluated") -> pd.DataFrame:
+def samples_table(scorer: Scorer, evaluated: Evaluated) -> pd.DataFrame:
     """The losses of every test row: candidate, role, task, row, place of the row in its text, nll and tokens."""
     table = evaluated.losses.copy()
     roles = {one.name: one.role for one in evaluated.candidates}
@@ -95,7 +93,7 @@ def samples_table(scorer: "Scorer", evaluated: "Evaluated") -> pd.DataFrame:
     return table
 
 
-def printed_table(scorer: "Scorer", evaluated: "Evaluated") -> str:
+def printed_table(scorer: Scorer, evaluated: Evaluated) -> str:
     """The figures for the screen: loss and share of gain kept by task, mean gain, and the difference to the reference."""
     tasks = [task for task in scorer.tasks if task.name in next(iter(evaluated.figures.values())).tasks]
     head = [
@@ -115,7 +113,7 @@ def printed_table(scorer: "Scorer", evaluated: "Evaluated") -> str:
     return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
-def _printed_row(name: str, tasks: Sequence[Any], evaluated: "Evaluated") -> Iterator[str]:
+def _printed_row(name: str, tasks: Sequence[Any], evaluated: Evaluated) -> Iterator[str]:
     figures = evaluated.figures[name]
     yield name
     for task in tasks:

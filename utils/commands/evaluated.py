@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
-    from utils.evaluation.candidates import Candidate
-    from utils.evaluation.figures import CandidateFigures
+from utils.evaluation.candidates import Candidate
+from utils.evaluation.figures import CandidateFigures
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,8 @@ class Generated:
     `answers` are (task, prompt, expected, answer by candidate). `warnings` say what was left out, and why.
     """
 
-    answers: "tuple[tuple[str, str, str, Mapping[str, str]], ...]" = ()
-    accuracy: "pd.DataFrame | None" = None
+    answers: tuple[tuple[str, str, str, Mapping[str, str]], ...] = ()
+    accuracy: pd.DataFrame | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -31,16 +29,16 @@ class Evaluated:
     what the reference is, in words.
     """
 
-    candidates: "tuple[Candidate, ...]"
-    figures: "Mapping[str, CandidateFigures]"
-    losses: "pd.DataFrame"
+    candidates: tuple[Candidate, ...]
+    figures: Mapping[str, CandidateFigures]
+    losses: pd.DataFrame
     reference: str | None
     reference_is: str
     winner: str | None
     scored: int
     seconds: float
 
-    def best_control(self) -> "Candidate | None":
+    def best_control(self) -> Candidate | None:
         """The uniform merge that differences are taken against, or the first one in the table; None without any."""
         controls = [one for one in self.candidates if one.role == "control"]
         return next((one for one in controls if one.name == self.reference), controls[0] if controls else None)

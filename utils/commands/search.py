@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
-from utils.commands.search_options import SearchOptions
-from utils.commands.search_results import FILES, publish_results
-from utils.commands.search_setup import LOSSES, Prepared, prepare_search
+from utils.commands.search_options import FILES, LOSSES, SearchOptions
 from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
+from utils.guidance.measured_pair import experts_to_merge
+from utils.guidance.method import guidance_methods
 from utils.pair.presence import refuse_missing
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import quiet_libraries, versions_line
+from utils.searching.measurements import FOLDER, find_measurements
+from utils.searching.points import UNGUIDED
+from utils.searching.storage import STORAGE, require_optuna, storage_guarded
 from utils.workers.work_folder import work_folder
 
 if TYPE_CHECKING:
+    from utils.commands.search_setup import Prepared
     from utils.evaluation.placing import Cluster
     from utils.searching.study import SearchStudy
     from utils.workers.ray_cluster import RayWorkers
@@ -34,8 +38,6 @@ def search_pair(options: SearchOptions) -> None:
     Raises:
         UserError: anything the user can mend. What was scored and tried is kept; typed again, the search goes on.
     """
-    from utils.searching.storage import STORAGE, require_optuna, storage_guarded
-
     start = time.perf_counter()
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
@@ -46,6 +48,11 @@ def search_pair(options: SearchOptions) -> None:
         refuse_existing(options.out_dir, [*FILES, LOSSES])
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
+
+    # torch, pandas and what is built on them, once nothing simpler can be wrong
+    from utils.commands.search_results import publish_results
+    from utils.commands.search_setup import prepare_search
+
     say(versions_line("torch", "transformers", "mergekit", "optuna"))
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:
         if options.measure:
@@ -76,11 +83,6 @@ def _measure_missing(options: SearchOptions) -> None:
 
     A guidance that nobody asked for by name and that refuses this pair's models or text is left out, which is said.
     """
-    from utils.guidance.measured_pair import experts_to_merge
-    from utils.guidance.method import guidance_methods
-    from utils.searching.measurements import FOLDER, find_measurements
-    from utils.searching.points import UNGUIDED
-
     config = options.config
     there, _ = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
@@ -112,7 +114,7 @@ def _measure_missing(options: SearchOptions) -> None:
             warn([f"guidance {name} is left out: {error} [{error.code}]"])
 
 
-def _run(ready: Prepared) -> str:
+def _run(ready: "Prepared") -> str:
     """Batch after batch until there are as many trials as asked for; returns why it stopped before, or nothing."""
     from utils.commands.search_watch import Enough, Watch
 

@@ -1,9 +1,18 @@
-"""What the searcher was asked to do."""
+"""What the searcher was asked to do, and the files it writes."""
 
 from dataclasses import dataclass
 
 from utils.commands.ray_flags import RayFlags
 from utils.commands.scorers import ScoringOptions
+from utils.publishing.manifest import MANIFEST
+from utils.recipes.recipe_manifest import manifest_name
+
+COMMAND = "utils/searcher.py"
+TRIALS, SCORES, REPORT = "trials.csv", "scores.csv", "report.html"
+BEST, BEST_STOCK, BEST_UNIFORM = "best.yaml", "best_stock.yaml", "best_uniform.yaml"
+_RECIPES = (BEST, BEST_STOCK, BEST_UNIFORM)
+FILES = (*_RECIPES, *map(manifest_name, _RECIPES), TRIALS, SCORES, REPORT, MANIFEST)
+LOSSES = "losses"  # the folder of what was scored
 
 
 @dataclass(frozen=True)

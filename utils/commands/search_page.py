@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from utils.commands.evaluate_page import model_types
+from utils.commands.evaluated import Evaluated
+from utils.commands.report_recipe import planned_recipe
+from utils.commands.search_setup import Prepared
+from utils.evaluation.candidates import Candidate
+from utils.merging.planning import plan_recipe
 from utils.reports.values import Front, FrontPoint, History, Importance, Page, Recipe, Role, Trial, TrialState
 from utils.reports.values import Verdict as PageVerdict
-
-if TYPE_CHECKING:
-    from utils.commands.evaluated import Evaluated
-    from utils.commands.search_setup import Prepared
-    from utils.searching.winners import Winners
+from utils.searching.points import Point
+from utils.searching.winners import Winners
 
 
-def add_search(
-    page: Page, ready: "Prepared", evaluated: "Evaluated", winners: "Winners", names: Mapping[str, str]
-) -> Page:
+def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]) -> Page:
     """The page with all that a search adds to an evaluation."""
     importance = ready.study.importances()
     run = page.run and dataclasses.replace(
@@ -34,7 +36,7 @@ def add_search(
     )
 
 
-def _verdict(page: Page, evaluated: "Evaluated", winners: "Winners", names: Mapping[str, str]) -> PageVerdict | None:
+def _verdict(page: Page, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]) -> PageVerdict | None:
     """The evaluator's verdict, and whether the winner is ahead of every uniform merge, the nearest one named."""
     if page.verdict is None or winners.best.point.uniform:
         return page.verdict
@@ -51,13 +53,8 @@ def _verdict(page: Page, evaluated: "Evaluated", winners: "Winners", names: Mapp
     return dataclasses.replace(page.verdict, details=(f"{said}.", *page.verdict.details))
 
 
-def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
+def _recipe(page: Page, ready: Prepared, winners: Winners) -> Recipe | None:
     """The winner as the merge would plan it, tensor by tensor, and what the search set."""
-    from utils.commands.evaluate_page import model_types
-    from utils.commands.report_recipe import planned_recipe
-    from utils.evaluation.candidates import Candidate
-    from utils.merging.planning import plan_recipe
-
     point, made = winners.best.point, ready.maker.make(winners.best.point)
     planned = plan_recipe(
         ready.scorer.settings.merge, Candidate("best", recipe=made.data).merge_recipe(), lambda line: None
@@ -74,12 +71,8 @@ def _recipe(page: Page, ready: "Prepared", winners: "Winners") -> Recipe | None:
     return Recipe((*facts, *(fact for fact in recipe.facts if fact[0] not in own)), recipe.heatmaps, text)
 
 
-def _history(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> History:
+def _history(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> History:
     """All trials, by the objective's figure on validation rows."""
-    import numpy as np
-
-    from utils.searching.points import Point
-
     objective, trials = ready.objective, []
     for place, trial in enumerate(ready.study.trials):
         own = trial.user_attrs
@@ -100,7 +93,7 @@ def _history(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) ->
     )
 
 
-def _fronts(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> tuple[Front, ...]:
+def _fronts(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> tuple[Front, ...]:
     """What the first two tasks cost each other, all trials with a value; the front itself where it was asked for."""
     tasks = ready.objective.tasks
     if len(tasks) < 2:

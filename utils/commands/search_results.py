@@ -4,32 +4,36 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from utils.commands.evaluate_generation import generate
+from utils.commands.evaluate_page import evaluation_page
+from utils.commands.evaluate_tables import printed_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
+from utils.commands.search_options import BEST, BEST_STOCK, BEST_UNIFORM, COMMAND, REPORT, SCORES, TRIALS
+from utils.commands.search_page import add_search
+from utils.commands.search_setup import Prepared
 from utils.errors import UserError
+from utils.evaluation.candidates import Candidate, models_of_pair
+from utils.evaluation.figures import all_figures, task_losses
+from utils.evaluation.tasks import GENERAL, TEST
+from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, with_manifest
+from utils.publishing.manifest import with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
+from utils.reports.page import render
+from utils.reports.values import Page
 from utils.runtime import versions
-
-if TYPE_CHECKING:
-    from utils.commands.search_setup import Prepared
-    from utils.evaluation.candidates import Candidate
-    from utils.reports.values import Page
-    from utils.searching.study import Finished
-    from utils.searching.winners import Winners
-
-TRIALS, SCORES, REPORT = "trials.csv", "scores.csv", "report.html"
-BEST, BEST_STOCK, BEST_UNIFORM = "best.yaml", "best_stock.yaml", "best_uniform.yaml"
-_RECIPES = (BEST, BEST_STOCK, BEST_UNIFORM)
-FILES = (*_RECIPES, *map(manifest_name, _RECIPES), TRIALS, SCORES, REPORT, MANIFEST)
+from utils.searching.records import recipe_record
+from utils.searching.study import Finished
+from utils.searching.winners import Winners, choose, trials_table
 
 
-def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None]) -> None:
+def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -> None:
     """Score the winners on test rows, publish all files, print the table, the verdict and the next command.
 
     Args:
@@ -40,12 +44,6 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     Raises:
         UserError: not one trial has a value.
     """
-    import torch
-
-    from utils.commands.evaluate_tables import printed_table, scores_table
-    from utils.reports.page import render
-    from utils.searching.winners import choose, trials_table
-
     finished = ready.study.finished(ready.yardstick.all_rows)
     if not finished:
         raise UserError(
@@ -90,7 +88,7 @@ def publish_results(ready: "Prepared", stopped: str, say: Callable[[str], None])
     print(f"next:\n{following}")
 
 
-def _names(winners: "Winners") -> dict[str, str]:
+def _names(winners: Winners) -> dict[str, str]:
     """What to call each winner in tables, by digest."""
     found = {one.digest: one.known or f"trial {one.number}" for one in winners.all}
     if not winners.best.known:
@@ -100,12 +98,8 @@ def _names(winners: "Winners") -> dict[str, str]:
     return found
 
 
-def _on_test_rows(ready: "Prepared", winners: "Winners", names: Mapping[str, str]) -> Evaluated:
+def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> Evaluated:
     """Score the pair and all winners on test rows, which nothing was chosen on."""
-    from utils.evaluation.candidates import models_of_pair
-    from utils.evaluation.figures import all_figures, task_losses
-    from utils.evaluation.tasks import GENERAL, TEST
-
     scorer = ready.scorer
     pair = models_of_pair(scorer.config)
     chosen = [_candidate(ready, one, names[one.digest]) for one in winners.all]
@@ -128,17 +122,13 @@ def _on_test_rows(ready: "Prepared", winners: "Winners", names: Mapping[str, str
     )
 
 
-def _candidate(ready: "Prepared", one: "Finished", name: str) -> "Candidate":
-    from utils.evaluation.candidates import Candidate
-
+def _candidate(ready: Prepared, one: Finished, name: str) -> Candidate:
     role = "control" if one.point.uniform else "candidate"
     return Candidate(name, recipe=ready.maker.make(one.point).data, role=role)
 
 
-def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
+def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
     """The recipes by file name, after the files of vectors they name, which lie beside them; their manifests behind."""
-    from utils.searching.records import recipe_record
-
     wanted = {BEST: winners.best}
     if winners.stock.digest != winners.best.digest:
         wanted[BEST_STOCK] = winners.stock
@@ -163,7 +153,7 @@ def _recipes(ready: "Prepared", winners: "Winners") -> dict[str, bytes | Path]:
     return files
 
 
-def _search_record(ready: "Prepared") -> dict[str, Any]:
+def _search_record(ready: Prepared) -> dict[str, Any]:
     """What a recipe's manifest says of the search that found it."""
     options = ready.options
     return {
@@ -185,7 +175,7 @@ def _beside(entry: Mapping[str, Any], places: Mapping[str, str], folder: Path) -
     return {**entry, "parameters": {**parameters, "saliency": named}}
 
 
-def _next(ready: "Prepared") -> str:
+def _next(ready: Prepared) -> str:
     """The command that merges the best recipe."""
     folder = ready.options.out_dir
     target = folder.resolve().parent / "merged_models" / folder.resolve().name
@@ -193,12 +183,9 @@ def _next(ready: "Prepared") -> str:
 
 
 def _request(
-    ready: "Prepared", evaluated: Evaluated, winners: "Winners", names: Mapping[str, str], stopped: str
+    ready: Prepared, evaluated: Evaluated, winners: Winners, names: Mapping[str, str], stopped: str
 ) -> dict[str, Any]:
     """What was searched, how, and what came first: the manifest without the files."""
-    from utils.commands.search_setup import COMMAND
-    from utils.models.checkpoints import weight_file_record
-
     options, scorer = ready.options, ready.scorer
     return {
         "command": COMMAND,
@@ -223,19 +210,16 @@ def _request(
 
 
 def _page(
-    ready: "Prepared",
+    ready: Prepared,
     evaluated: Evaluated,
     request: Mapping[str, Any],
     warnings: Sequence[str],
     following: str,
-    winners: "Winners",
+    winners: Winners,
     names: Mapping[str, str],
     generated: Generated,
-) -> "Page":
+) -> Page:
     """The evaluator's page of the winners, with the search on it."""
-    from utils.commands.evaluate_page import evaluation_page
-    from utils.commands.search_page import add_search
-
     page = evaluation_page(ready.scorer, evaluated, request, warnings, following, generated)
     page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
     return add_search(page, ready, evaluated, winners, names)

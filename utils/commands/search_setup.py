@@ -3,28 +3,32 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from utils.commands.scorers import make_scorers, scoring_devices
-from utils.commands.search_options import SearchOptions
+from utils.commands.search_options import LOSSES, SearchOptions
 from utils.errors import UserError, warn
+from utils.evaluation.candidates import Candidate, models_of_pair
+from utils.evaluation.placing import Cluster, score_placed
+from utils.evaluation.scoring import Scorer
+from utils.evaluation.store import LossStore
+from utils.evaluation.tasks import VALIDATION
+from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.models.checkpoints import weight_file_record
+from utils.models.relative_change import strangers
+from utils.recipes.naming import LocalModels
 from utils.runtime import available_bytes, gigabytes
-
-if TYPE_CHECKING:
-    from utils.evaluation.placing import Cluster
-    from utils.evaluation.scoring import Scorer
-    from utils.evaluation.store import LossStore
-    from utils.guidance.measured_pair import MeasuredPair
-    from utils.searching.knowns import Known
-    from utils.searching.losses import Losses
-    from utils.searching.objective import Objective
-    from utils.searching.recipes import RecipeMaker
-    from utils.searching.rounds import Search, Yardstick
-    from utils.searching.space import Space
-    from utils.searching.study import SearchStudy
-
-COMMAND = "utils/searcher.py"
-LOSSES = "losses"  # the folder of what was scored
+from utils.searching.knowns import Known, knowns
+from utils.searching.losses import Entrant, Losses
+from utils.searching.measurements import find_measurements, identity
+from utils.searching.objective import Objective, gain_scales
+from utils.searching.recipes import VECTORS, RecipeMaker
+from utils.searching.rounds import Search, Yardstick
+from utils.searching.space import Space
+from utils.searching.study import SearchStudy
+from utils.searching.ways import ways_to_try
 
 
 @dataclass
@@ -35,16 +39,16 @@ class Prepared:
     """
 
     options: SearchOptions
-    scorer: "Scorer"
-    store: "LossStore"
-    measured: "Mapping[str, MeasuredPair]"
-    maker: "RecipeMaker"
-    space: "Space"
-    objective: "Objective"
-    yardstick: "Yardstick"
-    losses: "Losses"
-    study: "SearchStudy"
-    search: "Search"
+    scorer: Scorer
+    store: LossStore
+    measured: Mapping[str, MeasuredPair]
+    maker: RecipeMaker
+    space: Space
+    objective: Objective
+    yardstick: Yardstick
+    losses: Losses
+    study: SearchStudy
+    search: Search
     warnings: list[str]
     start: float
     memory: int | None
@@ -53,9 +57,9 @@ class Prepared:
 def prepare_search(
     options: SearchOptions,
     say: Callable[[str], None],
-    first: "Sequence[Known] | None" = None,
-    scorers: "Sequence[Scorer] | None" = None,
-    cluster: "Cluster | None" = None,
+    first: Sequence[Known] | None = None,
+    scorers: Sequence[Scorer] | None = None,
+    cluster: Cluster | None = None,
     start: float | None = None,
 ) -> Prepared:
     """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
@@ -72,21 +76,6 @@ def prepare_search(
         UserError: anything the user can mend.
     """
     start = time.perf_counter() if start is None else start
-
-    from utils.evaluation.candidates import Candidate
-    from utils.evaluation.placing import score_placed
-    from utils.evaluation.store import LossStore
-    from utils.guidance.measured_pair import experts_to_merge
-    from utils.models.relative_change import strangers
-    from utils.recipes.naming import LocalModels
-    from utils.searching.knowns import knowns
-    from utils.searching.losses import Losses
-    from utils.searching.measurements import find_measurements
-    from utils.searching.recipes import VECTORS, RecipeMaker
-    from utils.searching.rounds import Search
-    from utils.searching.space import Space
-    from utils.searching.study import SearchStudy
-    from utils.searching.ways import ways_to_try
 
     config = options.config
     if scorers is None:
@@ -140,9 +129,7 @@ def _knowns_share(trials: int) -> int:
     return max(3, 3 * trials // 4)
 
 
-def _objective(options: SearchOptions, scorer: "Scorer") -> "Objective":
-    from utils.searching.objective import Objective
-
+def _objective(options: SearchOptions, scorer: Scorer) -> Objective:
     tasks = [task.name for task in scorer.tasks if task.measures_gain]
     weights = options.config.search.objective_weights
     unknown = [name for name in weights if name not in tasks]
@@ -173,15 +160,12 @@ def _figure_name(options: SearchOptions) -> str:
 
 def _identity(
     options: SearchOptions,
-    scorer: "Scorer",
-    space: "Space",
-    objective: "Objective",
-    measured: "Mapping[str, MeasuredPair]",
+    scorer: Scorer,
+    space: Space,
+    objective: Objective,
+    measured: Mapping[str, MeasuredPair],
 ) -> dict[str, Any]:
     """What makes trials comparable, by what to call it in a message."""
-    from utils.models.checkpoints import weight_file_record
-    from utils.searching.measurements import identity
-
     return {
         "pair": {name: weight_file_record(one) | {"name": name} for name, one in scorer.inputs.items()},
         "global_parameters": dict(options.config.global_parameters),
@@ -197,17 +181,9 @@ def _identity(
 
 
 def _yardstick(
-    options: SearchOptions, scorer: "Scorer", objective: "Objective", losses: "Losses"
-) -> "tuple[Yardstick, list[str]]":
+    options: SearchOptions, scorer: Scorer, objective: Objective, losses: Losses
+) -> tuple[Yardstick, list[str]]:
     """Score the pair's own models on all validation rows: what gains are measured with."""
-    import numpy as np
-
-    from utils.evaluation.candidates import models_of_pair
-    from utils.evaluation.tasks import VALIDATION
-    from utils.searching.losses import Entrant
-    from utils.searching.objective import gain_scales
-    from utils.searching.rounds import Yardstick
-
     rows = {task.name: task.part(VALIDATION) for task in scorer.tasks if task.measures_gain}
     pair = [Entrant(f"model {one.name}", one) for one in models_of_pair(scorer.config)]
     losses.require(pair, rows)

@@ -4,15 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from utils.commands.search_setup import memory_line
+from utils.commands.search_setup import Prepared, memory_line
 from utils.runtime import gigabytes, peak_host_bytes
 from utils.searching.forecast import Pace, forecast
-
-if TYPE_CHECKING:
-    from utils.commands.search_setup import Prepared
-    from utils.searching.rounds import Round
+from utils.searching.rounds import Round
 
 _AT_THE_END = 8  # about so many candidates are scored on test rows: the pair, the best, uniform ones
 
@@ -28,7 +24,7 @@ class Watch:
     `write` takes sentences; `batches_left` is how many batches will still be asked for.
     """
 
-    ready: "Prepared"
+    ready: Prepared
     write: Callable[[str], None]
     batches_left: int = 1
     pace: Pace | None = None
@@ -57,7 +53,7 @@ class Watch:
                     f"--max_disk: {options.out_dir} holds {gigabytes(held)}, and a round adds up to {gigabytes(self._grown)}"
                 )
 
-    def on_round(self, done: "Round") -> None:
+    def on_round(self, done: Round) -> None:
         """Take the pace of what was scored; after the first round, the forecast."""
         spent, first = self._seconds(), self.pace is None
         if done.scored:
@@ -69,7 +65,7 @@ class Watch:
         who = "1 candidate" if done.candidates == 1 else f"{done.candidates} candidates"
         self.write(f"batch {done.batch}: {who} read {done.rows} rows; beaten or failed: {done.beaten}")
 
-    def _forecast(self, pace: Pace, done: "Round") -> str:
+    def _forecast(self, pace: Pace, done: Round) -> str:
         ready, options = self.ready, self.ready.options
         rounds = [sum(seen) for seen in ready.search.schedule()]
         left = sum(not trial.state.is_finished() for trial in ready.study.trials)

@@ -15,6 +15,7 @@ Another method measures into a folder of its own (`--guidance`; each writes `<me
 from utils.errors import run_command
 from utils.flags import FlagParser, path
 from utils.guidance.method import chosen_method, declare_flags, own_options
+from utils.runtime import let_waiting_threads_sleep
 
 
 def main() -> None:
@@ -39,8 +40,6 @@ def main() -> None:
     config = read_pair_config(flags.config)
     method = chosen_method(flags.guidance, config)
     method_options = own_options(method, "measure", flags)
-
-    from utils.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
 

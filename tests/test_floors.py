@@ -33,9 +33,15 @@ def package_of(module: str) -> str:
     return first if (UTILS / first).is_dir() else ""
 
 
+@cache
 def is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 @cache
@@ -44,7 +50,7 @@ def arrows() -> list[tuple[str, str]]:
     found = []
     for path in sorted(UTILS.rglob("*.py")):
         here = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -98,6 +104,58 @@ def test_one_file_imports_mergekit():
         if re.search(r"^\s*(from|import) mergekit\b|import_module\(.mergekit", path.read_text(), flags=re.M)
     }
     assert importing == {"mergekit_api.py"}
+
+
+SLOW = {"torch", "numpy", "pandas", "scipy", "transformers", "accelerate", "datasets", "safetensors", "tqdm"}
+SLOW |= {
+    "mergekit",
+    "matplotlib",
+    "optuna",
+    "lm_eval",
+    "ray",
+    "peft",
+    "utils.mergekit_api",
+}  # it loads mergekit when asked
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        inner = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [name if name.startswith("utils.") and is_module(name) else node.module for name in inner]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@cache
+def at_the_top(path: Path) -> list[str]:
+    return [name for node in tree(path).body for name in imported(node)] if path.is_file() else []
+
+
+@cache
+def loaded(module: str) -> frozenset[str]:
+    """What an import of a module loads, by the imports at the top: modules of `utils/`, and libraries."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        path = (ROOT / name.replace(".", "/")).with_suffix(".py")
+        found.add(name if name.startswith("utils.") else name.partition(".")[0])
+        waiting += [name for name in at_the_top(path) if name not in found]
+    return frozenset(found)
+
+
+def test_a_late_import_is_of_what_is_slow():
+    """Inside a function stands only what loads libraries that its file does without, or what leads back to the file."""
+    for path in UTILS.rglob("*.py"):
+        here = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if here in {
+            *COMMANDS,
+            "utils.workers.ray_piece",
+        }:  # `--help` answers without the program; a piece is sent alone
+            continue
+        functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+        for name in {name for function in functions for node in ast.walk(function) for name in imported(node)}:
+            if name.startswith("utils.") and is_module(name):
+                slow = loaded(name) & SLOW - loaded(here)
+                assert slow or here in loaded(name), f"{here} could import {name} at its top"
 
 
 def test_no_package_has_a_circle():

@@ -19,6 +19,7 @@ if not __package__:  # run as a script: its own folder stands first on the path,
 
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
+from utils.runtime import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from utils.commands.evaluate_options import EvaluateOptions
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
     options = read_flags()
-
-    from utils.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
 

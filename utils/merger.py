@@ -18,21 +18,19 @@ from pathlib import Path
 if not __package__:  # run as a script: its own folder stands first on the path, the repository has to
     sys.path[0] = str(Path(__file__).parents[1])
 
+from utils.commands.verify import verify
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
 from utils.merging.settings import MergeSettings, byte_count, read_settings
+from utils.runtime import let_waiting_threads_sleep
 
 
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
     if folder := verified_folder():
-        from utils.commands.verify import verify
-
         verify(folder)
         return
     settings = read_flags()
-
-    from utils.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
 

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: its own folder stands first on the path, the repository has to
     sys.path[0] = str(Path(__file__).parents[1])
 
+from utils.commands.ray_flags import RayFlags
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path, whole_number
 from utils.merging.settings import byte_count
+from utils.runtime import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from utils.commands.search_options import SearchOptions
@@ -33,8 +35,6 @@ OBJECTIVES = ("mean", "worst", "weighted")
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
     options = read_flags()
-
-    from utils.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
 
@@ -50,7 +50,6 @@ def read_flags(words: Sequence[str] | None = None) -> "SearchOptions":
     flags = vars(parser.parse(words))
     flags.pop("traceback", None)
 
-    from utils.commands.ray_flags import RayFlags
     from utils.commands.search_options import SearchOptions
     from utils.pair.config import read_pair_config
 

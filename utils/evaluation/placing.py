@@ -9,19 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+import torch
 
 from utils.errors import UserError
 from utils.evaluation.candidates import Candidate
+from utils.evaluation.scoring import COLUMNS, Scorer
 from utils.evaluation.store import LossStore, keep_losses, score_new, unscored
 from utils.publishing.manifest import sha256_of
 from utils.workers.piece import Piece, Place
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from utils.evaluation.scoring import Scorer
-    from utils.workers.ray_cluster import RayWorkers
+from utils.workers.ray_cluster import RayWorkers
 
 Rows = Mapping[str, Sequence[int]]
 _MOST_A_TASK = 16  # candidates; a machine that is lost costs no more of them
@@ -31,17 +30,17 @@ _MOST_A_TASK = 16  # candidates; a machine that is lost costs no more of them
 class Cluster:
     """A cluster that scores, and the folder of its tasks' results, which all its machines see."""
 
-    workers: "RayWorkers"
+    workers: RayWorkers
     folder: Path
 
 
 def score_placed(
-    scorers: "Sequence[Scorer]",
+    scorers: Sequence[Scorer],
     store: LossStore,
     candidates: Sequence[Candidate],
     rows: Rows,
     cluster: Cluster | None = None,
-) -> "tuple[pd.DataFrame, int]":
+) -> tuple[pd.DataFrame, int]:
     """Losses as one scorer gives them, computed by as many as there are; what the store has is not computed.
 
     Args:
@@ -65,15 +64,13 @@ def score_placed(
 
 
 def _score_side_by_side(
-    scorers: "Sequence[Scorer]", store: LossStore, candidates: Sequence[Candidate], rows: Rows
-) -> "tuple[pd.DataFrame, int]":
+    scorers: Sequence[Scorer], store: LossStore, candidates: Sequence[Candidate], rows: Rows
+) -> tuple[pd.DataFrame, int]:
     """Each device's scorer takes its share of the candidates, in a thread.
 
     While transformers builds a model, torch's default dtype and the registration of parameters are other ones for the
     whole process. So nothing is built while threads score: skeletons before, candidates that are written first after.
     """
-    import pandas as pd
-
     alone = scorers[0].make_ready(candidates)
     together = [one for one in candidates if one.name not in alone]
     shares = [together[place :: len(scorers)] for place in range(len(scorers))]
@@ -90,7 +87,7 @@ def _score_side_by_side(
 
 
 def _score_on_cluster(
-    cluster: Cluster, scorer: "Scorer", store: LossStore, candidates: Sequence[Candidate], rows: Rows
+    cluster: Cluster, scorer: Scorer, store: LossStore, candidates: Sequence[Candidate], rows: Rows
 ) -> int:
     """Have the cluster score what the store has not, and keep it there as it comes; returns how many candidates that was.
 
@@ -99,9 +96,6 @@ def _score_on_cluster(
     wanted = unscored(scorer, store, candidates, rows)
     if not wanted:
         return 0
-    import pandas as pd
-
-    from utils.evaluation.scoring import COLUMNS
 
     size = max(1, min(_MOST_A_TASK, math.ceil(len(wanted) / cluster.workers.at_once)))
     groups = [wanted[start : start + size] for start in range(0, len(wanted), size)]
@@ -129,7 +123,7 @@ def _score_on_cluster(
     return len(wanted)
 
 
-def _name(scorer: "Scorer", group: Sequence[Candidate], rows: Rows) -> str:
+def _name(scorer: Scorer, group: Sequence[Candidate], rows: Rows) -> str:
     parts = [[scorer.fingerprint(one) for one in group], {task: list(numbers) for task, numbers in rows.items()}]
     return sha256_of(parts)[:20]
 
@@ -150,16 +144,12 @@ def score_piece(place: Place, what: bytes, candidates: Sequence[Candidate], rows
 
 
 @lru_cache(maxsize=1)
-def _scorer(what: bytes, device: str) -> "Scorer":
+def _scorer(what: bytes, device: str) -> Scorer:
     """A scorer in a task's process, kept for its next task.
 
     Raises:
         UserError: this machine would not give the same losses.
     """
-    import torch
-
-    from utils.evaluation.scoring import Scorer
-
     config, tasks, settings, expected = pickle.loads(what)
     merge = replace(settings.merge, device=device)
     scorer = Scorer(config, tasks, replace(settings, device=torch.device(device), merge=merge))

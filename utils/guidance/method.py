@@ -16,6 +16,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from utils import guidance
 from utils.errors import UserError
 from utils.flags import FlagParser
 from utils.recipes.method_rules import DeltaMethod
@@ -146,8 +147,6 @@ class GuidanceMethod:
 @cache
 def guidance_methods() -> dict[str, GuidanceMethod]:
     """Every method by name, the default first."""
-    from utils import guidance
-
     found = {}
     for entry in pkgutil.iter_modules(guidance.__path__):
         if entry.ispkg:

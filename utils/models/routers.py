@@ -10,8 +10,8 @@ module or right beside it, one number for each row.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -19,9 +19,9 @@ from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 from utils.models.decoder import find_blocks, is_experts
 from utils.models.headers import TensorHeader
-
-if TYPE_CHECKING:
-    from utils.models.stored_layout import StoredLayout
+from utils.models.stored_layout import StoredLayout, stored_layout
+from utils.models.tensor_files import TensorFiles
+from utils.models.weight_source import build_skeleton
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,6 @@ def routers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple
     """
     if not any(len(header.shape) > 2 or _has_two_numbers(name) for name, header in checkpoint.tensors.items()):
         return ()  # experts are stacked, or numbered inside a numbered block
-    import torch
-
-    from utils.models.stored_layout import stored_layout
-    from utils.models.weight_source import build_skeleton
 
     model = build_skeleton(checkpoint, torch.float32, trust_remote_code)
     layout = stored_layout(model, checkpoint)
@@ -139,7 +135,7 @@ def routers_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple
     return tuple(stored for name in names for stored in layout.stored_names(name))
 
 
-def stored_routers(model: nn.Module, layout: "StoredLayout", where: str) -> list[str]:
+def stored_routers(model: nn.Module, layout: StoredLayout, where: str) -> list[str]:
     """The stored names of those routers of a model that can be told from other parts."""
     names = [f"{path}.{name}" for path, mixture in mixtures_of(model, where) for name in mixture.router]
     return [stored for name in names for stored in layout.stored_names(name)]
@@ -155,8 +151,6 @@ def are_alike(groups: Sequence[Sequence[TensorHeader]]) -> bool:
     Raises:
         UserError: a file cannot be read.
     """
-    from utils.models.tensor_files import TensorFiles
-
     with TensorFiles(header.file for group in groups for header in group) as files:
         for first, *others in groups:
             if any(math.prod(one.shape) != math.prod(first.shape) for one in others):

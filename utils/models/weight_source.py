@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import modeling_auto
 
 from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint
@@ -33,9 +37,6 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     Raises:
         UserError: the config needs remote code that was not allowed, or transformers cannot build the model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
@@ -55,10 +56,6 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
 
 
 def _built(architecture: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
-
     known = set()
     for mapping in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -27,7 +27,13 @@ def test_the_best_the_best_for_any_mergekit_and_the_uniform_ones():
 
 def test_a_uniform_winner_stands_first_and_once():
     found = choose([trial(0, 0.2, 0.2), trial(1, 0.9, 0.9)], OBJECTIVE, pareto=False)
-    assert [one.number for one in found.all] == [1, 0]
+    assert [one.number for one in found.all] == [1, 0] and found.other is None
+
+
+def test_beside_a_uniform_winner_stands_the_best_that_is_none():
+    trials = [trial(0, 0.9, 0.9), trial(1, 0.3, 0.3, guidance="lewis"), trial(2, 0.5, 0.5, guidance="lewis")]
+    found = choose(trials, OBJECTIVE, pareto=False)
+    assert [one.number for one in found.all] == [0, 2]
 
 
 def test_the_front_is_whom_nobody_beats_on_both():

@@ -1,6 +1,7 @@
 """A search as the plain values that `utils/reports` shows: its history, what mattered, the front, the winner's recipe."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,8 +39,19 @@ def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winne
 
 def _verdict(page: Page, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]) -> PageVerdict | None:
     """The evaluator's verdict, and whether the winner is ahead of every uniform merge, the nearest one named."""
-    if page.verdict is None or winners.best.point.uniform:
-        return page.verdict
+    if page.verdict is None:
+        return None
+    if winners.best.point.uniform:
+        if winners.other is None:
+            return page.verdict
+        other = names[winners.other.digest]
+        said = f"The best other recipe on validation rows is {other}"
+        difference = evaluated.figures[other].difference
+        if difference is not None and math.isfinite(difference.value):
+            value, low, high = (100 * one for one in (difference.value, difference.low, difference.high))
+            said += f", on test rows {value:+.1f} points from it (95% interval {low:+.1f} to {high:+.1f})"
+        said += "."
+        return dataclasses.replace(page.verdict, details=(said, *page.verdict.details))
     own = evaluated.figures[names[winners.best.digest]].gain.value
     others = {names[one.digest]: evaluated.figures[names[one.digest]].gain.value for one in winners.uniform}
     if len(others) < 2:

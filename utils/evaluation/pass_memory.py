@@ -89,12 +89,11 @@ def pass_bytes(riders: Sequence[Rider], at_once: Callable[[int], int]) -> int:
         riders: the candidates that go side by side.
         at_once: how many candidates' tensors are made at a time, where those of one take so many bytes.
     """
-    hidden = sum(one.hidden for one in riders)
+    hidden, merging = sum(one.hidden for one in riders), max((one.merging for one in riders), default=0)
+    shapes = {id(one.decoder): one for one in riders}  # what shares a skeleton differs in its merge alone
     peak = 0
-    for one in riders:
-        for held, computing in one.stages:
-            together = min(len(riders), at_once(held))
-            peak = max(peak, together * held + max(one.merging, computing))
+    for held, computing in (stage for one in shapes.values() for stage in one.stages):
+        peak = max(peak, min(len(riders), at_once(held)) * held + max(merging, computing))
     return hidden + peak
 
 

@@ -14,19 +14,21 @@ from utils.searching.study import Finished, SearchStudy
 class Winners:
     """The best trial on validation rows, the best that any mergekit merges, and the uniform ones, the best first.
 
-    All of them saw every row; `best` and `stock` may be one, and may be a uniform one.
+    All of them saw every row; `best` and `stock` may be one, and may be a uniform one: then `other` is the best that is
+    none, if there is one.
     """
 
     best: Finished
     stock: Finished
     uniform: tuple[Finished, ...]
     front: tuple[Finished, ...] = ()
+    other: Finished | None = None
 
     @property
     def all(self) -> tuple[Finished, ...]:
         """Each once."""
         found: dict[str, Finished] = {}
-        for one in (self.best, self.stock, *self.front, *self.uniform):
+        for one in (self.best, self.stock, *self.front, *filter(None, [self.other]), *self.uniform):
             found.setdefault(one.digest, one)
         return tuple(found.values())
 
@@ -46,7 +48,9 @@ def choose(finished: list[Finished], objective: Objective, *, pareto: bool) -> W
         for one, own in zip(finished, gains, strict=True)
         if pareto and not ((gains >= own).all(axis=1) & (gains > own).any(axis=1)).any()
     ]
-    return Winners(ranked[0], stock[0], tuple(one for one in ranked if one.point.uniform), tuple(front))
+    uniform = tuple(one for one in ranked if one.point.uniform)
+    other = next((one for one in ranked if not one.point.uniform), None) if ranked[0].point.uniform else None
+    return Winners(ranked[0], stock[0], uniform, tuple(front), other)
 
 
 def trials_table(study: SearchStudy, objective: Objective) -> pd.DataFrame:

@@ -95,6 +95,26 @@ def test_cuts_that_are_known_are_not_searched_again(llamas, tmp_path, method, dt
     assert sum(recalled[third : 2 * third]) * 2 == third
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cuts_of_several_recipes_are_searched_together(llamas, tmp_path, dtype):
+    class Noted(KnownCuts):
+        def keep(self, keys, cuts):
+            together.append(len(keys))
+            super().keep(keys, cuts)
+
+    data = [recipe(llamas, dtype=dtype) for _ in range(6)]
+    for place, one in enumerate(data):
+        one["models"][1]["parameters"]["density"] = 0.2 + 0.1 * place
+        one["models"][2]["parameters"]["density"] = 0.9 - 0.1 * (place % 3)
+    together, known = [], Noted()
+    plans = [planned(tmp_path / f"{place}.yaml", one) for place, one in enumerate(data)]
+    names = [tensor.name for tensor in plans[0].plan.tensors]
+    found = merged_tensors([prepare(plan) for plan in plans], names, known)
+    for place, one in enumerate(data):
+        assert_equals_written(found[place], merge_here(tmp_path, one, f"merged_{place}"))
+    assert {2, 3, 4} <= set(together) and 6 not in together  # few at a time: tables take memory
+
+
 def test_the_newest_cuts_are_kept():
     known = KnownCuts()
     for number in range(known.MOST + 3):

@@ -9,7 +9,8 @@ from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mean import TEMPORARIES
 from utils.merging.guided.methods import GuidedMean, OwnMethod
 from utils.merging.pieces.choice import Division, reason_against
-from utils.merging.pieces.tensor import buffer_bytes, table_bytes
+from utils.merging.pieces.tensor import buffer_bytes
+from utils.merging.pieces.tensor_cuts import table_bytes
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.settings import MergeSettings
 from utils.runtime import choose_device

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_merges import without_ties
+from utils.merging.pieces import changes, tensor_cuts
 from utils.merging.pieces import tensor as tensor_merge
 from utils.merging.pieces.arithmetic import Average, Combination
 from utils.merging.pieces.choice import DirectTensor, kept_band
@@ -31,9 +32,10 @@ METHODS = ("ties", "breadcrumbs", "breadcrumbs_ties", "task_arithmetic", "linear
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces and spans so short that every tensor has borders between them."""
-    monkeypatch.setattr(tensor_merge, "PIECE", 24)
-    monkeypatch.setattr(tensor_merge, "SPAN", 72)
-    monkeypatch.setattr(tensor_merge, "MOST_SPANS", 9)
+    for module in (changes, tensor_cuts, tensor_merge):
+        for name, value in (("PIECE", 24), ("SPAN", 72), ("MOST_SPANS", 9)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 def merge_here(folder: Path, tensors, method, values, dtype, out_dtype, threads=2, report=None) -> torch.Tensor:
@@ -180,7 +182,7 @@ def test_the_number_of_threads_changes_no_bit(tmp_path, small_pieces, threads):
 
 def test_pieces_of_the_real_size(tmp_path):
     generator = torch.Generator().manual_seed(2)
-    shape = (3, tensor_merge.SPAN + 12_345)
+    shape = (3, changes.SPAN + 12_345)
     base = torch.randn(shape, generator=generator)
     tensors = [base, *(base + 0.01 * torch.randn(shape, generator=generator) for _ in range(2))]
     values = {"weight": [1.0, 0.5], "density": [0.31, 0.77], "normalize": True}

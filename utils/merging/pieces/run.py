@@ -16,6 +16,7 @@ from utils.merging.pieces.choice import DirectTensor, Division
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.pieces.tensor import Output, TensorMerge
+from utils.merging.pieces.tensor_cuts import shared_cuts
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
 from utils.models.shard_files import ShardFiles, TensorSpec
@@ -79,11 +80,14 @@ def merge_directly(
 ) -> None:
     """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`.
 
-    `known` are cuts of these inputs that were found before; those that are found now are added.
+    `known` are cuts of these inputs that were found before; those that are found now are added, those that several of
+    the tensors need being searched together.
     """
     progress = _Progress()
     tensors = [tensor for tensor, _ in work]
     with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, one_torch_thread():
+        if known is not None:
+            WorkLine(shared_cuts(tensors, inputs, known), Scratch).run(threads, lambda: None)
         ahead = _ReadAhead(tensors, inputs)
 
         def meanwhile() -> None:

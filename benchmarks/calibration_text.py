@@ -11,7 +11,7 @@ a task; on 48 rows of which half, or all, are the other task's; merges by the de
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from benchmarks.quality_texts import Texts
 from utils.errors import UserError, run_command
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration_text.csv"
-ROWS_OF_TEXT = (5, 15, CALIBRATION_SAMPLES)
 OWN, HALF, SWAPPED = "own", "half another task's", "another task's"
 USELESS = "text-without-gain"
 ACCEPT = "accept_useless_text"
@@ -68,9 +67,11 @@ def recipe_on(pair: Pair, device: str) -> tuple[Path, str]:
     return recipe_of(pair, pair.both, "gram_mean", {}, device, folder)[0], refused
 
 
-def lines(seed: int, trained: Trained, texts: Texts, judge: Judge, device: str) -> Iterator[Line]:
-    """All merges of a seed."""
-    for text, rows in [*((OWN, rows) for rows in ROWS_OF_TEXT), (HALF, ROWS_OF_TEXT[-1]), (SWAPPED, ROWS_OF_TEXT[-1])]:
+def lines(
+    seed: int, trained: Trained, texts: Texts, judge: Judge, device: str, kinds: Sequence[tuple[str, int]]
+) -> Iterator[Line]:
+    """The merges of a seed on kinds of text: whose, and how many rows."""
+    for text, rows in kinds:
         pair = judge.pair
         if (text, rows) != (OWN, CALIBRATION_SAMPLES):  # else what all benchmarks measure
             pair = lay_out(trained, other_texts(texts, rows, text), pair.folder / "calibration_text" / f"{text} {rows}")
@@ -84,6 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mbpp/; default: the offline example's text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", default="5,15,48", help="how many rows of own text, by comma")
+    parser.add_argument("--skip_foreign", action="store_true", help="no text of other tasks")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="the folder of benchmarks/quality.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cpu")
@@ -94,8 +97,10 @@ def main() -> None:
     register_methods()
     pair, texts = prepare(SMALL, asked.seed, asked.data, asked.work.resolve(), asked.device)
     judge = Judge(pair, texts, ROWS, asked.device)
+    kinds = [(OWN, int(rows)) for rows in asked.rows.split(",")]
+    kinds += [] if asked.skip_foreign else [(HALF, CALIBRATION_SAMPLES), (SWAPPED, CALIBRATION_SAMPLES)]
     found = []
-    for line in lines(asked.seed, pair.trained, texts, judge, asked.device):
+    for line in lines(asked.seed, pair.trained, texts, judge, asked.device, kinds):
         found.append(line)
         print(f"{line.rows} rows, {line.text} text, {line.task}: {line.kept:.1%} {line.refused}", flush=True)
     asked.results.parent.mkdir(parents=True, exist_ok=True)

@@ -126,3 +126,22 @@ def test_a_traceback_with_its_cause_where_it_is_asked_for(run_command_line):
     assert shown.returncode == 2 and shown.stderr.endswith(plain.stderr)
     assert "FileNotFoundError: [Errno 2]" in shown.stderr and "the direct cause of the following" in shown.stderr
     assert shown.stderr.count("Traceback (most recent call last)") == 2
+
+
+def test_a_long_message_is_cut_in_the_middle_of_whole_lines(capsys):
+    lines = [f"line {number} of a message that goes on and on" for number in range(2000)]
+    code, written = end_of(UserError("\n".join(lines), "several"), capsys)
+    assert code == 2 and len(written) < 2200
+    shown = written.removeprefix("error: ").removesuffix(" [several]\n").splitlines()
+    assert shown[0] == lines[0] and shown[-1] == lines[-1]
+    (place,) = [number for number, line in enumerate(shown) if line not in lines]
+    left_out = len("\n".join(lines)) - len("\n".join(shown[:place])) - len("\n".join(shown[place + 1 :]))
+    assert str(left_out) in shown[place]
+
+
+@pytest.mark.parametrize("length", [2048, 2049, 20_000])
+def test_a_message_without_lines_is_cut_too(length, capsys):
+    message = "x" * (length - 1) + "!"
+    code, written = end_of(UserError(message), capsys)
+    assert code == 2 and written.rstrip().endswith("!") and len(written) < 2200
+    assert (message in written) == (length <= 2048)

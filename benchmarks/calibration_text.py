@@ -99,12 +99,17 @@ def main() -> None:
     judge = Judge(pair, texts, ROWS, asked.device)
     kinds = [(OWN, int(rows)) for rows in asked.rows.split(",")]
     kinds += [] if asked.skip_foreign else [(HALF, CALIBRATION_SAMPLES), (SWAPPED, CALIBRATION_SAMPLES)]
-    found = []
+    found: list[Line] = []
     for line in lines(asked.seed, pair.trained, texts, judge, asked.device, kinds):
         found.append(line)
         print(f"{line.rows} rows, {line.text} text, {line.task}: {line.kept:.1%} {line.refused}", flush=True)
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
-    with open(asked.results, "w", newline="", encoding="utf-8") as file:
+        write(asked.results, found)
+
+
+def write(path: Path, found: Sequence[Line]) -> None:
+    """Write what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(Line)])
         writer.writerows([getattr(line, field.name) for field in fields(Line)] for line in found)

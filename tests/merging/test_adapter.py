@@ -16,6 +16,7 @@ from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.commands.merge import merge
+from utils.commands.verify import verify
 from utils.merging.adapter import low_rank_parts
 from utils.merging.guided.low_rank import rank_of
 from utils.merging.settings import MergeSettings
@@ -95,6 +96,18 @@ def test_factors_are_the_recipes_change_and_have_its_ranks(pair):
         down, up = (found[f"base_model.model.{module}.{end}.weight"].double() for end in ("lora_A", "lora_B"))
         assert len(down) == config["rank_pattern"][module] == rank_of(tuple(change.shape), 0.2)
         torch.testing.assert_close(up @ down, change, rtol=1e-4, atol=1e-6)
+
+
+def test_the_folder_is_verified_found_again_and_a_model_is_not_written_over_it(pair, capsys):
+    pair("llama")
+    path = recipe_file(form="low_rank")
+    write(path)
+    verify(ADAPTER)
+    capsys.readouterr()
+    write(path)
+    assert "already holds exactly this merge" in capsys.readouterr().out
+    with refused("out-exists"):
+        merge(MergeSettings(ADAPTER, path, device="cpu", quiet=True))
 
 
 def test_a_change_of_full_rank_is_refused_with_the_flag_that_makes_another(pair):

@@ -167,9 +167,8 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
     """
     model = base.decoder.model
     tied, components = tied_names(model), component_names(base)
-    rows: dict[
-        tuple[str, str], tuple
-    ] = {}  # by level and tensor: what holds parameters of several parts goes with the first
+    rows: list[tuple] = []
+    held: dict[tuple[str, str], str] = {}  # by level and tensor: its parameter; of several (fused) the first has it
     nearest = _nearest_buffers(base, parts)
     for place, part in enumerate(parts):
         for level, name in [
@@ -178,10 +177,10 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
         ]:
             names = [one for one in (name, tied.get(name)) if one in base.layout]
             for header in [header for one in names for header in base.layout.headers(one)]:
-                component = components.get(header.name, "")
-                row = (level, part.layer, part.name, header.name, component, math.prod(header.shape))
-                rows.setdefault((level, header.name), row)
-    return list(rows.values())
+                if held.setdefault((level, header.name), tied.get(name, name)) == tied.get(name, name):
+                    component = components.get(header.name, "")
+                    rows.append((level, part.layer, part.name, header.name, component, math.prod(header.shape)))
+    return rows
 
 
 def _nearest_buffers(base: Subject, parts: Sequence[PartChanges]) -> dict[int, list[tuple[str, str]]]:

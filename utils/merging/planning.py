@@ -137,7 +137,7 @@ def _plan(inputs: MergeInputs, method: MergeMethod, settings: MergeSettings, dev
     donor, *others = (model.checkpoint for model in inputs.models)
     trust = settings.trust_remote_code
     architecture = plan_architecture(donor, others, trust_remote_code=trust, allow_mixed=settings.allow_crimes)
-    vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust)
+    vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=isinstance(method, OwnMethod))
     return plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
 
 

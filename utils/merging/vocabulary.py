@@ -46,8 +46,16 @@ class VocabularyPlan:
     size: int | None = None
 
 
-def plan_vocabulary(inputs: MergeInputs, architecture: ArchitecturePlan, *, trust_remote_code: bool) -> VocabularyPlan:
+def plan_vocabulary(
+    inputs: MergeInputs, architecture: ArchitecturePlan, *, trust_remote_code: bool, keep_rows: bool = False
+) -> VocabularyPlan:
     """Compare the tokenizers and decide whether embedding rows are aligned or merged as they are.
+
+    Args:
+        inputs: the models and the recipe.
+        architecture: what is merged of them.
+        trust_remote_code: let tokenizers load code from the model folders.
+        keep_rows: the method has numbers for each row: rows are not cut off where tokenizers are the same.
 
     Raises:
         UserError: the recipe asks for a tokenizer that is not there or cannot be loaded, or a model's tokenizer has
@@ -80,6 +88,13 @@ def plan_vocabulary(inputs: MergeInputs, architecture: ArchitecturePlan, *, trus
             summary = (
                 f"tokenizers are byte-identical, with one token per embedding row ({size}): rows are merged as they "
                 "are, the same tensors as by the recipe's tokenizer block, which is skipped"
+            )
+            return VocabularyPlan(summary, warnings, asked=True)
+        counts = [embedding_rows(architecture, model.checkpoint) for model in inputs.models]
+        if keep_rows and all(one == counts[0] for one in counts) and min(counts[0].values(), default=0) >= size:
+            summary = (
+                f"tokenizers are byte-identical, and the recipe's vectors belong to rows: all {max(counts[0].values())} are "
+                f"merged as they are, those of no token too ({size} tokens); the recipe's tokenizer block is skipped"
             )
             return VocabularyPlan(summary, warnings, asked=True)
         if rows := _rows_beyond_tokens(inputs, architecture, trust_remote_code):

@@ -186,11 +186,17 @@ def _tensor_rows(base: Subject, parts: Sequence[PartChanges]) -> list[tuple]:
 def _nearest_buffers(base: Subject, parts: Sequence[PartChanges]) -> dict[int, list[tuple[str, str]]]:
     """By place of a part, (level, name) of the stored buffers that lie nearest to its parameters (a router's bias)."""
     found: dict[int, list[tuple[str, str]]] = {}
-    for name, _ in base.decoder.model.named_buffers():
-        for level in dict.fromkeys(level for part in parts for level in part.levels) if name in base.layout else ():
-            near = [_common(name, part.parameters) if level in part.levels else 0 for part in parts]
-            if max(near) > 0:
-                found.setdefault(near.index(max(near)), []).append((level, name))
+    levels = dict.fromkeys(level for part in parts for level in part.levels)
+    for name in (name for name, _ in base.decoder.model.named_buffers() if name in base.layout):
+        near = [_common(name, part.parameters) for part in parts]
+        layer = parts[near.index(max(near))].layer  # what is near in another layer, or another tower, is not its part
+        for level in levels if max(near) > 0 else ():
+            own = [
+                score if level in part.levels and part.layer == layer else 0
+                for score, part in zip(near, parts, strict=True)
+            ]
+            if max(own) > 0:
+                found.setdefault(own.index(max(own)), []).append((level, name))
     return found
 
 

@@ -74,9 +74,9 @@ def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
             head_path = path
         elif id(module) in inside or not own_parameters(module):
             continue
-        elif id(module) in body:
+        elif id(module) in body or _is_tower(decoder):
             paths.append(path)
-        elif not _is_tower(decoder):
+        else:
             others.append(path)
     if head_path is None or others:
         problem = f"{', '.join(others)} are neither body nor head" if others else "it has no language-model head"

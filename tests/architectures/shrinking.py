@@ -55,11 +55,15 @@ _SMALL: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One architecture of the sweep: transformers' model type, which of its mappings names the class, and settings."""
+    """One architecture of the sweep: transformers' model type, which of its mappings names the class, and settings.
+
+    Its random numbers are drawn by `seed`.
+    """
 
     model_type: str
     kind: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
 
     @property
     def architecture(self) -> str:
@@ -90,9 +94,9 @@ def tiny_config(row: Row) -> Any:
     return _shrunken(CONFIG_MAPPING[row.model_type], row.settings)
 
 
-def tiny_model(row: Row, seed: int = 0) -> nn.Module:
+def tiny_model(row: Row) -> nn.Module:
     """A random float32 model in which no two entries of a tensor are alike."""
-    torch.manual_seed(seed)
+    torch.manual_seed(row.seed)
     model = getattr(transformers, row.architecture)._from_config(tiny_config(row), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,11 @@ import yaml
 from safetensors import safe_open
 from torch import nn
 
+from tests.architectures.record import ROWS
 from tests.architectures.shrinking import VOCABULARY, Row, save_changed, tiny_model
 from tests.tiny_pairs import save_tokenizer
 from utils.errors import run_command
 
-ROWS = Path(__file__).with_name("rows.yaml")
 GUIDANCE = {
     "lewis": ("--expert_tokens", "0"),
     "sens_merging": (),
@@ -53,11 +53,13 @@ class Outcome:
 def read_rows() -> list[Row]:
     """The committed rows."""
     found = yaml.safe_load(ROWS.read_text())
-    return [Row(*label.split(":"), settings or {}) for label, settings in found.items()]
+    own = {label: dict(settings or {}) for label, settings in found.items()}
+    seeds = {label: settings.pop("seed", 0) for label, settings in own.items()}
+    return [Row(*label.split(":"), settings, seeds[label]) for label, settings in own.items()]
 
 
-def sweep(row: Row, folder: Path) -> Outcome:
-    """Take one row through everything; `folder` is made and filled."""
+def sweep(row: Row, folder: Path, guidances: Sequence[str] = tuple(GUIDANCE)) -> Outcome:
+    """Take one row through everything, or through these guidances; `folder` is made and filled."""
     outcome = Outcome(row.label, row.architecture)
     try:
         _save(row, folder)
@@ -66,7 +68,8 @@ def sweep(row: Row, folder: Path) -> Outcome:
         return outcome
     with contextlib.chdir(folder):
         outcome.steps["merge"] = _step(lambda: _merge_uniform(folder))
-        for guidance, flags in GUIDANCE.items():
+        for guidance in guidances:
+            flags = GUIDANCE[guidance]
             measured = _step(lambda guidance=guidance, flags=flags: _measure(guidance, flags))
             if measured == "ok" and guidance == "lewis":
                 measured = _step(lambda: _compare_norms(folder, row))
@@ -81,7 +84,7 @@ def _save(row: Row, folder: Path) -> None:
     model = tiny_model(row)
     model.save_pretrained(folder / "base")
     for seed, name in enumerate(SHARES, start=1):
-        save_changed(model, folder / name, seed)
+        save_changed(model, folder / name, row.seed * len(SHARES) + seed)
     for name in ("base", *SHARES):
         save_tokenizer(folder / name, size=VOCABULARY - 2)  # some kinds of tokenizers add a token of their own
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _TEXTS))

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.architectures.record import RECORD, REFUSED, ROOT, severity
 from tests.architectures.sweep import GUIDANCE, read_rows, sweep
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORD, PAGE = Path(__file__).with_name("outcomes.json"), ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "architectures.md"
 STEPS = ("merge", *GUIDANCE)
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     if flags.rows is not None:
         chosen = [row for row in rows if row.label in flags.rows]
     recorded: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    _silence()
+    silence()
     for row in [] if flags.render else chosen:
         with tempfile.TemporaryDirectory() as folder:
             outcome = sweep(row, Path(folder) / "pair")
@@ -48,7 +48,8 @@ def main() -> None:
     print(*count(known).items(), file=sys.stderr)
 
 
-def _silence() -> None:
+def silence() -> None:
+    """Keep what libraries say about themselves out of the way."""
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -62,9 +63,8 @@ def count(outcomes: Mapping[str, Any]) -> Counter:
 
 
 def _verdict(steps: Mapping[str, str]) -> str:
-    if any(value.startswith(("wrong", "refused late")) for value in steps.values()):
-        return "wrong"
-    return "ok" if all(value == "ok" for value in steps.values()) else "refused"
+    worst = max(map(severity, steps.values()))
+    return "wrong" if worst > REFUSED else "refused" if worst else "ok"
 
 
 def page(outcomes: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tiny_checkpoints import VOCABULARY, save_tiny
 from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors
+from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.models.tokenizer_files import copy_tokenizer, fingerprint, has_chat_template, has_tokenizer
 
@@ -111,6 +112,33 @@ def test_padding_rows_are_dropped_as_stock_mergekit_does(tmp_path, capsys):
     assert len(tokenizer_of(ours)) == 96
     assert (ours / "generation_config.json").exists()
     assert_same_tensors(ours, merge_stock(tmp_path, data))
+
+
+def test_padding_rows_stay_where_the_vectors_of_a_recipe_belong_to_rows(tmp_path, capsys):
+    save_models(tmp_path, vocab_size=VOCABULARY + 32)
+    parameters = {"weight": 0.5, "saliency": ""}
+    models = [{"model": str(tmp_path / name), "parameters": parameters} for name in ("code", "math")]
+    data = {"models": models, "merge_method": "guided_mean", "base_model": str(tmp_path / "base"), "dtype": "float32"}
+    merged = merge_here(tmp_path, data | {"tokenizer_source": "base"}, quiet=False)
+    assert "all 128 are merged as they are, those of no token too (96 tokens)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert rows_of(merged) == 128 == json.loads((merged / "config.json").read_text())["vocab_size"]
+    base, code, math = (tensors(tmp_path / name) for name in ("base", "code", "math"))
+    for name, value in tensors(merged).items():
+        wanted = sum(one[name].float() for one in (code, math)) / 2
+        assert torch.allclose(value.float(), wanted, atol=1e-2) and value.shape == base[name].shape
+
+
+def test_rows_beyond_the_vocabulary_of_a_class_stay(tmp_path, capsys):
+    """Some classes have an embedding row that their config does not count; cut off, the result would not load."""
+    save_mixtures(tmp_path, "moshi")
+    data = recipe(tmp_path, method="task_arithmetic", tokenizer_source="base", dtype="float32")
+    merged = merge_here(tmp_path, data, quiet=False)
+    assert "embed_tokens.weight has rows that stand for no token" in " ".join(capsys.readouterr().out.split())
+    assert {name: value.shape for name, value in tensors(merged).items()} == {
+        name: value.shape for name, value in tensors(tmp_path / "base").items()
+    }
 
 
 def test_rows_without_a_tokenizer_block_stay(tmp_path):

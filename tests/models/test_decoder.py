@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.architectures.shrinking import tiny_config
+from tests.architectures.sweep import read_rows
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix
 from utils.models.decoder import Component, find_decoder, is_transposed, matching_paths, short_names, weight_matrix
@@ -53,6 +55,29 @@ def test_every_family_is_found_without_being_known(name):
         for component in decoder.components:
             weight = parameters[decoder.weight_name(layer, component)]
             assert weight is decoder.blocks[layer].get_submodule(component.path).weight
+
+
+def of_the_sweep(label: str) -> nn.Module:
+    import transformers
+
+    row = next(row for row in read_rows() if row.label == label)
+    with torch.device("meta"):
+        return getattr(transformers, row.architecture)._from_config(tiny_config(row))
+
+
+def test_blocks_that_a_config_counts_twice():
+    """Each block has two attentions, and the config's layers are those of the cache."""
+    model = of_the_sweep("longcat_flash:causal")
+    decoder = find_decoder(model, None, {}, "model m")
+    assert model.config.num_hidden_layers == 8
+    assert (decoder.blocks_path, len(decoder.blocks)) == ("model.layers", 4)
+
+
+def test_the_body_ends_before_a_head_that_is_inside_the_language_tower():
+    model = of_the_sweep("llama4:image-text")
+    decoder = find_decoder(model, None, {}, "model m")
+    assert decoder.body is model.language_model.model
+    assert decoder.blocks is model.language_model.model.layers
 
 
 def test_names_are_the_shortest_that_are_unique_in_a_block():

@@ -1,0 +1,24 @@
+"""What the sweep is held against: the record of outcomes, and the rows that it leaves out."""
+
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path(__file__).with_name("outcomes.json")
+ROWS = Path(__file__).with_name("rows.yaml")
+LEFT_OUT = Path(__file__).with_name("left_out.yaml")
+_SEVERITIES = ("ok", "refused: ", "refused late: ", "wrong: ")
+
+
+REFUSED = 1  # in time
+
+
+def severity(outcome: str) -> int:
+    """How bad a step's outcome is: 0 it went through, 1 refused in time, 2 refused late, 3 wrong."""
+    return next(place for place, start in enumerate(_SEVERITIES) if outcome.startswith(start))
+
+
+def known_labels() -> set[str]:
+    """The labels of all rows that are run or left out."""
+    return {*yaml.safe_load(ROWS.read_text()), *yaml.safe_load(LEFT_OUT.read_text())["rows"]}

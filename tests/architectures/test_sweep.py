@@ -1,0 +1,88 @@
+"""The sweep of architectures against its record, and the record against transformers' own mappings.
+
+python -m pytest tests/architectures                              the record, and one small row
+python -m pytest -m slow tests/architectures -n 2                 every row (half an hour on two cores)
+
+A row that has passed is not run again while no source of this project and no version has changed, so that a run that was
+cut goes on where it stood. A row fails where a step is worse than it was recorded, or wrong; after a change for the better,
+`python -m tests.architectures.table --rows LABEL` records it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.architectures.record import LEFT_OUT, RECORD, REFUSED, ROOT, known_labels, severity
+from tests.architectures.shrinking import all_rows
+from tests.architectures.sweep import GUIDANCE, read_rows, sweep
+from tests.architectures.table import PAGE, page, silence
+
+ROWS = {row.label: row for row in read_rows()}
+STEPS = {"merge", *GUIDANCE}
+
+
+def recorded():
+    return json.loads(RECORD.read_text())
+
+
+def test_every_row_is_recorded_with_every_step():
+    known = recorded()
+    assert list(known) == sorted(ROWS)
+    for label, one in known.items():
+        assert one["architecture"] == ROWS[label].architecture
+        assert set(one["steps"]) == STEPS, label
+
+
+def test_no_row_is_recorded_as_wrong():
+    wrong = [label for label, one in recorded().items() if max(map(severity, one["steps"].values())) > REFUSED]
+    assert wrong == []
+
+
+def test_the_page_is_that_of_the_record():
+    assert PAGE.read_text() == page({label: recorded()[label] for label in ROWS})
+
+
+def test_the_rows_are_those_of_transformers_mappings():
+    """A row that is left out says why; those that another version adds or takes away are named."""
+    left_out = yaml.safe_load(LEFT_OUT.read_text())
+    found, listed = {row.label for row in all_rows()}, known_labels()
+    version = importlib.metadata.version("transformers")
+    if version == left_out["transformers"]:
+        assert found == listed
+    else:
+        pytest.skip(f"transformers {version}: {sorted(found ^ listed)[:20]} differ from {left_out['transformers']}")
+
+
+def test_a_small_dense_row_goes_through_measuring_and_merging(tmp_path):
+    silence()
+    outcome = sweep(ROWS["llama:causal"], tmp_path / "pair", ("lewis",))
+    assert outcome.steps == {"merge": "ok", "lewis": "ok"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ROWS)
+def test_a_row_is_what_was_recorded_or_better(label, tmp_path, request):
+    key, state = f"architectures/{label.replace(':', '-')}", _state()
+    if request.config.cache is not None and request.config.cache.get(key, None) == state:
+        return  # it has passed with these very sources
+    silence()
+    steps, before = sweep(ROWS[label], tmp_path / "pair").steps, recorded()[label]["steps"]
+    worse = {
+        step: value
+        for step, value in steps.items()
+        if severity(value) > REFUSED or severity(value) > severity(before[step])
+    }
+    assert worse == {}
+    if request.config.cache is not None:
+        request.config.cache.set(key, state)
+
+
+def _state() -> str:
+    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *Path(__file__).parent.glob("*.*")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

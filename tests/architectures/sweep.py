@@ -223,7 +223,9 @@ def _plain_norms(folder: Path) -> dict[str, float]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_pre_hook(_summing(squares, f"{path}.weight"), with_kwargs=True))
         elif getattr(module, "down_proj", None) is not None and getattr(module.down_proj, "ndim", 0) == 3:
-            is_routed = "top_k_index" in inspect.signature(module.forward).parameters
+            is_routed = (
+                hasattr(module, "has_gate") or len(inspect.signature(module.forward).parameters) >= 3
+            )  # hidden states, choices, gates
             take = _routed(squares, path) if is_routed else _sorted(squares, path)
             handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
     tokens = 0

@@ -57,9 +57,20 @@ def test_the_rows_are_those_of_transformers_mappings():
         pytest.skip(f"transformers {version}: {sorted(found ^ listed)[:20]} differ from {left_out['transformers']}")
 
 
-def test_a_small_dense_row_goes_through_measuring_and_merging(tmp_path):
+@pytest.mark.parametrize(
+    "label",
+    [
+        "llama:causal",
+        "mixtral:causal",  # each expert stored apart
+        "gpt_oss:causal",  # all experts of a block in one tensor
+        "deepseek_v3:causal",  # the first block dense
+        "qwen3_5_text:causal",  # two kinds of attention
+        "qwen2_5_vl:image-text",  # a vision tower beside
+    ],
+)
+def test_one_row_of_each_group_is_measured_and_merged(label, tmp_path):
     silence()
-    outcome = sweep(ROWS["llama:causal"], tmp_path / "pair", ("lewis",))
+    outcome = sweep(ROWS[label], tmp_path / "pair", ("lewis",))
     assert outcome.steps == {"merge": "ok", "lewis": "ok"}
 
 

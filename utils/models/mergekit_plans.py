@@ -95,6 +95,8 @@ def mergekit_candidates(inputs: MergekitInputs) -> Iterator[Candidate]:
     reason = f"mergekit ships no definition of {base.architecture}"
     shipped = None
     if all(info is not None for info in infos):
+        if "." in (key := vocabulary_key(inputs.configs[0])):  # definitions know it where it stood in older configs
+            infos[0] = infos[0].model_copy(update={"vocab_size_config_key": key})
         try:
             shipped = _candidate(inputs, infos[0], DEFINITION, "")
         except RuntimeError as error:  # the config has moved what the definition looks for

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ GUIDANCE = {
     "saliency_budget": (),
     "gram_mean": ("--accept_useless_text",),
 }
+STEPS = ("merge", *GUIDANCE)
 SHARES = {"code": 0.5, "math": 0.3}
 _TEXTS = ("What is one and two?", "It is three.", "Name a color that is warm, please.", "Red is one, so is orange.")
 NORM_ERROR, MERGE_ERROR = 1e-5, 1e-6
@@ -58,8 +59,8 @@ def read_rows() -> list[Row]:
     return [Row(*label.split(":"), settings, seeds[label]) for label, settings in own.items()]
 
 
-def sweep(row: Row, folder: Path, guidances: Sequence[str] = tuple(GUIDANCE)) -> Outcome:
-    """Take one row through everything, or through these guidances; `folder` is made and filled."""
+def sweep(row: Row, folder: Path, steps: Collection[str] = STEPS) -> Outcome:
+    """Take one row through these steps; `folder` is made and filled."""
     outcome = Outcome(row.label, row.architecture)
     try:
         _save(row, folder)
@@ -67,9 +68,11 @@ def sweep(row: Row, folder: Path, guidances: Sequence[str] = tuple(GUIDANCE)) ->
         outcome.steps["build"] = f"wrong: {type(error).__name__}: {error}"
         return outcome
     with contextlib.chdir(folder):
-        outcome.steps["merge"] = _step(lambda: _merge_uniform(folder))
-        for guidance in guidances:
-            flags = GUIDANCE[guidance]
+        if "merge" in steps:
+            outcome.steps["merge"] = _step(lambda: _merge_uniform(folder))
+        for guidance, flags in GUIDANCE.items():
+            if guidance not in steps:
+                continue
             measured = _step(lambda guidance=guidance, flags=flags: _measure(guidance, flags))
             if measured == "ok" and guidance == "lewis":
                 measured = _step(lambda: _compare_norms(folder, row))

@@ -3,6 +3,7 @@
 python -m tests.architectures.table                           all rows (about half an hour on two cores)
 python -m tests.architectures.table --part 2/6                a part of them; the others stay as they were recorded
 python -m tests.architectures.table --rows mixtral:causal     these alone
+python -m tests.architectures.table --not_ok --rows mixtral:causal      of these the steps alone that were not right
 python -m tests.architectures.table --render                  the page alone, of what was recorded
 """
 
@@ -17,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.architectures.record import RECORD, REFUSED, ROOT, severity
-from tests.architectures.sweep import GUIDANCE, read_rows, sweep
+from tests.architectures.sweep import STEPS, read_rows, sweep
 
 PAGE = ROOT / "docs" / "architectures.md"
-STEPS = ("merge", *GUIDANCE)
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--rows", nargs="*")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--not_ok", action="store_true")
     flags = parser.parse_args()
     rows = read_rows()
     part, parts = map(int, flags.part.split("/"))
@@ -38,9 +39,11 @@ def main() -> None:
     recorded: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     silence()
     for row in [] if flags.render else chosen:
+        before = recorded[row.label]["steps"] if flags.not_ok and row.label in recorded else {}
+        steps = [step for step in STEPS if before.get(step) != "ok"]
         with tempfile.TemporaryDirectory() as folder:
-            outcome = sweep(row, Path(folder) / "pair")
-        recorded[row.label] = {"architecture": outcome.architecture, "steps": outcome.steps}
+            outcome = sweep(row, Path(folder) / "pair", steps)
+        recorded[row.label] = {"architecture": outcome.architecture, "steps": before | outcome.steps}
         print(row.label, *(f"{key}={value[:110]}" for key, value in outcome.steps.items() if value != "ok"), flush=True)
         RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     known = {row.label: recorded[row.label] for row in rows if row.label in recorded}

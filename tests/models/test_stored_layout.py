@@ -68,7 +68,7 @@ def test_every_parameter_is_fetched_as_transformers_loads_it(label, tmp_path):
         assert torch.equal(fetched[name], model.state_dict()[name]), name
 
 
-def test_pieces_of_one_stored_tensor_are_told_from_tensors_of_their_own(tmp_path):
+def test_parts_of_one_stored_tensor_are_no_tensors_of_their_own(tmp_path):
     """A vision tower's q, k and v that are stored as one."""
     model, layout, stored = saved("kimi_k25:image-text", tmp_path)
     fused = [name for name in stored if name.endswith("wqkv.weight")]

@@ -95,6 +95,30 @@ def test_killed_meanwhile_it_comes_to_the_same(tmp_path, monkeypatch):
         assert outcome(again) == outcome(unbroken)
 
 
+def test_killed_while_a_trial_is_noted_it_comes_to_the_same(tmp_path, monkeypatch):
+    import optuna
+
+    unbroken = a_search(tmp_path / "unbroken", Formula())
+    run(unbroken, 8)
+    known = optuna.Trial.set_user_attr
+    for stop in range(6):  # the first trials that are asked for have two notes each
+        left = stop
+
+        def note(trial, key, value):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            known(trial, key, value)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(optuna.Trial, "set_user_attr", note)
+            run(a_search(tmp_path / f"killed{stop}", Formula()), 8)
+        again = a_search(tmp_path / f"killed{stop}", Formula())
+        run(again, 8)
+        assert outcome(again) == outcome(unbroken)
+
+
 def test_more_trials_extend_a_search(tmp_path):
     whole = a_search(tmp_path / "whole", Formula())
     run(whole, 13)

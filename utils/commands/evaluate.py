@@ -62,6 +62,7 @@ def evaluate(options: EvaluateOptions) -> None:
     _say_choices(scorer, candidates, say)
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
+        store.sweep()
         start = time.perf_counter()
         evaluated = _evaluate(options, scorers, candidates, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))

@@ -100,6 +100,7 @@ def prepare_search(
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     warn(notes)
     store = LossStore(options.out_dir / LOSSES)
+    store.sweep()
     losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
         options.out_dir,

@@ -18,12 +18,19 @@ from utils.evaluation.candidates import Candidate
 from utils.evaluation.scoring import COLUMNS, Scorer
 from utils.publishing.manifest import sha256_of
 
+_UNFINISHED = ".part"
+
 
 class LossStore:
     """A folder of losses; made when the first are kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def sweep(self) -> None:
+        """Remove what a killed run was writing; the caller has the folder to itself."""
+        for unfinished in self.folder.glob(f"*{_UNFINISHED}"):
+            unfinished.unlink()
 
     def find(self, key: str) -> dict[int, tuple[float, int]] | None:
         """Loss and tokens by row, or None if they are not there (or not readable: then they are computed again)."""
@@ -52,7 +59,9 @@ class LossStore:
     def keep_record(self, key: str, data: Mapping[str, Any]) -> None:
         """Write plain data; whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.folder, suffix=_UNFINISHED, delete=False, encoding="utf-8"
+        ) as file:
             try:
                 json.dump(dict(data), file, ensure_ascii=False)
                 file.flush()

@@ -214,8 +214,8 @@ class SearchStudy:
         with without_warnings():
             point = self.space.suggest(trial)
         if known is None:
-            trial.set_user_attr(_POINT, point.plain())
             trial.set_user_attr(_BATCH, batch)
+            trial.set_user_attr(_POINT, point.plain())  # last: a trial that has a point is queued again after a kill
         return known or point
 
     def _sampler(self, asked: int) -> "optuna.samplers.BaseSampler":

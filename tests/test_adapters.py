@@ -49,17 +49,17 @@ def test_measured_as_what_peft_merges(pair, guidance):
 def test_the_recipe_names_model_and_adapter_as_mergekit_does(pair, name):
     done_here("lewis_importance.py", "--config", f"{name}_.yaml", "--out_dir", f"{name}_d", cwd=pair)
     flags = ("--delta_dfs_in_dir", f"{name}_d", "--config_file", f"{name}_.yaml", "--out_dir", f"{name}_r")
-    said = done_here("lewis_merge.py", *flags, "--dtype", "float32", cwd=pair).stdout
-    assert "--lora_merge_cache" in said
+    done_here("lewis_merge.py", *flags, "--dtype", "float32", cwd=pair)
     (recipe,) = (pair / f"{name}_r").glob("*.yaml")
     assert yaml.safe_load(recipe.read_text())["models"][1]["model"] == "./base+./adapter"
+    done_here("utils/merger.py", "--merge_config", recipe, "--output_path", f"{name}_m", cwd=pair)
+
+
+def test_evaluated_as_what_peft_merges(pair):
     done_here(
-        "utils/merger.py",
-        "--merge_config",
-        recipe,
-        "--output_path",
-        f"{name}_m",
-        "--lora_merge_cache",
-        "cache",
-        cwd=pair,
+        "utils/evaluator.py", "--config", "pair_.yaml", "--out_dir", "scores", "./base+./adapter", "./merged", cwd=pair
     )
+    scores = pd.read_csv(pair / "scores" / "scores.csv")
+    losses = scores[scores["measure"] == "loss"].set_index("candidate")["value"]
+    assert losses["code"] == losses["adapter"] != losses["base"]
+    assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-6)

@@ -94,7 +94,13 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("unsafe_truncate_embeddings", "cut embeddings to the shortest; token ids must mean the same")
     parser.switch("trust_remote_code", "run Python code that comes with a model (off here; the reference has it on)")
     parser.flag("transformers_cache", "folder for downloaded models [default: the hub's cache]", type=path)
-    parser.flag("lora_merge_cache", "folder for LoRA adapters (model+adapter) merged into their models", type=path)
+    parser.switch("fused_experts", "merge the experts of a mixture stacked, as mergekit does, not each on its own")
+    parser.flag(
+        "lora_merge_cache",
+        "merge LoRA adapters (model+adapter) into their models in this folder first, by mergekit and peft; without it they "
+        "change the models as these are read",
+        type=path,
+    )
     parser.flag("lora_merge_dtype", "precision of that", choices=("float32", "bfloat16", "float16"))
     parser.switch("lazy_unpickle", "kept for compatibility: only safetensors are read, which are lazy anyway")
     parser.switch("safe_serialization", "always on: pickles are not written", default=True)

@@ -120,7 +120,7 @@ def test_a_model_may_be_called_like_a_word_of_the_tokenizer(tmp_path, rest):
     found = checked(
         tmp_path, two(rest=rest).replace("model: a", "model: base").replace("base_model: a", "base_model: base")
     )
-    config = configuration(found, {name: tmp_path / str(name) for name in (*found.models, *found.donors)})
+    config = configuration(found, {name: (tmp_path / str(name), None) for name in (*found.models, *found.donors)})
     assert [model.model.path for model in config.referenced_models()] == [str(tmp_path / "base"), str(tmp_path / "b")]
     if config.tokenizer:
         assert config.tokenizer.source == "union"
@@ -169,15 +169,16 @@ def test_command_3_answers_without_the_heavy_libraries(llamas, tmp_path, run_com
 
 
 def test_local_models_come_back_open_and_others_wait(llamas, tmp_path):
-    found = find_models(checked(tmp_path, recipe(llamas)), None)
+    found = find_models(checked(tmp_path, recipe(llamas)))
     folders = [checkpoint.folder for checkpoint in found.checkpoints.values()]
     assert folders == [(llamas / name).resolve() for name in ("base", "code", "math")]
     assert all(checkpoint.tensors for checkpoint in found.checkpoints.values())
     data = recipe(llamas)
+    data["models"].append({"model": f"{llamas / 'math'}+{llamas / 'base'}"})
+    assert len(find_models(checked(tmp_path, data)).checkpoints) == 3
     data["models"].append({"model": f"{llamas / 'math'}+{llamas / 'nowhere'}"})
-    assert len(find_models(checked(tmp_path, data), tmp_path).checkpoints) == 3
-    with refused("adapter-no-cache"):
-        find_models(checked(tmp_path, data), None)
+    with refused("model-missing"):
+        find_models(checked(tmp_path, data))
 
 
 def test_a_damaged_model_is_refused(llamas, tmp_path):
@@ -187,7 +188,7 @@ def test_a_damaged_model_is_refused(llamas, tmp_path):
     data = recipe(llamas)
     data["models"].append({"model": str(tmp_path / "base")})
     with refused("weights-truncated"):
-        find_models(checked(tmp_path, data), None)
+        find_models(checked(tmp_path, data))
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_any_change_is_taken_by_mergekit_too_or_refused_with_a_message(llamas, t
     file.write_text(json.dumps(changed).replace("NaN", ".nan").replace("Infinity", ".inf"))
     try:
         found = check_recipe(read_recipe(file))
-        config = configuration(found, dict.fromkeys((*found.models, *found.donors), tmp_path / "x"))
+        config = configuration(found, dict.fromkeys((*found.models, *found.donors), (tmp_path / "x", None)))
     except UserError as error:
         assert str(error) and all(error.codes)
     else:

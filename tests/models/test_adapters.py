@@ -1,6 +1,7 @@
 """LoRA adapters in a recipe: explained, merged once, never half."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,37 @@ def with_adapter(copies: Path, **keys):
     return data
 
 
-def test_an_adapter_needs_a_cache(copies):
-    with refused("adapter-no-cache"):
-        merge_here(copies, with_adapter(copies))
+def test_without_a_cache_nothing_is_merged_beside_the_result(copies):
+    before = contents(copies)
+    data = with_adapter(copies, dtype="float32", tokenizer_source="union")
+    ours = merge_here(copies, data, "ours")
+    assert {name for name in contents(copies) if not name.startswith("ours")} - {"recipe.yaml"} <= before.keys()
+    cached = merge_here(copies, data, "cached", lora_merge_cache=copies / "cache", lora_merge_dtype="float32")
+    for name, value in tensors(cached).items():
+        torch.testing.assert_close(tensors(ours)[name], value, atol=4e-3, rtol=2**-8)  # the cache is not rounded
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_changed_while_read_equals_a_folder_with_these_numbers(copies, method):
+    """By this project's own pieces (ties) and by mergekit's executor (dare_ties)."""
+    from safetensors.torch import save_file
+
+    from utils.models.checkpoints import open_checkpoint
+    from utils.models.tensor_files import TensorFiles
+
+    both = f"{copies / 'base'}+{copies / 'adapter'}"
+    checkpoint = open_checkpoint(both)
+    shutil.copytree(copies / "base", copies / "whole")
+    with TensorFiles(checkpoint.files) as files:
+        read = {name: files.read_whole(header) for name, header in checkpoint.tensors.items()}
+    save_file(read, copies / "whole" / "model.safetensors", {"format": "pt"})
+    data = recipe(copies, method)
+    for entry in data["models"][1:]:
+        entry["parameters"] = {"weight": 0.5, **({} if method == "task_arithmetic" else {"density": 0.4})}
+    for name, model in (("a", both), ("b", str(copies / "whole"))):
+        data["models"][2]["model"] = model
+        merge_here(copies, data, name)
+    assert_same_tensors(copies / "a", copies / "b")
 
 
 def test_an_adapter_alone_is_explained(copies):

@@ -9,8 +9,6 @@ from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
-from utils.models.low_rank import adapter_name
-from utils.pair.config import ModelEntry
 from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import average, by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
@@ -131,25 +129,17 @@ def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[st
     for name in names:
         path = options.out_dir / name
         print(f"wrote {path}" if name in written else f"{path} already holds exactly this; left as it is")
-    remote: dict[str, object] = {"trust_remote_code": options.trust_remote_code}
-    cache = options.out_dir.parent / "adapter_cache" if any(map(_has_adapter, options.config.model_info)) else None
+    remote = {"trust_remote_code": options.trust_remote_code}
     print("next:")
     for recipe in recipes:
         model = options.out_dir.parent / "merged_models" / recipe.removesuffix(".yaml").removesuffix("_merge_config")
         print(
-            next_command(
-                "utils/merger.py",
-                {"merge_config": options.out_dir / recipe, "output_path": model, "lora_merge_cache": cache, **remote},
-            )
+            next_command("utils/merger.py", {"merge_config": options.out_dir / recipe, "output_path": model, **remote})
         )
     print("or, to see first on held-out text whether it helps:")
     out = options.out_dir.parent / "evaluation"
     candidates = [options.out_dir / recipe for recipe in recipes]
     print(next_command("utils/evaluator.py", {"config": options.config.path, "out_dir": out, **remote}, candidates))
-
-
-def _has_adapter(entry: ModelEntry) -> bool:
-    return adapter_name(entry.name) is not None
 
 
 def pictures(made: GuidedRecipe) -> dict[str, bytes]:

@@ -46,7 +46,7 @@ def merge(settings: MergeSettings) -> None:
     check_apart(settings.output_path, recipe.local_folders())
     restored = "" if settings.dry_run else put_back(settings.output_path)
     output = check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)
-    found = find_models(check_recipe(recipe), settings.lora_merge_cache)
+    found = find_models(check_recipe(recipe))
     if not settings.dry_run:
         read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])

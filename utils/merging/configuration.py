@@ -22,14 +22,14 @@ class OrderedConfiguration(MergeConfiguration):
         return merged_models(self)
 
 
-def configuration(recipe: CheckedRecipe, folders: Mapping[ModelName, Path]) -> OrderedConfiguration:
-    """Make mergekit's configuration of a recipe, in which every model is an absolute folder.
+def configuration(recipe: CheckedRecipe, places: Mapping[ModelName, tuple[Path, Path | None]]) -> OrderedConfiguration:
+    """Make mergekit's configuration of a recipe, in which every model is an absolute folder, and so is its adapter.
 
     Raises:
         UserError: mergekit does not take it; a chat template that is none.
     """
     try:
-        config = OrderedConfiguration.model_validate(_plain(recipe.content, folders))
+        config = OrderedConfiguration.model_validate(_plain(recipe.content, places))
     except (ValueError, RuntimeError) as error:  # what this project's own check lets pass
         first = " ".join(str(error).split())
         raise UserError(f"{recipe.file.where}: mergekit does not take it: {first}", "recipe-not-mergekits") from error
@@ -51,19 +51,20 @@ class _TemplateHolder:
     chat_template: str | None = None
 
 
-def _plain(value: Any, folders: Mapping[ModelName, Path]) -> Any:
+def _plain(value: Any, places: Mapping[ModelName, tuple[Path, Path | None]]) -> Any:
     """A recipe's value as plain data without the keys that are not given, models by their folders."""
     if isinstance(value, ModelName):
-        return {"model": {"path": str(folders[value])}}
+        folder, adapter = places[value]
+        return {"model": {"path": str(folder)}, **({} if adapter is None else {"lora": {"path": str(adapter)}})}
     if is_dataclass(value):
         given = {field.name: getattr(value, field.name) for field in fields(value)}
         return {
-            name: str(one) if is_keyword(value, name) else _plain(one, folders)
+            name: str(one) if is_keyword(value, name) else _plain(one, places)
             for name, one in given.items()
             if one is not None
         }
     if isinstance(value, dict):
-        return {key: _plain(one, folders) for key, one in value.items()}
+        return {key: _plain(one, places) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one, folders) for one in value]
+        return [_plain(one, places) for one in value]
     return value

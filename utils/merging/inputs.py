@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from utils.errors import Problem, UserError, raise_collected
 from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
 from utils.merging.settings import MergeSettings
-from utils.models.adapters import check_adapter, merged_folder, refuse_adapter
+from utils.models.adapters import changed_checkpoint, check_adapter, merged_folder, refuse_adapter
 from utils.models.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
 from utils.models.mergekit_inputs import model_reference
 
@@ -67,11 +67,11 @@ class MergeInputs:
         return next(model.label for model in self.models if model.reference == reference)
 
 
-def find_models(recipe: CheckedRecipe, adapter_cache: Path | None) -> FoundModels:
+def find_models(recipe: CheckedRecipe) -> FoundModels:
     """Find every model that a recipe names, and open those that are folders here; hub ids get their small files.
 
     Raises:
-        UserError: a model is missing, malformed, quantized, not a decoder; an adapter has no cache; two entries are the
+        UserError: a model is missing, malformed, quantized, not a decoder; two entries are the
             same folder; nothing but the base would be merged.
     """
     folders, checkpoints = {}, {}
@@ -81,7 +81,7 @@ def find_models(recipe: CheckedRecipe, adapter_cache: Path | None) -> FoundModel
             text = f"model {name}: override_architecture is not supported here; use mergekit-yaml"
             raise UserError(text, "recipe-override")
         if name.lora:
-            check_adapter(str(name), adapter_cache)
+            check_adapter(str(name), recipe.file.locate(name.lora.path))
         place = recipe.file.locate(name.model.path)
         refuse_adapter(place, str(name))
         folders[name] = find_small_files(place, name.model.revision)
@@ -93,22 +93,26 @@ def find_models(recipe: CheckedRecipe, adapter_cache: Path | None) -> FoundModel
 
 
 def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
-    """Open every model to merge: hub ids are downloaded, adapters merged into their models.
+    """Open every model to merge: hub ids are downloaded, adapters change their models as these are read (or are merged
+    into them, where there is a cache for that).
 
     Raises:
         UserError: a model is malformed, quantized, or an adapter cannot be merged.
     """
     from utils.merging.configuration import configuration
 
-    recipe, folders, inputs = found.recipe, dict(found.folders), {}
+    recipe, inputs = found.recipe, {}
+    places: dict[ModelName, tuple[Path, Path | None]] = {name: (folder, None) for name, folder in found.folders.items()}
     for name in recipe.models:
         checkpoint = found.checkpoints.get(name) or _open(recipe, name)
         if name.lora:
             checkpoint = _with_adapter(recipe, name, checkpoint, settings)
-        folders[name] = checkpoint.folder
+        places[name] = checkpoint.place
         local = model_reference(checkpoint)
+        if checkpoint.adapter is not None:
+            local = local.model_copy(update={"lora": local.model.model_copy(update={"path": str(checkpoint.adapter)})})
         inputs.setdefault(local, MergeInput(local, checkpoint, published_name(name), tuple(_hub_ids(recipe, name))))
-    config = configuration(recipe, folders)
+    config = configuration(recipe, places)
     return MergeInputs(config, tuple(inputs[reference] for reference in config.referenced_models()))
 
 
@@ -142,8 +146,10 @@ def _open(recipe: CheckedRecipe, name: ModelName) -> Checkpoint:
 
 
 def _with_adapter(recipe: CheckedRecipe, name: ModelName, model: Checkpoint, settings: MergeSettings) -> Checkpoint:
-    assert name.lora is not None and settings.lora_merge_cache is not None
+    assert name.lora is not None
     adapter, revision = recipe.file.locate(name.lora.path), name.lora.revision
+    if settings.lora_merge_cache is None:
+        return changed_checkpoint(model, adapter, revision, str(name))
     folder = merged_folder(model, adapter, revision, settings.lora_merge_cache, settings.lora_merge_dtype)
     return replace(open_checkpoint(str(folder)), name=str(name))
 

@@ -116,7 +116,8 @@ def _by_mergekit(
     if not tensors:
         return
     first = works[tensors[0][0]]
-    set_up_loading(first.plan.options)
+    for place, _ in tensors:
+        set_up_loading(works[place].plan.options, works[place].plan.inputs)
     with selecting_exactly(first.by_counting):
         planned = [(works[place].plan, tensor) for place, tensor in tensors]
         for number, value in merge_by_mergekit(planned, first.plan.options.device):

@@ -23,6 +23,7 @@ from utils.mergekit_api import (
     result_config,
     set_config_value,
 )
+from utils.merging.changed_tensors import ChangedTensors
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import VocabularyPlan
@@ -105,7 +106,7 @@ def plan_merge(
     recipe = inputs.config
     planned = recipe if vocabulary.task else recipe.model_copy(update={"tokenizer_source": None, "tokenizer": None})
     planned = planned.model_copy(deep=True)  # the planner rewrites it
-    forget_inputs(options)
+    forget_inputs(options, inputs)
     config = result_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
     try:
         with quiet_mergekit():
@@ -155,16 +156,19 @@ def merge_options(settings: MergeSettings, device: str) -> MergeOptions:
     )
 
 
-def forget_inputs(options: MergeOptions) -> None:
+def forget_inputs(options: MergeOptions, inputs: MergeInputs) -> None:
     """Empty mergekit's cache of open checkpoints: it outlives a merge and does not notice rewritten files."""
     LoaderCache().flush_all()
     LoaderCache().loaders.clear()
-    set_up_loading(options)
+    set_up_loading(options, inputs)
 
 
-def set_up_loading(options: MergeOptions) -> None:
-    """Have mergekit load tensors in this thread by these options."""
+def set_up_loading(options: MergeOptions, inputs: MergeInputs) -> None:
+    """Have mergekit load tensors in this thread by these options, and models with an adapter through this project."""
     LoaderCache().setup(options)
+    for model in inputs.models:
+        if model.checkpoint.adapter is not None:
+            LoaderCache().loaders[model.reference] = ChangedTensors(model.checkpoint)
 
 
 def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:

@@ -71,7 +71,7 @@ def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, say: Callable[[str
     Raises:
         UserError: anything the user can mend.
     """
-    return plan_models(settings, find_models(check_recipe(recipe), settings.lora_merge_cache), say)
+    return plan_models(settings, find_models(check_recipe(recipe)), say)
 
 
 def plan_models(
@@ -136,7 +136,13 @@ def plan_models(
 def _plan(inputs: MergeInputs, method: MergeMethod, settings: MergeSettings, device: torch.device) -> MergePlan:
     donor, *others = (model.checkpoint for model in inputs.models)
     trust = settings.trust_remote_code
-    architecture = plan_architecture(donor, others, trust_remote_code=trust, allow_mixed=settings.allow_crimes)
+    architecture = plan_architecture(
+        donor,
+        others,
+        trust_remote_code=trust,
+        allow_mixed=settings.allow_crimes,
+        fused_experts=settings.fused_experts,
+    )
     vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=isinstance(method, OwnMethod))
     return plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
 

@@ -93,7 +93,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
         UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
     """
     plan, settings, division = planned.plan, planned.settings, planned.division
-    forget_inputs(plan.options)
+    forget_inputs(plan.options, plan.inputs)
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
@@ -110,7 +110,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
         with _progress_bar(plan, settings) as progress, _readable_failures():
             shown = partial(_show, progress, {}, len(plan.tensors))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
-    forget_inputs(plan.options)
+    forget_inputs(plan.options, plan.inputs)
 
 
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
@@ -123,7 +123,7 @@ def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, fold
                 _execute(plan, settings, device, writer)
         finally:
             writer.abandon()
-            forget_inputs(plan.options)
+            forget_inputs(plan.options, plan.inputs)
     absent = {tensor.name for tensor in plan.tensors if not tensor.weight.optional} - writer.taken
     if absent:  # cannot happen with one executor; threads of several GPUs have lost results before
         raise RuntimeError(f"mergekit finished without writing {', '.join(sorted(absent)[:5])}")

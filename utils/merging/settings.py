@@ -16,7 +16,7 @@ _OF_THIS_RUN = ("quiet", "verbosity", "overwrite", "dry_run", "restart", "num_th
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for the last five.
+    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for `fused_experts` and the last five.
 
     `device` is what was asked for (`auto`, `cpu`, `cuda`, `cuda:1`); `out_shard_size` is in bytes, 0 for one file.
     """
@@ -38,6 +38,7 @@ class MergeSettings:
     write_threads: int = 1
     num_threads: int | None = None
     write_model_card: bool = True
+    fused_experts: bool = False
     lora_merge_cache: Path | None = None
     lora_merge_dtype: str | None = None
     transformers_cache: Path | None = None

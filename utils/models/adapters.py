@@ -1,30 +1,31 @@
-"""LoRA adapters named in a merge recipe as `model+adapter`: merged once into a cache, then plain model folders.
+"""LoRA adapters named in a merge recipe as `model+adapter`: read as changes of the model, or merged once into a cache.
 
-mergekit does this too, but keeps what a crash left half-written and does not notice a changed adapter of the same
+With a cache they are merged by mergekit and peft, then plain model folders: stock mergekit's numbers. mergekit keeps what a crash left half-written and does not notice a changed adapter of the same
 name. Here the cache entry is complete or absent, and its name holds a hash of the adapter and of the model's headers.
 """
 
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint, is_local, local_folder
 from utils.models.headers import header_hash
 from utils.models.hub import download
-from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name
+from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name, with_adapter
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import copy_tokenizer
 from utils.publishing.manifest import file_sha256
 from utils.publishing.staging import staged_folder
 
 
-def check_adapter(shown: str, cache: Path | None) -> None:
-    """Explain what `a+b` means and what it needs, unless the cache is given.
+def check_adapter(shown: str, adapter: str) -> None:
+    """Explain what `a+b` means where a folder is called so, and look for the adapter's own.
 
     Raises:
-        UserError: no cache folder was given, or a folder is called `a+b`.
+        UserError: there is a folder of that name; there is none of the adapter's.
     """
     if os.path.exists(os.path.expanduser(shown)):
         raise UserError(
@@ -32,12 +33,18 @@ def check_adapter(shown: str, cache: Path | None) -> None:
             f"model: {{model: {{path: {shown!r}}}}}",
             "adapter-folder-name",
         )
-    if cache is None:
-        raise UserError(
-            f"model {shown} means a model with a LoRA adapter. Give --lora_merge_cache FOLDER to have the adapter "
-            "merged into the model there first, or do that with peft (merge_and_unload) and name the result",
-            "adapter-no-cache",
-        )
+    if is_local(adapter):
+        local_folder(adapter)
+
+
+def changed_checkpoint(model: Checkpoint, adapter: str, revision: str | None, shown: str) -> Checkpoint:
+    """A model with an adapter's changes, made as its tensors are read.
+
+    Raises:
+        UserError: the adapter lacks its files, is of another kind, or does not fit the model.
+    """
+    folder = _adapter_files(adapter, revision)
+    return replace(model, name=shown, tensors=with_adapter(model.tensors, folder, shown), adapter=folder)
 
 
 def refuse_adapter(place: str, shown: str) -> None:

@@ -123,7 +123,7 @@ def shared_cuts(tensors: Sequence[DirectTensor], inputs: TensorFiles, known: Kno
     """Searches for the cuts that several of these tensors, being of the same inputs, need and that are not known."""
     groups: dict[Hashable, list[DirectTensor]] = {}
     for tensor in tensors:
-        places = tuple((header.file, header.start) for header in tensor.headers)
+        places = tuple((header.file, header.start, header.change) for header in tensor.headers)
         groups.setdefault((*places, tensor.dtype), []).append(tensor)
     for first, *others in groups.values():
         wanted: dict[int, set[int]] = {}
@@ -147,5 +147,5 @@ def table_bytes(tensor: DirectTensor) -> int:
 
 def _keys(tensor: DirectTensor, place: int, ranks: Sequence[int]) -> list[Hashable]:
     """What the cuts of a change depend on: where both inputs lie, the working dtype, the rank."""
-    both = [(header.file, header.start) for header in (tensor.headers[0], tensor.headers[place + 1])]
+    both = [(header.file, header.start, header.change) for header in (tensor.headers[0], tensor.headers[place + 1])]
     return [(*both, tensor.dtype, rank) for rank in ranks]

@@ -70,12 +70,10 @@ def test_the_recipe_in_memory_is_the_one_that_is_written(case, pair, capfd):
 
 def test_one_opened_measurement_serves_many_recipes(pair, monkeypatch):
     """The manifest is read and the merge planned once; each recipe has the name it is given."""
-    from utils.models import architecture
+    from utils.recipes import naming
 
-    plans, plan = [], architecture.plan_architecture
-    monkeypatch.setattr(
-        architecture, "plan_architecture", lambda *args, **keys: plans.append(args) or plan(*args, **keys)
-    )
+    plans, plan = [], naming.plan_architecture
+    monkeypatch.setattr(naming, "plan_architecture", lambda *args, **keys: plans.append(args) or plan(*args, **keys))
     config = read_pair_config("pair.yaml")
     measured = open_measured(config, guidance_methods()["saliency_budget"], Path("dfs_saliency_budget"))
     Path("dfs_saliency_budget/manifest.json").unlink()

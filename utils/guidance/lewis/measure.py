@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from utils.errors import UserError
+from utils.guidance.component_filters import require_own_filters
 from utils.guidance.lewis.deltas import delta_table
 from utils.guidance.lewis.method import EXPERT_TOKENS
 from utils.guidance.lewis.noise import SAMPLES, Norms, RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
@@ -74,6 +75,7 @@ def memory(job: MeasureJob) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """Norms of the base on every text and of each expert on its own."""
+    require_own_filters(job.base)
     config = job.config
     users = {
         source: [one.type for one in config.experts if config.text_of(one.type) == source] for source in config.texts

@@ -26,6 +26,7 @@ from utils.mergekit_api import (
 from utils.merging.changed_tensors import ChangedTensors
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
+from utils.merging.slices import refuse_unlike_blocks
 from utils.merging.vocabulary import VocabularyPlan
 from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, TensorHeader
 from utils.models.mergekit_inputs import quiet_mergekit
@@ -108,6 +109,7 @@ def plan_merge(
     planned = planned.model_copy(deep=True)  # the planner rewrites it
     forget_inputs(options, inputs)
     config = result_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
+    refuse_unlike_blocks(planned, architecture, config)
     try:
         with quiet_mergekit():
             # nothing is written: the folder is that of mergekit's own writer, whose place ours takes

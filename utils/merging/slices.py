@@ -1,0 +1,71 @@
+"""Slices of a recipe, before mergekit plans them: blocks in each other's places must have the same tensors.
+
+mergekit pairs a block's tensors with those of the block whose place it takes one after the other, by their order. In a
+hybrid (attention here, a state space there; experts here, none there) that would pair what has nothing to do with each
+other.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import Problem, raise_collected
+from utils.models.architecture import STORED, ArchitecturePlan
+
+if TYPE_CHECKING:
+    from utils.mergekit_api import MergeConfiguration
+
+_SHOWN = 3
+
+
+def refuse_unlike_blocks(recipe: "MergeConfiguration", plan: ArchitecturePlan, config: Any) -> None:
+    """Refuse slices that put blocks in the places of blocks with other tensors.
+
+    Args:
+        recipe: as mergekit gets it.
+        plan: the architecture's.
+        config: the result's config.
+
+    Raises:
+        UserError: a block lacks, or has beside, tensors of the block whose place it takes; or the place is none.
+    """
+    if recipe.slices and len(plan.info.modules) == 1:
+        problems = list(_problems(recipe, plan, config))
+        raise_collected(problems[:_SHOWN], "merge recipe: slices")
+
+
+def _problems(recipe: "MergeConfiguration", plan: ArchitecturePlan, config: Any) -> Iterator[Problem]:
+    place = 0
+    for number, one in enumerate(recipe.slices):
+        for step in range(one.sources[0].layer_range[1] - one.sources[0].layer_range[0]):
+            for source in one.sources:
+                layer = source.layer_range[0] + step
+                if why := _unlike(plan, config, layer, place):
+                    yield Problem(
+                        f"slices[{number}]: layer {layer} in the place of layer {place}: {why}", "recipe-slices-unlike"
+                    )
+            place += 1
+
+
+def _unlike(plan: ArchitecturePlan, config: Any, layer: int, place: int) -> str:
+    """Why a block cannot take a place, as a clause; "" if it can."""
+    kinds = []
+    for index in (layer, place):
+        (module,) = plan.info.modules.values()
+        if plan.origin == STORED and index >= module.architecture.num_layers(config):
+            return (
+                "the base has no such layer, whose tensors it could be called like; more layers than the base's need blocks "
+                "that are all alike (of a mixture, try --fused_experts)"
+            )
+        names = [weight.name for weight in module.architecture.layer_weights(index, config)]
+        kinds.append([re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names])
+    own, there = kinds
+    if own == there:
+        return ""
+    lacks = [name for name in there if name not in own]
+    beside = [name for name in own if name not in there]
+    words = [
+        *([f"it lacks {lacks[0]}"] if lacks else []),
+        *([f"it has {beside[0]}, which has no place there"] if beside else []),
+    ]
+    return f"{' and '.join(words) or 'their tensors stand in another order'}; take slices of blocks of one kind"

@@ -9,6 +9,7 @@ from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
+from utils.models.planned_tensors import STORED
 from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import average, by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
@@ -46,6 +47,12 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
         wanted = settings.parameters.get(method.extra, method.extra_default)
         print(
             f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
+        )
+    written = measured.models.written
+    if written is not None and written.plan.origin == STORED and not method.own:
+        print(
+            "note:     tensors are called as the base stores them; mergekit-yaml calls some otherwise or loses them, so "
+            "merge with utils/merger.py"
         )
     if settings.routers.said:
         print(f"routers:  {settings.routers.said}")

@@ -1,7 +1,7 @@
 # make demo       virtual environment, install, then the whole job on an embedded offline example
 # make test       virtual environment, install, then everything CI runs
 # make test-fast  virtual environment, install, then the mathematics and one run of each command (tests/fast.txt)
-# make test-slow  the tests that take minutes
+# make test-slow  the tests that take minutes: half an hour of them; typed again, it goes on with those that have not passed
 PYTHON ?= python3
 VENV ?= .venv
 RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
@@ -19,7 +19,8 @@ test-fast: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 @tests/fast.txt
 
 test-slow: $(VENV)/test-ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow -p tests.resumable --minutes 30 \
+	    --passed .pytest_cache/slow-$$(git rev-parse --short HEAD)
 
 $(VENV)/demo-ready: requirements.txt requirements-plots.txt requirements-search.txt
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from tests.tiny_evaluations import by_name, plain_losses, save_evaluated_pair
 from tests.tiny_merges import merge_here, recipe, tensors
 from tests.tiny_pairs import CHATML, save_tokenizer
 from utils.evaluation.candidates import Candidate, models_of_pair
+from utils.evaluation.entries import sweep_written
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import evaluation_rows
@@ -237,6 +238,14 @@ def test_what_a_killed_run_was_writing_is_swept(tmp_path):
     (tmp_path / "losses/tmp123.part").write_text('{"two"')
     store.sweep()
     assert [path.name for path in (tmp_path / "losses").iterdir()] == ["kept.json"]
+
+
+def test_a_model_that_a_killed_run_had_written_is_swept(tmp_path):
+    (tmp_path / ".model.x1.part").mkdir()
+    (tmp_path / ".model.x1.part/model.safetensors").touch()
+    (tmp_path / "mine.part").mkdir()
+    sweep_written(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.part"]
 
 
 def test_losses_on_file_are_of_one_number_of_threads(made, tmp_path):

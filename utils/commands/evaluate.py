@@ -48,6 +48,7 @@ def evaluate(options: EvaluateOptions) -> None:
     # torch, pandas and what is built on them, once nothing simpler can be wrong
     from utils.commands.evaluate_generation import generate
     from utils.commands.evaluate_results import publish_evaluation
+    from utils.evaluation.entries import sweep_written
     from utils.evaluation.lm_eval_scores import find_tasks
     from utils.evaluation.store import LossStore
 
@@ -63,6 +64,7 @@ def evaluate(options: EvaluateOptions) -> None:
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         store.sweep()
+        sweep_written(options.out_dir)
         start = time.perf_counter()
         evaluated = _evaluate(options, scorers, candidates, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))

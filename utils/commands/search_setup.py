@@ -11,6 +11,7 @@ from utils.commands.scorers import make_scorers, scoring_devices
 from utils.commands.search_options import LOSSES, SearchOptions
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import Candidate, models_of_pair
+from utils.evaluation.entries import sweep_written
 from utils.evaluation.placing import Cluster, score_placed
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
@@ -101,6 +102,7 @@ def prepare_search(
     warn(notes)
     store = LossStore(options.out_dir / LOSSES)
     store.sweep()
+    sweep_written(options.out_dir)
     losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
         options.out_dir,

@@ -31,7 +31,14 @@ from utils.models.weight_source import StreamedWeights, WeightSource, build_skel
 from utils.runtime import computing_dtype
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
+_WRITTEN = ".model."  # begins the name of a folder that a model is written into for a while
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
+
+
+def sweep_written(beside: Path) -> None:
+    """Remove models that a killed run had written for a while; the caller has the folder to itself."""
+    for folder in beside.glob(f"{_WRITTEN}*.part"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class Preparing:
     @contextmanager
     def written(self, candidate: Candidate, planned: PlannedMerge, beside: Path | None) -> Iterator[ReadyCandidate]:
         """The model that command 3 would write, in a temporary folder for as long as the context lasts."""
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=beside) as text:
+        with tempfile.TemporaryDirectory(prefix=_WRITTEN, suffix=".part", dir=beside) as text:
             folder = Path(text)
             run_merge(planned, folder)
             write_small_files(planned, folder)

@@ -63,4 +63,4 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, one_result=True)

@@ -94,9 +94,9 @@ def _check(done: dict[str, Any], what: object = "") -> None:
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS, *SLOW])
-@pytest.mark.parametrize("command", ["measure", "merge"])
+@pytest.mark.parametrize("command", ["measure", "merge", "evaluate"])
 def test_a_model_made_to_do_harm(plain_server, folder, command, attack):
-    model = folder / ("base" if command == "measure" else "merged/base")
+    model = folder / ("merged/base" if command == "merge" else "base")
     (ATTACKS | SLOW)[attack](model)
     done = plain_server.run(*COMMANDS[command], cwd=folder)
     _check(done)

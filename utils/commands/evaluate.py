@@ -19,7 +19,8 @@ from utils.evaluation.candidates import (
 )
 from utils.evaluation.controls import uniform_controls
 from utils.evaluation.tasks import GENERAL, TEST, VALIDATION, task_texts
-from utils.pair.presence import refuse_missing
+from utils.models.model_trial import ModelTrial
+from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder
 from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
@@ -44,6 +45,7 @@ def evaluate(options: EvaluateOptions) -> None:
     refuse_out_dir(options)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
+    trial = None if options.trust_remote_code else ModelTrial(small_files(options.config))
 
     # torch, pandas and what is built on them, once nothing simpler can be wrong
     from utils.commands.evaluate_generation import generate
@@ -56,6 +58,8 @@ def evaluate(options: EvaluateOptions) -> None:
     devices = scoring_devices(options, say)
     asked = [name for text in options.config.evaluation.values() for name in text.lm_eval]
     accuracy = find_tasks(asked, options.confirm_run_unsafe_code) if asked else None
+    if trial is not None:
+        trial.check()
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
     against = _reference(options, candidates)

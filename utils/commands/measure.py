@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,10 @@ from utils.errors import UserError, warn
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
-from utils.models.checkpoints import (
-    find_small_files,
-    read_model_config,
-)
 from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples
 from utils.pair.config import PairConfig
-from utils.pair.presence import refuse_missing
+from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
 from utils.publishing.files import publish_files, repair_folder
@@ -77,7 +73,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
         options.ray.refuse_devices(options.device, options.devices)
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
-    trial = None if options.trust_remote_code else ModelTrial(_small_files(config))
+    trial = None if options.trust_remote_code else ModelTrial(small_files(config))
     say(versions_line("torch", "transformers"))
     with connected(options.ray, say) as workers:
         _measure(options, workers, trial, names, say, alone)
@@ -156,15 +152,6 @@ def _left_over(place: Path, request: Mapping[str, Any]) -> str:
         return f"removed what a killed run has left in {place.parent}"
     pieces = f"{len(done)} piece{'s' * (len(done) != 1)}"
     return f"resumed: {pieces} of the work had been finished by a run that was stopped"
-
-
-def _small_files(config: PairConfig) -> Iterator[tuple[str, Path]]:
-    """Name and folder of every model whose small files can be read; what is wrong with another is said in its turn."""
-    for entry in config.model_info:
-        with contextlib.suppress(UserError):
-            folder = find_small_files(entry.name, entry.revision)
-            read_model_config(folder, entry.name)
-            yield entry.name, folder
 
 
 _ONLY_SOME_USE = {

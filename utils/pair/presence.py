@@ -1,10 +1,12 @@
 """What a pair config names on this machine: is it there? A typing error shows before libraries load and files are read."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.models.checkpoints import is_local, local_folder, read_model_config
+from utils.models.checkpoints import find_small_files, is_local, local_folder, read_model_config
 from utils.models.low_rank import adapter_name
 from utils.pair.calibration import with_defaults
 from utils.pair.config import ModelEntry, PairConfig
@@ -30,6 +32,15 @@ def refuse_missing(config: PairConfig, texts: Iterable[CalibrationSource] = ()) 
         if path is not None and looks_like_file(path):
             problems += _refusal(data_file, path)
     raise_collected(problems, f"pair config {config.path}")
+
+
+def small_files(config: PairConfig) -> Iterator[tuple[str, Path]]:
+    """Name and folder of every model whose small files can be read; what is wrong with another is said in its turn."""
+    for entry in config.model_info:
+        with contextlib.suppress(UserError):
+            folder = find_small_files(entry.name, entry.revision)
+            read_model_config(folder, entry.name)
+            yield entry.name, folder
 
 
 def _check_model(entry: ModelEntry) -> None:

@@ -63,7 +63,7 @@ def plan_architecture(
             return plan or _refuse(base, [], None)
         candidates = []
         for candidate in mergekit_candidates(MergekitInputs(base, tuple(experts), trust_remote_code)):
-            if candidate.fits and (fused_experts or not candidate.converted):
+            if candidate.fits and candidate.knows_tokens and (fused_experts or not candidate.converted):
                 return candidate.plan
             candidates.append(candidate)
         refusal = None

@@ -86,6 +86,11 @@ class Candidate:
         """Whether nothing is missed and nothing left out."""
         return not self.lacking and not any(self.plan.dropped.values())
 
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether some tensor has an axis of tokens; without transformers' class mergekit knows names alone."""
+        return any(tensor.vocabulary_axis is not None for tensor in self.plan.tensors)
+
 
 def mergekit_candidates(inputs: MergekitInputs) -> Iterator[Candidate]:
     from utils.mergekit_api import arch_info_for_config, infer_architecture_info

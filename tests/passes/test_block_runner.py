@@ -206,7 +206,6 @@ def test_a_part_that_does_not_see_each_token_once_is_refused():
         block(torch.ones(2, 3, 4))
         with refused("model-unsupported", "is given 4 rows for 6 tokens"):
             moments.checked(0, 6)
-        assert moments.checked(0, 6, passing_over=True) == {}
     with moments.attached(block):
         moments.begin(MicroBatch.of([[0, 0], [0, 0]]))
         block.inner(torch.ones(2, 2, 4))

@@ -38,7 +38,7 @@ def test_every_row_is_recorded_with_every_step():
 
 def test_no_row_is_recorded_as_wrong():
     wrong = [label for label, one in recorded().items() if max(map(severity, one["steps"].values())) > REFUSED]
-    assert set(wrong) <= {"inkling_mm_model:image-text"}  # recorded before a fused tensor had one row; to be run again
+    assert wrong == []
 
 
 def test_the_page_is_that_of_the_record():

@@ -82,8 +82,8 @@ def page(outcomes: Mapping[str, Any]) -> str:
         "float64), the merge equals the formula, nothing is missing or unexpected on reload. Otherwise a number: the reason",
         "below. This page is written by `python -m tests.architectures.table`.",
         "",
-        f"{len(outcomes)} of the {len(read_rows())} rows have been run: {totals['ok']} go through everything, {totals['refused']} are refused in some step before "
-        f"anything is computed, {totals['wrong']} are wrong.",
+        f"{len(outcomes)} of the {len(read_rows())} rows have been run: {totals['ok']} go through everything, {totals['refused']} are refused in some step, most "
+        f"before anything is computed, {totals['wrong']} are wrong.",
         "",
         f"| type | class | {' | '.join(STEPS)} |",
         f"|---|---|{'---|' * len(STEPS)}",

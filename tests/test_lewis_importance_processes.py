@@ -24,7 +24,7 @@ def test_help_and_mistakes_answer_without_the_heavy_libraries(pair, run_command_
     models = [{"name": "./base", "type": "base"}, {"name": "./gone", "type": "code"}]
     spoiled = {
         "model.yaml": {"model_info": models},
-        "adapter.yaml": {"model_info": [models[0], {"name": "base+adapter", "type": "code"}]},
+        "adapter.yaml": {"model_info": [models[0], {"name": "./base+./adapter", "type": "code"}]},
         "text.yaml": {"dataset": {"path": "gone.jsonl"}},
     }
     for name, changes in spoiled.items():
@@ -32,7 +32,7 @@ def test_help_and_mistakes_answer_without_the_heavy_libraries(pair, run_command_
     before = contents(pair)
     for arguments, ends in (
         (("--config", "model.yaml", "--out_dir", "out"), "[model-missing]"),
-        (("--config", "adapter.yaml", "--out_dir", "out"), "[model-is-adapter]"),
+        (("--config", "adapter.yaml", "--out_dir", "out"), "[model-missing]"),
         (("--config", "text.yaml", "--out_dir", "out"), "[text-missing]"),
         (("--help",), ""),
         (("--config", "none.yaml", "--out_dir", "out"), "error: pair config none.yaml does not exist [file-missing]"),

@@ -108,7 +108,7 @@ def test_a_full_disk_after_the_weights_leaves_nothing(copies, monkeypatch, step)
         (lambda folder: (folder / "config.json").write_text("{}"), "unloadable", "cannot load it"),
         (lambda folder: edit_json(folder / "config.json", hidden_size=64), "wrong", "do not fit config.json"),
         (lambda folder: edit_json(folder / "config.json", num_hidden_layers=4), "wrong", "missing for the model class"),
-        (lambda folder: edit_json(folder / "config.json", vocab_size=90), "wrong", "vocab_size 90"),
+        (lambda folder: edit_json(folder / "config.json", vocab_size=90), "wrong", "do not fit config.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "unloadable", "tokenizer cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "wrong", "tokenizer of the base is missing"),
         (lambda folder: (folder / "generation_config.json").unlink(), "wrong", "generation_config.json of the base is missing"),

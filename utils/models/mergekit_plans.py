@@ -171,10 +171,17 @@ def _compare(
     if absent and unread:  # stored in an older layout that mergekit converts while it loads?
         from utils.mergekit_api import can_convert_checkpoint_keys
 
-        keys = set(checkpoint.tensors)
-        converted = {t.name for t in absent if can_convert_checkpoint_keys(model_type, keys, t.name)}
+        # mergekit goes through all names it is given for every tensor that is asked for; a mixture has tens of thousands.
+        targets = {name: inputs.conversion_targets(name) for name in checkpoint.tensors}
+        sources: dict[str, set[str]] = {}
+        for name, found in targets.items():
+            for target in found:
+                sources.setdefault(target, set()).add(name)
+        converted = {
+            t.name for t in absent if can_convert_checkpoint_keys(model_type, sources.get(t.name, set()), t.name)
+        }
         absent = [tensor for tensor in absent if tensor.name not in converted]
-        unread = [name for name in unread if not converted & inputs.conversion_targets(name)]
+        unread = [name for name in unread if not converted & targets[name]]
         return absent, unread, bool(converted)
     return absent, unread, False
 

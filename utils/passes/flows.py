@@ -67,12 +67,25 @@ class Flow:
         self.arrival.forward(*self.arrival.args, **self.arrival.kwargs)
 
     def expect(self, layer: int) -> None:
-        """Raise unless the flow stands at the entrance of `layer`."""
+        """Raise unless the flow stands at the entrance of `layer`, with hidden states of one row of tokens a sample."""
         at = None if self.arrival is None else self.arrival.layer
         if at != layer:
             raise UserError(
                 f"{type(self.body).__name__} does not visit its blocks once each and in order (block {layer} was due, "
                 f"it {'ended' if at is None else f'came to {at}'}); this architecture is not supported",
+                "model-unsupported",
+            )
+        if self.arrival is not None:
+            self._refuse_tokens_first(self.arrival)
+
+    def _refuse_tokens_first(self, arrival: Arrival) -> None:
+        """Refuse states [length, samples, hidden]: which of their rows are padding would be taken for the wrong ones."""
+        states = next((value for value in (*arrival.args, *arrival.kwargs.values()) if torch.is_tensor(value)), None)
+        samples, length = self.batch.input_ids.shape
+        if states is not None and samples != length and states.shape[:2] == (length, samples):
+            raise UserError(
+                f"{type(self.body).__name__} hands its blocks hidden states of {length} tokens times {samples} samples, not "
+                "the other way round; this architecture is not supported",
                 "model-unsupported",
             )
 

@@ -280,3 +280,15 @@ def test_a_vocabulary_in_the_older_form_is_copied(tmp_path):
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         assert (ours / file).read_bytes() == (tmp_path / "base" / file).read_bytes()
     assert tokenizer_of(ours)("ab").input_ids == [95]
+
+
+@pytest.mark.slow  # mergekit reads its conversions anew for every tensor
+def test_a_table_over_token_ids_keeps_the_rows_it_belongs_to(tmp_path, capsys):
+    """DeepSeek-V4 routes its first blocks by token id."""
+    save_mixtures(tmp_path, "deepseek_v4", vocab_size=100)
+    data = recipe(tmp_path, method="task_arithmetic", tokenizer_source="base", dtype="float32")
+    merged = merge_here(tmp_path, data, quiet=False)
+    assert "tid2eid says something of each row" in " ".join(capsys.readouterr().out.split())
+    for name, value in tensors(tmp_path / "base").items():
+        if value.dtype == torch.int64:
+            assert torch.equal(tensors(merged)[name], value)

@@ -21,7 +21,7 @@ from utils.merging.resources import arithmetic_bytes
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
-from utils.merging.vocabulary import embedding_rows
+from utils.merging.vocabulary_rows import embedding_rows
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
 from utils.models.headers import FLOAT_DTYPES, TensorHeader

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.models.checkpoints import Checkpoint
+from utils.merging.vocabulary_rows import embedding_rows, one_row_per_token, rows_beyond_tokens, token_tables
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import ArchitecturePlan
 from utils.models.tokenizer_files import fingerprint, has_chat_template, has_tokenizer
@@ -84,7 +84,7 @@ def plan_vocabulary(
         )
     if same and _is_plain(config):
         size = len(_vocabulary(donor, trust_remote_code))
-        if _one_row_per_token(inputs, architecture, size, trust_remote_code):
+        if one_row_per_token(inputs, architecture, size, trust_remote_code):
             summary = (
                 f"tokenizers are byte-identical, with one token per embedding row ({size}): rows are merged as they "
                 "are, the same tensors as by the recipe's tokenizer block, which is skipped"
@@ -97,23 +97,19 @@ def plan_vocabulary(
                 f"merged as they are, those of no token too ({size} tokens); the recipe's tokenizer block is skipped"
             )
             return VocabularyPlan(summary, warnings, asked=True)
-        if rows := _rows_beyond_tokens(inputs, architecture, trust_remote_code):
+        if rows := rows_beyond_tokens(inputs, architecture, trust_remote_code):
             summary = (
                 f"tokenizers are byte-identical, and {', '.join(rows)} has rows that stand for no token: rows are merged "
                 "as they are, and the recipe's tokenizer block is skipped"
             )
             return VocabularyPlan(summary, warnings, asked=True)
+        if tables := token_tables(inputs.donor, architecture, trust_remote_code):
+            summary = (
+                f"tokenizers are byte-identical, and {', '.join(tables)} says something of each row of the embeddings: rows "
+                "are merged as they are, and the recipe's tokenizer block is skipped"
+            )
+            return VocabularyPlan(summary, warnings, asked=True)
     return _aligned(inputs, architecture, warnings, trust_remote_code)
-
-
-def embedding_rows(architecture: ArchitecturePlan, checkpoint: Checkpoint) -> dict[str, int]:
-    """Rows of a checkpoint's token-indexed tensors, by planned name."""
-    rows = {}
-    for tensor in architecture.tensors:
-        stored = tensor.stored_name(checkpoint.tensors)
-        if tensor.vocabulary_axis is not None and stored is not None:
-            rows[tensor.name] = checkpoint.tensors[stored].shape[tensor.vocabulary_axis]
-    return rows
 
 
 def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
@@ -143,32 +139,6 @@ def _is_plain(config: Any) -> bool:
         return config.tokenizer_source in ("union", "base")
     block = config.tokenizer
     return block.source in ("union", "base") and not block.tokens and not block.pad_to_multiple_of
-
-
-def _one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
-    for model in inputs.models:
-        rows = set(embedding_rows(architecture, model.checkpoint).values())
-        with quiet_mergekit():
-            config = model.reference.config(trust_remote_code)
-        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-        if rows != {size} or declared != size:
-            return False
-    return True
-
-
-def _rows_beyond_tokens(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool) -> list[str]:
-    """The embeddings and heads to which the model's class gives another number of rows than its config's vocab_size.
-
-    They are the same in all inputs. Cut to one row per token, such a model would not load.
-    """
-    found: list[dict[str, int]] = []
-    for model in inputs.models:
-        with quiet_mergekit():
-            config = model.reference.config(trust_remote_code)
-        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-        rows = embedding_rows(architecture, model.checkpoint)
-        found.append({name: count for name, count in rows.items() if count != declared})
-    return list(found[0]) if all(one == found[0] for one in found) else []
 
 
 def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
@@ -228,6 +198,13 @@ def _aligned(
     if multiple and size % multiple:
         size += multiple - size % multiple
     before = sorted(set(embedding_rows(architecture, inputs.donor.checkpoint).values()))
+    tables = token_tables(inputs.donor, architecture, trust_remote_code)
+    if tables and before != [size]:
+        raise UserError(
+            f"model {inputs.donor.checkpoint.name}: {', '.join(tables)} says something of each of {before[-1]} token ids, and "
+            f"the recipe's tokenizer block would make them {size}; remove it from the recipe",
+            "merge-token-table",
+        )
     change = f", {' and '.join(map(str, before))} rows become {size}" if before != [size] else f", {size} rows"
     return VocabularyPlan(f"embedding rows are aligned by token{change}", warnings, True, task, info, size)
 

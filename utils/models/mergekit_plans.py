@@ -178,7 +178,9 @@ def _compare(
             for target in found:
                 sources.setdefault(target, set()).add(name)
         converted = {
-            t.name for t in absent if can_convert_checkpoint_keys(model_type, sources.get(t.name, set()), t.name)
+            t.name
+            for t in absent
+            if t.name in sources and can_convert_checkpoint_keys(model_type, sources[t.name], t.name)
         }
         absent = [tensor for tensor in absent if tensor.name not in converted]
         unread = [name for name in unread if not converted & targets[name]]

@@ -1,0 +1,59 @@
+"""How many rows embeddings have, against the tokens of a tokenizer, and what else is looked up by token id."""
+
+from utils.merging.inputs import MergeInput, MergeInputs
+from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint
+from utils.models.mergekit_inputs import quiet_mergekit
+from utils.models.planned_tensors import ArchitecturePlan
+
+
+def embedding_rows(architecture: ArchitecturePlan, checkpoint: Checkpoint) -> dict[str, int]:
+    """Rows of a checkpoint's token-indexed tensors, by planned name."""
+    rows = {}
+    for tensor in architecture.tensors:
+        stored = tensor.stored_name(checkpoint.tensors)
+        if tensor.vocabulary_axis is not None and stored is not None:
+            rows[tensor.name] = checkpoint.tensors[stored].shape[tensor.vocabulary_axis]
+    return rows
+
+
+def one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
+    for model in inputs.models:
+        rows = set(embedding_rows(architecture, model.checkpoint).values())
+        with quiet_mergekit():
+            config = model.reference.config(trust_remote_code)
+        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        if rows != {size} or declared != size:
+            return False
+    return True
+
+
+def rows_beyond_tokens(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool) -> list[str]:
+    """The embeddings and heads to which the model's class gives another number of rows than its config's vocab_size.
+
+    They are the same in all inputs. Cut to one row per token, such a model would not load.
+    """
+    found: list[dict[str, int]] = []
+    for model in inputs.models:
+        with quiet_mergekit():
+            config = model.reference.config(trust_remote_code)
+        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        rows = embedding_rows(architecture, model.checkpoint)
+        found.append({name: count for name, count in rows.items() if count != declared})
+    return list(found[0]) if all(one == found[0] for one in found) else []
+
+
+def token_tables(model: MergeInput, architecture: ArchitecturePlan, trust_remote_code: bool) -> list[str]:
+    """What a model looks up by token id beside its embeddings, as routing by tokens does: tables of whole numbers.
+
+    They are not cut or lengthened with the embeddings.
+    """
+    with quiet_mergekit():
+        config = model.reference.config(trust_remote_code)
+    declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    stored = {tensor.name: tensor.stored_name(model.checkpoint.tensors) for tensor in architecture.tensors}
+    headers = {name: model.checkpoint.tensors[found] for name, found in stored.items() if found is not None}
+    return [
+        name
+        for name, header in headers.items()
+        if header.dtype not in FLOAT_DTYPES and len(header.shape) > 1 and header.shape[0] == declared
+    ]

@@ -113,6 +113,8 @@ REFUSED = {
     "another kind": (lambda a: edited(a, peft_type="IA3"), "adapter-unsupported"),
     "pissa": (lambda a: edited(a, init_lora_weights="pissa_niter_4"), "adapter-unsupported"),
     "biases": (lambda a: edited(a, lora_bias=True), "adapter-unsupported"),
+    "a regular expression": (lambda a: edited(a, alpha_pattern={"(.+)+q_proj.": 7}), "adapter-unsupported"),
+    "a list of patterns": (lambda a: edited(a, alpha_pattern=["q_proj"]), "adapter-unfit"),
     "no dora vectors": (lambda a: edited(a, use_dora=True), "adapter-unsupported"),
     "alpha": (lambda a: edited(a, lora_alpha="much"), "adapter-unfit"),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter-no-files"),

@@ -20,15 +20,15 @@ ROWS = {row.label: row for row in read_rows()}
 
 def leaves_of(value: torch.Tensor) -> set[int]:
     """The parameters that a value is computed from, by id, from the graph that autograd keeps."""
-    seen, found, todo = set(), set(), [value.grad_fn]
-    while todo:
-        node = todo.pop()
+    seen, found, waiting = set(), set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             found.add(id(node.variable))
-        todo += [other for other, _ in node.next_functions]
+        waiting += [other for other, _ in node.next_functions]
     return found
 
 

@@ -132,17 +132,30 @@ def _change(
         raise UserError(f"LoRA adapter {name}: DoRA of {path} is not supported; {_MERGE}", "adapter-unsupported")
     _require(magnitude is None or math.prod(magnitude.shape) == up.shape[0], name, magnitude or up, target)
     rank = down.shape[0]
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+    _require(rank > 0, name, down, target)
+    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8), name)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise UserError(f"LoRA adapter {name}: {CONFIG} has lora_alpha {alpha!r}", "adapter-unfit")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LowRank(down, up, scale, transposed, magnitude)
 
 
-def _by_pattern(patterns: Any, path: str, usual: Any) -> Any:
-    """peft's rule: the first pattern that a module's path ends with, as a regular expression."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path))
-    return next(found, usual)
+def _by_pattern(patterns: Any, path: str, usual: Any, name: str) -> Any:
+    """The value of the first pattern that a module's path ends with, as in peft; but patterns are names alone.
+
+    In peft they are regular expressions, and one from a stranger may take for ever.
+    """
+    if not isinstance(patterns, Mapping | None):
+        raise UserError(f"LoRA adapter {name}: {CONFIG} has alpha_pattern {str(patterns)[:40]!r}", "adapter-unfit")
+    for key, value in (patterns or {}).items():
+        if not re.fullmatch(r"\^?[\w.-]+", key):
+            raise UserError(
+                f"LoRA adapter {name}: alpha_pattern {key[:40]!r} is no name of a module; {_MERGE}",
+                "adapter-unsupported",
+            )
+        if path == key.removeprefix("^") or path.endswith(f".{key}"):
+            return value
+    return usual
 
 
 def _target(path: str, tensors: Mapping[str, TensorHeader], name: str) -> TensorHeader:

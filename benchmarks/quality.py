@@ -18,16 +18,21 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import Choice
 from benchmarks.quality_models import MEDIUM, SMALL, TINY, Training
 from demo.small_model import Shape
 from utils.errors import run_command
+
+if TYPE_CHECKING:
+    from benchmarks.quality_seed import Judged, Piece
 
 RESULTS = Path(__file__).resolve().parent / "results"
 UNFINISHED = 75  # the exit status while there is work left (sysexits.h: temporary failure)
@@ -35,8 +40,8 @@ ROWS = {"validation": 40, "test": 80}
 LARGE = Training(
     Shape(vocabulary=8192, hidden=768, intermediate=2048, blocks=12, heads=12),
     batch=32,
-    base_steps=4000,
-    expert_steps=800,
+    base_steps=1500,
+    expert_steps=300,
     base_rate=1e-3,
     expert_rate=2e-4,
 )
@@ -53,59 +58,77 @@ class Size:
 
 PRESETS = {
     "cpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3)),
-    "gpu": (Size("large", LARGE, 5),),
+    "gpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3), Size("large", LARGE, 1)),
     "head": (Size("tiny", TINY, 1), Size("tiny-own-head", replace(TINY, tied=False), 1)),
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One seed of one size, and where it is done."""
-
-    size: Size
-    seed: int
-    data: Path | None
-    work: Path
-    device: str
-    choice: "Choice"
-    until: float | None
-
-
 def main() -> None:
-    """Train, merge and judge all seeds, then report."""
+    """Train, merge and judge all seeds, then report what is there."""
     asked = _flags()
     sizes = [size for size in PRESETS[asked.preset] if asked.sizes is None or size.name in asked.sizes.split(",")]
-    device = "cuda" if asked.preset == "gpu" else "cpu"
-    until = None if asked.minutes is None else time.time() + 60 * asked.minutes
-    choice = Choice(
-        _listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float), _listed(asked.experts, ",", int)
-    )
-    runs = [
-        Run(size, seed, asked.data, asked.work.resolve(), device, choice, until)
+    seeds = [
+        _pieces(size, seed, asked)
         for size in reversed(sizes)  # the longest first, so that no core waits in the end
         for seed in range(min(size.seeds, asked.seeds or size.seeds))
     ]
-    workers = asked.workers or (os.cpu_count() or 1 if device == "cpu" else 1)
-    if workers == 1:
-        found = [_one_seed(run) for run in runs]
-    else:
-        with ProcessPoolExecutor(min(workers, len(runs)), initializer=_one_thread) as pool:
-            found = list(pool.map(_one_seed, runs))
-    if None in found:
-        print(
-            f"{asked.minutes:g} minutes are over and there is work left; run the same again to go on", file=sys.stderr
-        )
-        sys.exit(UNFINISHED)
-    figures = [figure for own, _ in found for figure in own]
-    if not asked.skip_commands:
+    found = _judge_all(seeds, asked.workers or os.cpu_count() or 1)
+    if not asked.skip_commands and all(one.stopped_before is None for one in found.values()):
         from benchmarks.quality_commands import check_commands
         from benchmarks.quality_seed import prepare
 
-        first = min(runs, key=lambda run: (run.size.training.shape.hidden, run.seed))
+        first = min(found, key=lambda piece: (piece.training.shape.hidden, piece.seed))
         _one_thread()  # as the processes that measured before: sums depend on the number of threads
-        pair, _ = prepare(first.size.training, first.seed, first.data, first.work, first.device)
+        pair, _ = prepare(first.training, first.seed, first.data, first.work, first.device)
         check_commands(pair, first.device)
-    _report(figures, asked, sum(seconds for _, seconds in found))
+    _report(list(found.values()), asked)
+    for piece, one in found.items():
+        if one.stopped_before:
+            print(f"{piece.label}: stopped before {one.stopped_before}", file=sys.stderr)
+        for name in one.failed:
+            print(f"{piece.label}: {name} failed, see above", file=sys.stderr)
+    if any(one.failed for one in found.values()):
+        sys.exit(1)
+    if any(one.stopped_before for one in found.values()):
+        print(f"{asked.minutes:g} minutes are over; run the same again to go on", file=sys.stderr)
+        sys.exit(UNFINISHED)
+
+
+def _pieces(size: Size, seed: int, asked: argparse.Namespace) -> "list[Piece]":
+    """One seed, by the number of experts of its merges."""
+    from benchmarks.quality_seed import Piece
+
+    choice = Choice(_listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float))
+    device = "cuda" if asked.preset == "gpu" else "cpu"
+    until = None if asked.minutes is None else asked.begun + 60 * asked.minutes
+    where = {"data": asked.data, "work": asked.work.resolve(), "device": device, "rows": ROWS}
+    return [
+        Piece(size.name, size.training, seed, experts, **where, choice=choice, until=until)
+        for experts in _listed(asked.experts, ",", int)
+    ]
+
+
+def _judge_all(seeds: "list[list[Piece]]", workers: int) -> "dict[Piece, Judged]":
+    """Train every seed once, then judge its pieces side by side; those of a seed that was cut or failed are not begun."""
+    from benchmarks.quality_seed import Judged, judge_piece, train
+
+    found = {}
+    with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
+        trainings = {pool.submit(train, pieces[0]): pieces for pieces in seeds}
+        running = {}
+        for training in as_completed(trainings):
+            pieces, error = trainings[training], training.exception()
+            if error is None:
+                print(f"{pieces[0].size}, seed {pieces[0].seed}: trained", file=sys.stderr, flush=True)
+                running |= {pool.submit(judge_piece, piece): piece for piece in pieces}
+            elif isinstance(error, OutOfTimeError):
+                found |= {piece: Judged([], stopped_before=str(error)) for piece in pieces}
+            else:
+                found |= {piece: Judged([], failed=[f"training ({error!r})"]) for piece in pieces}
+        for done in as_completed(running):
+            error = done.exception()
+            found[running[done]] = done.result() if error is None else Judged([], failed=[f"everything ({error!r})"])
+    return found
 
 
 def _flags() -> argparse.Namespace:
@@ -115,7 +138,7 @@ def _flags() -> argparse.Namespace:
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
-        help="gpu: one size of about 100 M parameters; head: models whose head is the embedding, or not",
+        help="gpu: on a GPU, with a size of about 100 M parameters; head: models whose head is the embedding, or not",
     )
     parser.add_argument("--sizes", help="only these, by comma: small,medium")
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
@@ -123,13 +146,15 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--budgets", help="only these densities of one expert, by comma")
     parser.add_argument("--experts", default="1,2", help="merges of how many experts, by comma; 3: with a third task")
     parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
-    parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; 1 on a GPU)")
+    parser.add_argument("--workers", type=int, help="processes side by side (default: one per core; all share a GPU)")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="models, recipes and what was judged")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the CSV, the tables and the plot go")
     parser.add_argument(
         "--skip_commands", action="store_true", help="do not repeat a recipe per method by the commands"
     )
-    return parser.parse_args()
+    asked = parser.parse_args()
+    asked.begun = time.time()
+    return asked
 
 
 def _listed(text: str | None, between: str, kind: type) -> tuple | None:
@@ -143,37 +168,23 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _one_seed(run: Run) -> tuple[list, float] | None:
-    """The figures of a seed and the seconds that they took from nothing; None where the time was over before."""
-    from benchmarks.quality_clock import OutOfTimeError
-    from benchmarks.quality_seed import judge_seed
-
-    size = run.size
-    try:
-        figures, seconds = judge_seed(
-            size.name, size.training, run.seed, run.data, run.work, run.device, ROWS, run.choice, run.until
-        )
-    except OutOfTimeError as error:
-        print(f"{size.name}, seed {run.seed}: stopped before {error}", file=sys.stderr, flush=True)
-        return None
-    print(f"{size.name}, seed {run.seed}: {seconds:.0f} s from nothing", file=sys.stderr, flush=True)
-    return figures, seconds
-
-
-def _report(figures: list, asked: argparse.Namespace, seconds: float) -> None:
+def _report(judged: "list[Judged]", asked: argparse.Namespace) -> None:
     from benchmarks.quality_contenders import CONTROLS
     from benchmarks.quality_report import compare, draw, markdown, write_figures
 
+    figures = [figure for one in judged for figure in one.figures]
     end = "" if asked.preset == "cpu" else f"_{asked.preset}"
     figures.sort(key=lambda one: (one.experiment, one.size, one.seed))
+    write_figures(asked.results / f"quality{end}.csv", figures)
     comparisons = compare(figures, CONTROLS)
     tables = markdown(comparisons)
-    write_figures(asked.results / f"quality{end}.csv", figures)
     (asked.results / f"quality{end}.md").write_text(tables + "\n", encoding="utf-8")
     draw(comparisons, asked.results / f"quality{end}.png")
     print(tables)
+    seconds = sum(one.seconds for one in judged)
     print(
-        f"\n{seconds / 60:.0f} minutes of one core from nothing; wrote {asked.results}/quality{end}.csv, .md and .png"
+        f"\n{seconds / 60:.0f} minutes of one core for merging and judging, from nothing; wrote "
+        f"{asked.results}/quality{end}.csv, .md and .png"
     )
 
 

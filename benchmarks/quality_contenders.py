@@ -22,14 +22,10 @@ CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO, "three expert
 
 @dataclass(frozen=True)
 class Choice:
-    """Which contenders and budgets of one expert are run, beside the controls; None: all there are.
-
-    `experts`: merges of how many.
-    """
+    """Which contenders and budgets of one expert are run, beside the controls; None: all there are."""
 
     contenders: tuple[str, ...] | None = None
     budgets: tuple[float, ...] | None = None
-    experts: tuple[int, ...] = (1, 2)
 
     def of(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """The chosen ones among some contenders."""
@@ -100,8 +96,9 @@ def tuned(start: Variant | None) -> Variant:
 
 
 def _kept(recipe: Path) -> Path:
-    """A copy that the next recipe of that name does not replace."""
-    copy = recipe.parent.parent / "tuned_start.yaml"
+    """A copy that the next recipe of that name does not replace, as deep: it names its vectors from where it lies."""
+    copy = recipe.parent.with_name("tuned_start") / recipe.name
+    copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(recipe.read_bytes())
     return copy
 

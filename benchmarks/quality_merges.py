@@ -23,6 +23,7 @@ from utils.commands.merge import merge
 from utils.merging.settings import MergeSettings
 
 VALIDATION, TEST = "validation", "test"
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 CODE_VERSION = 2  # raise it when merging or judging changes
 
 
@@ -85,7 +86,8 @@ class Judge:
         # Weights in float32; products in bfloat16 where that takes half the time, and the same for every contender.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=precision_of(device) == "bfloat16"):
-            return {task: mean_loss(model, rows) for (own, task), rows in self.rows.items() if own == split}
+            at_once = TOKENS_AT_ONCE[device]
+            return {task: mean_loss(model, rows, at_once) for (own, task), rows in self.rows.items() if own == split}
 
 
 def _digest(recipe: Path) -> str:

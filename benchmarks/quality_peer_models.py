@@ -200,10 +200,10 @@ def _folder(name: str, merged: Callable[..., StateDict], tasks: Sequence[str] = 
         target = pair.folder / f"peers_{CODE_VERSION}" / name
         if not target.exists():
             with pair.clock.work(f"peer {name}"), staged_folder(target) as stage:
-                base, *others = (load_file(path / WEIGHTS) for path in (pair.trained.base, *experts))
+                base, *others = (load_file(path / WEIGHTS, device) for path in (pair.trained.base, *experts))
                 shutil.copytree(pair.trained.base, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
                 found = merged(pair, base, others, lambda: _texts_of(pair, device), device)
-                written = {key: value.to(torch.bfloat16).contiguous() for key, value in found.items()}
+                written = {key: value.to(torch.bfloat16).cpu().contiguous() for key, value in found.items()}
                 save_file(written, stage / WEIGHTS, metadata={"format": "pt"})
         return target
 

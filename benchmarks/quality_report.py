@@ -53,12 +53,14 @@ class Comparison:
 def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comparison]:
     """Compare every contender with the control of its experiment at the same size and budget, paired by seed.
 
+    Of a run that was cut, a contender counts on the seeds whose tasks it has all.
+
     Args:
         figures: each (experiment, size, budget, contender, seed) once per task.
         controls: the contender that is the control, by experiment.
 
     Raises:
-        ValueError: a contender and its control were not run on the same seeds and tasks.
+        ValueError: a contender and its control have no seed in common, or a row occurs twice.
     """
     shares: dict[tuple, dict[tuple[int, str], float]] = {}
     for figure in figures:
@@ -69,9 +71,12 @@ def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comp
     found = []
     for (experiment, size, budget, contender), own in shares.items():
         control = shares[experiment, size, budget, controls[experiment]]
-        if own.keys() != control.keys():
-            raise ValueError(f"{contender} and {controls[experiment]} were not run on the same seeds and tasks")
-        rows, control_rows = (_seed_rows(part) for part in (own, control))
+        seeds = {seed for seed, _ in own if _tasks(own, seed) == _tasks(control, seed)}
+        if not seeds:
+            raise ValueError(f"{contender} and {controls[experiment]} were not run on the same tasks of any seed")
+        rows, control_rows = (
+            _seed_rows({key: kept for key, kept in part.items() if key[0] in seeds}) for part in (own, control)
+        )
         interval = paired_interval(by_seed(rows, "mean"), by_seed(control_rows, "mean"))
         found.append(
             Comparison(
@@ -166,6 +171,10 @@ def _draw_differences(axes, rows: Sequence[Comparison]) -> None:
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=8)
     axes.set_xlabel("points of gain kept more than the best uniform merge (95 % interval)")
+
+
+def _tasks(shares: Mapping[tuple[int, str], float], seed: int) -> set[str]:
+    return {task for own, task in shares if own == seed}
 
 
 def _seed_rows(shares: Mapping[tuple[int, str], float]) -> list[dict[str, float]]:

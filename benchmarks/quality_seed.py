@@ -1,12 +1,15 @@
 """One seed of the quality benchmark: train or find its models, merge them in every way, judge them."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from benchmarks.quality_contenders import BUDGETS, EVERYTHING, Choice, Variant, one_expert, two_experts
+from benchmarks.quality_clock import OutOfTimeError
+from benchmarks.quality_contenders import BUDGETS, EVERYTHING, UNIFORM_TWO, Choice, Variant, one_expert, two_experts
 from benchmarks.quality_joint import CEILING, joint_training
 from benchmarks.quality_losses import share_kept
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
@@ -17,6 +20,74 @@ from benchmarks.quality_report import ONE, THREE, TWO, Figure
 from benchmarks.quality_texts import Texts, TextSizes, assert_disjoint, texts_of_seed
 from benchmarks.quality_third import texts_with_third, three_experts, train_or_find_third
 
+NAMES = {1: ONE, 2: TWO, 3: THREE}
+# What decides is judged first: a run that is cut has it.
+FIRST = (
+    UNIFORM_TWO,
+    "gram mean, second round",
+    "gram mean",
+    "Fisher average",
+    CEILING,
+    "saliency mean",
+    "RegMean++ with guided rest",
+    "RegMean with guided rest",
+    "gram mean, second round, tuned",
+    "tuned coefficients",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One seed of a size, how many experts its merges have, and where all of that is done.
+
+    Attributes:
+        size: its name in the figures.
+        training: what the models are made by.
+        seed: of training, and of the choice of training and calibration text.
+        experts: of a merge, 1 to 3 (with a third task).
+        data: folder of the published data sets, or None.
+        work: folder for models, recipes and what was judged.
+        device: where to train, measure, merge and judge.
+        rows: how many rows of each split are read per task.
+        choice: which contenders and budgets.
+        until: no work is begun after this time (seconds since the epoch).
+    """
+
+    size: str
+    training: Training
+    seed: int
+    experts: int
+    data: Path | None
+    work: Path
+    device: str
+    rows: Mapping[str, int]
+    choice: Choice = EVERYTHING
+    until: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called on the terminal."""
+        return f"{self.size}, seed {self.seed}, {NAMES[self.experts]}"
+
+
+@dataclass
+class Judged:
+    """What was judged of a piece, the seconds that all work for it took, now or earlier, and what is missing."""
+
+    figures: list[Figure]
+    seconds: float = 0.0
+    stopped_before: str | None = None
+    failed: list[str] = field(default_factory=list)
+
+
+def train(piece: Piece) -> None:
+    """Train the base and the two experts of a seed, if they are not cached.
+
+    Raises:
+        OutOfTimeError: the time is over; the same call goes on later.
+    """
+    _trained(piece)
+
 
 def prepare(
     training: Training, seed: int, data: Path | None, work: Path, device: str, until: float | None = None
@@ -26,106 +97,91 @@ def prepare(
     Raises:
         OutOfTimeError: it is not cached, and the time `until` which work is begun is over.
     """
-    texts = texts_of_seed(data, TextSizes(), seed)
-    assert_disjoint(texts)
-    trained: Trained = train_or_find(training, texts, seed, work / "models", device, until)
-    # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
-    return lay_out(trained, texts, work / "pairs" / trained.base.parent.name, until), texts
+    return _pair(Piece("", training, seed, 2, data, work, device, {}, until=until))
 
 
-def judge_seed(
-    size: str,
-    training: Training,
-    seed: int,
-    data: Path | None,
-    work: Path,
-    device: str,
-    rows: Mapping[str, int],
-    choice: Choice = EVERYTHING,
-    until: float | None = None,
-) -> tuple[list[Figure], float]:
-    """All figures of a seed, and the seconds that all work for them took, in this run or in earlier ones.
+def judge_piece(piece: Piece) -> Judged:
+    """All figures of a piece, in the order of `FIRST`. A contender that fails is named, and the others go on.
 
-    Args:
-        size: its name in the figures.
-        training: what the models are made by.
-        seed: of training, and of the choice of training and calibration text.
-        data: folder of the published data sets, or None.
-        work: folder for models, recipes and what was judged.
-        device: where to train, measure, merge and judge.
-        rows: how many rows of each split are read per task.
-        choice: which contenders and budgets.
-        until: no work is begun after this time (seconds since the epoch).
-
-    Raises:
-        OutOfTimeError: that time is over; what was done is remembered, and the next call goes on.
+    What was done is remembered, and the next call goes on.
     """
     from utils.merging.guided.methods import register_methods
 
     register_methods()
-    pair, texts = prepare(training, seed, data, work, device, until)
-    judge = Judge(pair, texts, rows, device)
-    run = _Run(size, seed, device, choice, _Progress(f"{size}, seed {seed}"))
-    figures, seconds = [], 0.0
-    if 2 in choice.experts:
-        joint = joint_training(training, texts, seed, until)
-        figures += _several(run, judge, TWO, two_experts() | peers_of_two() | {CEILING: [joint]})
-    if 3 in choice.experts:
-        texts = texts_with_third(texts, TextSizes(), seed)
+    found = Judged([])
+    try:
+        pair, texts = _pair(piece)
+    except OutOfTimeError as error:
+        found.stopped_before = str(error)
+        return found
+    judge = Judge(pair, texts, piece.rows, piece.device)
+    for name, figures in _contenders(piece, judge, texts):
+        print(f"{piece.label}: {name}", file=sys.stderr, flush=True)
+        try:
+            found.figures += figures()
+        except OutOfTimeError as error:
+            found.stopped_before = str(error)
+            break
+        except Exception:  # one peer that fails must not cost the figures of all others; the run ends with a failure
+            traceback.print_exc()
+            found.failed.append(name)
+    # The base and its experts are trained for all pieces of a seed at once: their seconds count with the first.
+    found.seconds = pair.clock.total + pair.trained.seconds * (piece.experts == 1)
+    return found
+
+
+def _trained(piece: Piece) -> tuple[Trained, Texts]:
+    texts = texts_of_seed(piece.data, TextSizes(), piece.seed)
+    assert_disjoint(texts)
+    return (
+        train_or_find(piece.training, texts, piece.seed, piece.work / "models", piece.device, piece.until),
+        texts,
+    )
+
+
+def _pair(piece: Piece) -> tuple[Pair, Texts]:
+    trained, texts = _trained(piece)
+    if piece.experts == 3:
+        texts = texts_with_third(texts, TextSizes(), piece.seed)
         assert_disjoint(texts)
-        trained = train_or_find_third(pair.trained, training, texts, seed, device, until)
-        third = lay_out(trained, texts, pair.folder / "three", until)
-        figures += _several(run, Judge(third, texts, rows, device), THREE, three_experts())
-        seconds += third.clock.total
-    if 1 in choice.experts:
-        figures += _alone(run, judge)
-    return figures, seconds + pair.clock.total + pair.trained.seconds
+        trained = train_or_find_third(trained, piece.training, texts, piece.seed, piece.device, piece.until)
+    # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
+    # A folder for each number of experts: they are judged by processes side by side.
+    folder = piece.work / "pairs" / trained.base.parent.name / f"{piece.experts}"
+    return lay_out(trained, texts, folder, piece.until), texts
 
 
-def _several(run: "_Run", judge: Judge, experiment: str, contenders: Mapping[str, Sequence[Variant]]) -> list[Figure]:
-    """Figures of merges of several experts, each in the setting that is best on validation."""
-    figures = []
-    for contender, variants in run.choice.of(contenders).items():
-        run.say(f"{experiment}, {contender}")
-        best = chosen_variant(judge, judge.pair, variants, run.device)
-        losses = judge.recipe_losses(best.recipe(judge.pair, run.device), TEST)
-        figures += [
-            _figure(judge, experiment, run.size, run.seed, contender, None, task, losses, best.setting)
-            for task in judge.pair.trained.experts
-        ]
-    return figures
+def _contenders(piece: Piece, judge: Judge, texts: Texts) -> Iterator[tuple[str, Callable[[], list[Figure]]]]:
+    """Every contender of a piece, with what gives its figures."""
+    if piece.experts == 1:
+        for task, budget in product(judge.pair.trained.experts, piece.choice.budgets or BUDGETS):
+            for name, variant in piece.choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
+                yield f"{task} {budget:g} {name}", partial(_alone, piece, judge, name, variant, task, budget)
+        return
+    if piece.experts == 2:
+        joint = joint_training(piece.training, texts, piece.seed, piece.until)
+        named = two_experts() | peers_of_two() | {CEILING: [joint]}
+    else:
+        named = three_experts()
+    named = {name: named[name] for name in (*FIRST, *named) if name in named}
+    for name, variants in piece.choice.of(named).items():
+        yield name, partial(_several, piece, judge, name, variants)
 
 
-def _alone(run: "_Run", judge: Judge) -> list[Figure]:
-    """Figures of what is kept of each expert at each budget."""
-    figures = []
-    for task, budget in product(judge.pair.trained.experts, run.choice.budgets or BUDGETS):
-        for contender, variant in run.choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
-            run.say(f"{task} {budget} {contender}")
-            losses = judge.recipe_losses(variant.recipe(judge.pair, run.device), TEST)
-            figures.append(_figure(judge, ONE, run.size, run.seed, contender, budget, task, losses, variant.setting))
-    return figures
+def _several(piece: Piece, judge: Judge, name: str, variants: Sequence[Variant]) -> list[Figure]:
+    """Figures of a merge of several experts, in the setting that is best on validation."""
+    best = chosen_variant(judge, judge.pair, variants, piece.device)
+    losses = judge.recipe_losses(best.recipe(judge.pair, piece.device), TEST)
+    return [
+        _figure(judge, NAMES[piece.experts], piece.size, piece.seed, name, None, task, losses, best.setting)
+        for task in judge.pair.trained.experts
+    ]
 
 
-class _Progress:
-    """Says on stderr what is being done."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def __call__(self, what: str) -> None:
-        print(f"{self.label}: {what}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A seed of a size, where it is judged, and what of it."""
-
-    size: str
-    seed: int
-    device: str
-    choice: Choice
-    say: _Progress
+def _alone(piece: Piece, judge: Judge, name: str, variant: Variant, task: str, budget: float) -> list[Figure]:
+    """What is kept of one expert at one budget."""
+    losses = judge.recipe_losses(variant.recipe(judge.pair, piece.device), TEST)
+    return [_figure(judge, ONE, piece.size, piece.seed, name, budget, task, losses, variant.setting)]
 
 
 def chosen_variant(judge: Judge, pair: Pair, variants: Sequence[Variant], device: str) -> Variant:

@@ -40,9 +40,15 @@ def test_budgets_and_sizes_are_kept_apart():
     assert len(compare(rows, CONTROLS)) == 8
 
 
+def test_of_a_run_that_was_cut_the_seeds_count_that_have_all_tasks():
+    control, guided = compare(figures()[:-1], CONTROLS)
+    assert (guided.interval.seeds, guided.interval.mean) == (2, pytest.approx(0.15))
+    assert guided.kept == pytest.approx((0.4 + 0.1 + 1.4 + 0.2) / 2) and control.kept == pytest.approx(1.4)
+
+
 def test_unpaired_and_repeated_rows_are_refused():
-    with pytest.raises(ValueError, match="same seeds and tasks"):
-        compare(figures()[:-1], CONTROLS)
+    with pytest.raises(ValueError, match="same tasks of any seed"):
+        compare([row for row in figures() if row.contender == "uniform" or row.task == "b"], CONTROLS)
     with pytest.raises(ValueError, match="twice"):
         compare([*figures(), figures()[0]], CONTROLS)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import CONTROLS, Variant, lines, one_expert, plain, two_experts
 from benchmarks.quality_joint import CEILING
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
@@ -18,8 +17,9 @@ from benchmarks.quality_models import Trained, Training
 from benchmarks.quality_pairs import lay_out
 from benchmarks.quality_peer_models import peers_of_one, peers_of_two
 from benchmarks.quality_report import ONE, TWO
-from benchmarks.quality_seed import chosen_variant, judge_seed
+from benchmarks.quality_seed import FIRST, Piece, chosen_variant, judge_piece
 from benchmarks.quality_texts import TaskTexts, Texts
+from benchmarks.quality_third import three_experts
 from demo.small_model import Shape
 from tests.tiny_pairs import save_pair
 
@@ -113,18 +113,20 @@ def test_one_seed_from_training_to_figures(tmp_path):
     training = Training(
         Shape(vocabulary=512, hidden=32, intermediate=64, blocks=2, heads=2), window=64, base_steps=30, expert_steps=60
     )
-    rows = {VALIDATION: 4, TEST: 4}
-    with pytest.raises(OutOfTimeError):
-        judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows, until=0.0)
-    figures, seconds = judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows)
-    tasks = {figure.task for figure in figures}
-    assert {figure.contender for figure in figures if figure.experiment == TWO} == {
-        CEILING,
-        *two_experts(),
-        *peers_of_two(),
-    }
-    one, two = one_expert("math", 0.1) | peers_of_one("math", 0.1), two_experts() | peers_of_two()
-    assert len(figures) == len(tasks) * (4 * len(one) + len(two) + 1)
-    again, same = judge_seed("tiny", training, 0, None, tmp_path, "cpu", rows, until=0.0)  # all of it is remembered
-    assert same >= seconds > 0
-    assert [dataclasses.asdict(figure) for figure in again] == [dataclasses.asdict(figure) for figure in figures]
+    own = Piece("tiny", training, 0, 2, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
+    assert judge_piece(dataclasses.replace(own, until=0.0)).stopped_before
+    found = {experts: judge_piece(dataclasses.replace(own, experts=experts)) for experts in (1, 2, 3)}
+    assert not any(one.failed or one.stopped_before for one in found.values())
+    tasks = {figure.task for figure in found[2].figures}
+    named = [figure.contender for figure in found[2].figures][:: len(tasks)]
+    assert tuple(named[: len(FIRST)]) == FIRST
+    assert sorted(named) == sorted([CEILING, *two_experts(), *peers_of_two()])
+    one = one_expert("math", 0.1) | peers_of_one("math", 0.1)
+    assert len(found[1].figures) == len(tasks) * 4 * len(one)
+    assert len(found[3].figures) == (len(tasks) + 1) * len(three_experts())
+    for experts, first in found.items():
+        again = judge_piece(dataclasses.replace(own, experts=experts, until=0.0))  # all of it is remembered
+        assert again.seconds >= first.seconds > 0
+        assert [dataclasses.asdict(figure) for figure in again.figures] == [
+            dataclasses.asdict(figure) for figure in first.figures
+        ]

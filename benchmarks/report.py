@@ -2,7 +2,7 @@
 
     python3 benchmarks/report.py
 
-Reads `measuring.csv` and `merging.csv` in `benchmarks/results/` (`--results` for another folder). Prints Markdown tables
+Reads `measuring.csv`, `merging.csv` and `mixtures.csv` in `benchmarks/results/` (`--results` for another folder). Prints Markdown tables
 ready for a README: every contender with its baselines, and how cost grows. Writes the same into `summary.md` beside the
 CSVs, and draws cost against model size and against tokens (`cost_by_size.png`, `cost_by_samples.png`; those of a GPU have
 `_cuda` in the name).
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 
+from benchmarks import mixtures
 from benchmarks.growth import ENOUGH, Growth, fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -195,6 +196,8 @@ def report(results: Path, say: Callable[[str], None]) -> list[Path]:
                 picture = {"params": "cost_by_size", "tokens": "cost_by_samples"}[against]
                 place = "" if str(device) == "cpu" else f"_{str(device).partition(':')[0]}"
                 pictures.setdefault((f"{picture}{place}.png", against), {}).update(with_baselines(kind, table, against))
+    if (path := results / "mixtures.csv").exists():
+        lines += mixtures.summary(pd.read_csv(path))
     summary = results / "summary.md"
     summary.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
     for line in lines:

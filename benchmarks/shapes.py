@@ -56,6 +56,7 @@ def build_pair(shape: str, folder: Path, data: Path | None) -> dict[str, Path]:
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     settings = dict(SHAPES[shape])
     config = AutoConfig.for_model(settings.pop("model_type"), bos_token_id=0, eos_token_id=1, **settings)
@@ -63,7 +64,8 @@ def build_pair(shape: str, folder: Path, data: Path | None) -> dict[str, Path]:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    shapes = {name: value.shape for name, value in model.named_parameters() if name not in tied}
+    named = {name: value for name, value in model.named_parameters() if name not in tied}
+    shapes = {name: value.shape for name, value in revert_weight_conversion(model, named).items()}  # as released
     config.architectures = [type(model).__name__]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     places = {name: folder / name for name in ("base", "one", "two")}

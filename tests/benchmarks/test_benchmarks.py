@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import contenders, measuring, merging, products, report, shapes
+from benchmarks import contenders, measuring, merging, mixtures, products, report, shapes
 from benchmarks.contenders import Run, chosen, growth_lines, read_output, write_csv
 from benchmarks.growth import fit
 from tests.conftest import ROOT
@@ -195,6 +195,46 @@ def test_parameters_are_counted_from_the_headers(tmp_path, monkeypatch):
     hidden, wide, rows = 64, 96, 8192
     block = 2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * wide + 2 * hidden
     assert {shapes.parameter_count(place) for place in places.values()} == {2 * rows * hidden + hidden + 2 * block}
+
+
+def mixture_runs(folder):
+    """Runs of known cost: 1 s + 2 s per GB that is read; a mixture takes four times its block, a dense model none."""
+    for blocks in (2, 4, 8):
+        for model, block in (("mixture", 250e6), ("dense", 50e6)):
+            read = int(2 * blocks * block)
+            columns = {"model": model, "blocks": blocks, "params": read, "device": "cpu", "nsamples": 8}
+            columns |= {"block_bytes": int(block), "bytes_read": read, "machine": "a machine"}
+            held = 300e6 + 4 * (block - 50e6)
+            write_csv(folder / "mixtures.csv", [Run("measure", 9, 1 + 2 * read / 1e9, held, 0)], **columns)
+
+
+def test_mixtures_are_reported_by_bytes_and_blocks(tmp_path):
+    mixture_runs(tmp_path)
+    report.report(tmp_path, lambda line: None)
+    text = (tmp_path / "summary.md").read_text()
+    assert "measure, mixture: 1.00 s + 2.000 s per GB read (R² 1.0000" in text
+    assert "1100 MB with 2 blocks, 1100 MB with 8" in text
+    assert "of 5.0 times the bytes, and 800 MB more, 4.0 times what its block is larger on disk" in text
+
+
+def test_a_mixture_and_its_dense_equal_have_the_same_active_parameters():
+    sizes = {"blocks": 2, "hidden": 64, "experts": 8, "active": 2, "width": 96}
+    mixture, dense = (mixtures.shape(kind, **sizes) for kind in (mixtures.MIXTURE, mixtures.DENSE))
+    assert dense["intermediate_size"] == 2 * 96 == mixture["num_experts_per_tok"] * mixture["moe_intermediate_size"]
+    assert {name for name in dense if dense[name] != mixture[name]} == {"model_type"}
+
+
+@pytest.mark.slow
+def test_a_mixture_is_measured_and_merged(tmp_path, monkeypatch, capsys):
+    sizes = ["--blocks", "2,3,4", "--hidden", "64", "--experts", "4", "--expert_width", "32", "--nsamples", "2"]
+    places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "mixtures.csv")]
+    monkeypatch.setattr(sys, "argv", ["mixtures.py", *sizes, *places])
+    mixtures.main()
+    rows = pd.read_csv(tmp_path / "mixtures.csv")
+    assert len(rows) == 3 * 2 * 2 and (rows["job_seconds"] < rows["seconds"]).all()
+    stored = next((tmp_path / "work").glob("mixture-2-*/base/model.safetensors.index.json")).read_text()
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in stored
+    assert capsys.readouterr().out.count("s per GB read") == 4
 
 
 @pytest.mark.slow

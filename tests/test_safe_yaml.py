@@ -121,7 +121,10 @@ WORDING = {
 @pytest.mark.parametrize("case", WORDING)
 def test_what_a_message_says(tmp_path, case):
     content, code, _ = BAD[case]
-    assert refusal(code, tmp_path, content) == WORDING[case].replace("PATH", str(tmp_path / "some.yaml"))
+    said = refusal(code, tmp_path, content)
+    if case == "nested too deeply":  # libyaml, where PyYAML has it, meets a limit of its own first, at no line
+        said = said.replace("line 1: ", "")
+    assert said == WORDING[case].replace("PATH", str(tmp_path / "some.yaml"))
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir", "python/object/new:os.mkdir", "python/name:os.mkdir"])

@@ -29,11 +29,12 @@ def recorded():
 
 
 def test_every_row_is_recorded_with_every_step():
-    known = recorded()
+    known, here = recorded(), {row.label for row in all_rows()}
     assert list(known) == sorted(ROWS)
     for label, one in known.items():
-        assert one["architecture"] == ROWS[label].architecture
         assert set(one["steps"]) == set(STEPS), label
+        if label in here:  # an older version of transformers has fewer
+            assert one["architecture"] == ROWS[label].architecture
 
 
 def test_no_row_is_recorded_as_wrong():

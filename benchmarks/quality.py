@@ -177,6 +177,8 @@ def _report(judged: "list[Judged]", asked: argparse.Namespace) -> None:
     figures.sort(key=lambda one: (one.experiment, one.size, one.seed))
     write_figures(asked.results / f"quality{end}.csv", figures)
     comparisons = compare(figures, CONTROLS)
+    if not comparisons:
+        return print("nothing is judged yet")
     tables = markdown(comparisons)
     (asked.results / f"quality{end}.md").write_text(tables + "\n", encoding="utf-8")
     draw(comparisons, asked.results / f"quality{end}.png")

@@ -55,19 +55,22 @@ def guided(
 
     def recipe(pair: Pair, device: str) -> Path:
         place = pair.both if config == "both" else pair.alone[config]
-        made = recipe_of(pair, place, guidance, flags, device)[number]
-        if shared:
-            data = yaml.safe_load(made.read_text())
-            data["parameters"] |= shared
-            made.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-        return made
+        return _with_shared(recipe_of(pair, place, guidance, flags, device)[number], shared)
 
     shown = {key: value for key, value in flags.items() if key not in ("merge_method", "control")} | (shared or {})
     return Variant(", ".join(f"{key} {value}" for key, value in shown.items()), recipe)
 
 
-def second_round(**flags: Any) -> Variant:
-    """gram_mean measured again, on the inputs of what it merged the first time."""
+def _with_shared(recipe: Path, shared: Mapping[str, float] | None) -> Path:
+    if shared:
+        data = yaml.safe_load(recipe.read_text())
+        data["parameters"] |= shared
+        recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return recipe
+
+
+def second_round(shared: Mapping[str, float] | None = None, **flags: Any) -> Variant:
+    """gram_mean measured again, on the inputs of what it merged the first time; `shared` as for `guided`."""
 
     def recipe(pair: Pair, device: str) -> Path:
         from utils.commands.merge import merge
@@ -78,9 +81,9 @@ def second_round(**flags: Any) -> Variant:
             first = recipe_of(pair, pair.both, "gram_mean", {}, device)[0]
             merge(MergeSettings(merged, first, device=device, quiet=True, write_model_card=False))
         folder = measured(pair, "gram_mean", device, "gram_mean_second", inputs_at=str(merged))
-        return recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0]
+        return _with_shared(recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0], shared)
 
-    return Variant("lambda {lambda}".format(**flags), recipe)
+    return Variant(", ".join(f"{key} {value}" for key, value in (flags | (shared or {})).items()), recipe)
 
 
 def tuned(start: Variant | None) -> Variant:
@@ -150,10 +153,14 @@ def two_experts() -> dict[str, list[Variant]]:
         "gram mean": [
             guided("gram_mean", shared={"ridge": ridge}, **{"lambda": scale})
             for scale in (0.9, 1.0)
-            for ridge in (1e-7, 1e-5)
+            for ridge in (1e-7, 1e-5, 1e-4, 1e-3)
         ],
         "gram mean, embeddings by the guided mean": [guided("gram_mean", shared={"embedding_rows": False})],
-        "gram mean, second round": [second_round(**{"lambda": scale}) for scale in (0.9, 1.0)],
+        "gram mean, second round": [
+            second_round({"ridge": ridge}, **{"lambda": scale})
+            for scale in (0.9, 1.0)
+            for ridge in (1e-7, 1e-5, 1e-4, 1e-3)
+        ],
         "tuned coefficients": [tuned(None)],
         "gram mean, second round, tuned": [tuned(second_round(**{"lambda": 1.0}))],
     }

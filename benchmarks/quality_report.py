@@ -53,7 +53,7 @@ class Comparison:
 def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comparison]:
     """Compare every contender with the control of its experiment at the same size and budget, paired by seed.
 
-    Of a run that was cut, a contender counts on the seeds whose tasks it has all.
+    Of a run that was cut, a contender counts on the seeds whose tasks it has all; one without its control is left out.
 
     Args:
         figures: each (experiment, size, budget, contender, seed) once per task.
@@ -70,7 +70,9 @@ def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comp
         place[figure.seed, figure.task] = figure.kept
     found = []
     for (experiment, size, budget, contender), own in shares.items():
-        control = shares[experiment, size, budget, controls[experiment]]
+        control = shares.get((experiment, size, budget, controls[experiment]))
+        if control is None:
+            continue
         seeds = {seed for seed, _ in own if _tasks(own, seed) == _tasks(control, seed)}
         if not seeds:
             raise ValueError(f"{contender} and {controls[experiment]} were not run on the same tasks of any seed")

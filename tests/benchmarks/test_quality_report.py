@@ -44,6 +44,7 @@ def test_of_a_run_that_was_cut_the_seeds_count_that_have_all_tasks():
     control, guided = compare(figures()[:-1], CONTROLS)
     assert (guided.interval.seeds, guided.interval.mean) == (2, pytest.approx(0.15))
     assert guided.kept == pytest.approx((0.4 + 0.1 + 1.4 + 0.2) / 2) and control.kept == pytest.approx(1.4)
+    assert compare([row for row in figures() if row.contender == "guided"], CONTROLS) == []
 
 
 def test_unpaired_and_repeated_rows_are_refused():

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -28,6 +29,49 @@ def merged(folder: Path, name: str, *flags: object) -> tuple[dict, str]:
     (recipe,) = (folder / name).glob("*.yaml")
     done_here("utils/merger.py", "--merge_config", recipe, "--output_path", f"{name}_merged", cwd=folder)
     return dict(weights(folder / f"{name}_merged")), done.stdout
+
+
+def test_whose_tokens_keep_their_experts_is_measured_and_said(measured):
+    table = pd.read_csv(measured / "dfs" / "routing.csv")
+    assert table.columns.tolist() == ["model", "layer", "mixture", "tokens", "chosen", "same", "common"]
+    assert set(zip(table["model"], table["layer"], strict=True)) == {
+        (name, i) for name in ("code", "math") for i in range(4)
+    }
+    assert (table["mixture"] == "mlp").all() and (table["chosen"] == 2).all() and table["same"].between(0, 1).all()
+    _, said = merged(measured, "said")
+    for name, own in table.groupby("model"):
+        share = f"{name}: {own['same'].mean():.1%} of its tokens keep their 2 experts with the base's router (least "
+        assert f"\n{'':<10}{share}{own['same'].min():.1%}, in layer {own.loc[own['same'].idxmin(), 'layer']})" in said
+
+
+def test_a_table_of_routers_that_was_edited_is_refused(measured, tmp_path):
+    here = shutil.copytree(measured, tmp_path / "copy")
+    table = here / "dfs" / "routing.csv"
+    table.write_text(table.read_text().replace("mlp", "ffn"))
+    arguments = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "edited")
+    refused_here("dataframes-edited", "lewis_merge.py", *arguments, cwd=here)
+
+
+@pytest.mark.parametrize("guidance", ["sens_merging", "gram_mean", "saliency_budget"])
+def test_guidances_that_run_the_experts_agree_on_their_routers(measured, guidance):
+    more = {"gram_mean": ["--accept_useless_text"], "saliency_budget": ["--gradient_at", "expert"]}.get(guidance, [])
+    asked = ("--config", "pair.yaml", "--out_dir", f"dfs_{guidance}", "--guidance", guidance, *more)
+    said = done_here("lewis_importance.py", *asked, cwd=measured).stdout
+    ours, theirs = (pd.read_csv(measured / name / "routing.csv") for name in ("dfs", f"dfs_{guidance}"))
+    assert theirs.equals(ours)
+    assert "math: " in said and "of its tokens keep their 2 experts" in said
+
+
+def test_a_guidance_that_runs_the_base_alone_says_so(measured):
+    asked = ("--config", "pair.yaml", "--out_dir", "dfs_linear", "--guidance", "submodule_linearity")
+    done_here("lewis_importance.py", *asked, "--no-nonlinearity", cwd=measured)
+    assert not (measured / "dfs_linear" / "routing.csv").exists()
+    arguments = ("--delta_dfs_in_dir", "dfs_linear", "--config_file", "pair.yaml", "--out_dir", "linear")
+    asked = ("--guidance", "submodule_linearity", "--merge_method", "task_arithmetic")
+    assert (
+        "is not measured by guidance submodule_linearity"
+        in done_here("lewis_merge.py", *arguments, *asked, cwd=measured).stdout
+    )
 
 
 def test_the_base_s_router_is_the_default(measured):

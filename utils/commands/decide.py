@@ -41,8 +41,11 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     from utils.commands import decide_report as report
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
     from utils.guidance.recipe_files import recipe_files
+    from utils.guidance.routing import read_routing
     from utils.models.relative_change import strangers
 
+    types = [one.type for one in options.config.experts]
+    routing = read_routing(measured.folder, measured.manifest, types)
     made = guided_recipe(measured, choices, folder=options.out_dir)
     control = None if options.control is None else control_recipe(measured, made, options.control)
     files = recipe_files(measured, made)
@@ -52,7 +55,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
         files |= {f"{made.stem}_{end}": content for end, content in report.pictures(made).items()}
     check_file_names(list(files), options.config.path)
     if not options.quiet:
-        report.say_choices(options, measured, made)
+        report.say_choices(options, measured, made, routing)
     far = strangers(measured.models.checkpoints, options.config.base.type, [one.type for one in choices.experts])
     control_warnings = control.warnings if control else ()
     warn([*([mended] if mended else []), *measured.warnings, *far, *made.warnings, *control_warnings])

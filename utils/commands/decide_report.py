@@ -9,6 +9,7 @@ from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.routing import routing_lines
 from utils.models.planned_tensors import STORED
 from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import average, by_component, by_depth, mean_density
@@ -20,8 +21,10 @@ from utils.runtime import versions_line
 _PER_LINE = 6
 
 
-def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedRecipe) -> None:
-    """Print what the recipe is made from, and how."""
+def say_choices(
+    options: DecideOptions, measured: MeasuredPair, made: GuidedRecipe, routing: pd.DataFrame | None
+) -> None:
+    """Print what the recipe is made from, and how; `routing` is the table of routers, if there is one."""
     settings, decision, asked = made.settings, made.decision, made.choices.options
     given, method = options.config.global_parameters, settings.method
     print(versions_line("mergekit", "transformers", "pandas"))
@@ -56,10 +59,21 @@ def say_choices(options: DecideOptions, measured: MeasuredPair, made: GuidedReci
         )
     if settings.routers.said:
         print(f"routers:  {settings.routers.said}")
+        for line in _routing(routing, [entry.type for entry in settings.experts], asked.method.name):
+            print(f"{'':<9} {line}")
     if settings.dtype != DTYPE:
         print(f"merged:   in {settings.dtype}")
     if settings.out_dtype:
         print(f"written:  in {settings.out_dtype}")
+
+
+def _routing(routing: pd.DataFrame | None, experts: Sequence[str], guidance: str) -> list[str]:
+    """Lines about what the base's router would do with each expert's tokens."""
+    if routing is None:
+        return [
+            f"how many tokens would keep their experts with the base's router is not measured by guidance {guidance}"
+        ]
+    return routing_lines(routing[routing["model"].isin(experts)])
 
 
 def _what_it_does(given: Mapping[str, Any], settings: RecipeSettings) -> str:

@@ -21,7 +21,7 @@ from utils.commands.measure_request import (
 from utils.commands.ray_flags import connected
 from utils.errors import UserError, warn
 from utils.guidance.folder import read_manifest
-from utils.guidance.measure_job import MeasureJob
+from utils.guidance.measure_job import ROUTING, MeasureJob
 from utils.guidance.method import GuidanceMethod
 from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples
@@ -63,7 +63,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     """
     config, method = options.config, options.method
     method.check_experts(config, len(config.experts))
-    names = [*method.files(config), MANIFEST]
+    names = [*method.files(config), ROUTING, MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
     mended = repair_folder(options.out_dir)
     warn([mended] if mended else [])
@@ -134,10 +134,12 @@ def _measure(
         measured = method.measure(replace(job, workspace=workspace))
         refuse_changed(subjects, request)
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
-        for note in measured.notes:
+        from utils.guidance.routing import routing_files, routing_lines  # pandas comes with it
+
+        for note in (*measured.notes, *routing_lines(measured.routing)):
             say(note)
         warn(measured.warnings)
-        files = with_manifest(measured.files, request)
+        files = with_manifest({**measured.files, **routing_files(measured.routing)}, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite, last=alone)
     print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
     if alone:

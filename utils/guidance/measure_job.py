@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from utils.models.weight_source import WeightSource
 
 
+ROUTING = "routing.csv"  # what any guidance may measure of a mixture (`utils/guidance/routing.py`)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
 
-    A file too large for memory is one that a piece wrote, as a path in the job's `workspace`.
+    A file too large for memory is one that a piece wrote, as a path in the job's `workspace`. `routing` are rows of the
+    table of routers, none of models that are no mixtures.
     """
 
     files: Mapping[str, bytes | Path]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    routing: tuple[tuple, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.guidance.folder import check_folder, read_manifest, refuse_edited
+from utils.guidance.measure_job import ROUTING
 from utils.guidance.method import GuidanceMethod
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
 from utils.pair.config import ModelEntry, PairConfig
@@ -69,7 +70,7 @@ def open_measured(
     experts = experts_to_merge(config)
     warnings = [] if manifest else [_NO_MANIFEST.format(folder=folder)]
     warnings += compare_with_manifest(config, experts, manifest)
-    warnings += refuse_edited(folder, manifest, method.files(config), accepted=accept_edited)
+    warnings += refuse_edited(folder, manifest, (*method.files(config), ROUTING), accepted=accept_edited)
     models = LocalModels(config.base, experts, trust_remote_code=trust_remote_code)
     warnings += changed_checkpoints(manifest, models.checkpoints)
     sha256 = None if manifest is None else file_sha256(folder / MANIFEST)

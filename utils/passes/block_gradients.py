@@ -56,6 +56,24 @@ Observing = Callable[[int, nn.Module], AbstractContextManager[None]]
 """Attaches observers to a block (layer, module) for as long as its samples are computed again, each one once."""
 
 
+def nothing(layer: int, block: nn.Module) -> AbstractContextManager[None]:
+    """Attach no observer."""
+    return nullcontext()
+
+
+def together(*several: Observing) -> Observing:
+    """Attach several observers, in their order."""
+
+    @contextmanager
+    def observing(layer: int, block: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in several:
+                stack.enter_context(one(layer, block))
+            yield
+
+    return observing
+
+
 @dataclass(frozen=True)
 class BlockDone:
     """A block that all samples went back through; its weights are in memory until the next one is asked for.
@@ -89,7 +107,7 @@ def backward_pass(
     *,
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
-    observing: Observing = lambda layer, block: nullcontext(),
+    observing: Observing = nothing,
     folder: Path | None = None,
 ) -> Iterator[BackwardPass]:
     """Take all samples forward on entering, and back block by block as `blocks` is iterated.
@@ -142,6 +160,7 @@ def observe_gradients(
     *,
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
+    observing: Observing = nothing,
     folder: Path | None = None,
 ) -> tuple[float, ...]:
     """Take one model forward and all the way back; arguments and errors as for `backward_pass`.
@@ -150,7 +169,15 @@ def observe_gradients(
         The loss of each sample: mean negative log-likelihood per predicted token, in nats.
     """
     with backward_pass(
-        decoder, weights, samples, observer, device, outside=outside, on_block=on_block, folder=folder
+        decoder,
+        weights,
+        samples,
+        observer,
+        device,
+        outside=outside,
+        on_block=on_block,
+        observing=observing,
+        folder=folder,
     ) as model:
         for _ in model.blocks:
             pass

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
 from utils.pair.batches import MicroBatch
+from utils.passes.block_gradients import Observing, nothing
 from utils.passes.block_runner import run_blocks
 from utils.passes.input_grams import InputGram, InputGrams
 
@@ -19,11 +20,12 @@ OnBlock = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """A model, where its weights come from, and its text in its own tokens."""
+    """A model, where its weights come from, its text in its own tokens, and what else observes it on its way back."""
 
     decoder: Decoder
     weights: WeightSource
     samples: Sequence[Sequence[int]]
+    observing: Observing = nothing
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.guidance.gram_mean.input_pass import OnBlock, SharedInputs, Side, shared_inputs
 from utils.models.decoder import Decoder
-from utils.passes.block_gradients import BlockDone, backward_pass
+from utils.passes.block_gradients import BlockDone, backward_pass, together
 from utils.passes.input_grams import InputGrams
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import SquaredGradients
@@ -101,7 +101,7 @@ def joint_pass(
                     device,
                     outside=True,
                     on_block=on_block,
-                    observing=gram.attached,
+                    observing=together(side.observing, gram.attached),
                     folder=folder,
                 )
             )

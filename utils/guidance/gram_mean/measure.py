@@ -14,10 +14,12 @@ from utils.guidance.gram_mean.joint_pass import joint_pass
 from utils.guidance.gram_mean.method import AT, LOSSES, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.routing import compared_routers, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Component, is_transposed, weight_matrix
 from utils.models.stored_layout import stored_layout
+from utils.passes.block_gradients import Observing, nothing
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import StoredPart, Subject, first_stored_name, stored_as
@@ -28,10 +30,11 @@ from utils.workers.piece import Piece, Place
 
 @dataclass(frozen=True)
 class ExpertGrams:
-    """What one expert's pass gave beside its file: rows of the two tables, and its gain."""
+    """What one expert's pass gave beside its file: rows of the two tables and of the one of routers, and its gain."""
 
     tensors: list[tuple]
     losses: list[tuple]
+    routing: list[tuple]
     gain: TextGain
 
 
@@ -128,7 +131,7 @@ def measure(job: MeasureJob) -> Measured:
         for name, one in zip(names, found, strict=True)
         if not one.gain.is_sure
     ]
-    return Measured(files, tuple(notes), tuple(doubts))
+    return Measured(files, tuple(notes), tuple(doubts), tuple(row for one in found for row in one.routing))
 
 
 def merged_subject(job: MeasureJob) -> Subject | None:
@@ -162,12 +165,21 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
     tensors: list[tuple] = []
 
-    def side(subject: Subject) -> Side:
-        return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded)
+    def side(subject: Subject, observing: Observing = nothing) -> Side:
+        return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded, observing)
 
-    sides, split = [side(one) for one in models.named], models.base.layout.pieces
     inputs = models.merged is None
-    with joint_pass(sides, device, on_block, inputs=inputs, split=split, folder=place.folder) as both:
+    with (
+        compared_routers(job, expert, models.base, device) as routers,
+        joint_pass(
+            [side(models.base), side(expert, routers.attached)],
+            device,
+            on_block,
+            inputs=inputs,
+            split=models.base.layout.pieces,
+            folder=place.folder,
+        ) as both,
+    ):
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
@@ -185,8 +197,9 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
                         file.add_axes(stored, axes)
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
+        routing = routing_rows(name, routers)
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
-    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, gain)
+    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ from utils.guidance.lewis.ranges import RangeVisitor, norms_of_ranges
 from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, TOKENS, table_files
 from utils.guidance.lewis.visitor import LewisVisitor, StackNorms
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.routing import compared_routers, routing_rows
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.block_runner import Visitor, run_blocks
+from utils.passes.routing import VisitorWithRouters
 from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate
 from utils.workers.piece import Piece, Place
@@ -88,7 +90,7 @@ def measure(job: MeasureJob) -> Measured:
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows, trials = [], {}
+    rows, routing, trials = [], [], {}
     for one, own in zip(measured, pieces, strict=True):
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
@@ -96,6 +98,7 @@ def measure(job: MeasureJob) -> Measured:
             rows += _rows(one, norms_of_ranges(one.subject.decoder, found, _divisor(job, one)), {})
         else:
             rows += _rows(one, found[0]["norms"], found[0]["stacks"])
+            routing += found[0]["routing"]
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
@@ -118,7 +121,9 @@ def measure(job: MeasureJob) -> Measured:
             notes.append(_rounding_note(entry.type, noise[entry.type], *own["seconds"]))
             warnings += _noisy(entry.type, noise[entry.type])
     table = [(name, *place, value) for name, one in noise.items() for place, value in one.items()]
-    return Measured({**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings))
+    return Measured(
+        {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings), tuple(routing)
+    )
 
 
 def _is_rounded(subject: Subject) -> bool:
@@ -176,7 +181,9 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
     label, blocks = subject.entry.type, len(subject.decoder.blocks)
     if not _is_split(job):
         own = job.of(replace(subject, texts={one.source: text}))
-        return [Piece(f"{label}+{one.place}", _norms, (own, _divisor(job, one)), blocks, label, types=(StackNorms,))]
+        base = None if subject.entry == job.config.base else replace(job.base, texts={})
+        arguments = (own, _divisor(job, one), base)
+        return [Piece(f"{label}+{one.place}", _norms, arguments, blocks, label, types=(StackNorms,))]
     starts = range(0, len(text.batches), job.batches_a_piece)
     found = []
     for start in starts:
@@ -186,8 +193,11 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
     return found
 
 
-def _norms(place: Place, job: MeasureJob, divisor: int) -> dict[str, Any]:
-    """`norms` of linear parts and of experts' `stacks` by layer and component of a model on a text, and its `trial`."""
+def _norms(place: Place, job: MeasureJob, divisor: int, base: Subject | None) -> dict[str, Any]:
+    """`norms` of linear parts and of experts' `stacks` by layer and component of a model on a text, and its `trial`.
+
+    With a base, `routing` has rows of the table of routers.
+    """
     (subject,) = job.subjects
     (text,) = subject.texts.values()
     visitor = LewisVisitor(
@@ -199,9 +209,20 @@ def _norms(place: Place, job: MeasureJob, divisor: int) -> dict[str, Any]:
         passing_over=job.config.components is None,
         fewest_tokens=job.options.get("expert_tokens", EXPERT_TOKENS),
     )
-    trial = _run(place, job, subject, text, visitor, tried=True)
+    routing: list[tuple] = []
+    if base is None:
+        trial = _run(place, job, subject, text, visitor, tried=True)
+    else:
+        with compared_routers(job, subject, base, place.device) as routers:
+            trial = _run(place, job, subject, text, VisitorWithRouters(visitor, routers), tried=True)
+            routing = routing_rows(subject.entry.type, routers)
     stacks = {key: one.on_cpu() for key, one in visitor.stacks.items()}
-    return {"norms": {key: norm.cpu() for key, norm in visitor.norms.items()}, "stacks": stacks, "trial": trial}
+    return {
+        "norms": {key: norm.cpu() for key, norm in visitor.norms.items()},
+        "stacks": stacks,
+        "trial": trial,
+        "routing": routing,
+    }
 
 
 def _sums(place: Place, job: MeasureJob, first: bool) -> dict[str, Any]:
@@ -223,7 +244,7 @@ def _run(
     """
     weights = job.open_weights(subject, place.device)
     if not tried or not _is_rounded(subject):
-        snapshots = Snapshots(place.snapshot) if isinstance(visitor, LewisVisitor) else None
+        snapshots = None if isinstance(visitor, RangeVisitor) else Snapshots(place.snapshot)
         run_blocks(
             subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step, snapshots=snapshots
         )

@@ -7,22 +7,26 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.routing import compared_routers, routing_rows
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.passes.axis_sums import explained_share, row_column_factors
+from utils.passes.block_gradients import Observing, nothing
 from utils.passes.subjects import Subject, component_names, stored_as
 from utils.workers.piece import Place
 
 
 @dataclass(frozen=True)
 class ExpertMeasurement:
-    """Rows of the two tables, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert."""
+    """Rows of the two tables, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows of
+    the table of routers, if gradients were taken at the expert."""
 
     tensors: list[tuple]
     bins: list[tuple]
     vectors: Mapping[str, tuple[Tensor, ...]]
     losses: tuple[tuple[float, ...], tuple[float, ...]]
+    routing: list[tuple]
 
 
 def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> ExpertMeasurement:
@@ -39,13 +43,24 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
     """
     base, expert = job.subjects
     name, power = expert.entry.type, job.options["saliency_power"]
-    sides = []
-    for subject, wanted in zip((base, expert), at, strict=True):
-        samples = job.text(subject, expert).encoded if wanted else None
-        sides.append(Side(subject.decoder, job.open_weights(subject, place.device), samples))
     tensors, bins, vectors = [], [], {}
     names = component_names(base)
-    with squares_pass(*sides, place.device, place.on_step, base.layout.split, place.folder) as both:
+
+    def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
+        samples = job.text(subject, expert).encoded if is_wanted else None
+        return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing)
+
+    with (
+        compared_routers(job, expert, base, place.device) as routers,
+        squares_pass(
+            side(base, at[0]),
+            side(expert, at[1], routers.attached),
+            place.device,
+            place.on_step,
+            base.layout.split,
+            place.folder,
+        ) as both,
+    ):
         for part in both.parts:
             tensor = part.tensor
             try:
@@ -65,7 +80,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
                 raise _not_finite(tensor, base, expert)
             if not pieces and not layout.is_part(own):
                 vectors[tensor] = axes
-        return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses)
+        return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses, routing_rows(name, routers))
 
 
 def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:

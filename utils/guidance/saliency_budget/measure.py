@@ -77,7 +77,8 @@ def measure(job: MeasureJob) -> Measured:
         own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
         warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
-    return Measured(files, tuple(notes), tuple(warnings))
+    routing = tuple(row for one in measured.values() for row in one.routing)
+    return Measured(files, tuple(notes), tuple(warnings), routing)
 
 
 def _note(model: str, tensors: pd.DataFrame, losses: Sequence[tuple[float, ...]]) -> str:

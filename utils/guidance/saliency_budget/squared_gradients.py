@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
-from utils.passes.block_gradients import BlockDone, backward_pass
+from utils.passes.block_gradients import BlockDone, Observing, backward_pass, nothing
 from utils.passes.block_runner import BlocksInTurn
 from utils.passes.squared_gradients import SquaredGradients
 
@@ -28,11 +28,15 @@ OnBlock = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """A model, and where its weights come from. With `samples` (token ids), its gradients on them count."""
+    """A model, and where its weights come from. With `samples` (token ids), its gradients on them count.
+
+    `observing` is what else observes it on its way back.
+    """
 
     decoder: Decoder
     weights: WeightSource
     samples: Sequence[Sequence[int]] | None
+    observing: Observing = nothing
 
 
 Split = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -122,7 +126,15 @@ def _side(
     decoder, weights = side.decoder, side.weights
     if side.samples is not None:
         with backward_pass(
-            decoder, weights, side.samples, observer, device, outside=True, on_block=on_block, folder=folder
+            decoder,
+            weights,
+            side.samples,
+            observer,
+            device,
+            outside=True,
+            on_block=on_block,
+            observing=side.observing,
+            folder=folder,
         ) as passed:
             yield passed.losses, passed.blocks
         return

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from utils.errors import UserError
 from utils.guidance.component_filters import require_own_filters
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.routing import compared_routers, routing_rows
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers, layer_of
 from utils.guidance.sens_merging.tables import (
@@ -36,12 +37,13 @@ _DISTANCES = "+distances"  # a piece's name, which no expert can have
 @dataclass(frozen=True)
 class _Expert:
     """What one expert's passes gave: sensitivities [blocks] and of each parameter outside them, the samples' losses, final
-    hidden states [tokens, hidden] of each text."""
+    hidden states [tokens, hidden] of each text, rows of the table of routers."""
 
     sensitivities: list[float]
     outside: Mapping[str, float]
     losses: tuple[float, ...]
     finals: Mapping[CalibrationSource, torch.Tensor]
+    routing: list[tuple]
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -72,7 +74,7 @@ def measure(job: MeasureJob) -> Measured:
     tensors = _tensor_rows(job.base)
     names, types = [expert.entry.type for expert in job.experts], (_Expert, CalibrationSource)
     pieces = [
-        Piece(name, _passes, (job.of(expert),), 3 * len(expert.decoder.blocks), name, types)
+        Piece(name, _passes, (job.of(expert), replace(job.base, texts={})), 3 * len(expert.decoder.blocks), name, types)
         for name, expert in zip(names, job.experts, strict=True)
     ]
     experts: dict[str, _Expert] = dict(zip(names, job.run(pieces), strict=True))
@@ -96,6 +98,7 @@ def measure(job: MeasureJob) -> Measured:
             + [f"{row[0]} against {row[1]}: logits {row[2]:.4g} apart on the text of {row[1]}" for row in distances]
         ),
         warnings=tuple(warnings),
+        routing=tuple(row for one in experts.values() for row in one.routing),
     )
 
 
@@ -159,15 +162,25 @@ def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tu
             yield expert.entry.type, base.stored_name(name), base.stored_name(other), found.outside[other]
 
 
-def _passes(place: Place, job: MeasureJob) -> _Expert:
+def _passes(place: Place, job: MeasureJob, base: Subject) -> _Expert:
     """An expert's way forward and back on its own text, then forward on every text."""
     (expert,), device, on_block = job.subjects, place.device, place.on_step
     decoder, own = expert.decoder, job.text(expert, expert)
     observer = SensitivityObserver(decoder, device)
     weights = job.open_weights(expert, device)
-    losses = observe_gradients(
-        decoder, weights, own.encoded, observer, device, outside=True, on_block=on_block, folder=place.folder
-    )
+    with compared_routers(job, expert, base, device) as routers:
+        losses = observe_gradients(
+            decoder,
+            weights,
+            own.encoded,
+            observer,
+            device,
+            outside=True,
+            on_block=on_block,
+            observing=routers.attached,
+            folder=place.folder,
+        )
+        routing = routing_rows(expert.entry.type, routers)
     outside = {name: float(total) / len(own.encoded) for name, total in observer.outside.items()}
     values = [value / len(own.encoded) for value in observer.sums.tolist()]
     named = {**{f"block {layer}": value for layer, value in enumerate(values)}, **outside}
@@ -184,7 +197,7 @@ def _passes(place: Place, job: MeasureJob) -> _Expert:
     finals = {
         source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
     }
-    return _Expert(values, outside, losses, finals)
+    return _Expert(values, outside, losses, finals, routing)
 
 
 class _Bystander:

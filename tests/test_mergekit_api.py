@@ -53,6 +53,7 @@ INTERFACES = {
     "TensorEntry": "id,tensor,is_base",
     "TensorGroup": "entries,metadata",
     "TensorWriter": "out_path,max_shard_size,safe_serialization,override_basename,use_async,max_write_threads",
+    "PermutedVocabulary": "gather_tensors,tokenizer_task,tokens,pad_to_multiple_of,base_model,vocabulary_axis",
     "TensorWriterTask": "out_path,max_shard_size,safe_serialization,override_basename,use_async,write_threads",
     "TokenizerInfo": "tokenizer,permutations,original_vocabs",
     "WeightInfo": "name,vocabulary_axis,optional,aliases,force_dtype,tied_names",

@@ -74,7 +74,7 @@ try:
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
     from mergekit.sparsify import RescaleNorm, SparsificationMethod, rescaled_masked_tensor
-    from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+    from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
     from transformers import PreTrainedTokenizerFast as _FastTokenizer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 except ImportError as error:
@@ -98,7 +98,7 @@ def replaceable_code() -> Iterator[object]:
     yield _linear
     yield from (ExecuteMergeMethodTask, GroupMergeMethod, MergeMethod._execute_resolved)
     yield _dtype_alignment
-    yield from (_tasks.LoadTensor, GatherTensors, SaveTensor, _tensor_writer.TensorWriter)
+    yield from (_tasks.LoadTensor, GatherTensors, SaveTensor, _tensor_writer.TensorWriter, PermutedVocabulary)
 
 
 class _Sparsifiers:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.refusals import refused
-from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
+from tests.tiny_merges import merge_here, recipe, save_models, tensors, write_recipe
 from utils.merging.merged_tensors import merged_tensors, prepare
 from utils.merging.pieces.cuts import Cut, KnownCuts
 from utils.merging.planning import PlannedMerge, plan_recipe
@@ -130,6 +130,23 @@ def test_an_aligned_vocabulary(llamas, tmp_path):
     work = prepare(plan)
     (found,) = merged_tensors([work], [tensor.name for tensor in plan.plan.tensors])
     assert_equals_written(found, merge_here(tmp_path, data))
+
+
+def test_padding_rows_are_cut_off_in_pieces(tmp_path):
+    """Embeddings with more rows than tokens, merged by several recipes at a time, one of which cuts none off."""
+    save_models(tmp_path, vocab_size=128)
+    data = [recipe(tmp_path, tokenizer_source="base"), recipe(tmp_path, "task_arithmetic", tokenizer_source="union")]
+    data.append({**data[0], "tokenizer_source": None})
+    plans = [planned(tmp_path / f"{place}.yaml", one) for place, one in enumerate(data)]
+    assert all(not plan.division.left for plan in plans)
+    names = [tensor.name for tensor in plans[0].plan.tensors]
+    found = merged_tensors([prepare(plan) for plan in plans], names, KnownCuts(), [torch.float32] * 3)
+    rows = [one["model.embed_tokens.weight"].shape[0] for one in found]
+    assert rows == [96, 96, 128] and all(value.dtype == torch.float32 for value in found[0].values())
+    for place, one in enumerate(data):
+        written = merge_here(tmp_path, one, f"merged_{place}")
+        rounded = {name: value.to(torch.bfloat16) for name, value in found[place].items()}
+        assert_equals_written(rounded, written)
 
 
 def test_drawing_leaves_the_callers_own_numbers_alone(llamas, tmp_path):

@@ -111,6 +111,7 @@ def test_padding_rows_are_dropped_as_stock_mergekit_does(tmp_path, capsys):
     assert rows_of(ours) == 96 == json.loads((ours / "config.json").read_text())["vocab_size"]
     assert len(tokenizer_of(ours)) == 96
     assert (ours / "generation_config.json").exists()
+    assert "by mergekit (" not in printed  # rows that keep their places are merged in pieces, too
     assert_same_tensors(ours, merge_stock(tmp_path, data))
 
 

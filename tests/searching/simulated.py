@@ -84,7 +84,9 @@ def space(**settings) -> Space:
     return Space(SearchSettings(**settings), ways, ("code", "math"), blocks=1)
 
 
-def a_search(folder: Path, score: Formula, *, pareto: bool = False, seed: int = 1, sampler="tpe", **settings) -> Search:
+def a_search(
+    folder: Path, score: Formula, *, pareto: bool = False, seed: int = 1, sampler="tpe", knowns=KNOWNS, **settings
+) -> Search:
     folder.mkdir(exist_ok=True)
     identity = {"pair": "simulated", "space": space(**settings).plain(), "pareto": pareto}
     tasks = TASKS if pareto else ("mean gain kept",)
@@ -95,7 +97,7 @@ def a_search(folder: Path, score: Formula, *, pareto: bool = False, seed: int = 
     expert = Entrant("expert", Candidate("expert", model="expert"))
     losses.require([BASE, expert], rows)
     yardstick = Yardstick(rows, "base", np.array([0.5, 0.5]), Objective.of("mean", TASKS, {}), pareto)
-    study.queue(KNOWNS)
+    study.queue(knowns)
     return Search(study, FormulaMaker(), losses, yardstick, first_rows=4)
 
 

@@ -51,15 +51,19 @@ def test_gains_are_those_of_sums_over_tokens():
             assert found[candidate, task] == pytest.approx((before - after) / scale)
 
 
-def test_with_rows_of_one_length_the_test_is_students_paired_one():
-    """One task, equal lengths: the ratio of sums is a mean, and the chance that of scipy's paired t test."""
+@pytest.mark.parametrize("there", [None, 18, 12 * 10**6])
+def test_with_rows_of_one_length_the_test_is_students_paired_one(there):
+    """One task, equal lengths: the ratio of sums is a mean, and the chance that of scipy's paired t test; of a mean of
+    rows without replacement, the variance is smaller by the share that was drawn."""
     rng = np.random.default_rng(1)
     nll = rng.normal(2.0, 0.3, (2, 12)) * 10
     rows, objective = racing.Rows(np.zeros(12, int), np.full(12, 10.0)), Objective.of("mean", ("a",), {})
     best, other = sorted(range(2), key=lambda one: nll[one].sum())
-    expected = stats.ttest_rel(nll[other], nll[best], alternative="greater").pvalue
+    score = stats.ttest_rel(nll[other], nll[best]).statistic / np.sqrt(1 - 12 / (there or np.inf))
+    expected = stats.t(11).sf(score)
     for level, verdict in ((expected * 1.001, True), (expected * 0.999, False)):
-        found = racing.beaten(nll, rows, rng.normal(20, 3, 12), np.array([1.0]), objective, level)
+        drawn_from = None if there is None else [there]
+        found = racing.beaten(nll, rows, rng.normal(20, 3, 12), np.array([1.0]), objective, level, drawn_from)
         assert list(found) == [one == other and verdict for one in range(2)]
 
 
@@ -84,7 +88,9 @@ def test_the_best_is_rarely_lost_and_the_bad_leave(kind):
         for seen in map(sum, racing.schedule((rows, rows), 8)):
             read += len(alive) * (seen - before) / (24 * 2 * rows)
             before = seen
-            alive = alive[~racing.beaten(nll[alive][:, :seen], whole.first(seen), base[:seen], SCALES, objective)]
+            own, some = nll[alive][:, :seen], whole.first(seen)
+            if seen < 2 * rows:
+                alive = alive[~racing.beaten(own, some, base[:seen], SCALES, objective, there=(rows, rows))]
         winner = alive[full[alive].argmax()]
         lost += winner != full.argmax()
         regret.append(full.max() - full[winner])

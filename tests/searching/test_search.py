@@ -8,6 +8,8 @@ pytest.importorskip("optuna")
 
 from tests.refusals import refused
 from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run
+from utils.searching.knowns import Known
+from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
 
 
@@ -119,6 +121,20 @@ def test_killed_while_a_trial_is_noted_it_comes_to_the_same(tmp_path, monkeypatc
         assert outcome(again) == outcome(unbroken)
 
 
+@pytest.mark.parametrize("pareto", [False, True])
+def test_the_best_uniform_one_reads_every_row_however_far_behind_it_is(tmp_path, pareto):
+    """It is what the winner is compared with."""
+    numbers = {"far": 1.0, "farther": 1.2, "farthest": 1.4}
+    knowns = [Known(name, Point("task_arithmetic", "uniform", {LAMBDA: value})) for name, value in numbers.items()]
+    knowns += [Known("best", Point("task_arithmetic", "lines", {LAMBDA: 0.45}))]
+    search = a_search(tmp_path, Formula(), knowns=knowns, pareto=pareto)
+    run(search, 4)
+    assert {trial.known for trial in search.study.finished(48)} == {"far", "best"}
+    assert {trial.known for trial in search.study.finished()} == {*numbers, "best"}
+    run(search, 9)
+    assert {racer.uniform for racer in search.champions(10**6)} == {True, False}
+
+
 def test_more_trials_extend_a_search(tmp_path):
     whole = a_search(tmp_path / "whole", Formula())
     run(whole, 13)
@@ -148,7 +164,7 @@ def test_a_front_keeps_what_is_best_at_either_task(tmp_path):
     run(search, 9)
     trials = [trial for trial in search.study.trials if trial.state.name == "COMPLETE"]
     assert all(len(trial.values) == 2 for trial in trials)
-    front = [entrant.digest for entrant in search.champions(10**6)]
+    front = [racer.entrant.digest for racer in search.champions(10**6)]
     assert front and len(front) == len(set(front))
 
 

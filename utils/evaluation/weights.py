@@ -56,7 +56,10 @@ class CandidateWeights:
 
     def _merged(self, models: Sequence[int], outputs: Sequence[str]) -> list[dict[str, torch.Tensor] | UserError]:
         try:
-            return merged_tensors([self.sources[model].work for model in models], outputs, self.known)
+            works = [self.sources[model].work for model in models]
+            on_cpu = self.device.type == "cpu"  # elsewhere a tensor is copied first, while it is small
+            placed = [self.sources[model].dtype for model in models] if on_cpu else None
+            return merged_tensors(works, outputs, self.known, placed)
         except UserError as error:
             if NOT_FINITE not in error.codes:
                 raise

@@ -23,7 +23,6 @@ from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.run import merge_directly
 from utils.merging.plan import MergePlan, OutputTensor, set_up_loading
 from utils.merging.planning import PlannedMerge
-from utils.models.tensor_files import as_bytes
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,15 @@ def prepare(planned: PlannedMerge) -> MergeWork:
 
 
 def merged_tensors(
-    works: Sequence[MergeWork], names: Sequence[str], known: KnownCuts | None = None
+    works: Sequence[MergeWork],
+    names: Sequence[str],
+    known: KnownCuts | None = None,
+    placed: Sequence[torch.dtype] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Merge the tensors of some names by one or several plans.
 
-    Inputs that several plans have in common are read from the disk once: tensors of one name are merged one after the
-    other in pieces (from the page cache), or together by mergekit's executor. Every plan's tensors of these names are
+    Inputs that several plans have in common are read once: tensors of one name are merged together, piece by piece or by
+    mergekit's executor. Every plan's tensors of these names are
     in memory at the end, so ask for a block at a time.
 
     Args:
@@ -70,9 +72,11 @@ def merged_tensors(
         names: output names (`OutputTensor.name`) that every plan has.
         known: cuts by magnitude that were found in these inputs before, which are most of a merge's work; those found
             now are added.
+        placed: for each plan the dtype that its tensors are wanted in, once they have been rounded to the plan's output
+            dtype; None for that.
 
     Returns:
-        For each plan its tensors by name, contiguous, in the plan's output dtype, on its device. An optional tensor
+        For each plan its tensors by name, contiguous, in that dtype, on its device. An optional tensor
         that the method skips is not among them.
 
     Raises:
@@ -84,7 +88,8 @@ def merged_tensors(
     for name in dict.fromkeys(names):
         for place, work in enumerate(works):
             if name in work.direct:
-                pieces.append((work.direct[name], _Held(merged[place], work.direct[name])))
+                dtype = None if placed is None else placed[place]
+                pieces.append((work.direct[name], _Held(merged[place], work.direct[name], dtype)))
             else:
                 (drawn if work.states else others).append((place, work.left[name]))
     if pieces:
@@ -95,18 +100,24 @@ def merged_tensors(
     for one in drawn:
         with _numbers_from(works[one[0]], one[1].name):
             _by_mergekit(works, [one], merged)
+    for tensors, dtype in zip(merged, placed or (), strict=placed is not None):
+        for name in [name for name, value in tensors.items() if value.is_floating_point()]:
+            tensors[name] = tensors[name].to(dtype)  # those of mergekit's; the others are in it
     return merged
 
 
 class _Held:
-    """Takes one merged tensor, piece by piece, into memory."""
+    """Takes one merged tensor, piece by piece, into memory, in the dtype that it is wanted in."""
 
-    def __init__(self, into: dict[str, Tensor], tensor: DirectTensor) -> None:
-        into[tensor.name] = torch.empty(tensor.headers[0].shape, dtype=tensor.out_dtype)
-        self._bytes = as_bytes(into[tensor.name].view(-1))
+    def __init__(self, into: dict[str, Tensor], tensor: DirectTensor, dtype: torch.dtype | None) -> None:
+        into[tensor.name] = torch.empty(tensor.headers[0].shape, dtype=dtype or tensor.out_dtype)
+        self._entries, self._dtype = into[tensor.name].view(-1), tensor.out_dtype
 
+    @torch.inference_mode()  # which is of a thread: the caller's does not hold here
     def write(self, name: str, start: int, content: memoryview) -> None:
-        self._bytes[start : start + len(content)] = content
+        piece = torch.frombuffer(content, dtype=self._dtype)
+        first = start // self._dtype.itemsize
+        self._entries[first : first + piece.numel()].copy_(piece)
 
 
 def _by_mergekit(

@@ -36,6 +36,7 @@ class VocabularyPlan:
         task: mergekit's task that builds the tokenizer and aligns the rows; None if no alignment takes place.
         info: what that task gives.
         size: rows of every embedding of the result; None if they stay as they are.
+        cuts_only: aligning leaves each model's first `size` rows as they are, and drops those behind them.
     """
 
     summary: str
@@ -44,6 +45,7 @@ class VocabularyPlan:
     task: BuildTokenizer | None = None
     info: TokenizerInfo | None = field(default=None, repr=False)
     size: int | None = None
+    cuts_only: bool = False
 
 
 def plan_vocabulary(
@@ -206,7 +208,16 @@ def _aligned(
             "merge-token-table",
         )
     change = f", {' and '.join(map(str, before))} rows become {size}" if before != [size] else f", {size} rows"
-    return VocabularyPlan(f"embedding rows are aligned by token{change}", warnings, True, task, info, size)
+    cuts_only = _is_plain(config) and _keeps_places(info, vocabulary)
+    return VocabularyPlan(f"embedding rows are aligned by token{change}", warnings, True, task, info, size, cuts_only)
+
+
+def _keeps_places(info: TokenizerInfo, vocabulary: Mapping[str, int]) -> bool:
+    """Whether tokens are numbered from 0 on without a gap, and every model's embedding of each is the row of that number."""
+    places = range(len(vocabulary))
+    return sorted(vocabulary.values()) == list(places) and all(
+        all(own.get(place) == place for place in places) for own in info.permutations.values()
+    )
 
 
 def _build(task: BuildTokenizer, inputs: MergeInputs) -> TokenizerInfo:

@@ -6,7 +6,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ class TensorHeader:
     def files(self) -> tuple[Path, ...]:
         """The files that hold any of it."""
         return (self.file, *(part.file for part in (self.change.headers if self.change else ())))
+
+
+def first_rows(header: TensorHeader, rows: int) -> TensorHeader:
+    """The first rows of a tensor, as a tensor of its own: they lie where it begins.
+
+    Raises:
+        ValueError: it has fewer, or an adapter changes it (what that makes of a row depends on the others, by a last bit).
+    """
+    there, *others = header.shape
+    if rows > there or header.change is not None:
+        raise ValueError(f"the first {rows} rows of {header.name}, {list(header.shape)}, are no tensor of their own")
+    return replace(header, shape=(rows, *others), nbytes=header.nbytes // there * rows if there else 0)
 
 
 def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:

@@ -5,9 +5,11 @@ loss is below the base's (`objective.py`), and a loss per token is a ratio of su
 candidates' nll on row i, in nats,
 
     D     = sum_t slope_t / scale_t * d_t,   d_t = sum_i d_i / sum_i tokens_i                   over the rows i of task t
-    var D = sum_t n_t / (n_t - 1) * sum_i ( slope_t / scale_t * (d_i - tokens_i * d_t) / sum_i tokens_i )^2
+    var D = sum_t (1 - n_t / N_t) n_t / (n_t - 1) * sum_i ( slope_t / scale_t * (d_i - tokens_i * d_t) / sum_i tokens_i )^2
 
-and D / sqrt(var D) is held against Student's t. That the leader was chosen by the same rows favors it, which Holm's
+and D / sqrt(var D) is held against Student's t. The n_t rows are drawn without replacement from the N_t of the race, and
+what is asked is who is ahead on all of those: the more of them have been read, the less is open (Cochran, Sampling
+Techniques, 1977, section 2.6). That the leader was chosen by the same rows favors it, which Holm's
 correction over the others more than pays for: `tests/searching/test_racing.py` measures how rarely the best is lost.
 (Optuna's WilcoxonPruner tests one trial at a time, by ranks; losses here are weighed by tokens, the worst task is no mean
 of rows, and a Pareto front has no single best.)
@@ -73,6 +75,7 @@ def beaten(
     scales: np.ndarray,
     objective: Objective,
     level: float = LEVEL,
+    there: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Which candidates the best one beats beyond doubt (bool [candidates]); the best itself never is.
 
@@ -83,6 +86,7 @@ def beaten(
         scales: what gains are divided by [tasks].
         objective: what is compared.
         level: the chance of one false verdict among all, Holm-corrected.
+        there: rows of each task that these were drawn from; None for more than can be counted.
     """
     if len(nll) < 2 or _counts(rows, len(scales)).min() < _FEWEST_ROWS:
         return np.zeros(len(nll), bool)
@@ -93,14 +97,22 @@ def beaten(
     if objective.worst:  # whichever task is the best one's worst, it has to be above the other's worst
         each = [_effects(nll[[best]], rows, base, scales, way[None])[0] for way in np.eye(len(scales))]
         ahead = list(zip(kept[best], each, strict=True))
-    chance = np.max([_chances(gain - figure, own - effect, rows, len(scales)) for gain, own in ahead], axis=0)
+    chances = [_chances(gain - figure, own - effect, rows, len(scales), there) for gain, own in ahead]
+    chance = np.max(chances, axis=0)
     others = np.arange(len(nll)) != best
     found = np.zeros(len(nll), bool)
     found[others] = holm_rejects(chance[others], level)
     return found
 
 
-def dominated(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray, level: float = LEVEL) -> np.ndarray:
+def dominated(
+    nll: np.ndarray,
+    rows: Rows,
+    base: np.ndarray,
+    scales: np.ndarray,
+    level: float = LEVEL,
+    there: Sequence[int] | None = None,
+) -> np.ndarray:
     """Which candidates another one beats on every task beyond doubt (bool [candidates]); for a Pareto front.
 
     The chance that one is not better on all tasks is at most the largest of the tasks' chances; of the many that might
@@ -114,7 +126,8 @@ def dominated(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray,
     for task in range(tasks):
         effect = _effects(nll, rows, base, scales, np.broadcast_to(np.eye(tasks)[task], kept.shape))
         for other in range(count):
-            chance = _chances(kept[other, task] - kept[:, task], effect[other] - effect, rows, tasks, only=task)
+            ahead = kept[other, task] - kept[:, task]
+            chance = _chances(ahead, effect[other] - effect, rows, tasks, there, only=task)
             worst[other] = np.maximum(worst[other], chance)
     np.fill_diagonal(worst, 1.0)
     return worst.min(axis=0) <= level / (count - 1)
@@ -137,10 +150,18 @@ def _effects(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray, 
     return share * residual
 
 
-def _chances(difference: np.ndarray, effect: np.ndarray, rows: Rows, tasks: int, only: int | None = None) -> np.ndarray:
+def _chances(
+    difference: np.ndarray,
+    effect: np.ndarray,
+    rows: Rows,
+    tasks: int,
+    there: Sequence[int] | None,
+    only: int | None = None,
+) -> np.ndarray:
     """One-sided p-values [candidates] of differences that should be above 0, from their rows' effects."""
     member, counts = _members(rows, tasks), _counts(rows, tasks)
-    variance = (effect**2 @ member) @ (counts / (counts - 1))
+    unread = 1.0 if there is None else 1 - counts / np.asarray(there)
+    variance = (effect**2 @ member) @ (unread * counts / (counts - 1))
     freedom = (counts.sum() - tasks) if only is None else counts[only] - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         score = np.where(variance > 0, difference / np.sqrt(variance), np.where(difference > 0, np.inf, 0.0))

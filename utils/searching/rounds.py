@@ -53,9 +53,13 @@ class Yardstick:
 
 @dataclass
 class Racer:
-    """A recipe in a race: `gains` [tasks] and how many rows it `saw` when it left, or all; `failure` where it has none."""
+    """A recipe in a race: `gains` [tasks] and how many rows it `saw` when it left, or all; `failure` where it has none.
+
+    The best of those that are `uniform` stays to the end: it is what the winner will be compared with.
+    """
 
     entrant: Entrant
+    uniform: bool = False
     saw: int = 0
     gains: np.ndarray | None = None
     left: "Sequence[int] | None" = None
@@ -95,28 +99,36 @@ class Search:
         asked = self.study.batch(number)
         self.study.ask(number, size - len(asked))
         entrants: dict[int, Entrant] = {}
+        distinct: dict[str, Racer] = {}
         for trial in self.study.batch(number):
-            entrant = self._entrant(trial.number, Point.read(trial.user_attrs["point"]))
+            point = Point.read(trial.user_attrs["point"])
+            entrant = self._entrant(trial.number, point)
             if entrant is not None:
                 entrants[trial.number] = entrant
-        distinct = {entrant.digest: Racer(entrant) for entrant in entrants.values()}
+                distinct.setdefault(entrant.digest, Racer(entrant)).uniform |= point.uniform
         self._race(number, list(distinct.values()))
         for trial, entrant in entrants.items():
             self._tell(trial, distinct[entrant.digest])
 
-    def champions(self, before: int) -> list[Entrant]:
-        """The best of the batches before one, of those that saw all rows: one, or the front. Their losses are at hand."""
+    def champions(self, before: int) -> list[Racer]:
+        """The best of the batches before one, of those that saw all rows: one, or the front; and the best uniform one. Their
+        losses are at hand."""
         finished = [trial for trial in self.study.finished(self.yardstick.all_rows) if trial.batch < before]
         if not finished:
             return []
         gains = np.array([[trial.gains[task] for task in self.yardstick.objective.tasks] for trial in finished])
+        figure = self.yardstick.objective.figure(gains)
         if self.yardstick.pareto:
             best = [place for place, own in enumerate(gains) if not _dominated(own, gains)]
         else:
-            best = [int(self.yardstick.objective.figure(gains).argmax())]
-        found = {finished[place].digest: self._again(finished[place].point) for place in best}
+            best = [int(figure.argmax())]
+        uniform = [place for place, trial in enumerate(finished) if trial.point.uniform]
+        best += [max(uniform, key=lambda place: figure[place])] if uniform else []
+        found: dict[str, Racer] = {}
+        for one in (finished[place] for place in best):
+            found.setdefault(one.digest, Racer(self._again(one.point))).uniform |= one.point.uniform
         for seen in self.schedule():  # in the steps in which they are kept
-            self.losses.require(list(found.values()), self.yardstick.first(seen))
+            self.losses.require([racer.entrant for racer in found.values()], self.yardstick.first(seen))
         return list(found.values())
 
     def _again(self, point: Point) -> Entrant:
@@ -140,7 +152,7 @@ class Search:
 
     def _race(self, number: int, racers: list[Racer]) -> None:
         """Race all of a batch at once: in every round those that are left see the rows so far."""
-        champions = [entrant.digest for entrant in self.champions(number)]
+        champions = self.champions(number)
         alive = list(racers)
         for seen in self.schedule():
             if not alive:
@@ -154,7 +166,7 @@ class Search:
             alive = self._finite(alive, rows)
             alive = self._unbeaten(alive, champions, rows, seen)
             self.on_round(Round(number, entered, entered - len(alive), sum(seen), missing))
-        self._settle(racers, champions)
+        self._settle(racers, [racer.entrant.digest for racer in champions])
 
     def _finite(self, racers: list[Racer], rows: Mapping[str, Sequence[int]]) -> list[Racer]:
         table = self.losses.table([racer.entrant.digest for racer in racers], rows)
@@ -165,22 +177,35 @@ class Search:
         return [racer for racer in racers if not racer.failure]
 
     def _unbeaten(
-        self, racers: list[Racer], champions: Sequence[str], rows: Mapping[str, list[int]], seen: Sequence[int]
+        self, racers: list[Racer], champions: Sequence[Racer], rows: Mapping[str, list[int]], seen: Sequence[int]
     ) -> list[Racer]:
-        """Those that no other one, the champions among them, beats on these rows."""
-        own = [racer.entrant.digest for racer in racers]
-        others = [digest for digest in champions if digest not in own]
-        table, read = self.losses.table([*own, *others], rows), self._rows(rows)
-        base = self._base(rows)
-        scales = self.yardstick.scales
-        if self.yardstick.pareto:
-            lost = racing.dominated(table, read, base, scales)
-        else:
-            lost = racing.beaten(table, read, base, scales, self.yardstick.objective)
-        for racer, is_lost in zip(racers, lost, strict=False):
-            racer.saw = sum(seen)
+        """Those that no other one, the champions among them, beats on these rows; on all rows there is nothing to save by
+        leaving. A uniform one is to be beaten by a uniform one."""
+        for racer in racers:
+            racer.saw, racer.left = sum(seen), None
+        if sum(seen) == self.yardstick.all_rows:
+            return racers
+        lost = self._lost(racers, champions, rows)
+        uniform, best_uniform = ([racer for racer in some if racer.uniform] for some in (racers, champions))
+        lost_to_uniform = self._lost(uniform, best_uniform, rows)
+        for racer in racers:
+            is_lost = racer.entrant.digest in (lost_to_uniform if racer.uniform else lost)
             racer.left = tuple(seen) if is_lost else None
-        return [racer for racer, is_lost in zip(racers, lost, strict=False) if not is_lost]
+        return [racer for racer in racers if racer.left is None]
+
+    def _lost(self, racers: Sequence[Racer], champions: Sequence[Racer], rows: Mapping[str, list[int]]) -> set[str]:
+        """The digests of those that another one, or a champion, beats on these rows."""
+        own = [racer.entrant.digest for racer in racers]
+        others = [racer.entrant.digest for racer in champions if racer.entrant.digest not in own]
+        if not own:
+            return set()
+        table, read = self.losses.table([*own, *others], rows), self._rows(rows)
+        base, scales, there = self._base(rows), self.yardstick.scales, list(map(len, self.yardstick.rows.values()))
+        if self.yardstick.pareto:
+            lost = racing.dominated(table, read, base, scales, there=there)
+        else:
+            lost = racing.beaten(table, read, base, scales, self.yardstick.objective, there=there)
+        return {digest for digest, is_lost in zip(own, lost, strict=False) if is_lost}
 
     def _settle(self, racers: Sequence[Racer], champions: Sequence[str]) -> None:
         """Gains on all rows: as they are for those that saw them, else by what they fell behind the best one."""

@@ -19,6 +19,7 @@ from utils.merging.pieces import changes, tensor_cuts
 from utils.merging.pieces import tensor as tensor_merge
 from utils.merging.pieces.arithmetic import Average, Combination
 from utils.merging.pieces.choice import DirectTensor, kept_band
+from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.run import merge_directly
 from utils.models.headers import read_headers
 from utils.models.shard_files import ShardFiles, TensorSpec
@@ -200,6 +201,53 @@ def test_what_is_not_finite_is_refused(tmp_path, small_pieces, density, value, p
     values = {"weight": [1.0, 1.0], "density": [density, density], "normalize": True}
     with refused("merge-not-finite"):
         merge_here(tmp_path, tensors, "ties", values, torch.float32, torch.float32)
+
+
+class Held:
+    """Takes one merged tensor into memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.content = bytearray(nbytes)
+
+    def write(self, name: str, start: int, content: memoryview) -> None:
+        self.content[start : start + len(content)] = bytes(content)
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 4), out_dtype=DTYPES, data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_several_recipes_make_of_the_same_inputs_is_what_each_makes_alone(
+    tmp_path, small_pieces, seed, count, out_dtype, data
+):
+    generator = torch.Generator().manual_seed(seed)
+    headers = []
+    for number in range(count + 1):
+        place = tmp_path / str(number)
+        place.mkdir(exist_ok=True)
+        values = torch.randn(7, 41, generator=generator).mul(8).round().div(8)  # with ties
+        save_file({"x": values}, place / "model.safetensors")
+        headers.append(read_headers(place, "model")["x"])
+    weights = st.lists(st.sampled_from([1.0, 0.3, 0.0, -0.6]), min_size=count, max_size=count)
+    jobs = []
+    for _ in range(data.draw(st.integers(2, 5))):
+        if data.draw(st.integers(0, 3)) == 0:
+            rule, bands = Average((0.4, *data.draw(weights)), False), ()
+        else:
+            kind = data.draw(st.sampled_from([None, "magnitude", "magnitude_outliers"]))
+            select = None if kind is None else SparsificationMethod[kind]
+            densities = data.draw(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=count, max_size=count))
+            bands = tuple(kept_band(select, 287, density, 0.1 * density) for density in densities)
+            rule = Combination(
+                tuple(data.draw(weights)), data.draw(st.booleans()), data.draw(st.booleans()), 0.7, torch.float32
+            )
+        jobs.append(DirectTensor("x", tuple(headers), torch.float32, out_dtype, rule, bands))
+
+    def made(some: list[DirectTensor], known: KnownCuts | None) -> list[bytes]:
+        outputs = [Held(287 * out_dtype.itemsize) for _ in some]
+        merge_directly(list(zip(some, outputs, strict=True)), 2, lambda name, nbytes: None, known)
+        return [bytes(one.content) for one in outputs]
+
+    known = KnownCuts()
+    assert made(jobs, known) == [made([job], None)[0] for job in jobs] == made(jobs, known)
 
 
 def test_overflow_of_the_saved_dtype_is_refused(tmp_path):

@@ -52,6 +52,11 @@ class Combination:
     scale: float  # lambda
     dtype: torch.dtype
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether `combine` overwrites the changes it is given."""
+        return self.vote or any(weight != 1 for weight in self.rounded_weights)
+
     @cached_property
     def rounded_weights(self) -> list[float]:
         """The weights, rounded to the working dtype."""
@@ -87,18 +92,20 @@ class Scratch:
         return found[:entries]
 
 
-def keep_band(change: Tensor, outer: int, inner: int | None, scratch: Scratch) -> None:
-    """Zero, in place, the entries whose magnitude pattern is not above `outer`, and those above `inner`.
+def keep_band(change: Tensor, outer: int, inner: int | None, out: Tensor, scratch: Scratch) -> None:
+    """Write a change to `out`, which may be itself: zero where the magnitude pattern is not above `outer`, or above `inner`.
 
     All entries must be finite. A pattern of -1 is below all.
     """
     if outer >= 0:
-        torch.hardshrink(change, magnitude(outer, change.dtype), out=change)
+        torch.hardshrink(change, magnitude(outer, change.dtype), out=out)
+    elif out is not change:
+        out.copy_(change)
     if inner is not None and inner >= 0:
-        large = scratch.take("other", change.numel(), change.dtype)
-        change.sub_(torch.hardshrink(change, magnitude(inner, change.dtype), out=large))
+        large = scratch.take("other", out.numel(), out.dtype)
+        out.sub_(torch.hardshrink(out, magnitude(inner, out.dtype), out=large))
     elif inner is not None:
-        change.zero_()
+        out.zero_()
 
 
 def combine(base: Tensor, changes: Sequence[Tensor], rule: Combination, scratch: Scratch) -> Tensor:
@@ -106,7 +113,7 @@ def combine(base: Tensor, changes: Sequence[Tensor], rule: Combination, scratch:
 
     Args:
         base: [entries], working dtype.
-        changes: per model [entries], working dtype; overwritten.
+        changes: per model [entries], working dtype; overwritten where `rule.overwrites`.
         rule: what to do.
         scratch: buffers; the result is one of them.
 

@@ -22,19 +22,20 @@ from utils.mergekit_api import (
     GeneralizedTaskArithmeticMerge,
     MergeMethod,
     ModelReference,
+    PermutedVocabulary,
     SparsificationMethod,
     dtype_from_name,
     linear_merge,
     replaceable_code,
 )
 from utils.merging.pieces.arithmetic import MOST_CHANGES, Average, Combination
-from utils.merging.plan import MergePlan, OutputTensor
+from utils.merging.plan import MergePlan, OutputTensor, gathered
 from utils.merging.settings import MergeSettings
-from utils.models.headers import FLOAT_DTYPES, TensorHeader
+from utils.models.headers import FLOAT_DTYPES, TensorHeader, first_rows
 
 # Of the functions of mergekit 0.1.5 listed in `utils/mergekit_api.py`. To accept another version: compare those functions,
 # run the tests of these modules with the new digest, then put it here.
-REPLACED = frozenset({"14e6350833c92f6c33e85647ac27500aa2b40bcdb1c027acfc4a71f50dd316fc"})
+REPLACED = frozenset({"d73e0170faa276937197a0842a00e17ac806a8a4d4f6ef087530e5d37011437b"})
 STORED = {code: getattr(torch, name) for code, name in FLOAT_DTYPES.items() if name != "float64"}
 _BANDS = (None, SparsificationMethod.magnitude, SparsificationMethod.magnitude_outliers)
 
@@ -108,7 +109,7 @@ def divide(plan: MergePlan, settings: MergeSettings) -> Division:
         against = "the recipe makes a tensor twice"
     direct, left = [], []
     for tensor in plan.tensors:
-        found = _direct(tensor, method) if against is None else against
+        found = _direct(tensor, method, plan.vocabulary.cuts_only) if against is None else against
         if isinstance(found, str):
             left.append((tensor, found))
         else:
@@ -162,9 +163,10 @@ def _is_cut(tensor: OutputTensor) -> bool:
     return any(values.get("density", 1.0) < 1 for _, values in tensor.task.input_parameters.items())
 
 
-def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:
+def _direct(tensor: OutputTensor, method: MergeMethod, cuts_only: bool) -> DirectTensor | str:
     task = tensor.task
-    if type(task.gather_tensors) is not GatherTensors:
+    is_cut = type(task.gather_tensors) is PermutedVocabulary and cuts_only and tensor.vocabulary_axis == 0
+    if type(task.gather_tensors) is not GatherTensors and not is_cut:
         return "vocabularies are aligned"
     if task.dtype is not None or task.out_dtype is not None:
         return "a dtype of its own"
@@ -175,6 +177,13 @@ def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:
             return "the base or every changed model lacks it"
         models = [task.base_model, *changed]
     headers = tuple(tensor.sources[model] for model in models)
+    if is_cut:
+        rows = tensor.shape[0]
+        if any(header.change is not None or header.shape[0] < rows for header in headers):
+            return "vocabularies are aligned"
+        if len({header.dtype for header in headers}) > 1:
+            return "vocabularies of several dtypes are aligned"
+        headers = tuple(first_rows(header, rows) for header in headers)
     if not headers or any(header.shape != tensor.shape for header in headers) or not math.prod(tensor.shape):
         return "unusual shapes"
     dtype = _working_dtype(tensor, models)
@@ -205,7 +214,7 @@ def _direct(tensor: OutputTensor, method: MergeMethod) -> DirectTensor | str:
 
 def _working_dtype(tensor: OutputTensor, models: list[ModelReference]) -> torch.dtype | str:
     """What mergekit computes in: the dtypes loaded, promoted. A reason if a value would be rounded twice on the way."""
-    gather = tensor.task.gather_tensors
+    gather = gathered(tensor.task)
     loaded = []
     for model in models:
         stored = tensor.sources[model].dtype

@@ -6,8 +6,7 @@ tables of the tensors that are being counted.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from utils.merging.pieces.arithmetic import Scratch
@@ -15,7 +14,7 @@ from utils.merging.pieces.by_mergekit import merge_by_mergekit
 from utils.merging.pieces.choice import DirectTensor, Division
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.finished import FinishedTensors
-from utils.merging.pieces.tensor import Output, TensorMerge
+from utils.merging.pieces.tensor import Output, TensorMerge, inputs_of
 from utils.merging.pieces.tensor_cuts import shared_cuts
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
@@ -80,15 +79,18 @@ def merge_directly(
 ) -> None:
     """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`.
 
-    `known` are cuts of these inputs that were found before; those that are found now are added, those that several of
+    What several of the tensors are made of is read once. `known` are cuts of these inputs that were found before; those that are found now are added, those that several of
     the tensors need being searched together.
     """
     progress = _Progress()
     tensors = [tensor for tensor, _ in work]
+    together: dict[Hashable, list[tuple[DirectTensor, Output]]] = {}
+    for tensor, output in work:
+        together.setdefault(inputs_of(tensor), []).append((tensor, output))
     with TensorFiles(header.file for tensor in tensors for header in tensor.headers) as inputs, one_torch_thread():
         if known is not None:
             WorkLine(shared_cuts(tensors, inputs, known), Scratch).run(threads, lambda: None)
-        ahead = _ReadAhead(tensors, inputs)
+        ahead = _ReadAhead([group[0][0] for group in together.values()], inputs)
 
         def meanwhile() -> None:
             read, written = progress.collect()
@@ -96,9 +98,7 @@ def merge_directly(
             for name, nbytes in written.items():
                 report(name, nbytes)
 
-        jobs = (
-            TensorMerge(tensor, inputs, output, partial(progress.add, tensor.name), known) for tensor, output in work
-        )
+        jobs = (TensorMerge(group, inputs, progress.add, known) for group in together.values())
         WorkLine(jobs, Scratch).run(threads, meanwhile)
 
 

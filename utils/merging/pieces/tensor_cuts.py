@@ -124,7 +124,7 @@ def shared_cuts(tensors: Sequence[DirectTensor], inputs: TensorFiles, known: Kno
     groups: dict[Hashable, list[DirectTensor]] = {}
     for tensor in tensors:
         places = tuple((header.file, header.start, header.change) for header in tensor.headers)
-        groups.setdefault((*places, tensor.dtype), []).append(tensor)
+        groups.setdefault((*places, tensor.numel, tensor.dtype), []).append(tensor)
     for first, *others in groups.values():
         wanted: dict[int, set[int]] = {}
         for tensor in (first, *others) if others else ():
@@ -146,6 +146,6 @@ def table_bytes(tensor: DirectTensor) -> int:
 
 
 def _keys(tensor: DirectTensor, place: int, ranks: Sequence[int]) -> list[Hashable]:
-    """What the cuts of a change depend on: where both inputs lie, the working dtype, the rank."""
+    """What the cuts of a change depend on: where both inputs lie, how much of them, the working dtype, the rank."""
     both = [(header.file, header.start, header.change) for header in (tensor.headers[0], tensor.headers[place + 1])]
-    return [(*both, tensor.dtype, rank) for rank in ranks]
+    return [(*both, tensor.numel, tensor.dtype, rank) for rank in ranks]

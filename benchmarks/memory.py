@@ -2,9 +2,9 @@
 
     python3 benchmarks/memory.py
     python3 benchmarks/memory.py --guidance saliency_budget,sens_merging --merge_methods "" --depths 4,32
-    python3 benchmarks/memory.py --guidance "" --merge_methods ties,della,slerp
+    python3 benchmarks/memory.py --guidance "" --merge_methods ties,della,slerp --shapes llama-365m
 
-Every command runs as a whole process, once for each number of blocks in `--depths`, on models of one width that have random
+Every command runs as a whole process, once for each shape and each number of blocks in `--depths`, on models that have random
 weights. The peak of memory that the system cannot reclaim (RssAnon), without that of the same command on models of next to
 no size, which is the runtime, is compared with the line `memory: about`. Every run goes into
 `benchmarks/results/memory.csv`; a table of medians is printed.
@@ -12,6 +12,7 @@ no size, which is the runtime, is compared with the line `memory: about`. Every 
 
 import argparse
 import csv
+import itertools
 import re
 import shutil
 import statistics
@@ -29,9 +30,8 @@ from benchmarks.shapes import ROOT, SHAPES, build_pair, rows_files
 from utils.guidance.method import guidance_methods
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.csv"
-COLUMNS = ("command", "method", "blocks", "estimate_mb", "peak_mb", "runtime_mb", "ratio", "machine")
-WIDE = SHAPES["llama-78m"]
-NARROW = WIDE | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
+COLUMNS = ("command", "method", "shape", "blocks", "estimate_mb", "peak_mb", "runtime_mb", "ratio", "machine")
+NARROW = SHAPES["llama-78m"] | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
                  "vocab_size": 8192, "num_hidden_layers": 2}  # fmt: skip
 MERGE_METHODS = (
     "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della",
@@ -86,29 +86,34 @@ def measured(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
     return float(found[1]) * _SCALE[found[2]], run.anonymous
 
 
-def rows(kind: str, methods: Sequence[str], depths: Sequence[int], folder: Path) -> Iterator[dict[str, object]]:
-    """A row for every method and depth."""
+def rows(
+    kind: str, methods: Sequence[str], shapes: Sequence[str], depths: Sequence[int], folder: Path
+) -> Iterator[dict[str, object]]:
+    """A row for every method, shape and depth."""
     command = {"measure": measuring, "merge": merging}[kind]
     SHAPES["narrow"] = NARROW
     narrow = build_pair("narrow", folder / "narrow", None)
     here = machine()
     for method in methods:
         _, runtime = measured(command(method, narrow, folder), folder)
-        for blocks in depths:
-            SHAPES[f"wide-{blocks}"] = WIDE | {"num_hidden_layers": blocks}
-            places = build_pair(f"wide-{blocks}", folder / f"wide-{blocks}", None)
-            about, peak = measured(command(method, places, folder), folder)
-            values = (kind, method, blocks, about / 1e6, peak / 1e6, runtime / 1e6, about / (peak - runtime))
+        for shape, blocks in itertools.product(shapes, depths):
+            name = f"{shape}-{blocks}"
+            SHAPES[name] = SHAPES[shape] | {"num_hidden_layers": blocks}
+            about, peak = measured(command(method, build_pair(name, folder / name, None), folder), folder)
+            values = (kind, method, shape, blocks, about / 1e6, peak / 1e6, runtime / 1e6, about / (peak - runtime))
             row = dict(zip(COLUMNS, [round(one, 3) if isinstance(one, float) else one for one in values], strict=False))
-            print(row, file=sys.stderr)
+            print(row, file=sys.stderr, flush=True)
             yield row | {"machine": here}
 
 
 def table(found: Sequence[dict[str, object]]) -> str:
     """Medians as Markdown."""
-    lines = ["| command | method | blocks | said MB | taken MB | said / taken |", "|---|---|---|---|---|---|"]
-    for key in dict.fromkeys((row["command"], row["method"], row["blocks"]) for row in found):
-        own = [row for row in found if (row["command"], row["method"], row["blocks"]) == key]
+    lines = [
+        "| command | method | shape | blocks | said MB | taken MB | said / taken |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys(map(_key, found)):
+        own = [row for row in found if _key(row) == key]
         said, taken = (
             statistics.median(values)
             for values in ([row["estimate_mb"] for row in own], [row["peak_mb"] - row["runtime_mb"] for row in own])
@@ -117,22 +122,32 @@ def table(found: Sequence[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def _listed(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
+def _key(row: dict[str, object]) -> tuple[object, ...]:
+    return row["command"], row["method"], row["shape"], row["blocks"]
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidance", default=",".join(guidance_methods()), help="methods, separated by commas")
     parser.add_argument("--merge_methods", default=",".join(MERGE_METHODS), help="methods, separated by commas")
     parser.add_argument("--depths", default="4", help="numbers of blocks, separated by commas")
+    parser.add_argument("--shapes", default="llama-78m", help=f"widths, separated by commas: {', '.join(SHAPES)}")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file that every run is added to")
     args = parser.parse_args()
     depths, found = [int(one) for one in args.depths.split(",")], []
     with tempfile.TemporaryDirectory() as folder:
         for kind, names in (("measure", args.guidance), ("merge", args.merge_methods)):
             for _ in range(args.runs):
-                for row in rows(kind, [one for one in names.split(",") if one], depths, Path(folder)):
+                for row in rows(kind, _listed(names), _listed(args.shapes), depths, Path(folder)):
                     found.append(row)
-                    new = not RESULTS.exists()
-                    with open(RESULTS, "a", newline="") as file:
+                    new = not args.results.exists()
+                    with open(args.results, "a", newline="") as file:
                         writer = csv.DictWriter(file, COLUMNS)
                         writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * new + [row])
     print(table(found))

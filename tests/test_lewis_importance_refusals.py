@@ -56,6 +56,13 @@ def test_flags(refused, flags, code, words):
     assert words in refused(code, *flags)
 
 
+@pytest.mark.parametrize("guidance", ["lewis", "sens_merging"])
+def test_a_disk_without_room_for_hidden_states(refused, monkeypatch, guidance):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**3))
+    assert "lower nsamples or seqlen" in refused("disk-full", *ARGUMENTS, "--guidance", guidance)
+
+
 def test_an_out_dir_that_cannot_be_written(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     refused("out-unwritable")

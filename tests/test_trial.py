@@ -53,7 +53,7 @@ def test_memory_is_limited(monkeypatch):
         begin("reading")
         bytearray(2**30)
 
-    assert Trial(fill).failure() == "reading took more than 0 GiB of memory"
+    assert Trial(fill).failure() == "reading took more than 0.25 GiB of memory"
 
 
 def test_a_crash_is_said():
@@ -80,3 +80,16 @@ def test_a_panic_is_a_failure_and_an_interrupt_is_none():
 def test_nothing_is_tried_outside_a_command():
     allow_trials(False)
     assert Trial(lambda begin: time.sleep(60)).failure() == ""
+
+
+def test_each_step_has_its_own_time(monkeypatch):
+    monkeypatch.setattr(trial, "CPU_SECONDS", 1)
+
+    def steps(begin):
+        for number in range(3):
+            begin(f"step {number}")
+            start = time.process_time()
+            while time.process_time() < start + 0.6:
+                pass
+
+    assert Trial(steps).failure() == ""

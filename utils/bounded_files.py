@@ -5,7 +5,9 @@ the memory.
 """
 
 import json
+import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -40,17 +42,35 @@ def read_bounded(path: Path, what: str, most: int = MOST_BYTES) -> bytes:
     return content
 
 
-def read_json(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_json(path: Path, what: str, most: int = MOST_BYTES, *, finite: bool = False) -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: the file.
+        what: what to call it in a message.
+        most: bytes that such a file never exceeds.
+        finite: whether NaN and infinity, which JSON does not know and configs of models hold, are refused.
+
     Raises:
-        UserError: as `read_bounded`; it is not JSON, or not an object.
+        UserError: as `read_bounded`; it is not JSON, holds half of a character (`"\\ud800"`), or is not an object.
     """
     content = read_bounded(path, what, most)
+    numbers = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
     try:
-        data = json.loads(content.decode("utf-8-sig"))
+        data = json.loads(content.decode("utf-8-sig"), **numbers)
+        if _HALF.search(content):
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON: {error}", "json-invalid") from error
     if not isinstance(data, dict):
         raise UserError(f"{what} must hold a JSON object, but holds a {type(data).__name__}", "json-no-object")
     return data
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # the beginning of a character of two halves, or one that has lost the other
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value

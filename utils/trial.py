@@ -6,17 +6,29 @@ but the work itself, and it works while this process goes on.
 """
 
 import atexit
+import contextlib
 import faulthandler
+import json
+import math
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-CPU_SECONDS = 10
-WALL_SECONDS = 60.0  # on a machine that is busy with other things
-MEMORY = 4 * 2**30  # bytes more than this process has mapped
+CPU_SECONDS = 6  # for a step that reads small files
+CPU_SECONDS_A_MEGABYTE = 0.5  # of the files it reads beside; a vocabulary of 44 MB takes 5 s
+WALL_SECONDS = 60.0  # for a step, on a machine that is busy with other things
+MEMORY = 3 * 2**28  # bytes more than this process has
+MEMORY_A_BYTE = 30  # of the files beside; that vocabulary takes 14
 _allowed = False
+
+
+class Begin(Protocol):
+    """Is called with the name of a step that begins, and with the bytes of the files that it reads."""
+
+    def __call__(self, step: str, size: int = 0) -> None: ...
 
 
 def allow_trials(allowed: bool = True) -> None:
@@ -28,13 +40,15 @@ def allow_trials(allowed: bool = True) -> None:
 class Trial:
     """A fork at work. `step` tells it apart in a message: what was being done when it died."""
 
-    def __init__(self, work: Callable[[Callable[[str], None]], None]) -> None:
-        """Begin the work, which is given what to call with the name of each step; nothing where trials are not made."""
+    def __init__(self, work: Callable[[Begin], None]) -> None:
+        """Begin the work, which is given what to call at each step; nothing where trials are not made."""
         self._child = 0
         if not _allowed or not hasattr(os, "fork"):
             return
         self._deadline = time.monotonic() + WALL_SECONDS
         self._steps, writer = os.pipe()
+        self._begun = b""
+        os.set_blocking(self._steps, False)
         self._child = os.fork()
         if not self._child:
             _be_the_fork(work, writer)
@@ -46,15 +60,16 @@ class Trial:
         if not self._child:
             return ""
         status = self._wait()
-        with open(self._steps, encoding="utf-8") as steps:
-            step = (steps.read().splitlines() or ["starting"])[-1]
+        self._read_steps()
+        os.close(self._steps)
+        step, seconds, memory = json.loads((self._begun.splitlines() or [b'["starting", 0, 0]'])[-1])
         code, self._child = os.waitstatus_to_exitcode(status), 0
         if code == 0:
             return ""
         how = {
-            -signal.SIGXCPU: f"took more than {CPU_SECONDS} s of processor time",
-            -signal.SIGKILL: f"took more than {CPU_SECONDS} s of processor time or was killed for its memory",
-            _NO_MEMORY: f"took more than {MEMORY >> 30} GiB of memory",
+            -signal.SIGXCPU: f"took more than {seconds} s of processor time",
+            -signal.SIGKILL: f"took more than {seconds} s of processor time or was killed for its memory",
+            _NO_MEMORY: f"took more than {memory / 2**30:.2g} GiB of memory",
             _PANIC: "made a library give up",
         }.get(code, f"ended a process by signal {-code}" if code < 0 else f"ended a process with code {code}")
         return f"{step} {how}"
@@ -73,11 +88,21 @@ class Trial:
             found, status = os.waitpid(self._child, os.WNOHANG)
             if found:
                 return status
+            if self._read_steps():
+                self._deadline = time.monotonic() + WALL_SECONDS
             if time.monotonic() > self._deadline:
                 os.kill(self._child, signal.SIGKILL)
                 return os.waitpid(self._child, 0)[1]
             time.sleep(pause)
             pause = min(0.02, pause * 1.5)
+
+    def _read_steps(self) -> bool:
+        """Take in the names of the steps that have begun; whether there is a new one."""
+        before = len(self._begun)
+        with contextlib.suppress(BlockingIOError):
+            while found := os.read(self._steps, 2**16):
+                self._begun += found
+        return len(self._begun) > before
 
 
 _NO_MEMORY, _PANIC = 71, 72  # exit codes of a fork
@@ -88,7 +113,12 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _be_the_fork(work: Callable[[Callable[[str], None]], None], writer: int) -> None:
+def _limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _be_the_fork(work: Callable[[Begin], None], writer: int) -> None:
     code = 0
     try:
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -97,16 +127,19 @@ def _be_the_fork(work: Callable[[Callable[[str], None]], None], writer: int) -> 
         faulthandler.disable()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_DFL)
+        _limit(resource.RLIMIT_CORE, 0)
         with open("/proc/self/statm", encoding="ascii") as file:
-            mapped = int(file.read().split()[0]) * resource.getpagesize()
-        for limit, most in (
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_CPU, CPU_SECONDS),
-            (resource.RLIMIT_AS, mapped + MEMORY),
-        ):
-            hard = resource.getrlimit(limit)[1]
-            resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-        work(lambda step: os.write(writer, f"{step}\n".encode()) and None)
+            mine = int(file.read().split()[5]) * resource.getpagesize()  # what can be written to, threads' reserves not
+
+        def begin(step: str, size: int = 0) -> None:
+            seconds = CPU_SECONDS + math.ceil(CPU_SECONDS_A_MEGABYTE * size / 1e6)
+            memory = MEMORY + MEMORY_A_BYTE * size
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
+            _limit(resource.RLIMIT_DATA, mine + memory)
+            os.write(writer, f"{json.dumps([step, seconds, memory])}\n".encode())
+
+        begin("starting")
+        work(begin)
     except MemoryError:
         code = _NO_MEMORY
     except BaseException as error:

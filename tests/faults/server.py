@@ -5,7 +5,7 @@
 Reads a JSON object from each line of stdin and answers with one on stdout:
 
 {"words": ["utils/merger.py", "--output_path", ...], "cwd": folder, "log": file, "root": folder, "at": 3, "error": 28}
-{"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "peak_kb": 61234}
+{"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "processor": 0.3, "peak_kb": 61234}
 
 `code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
 them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded
@@ -90,6 +90,7 @@ def _run(asked: dict) -> dict:
             "stdout": texts[0],
             "stderr": texts[1],
             "seconds": time.perf_counter() - start,
+            "processor": usage.ru_utime + usage.ru_stime,
             "peak_kb": usage.ru_maxrss,
         }
 

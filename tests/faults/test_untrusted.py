@@ -5,7 +5,6 @@ python -m pytest tests/faults/test_untrusted.py -m slow
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +92,10 @@ def _check(done: dict[str, Any], what: object = "") -> None:
     assert done["seconds"] < SECONDS and done["peak_kb"] < MEGABYTES * 1024, (what, done)
 
 
-@pytest.mark.parametrize("attack", [*ATTACKS, *SLOW])
-@pytest.mark.parametrize("command", ["measure", "merge", "evaluate"])
+@pytest.mark.parametrize(
+    ("command", "attack"),
+    [(command, attack) for command in COMMANDS for attack in (*ATTACKS, *(() if command == "decide" else SLOW))],
+)
 def test_a_model_made_to_do_harm(plain_server, folder, command, attack):
     model = folder / ("merged/base" if command == "merge" else "base")
     (ATTACKS | SLOW)[attack](model)
@@ -126,75 +127,3 @@ def test_a_recipe_made_to_do_harm(plain_server, folder, text):
     done = plain_server.run(*COMMANDS["merge"], cwd=folder)
     _check(done)
     assert done["code"] == 2 and not (folder / "out").exists()
-
-
-# --- mutated files ----------------------------------------------------------------------------------------------------
-
-TOKENS = [
-    b"0",
-    b"-1",
-    b"1e400",
-    b"NaN",
-    b"null",
-    b"true",
-    b"[]",
-    b"{}",
-    b'""',
-    b"99999999999",
-    b"*a",
-    b"&a ",
-    b"!!int ",
-    b"\xff",
-    b"\0",
-]
-MUTATED = {
-    "measure": ["pair.yaml", "rows.jsonl", "base/config.json", "code/tokenizer_config.json", "base/tokenizer.json", "code/model.safetensors"],
-    "decide": ["pair.yaml", "dfs/manifest.json", "dfs/norms.csv", "dfs/code_delta.csv", "base/config.json"],
-    "merge": ["recipe.yaml", "merged/base/config.json", "merged/code/config.json", "merged/base/generation_config.json", "merged/base/tokenizer_config.json", "merged/code/model.safetensors"],
-}  # fmt: skip
-
-
-def _mutated(content: bytes, random: random.Random, header_only: bool) -> bytes:
-    """A few bytes replaced, removed, doubled, or exchanged for what parsers stumble over."""
-    for _ in range(random.randint(1, 3)):
-        place = random.randrange(min(len(content), 2000) if header_only else len(content))
-        span = random.randint(1, 12)
-        kind = random.randrange(4)
-        new = [
-            b"",
-            bytes(random.randrange(256) for _ in range(span)),
-            content[place : place + span] * 2,
-            random.choice(TOKENS),
-        ][kind]
-        content = content[:place] + new + content[place + span :]
-    return content
-
-
-def _fuzz(server, folder: Path, command: str, count: int, seed: int) -> None:
-    chance = random.Random(seed)
-    for number in range(count):
-        name = chance.choice(MUTATED[command])
-        path = folder / name
-        before = path.read_bytes()
-        path.write_bytes(_mutated(before, chance, name.endswith(".safetensors")))
-        try:
-            words = (
-                [*COMMANDS[command], "--accept_edited"]
-                if command == "decide" and chance.random() < 0.7
-                else COMMANDS[command]
-            )
-            _check(server.run(*words, cwd=folder, memory_mb=2000), (seed, number, name, path.read_bytes()[:3000]))
-        finally:
-            path.write_bytes(before)
-            shutil.rmtree(folder / "out", ignore_errors=True)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_few_mutated_files(plain_server, folder, command):
-    _fuzz(plain_server, folder, command, 8, seed=1)
-
-
-@pytest.mark.parametrize("part", range(10))
-@pytest.mark.parametrize("command", COMMANDS)
-def test_many_mutated_files(plain_server, folder, command, part):
-    _fuzz(plain_server, folder, command, 334, seed=100 + part)

@@ -83,6 +83,23 @@ def test_json_that_is_none(tmp_path, content, code):
         read_json(tmp_path / "x.json", "it")
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e400"])
+def test_numbers_that_are_not_finite_are_for_configs_alone(tmp_path, value):
+    """`time_step_limit` of some architectures is infinite; a manifest could not be written again with it."""
+    (tmp_path / "x.json").write_text(f'{{"x": [0.5, {value}]}}')
+    assert read_json(tmp_path / "x.json", "it")["x"][0] == 0.5
+    with refused("json-invalid"):
+        read_json(tmp_path / "x.json", "it", finite=True)
+
+
+def test_half_of_a_character_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"x": "\\ud83d\\ude00"}')
+    assert read_json(tmp_path / "x.json", "it")["x"] == "\U0001f600"
+    (tmp_path / "x.json").write_text('{"x": "\\ud83d"}')
+    with refused("json-invalid"):
+        read_json(tmp_path / "x.json", "it")
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.refusals import refused
 from utils.passes.flows import stops
-from utils.passes.sample_pass import SamplePass, handed_over
+from utils.passes.hand_over import handed_over
+from utils.passes.sample_pass import SamplePass
 from utils.passes.tensor_store import TensorStore
 
 VOCABULARY, WIDTH, BLOCKS = 11, 6, 3

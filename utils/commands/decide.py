@@ -6,8 +6,9 @@ from pathlib import Path
 
 from utils.commands.options import DecideOptions
 from utils.errors import warn
-from utils.guidance.measured_pair import open_measured
+from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.recipe_choices import settle
+from utils.models.model_trial import ModelTrial
 from utils.plots import require_matplotlib
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
@@ -36,6 +37,9 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
         trust_remote_code=options.trust_remote_code,
         accept_edited=options.accept_edited,
     )
+
+    if not options.trust_remote_code:
+        _try_configs(measured)
 
     # pandas and what is built on it, once nothing simpler can be wrong
     from utils.commands import decide_report as report
@@ -66,6 +70,17 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     names = (made.name,) if control is None else (made.name, control.name)
     report.say_files(options, names, list(files), written)
     return names
+
+
+def _try_configs(measured: MeasuredPair) -> None:
+    """Try what the models' configs describe, where the merge will be planned by them; tokenizers are not loaded here.
+
+    Raises:
+        UserError: transformers hangs, crashes or takes too much memory over one.
+    """
+    checkpoints = measured.models.checkpoints
+    if measured.config.base.type in checkpoints:
+        ModelTrial(((one.name, one.folder) for one in checkpoints.values()), tokenizers=False).check()
 
 
 def publish_changed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool, last: bool = False) -> list[str]:

@@ -28,13 +28,15 @@ from utils.pair.calibration import choose_samples
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
-from utils.passes.subjects import Subject, memory_estimate
+from utils.passes.subjects import Subject, memory_estimate, snapshot_bytes
+from utils.publishing.disk import free_bytes
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.manifest import MANIFEST, with_manifest
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import (
     available_bytes,
     choose_devices,
+    gigabytes,
     peak_gpu_memory,
     quiet_libraries,
     versions_line,
@@ -121,6 +123,8 @@ def _measure(
             refuse_existing(options.out_dir, names)
         for line in report.choices(options, job, samples):
             say(line)
+        if workers is None:
+            _refuse_full_disk(options, job)
         warn(report.doubts(options, job, _idle_keys(options)))
         start = time.perf_counter()
         if options.restart:
@@ -146,14 +150,28 @@ def _measure(
         report.say_next(options)
 
 
+def _refuse_full_disk(options: MeasureOptions, job: MeasureJob) -> None:
+    """Refuse a disk without room for what waits there, and for what a run after a kill goes on from."""
+    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
+    needed = max(job.at_once, len(job.devices)) * (options.method.waiting(job) + snapshot)
+    free, folder = free_bytes(options.out_dir)
+    if free < needed:
+        raise UserError(
+            f"--out_dir {options.out_dir}: measuring keeps up to {gigabytes(needed)} of hidden states there, {folder} has "
+            f"{gigabytes(free)} free; make room, choose another disk, or lower nsamples or seqlen",
+            "disk-full",
+        )
+
+
 def _left_over(place: Path, request: Mapping[str, Any]) -> str:
     """A line about what a killed run has left."""
     folder = place / folder_name(request)
-    done = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    if not done:
+    left = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    done, inside = [path for path in left if path.is_dir()], [path for path in left if path.suffix == ".snapshot"]
+    if not done and not inside:
         return f"removed what a killed run has left in {place.parent}"
-    pieces = f"{len(done)} piece{'s' * (len(done) != 1)}"
-    return f"resumed: {pieces} of the work had been finished by a run that was stopped"
+    begun = f", and {len(inside)} begun" if inside else ""
+    return f"resumed: {len(done)} piece{'s' * (len(done) != 1)} of the work had been finished{begun} by a run that was stopped"
 
 
 _ONLY_SOME_USE = {

@@ -9,7 +9,6 @@ from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import DEFAULT, GuidanceMethod
 from utils.pair.calibration import text_doubts, with_defaults
 from utils.pair.source import CalibrationSource
-from utils.passes.gradient_memory import waiting_line
 from utils.passes.preparation import Samples, model_doubts
 from utils.passes.subjects import Subject
 from utils.runtime import available_bytes, gigabytes
@@ -36,7 +35,10 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
         yield from _subject_lines(options, job, subject)
     need = _memory(method, job)
     if waiting := job.at_once * method.waiting(job):
-        yield waiting_line(waiting, job.devices[0].type == "cpu")
+        where = "on the disk of --out_dir"
+        if job.devices[0].type != "cpu":
+            where = "in the host's memory, with copies " + where
+        yield f"gradients: hidden states at every block's entrance wait {where}, at most {gigabytes(waiting)}"
     if job.workers is None:
         free = gigabytes(available_bytes(job.devices[0]))
         yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {free} are free"

@@ -13,7 +13,8 @@ from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
 from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
-from utils.pair.presence import refuse_missing
+from utils.models.model_trial import ModelTrial
+from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import quiet_libraries, versions_line
@@ -48,6 +49,7 @@ def search_pair(options: SearchOptions) -> None:
         refuse_existing(options.out_dir, [*FILES, LOSSES])
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
+    trial = None if options.trust_remote_code else ModelTrial(small_files(options.config))
 
     # torch, pandas and what is built on them, once nothing simpler can be wrong
     from utils.commands.search_results import publish_results
@@ -55,6 +57,8 @@ def search_pair(options: SearchOptions) -> None:
 
     say(versions_line("torch", "transformers", "mergekit", "optuna"))
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:
+        if trial is not None:
+            trial.check()
         if options.measure:
             _measure_missing(options)
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):

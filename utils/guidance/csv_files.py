@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.errors import UserError
+from utils.errors import UserError, brief
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
@@ -53,7 +53,7 @@ def read_csv(path: Path, text: Collection[str] = ()) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text", UNREADABLE) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as error:
-        raise UserError(f"{path} is not a comma-separated table: {error}", UNREADABLE) from error
+        raise UserError(f"{path} is not a comma-separated table: {brief(error)}", UNREADABLE) from error
     if len(frame) != len(lines) - 1:
         raise UserError(f"{path}: {len(lines) - 1} lines but {len(frame)} rows can be read", UNREADABLE)
     return frame

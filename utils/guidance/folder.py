@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = read_json(path, str(path))
+        data = read_json(path, str(path), finite=True)
     except UserError as error:
         raise UserError(f"{error}; {_AGAIN}", "manifest-unreadable") from error
     command = data.get("command", "lewis_importance")

@@ -15,6 +15,7 @@ import pandas as pd
 
 from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
 from utils.guidance.measure_job import ROUTING, MeasureJob
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.routing import RouterComparison
 from utils.passes.subjects import Subject
 
@@ -42,6 +43,13 @@ def compared_routers(
         yield routers
     finally:
         routers.close()
+
+
+def keep_routing(snapshots: GradientSnapshots, routers: RouterComparison, device: "torch.device") -> None:
+    """Go on from the comparison of a killed run, and have this one kept."""
+    if (found := snapshots.found("routers")) is not None:
+        routers.restore(found, device)
+    snapshots.keep("routers", routers.state)
 
 
 def routing_rows(model: str, routers: RouterComparison) -> list[tuple]:

@@ -1,13 +1,13 @@
 """Where a merged model may be written: never over an input, never over files that an earlier merge did not write."""
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.merging.result_files import deviations, read_result_manifest
+from utils.publishing.disk import free_bytes
 from utils.publishing.manifest import MANIFEST
 from utils.publishing.staging import Stamp, stamp
 from utils.publishing.target import prepare_folder
@@ -93,10 +93,7 @@ def check_space(output: OutputFolder, needed: int) -> int:
     Raises:
         UserError: there is not enough.
     """
-    folder = output.target.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free, folder = free_bytes(output.target.parent)
     if free < needed:
         raise UserError(
             f"{FLAG} {output.target}: the result needs {gigabytes(needed)}, {folder} has {gigabytes(free)} free; make "

@@ -24,7 +24,7 @@ def read_result_manifest(folder: Path) -> dict[str, Any] | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        data = read_json(folder / MANIFEST, MANIFEST)
+        data = read_json(folder / MANIFEST, MANIFEST, finite=True)
     except UserError:
         return None
     ours = data.get("command") == COMMAND and isinstance(data.get("files"), dict)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.models.headers import INDEX
+from utils.models.tokenizer_files import GENERATION
 from utils.publishing.manifest import file_sha256
 from utils.runtime import import_libraries
-from utils.trial import Trial
+from utils.trial import Begin, Trial
 
 _TEXT = "The quick brown fox, 0123456789: don't... \u00fcber\n\n    x = y  " + "aA1 " * 50
 # What every model class imports. It takes seconds, which this process needs anyway and the fork must not need again.
@@ -26,11 +27,21 @@ _CHAT = ({"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "c
 class ModelTrial:
     """Every model's small files in one fork, which begins once the libraries that models need are imported."""
 
-    def __init__(self, models: Iterable[tuple[str, Path]]) -> None:
-        """Begin with models, each with its name and folder; those with equal files count once."""
+    def __init__(self, models: Iterable[tuple[str, Path]], *, tokenizers: bool = True) -> None:
+        """Begin with models, each with its name and folder; equal configs, and equal tokenizers, count once.
+
+        Without `tokenizers` configs alone are tried.
+        """
         import_libraries(*_LIBRARIES)
-        distinct = {_same(folder): (name, folder) for name, folder in reversed(list(models))}
-        self._trial = Trial(lambda begin: _try_all(list(distinct.values()), begin))
+        works: dict[str, tuple[str, Path, _Work]] = {}
+        for name, folder in models:
+            files = {path.name: path for path in sorted(folder.iterdir()) if _is_small(path)}
+            settings = [path for file, path in files.items() if file in _SETTINGS]
+            works.setdefault(_same(settings), (name, folder, _build))
+            if tokenizers:
+                others = [path for file, path in files.items() if file not in _SETTINGS]
+                works.setdefault(f"tokenizer {_same(others)}", (name, folder, _encode))
+        self._trial = Trial(lambda begin: _try_all(list(works.values()), begin))
 
     def check(self) -> None:
         """Wait for the end.
@@ -42,34 +53,36 @@ class ModelTrial:
             raise UserError(f"{failure}; is this model from a source you trust?", "model-breaks-libraries")
 
 
-def _try_all(models: list[tuple[str, Path]], begin: Callable[[str], None]) -> None:
-    for name, folder in models:
-        for what, work in (
-            ("config.json", _build),
-            ("tokenizer", _encode),
-        ):
-            begin(f"model {name}: loading its {what}")
-            try:
-                work(folder, lambda what, name=name: begin(f"model {name}: {what}"))
-            except MemoryError:
-                raise
-            except Exception:  # which the command itself will meet, and say
-                continue
+_Work = Callable[[Path, Begin], None]
+_SETTINGS = ("config.json", GENERATION)
 
 
-def _build(folder: Path, begin: Callable[[str], None]) -> None:
+def _try_all(works: list[tuple[str, Path, _Work]], begin: Begin) -> None:
+    for name, folder, work in works:
+        size = sum(path.stat().st_size for path in folder.iterdir() if _is_small(path))
+        try:
+            work(folder, lambda what, name=name, size=size: begin(f"model {name}: {what}", size))
+        except MemoryError:
+            raise
+        except Exception:  # which the command itself will meet, and say
+            continue
+
+
+def _build(folder: Path, begin: Begin) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    begin("loading its config.json")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     begin("building what its config.json describes")
     with init_empty_weights(include_buffers=False):
         AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _encode(folder: Path, begin: Callable[[str], None]) -> None:
+def _encode(folder: Path, begin: Begin) -> None:
     from transformers import AutoTokenizer
 
+    begin("loading its tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     begin("encoding a line by its tokenizer")
     tokenizer(_TEXT)
@@ -78,10 +91,13 @@ def _encode(folder: Path, begin: Callable[[str], None]) -> None:
         tokenizer.apply_chat_template(list(_CHAT), tokenize=False)
 
 
-def _same(folder: Path) -> str:
-    """Equal for folders whose small files are the same."""
+def _is_small(path: Path) -> bool:
+    return path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file() and path.name != INDEX
+
+
+def _same(files: Iterable[Path]) -> str:
+    """Equal for files that are called the same and hold the same."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file() and path.name != INDEX:
-            digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    for path in files:
+        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()

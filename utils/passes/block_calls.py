@@ -9,7 +9,7 @@ from torch.utils.weak import TensorWeakRef
 
 from utils.passes.flows import Arrival
 from utils.passes.shared_state import Left, entries, mappings
-from utils.passes.tensor_store import TensorStore
+from utils.passes.tensor_store import Stored, TensorStore
 
 
 class Output:
@@ -18,8 +18,10 @@ class Output:
     `gradient` is what has come back to it so far.
     """
 
-    def __init__(self, leaf: Tensor, store: TensorStore) -> None:
-        self._leaf, self._store, self._stored = TensorWeakRef(leaf), store, store.put(leaf)
+    def __init__(self, leaf: Tensor, store: TensorStore, stored: Stored | None = None) -> None:
+        """Put the leaf by, unless it waits there already, as `stored`."""
+        self._leaf, self._store = TensorWeakRef(leaf), store
+        self.stored = store.put(leaf) if stored is None else stored
         self.gradient: Tensor | None = None
 
     def leaf(self) -> Tensor | None:
@@ -28,7 +30,7 @@ class Output:
 
     def value(self) -> Tensor:
         """The tensor, as a leaf of its own."""
-        return self._store.take(self._stored).requires_grad_()
+        return self._store.take(self.stored).requires_grad_()
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient to what has come back."""

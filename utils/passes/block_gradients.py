@@ -17,18 +17,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from utils.errors import UserError
 from utils.models.decoder import Decoder
-from utils.models.weight_source import WeightSource, placed, share_tied
-from utils.passes.block_runner import BlocksInTurn, block_tensor_names, shared_in_blocks
+from utils.models.weight_source import WeightSource
+from utils.passes.block_runner import BlocksInTurn
 from utils.passes.flows import stops
-from utils.passes.sample_pass import SamplePass, handed_over
+from utils.passes.gradient_refusals import refuse_shared, refuse_short
+from utils.passes.gradient_snapshots import GradientSnapshots
+from utils.passes.hand_over import handed_over
+from utils.passes.placed_outside import placed_outside
+from utils.passes.sample_pass import SamplePass
 from utils.passes.tensor_store import TensorStore
+from utils.passes.way import Way, take_back, waiting_of
 
 
 class GradientObserver(Protocol):
@@ -85,16 +90,23 @@ class BlockDone:
     layer: int | None
     parameters: Mapping[str, torch.Tensor]
 
+    @property
+    def between(self) -> bool:
+        """Whether another block follows, so that a snapshot can be made now."""
+        return bool(self.layer)
+
 
 @dataclass(frozen=True)
 class BackwardPass:
     """A model on its way back: the loss of every sample, and its blocks, from the last to the first.
 
-    `losses` are mean negative log-likelihoods per predicted token, in nats. `blocks` is computed as it is iterated.
+    `losses` are mean negative log-likelihoods per predicted token, in nats. `blocks` is computed as it is iterated; the
+    first one is number `back` - 1, the others a killed run has passed.
     """
 
     losses: tuple[float, ...]
     blocks: Iterator[BlockDone]
+    back: int
 
 
 @contextmanager
@@ -109,6 +121,8 @@ def backward_pass(
     on_block: Callable[[int], None] = lambda layer: None,
     observing: Observing = nothing,
     folder: Path | None = None,
+    snapshots: GradientSnapshots | None = None,
+    name: str = "model",
 ) -> Iterator[BackwardPass]:
     """Take all samples forward on entering, and back block by block as `blocks` is iterated.
 
@@ -128,27 +142,36 @@ def backward_pass(
         on_block: called with the layer number after each block, on both ways (twice per block).
         observing: what else to attach to a block on the way back, such as hooks that see its modules' inputs.
         folder: where hidden states wait in a file without a name; None: the system's folder for temporary files.
+        snapshots: what a killed run has left, and where this one leaves what it needs to go on; it begins there. Whoever
+            iterates the blocks registers what is made of them, and offers a snapshot between two blocks (`between`).
+        name: of this model's part of the snapshots.
 
     Raises:
         UserError: a sample without a next token; weights that lack a parameter; blocks that share parameters or hand
             each other state, or are not visited once each and in order; a loss that is not finite.
     """
-    _refuse_short(samples)
-    _refuse_shared(decoder)
+    refuse_short(samples)
+    refuse_shared(decoder)
     layers = range(len(decoder.blocks))
     with ExitStack() as stack:
         stack.callback(weights.close)
-        around = stack.enter_context(_placed_outside(decoder, weights, device))
+        around = stack.enter_context(placed_outside(decoder, weights, device))
         if outside:
             _require_wanted(around, observer)
-        turn = stack.enter_context(BlocksInTurn(decoder, weights, [*layers, *reversed(layers)], device))
-        passes: list[SamplePass] = []
-        stack.callback(lambda: [sample.close() for sample in passes])
-        store = stack.enter_context(closing(TensorStore(device, folder)))
-        losses = _forward(decoder, turn, samples, passes, store, device, on_block)
-        blocks = _backward(decoder, turn, passes, around if outside else None, observer, on_block, observing)
+        snapshots = GradientSnapshots(None) if snapshots is None else snapshots
+        found = snapshots.found(name)
+        way = Way(len(layers)) if found is None else Way(found["back"], found["forward"])
+        left = [*layers[way.forward :], *reversed(layers[: way.back])]
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, left, device))
+        stack.callback(lambda: [sample.close() for sample in way.passes])
+        store = stack.enter_context(closing(snapshots.store(name, device, folder)))
+        snapshots.keep(name, way.state)
+        losses = _forward(decoder, turn, samples, way, found and waiting_of(found), store, device, on_block, snapshots)
+        if found is not None and found["gradients"] is not None:
+            take_back(way, found["gradients"], device)
+        blocks = _backward(decoder, turn, way, around if outside else None, observer, on_block, observing)
         stack.callback(blocks.close)
-        yield BackwardPass(tuple(losses), blocks)
+        yield BackwardPass(tuple(losses), blocks, way.back)
 
 
 def observe_gradients(
@@ -162,25 +185,19 @@ def observe_gradients(
     on_block: Callable[[int], None] = lambda layer: None,
     observing: Observing = nothing,
     folder: Path | None = None,
+    snapshots: GradientSnapshots | None = None,
 ) -> tuple[float, ...]:
     """Take one model forward and all the way back; arguments and errors as for `backward_pass`.
 
     Returns:
         The loss of each sample: mean negative log-likelihood per predicted token, in nats.
     """
-    with backward_pass(
-        decoder,
-        weights,
-        samples,
-        observer,
-        device,
-        outside=outside,
-        on_block=on_block,
-        observing=observing,
-        folder=folder,
-    ) as model:
-        for _ in model.blocks:
-            pass
+    snapshots = GradientSnapshots(None) if snapshots is None else snapshots
+    places = {"on_block": on_block, "observing": observing, "folder": folder, "snapshots": snapshots}
+    with backward_pass(decoder, weights, samples, observer, device, outside=outside, **places) as model:
+        for done in model.blocks:
+            if done.between:
+                snapshots.offer()
         return model.losses
 
 
@@ -188,22 +205,31 @@ def _forward(
     decoder: Decoder,
     turn: BlocksInTurn,
     samples: Sequence[Sequence[int]],
-    passes: list[SamplePass],
+    way: Way,
+    waiting: Sequence[Sequence[Any]] | None,
     store: TensorStore,
     device: torch.device,
     on_block: Callable[[int], None],
+    snapshots: GradientSnapshots,
 ) -> list[float]:
+    """Take all samples forward, past the first `way.forward` blocks by what is `waiting`; their losses."""
+    known, losses = way.forward, []
     with stops(decoder.blocks):
         for ids in samples:
-            passes.append(SamplePass(decoder.model, ids, device, store))
-        losses = []
+            way.passes.append(SamplePass(decoder.model, ids, device, store))
         for layer in range(len(decoder.blocks)):
-            with turn.next_block():
-                for sample in passes:
-                    sample.forward(layer)
+            with turn.next_block() if layer >= known else nullcontext():
+                for place, sample in enumerate(way.passes):
+                    if layer >= known:
+                        sample.forward(layer)
+                    else:
+                        sample.forward_as(layer, waiting[place][layer])
                     if layer + 1 == len(decoder.blocks):
                         losses.append(sample.score())
+            way.forward = max(way.forward, layer + 1)
             on_block(layer)
+            if layer >= known:
+                snapshots.offer()
     for place, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise UserError(
@@ -217,28 +243,31 @@ def _forward(
 def _backward(
     decoder: Decoder,
     turn: BlocksInTurn,
-    passes: Sequence[SamplePass],
+    way: Way,
     around: Mapping[str, nn.Parameter] | None,
     observer: GradientObserver,
     on_block: Callable[[int], None],
     observing: Observing,
 ) -> Iterator[BlockDone]:
     wanted = [parameter for parameter in (around or {}).values() if parameter.requires_grad]
-    for layer in reversed(range(len(decoder.blocks))):
+    for layer in reversed(range(way.back, len(decoder.blocks))):
+        on_block(layer)
+    for layer in reversed(range(way.back)):
         with turn.next_block() as block:
             path = f"{decoder.blocks_path}.{layer}"
             parameters = {f"{path}.{name}": parameter for name, parameter in block.named_parameters()}
             _require_wanted(parameters, observer)
             with observing(layer, block):
-                for place, sample in enumerate(passes):
+                for place, sample in enumerate(way.passes):
                     with handed_over(parameters, _addressed(observer, place)):
                         sample.backward(layer, keep_output=bool(wanted))
+            way.back = layer
             yield from _finished(layer, parameters, observer)
             del parameters
         on_block(layer)
     if wanted:
         with stops(decoder.blocks):
-            for place, sample in enumerate(passes):
+            for place, sample in enumerate(way.passes):
                 with handed_over(around, _addressed(observer, place)):
                     sample.outside(wanted)
     if around is not None:
@@ -263,44 +292,3 @@ def _require_wanted(parameters: Mapping[str, nn.Parameter], observer: GradientOb
     for name, parameter in parameters.items():
         if parameter.is_floating_point() and observer.wants(name):
             parameter.requires_grad_()
-
-
-@contextmanager
-def _placed_outside(decoder: Decoder, weights: WeightSource, device: torch.device) -> Iterator[dict[str, nn.Parameter]]:
-    """Put everything outside the blocks into the model; the parameters by name, tied ones once."""
-    in_blocks = block_tensor_names(decoder)
-    model = decoder.model
-    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name not in in_blocks]
-    tensors = weights.fetch(names)
-    with placed(model, "", tensors, device):
-        share_tied(model, tensors)
-        del tensors
-        around = {name: value for name, value in model.named_parameters() if name not in in_blocks}
-        absent = [name for name, value in around.items() if value.is_meta]
-        if absent:
-            raise UserError(
-                f"{type(model).__name__}: the weights hold no {', '.join(absent[:4])}; gradients need the whole model, "
-                "its language-model head included",
-                "model-no-head",
-            )
-        yield around
-
-
-def _refuse_short(samples: Sequence[Sequence[int]]) -> None:
-    for place, ids in enumerate(samples):
-        if len(ids) < 2:
-            raise UserError(
-                f"sample {place + 1} of {len(samples)} of the calibration text has {len(ids)} token(s), so no next "
-                "token to predict; gradients need longer text: choose another seed, column or data set",
-                "text-too-short",
-            )
-
-
-def _refuse_shared(decoder: Decoder) -> None:
-    """Refuse parameters of a block that are also used elsewhere: a block's gradient would be a part of theirs."""
-    if shared := shared_in_blocks(decoder):
-        raise UserError(
-            f"{type(decoder.model).__name__}: {', '.join(shared[:4])} is shared between decoder blocks or with what "
-            "lies outside them; gradients block by block are not supported for it",
-            "model-unsupported",
-        )

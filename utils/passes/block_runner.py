@@ -189,7 +189,7 @@ class BlocksInTurn:
 
     def __enter__(self) -> "BlocksInTurn":
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self.coming = self.fetcher.submit(self.weights.fetch, self._names(0))
+        self.coming = self.fetcher.submit(self.weights.fetch, self._names(0)) if self.order else None
         return self
 
     def __exit__(self, *exception: object) -> None:

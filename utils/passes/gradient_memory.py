@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from utils.passes.subjects import Subject
-from utils.runtime import gigabytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,9 +54,3 @@ def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> Gradi
 def _kept(block: "nn.Module", tokens: int, size: int) -> int:
     """What autograd keeps of a block for one sample, about: what every matrix is given and returns."""
     return tokens * size * sum(sum(value.shape[-2:]) for value in block.parameters() if value.dim() > 1)
-
-
-def waiting_line(bytes_: int, is_cpu: bool) -> str:
-    """The bound on what waits for the way back, and where."""
-    where = "on the disk of --out_dir" if is_cpu else "in the host's memory"
-    return f"gradients: hidden states at every block's entrance wait {where}, at most {gigabytes(bytes_)}"

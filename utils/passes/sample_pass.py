@@ -9,8 +9,7 @@ differentiated by autograd as it stands, so nothing about it is assumed; of a mo
 blocks, autograd keeps in memory what it needs for that.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +18,10 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.pair.batches import MicroBatch
-from utils.passes.block_calls import Call, Output, arguments, floating, mapped
+from utils.passes.block_calls import Call, Output, arguments, floating, items, mapped
 from utils.passes.flows import Arrival, Flow
 from utils.passes.shared_state import Left, entries, left_behind, mappings, put_back, with_copies
-from utils.passes.tensor_store import TensorStore
-
-HandOver = Callable[[str, Tensor, Tensor], None]
-"""Takes a parameter's name, its value and its gradient."""
+from utils.passes.tensor_store import Stored, TensorStore
 
 
 class SamplePass:
@@ -42,6 +38,7 @@ class SamplePass:
         self.model, self.device, self.store = model, device, store
         self.batch = MicroBatch.of([token_ids])
         self.calls: list[Call] = []
+        self.waiting: list[Any] | None = []  # by block, its output with `Stored` for tensors; None where there is more
         self.flow = self._started()
 
     def _started(self) -> Flow:
@@ -70,7 +67,36 @@ class SamplePass:
         put_back(left, handed)
         kept = {key: mapped(value, self._kept) for key, value in left.items()}
         self.calls.append(Call(self._put_by(arrival, args, kwargs), mapped(output, self._kept), kept))
+        self._note(self.calls[-1])
         _run(self.flow, output)
+
+    def forward_as(self, layer: int, waiting: Any) -> None:
+        """Take the sample past a block as `forward` does, with an output that waits in the store already.
+
+        Args:
+            layer: the block, whose weights are not needed.
+            waiting: what `self.waiting` had of it.
+        """
+        self.flow.expect(layer)
+        arrival = self.flow.arrival
+        args, kwargs = with_copies(arrival.args, arrival.kwargs)
+        output = mapped(waiting, lambda one: one and self.store.take(one).requires_grad_())
+        stored = iter(items(waiting, Stored))
+        kept = mapped(output, lambda leaf: leaf if leaf is None else Output(leaf, self.store, next(stored)))
+        self.calls.append(Call(self._put_by(arrival, args, kwargs), kept, {}))
+        self._note(self.calls[-1])
+        _run(self.flow, output)
+
+    def _note(self, call: Call) -> None:
+        outputs = items(call.output, object)
+        if (
+            self.waiting is not None
+            and not call.left
+            and all(one is None or isinstance(one, Output) for one in outputs)
+        ):
+            self.waiting.append(mapped(call.output, lambda one: one and one.stored))
+        else:
+            self.waiting = None
 
     def _put_by(self, arrival: Arrival, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arrival:
         """A call that is over, with its arguments in mappings of their own and earlier blocks' outputs where they wait."""
@@ -181,34 +207,6 @@ class SamplePass:
             self.flow.close()
             del self.flow
         self.calls.clear()
-
-
-@contextmanager
-def handed_over(parameters: Mapping[str, nn.Parameter], hand_over: HandOver) -> Iterator[None]:
-    """Hand each parameter's gradient over as soon as a backward pass has it, and let go of it.
-
-    Args:
-        parameters: by name; those that do not require a gradient are passed over.
-        hand_over: takes name, value and gradient; gradients are not recorded meanwhile.
-    """
-
-    def hook(name: str) -> Callable[[nn.Parameter], None]:
-        def take(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            with torch.no_grad():
-                hand_over(name, parameter.detach(), gradient)
-
-        return take
-
-    wanted = [(name, value) for name, value in parameters.items() if value.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(hook(name)) for name, parameter in wanted]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for _, parameter in wanted:
-            parameter.grad = None
 
 
 def _run(flow: Flow, output: Any = None) -> None:

@@ -6,9 +6,10 @@ else the next block is given is compared with what it was given then; a model th
 to block begins anew.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,33 @@ class Snapshot:
     state: Any
 
 
+class Pauses:
+    """When the next snapshot is due: after five minutes, later where they would take more than their share of the time."""
+
+    def __init__(self) -> None:
+        """Begin a pause."""
+        self._last, self._pause = time.monotonic(), SECONDS
+
+    def over(self) -> bool:
+        """Whether a snapshot is due."""
+        return time.monotonic() - self._last >= self._pause
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """A snapshot is made inside; the next pause begins after it."""
+        start = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._pause = max(SECONDS, (self._last - start) / MOST_SHARE)
+
+
 class Snapshots:
     """The snapshot of one pass; without a path none is made."""
 
     def __init__(self, path: Path | None) -> None:
         """Take the file."""
         self._path = path
-        self._last, self._pause = time.monotonic(), SECONDS
+        self._pauses = Pauses()
 
     def load(self) -> Snapshot | None:
         """The snapshot that a killed run has left, None if there is none that can be read."""
@@ -47,12 +68,12 @@ class Snapshots:
         self, layer: int, outputs: Sequence[Any], around: Sequence[list[float]], state: Callable[[], Any]
     ) -> None:
         """Write a snapshot if it is time for one and the outputs are hidden states alone."""
-        if self._path is None or time.monotonic() - self._last < self._pause or not all(map(_is_plain, outputs)):
+        if self._path is None or not self._pauses.over() or not all(map(_is_plain, outputs)):
             return
-        start = time.monotonic()
-        write_state(self._path, {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()})
-        self._last = time.monotonic()
-        self._pause = max(SECONDS, (self._last - start) / MOST_SHARE)
+        with self._pauses.snapshot():
+            write_state(
+                self._path, {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()}
+            )
 
     def forget(self) -> None:
         """The pass is over."""

@@ -134,3 +134,10 @@ def memory_estimate(subject: Subject) -> int:
     slots = [[batch.input_ids.numel() for batch in text.batches] for text in subject.texts.values()]
     activations = max(map(max, slots)) * (widest * (3 * size + 4) + 4 * hidden * size)
     return size * (body + 2 * max(blocks) + max(map(sum, slots)) * hidden) + activations
+
+
+def snapshot_bytes(subject: Subject) -> int:
+    """Bytes on the disk of where the longest text stands in a model: its hidden states, and those before while they are written."""
+    hidden = subject.decoder.model.config.get_text_config(decoder=True).hidden_size
+    slots = max(sum(batch.input_ids.numel() for batch in text.batches) for text in subject.texts.values())
+    return 2 * slots * hidden * subject.dtype.itemsize

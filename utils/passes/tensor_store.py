@@ -1,7 +1,8 @@
 """Tensors that wait outside of the memory that computes: in a file, or in the host's memory where a GPU computes.
 
-The file has no name, so that nothing of it is left when the process ends, however it does; the system keeps as much of it
-in its page cache as nobody else needs.
+The file has no name, so that nothing of it is left when the process ends, however it does; or it has one, so that a pass
+that was killed can go on (`utils/passes/gradient_snapshots.py`). The system keeps as much of it in its page cache as nobody
+else needs.
 """
 
 import math
@@ -25,19 +26,30 @@ class Stored:
     offset: int
     host: Tensor | None = field(default=None, repr=False)
 
+    def plain(self) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]:
+        """What `Stored` is made of again, for a tensor in a file with a name."""
+        return self.shape, self.order, self.dtype, self.offset
+
 
 class TensorStore:
     """Puts tensors by and gives them back, bit for bit and, where they lie dense in memory, with the same strides.
 
     Args:
         device: where the tensors come from and go to.
-        folder: the folder of the file, where the CPU computes; None: the system's for temporary files.
+        folder: the folder of a file without a name, where the CPU computes; None: the system's for temporary files.
+        path: a file with a name instead, which `sync` brings up to date where a GPU computes.
+        end: how many bytes of it a killed run has left there.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self._device, self._folder = device, folder
+    def __init__(
+        self, device: torch.device, folder: Path | None = None, *, path: Path | None = None, end: int = 0
+    ) -> None:
+        self._device, self._folder, self._end = device, folder, end
+        self._unwritten: list[Stored] = []
         self._file: BinaryIO | None = None
-        self._end = 0
+        self._path = path
+        if path is not None:
+            self._file = open(path, "r+b" if end else "w+b")  # noqa: SIM115 (see `close`)
 
     def put(self, tensor: Tensor) -> Stored:
         """Put a tensor by.
@@ -48,20 +60,38 @@ class TensorStore:
         order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis)))
         dense = tensor.detach().permute(order).contiguous()
         shape, offset = tuple(dense.shape), self._end
+        self._end += dense.nbytes
         if self._device.type != "cpu":
-            return Stored(shape, order, tensor.dtype, 0, dense.to("cpu"))
+            stored = Stored(shape, order, tensor.dtype, offset, dense.to("cpu"))
+            if self._path is not None:
+                self._unwritten.append(stored)
+            return stored
+        self._write(dense, offset)
+        return Stored(shape, order, tensor.dtype, offset)
+
+    def _write(self, dense: Tensor, offset: int) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder, prefix=".gradients.")  # noqa: SIM115 (see `close`)
         left = memoryview(dense.reshape(-1).view(torch.uint8).numpy())
         while left:
-            written = os.pwrite(self._file.fileno(), left, self._end)
-            self._end += written
-            left = left[written:]
-        return Stored(shape, order, tensor.dtype, offset)
+            written = os.pwrite(self._file.fileno(), left, offset)
+            left, offset = left[written:], offset + written
+
+    def sync(self) -> int:
+        """Have the disk hold everything that was put into a file with a name; how many bytes those are.
+
+        Raises:
+            OSError: the disk is full, and so on.
+        """
+        while self._unwritten:
+            stored = self._unwritten.pop(0)
+            self._write(stored.host, stored.offset)
+        os.fsync(self._file.fileno())
+        return self._end
 
     def take(self, stored: Stored) -> Tensor:
         """A tensor as it was put by; it stays there."""
-        dense = stored.host.to(self._device) if stored.host is not None else self._read(stored)
+        dense = (stored.host if stored.host is not None else self._read(stored)).to(self._device)
         back = sorted(range(len(stored.order)), key=lambda place: stored.order[place])
         return dense.permute(back)
 
@@ -74,6 +104,13 @@ class TensorStore:
                 raise OSError(f"the file of gradient checkpoints ends at {offset} bytes")
             left, offset = left[count:], offset + count
         return content.view(stored.dtype).reshape(stored.shape)
+
+    def __enter__(self) -> "TensorStore":
+        """The store itself, which is closed at the end."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of everything."""

@@ -3,11 +3,19 @@
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from utils.errors import UserError
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
+
+
+def free_bytes(folder: Path) -> tuple[int, Path]:
+    """Bytes free where a folder is or will be, and the folder that is there already."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free, folder
 
 
 def write_through(path: Path, content: bytes | None) -> None:

@@ -91,7 +91,7 @@ def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | No
     if not os.path.lexists(path):
         return None, ""
     try:
-        data = read_json(path, str(path))
+        data = read_json(path, str(path), finite=True)
     except UserError as error:
         raise UserError(f"{error}; {_REMEDY}", "recipe-manifest-unreadable") from error
     own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__ if key != "search"}

@@ -76,13 +76,14 @@ class LocalWorkers:
 
 
 def kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], folder: Path | None) -> Any:
-    """Do a piece here, and write its result if there is a folder for it."""
+    """Do a piece here, and write its result if there is a folder for it: what is returned then are pages of that file."""
     if folder is None:
         return run_piece(piece, Place(device, on_step))
     with kept_result(folder, piece) as keeping:
         value = run_piece(piece, Place(device, on_step, keeping.stage, folder / f"{piece.name}.snapshot"))
         keeping.keep(value)
-        return value
+    found = find_result(folder, piece)
+    return value if found is None else found.value
 
 
 @contextlib.contextmanager

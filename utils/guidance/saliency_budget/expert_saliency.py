@@ -3,27 +3,34 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.routing import compared_routers, routing_rows
+from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.block_gradients import Observing, nothing
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.subjects import Subject, component_names, stored_as
+from utils.passes.tensor_store import Stored
 from utils.workers.piece import Place
 
 
 @dataclass(frozen=True)
 class ExpertMeasurement:
-    """Rows of the two tables, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows of
-    the table of routers, if gradients were taken at the expert."""
+    """Rows of the table of tensors, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows
+    of the table of routers, if gradients were taken at the expert.
+
+    `bins` are by tensor the numbers of the bins that are not empty (int32) and their counts (int64): hundreds a tensor, of
+    which a row of Python numbers each would take as much memory as the weights.
+    """
 
     tensors: list[tuple]
-    bins: list[tuple]
+    bins: dict[str, tuple[Tensor, Tensor]]
     vectors: Mapping[str, tuple[Tensor, ...]]
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     routing: list[tuple]
@@ -43,44 +50,66 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
     """
     base, expert = job.subjects
     name, power = expert.entry.type, job.options["saliency_power"]
-    tensors, bins, vectors = [], [], {}
     names = component_names(base)
+    snapshots = GradientSnapshots(place.snapshot)
+    tensors, plain = snapshots.found("measured") or ([], {})
+    waiting = {tensor: [Stored(*one) for one in stored] for tensor, stored in plain.items()}
+    snapshots.keep(
+        "measured", lambda: (tensors, {name: [one.plain() for one in stored] for name, stored in waiting.items()})
+    )
 
     def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
         samples = job.text(subject, expert).encoded if is_wanted else None
         return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing)
 
     with (
+        snapshots.store(
+            "tensors", torch.device("cpu"), place.folder
+        ) as store,  # small ones pin the memory of large ones
         compared_routers(job, expert, base, place.device) as routers,
-        squares_pass(
+    ):
+        keep_routing(snapshots, routers, place.device)
+        with squares_pass(
             side(base, at[0]),
             side(expert, at[1], routers.attached),
             place.device,
             place.on_step,
             base.layout.split,
             place.folder,
-        ) as both,
-    ):
-        for part in both.parts:
-            tensor = part.tensor
-            try:
-                histogram = saliency_histogram(part.base, part.expert, part.squares, power)
-            except ValueError as error:
-                raise _not_finite(tensor, base, expert) from error
-            matrix = part.squares.flatten(end_dim=-2)  # stacked experts: the rows of all
-            vectors[tensor] = row_column_factors(matrix)
-            explained = explained_share(matrix, *vectors[tensor])
-            tensors.append(_tensor_row(name, names[tensor], part, histogram, explained))
-            full = histogram.counts.nonzero().flatten().tolist()
-            bins += [(name, tensor, number, int(histogram.counts[number])) for number in full]
-        for parameter, axes in both.others.items():
-            layout, own = stored_as((base, expert), parameter)
-            tensor, *pieces = layout.stored_names(own)
-            if not all(bool(axis.isfinite().all()) for axis in axes):
-                raise _not_finite(tensor, base, expert)
-            if not pieces and not layout.is_part(own):
-                vectors[tensor] = axes
-        return ExpertMeasurement(_by_layer(tensors), bins, vectors, both.losses, routing_rows(name, routers))
+            snapshots,
+        ) as both:
+            for part in both.parts:
+                try:
+                    histogram = saliency_histogram(part.base, part.expert, part.squares, power)
+                except ValueError as error:
+                    raise _not_finite(part.tensor, base, expert) from error
+                matrix = part.squares.flatten(end_dim=-2)  # stacked experts: the rows of all
+                axes = row_column_factors(matrix)
+                tensors.append(_tensor_row(name, names[part.tensor], part, histogram, explained_share(matrix, *axes)))
+                full = histogram.counts.nonzero().flatten()
+                waiting[part.tensor] = [store.put(one) for one in (*axes, full.int(), histogram.counts[full])]
+            vectors = _other_vectors(both.others, base, expert)
+            losses = both.losses
+        snapshots.forget()
+        found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
+    vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
+    bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
+    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers))
+
+
+def _other_vectors(
+    others: Mapping[str, tuple[Tensor, ...]], base: Subject, expert: Subject
+) -> dict[str, tuple[Tensor, ...]]:
+    """Vectors of parameters that are not measured, by the names they are stored under."""
+    vectors = {}
+    for parameter, axes in others.items():
+        layout, own = stored_as((base, expert), parameter)
+        tensor, *pieces = layout.stored_names(own)
+        if not all(bool(axis.isfinite().all()) for axis in axes):
+            raise _not_finite(tensor, base, expert)
+        if not pieces and not layout.is_part(own):
+            vectors[tensor] = axes
+    return vectors
 
 
 def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:

@@ -9,7 +9,7 @@ from utils.guidance.csv_files import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
-from utils.guidance.saliency_budget.tables import HISTOGRAM_TABLE, TENSOR_TABLE
+from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject
@@ -68,7 +68,7 @@ def measure(job: MeasureJob) -> Measured:
         pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement,)))
     measured = dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
     tensors = TENSOR_TABLE.frame(row for one in measured.values() for row in one.tensors)
-    bins = HISTOGRAM_TABLE.content(row for one in measured.values() for row in one.bins)
+    bins = histogram_content({name: one.bins for name, one in measured.items()})
     files = {TENSORS: csv_bytes(tensors), HISTOGRAM: bins}
     files |= {vector_file(name): vector_file_bytes(one.vectors) for name, one in measured.items()}
     notes, warnings = [], []

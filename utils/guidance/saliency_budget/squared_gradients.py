@@ -21,6 +21,7 @@ from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
 from utils.passes.block_gradients import BlockDone, Observing, backward_pass, nothing
 from utils.passes.block_runner import BlocksInTurn
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.squared_gradients import SquaredGradients
 
 OnBlock = Callable[[int], None]
@@ -78,6 +79,7 @@ def squares_pass(
     on_block: OnBlock,
     split: Split = lambda name, value: {name: value},
     folder: Path | None = None,
+    snapshots: GradientSnapshots | None = None,
 ) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
@@ -91,6 +93,7 @@ def squares_pass(
         on_block: called twice per block and side with gradients.
         split: how parameters are stored; by default each as it is.
         folder: where hidden states wait, as `backward_pass`.
+        snapshots: as `backward_pass`; offered between two blocks, when all parts of one have been taken.
 
     Raises:
         UserError: as `backward_pass`.
@@ -107,24 +110,37 @@ def squares_pass(
         for name, value in side.decoder.model.named_parameters(remove_duplicate=False)
     ]
     observer = SquaredGradients(whole, frozenset(name for name, value in named if value.dim() <= 2) - whole)
-    others: dict[str, tuple[Tensor, ...]] = {}
+    snapshots = GradientSnapshots(None) if snapshots is None else snapshots
+    others: dict[str, tuple[Tensor, ...]] = snapshots.found("others") or {}
+    snapshots.keep("others", lambda: others)
     with ExitStack() as stack:
-        sides = [stack.enter_context(_side(side, observer, device, on_block, folder)) for side in (base, expert)]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split)
+        sides = [
+            stack.enter_context(_side(name, side, observer, device, on_block, folder, snapshots))
+            for name, side in (("base", base), ("expert", expert))
+        ]
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split, snapshots)
         stack.enter_context(closing(parts))
         yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
 
 
 _Blocks = Iterator[BlockDone]
+_PASSED = "passed"  # the part of snapshots that has the number of the block that comes next
 
 
 @contextmanager
 def _side(
-    side: Side, observer: SquaredGradients, device: torch.device, on_block: OnBlock, folder: Path | None
+    name: str,
+    side: Side,
+    observer: SquaredGradients,
+    device: torch.device,
+    on_block: OnBlock,
+    folder: Path | None,
+    snapshots: GradientSnapshots,
 ) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
     """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
     decoder, weights = side.decoder, side.weights
     if side.samples is not None:
+        kept = {"snapshots": snapshots, "name": name}
         with backward_pass(
             decoder,
             weights,
@@ -135,14 +151,21 @@ def _side(
             on_block=on_block,
             observing=side.observing,
             folder=folder,
+            **kept,
         ) as passed:
             yield passed.losses, passed.blocks
         return
-    layers = list(reversed(range(len(decoder.blocks))))
+    layers = list(reversed(range(_first(decoder, snapshots))))
     with ExitStack() as stack:
         stack.enter_context(closing(weights))
         turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
         yield (), stack.enter_context(closing(_fetched(decoder, turn, layers)))
+
+
+def _first(decoder: Decoder, snapshots: GradientSnapshots) -> int:
+    """How many blocks the way back has before it."""
+    found = snapshots.found(_PASSED)
+    return len(decoder.blocks) if found is None else found
 
 
 def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Blocks:
@@ -160,8 +183,11 @@ def _parts(
     observer: SquaredGradients,
     others: dict[str, tuple[Tensor, ...]],
     split: Split,
+    snapshots: GradientSnapshots,
 ) -> Iterator[ComponentSquares]:
-    for layer in reversed(range(len(decoder.blocks))):
+    back = _first(decoder, snapshots)
+    snapshots.keep(_PASSED, lambda: back)
+    for layer in reversed(range(back)):
         ours, theirs = (next(blocks).parameters for blocks in sides)
         for component in decoder.components_of(layer):
             name = decoder.weight_name(layer, component)
@@ -174,6 +200,9 @@ def _parts(
                 )
             del squares, weights, others_weights
         others |= _outlines(ours | theirs, observer)
+        back = layer
+        if layer:
+            snapshots.offer()
     outside: dict[str, Tensor] = {}
     for blocks in sides:
         for done in blocks:  # none without gradients

@@ -22,6 +22,7 @@ import pandas as pd
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.guidance.columns import TableFormat, expert, grid_problems, number, read_tables, text, whole
+from utils.guidance.csv_files import csv_bytes
 from utils.guidance.saliency_budget.bins import BINS
 from utils.guidance.saliency_budget.method import HISTOGRAM, TENSORS, vector_file
 from utils.pair.config import PairConfig
@@ -64,6 +65,19 @@ class ExpertSaliency:
     tensors: pd.DataFrame
     counts: np.ndarray
     zeros: np.ndarray
+
+
+def histogram_content(bins: "Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]") -> bytes:
+    """The file of histograms.
+
+    Args:
+        bins: by expert and tensor, the numbers of the bins that are not empty, and the counts of entries in them.
+    """
+    parts = [(model, tensor, *pair) for model, tensors in bins.items() for tensor, pair in tensors.items()]
+    lengths = [len(numbers) for _, _, numbers, _ in parts]
+    names = [np.repeat(np.array([part[place] for part in parts], dtype=object), lengths) for place in (0, 1)]
+    values = [np.concatenate([np.zeros(0, np.int64), *(part[place].numpy() for part in parts)]) for place in (2, 3)]
+    return csv_bytes(pd.DataFrame(dict(zip(HISTOGRAM_TABLE.names, [*names, *values], strict=True))))
 
 
 def read_saliency(folder: Path, experts: Sequence[str], config: PairConfig) -> dict[str, ExpertSaliency]:

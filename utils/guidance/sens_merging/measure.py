@@ -11,7 +11,7 @@ import torch
 from utils.errors import UserError
 from utils.guidance.component_filters import require_own_filters
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.routing import compared_routers, routing_rows
+from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers, layer_of
 from utils.guidance.sens_merging.tables import (
@@ -26,7 +26,9 @@ from utils.pair.source import CalibrationSource
 from utils.passes.block_gradients import observe_gradients
 from utils.passes.block_runner import run_blocks
 from utils.passes.gradient_memory import GradientMemory, gradient_memory
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import fetch_head, language_head, require_head
+from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import Subject, component_names
 from utils.workers.piece import Piece, Place
 from utils.workers.results import KeptResult
@@ -166,20 +168,16 @@ def _passes(place: Place, job: MeasureJob, base: Subject) -> _Expert:
     """An expert's way forward and back on its own text, then forward on every text."""
     (expert,), device, on_block = job.subjects, place.device, place.on_step
     decoder, own = expert.decoder, job.text(expert, expert)
-    observer = SensitivityObserver(decoder, device)
+    observer, snapshots = SensitivityObserver(decoder, device), GradientSnapshots(place.snapshot)
+    if (found := snapshots.found("sums")) is not None:
+        observer.restore(found)
+    snapshots.keep("sums", observer.state)
+    places = {"on_block": on_block, "folder": place.folder, "snapshots": snapshots}
     weights = job.open_weights(expert, device)
     with compared_routers(job, expert, base, device) as routers:
-        losses = observe_gradients(
-            decoder,
-            weights,
-            own.encoded,
-            observer,
-            device,
-            outside=True,
-            on_block=on_block,
-            observing=routers.attached,
-            folder=place.folder,
-        )
+        keep_routing(snapshots, routers, device)
+        places["observing"] = routers.attached
+        losses = observe_gradients(decoder, weights, own.encoded, observer, device, outside=True, **places)
         routing = routing_rows(expert.entry.type, routers)
     outside = {name: float(total) / len(own.encoded) for name, total in observer.outside.items()}
     values = [value / len(own.encoded) for value in observer.sums.tolist()]
@@ -193,7 +191,9 @@ def _passes(place: Place, job: MeasureJob, base: Subject) -> _Expert:
             )
     batches = [batch for text in expert.texts.values() for batch in text.batches]
     weights = job.open_weights(expert, device)
-    found = iter(run_blocks(decoder, weights, batches, _Bystander(), device, on_block=on_block))
+    kept = Snapshots(place.snapshot and place.snapshot.with_suffix(".forward"))
+    found = iter(run_blocks(decoder, weights, batches, _Bystander(), device, on_block=on_block, snapshots=kept))
+    snapshots.forget()
     finals = {
         source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
     }
@@ -214,6 +214,12 @@ class _Bystander:
 
     def finish(self, layer: int, block: Any) -> None:
         """Nothing to take."""
+
+    def state(self) -> None:
+        """Nothing has been measured."""
+
+    def restore(self, state: None, device: torch.device) -> None:
+        """Nothing to take up again."""
 
 
 def _distances(

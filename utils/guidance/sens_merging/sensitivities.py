@@ -4,6 +4,7 @@ To first order that is how much the loss changes where parameters are set to zer
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -39,6 +40,16 @@ class SensitivityObserver:
                 self.sums[self.layers[name]] += size
             else:
                 self.outside[name] = self.outside.get(name, 0) + size
+
+    def state(self) -> Any:
+        """The sums so far, as plain data and tensors."""
+        return self.sums, self.outside
+
+    def restore(self, state: Any) -> None:
+        """Go on from those of `state`."""
+        sums, outside = state
+        self.sums.copy_(sums)
+        self.outside = {name: value.to(self.sums.device) for name, value in outside.items()}
 
     def finish(self, layer: int | None, parameters: Mapping[str, torch.Tensor]) -> None:
         """Nothing is left to do for a block."""

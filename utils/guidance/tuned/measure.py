@@ -45,11 +45,15 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at the peak of a step, about: the base's way there and back, and one part of a block of every
-    expert while they are summed."""
-    needed = [_needed(job, expert) for expert in _experts(job)]
-    largest = max(value.numel() for value in job.base.decoder.model.parameters())
-    return max(one.peak(0) for one in needed) + 4 * largest * (len(needed) + 2)
+    """Bytes on one device at the peak of a step, about: the base's way there and back with the samples of all tasks, the
+    gradients summed up in float32, of a block or of what lies outside the blocks, and a part while they are multiplied by it."""
+    needed = gradient_memory(job.base, [ids for expert in _experts(job) for ids in job.text(job.base, expert).encoded])
+    model, blocks = job.base.decoder.model, job.base.decoder.blocks
+    inside = [sum(value.numel() for value in block.parameters()) for block in blocks]
+    around = sum(value.numel() for value in model.parameters()) - sum(inside)
+    part = 4 * max(value.numel() for value in model.parameters())
+    outside = 4 * around + max(needed.outside, part)
+    return needed.held + max(needed.logits, needed.block + 4 * max(inside), outside)
 
 
 def waiting(job: MeasureJob) -> int:

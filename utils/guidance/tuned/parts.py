@@ -132,11 +132,12 @@ class SummedWeights:
     def fetch(self, names: list[str]) -> dict[str, Tensor]:
         """The sums, rounded once, in the dtype of the base's source; other tensors as they are there."""
         found = self.base.fetch(names)
-        sums = {name: value.float() for name, value in found.items() if name in next(iter(self.coefficients.values()))}
-        for type_, source in self.parts.items():
-            for name, part in source.fetch(list(sums)).items():
-                sums[name] = sums[name] + self.coefficients[type_][name] * part
-        return found | {name: value.to(found[name].dtype) for name, value in sums.items()}
+        for name in found.keys() & next(iter(self.coefficients.values())).keys():
+            total = found[name].float()
+            for type_ in self.parts:  # one part of one tensor in memory
+                total = total + self.coefficients[type_][name] * self.part(type_, name)
+            found[name] = total.to(found[name].dtype)
+        return found
 
     def part(self, type_: str, name: str) -> Tensor:
         """One part, float32 on the device."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from utils.guidance.tuned.parts import Parts, SummedWeights
 
+_AT_ONCE = 2**22  # entries in float64 together
+
 
 class CoefficientSlopes:
     """Sums up each parameter's gradient over samples and multiplies it by the parts (a `GradientObserver`).
@@ -40,8 +42,11 @@ class CoefficientSlopes:
         """Multiply a block's gradients by its parts."""
         for name, total in self._sums.items():
             for row, type_ in enumerate(self.weights.parts):
-                product = total.flatten().double() @ self.weights.part(type_, name).flatten().double()
-                self.found[row, self.names[name]] = product.cpu()
+                pairs = zip(
+                    *(one.flatten().split(_AT_ONCE) for one in (total, self.weights.part(type_, name))), strict=True
+                )
+                products = [(slope.double() @ part.double()) for slope, part in pairs]
+                self.found[row, self.names[name]] = torch.stack(products).sum().cpu()
         self._sums.clear()
 
 

@@ -1,0 +1,108 @@
+"""A way forward and back that was stopped goes on where it stood, to the very same bits.
+
+python -m pytest tests/passes/test_gradient_snapshots.py
+"""
+
+import pytest
+import torch
+
+from tests.plain_gradients import CPU, opened, token_lists
+from tests.tiny_checkpoints import LAYERS, save_any
+from utils.passes import snapshots
+from utils.passes.block_gradients import observe_gradients
+from utils.passes.gradient_snapshots import GradientSnapshots
+
+
+@pytest.fixture(autouse=True)
+def at_every_block(monkeypatch):
+    monkeypatch.setattr(snapshots, "SECONDS", -1.0)
+    monkeypatch.setattr(snapshots, "MOST_SHARE", float("inf"))
+
+
+class Sums:
+    """Sums up every parameter's gradient, whatever the order of the samples makes of its bits."""
+
+    def __init__(self, found):
+        self.sums = found or {}
+
+    def wants(self, name):
+        return True
+
+    def gradient(self, name, parameter, gradient, sample):
+        self.sums[name] = self.sums.get(name, 0) + gradient * (sample + 1)
+
+    def finish(self, layer, parameters):
+        pass
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(folder, path, stop_at=None, dtype=torch.float32):
+    """Losses, sums, and the blocks that were fetched; stopped at a number of blocks passed on both ways."""
+    decoder, weights = opened(folder, dtype)
+    fetched, fetch, passed = [], weights.fetch, []
+    weights.fetch = lambda names: fetched.append(names[0]) or fetch(names)
+
+    def on_block(layer):
+        passed.append(layer)
+        if len(passed) == stop_at:
+            raise Stopped
+
+    kept = GradientSnapshots(path)
+    observer = Sums(kept.found("sums"))
+    kept.keep("sums", lambda: observer.sums)
+    losses = observe_gradients(
+        decoder, weights, token_lists(), observer, CPU, outside=True, on_block=on_block, snapshots=kept
+    )
+    kept.forget()
+    assert passed == [*range(LAYERS), *reversed(range(LAYERS))]
+    return losses, observer.sums, len(fetched) - 1  # what lies outside the blocks comes first
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
+def test_a_stopped_way_goes_on_to_the_same_bits(tmp_path, family):
+    folder, path = save_any(family, tmp_path / "model"), tmp_path / "piece.snapshot"
+    losses, sums, fetched = run(folder, None)
+    assert fetched == 2 * LAYERS
+    for stop_at in (LAYERS, LAYERS + 1, 2 * LAYERS - 1):
+        with pytest.raises(Stopped):
+            run(folder, path, stop_at)
+        again, sums_again, fetched_again = run(folder, path)
+        assert fetched_again <= fetched - stop_at + 1
+        assert losses == again and sums.keys() == sums_again.keys()
+        assert all(torch.equal(sums[name], sums_again[name]) for name in sums)
+        assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_it_may_be_stopped_again_and_again(tmp_path):
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
+    losses, sums, _ = run(folder, None, dtype=torch.bfloat16)
+    for stop_at in range(2, 2 * LAYERS + 1):
+        with pytest.raises(Stopped):
+            run(folder, path, stop_at, dtype=torch.bfloat16)
+    again, sums_again, _ = run(folder, path, dtype=torch.bfloat16)
+    assert losses == again and all(torch.equal(sums[name], sums_again[name]) for name in sums)
+
+
+@pytest.mark.parametrize("damage", ["half a snapshot", "no states", "short states"])
+def test_what_is_damaged_is_not_used(tmp_path, damage):
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
+    with pytest.raises(Stopped):
+        run(folder, path, LAYERS + 1)
+    states = path.with_suffix(".model")
+    if damage == "no states":
+        states.unlink()
+    else:
+        damaged = states if damage == "short states" else path
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    assert run(folder, path)[2] == 2 * LAYERS
+
+
+def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
+    with pytest.raises(Stopped):
+        run(folder, path, 2 * LAYERS)
+    assert not path.exists()

@@ -1,0 +1,71 @@
+"""Where a model stands on its way forward and back, on disk at least every five minutes, so that a kill costs no more.
+
+The hidden states at every block's entrance, which wait for the way back anyway, wait in files with names then; a snapshot says
+where in them, which block is next, what gradients have come back to it, and what has been measured so far. To go on, the
+model's own forward runs again, with the blocks that are done left out: each seems to return what it has returned. A model
+whose blocks hand on more than tensors begins anew.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.passes.snapshots import Pauses, read_state, write_state
+from utils.passes.tensor_store import TensorStore
+
+
+class GradientSnapshots:
+    """The snapshot of one piece of work; of several models, where they go side by side. Without a path none is made.
+
+    Everything that changes registers a part of it, under a name, once it begins; a snapshot is of all parts at once.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """Take the file, and what a killed run has left in it."""
+        self._path = path
+        self._pauses = Pauses()
+        self._stores: dict[str, TensorStore] = {}
+        self._parts: dict[str, Callable[[], Any]] = {}
+        found = read_state(path) or {}
+        self._ends: dict[str, int] = found.get("ends", {})
+        self._found: dict[str, Any] = found.get("parts", {})
+        if any(
+            not self._file(name).is_file() or self._file(name).stat().st_size < end for name, end in self._ends.items()
+        ):
+            self._ends, self._found = {}, {}
+
+    def _file(self, name: str) -> Path:
+        return self._path.with_suffix(f".{name}")
+
+    def store(self, name: str, device: torch.device, folder: Path | None) -> TensorStore:
+        """A store whose file outlives a kill, with what a killed run has put there; without a path as `TensorStore`."""
+        if self._path is None:
+            return TensorStore(device, folder)
+        self._stores[name] = TensorStore(device, path=self._file(name), end=self._ends.get(name, 0))
+        return self._stores[name]
+
+    def found(self, name: str) -> Any:
+        """What a part was when the snapshot of a killed run was made, None without one."""
+        return self._found.get(name)
+
+    def keep(self, name: str, state: Callable[[], Any]) -> None:
+        """Register a part: `state` gives it as plain data and tensors, None if it cannot be gone on with."""
+        self._parts[name] = state
+
+    def offer(self) -> None:
+        """Write a snapshot if it is time for one; called where all parts fit together."""
+        if self._path is None or not self._pauses.over():
+            return
+        with self._pauses.snapshot():
+            parts = {name: state() for name, state in self._parts.items()}
+            if all(part is not None for part in parts.values()):
+                ends = {name: store.sync() for name, store in self._stores.items()}
+                write_state(self._path, {"ends": ends, "parts": parts})
+
+    def forget(self) -> None:
+        """The work is over."""
+        if self._path is not None:
+            for path in (self._path, *map(self._file, self._stores)):
+                path.unlink(missing_ok=True)

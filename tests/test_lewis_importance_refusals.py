@@ -57,7 +57,7 @@ def test_flags(refused, flags, code, words):
 
 
 @pytest.mark.parametrize("guidance", ["lewis", "sens_merging"])
-def test_a_disk_without_room_for_hidden_states(refused, monkeypatch, guidance):
+def test_a_disk_too_small_for_hidden_states(refused, monkeypatch, guidance):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**3))
     assert "lower nsamples or seqlen" in refused("disk-full", *ARGUMENTS, "--guidance", guidance)

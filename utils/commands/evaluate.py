@@ -45,7 +45,8 @@ def evaluate(options: EvaluateOptions) -> None:
     refuse_out_dir(options)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
-    trial = None if options.trust_remote_code else ModelTrial(small_files(options.config))
+    models = [(one.model, one.revision) for one in candidates if one.model is not None]
+    trial = None if options.trust_remote_code else ModelTrial(small_files(options.config, models))
 
     # torch, pandas and what is built on them, once nothing simpler can be wrong
     from utils.commands.evaluate_generation import generate

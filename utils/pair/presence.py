@@ -34,13 +34,16 @@ def refuse_missing(config: PairConfig, texts: Iterable[CalibrationSource] = ()) 
     raise_collected(problems, f"pair config {config.path}")
 
 
-def small_files(config: PairConfig) -> Iterator[tuple[str, Path]]:
-    """Name and folder of every model whose small files can be read; what is wrong with another is said in its turn."""
-    for entry in config.model_info:
+def small_files(config: PairConfig, others: Iterable[tuple[str, str | None]] = ()) -> Iterator[tuple[str, Path]]:
+    """Name and folder of every model whose small files can be read; what is wrong with another is said in its turn.
+
+    `others` are names and revisions of models beside those of the pair.
+    """
+    for name, revision in [*((entry.name, entry.revision) for entry in config.model_info), *others]:
         with contextlib.suppress(UserError):
-            folder = find_small_files(entry.name, entry.revision)
-            read_model_config(folder, entry.name)
-            yield entry.name, folder
+            folder = find_small_files(name, revision)
+            read_model_config(folder, name)
+            yield name, folder
 
 
 def _check_model(entry: ModelEntry) -> None:

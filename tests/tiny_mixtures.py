@@ -25,6 +25,20 @@ def save_mixtures(folder: Path, model_type: str = "qwen3_moe", kind: str = "caus
     return folder
 
 
+def save_stacked(folder: Path, stacked: Path) -> Path:
+    """The same models and text with experts stored stacked, as transformers has them in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for name in ("base", "code", "math"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        model.save_pretrained(stacked / name, save_original_format=False)
+        save_tokenizer(stacked / name)
+    for name in ("rows.jsonl", "pair.yaml"):
+        (stacked / name).write_bytes((folder / name).read_bytes())
+    return stacked
+
+
 def weights(folder: Path) -> Mapping[str, Any]:
     """All tensors of a checkpoint, by stored name."""
     from safetensors.torch import load_file

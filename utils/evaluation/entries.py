@@ -21,6 +21,7 @@ from utils.merging.resources import arithmetic_bytes
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
+from utils.merging.stacked_outputs import written_tensors
 from utils.merging.vocabulary_rows import embedding_rows
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
@@ -210,9 +211,10 @@ def _promised(planned: PlannedMerge) -> Checkpoint:
     """The checkpoint that command 3 would write: names, dtypes and shapes, no files."""
     plan, donor = planned.plan, planned.plan.inputs.donor.checkpoint
     headers = {}
-    for tensor in plan.tensors:
-        if tensor.sources:  # an optional tensor that no input has is not written
-            stored = next(iter(tensor.sources.values())).dtype
+    for tensor in written_tensors(plan):
+        sources = tensor.merged[0].sources
+        if sources:  # an optional tensor that no input has is not written
+            stored = next(iter(sources.values())).dtype
             code = _CODES[tensor.dtype] if tensor.dtype else stored  # integers are copied
             headers[tensor.name] = TensorHeader(tensor.name, code, tensor.shape, donor.folder, 0, tensor.nbytes)
     return Checkpoint(planned.recipe.path.stem, None, donor.folder, donor.config, headers)

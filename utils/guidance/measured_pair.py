@@ -72,7 +72,7 @@ def open_measured(
     warnings += compare_with_manifest(config, experts, manifest)
     warnings += refuse_edited(folder, manifest, (*method.files(config), ROUTING), accepted=accept_edited)
     models = LocalModels(config.base, experts, trust_remote_code=trust_remote_code)
-    warnings += changed_checkpoints(manifest, models.checkpoints)
+    warnings += changed_checkpoints(manifest, models.stored)
     sha256 = None if manifest is None else file_sha256(folder / MANIFEST)
     return MeasuredPair(config, folder, manifest, sha256, models, tuple(warnings))
 

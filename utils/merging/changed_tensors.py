@@ -1,4 +1,6 @@
-"""The tensors of a model with an adapter, as mergekit's executor asks for them: changed as they are read."""
+"""Tensors that no file holds under their names, as mergekit's executor asks for them: of a model with an adapter, changed
+as they are read; of stacked experts, each one's own.
+"""
 
 from types import SimpleNamespace
 

@@ -100,6 +100,7 @@ def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
         UserError: a model is malformed, quantized, or an adapter cannot be merged.
     """
     from utils.merging.configuration import configuration
+    from utils.models.experts_apart import with_experts_apart
 
     recipe, inputs = found.recipe, {}
     places: dict[ModelName, tuple[Path, Path | None]] = {name: (folder, None) for name, folder in found.folders.items()}
@@ -107,6 +108,8 @@ def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
         checkpoint = found.checkpoints.get(name) or _open(recipe, name)
         if name.lora:
             checkpoint = _with_adapter(recipe, name, checkpoint, settings)
+        if not settings.fused_experts:
+            checkpoint = with_experts_apart(checkpoint, settings.trust_remote_code)
         places[name] = checkpoint.place
         local = model_reference(checkpoint)
         if checkpoint.adapter is not None:

@@ -23,6 +23,7 @@ from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.run import merge_directly
 from utils.merging.plan import MergePlan, OutputTensor, set_up_loading
 from utils.merging.planning import PlannedMerge
+from utils.merging.stacked_outputs import WrittenTensor, written_tensors
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MergeWork:
 
     `direct` are the tensors merged in pieces, `left` those that mergekit's executor merges, by name. `states` are
     those of torch's generator before each tensor, for methods that draw. `by_counting` replaces mergekit's sorting.
+    `stacks` are the tensors of the result that are merged in slices, by name.
     """
 
     plan: MergePlan
@@ -38,6 +40,7 @@ class MergeWork:
     left: Mapping[str, OutputTensor] = field(repr=False)
     states: Mapping[str, Tensor] = field(repr=False)
     by_counting: bool
+    stacks: Mapping[str, WrittenTensor] = field(repr=False)
 
 
 def prepare(planned: PlannedMerge) -> MergeWork:
@@ -52,7 +55,8 @@ def prepare(planned: PlannedMerge) -> MergeWork:
     direct = {tensor.name: tensor for tensor in division.direct}
     left = {tensor.name: tensor for tensor, _ in division.left}
     states = generator_states(plan, planned.settings.random_seed)
-    return MergeWork(plan, direct, left, states, division.by_counting)
+    stacks = {one.name: one for one in written_tensors(plan) if one.name != one.merged[0].name}
+    return MergeWork(plan, direct, left, states, division.by_counting, stacks)
 
 
 def merged_tensors(
@@ -69,7 +73,7 @@ def merged_tensors(
 
     Args:
         works: the plans, prepared.
-        names: output names (`OutputTensor.name`) that every plan has.
+        names: names of tensors of the result (`utils/merging/stacked_outputs.py`) that every plan has.
         known: cuts by magnitude that were found in these inputs before, which are most of a merge's work; those found
             now are added.
         placed: for each plan the dtype that its tensors are wanted in, once they have been rounded to the plan's output
@@ -85,13 +89,12 @@ def merged_tensors(
     """
     merged: list[dict[str, Tensor]] = [{} for _ in works]
     pieces, drawn, others = [], [], []
-    for name in dict.fromkeys(names):
-        for place, work in enumerate(works):
-            if name in work.direct:
-                dtype = None if placed is None else placed[place]
-                pieces.append((work.direct[name], _Held(merged[place], work.direct[name], dtype)))
-            else:
-                (drawn if work.states else others).append((place, work.left[name]))
+    for name, place, work in _planned(works, names):
+        if name in work.direct:
+            dtype = None if placed is None else placed[place]
+            pieces.append((work.direct[name], _Held(merged[place], work.direct[name], dtype)))
+        else:
+            (drawn if work.states else others).append((place, work.left[name]))
     if pieces:
         merge_directly(pieces, torch.get_num_threads(), lambda name, nbytes: None, known)
     for by_counting in (False, True):
@@ -103,7 +106,22 @@ def merged_tensors(
     for tensors, dtype in zip(merged, placed or (), strict=placed is not None):
         for name in [name for name, value in tensors.items() if value.is_floating_point()]:
             tensors[name] = tensors[name].to(dtype)  # those of mergekit's; the others are in it
+    for work, own in zip(works, merged, strict=True):
+        for name in dict.fromkeys(names):
+            if name in work.stacks:
+                slices = [own.pop(one.name).view(-1) for one in work.stacks[name].merged]
+                own[name] = torch.cat(slices).view(work.stacks[name].shape)
     return merged
+
+
+def _planned(works: Sequence[MergeWork], names: Sequence[str]) -> Iterator[tuple[str, int, MergeWork]]:
+    """The planned tensors of the result's, each with a plan and its place; a tensor of all plans together."""
+    for name in dict.fromkeys(names):
+        own = [[one.name for one in work.stacks[name].merged] if name in work.stacks else [name] for work in works]
+        for number in range(max(map(len, own), default=0)):
+            for place, work in enumerate(works):
+                if number < len(own[place]):
+                    yield own[place][number], place, work
 
 
 class _Held:

@@ -166,10 +166,10 @@ def forget_inputs(options: MergeOptions, inputs: MergeInputs) -> None:
 
 
 def set_up_loading(options: MergeOptions, inputs: MergeInputs) -> None:
-    """Have mergekit load tensors in this thread by these options, and models with an adapter through this project."""
+    """Have mergekit load tensors in this thread by these options; changed tensors and slices through this project."""
     LoaderCache().setup(options)
     for model in inputs.models:
-        if model.checkpoint.adapter is not None:
+        if model.checkpoint.adapter is not None or model.checkpoint.stacks:
             LoaderCache().loaders[model.reference] = ChangedTensors(model.checkpoint)
 
 

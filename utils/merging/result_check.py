@@ -14,6 +14,7 @@ from utils.errors import Problem, UserError, raise_collected
 from utils.mergekit_api import get_auto_cls
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
+from utils.merging.stacked_outputs import written_tensors
 from utils.models.headers import FLOAT_DTYPES, TensorHeader, read_headers
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import GENERATION, has_chat_template, has_tokenizer
@@ -56,8 +57,8 @@ def _does_not_load(what: str, error: Exception) -> UserError:
 
 
 def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Iterator[str]:
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    required = {name for name, tensor in planned.items() if not tensor.weight.optional}
+    planned = {tensor.name: tensor for tensor in written_tensors(plan)}
+    required = {name for name, tensor in planned.items() if not tensor.optional}
     for what, names in (("lacks", required - set(headers)), ("has unplanned", set(headers) - set(planned))):
         if names:
             yield f"the result {what} {', '.join(sorted(names)[:_SHOWN])}"

@@ -33,14 +33,15 @@ from utils.merging.pieces.run import run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
+from utils.merging.stacked_outputs import Stacking, written_tensors
 from utils.progress_bar import progress_bar
 from utils.runtime import gigabytes
 
 
 class CheckedWriter(TensorWriter):
-    """mergekit's shard writer; refuses tensors that are not finite, and counts what it has taken."""
+    """mergekit's shard writer; refuses tensors that are not finite, puts slices into their stacks, counts what it takes."""
 
-    def __init__(self, folder: Path, settings: MergeSettings, progress: tqdm, tensors: int) -> None:
+    def __init__(self, folder: Path, settings: MergeSettings, progress: tqdm, plan: MergePlan) -> None:
         super().__init__(
             str(folder),
             max_shard_size=settings.out_shard_size,
@@ -48,7 +49,8 @@ class CheckedWriter(TensorWriter):
             max_write_threads=settings.write_threads,
         )
         self.taken: set[str] = set()
-        self._progress, self._tensors, self._counting = progress, tensors, threading.Lock()
+        self._progress, self._tensors, self._counting = progress, len(plan.tensors), threading.Lock()
+        self._stacking = Stacking(plan)
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
         """Check one tensor and hand it on.
@@ -58,7 +60,8 @@ class CheckedWriter(TensorWriter):
         """
         if not is_finite(tensor):
             raise not_finite(name)
-        super().save_tensor(name, tensor, clone)
+        for whole, value in self._stacking.add(name, tensor):
+            super().save_tensor(whole, value, clone)
         with self._counting:  # several GPUs write from threads of their own
             self.taken.add(name)
             self._progress.set_postfix_str(f"tensor {len(self.taken)} of {self._tensors}", refresh=False)
@@ -98,9 +101,10 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
         if finished and finished.names:
-            done = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in finished.names)
+            tensors = written_tensors(plan)
+            done = sum(tensor.nbytes for tensor in tensors if tensor.name in finished.names)
             print(
-                f"resumed: {len(finished.names)} of {len(plan.tensors)} tensors ({gigabytes(done)}) are there",
+                f"resumed: {len(finished.names)} of {len(tensors)} tensors ({gigabytes(done)}) are there",
                 flush=True,
             )
     with selecting_exactly(division.by_counting):
@@ -108,7 +112,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
             _run_by_mergekit(plan, settings, planned.device, folder)
             return
         with _progress_bar(plan, settings) as progress, _readable_failures():
-            shown = partial(_show, progress, {}, len(plan.tensors))
+            shown = partial(_show, progress, {}, len(written_tensors(plan)))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
     forget_inputs(plan.options, plan.inputs)
 
@@ -117,7 +121,7 @@ def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, fold
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
     with _progress_bar(plan, settings) as progress:
-        writer = CheckedWriter(folder, settings, progress, len(plan.tensors))
+        writer = CheckedWriter(folder, settings, progress, plan)
         try:
             with _readable_failures():
                 _execute(plan, settings, device, writer)

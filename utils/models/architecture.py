@@ -61,6 +61,10 @@ def plan_architecture(
             reason = "an expert is the language tower alone"
             plan = _by_stored_names(base, experts, trust_remote_code, reason)
             return plan or _refuse(base, [], None)
+        if any(one.stacks for one in (base, *experts)):
+            reason = "stacked experts are merged each on their own"
+            plan = _by_stored_names(base, experts, trust_remote_code, reason)
+            return plan or _refuse_stacks(base)
         candidates = []
         for candidate in mergekit_candidates(MergekitInputs(base, tuple(experts), trust_remote_code)):
             if candidate.fits and candidate.knows_tokens and (fused_experts or not candidate.converted):
@@ -79,6 +83,14 @@ def plan_architecture(
         if plan is not None:
             return plan
         return _refuse(base, candidates, refusal)
+
+
+def _refuse_stacks(base: Checkpoint) -> NoReturn:
+    raise UserError(
+        f"the checkpoints store the experts of {base.architecture} stacked in some and apart in others, in parts that cannot "
+        "be told apart; save them all with one version of transformers",
+        "model-not-mergeable",
+    )
 
 
 def _refuse(base: Checkpoint, candidates: "Sequence[Candidate]", refusal: UserError | None) -> NoReturn:

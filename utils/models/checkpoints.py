@@ -27,6 +27,7 @@ from utils.models.hub import download
 from utils.models.low_rank import CONFIG, WEIGHTS, AdapterName, adapter_name, with_adapter
 from utils.models.quantized import refuse_quantized
 from utils.models.small_files import SMALL_FILES, check_small_files
+from utils.models.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Checkpoint:
     """A model folder: where it is, its `config.json`, and the headers of its tensors by name in the file.
 
     `name` and `revision` are what the user asked for; `folder` is where it lies, absolute. `adapter` is the folder of an
-    adapter whose changes the tensors have, while config and tokenizer are the model's.
+    adapter whose changes the tensors have, while config and tokenizer are the model's. `stacks` are stored tensors that
+    `tensors` has in slices instead, by their own names (`utils/models/experts_apart.py`).
     """
 
     name: str
@@ -43,6 +45,16 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader] = field(repr=False)
     adapter: Path | None = None
+    stacks: Mapping[str, Stack] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def stored(self) -> Mapping[str, TensorHeader]:
+        """The headers of the tensors as the files hold them."""
+        if not self.stacks:
+            return self.tensors
+        slices = {header.name for stack in self.stacks.values() for header in stack.slices}
+        whole = {name: header for name, header in self.tensors.items() if name not in slices}
+        return {**whole, **{name: stack.header for name, stack in self.stacks.items()}}
 
     @property
     def place(self) -> tuple[Path, Path | None]:
@@ -214,7 +226,7 @@ def weight_file_record(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": checkpoint.architecture,
         "files": {file.name: file.stat().st_size for file in checkpoint.files},
         "modified_ns": {file.name: file.stat().st_mtime_ns for file in checkpoint.files},
-        "header_sha256": header_hash(checkpoint.tensors.values()),
+        "header_sha256": header_hash(checkpoint.stored.values()),
         **({} if checkpoint.adapter is None else {"adapter": checkpoint.adapter.name}),
     }
 

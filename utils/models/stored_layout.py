@@ -18,6 +18,9 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -28,6 +31,7 @@ from transformers.core_model_loading import (
 from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint
 from utils.models.headers import TensorHeader
+from utils.models.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -182,18 +186,22 @@ def stored_layout(model: nn.Module, checkpoint: Checkpoint) -> StoredLayout:
     direct: dict[str, TensorHeader] = {}
     groups: dict[str, list[tuple[TensorHeader, str, str]]] = {}
     unread = []
-    for stored in sorted(checkpoint.tensors, key=dot_natural_key):
-        header = checkpoint.tensors[stored]
+    stacked = []
+    for stored in sorted(checkpoint.stored, key=dot_natural_key):
+        header = checkpoint.stored[stored]
         name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
         if name not in state and stored in state:  # stored in the model's own layout already
             name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
         if name not in state:
             unread.append(stored)
+        elif stored in checkpoint.stacks:
+            turned = pattern is not None and header.shape != tuple(state[name].shape)
+            stacked.append(_stacked(model, name, checkpoint.stacks[stored], by_pattern[pattern] if turned else None))
         elif pattern is None:
             direct[name] = header
         else:
             groups.setdefault(name, []).append((header, pattern, apply_renamings(stored, renamings)))
-    converted = tuple(_conversion(model, state, first, own, by_pattern) for first, own in groups.items())
+    converted = (*(_conversion(model, state, first, own, by_pattern) for first, own in groups.items()), *stacked)
     made = set(direct) | {target for one in converted for target in one.targets}
     layout = StoredLayout(direct, converted, tuple(_missing(model, state, made)), tuple(unread))
     _check_shapes(layout, state, checkpoint)
@@ -212,6 +220,18 @@ def _conversion(
     targets = dict.fromkeys(first.replace(rule.target_patterns[0], other, 1) for other in rule.target_patterns)
     known = tuple(name for name in targets if name in state)
     return Conversion(known, headers, patterns, between, rule, model)
+
+
+def _stacked(model: nn.Module, parameter: str, stack: Stack, rule: WeightConverter | None) -> Conversion:
+    """What makes a parameter of a stack's slices; `rule` is what turns the stack's axes, None where nothing does."""
+    by_part = stack.patterns(parameter)
+    operations = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(by_part) > 1 else [])]
+    operations += [Transpose(one.dim0, one.dim1) for one in (rule.operations if rule else ())]
+    converter = WeightConverter(list(by_part.values()), [parameter], operations)
+    experts, parts = range(stack.header.shape[0]), sorted(stack.parts)
+    patterns = tuple(by_part[part] for _ in experts for part in parts)
+    between = tuple(stack.slice_name(parameter, str(expert), part) for expert in experts for part in parts)
+    return Conversion((parameter,), stack.slices, patterns, between, converter, model)
 
 
 def _missing(model: nn.Module, state: Mapping[str, Any], made: set[str]) -> Iterator[str]:

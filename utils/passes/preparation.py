@@ -90,6 +90,7 @@ def _subject(
     import torch
 
     from utils.models.decoder import find_decoder
+    from utils.models.experts_apart import with_slices
     from utils.models.stored_layout import stored_layout
     from utils.models.weight_source import build_skeleton
 
@@ -101,6 +102,9 @@ def _subject(
     decoder = find_decoder(model, config.components, config.prefix_mapping, where)
     _refuse_shared(decoder, where)
     layout = stored_layout(model, checkpoint)
+    apart = with_slices(checkpoint, model, layout)
+    if apart is not checkpoint:
+        checkpoint, layout = apart, stored_layout(model, apart)
     _refuse_incomplete(decoder, layout, where)
     _refuse_integer_weights(checkpoint, layout, model)
     texts = {

@@ -83,7 +83,18 @@ class LocalModels:
     def __init__(self, base: ModelEntry, experts: Sequence[ModelEntry], *, trust_remote_code: bool = False) -> None:
         opened = {entry.type: open_without_download(entry.name, entry.revision) for entry in (base, *experts)}
         self.base_type, self.trust_remote_code = base.type, trust_remote_code
-        self.checkpoints = {key: checkpoint for key, checkpoint in opened.items() if checkpoint is not None}
+        self.stored = {key: checkpoint for key, checkpoint in opened.items() if checkpoint is not None}
+
+    @cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The models by type, experts that are stored stacked each on their own.
+
+        Raises:
+            UserError: transformers cannot build a mixture.
+        """
+        from utils.models.experts_apart import with_experts_apart
+
+        return {key: with_experts_apart(one, self.trust_remote_code) for key, one in self.stored.items()}
 
     @cached_property
     def written(self) -> WrittenTensors | None:

@@ -18,6 +18,7 @@ from utils.guidance.routing import compared_routers, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Component, is_transposed, weight_matrix
+from utils.models.experts_apart import with_experts_apart
 from utils.models.stored_layout import stored_layout
 from utils.passes.block_gradients import Observing, nothing
 from utils.passes.gradient_memory import gradient_memory
@@ -142,7 +143,7 @@ def merged_subject(job: MeasureJob) -> Subject | None:
     """
     if job.options[AT] is None:
         return None
-    checkpoint = open_checkpoint(job.options[AT], None)
+    checkpoint = with_experts_apart(open_checkpoint(job.options[AT], None), job.trust_remote_code)
     layout = stored_layout(job.base.decoder.model, checkpoint)
     if layout.missing:
         raise UserError(

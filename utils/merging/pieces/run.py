@@ -18,6 +18,7 @@ from utils.merging.pieces.tensor import Output, TensorMerge, inputs_of
 from utils.merging.pieces.tensor_cuts import shared_cuts
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
+from utils.merging.stacked_outputs import StackedOutput, written_tensors
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import TensorFiles, as_bytes
 from utils.selection import one_torch_thread
@@ -52,26 +53,27 @@ def run_directly(
     """
     finished = finished or FinishedTensors(None, "")
     # the order in which mergekit finishes, and so fills files (but for recipes that use an input tensor twice)
-    in_order = sorted(plan.tensors, key=lambda tensor: tensor.task.group_label() or "")
+    in_order = sorted(written_tensors(plan), key=lambda tensor: tensor.merged[0].task.group_label() or "")
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in in_order]
-    place = {spec.name: number for number, spec in enumerate(specs)}
+    place = {one.name: number for number, one in enumerate(one for tensor in in_order for one in tensor.merged)}
     begun = bool(finished.names)
     with ShardFiles(folder, specs, shard_bytes, begun=begun) as output, finished.kept_up(specs, output.sync) as note:
+        stacked = StackedOutput(output, plan)
 
         def note_and_report(name: str, nbytes: int) -> None:
-            note(name, nbytes)
-            report(name, nbytes)
+            note(stacked.name_of(name), nbytes)
+            report(stacked.name_of(name), nbytes)
 
         for spec in specs:
             if spec.name in finished.names:
                 report(spec.name, spec.nbytes)
-        left = [tensor for tensor, _ in division.left if tensor.name not in finished.names]
+        left = [tensor for tensor, _ in division.left if stacked.name_of(tensor.name) not in finished.names]
         for number, value in merge_by_mergekit([(plan, tensor) for tensor in left]):
-            output.write(left[number].name, 0, as_bytes(value.view(-1)))
+            stacked.write(left[number].name, 0, as_bytes(value.view(-1)))
             note_and_report(left[number].name, value.nbytes)
-        direct = [tensor for tensor in division.direct if tensor.name not in finished.names]
+        direct = [tensor for tensor in division.direct if stacked.name_of(tensor.name) not in finished.names]
         direct.sort(key=lambda tensor: place[tensor.name])
-        merge_directly([(tensor, output) for tensor in direct], threads, note_and_report)
+        merge_directly([(tensor, stacked) for tensor in direct], threads, note_and_report)
 
 
 def merge_directly(

@@ -1,0 +1,123 @@
+"""Experts that a checkpoint stores stacked are measured and merged each on their own, and written stacked again."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from tests.tiny_merges import merge_here, recipe
+from tests.tiny_mixtures import save_mixtures, save_stacked, weights
+from utils.models.checkpoints import open_checkpoint
+from utils.models.experts_apart import with_experts_apart
+from utils.models.stored_layout import stored_layout
+from utils.models.weight_source import build_skeleton
+
+LINEAR = ("linear", "task_arithmetic")
+BY_RANK = ("ties", "breadcrumbs", "breadcrumbs_ties", "sce")
+OTHERS = ("slerp", "nuslerp", "multislerp", "model_stock", "karcher")
+STACK = re.compile(r"experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    return save_mixtures(tmp_path_factory.mktemp("apart"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def stacked(apart, tmp_path_factory):
+    return save_stacked(apart, tmp_path_factory.mktemp("stacked"))
+
+
+def stacked_name(name):
+    """What a tensor stored apart is called where experts are stacked."""
+    found = STACK.search(name)
+    if not found:
+        return name
+    expert, part = found.groups()
+    own = f"down_proj.{expert}" if part == "down_proj" else f"gate_up_proj.{expert}.{part}"
+    return name.replace(found[0], f"experts.{own}.weight")
+
+
+def as_stacked(folder, merged):
+    """Tensors that are stored apart, by transformers' own conversion to the names and shapes of the stacked form."""
+    checkpoint = open_checkpoint(str(folder / "base"))
+    layout = stored_layout(build_skeleton(checkpoint, torch.float32, False), checkpoint)
+    found = {header.name: merged[header.name] for header in layout.direct.values()}
+    for one in layout.converted:
+        found |= one.convert(dict(merged))
+    return found
+
+
+def numbers(names, seed, low):
+    drawn = random.Random(seed)
+    return [{"filter": name, "value": round(drawn.uniform(low, 1), 3)} for name in names] + [{"value": 0.5}]
+
+
+def guided(folder, method, names):
+    """A recipe with a density and a weight of its own for each expert's matrix, as far as the method has them."""
+    keys = {"dtype": "float32", "base_model": str(folder / "base") if method not in ("linear", "karcher") else None}
+    data = recipe(folder, method, experts=("code",) if method == "slerp" else ("code", "math"), **keys)
+    for seed, one in enumerate(data["models"]):
+        one.pop("parameters", None)
+        of_base = method != "linear" and one["model"] == str(folder / "base")
+        if method not in ("slerp", "sce", "model_stock", "karcher") and not of_base:
+            one["parameters"] = {"weight": numbers(names, seed, 0.1)}
+        if method in ("ties", "breadcrumbs", "breadcrumbs_ties") and not of_base:
+            one["parameters"]["density"] = numbers(names, seed + 9, 0.0)
+    shared = {"sce": {"select_topk": numbers(names, 5, 0.1)}, "slerp": {"t": numbers(names, 5, 0.1)}}
+    data["parameters"] = shared.get(method, {})
+    return {**data, "models": data["models"][1:] if method in ("nuslerp", "multislerp") else data["models"]}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("method", [*LINEAR, *BY_RANK, *OTHERS])
+def test_the_same_bits_as_where_experts_lie_apart(apart, stacked, method, fast):
+    if not fast and method in OTHERS:
+        pytest.skip("selects nothing")
+    names = [name for name in weights(apart / "base") if STACK.search(name)]
+    one = merge_here(apart, guided(apart, method, names), f"{method}_{fast}", fast_selection=fast)
+    own = guided(stacked, method, [stacked_name(name) for name in names])
+    other = merge_here(stacked, own, f"{method}_{fast}", fast_selection=fast)
+    wanted, found = as_stacked(apart, weights(one)), weights(other)
+    assert set(found) == set(weights(stacked / "base")) == set(wanted)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_a_base_with_stacks_and_an_expert_without(apart, stacked):
+    mixed = guided(stacked, "ties", [])
+    mixed["models"][1]["model"] = str(apart / "code")
+    plain = weights(merge_here(stacked, guided(stacked, "ties", []), "plain"))
+    found = weights(merge_here(stacked, mixed, "mixed"))
+    assert set(found) == set(plain)
+    assert all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+def test_a_filter_for_the_stack_hits_every_expert(stacked):
+    filters = [{"filter": f"layers.{layer}.mlp.experts.gate_up_proj", "value": 0.0} for layer in range(2)]
+    data = guided(stacked, "task_arithmetic", [])
+    for one in data["models"][1:]:
+        one["parameters"]["weight"] = [*filters, {"value": 1}]
+    found, base = weights(merge_here(stacked, data, "by_stack")), weights(stacked / "base")
+    for name, value in found.items():
+        assert torch.equal(value, base[name]) == ("gate_up_proj" in name), name
+
+
+@pytest.mark.parametrize("row", ["gpt_oss:causal", "qwen3_vl_moe:image-text", "granitemoe:causal"])
+def test_slices_are_the_file_s_own_bytes(tmp_path, row):
+    folder = (
+        save_mixtures(tmp_path, *row.split(":"), num_hidden_layers=2)
+        if "vl" not in row
+        else save_mixtures(tmp_path, *row.split(":"))
+    )
+    checkpoint = with_experts_apart(open_checkpoint(str(folder / "base")))
+    assert checkpoint.stacks
+    assert {header.name for header in checkpoint.stored.values()} == set(weights(folder / "base"))
+    for name, value in weights(folder / "base").items():
+        if name in checkpoint.stacks:
+            assert len(checkpoint.stacks[name].slices) == len(value)
+            for header, matrix in zip(checkpoint.stacks[name].slices, value, strict=True):
+                with open(header.file, "rb") as file:
+                    file.seek(header.start)
+                    assert file.read(header.nbytes) == matrix.contiguous().numpy().tobytes()

@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 
+from tests.commands_here import done_here
 from tests.tiny_merges import merge_here, recipe
 from tests.tiny_mixtures import save_mixtures, save_stacked, weights
+from utils.guidance.method import guidance_methods
 from utils.models.checkpoints import open_checkpoint
 from utils.models.experts_apart import with_experts_apart
 from utils.models.stored_layout import stored_layout
@@ -121,3 +123,24 @@ def test_slices_are_the_file_s_own_bytes(tmp_path, row):
                 with open(header.file, "rb") as file:
                     file.seek(header.start)
                     assert file.read(header.nbytes) == matrix.contiguous().numpy().tobytes()
+
+
+ACCEPTED = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "1")}
+
+
+@pytest.mark.parametrize("guidance", sorted(guidance_methods()))
+def test_every_guidance_sees_the_same_experts(apart, stacked, guidance):
+    merged = []
+    for folder in (apart, stacked):
+        flags = ("--guidance", guidance, *ACCEPTED.get(guidance, ()))
+        done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", guidance, *flags, cwd=folder)
+        decide = ("--delta_dfs_in_dir", guidance, "--config_file", "pair.yaml", "--out_dir", f"{guidance}_recipe")
+        done_here("lewis_merge.py", *decide, "--guidance", guidance, "--dtype", "float32", cwd=folder)
+        (made,) = (folder / f"{guidance}_recipe").glob("*.yaml")
+        out = f"{guidance}_merged"
+        done_here("utils/merger.py", "--merge_config", made, "--output_path", out, "--device", "cpu", cwd=folder)
+        merged.append(weights(folder / out))
+    wanted, found = as_stacked(apart, merged[0]), merged[1]
+    assert set(found) == set(wanted)
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6)

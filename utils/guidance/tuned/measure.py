@@ -1,5 +1,6 @@
 """tuned, measure half: the parts of a recipe's merge, and steps of gradient descent on their coefficients."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -276,9 +277,9 @@ def _rows(base: Subject, parts: Parts, coefficients: Tensor) -> list[tuple]:
     for type_, own in zip(parts.headers, coefficients.tolist(), strict=True):
         for name, value in zip(parts.names, own, strict=True):
             layer = name.removeprefix(f"{decoder.blocks_path}.").split(".")[0]
-            stored = base.stored_name(name)
-            place = (int(layer) if layer.isdigit() else -1, components.get(stored, ""), stored)
-            rows.append((type_, *place, decoder.model.get_parameter(name).numel(), value))
+            for header in base.layout.headers(name):  # an expert's matrices each on its own, with one coefficient
+                place = (int(layer) if layer.isdigit() else -1, components.get(header.name, ""), header.name)
+                rows.append((type_, *place, math.prod(header.shape), value))
     return rows
 
 

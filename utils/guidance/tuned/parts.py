@@ -43,17 +43,18 @@ def plan_parts(
     Raises:
         UserError: what command 3 would refuse; a merge whose tensors are not the base's.
     """
-    if base.layout.converted:
-        raise UserError(
-            f"model {base.entry.name}: {base.layout.converted[0].targets[0]} is made of several stored tensors; "
-            "coefficients of such models cannot be tuned yet",
-            "tuned-converted",
-        )
+    for name in _parameters(base):
+        if base.layout.is_part(name):
+            raise UserError(
+                f"model {base.entry.name}: {name} is only a part of {', '.join(base.layout.stored_names(name))}, which has "
+                "one coefficient; such models cannot be tuned",
+                "tuned-converted",
+            )
     works = {}
     for entry in experts:
         planned = plan_recipe(settings, start.part_recipe(base.entry, experts, entry.type), lambda line: None)
         shapes = {tensor.name: tensor.shape for tensor in planned.plan.tensors}
-        for header in _parameters(base).values():
+        for header in (header for name in _parameters(base) for header in base.layout.headers(name)):
             if shapes.get(header.name) != header.shape:
                 got = list(shapes.get(header.name) or ())
                 raise UserError(
@@ -73,15 +74,16 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
         base: the base.
         folder: where to write; it must not exist.
     """
-    parameters = _parameters(base)
-    weights = StreamedWeights(_layout(parameters), torch.device("cpu"), torch.float32)
+    parameters, layout = _parameters(base), base.layout
+    weights = StreamedWeights(layout, torch.device("cpu"), torch.float32)
     placed: dict[str, dict[str, str]] = {type_: {} for type_ in works}
     try:
         for number, names in enumerate(_groups(base.decoder, parameters)):
             before = weights.fetch(names)
-            merged = merged_tensors(list(works.values()), [parameters[name].name for name in names])
+            stored = [one for name in names for one in layout.stored_names(name)]
+            merged = merged_tensors(list(works.values()), stored)
             for type_, own in zip(works, merged, strict=True):
-                found = {name: own[parameters[name].name].float().cpu() - before[name] for name in names}
+                found = {name: _parameter(layout, name, own).float().cpu() - before[name] for name in names}
                 target = folder / type_ / f"part-{number:05d}.safetensors"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: part.contiguous() for name, part in found.items()}, target)
@@ -96,10 +98,17 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
     return Parts(headers)
 
 
-def _parameters(base: Subject) -> dict[str, TensorHeader]:
-    """The stored parameters by name in the model; tied ones once."""
-    stored = base.layout.direct
-    return {name: stored[name] for name, _ in base.decoder.model.named_parameters() if name in stored}
+def _parameters(base: Subject) -> list[str]:
+    """The names in the model of the stored parameters; tied ones once."""
+    return [name for name, _ in base.decoder.model.named_parameters() if name in base.layout]
+
+
+def _parameter(layout: StoredLayout, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """A parameter from tensors by stored name."""
+    conversion = layout.conversions.get(name)
+    if conversion is None:
+        return stored[layout.direct[name].name]
+    return conversion.convert({header.name: stored[header.name] for header in conversion.sources})[name]
 
 
 def _layout(headers: Mapping[str, TensorHeader]) -> StoredLayout:

@@ -216,6 +216,7 @@ def _compare_norms(folder: Path, row: Row) -> None:
 def _plain_norms(folder: Path) -> dict[str, float]:
     """Norms by stored name, from the whole model and hooks."""
     from utils.models.checkpoints import open_checkpoint
+    from utils.models.experts_apart import with_experts_apart
     from utils.models.stored_layout import stored_layout
 
     model = _model(folder)
@@ -237,7 +238,7 @@ def _plain_norms(folder: Path) -> dict[str, float]:
             ids = tokenizer(text)["input_ids"][:24]
             tokens += len(ids)
             model(input_ids=torch.tensor([ids]), use_cache=False)
-    layout = stored_layout(model, open_checkpoint(str(folder)))
+    layout = stored_layout(model, with_experts_apart(open_checkpoint(str(folder))))
     norms = {}
     for name, sums in squares.items():
         weight = model.get_parameter(name).detach().double()

@@ -49,6 +49,11 @@ def main() -> None:
         "lines: weights that grow with depth (LiNeS), with the same means",
         choices=CONTROLS,
     )
+    parser.switch(
+        "portable",
+        "also write the nearest recipe that stock mergekit-yaml runs, where the guided one is for utils/merger.py alone: a "
+        "mixture's experts share their mean, a merge method of this project's gives way to mergekit's",
+    )
     parser.flag("lambda", "factor on the merged delta, above 0", type=number(0, low_open=True))
     parser.flag(
         "dtype",
@@ -101,6 +106,7 @@ def main() -> None:
             delta_dfs_in_dir=flags.delta_dfs_in_dir,
             out_dir=flags.out_dir,
             control=flags.control,
+            portable=flags.portable,
             plot=flags.plot,
             overwrite=flags.overwrite,
             accept_edited=flags.accept_edited,

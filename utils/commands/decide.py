@@ -44,6 +44,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     # pandas and what is built on it, once nothing simpler can be wrong
     from utils.commands import decide_report as report
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
+    from utils.guidance.portable_recipe import portable_recipe
     from utils.guidance.recipe_files import recipe_files
     from utils.guidance.routing import read_routing
     from utils.models.relative_change import strangers
@@ -52,9 +53,11 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     routing = read_routing(measured.folder, measured.manifest, types)
     made = guided_recipe(measured, choices, folder=options.out_dir)
     control = None if options.control is None else control_recipe(measured, made, options.control)
+    portable = portable_recipe(measured, made) if options.portable else None
+    beside = [one for one in (control, portable) if one is not None]
     files = recipe_files(measured, made)
-    if control is not None:
-        files |= recipe_files(measured, made, control)
+    for one in beside:
+        files |= recipe_files(measured, made, one)
     if options.plot:
         files |= {f"{made.stem}_{end}": content for end, content in report.pictures(made).items()}
     check_file_names(list(files), options.config.path)
@@ -67,8 +70,10 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     written = publish_changed(options.out_dir, files, overwrite=options.overwrite, last=True)
     if not options.quiet:
         report.say_result(made, control, remarks)
-    names = (made.name,) if control is None else (made.name, control.name)
-    report.say_files(options, names, list(files), written)
+    names = (made.name, *(one.name for one in beside))
+    report.say_files(options, made, [one.name for one in beside if one is not portable], list(files), written)
+    if portable is not None:
+        report.say_portable(options, portable)
     return names
 
 

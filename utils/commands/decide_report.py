@@ -1,6 +1,8 @@
 """What command 2 prints, and the heatmaps it draws: the choices first, then what was decided, then what to do next."""
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,8 +11,8 @@ from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.portable_recipe import Portable
 from utils.guidance.routing import routing_lines
-from utils.models.planned_tensors import STORED
 from utils.plots import color_range, heatmap
 from utils.recipes.coefficients import average, by_component, by_depth, mean_density
 from utils.recipes.filters import Coverage, NamedTensor, name_template
@@ -51,12 +53,8 @@ def say_choices(
         print(
             f"{method.extra + ':':<9} {wanted}, less where a density needs it (mergekit's {method.extra}, not LEWIS's)"
         )
-    written = measured.models.written
-    if written is not None and written.plan.origin == STORED and not method.own:
-        print(
-            "note:     tensors are called as the base stores them; mergekit-yaml calls some otherwise or loses them, so "
-            "merge with utils/merger.py"
-        )
+    if made.only_here and not method.own:
+        print(f"note:     merge with utils/merger.py: {made.only_here}")
     if settings.routers.said:
         print(f"routers:  {settings.routers.said}")
         for line in _routing(routing, [entry.type for entry in settings.experts], asked.method.name):
@@ -136,12 +134,15 @@ def _say_control(part: pd.DataFrame, columns: Sequence[str], kind: str) -> None:
         print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
 
 
-def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[str], written: Sequence[str]) -> None:
+def say_files(
+    options: DecideOptions, made: GuidedRecipe, controls: Sequence[str], names: Sequence[str], written: Sequence[str]
+) -> None:
     """Print what was written, what was there already, and the next commands.
 
     Args:
         options: for the folder.
-        recipes: file names of the recipes, the guided one first.
+        made: the guided recipe.
+        controls: file names of the recipes to compare it with.
         names: every file name.
         written: those that were not there with this very content.
     """
@@ -150,17 +151,29 @@ def say_files(options: DecideOptions, recipes: Sequence[str], names: Sequence[st
     for name in names:
         path = options.out_dir / name
         print(f"wrote {path}" if name in written else f"{path} already holds exactly this; left as it is")
-    remote = {"trust_remote_code": options.trust_remote_code}
-    print("next:")
+    remote, recipes = {"trust_remote_code": options.trust_remote_code}, (made.name, *controls)
+    print("next (not mergekit-yaml):" if made.only_here else "next:")
     for recipe in recipes:
-        model = options.out_dir.parent / "merged_models" / recipe.removesuffix(".yaml").removesuffix("_merge_config")
-        print(
-            next_command("utils/merger.py", {"merge_config": options.out_dir / recipe, "output_path": model, **remote})
-        )
+        flags = {"merge_config": options.out_dir / recipe, "output_path": _model_folder(options, recipe), **remote}
+        print(next_command("utils/merger.py", flags))
     print("or, to see first on held-out text whether it helps:")
     out = options.out_dir.parent / "evaluation"
     candidates = [options.out_dir / recipe for recipe in recipes]
     print(next_command("utils/evaluator.py", {"config": options.config.path, "out_dir": out, **remote}, candidates))
+
+
+def say_portable(options: DecideOptions, portable: Portable) -> None:
+    """Print what is in the recipe for stock mergekit, and what runs it."""
+    recipe, model = options.out_dir / portable.name, _model_folder(options, portable.name)
+    print(f"with stock mergekit ({portable.said}):")
+    print(f"  mergekit-yaml {shlex.quote(str(recipe))} {shlex.quote(str(model))}")
+    print("or the same bits with this project's checks:")
+    flags = {"merge_config": recipe, "output_path": model, "fused_experts": portable.fused}
+    print(next_command("utils/merger.py", {**flags, "trust_remote_code": options.trust_remote_code}))
+
+
+def _model_folder(options: DecideOptions, recipe: str) -> Path:
+    return options.out_dir.parent / "merged_models" / recipe.removesuffix(".yaml").removesuffix("_merge_config")
 
 
 def pictures(made: GuidedRecipe) -> dict[str, bytes]:

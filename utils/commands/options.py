@@ -16,6 +16,7 @@ class DecideOptions:
     delta_dfs_in_dir: Path
     out_dir: Path
     control: str | None = None
+    portable: bool = False
     plot: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False

@@ -25,17 +25,22 @@ from utils.recipes.naming import filters_without_vectors
 from utils.recipes.recipe import DTYPE, RecipeSettings, file_key, recipe, recipe_name
 from utils.recipes.routers import choose_routers, without_routers
 from utils.recipes.saliency_vectors import open_vectors
+from utils.recipes.stock import reason_against_stock
 
 
 @dataclass(frozen=True)
 class Control:
-    """An unguided recipe with the guided one's means: its kind, file name, content, and the table it was made of."""
+    """An unguided recipe with the guided one's means: its kind, file name, content, and the table it was made of.
+
+    `only_here` is as in `GuidedRecipe`.
+    """
 
     kind: str
     name: str
     data: Mapping[str, Any]
     table: pd.DataFrame
     warnings: tuple[str, ...] = ()
+    only_here: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class GuidedRecipe:
     """A recipe and what it is made of.
 
     `name` is its file name, `data` the YAML as plain data; `vectors` are the files it names beside itself, by file name.
-    `warnings` are sentences.
+    `warnings` are sentences. `only_here` says in a clause why stock mergekit does not run it, "" where it does.
     """
 
     choices: RecipeChoices
@@ -53,6 +58,7 @@ class GuidedRecipe:
     data: Mapping[str, Any]
     warnings: tuple[str, ...]
     vectors: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    only_here: str = ""
 
     @property
     def stem(self) -> str:
@@ -86,7 +92,7 @@ def guided_recipe(
             mean_density=choices.density,
         )
     )
-    name = name or _file_name(measured.config, choices, decision)
+    name = name or recipe_file_name(measured.config, choices, decision)
     stem = name.removesuffix(".yaml")
     vectors = {expert: f"{stem}_{expert}_saliency.safetensors" for expert in decision.vectors}
     files = {key: measured.folder / file for key, file in decision.measured.items()}
@@ -125,10 +131,11 @@ def guided_recipe(
             *doubts(settings, decision.table, measured.models.checkpoints.values()),
         ),
         vectors={vectors[expert]: content for expert, content in decision.vectors.items()},
+        only_here=reason_against_stock(settings.method, measured.models.written),
     )
 
 
-def _file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, control: str = "") -> str:
+def recipe_file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, control: str = "") -> str:
     """The released code's name where only its options are given; every other option that changes a recipe is in it."""
     options = choices.options
     given = {
@@ -148,6 +155,21 @@ def _file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, c
     return recipe_name(config.path, decision.numbers, choices.asked.name, tags)
 
 
+def without_vectors(measured: MeasuredPair, made: GuidedRecipe) -> RecipeSettings:
+    """A guided recipe's settings with mergekit's method in place of one of this project's."""
+    settings, choices = made.settings, made.choices
+    plain = replace(settings, as_factors=False, saliency={})
+    method = counterpart(settings.method, choices.asked)
+    if method is settings.method:
+        return plain
+    parameters = dict(measured.config.global_parameters)
+    if settings.method.whole:  # a mean of deltas
+        parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
+        parameters |= {method.extra: 0.0} if method.extra else {}
+        plain = replace(plain, weight=1 / len(choices.experts), expert_weights={})
+    return replace(plain, method=method, parameters=parameters)
+
+
 def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Control:
     """The unguided recipe of a kind (`uniform` or `lines`) with the means of a guided one.
 
@@ -156,19 +178,12 @@ def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Con
     Raises:
         UserError: tensor sizes are not known.
     """
-    settings, choices = made.settings, made.choices
-    plain = replace(settings, as_weights=settings.as_weights or kind == "lines", as_factors=False, saliency={})
-    method = counterpart(settings.method, choices.asked)
-    if method is not settings.method:
-        parameters = dict(measured.config.global_parameters)
-        if settings.method.whole:  # a mean of deltas
-            parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
-            parameters |= {method.extra: 0.0} if method.extra else {}
-            plain = replace(plain, weight=1 / len(choices.experts), expert_weights={})
-        plain = replace(plain, method=method, parameters=parameters)
+    settings, choices, plain = made.settings, made.choices, without_vectors(measured, made)
+    plain = replace(plain, as_weights=plain.as_weights or kind == "lines")
     table = control_table(kind, made.decision.table)
     table = table.assign(weight=table["weight"] * plain.weight)
-    name = _file_name(measured.config, choices, made.decision, kind)
+    name = recipe_file_name(measured.config, choices, made.decision, kind)
     cancelled = "" if cancelled_weights(settings, "") else cancelled_weights(plain, "the control's weights")
     data = recipe(table, made.decision.naming, plain)
-    return Control(kind, name, data, table, (cancelled,) if cancelled else ())
+    only_here = reason_against_stock(plain.method, measured.models.written)
+    return Control(kind, name, data, table, (cancelled,) if cancelled else (), only_here)

@@ -5,22 +5,25 @@ from typing import Any
 
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
 from utils.recipes.recipe import recipe_bytes
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
 from utils.runtime import versions
 
 
-def recipe_files(measured: MeasuredPair, made: GuidedRecipe, control: Control | None = None) -> dict[str, bytes]:
+def recipe_files(
+    measured: MeasuredPair, made: GuidedRecipe, control: Control | Portable | None = None
+) -> dict[str, bytes]:
     """Contents by file name, in the order to publish them in: a recipe after its vectors, its manifest after it.
 
     Args:
         measured: what the recipe was made of.
         made: the guided recipe.
-        control: the unguided recipe made beside it; its files instead of the guided one's.
+        control: the unguided recipe made beside it, or the one for stock mergekit; its files instead of the guided one's.
     """
     name, data, vectors = (made.name, made.data, made.vectors) if control is None else (control.name, control.data, {})
-    content = recipe_bytes(data)
+    content = recipe_bytes(data, _note(made, control))
     record = RecipeManifest(
         recipe={"name": name, "sha256": _sha256(content)},
         vectors={file: _sha256(bytes_) for file, bytes_ in vectors.items()},
@@ -35,6 +38,15 @@ def recipe_files(measured: MeasuredPair, made: GuidedRecipe, control: Control | 
         **measurement_record(measured.config, measured),
     )
     return {**vectors, name: content, manifest_name(name): record.as_bytes()}
+
+
+def _note(made: GuidedRecipe, beside: Control | Portable | None) -> str:
+    """What the first line of a recipe says of stock mergekit; "" where nothing is special."""
+    if isinstance(beside, Portable):
+        here = "utils/merger.py --fused_experts" if beside.fused else "utils/merger.py"
+        return f"for stock mergekit-yaml, and {here}; {beside.said}; the guided recipe: {made.name}"
+    only_here = made.only_here if beside is None else beside.only_here
+    return f"for utils/merger.py alone: {only_here}" if only_here else ""
 
 
 def measurement_record(config: PairConfig, measured: MeasuredPair | None) -> dict[str, Any]:

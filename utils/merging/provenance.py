@@ -16,7 +16,9 @@ def publishable(origin: RecipeManifest) -> RecipeManifest:
 def origin_lines(origin: RecipeManifest) -> Iterator[str]:
     """What a model card says about it: guidance with its options, and the text that was measured on."""
     what = f"Guidance `{origin.guidance}`"
-    if origin.control is not None:
+    if origin.control == "portable":
+        what = f"For stock mergekit, means of what guidance `{origin.guidance}` gives"
+    elif origin.control is not None:
         what = f"An unguided control (`{origin.control}`) beside guidance `{origin.guidance}`"
     yield f"- {what}{_listed(' with', origin.guidance_options)}."
     if origin.measure_options:

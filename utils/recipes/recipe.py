@@ -107,9 +107,9 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
     return {**result, "tokenizer_source": _TOKENIZER_SOURCE}
 
 
-def recipe_bytes(data: Mapping[str, Any]) -> bytes:
-    """The recipe as a YAML file, byte for byte as the released code writes it."""
-    return yaml.dump(dict(data), sort_keys=False).encode()
+def recipe_bytes(data: Mapping[str, Any], note: str = "") -> bytes:
+    """The recipe as a YAML file, byte for byte as the released code writes it, after a note as a comment if there is one."""
+    return (f"# {' '.join(note.split())}\n" if note else "").encode() + yaml.dump(dict(data), sort_keys=False).encode()
 
 
 def model_key(entry: ModelEntry) -> str | dict[str, Any]:

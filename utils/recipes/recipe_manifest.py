@@ -9,7 +9,7 @@
 | `vectors` | SHA-256 of the files that the recipe names, by file name |
 | `guidance`, `guidance_options` | the method, and the values of command 2's own flags of it (gamma, epsilon ...) |
 | `measure_options` | the values of command 1's flags of it |
-| `control` | null, or the kind of unguided recipe this is |
+| `control` | null, or the kind of unguided recipe this is; `portable`: the guided one's means for stock mergekit |
 | `merge_method`, `mean_density`, `lambda`, `dtype`, `out_dtype` | what else the recipe was asked for |
 | `options` | the pair config's settings, `global_parameters` and `target_model_names` among them |
 | `samples` | texts and their rows, as the measurement's manifest has them |

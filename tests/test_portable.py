@@ -1,0 +1,119 @@
+"""--portable: the recipe that stock mergekit runs, run by it, has the bits of command 3's."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from tests.commands_here import done_here, refused_here
+from tests.tiny_merges import assert_same_tensors, merge_stock, tensors
+from tests.tiny_mixtures import save_mixtures, save_stacked, weights
+from tests.tiny_pairs import save_pair
+
+DECIDE = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "recipes", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    folder = save_mixtures(tmp_path_factory.mktemp("apart"), num_hidden_layers=2)
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stacked(apart, tmp_path_factory):
+    folder = save_stacked(apart, tmp_path_factory.mktemp("stacked"))
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    return folder
+
+
+def made(folder, *flags):
+    """The two recipes that command 2 writes by some flags, the guided one first, and what it prints."""
+    out = folder / "recipes"
+    done = done_here("lewis_merge.py", *DECIDE, "--portable", "--overwrite", *flags, cwd=folder)
+    names = [line.removeprefix("wrote ").strip() for line in done.stdout.splitlines() if line.startswith("wrote ")]
+    recipes = [folder / name for name in names if name.endswith(".yaml")]
+    portable = next(path for path in recipes if "_portable_" in path.name)
+    (guided,) = (path for path in recipes if path != portable)
+    assert guided.parent == portable.parent == out
+    return guided, portable, done.stdout
+
+
+def run_both(folder, portable, monkeypatch, **flags):
+    """The portable recipe merged by stock mergekit and by command 3."""
+    monkeypatch.chdir(folder)  # recipes name models as the pair config does
+    merge_stock(folder, yaml.safe_load(portable.read_text()), f"{portable.stem}_stock")
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    arguments = ("--merge_config", portable, "--output_path", f"{portable.stem}_here", "--device", "cpu", *words)
+    done_here("utils/merger.py", *arguments, cwd=folder)
+    return folder / f"{portable.stem}_here", folder / f"{portable.stem}_stock"
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_a_mixture_stored_apart(apart, method, monkeypatch):
+    guided, portable, said = made(apart, "--merge_method", method, "--apply_lewis_to_weights")
+    assert guided.read_text().startswith("# for utils/merger.py alone: tensors are called")
+    assert portable.read_text().startswith("# for stock mergekit-yaml, and utils/merger.py --fused_experts; ")
+    assert "next (not mergekit-yaml):" in said and f"mergekit-yaml recipes/{portable.name}" in said
+    assert json.loads(portable.with_name(f"{portable.stem}.manifest.json").read_text())["control"] == "portable"
+    assert_same_tensors(*run_both(apart, portable, monkeypatch, fused_experts=True))
+
+
+def test_its_numbers_are_the_means_of_the_experts(apart):
+    guided, portable, _ = made(apart, "--merge_method", "ties", "--gamma", "0.2")
+
+    def densities(path):
+        entries = yaml.safe_load(path.read_text())["models"][1]["parameters"]["density"]
+        return {one["filter"]: one["value"] for one in entries if "filter" in one}
+
+    ours, theirs = densities(guided), densities(portable)
+    own = [value for name, value in ours.items() if "layers.1.mlp.experts" in name and "down_proj" not in name]
+    assert len(own) == 8
+    assert theirs["model.layers.1.mlp.experts.gate_up_proj"] == pytest.approx(sum(own) / len(own))
+    assert theirs["model.layers.1.self_attn.q_proj"] == ours["model.layers.1.self_attn.q_proj"]
+
+
+def test_stacked_experts(stacked, apart, monkeypatch):
+    guided, portable, said = made(stacked, "--merge_method", "ties")
+    assert guided.read_text().startswith("# for utils/merger.py alone: each of the stacked experts")
+    assert "merge with utils/merger.py: each of the stacked experts" in said
+    ours, stock = run_both(stacked, portable, monkeypatch, fused_experts=True)
+    assert_same_tensors(ours, stock)
+    assert set(weights(stock)) == set(weights(stacked / "base"))
+    _, same, _ = made(apart, "--merge_method", "ties")
+    assert yaml.safe_load(same.read_text()) == yaml.safe_load(portable.read_text())
+    # without --fused_experts a filter for a stack acts on each expert
+    done_here("utils/merger.py", "--merge_config", portable, "--output_path", "each", "--device", "cpu", cwd=stacked)
+    assert not torch.equal(*(tensors(one)["model.layers.0.mlp.experts.down_proj"] for one in (stacked / "each", stock)))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = save_pair(tmp_path_factory.mktemp("dense"))
+    flags = ("--guidance", "gram_mean", "--accept_useless_text")
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", *flags, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [(), ("--mean_density", "0.3")])
+def test_a_method_of_this_project_s_gives_way_to_mergekit_s(dense, flags, monkeypatch):
+    guided, portable, said = made(dense, "--guidance", "gram_mean", *flags)
+    assert "mergekit-yaml does not know gram_mean" in guided.read_text().splitlines()[0]
+    data = yaml.safe_load(portable.read_text())
+    assert data["merge_method"] == ("breadcrumbs" if flags else "task_arithmetic")
+    shares = [one["parameters"]["weight"][-1]["value"] for one in data["models"][1:]]
+    assert sum(shares) == pytest.approx(1)
+    assert f"{data['merge_method']} in place of gram_mean" in said
+    # changes of models in bfloat16 tie in magnitude, where mergekit's sort keeps any
+    assert_same_tensors(*run_both(dense, portable, monkeypatch, fast_selection=False))
+
+
+def test_refused_where_there_is_nothing_to_gain_or_stock_loses_tensors(tmp_path):
+    folder = save_pair(tmp_path / "plain")
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    refused_here("flag-no-effect", "lewis_merge.py", *DECIDE, "--portable", cwd=folder)
+    assert not list((folder / "recipes").glob("*"))
+    folder = save_mixtures(tmp_path / "deepseek", "deepseek_v3")
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    refused_here("recipe-not-portable", "lewis_merge.py", *DECIDE, "--portable", cwd=folder)

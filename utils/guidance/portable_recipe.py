@@ -1,0 +1,118 @@
+"""A recipe that stock mergekit runs, beside a guided one that it does not: as much of the guidance as it can express.
+
+Stock mergekit has one number for each tensor that it plans, and stacks a mixture's experts. So what the guided recipe gives
+to several of its tensors becomes their mean over parameters; and in place of a merge method of this project's stands
+mergekit's that does the same without vectors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import UserError
+from utils.guidance.guided_recipe import GuidedRecipe, recipe_file_name, without_vectors
+from utils.guidance.measured_pair import MeasuredPair
+from utils.recipes.filters import exact_filters
+from utils.recipes.group_filters import group_filters
+from utils.recipes.naming import Naming
+from utils.recipes.recipe import RecipeSettings, recipe
+from utils.recipes.routers import RouterChoice
+from utils.recipes.stock import StockNames, stock_names
+
+KIND = "portable"
+_WHERE = "stock mergekit"
+
+
+@dataclass(frozen=True)
+class Portable:
+    """The recipe: file name, content, a clause that says what is in it, and whether command 3 needs --fused_experts."""
+
+    name: str
+    data: Mapping[str, Any]
+    said: str
+    fused: bool
+    kind: str = KIND
+
+
+def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
+    """The recipe for stock mergekit that is nearest to a guided one.
+
+    Raises:
+        UserError: the guided recipe runs in stock mergekit itself; stock mergekit cannot merge these models; sizes of
+            tensors are not known.
+    """
+    if not made.only_here:
+        raise UserError(
+            f"--portable has no effect: {made.name} itself runs in mergekit-yaml; leave it out", "flag-no-effect"
+        )
+    stock, settings, naming = stock_names(measured.models), made.settings, made.decision.naming
+    plain = without_vectors(measured, made)
+    table = _averaged(made.decision.table, naming, stock)
+    if plain.method is not settings.method and settings.method.whole:  # a mean of changes is a sum of shares of them
+        shares = {one.type: settings.expert_weights.get(one.type, 1.0) for one in settings.experts}
+        shares = {key: value / sum(shares.values()) for key, value in shares.items()}
+        plain = replace(plain, expert_weights=shares, as_weights=settings.as_factors)
+        if settings.as_factors:
+            table = table.assign(weight=table["weight"] * table["model"].map(shares))
+    routers = _routers(settings, plain, stock)
+    plain = replace(plain, routers=routers)
+    own = table[~table["tensor"].isin(routers.tensors)]
+    dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
+    found = Naming(
+        names={},
+        filters=exact_filters(dense, stock.tensors, _WHERE),
+        params={},
+        coverage=None,
+        evidence="",
+        group_filters=_groups(own, naming, stock, routers) if plain.as_weights else None,
+    )
+    fused = any(name != other for name, other in stock.by_own.items())
+    said = f"{len(set(stock.by_own.values()))} tensors as stock mergekit has them" + (
+        f", each with the mean of its experts' numbers ({len(stock.by_own)} in the guided recipe)" if fused else ""
+    )
+    if plain.method is not settings.method:
+        said += f"; {plain.method.name} in place of {settings.method.name}"
+    return Portable(
+        recipe_file_name(measured.config, made.choices, made.decision, KIND), recipe(table, found, plain), said, fused
+    )
+
+
+def _averaged(table: pd.DataFrame, naming: Naming, stock: StockNames) -> pd.DataFrame:
+    """The coefficients of stock's tensors: means over the parameters of ours."""
+    if not (table["params"] > 0).all():
+        raise UserError(
+            "--portable needs the sizes of the tensors; measure with lewis_importance.py", "tensor-sizes-unknown"
+        )
+    dense = table["tensor"].isin(naming.filters)
+    rows = []
+    planned = table.assign(tensor=table["tensor"].map(stock.by_own), dense=dense)
+    for (model, tensor), own in planned.groupby(["model", "tensor"], sort=False):
+        params = own["params"].to_numpy(dtype="float64")
+        counted = np.where(own["dense"], params, 0.0) if own["dense"].any() else params
+        density = float(np.average(own["density"], weights=counted))
+        weight = float(np.average(own["weight"], weights=params))
+        first = own.iloc[0]
+        rows.append((model, tensor, first["layer"], first["component"], density, weight, int(params.sum())))
+    return pd.DataFrame(rows, columns=[*table.columns[:-1], "params"])
+
+
+def _routers(settings: RecipeSettings, plain: RecipeSettings, stock: StockNames) -> RouterChoice:
+    """The same choice by stock's names; a factor of changes that are averaged becomes a weight."""
+    names = tuple(dict.fromkeys(stock.by_own[name] for name in settings.routers.tensors))
+    if not names:
+        return settings.routers
+    filters = group_filters(dict.fromkeys(names, ""), stock.tensors, _WHERE)
+    share = plain.weight if plain.method is not settings.method else 1.0
+    return RouterChoice(names, tuple(dict.fromkeys(filters.values())), settings.routers.weight * share)
+
+
+def _groups(table: pd.DataFrame, naming: Naming, stock: StockNames, routers: RouterChoice) -> dict[str, str]:
+    """Filters for the tensors whose weights are alike in every expert."""
+    by_tensor: dict[str, Sequence[float]] = {}
+    for tensor, own in table.groupby("tensor", sort=False):
+        by_tensor[tensor] = tuple(map(float, own["weight"]))
+    rest = [name for name in stock.tensors if name not in routers.tensors]
+    return group_filters(by_tensor, rest, _WHERE)

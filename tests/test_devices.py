@@ -42,7 +42,8 @@ def run_on_device(folder: Path, *commands: Sequence[object]) -> list[list[dict]]
         runs = [([sys.executable, *words, "--device", "cuda"], "") for words in commands]
     else:
         runs = [([sys.executable, "-m", "tests.simulated_device", "waits.json"], json.dumps(commands))]
-    paths = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    beside = os.environ.get("PYTHONPATH", "")
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), beside))), "HF_HUB_OFFLINE": "1"}
     for command, given in runs:
         done = subprocess.run(
             command, input=given, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300

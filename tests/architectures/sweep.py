@@ -273,14 +273,18 @@ def _routed(squares: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
                 width = stack.shape[1] if turned else stack.shape[2]
                 squares[key] = torch.zeros(stack.shape[0], width, dtype=torch.float64)
                 squares[key] = squares[key][:, :, None] if turned else squares[key][:, None, :]
-        for token, place, expert in _assignments(chosen, up.shape[0]):
+        for token, place, expert in _assignments(chosen, min(up.shape[0], down.shape[0])):
             x, gate = hidden[token].double(), gates[token, place].double()
             matrix = up[expert].double().T if turned else up[expert].double()
             middle = matrix @ x
             bias = getattr(module, f"{first}_bias", None)
             if bias is not None:
                 middle = middle + bias[expert].double()
-            inner = module._apply_gate(middle[None])[0] if has_gate else module.act_fn(middle)
+            if hasattr(module, "_apply_gate"):
+                inner = module._apply_gate(middle[None])[0] if has_gate else module.act_fn(middle)
+            else:  # plainly gated, or not at all
+                gate_part, up_part = middle.chunk(2) if has_gate else (middle, 1.0)
+                inner = module.act_fn(gate_part) * up_part
             for name, value in ((first, x), ("down_proj", inner)):
                 moment = (gate * value).square()
                 own = squares[f"{path}.{name}"]

@@ -84,6 +84,20 @@ def test_an_expert_with_few_tokens_leans_on_its_layer():
     assert metric[0, 0].tolist() == pytest.approx([0.25 * 2.0 + 0.75 * mean[0], 0.75 * mean[1]])
 
 
+def test_experts_that_no_token_is_given_have_sums_of_zero():
+    class WithIdentity(Experts):
+        def forward(self, hidden, chosen, gates):
+            return super().forward(hidden, chosen, gates) + hidden * (gates * (chosen >= EXPERTS)).sum(1, keepdim=True)
+
+    block, batch = nn.ModuleDict({"experts": WithIdentity()}), MicroBatch.of([[0, 0]])
+    beyond = torch.full((2, 1), EXPERTS)
+    found = observed(block, batch, torch.randn(2, WIDTH), beyond, torch.ones(2, 1))
+    for component, matrices in ((UP, block["experts"].up_proj), (DOWN, block["experts"].down_proj)):
+        assert found[component].tokens.tolist() == [0] * EXPERTS
+        metric = found[component].metric(matrices.detach(), 2.0, fewest=32)
+        assert metric.shape == matrices.shape and not metric.any()
+
+
 def test_experts_that_cannot_be_watched_are_refused():
     class Summed(Experts):
         def forward(self, hidden, chosen, gates):

@@ -76,11 +76,12 @@ class ExpertInputs:
         self.stacks = tuple(stacks)
         self.sums: dict[Component, StackSums] = {}
         self.batch: MicroBatch | None = None
+        self.idle: dict[Component, tuple[torch.Tensor, StackSums]] = {}  # whether no token came, and the sums then
 
     @contextlib.contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
         """Start from zero and watch a block's experts while the context lasts; they run one after the other meanwhile."""
-        self.sums = {}
+        self.sums, self.idle = {}, {}
         with contextlib.ExitStack() as stack:
             for path in dict.fromkeys(one.path for one in self.stacks):
                 own = {one.parameter: one for one in self.stacks if one.path == path}
@@ -98,6 +99,8 @@ class ExpertInputs:
             UserError: an architecture that does not multiply its tokens with the stacks one expert after the other.
         """
         for one in self.stacks:
+            if one not in self.sums and one in self.idle and bool(self.idle[one][0]):
+                self.sums[one] = self.idle[one][1]
             if one not in self.sums:
                 raise UserError(
                     f"{one.own_path} of block {layer}: this architecture computes its experts in a way that cannot be "
@@ -113,6 +116,7 @@ class ExpertInputs:
 
         def watching(*args: Any, **kwargs: Any) -> Any:
             call = self._call([*args, *kwargs.values()])
+            self._take_idle(module, stacks, call)
             with _Products({name: getattr(module, name) for name in stacks}) as products:
                 products.take = lambda name, *seen: self._add(stacks[name], getattr(module, name), call, *seen)
                 return forward(*args, **kwargs)
@@ -126,6 +130,17 @@ class ExpertInputs:
             del module.forward
             if config is not None:
                 config._experts_implementation = before
+
+    def _take_idle(self, module: nn.Module, stacks: Mapping[str, Component], call: _Call) -> None:
+        """Note whether all tokens were given to what has no matrices (experts that return what they are given)."""
+        if call.chosen is None:
+            return
+        sizes = {component: getattr(module, name).shape[0] for name, component in stacks.items()}
+        came = (call.chosen < min(sizes.values())).any()
+        for component, size in sizes.items():
+            empty = torch.zeros(size, 1, dtype=torch.float64, device=came.device)
+            before = self.idle[component][0] if component in self.idle else True
+            self.idle[component] = (~came & before, StackSums(empty, empty[:, 0]))
 
     def _call(self, values: Sequence[Any]) -> _Call:
         tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 2]

@@ -93,6 +93,7 @@ def _subject(
     from utils.models.experts_apart import with_slices
     from utils.models.stored_layout import stored_layout
     from utils.models.weight_source import build_skeleton
+    from utils.passes.dry_walk import dry_walk
 
     where = f"model {entry.name}"
     checkpoint = open_checkpoint(entry.name, entry.revision)
@@ -111,6 +112,7 @@ def _subject(
         source: _batched(ids, source.seqlen, config.parity, tokenizer, model, precision.tokens_at_once, where)
         for source, ids in encoded.items()
     }
+    dry_walk(decoder, next(iter(encoded.values()))[0], where)
     return Subject(entry, checkpoint, decoder, layout, dtype, texts, trust_remote_code)
 
 

@@ -22,6 +22,7 @@ from utils.guidance.routing import compared_routers, routing_rows
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.block_runner import Visitor, run_blocks
+from utils.passes.dry_walk import dry_walk
 from utils.passes.routing import VisitorWithRouters
 from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate
@@ -78,6 +79,7 @@ def memory(job: MeasureJob) -> int:
 def measure(job: MeasureJob) -> Measured:
     """Norms of the base on every text and of each expert on its own."""
     require_own_filters(job.base)
+    _refuse_added_rows(job.base)
     config = job.config
     users = {
         source: [one.type for one in config.experts if config.text_of(one.type) == source] for source in config.texts
@@ -124,6 +126,18 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(
         {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings), tuple(routing)
     )
+
+
+def _refuse_added_rows(base: Subject) -> None:
+    """Refuse, before weights are read, a model whose blocks see other rows than the tokens'."""
+    text = next(iter(base.texts.values()))
+    seen = dry_walk(base.decoder, text.encoded[0], f"model {base.entry.name}")
+    if seen.rows_added:
+        raise UserError(
+            f"model {base.entry.name} gives its blocks {seen.rows_added} rows of its own beside each sample's tokens, and "
+            "lewis takes means over tokens; use another --guidance, such as gram_mean",
+            "model-unsupported",
+        )
 
 
 def _is_rounded(subject: Subject) -> bool:

@@ -21,6 +21,16 @@ class NoTokenAxis(UserError):
     """An output in which the tokens cannot be told apart."""
 
 
+def require_token_axis(shape: Sequence[int], samples: int, length: int, what: str) -> None:
+    """Raise `NoTokenAxis` for the shape of an output in which tokens cannot be told apart (see `token_rows`)."""
+    if not (shape[0] in (1, samples) and length in shape[1:]) and shape[0] != samples * length:
+        raise NoTokenAxis(
+            f"{what} gives {list(shape)} for {samples} samples of {length} tokens; it does not process each token once "
+            "and cannot be measured",
+            "model-unsupported",
+        )
+
+
 def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tensor | None, what: str) -> torch.Tensor:
     """An output for right-padded samples as one float32 row per token, rows of pads being zero.
 
@@ -39,17 +49,12 @@ def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tens
         UserError: the output has no axis of tokens.
     """
     shape = tuple(output.shape)
+    require_token_axis(shape, samples, length, what)
     if shape[0] in (1, samples) and length in shape[1:]:
         rows = output.movedim(shape.index(length, 1), 1)
         rows = rows.expand(samples, *rows.shape[1:]).reshape(samples, length, -1)
-    elif shape[0] == samples * length:
-        rows = output.reshape(samples, length, -1)
     else:
-        raise NoTokenAxis(
-            f"{what} gives {list(shape)} for {samples} samples of {length} tokens; it does not process each token once "
-            "and cannot be measured",
-            "model-unsupported",
-        )
+        rows = output.reshape(samples, length, -1)
     rows = rows.float()
     if mask is not None:
         rows = torch.where(mask[:, :, None], rows, 0.0)

@@ -11,10 +11,11 @@ from utils.errors import UserError
 from utils.guidance.component_filters import require_own_filters
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
+from utils.guidance.submodule_linearity.gram import require_token_axis
 from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
 from utils.guidance.submodule_linearity.part_changes import PartChanges
-from utils.guidance.submodule_linearity.parts import require_comparable
+from utils.guidance.submodule_linearity.parts import outside_submodules, own_parameters, require_comparable
 from utils.guidance.submodule_linearity.tables import (
     FOLD_TABLE,
     GRAM_TABLE,
@@ -23,6 +24,7 @@ from utils.guidance.submodule_linearity.tables import (
     TENSOR_TABLE,
 )
 from utils.models.weight_source import tied_names
+from utils.passes.dry_walk import dry_walk
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, component_names, memory_estimate
 from utils.workers.piece import Piece, Place
@@ -58,6 +60,7 @@ def measure(job: MeasureJob) -> Measured:
     """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
     require_own_filters(job.base)
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
+    _require_token_axes(job.base)
     compared = [job.base, *job.experts]
     for subject in compared:
         require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
@@ -76,6 +79,16 @@ def measure(job: MeasureJob) -> Measured:
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
     return Measured(files, warnings=tuple(_warnings(job, found)))
+
+
+def _require_token_axes(base: Subject) -> None:
+    """Refuse, before weights are read, a part outside the blocks whose output has no axis of tokens."""
+    text, model = next(iter(base.texts.values())), base.decoder.model
+    seen = dry_walk(base.decoder, text.encoded[0], f"model {base.entry.name}")
+    for path in outside_submodules(base.decoder)[0]:
+        module = model.get_submodule(path)
+        if path in seen.outputs and len(own_parameters(module)) == sum(1 for _ in module.parameters()):
+            require_token_axis(seen.outputs[path], seen.samples, seen.tokens, f"model {base.entry.name}: {path}")
 
 
 def _compared(place: Place, job: MeasureJob) -> Compared:

@@ -3,10 +3,11 @@
     python3 benchmarks/memory.py
     python3 benchmarks/memory.py --guidance saliency_budget,sens_merging --merge_methods "" --depths 4,32
     python3 benchmarks/memory.py --guidance "" --merge_methods ties,della,slerp --shapes llama-365m
+    python3 benchmarks/memory.py --device cuda
 
 Every command runs as a whole process, once for each shape and each number of blocks in `--depths`, on models that have random
-weights. The peak of memory that the system cannot reclaim (RssAnon), without that of the same command on models of next to
-no size, which is the runtime, is compared with the line `memory: about`. Every run goes into
+weights. The peak of memory that the system cannot reclaim (RssAnon; on a GPU the peak that the command prints), without that of the same
+command on models of next to no size, which is the runtime, is compared with the line `memory: about`. Every run goes into
 `benchmarks/results/memory.csv`; a table of medians is printed.
 """
 
@@ -30,7 +31,7 @@ from benchmarks.shapes import ROOT, SHAPES, build_pair, rows_files
 from utils.guidance.method import guidance_methods
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.csv"
-COLUMNS = ("command", "method", "shape", "blocks", "estimate_mb", "peak_mb", "runtime_mb", "ratio", "machine")
+COLUMNS = ("device", "command", "method", "shape", "blocks", "estimate_mb", "peak_mb", "runtime_mb", "ratio", "machine")
 NARROW = SHAPES["llama-78m"] | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
                  "vocab_size": 8192, "num_hidden_layers": 2}  # fmt: skip
 MERGE_METHODS = (
@@ -41,20 +42,21 @@ NEEDED = {"slerp": {"t": 0.5}, "linear": {"weight": 0.5}}
 SAMPLES = 6
 FREE = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "2")}
 _ABOUT = re.compile(r"memory: about ([\d.]+) (MB|GB|kB)")
+_GPU_PEAK = re.compile(r"peak GPU memory ([\d.]+) (MB|GB|kB)")
 _SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
-def measuring(method: str, places: dict[str, Path], folder: Path) -> tuple[str, ...]:
+def measuring(method: str, places: dict[str, Path], folder: Path, device: str) -> tuple[str, ...]:
     """The command line of command 1 for one guidance."""
     models = [{"name": str(place), "type": name} for name, place in places.items()]
     text = {"name": "gsm8k", "path": str(rows_files(None)["gsm8k"])}
     config = {"model_info": models, "base_model_type": "base", "dataset": text, "nsamples": SAMPLES}
     (folder / "pair.yaml").write_text(yaml.safe_dump(config))
     words = ("--config", str(folder / "pair.yaml"), "--out_dir", str(folder / "out"), "--guidance", method)
-    return (sys.executable, str(ROOT / "lewis_importance.py"), *words, "--devices", "cpu", *FREE.get(method, ()))
+    return (sys.executable, str(ROOT / "lewis_importance.py"), *words, "--devices", device, *FREE.get(method, ()))
 
 
-def merging(method: str, places: dict[str, Path], folder: Path) -> tuple[str, ...]:
+def merging(method: str, places: dict[str, Path], folder: Path, device: str) -> tuple[str, ...]:
     """The command line of command 3 for one merge method."""
     base, *experts = (str(place) for place in places.values())
     parameters = NEEDED.get(method, {"weight": 0.5, **({} if method in ("sce",) else {"density": 0.5})})
@@ -69,11 +71,11 @@ def merging(method: str, places: dict[str, Path], folder: Path) -> tuple[str, ..
     if method not in ("linear", "karcher"):
         recipe["base_model"] = base
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ("--merge_config", str(folder / "recipe.yaml"), "--output_path", str(folder / "out"), "--device", "cpu")
+    words = ("--merge_config", str(folder / "recipe.yaml"), "--output_path", str(folder / "out"), "--device", device)
     return (sys.executable, str(ROOT / "utils" / "merger.py"), *words)
 
 
-def measured(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
+def measured(command: tuple[str, ...], folder: Path, device: str) -> tuple[float, float]:
     """(bytes the command says it needs, bytes at its peak)."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     log = folder / "log"
@@ -82,12 +84,14 @@ def measured(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
         run = run_once(Contender(command[1], shell, 0))
     except RuntimeError as error:
         raise RuntimeError(log.read_text()[-2000:]) from error
-    found = _ABOUT.search(log.read_text())
-    return float(found[1]) * _SCALE[found[2]], run.anonymous
+    said = log.read_text()
+    about, gpu = _ABOUT.search(said), _GPU_PEAK.search(said)
+    peak = run.anonymous if device == "cpu" else float(gpu[1]) * _SCALE[gpu[2]]
+    return float(about[1]) * _SCALE[about[2]], peak
 
 
 def rows(
-    kind: str, methods: Sequence[str], shapes: Sequence[str], depths: Sequence[int], folder: Path
+    kind: str, methods: Sequence[str], shapes: Sequence[str], depths: Sequence[int], folder: Path, device: str
 ) -> Iterator[dict[str, object]]:
     """A row for every method, shape and depth."""
     command = {"measure": measuring, "merge": merging}[kind]
@@ -95,12 +99,23 @@ def rows(
     narrow = build_pair("narrow", folder / "narrow", None)
     here = machine()
     for method in methods:
-        _, runtime = measured(command(method, narrow, folder), folder)
+        _, runtime = measured(command(method, narrow, folder, device), folder, device)
         for shape, blocks in itertools.product(shapes, depths):
             name = f"{shape}-{blocks}"
             SHAPES[name] = SHAPES[shape] | {"num_hidden_layers": blocks}
-            about, peak = measured(command(method, build_pair(name, folder / name, None), folder), folder)
-            values = (kind, method, shape, blocks, about / 1e6, peak / 1e6, runtime / 1e6, about / (peak - runtime))
+            places = build_pair(name, folder / name, None)
+            about, peak = measured(command(method, places, folder, device), folder, device)
+            values = (
+                device,
+                kind,
+                method,
+                shape,
+                blocks,
+                about / 1e6,
+                peak / 1e6,
+                runtime / 1e6,
+                about / (peak - runtime),
+            )
             row = dict(zip(COLUMNS, [round(one, 3) if isinstance(one, float) else one for one in values], strict=False))
             print(row, file=sys.stderr, flush=True)
             yield row | {"machine": here}
@@ -109,8 +124,8 @@ def rows(
 def table(found: Sequence[dict[str, object]]) -> str:
     """Medians as Markdown."""
     lines = [
-        "| command | method | shape | blocks | said MB | taken MB | said / taken |",
-        "|---|---|---|---|---|---|---|",
+        "| device | command | method | shape | blocks | said MB | taken MB | said / taken |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys(map(_key, found)):
         own = [row for row in found if _key(row) == key]
@@ -127,7 +142,7 @@ def _listed(names: str) -> list[str]:
 
 
 def _key(row: dict[str, object]) -> tuple[object, ...]:
-    return row["command"], row["method"], row["shape"], row["blocks"]
+    return row["device"], row["command"], row["method"], row["shape"], row["blocks"]
 
 
 def main() -> None:
@@ -137,6 +152,7 @@ def main() -> None:
     parser.add_argument("--merge_methods", default=",".join(MERGE_METHODS), help="methods, separated by commas")
     parser.add_argument("--depths", default="4", help="numbers of blocks, separated by commas")
     parser.add_argument("--shapes", default="llama-78m", help=f"widths, separated by commas: {', '.join(SHAPES)}")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that every run is added to")
     args = parser.parse_args()
@@ -144,7 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind, names in (("measure", args.guidance), ("merge", args.merge_methods)):
             for _ in range(args.runs):
-                for row in rows(kind, _listed(names), _listed(args.shapes), depths, Path(folder)):
+                for row in rows(kind, _listed(names), _listed(args.shapes), depths, Path(folder), args.device):
                     found.append(row)
                     new = not args.results.exists()
                     with open(args.results, "a", newline="") as file:

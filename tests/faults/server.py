@@ -9,7 +9,7 @@ Reads a JSON object from each line of stdin and answers with one on stdout:
 
 `code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
 them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded
-before the C library then.
+before the C library then. With "snapshots" a pass writes down where it stands at every block.
 """
 
 import contextlib
@@ -108,6 +108,10 @@ def _be_the_command(asked: dict, out: int, err: int) -> None:
         if megabytes := asked.get("memory_mb"):
             limit = _address_space() + megabytes * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        if asked.get("snapshots"):
+            from utils.passes import snapshots
+
+            snapshots.SECONDS, snapshots.MOST_SHARE = -1.0, float("inf")
         from utils.errors import run_command
 
         main = sys.modules[script.removesuffix(".py").replace("/", ".")].main

@@ -225,6 +225,26 @@ def _of(name: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((path, content) for path, content in found.items() if path == name or path.startswith(name + "/"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lewis", "saliency_budget", "sens_merging"])
+def test_a_kill_inside_a_model_is_mended_by_the_same_line(faulty_server, folder, tmp_path, method):
+    """Passes that write down where they stand at every block."""
+    words = [*_words("measure"), "--guidance", method, "--dtype", "float32"]
+    more = {"cwd": folder, "root": folder / "out", "log": tmp_path / "calls", "snapshots": 1}
+    _reset(folder, None)
+    done = faulty_server.run(*words, **more)
+    assert done["code"] == 0, done["stderr"]
+    expected, calls = _found(folder), (tmp_path / "calls").read_text().splitlines()
+    assert any("snapshot" in call for call in calls)
+    for at in random.Random(1).sample(range(1, len(calls) + 1), 20):
+        _reset(folder, None)
+        killed = faulty_server.run(*words, **more, at=at, error=0)
+        assert killed["code"] == -9, (at, killed)
+        done = faulty_server.run(*words, **more)
+        assert done["code"] == 0, (at, calls[at - 1], done["stderr"])
+        assert _found(folder) == expected, (at, calls[at - 1])
+
+
 READ_PARTS = {"measure": 8, "decide": 4, "merge": 8, "evaluate": 16, "search": 40}
 
 

@@ -256,6 +256,7 @@ FOLDERS = {
     "a gap": ({SINGLE: packed({"a": TABLE["a"], "b": {**TABLE["b"], "data_offsets": [13, 29]}})}, CONFIG, "weights-damaged"),
     "a tensor twice": ({SINGLE: packed(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x")}, CONFIG, "weights-damaged"),
     "a shape that does not fit": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 4]}})}, CONFIG, "weights-damaged"),
+    "a shape that does not fit complex numbers": ({SINGLE: packed({"a": {**TABLE["a"], "dtype": "C64"}})}, CONFIG, "weights-damaged"),
     "a negative shape": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [-2, -3]}})}, CONFIG, "weights-damaged"),
     "a shape of a fraction": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, 3.5]}})}, CONFIG, "weights-damaged"),
     "a shape of infinity": ({SINGLE: packed({"a": {**TABLE["a"], "shape": [2, float("inf")]}})}, CONFIG, "weights-damaged"),

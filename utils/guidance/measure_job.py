@@ -83,9 +83,11 @@ class MeasureJob:
     def of(self, *subjects: Subject) -> "MeasureJob":
         """This job as a piece of it needs it: these subjects, with skeletons that nobody else uses; nothing of where it runs.
 
-        Weights are placed into skeletons, and pieces may run side by side. (Other processes build skeletons of their own.)
+        Weights are placed into skeletons, so that pieces that run side by side need each their own; a skeleton takes some
+        50 kB a block. (Other processes build skeletons of their own.)
         """
-        if self.workers is None:
+        side_by_side = self.at_once > 1 or len(self.devices) > 1
+        if self.workers is None and (side_by_side or len({id(one.decoder) for one in subjects}) < len(subjects)):
             subjects = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
         return MeasureJob(self.config, subjects, (), self.options, self.trust_remote_code)
 

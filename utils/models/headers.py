@@ -20,7 +20,9 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_OTHER_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}  # which nothing here reads
+_OTHER_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64,
+}  # of dtypes that nothing here reads  # fmt: skip
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = (
     "pickled weights can run code: load them once with transformers and save_pretrained() them, which writes "
@@ -224,9 +226,10 @@ def _tensor_header(tensor: str, entry: Mapping[str, Any], file: Path, data_start
         raise ValueError(f"{tensor}: shape and offsets must be whole numbers of at least 0")
     if begin > end or not isinstance(dtype, str) or not tensor.isprintable():
         raise ValueError(f"{tensor!r}: offsets, dtype or name are not valid")
-    if dtype not in DTYPE_BYTES and dtype not in _OTHER_DTYPES:
+    bits = 8 * DTYPE_BYTES.get(dtype, 0) or _OTHER_BITS.get(dtype)
+    if bits is None:
         raise ValueError(f"{tensor}: safetensors has no dtype {dtype[:40]!r}")
-    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
+    if math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{tensor}: {end - begin} bytes do not hold {dtype} {list(shape)}")
     return TensorHeader(tensor, dtype, shape, file, data_start + begin, end - begin)
 

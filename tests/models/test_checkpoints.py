@@ -234,7 +234,7 @@ FOLDERS = {
     "index names the parent": ({INDEX: index_of({"a": ".."})}, CONFIG, "model-index-outside"),
     "index names nothing": ({INDEX: index_of({"a": ""})}, CONFIG, "model-index-outside"),
     "index names a NUL": ({INDEX: index_of({"a": "x\0y"})}, CONFIG, "model-index-outside"),
-    "index names half a character": ({INDEX: index_of({"a": "x\ud800"})}, CONFIG, "model-index-outside"),
+    "index names half a character": ({INDEX: index_of({"a": "x\ud800"})}, CONFIG, "json-invalid"),
     "index names a very long file": ({INDEX: index_of({"a": "x" * 300})}, CONFIG, "model-shard-missing"),
     "index names a number": ({INDEX: index_of({"a": 5})}, CONFIG, "model-shard-missing"),
     "index names null": ({INDEX: index_of({"a": None})}, CONFIG, "model-shard-missing"),

@@ -22,6 +22,7 @@ ENOUGH_THREADS = 8
 
 _ITEM = {"float64": 8, "float32": 4}
 _SORT = 24  # bytes per entry: a float32 copy, the sorted copy, int64 indices and their exchange buffer
+_ALLOCATED = 12 * 2**20  # bytes that freed buffers leave in allocators where tensors are merged in pieces (measured)
 _COUNT = 1  # bytes per entry of a mask found by counting (`utils/merging/fast_sparsifiers.py`)
 
 
@@ -57,17 +58,26 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
         7 w | w                 a mask by chance; none
         n (2 w + 2) + 3 w | 3 w the sign vote, with the sum; the sum alone
 
-    where the last two are not there at the same time. For tensors merged in pieces, the buffers of every thread and the
-    tables of the tensors that can be under way at once, one a thread, count instead, and no weight file.
+    where the last two are not there at the same time, beside the part of a shard that is there already: mergekit merges tensors in
+    the order of their names. For tensors merged in pieces, the buffers of every thread and the
+    tables of the tensors that can be under way at once, one a thread and the one that comes next, count instead, and no
+    weight file.
 
     `guided_ties` is `ties` without its mask, beside w bytes for every change that is cut; w + 5 bytes while one is cut.
     `guided_mean` takes w for the result, 1 for every change that is cut, 9 more while one is, and a few rows' temporaries.
     `gram_mean` says itself what it takes.
     """
     if division.direct:
-        return arithmetic_bytes(plan, division)
-    shard = min(settings.out_shard_size or plan.nbytes, plan.nbytes)
-    return arithmetic_bytes(plan, division) + shard * (2 if settings.async_write else 1)
+        return arithmetic_bytes(plan, division) + _ALLOCATED
+    ranking = _COUNT if division.by_counting else _SORT
+    peak = held = 0
+    for tensor in sorted(plan.tensors, key=lambda tensor: tensor.name):  # mergekit's order
+        peak = max(peak, held + _arithmetic(plan, tensor, ranking))
+        held += tensor.nbytes
+        peak = max(peak, held * (2 if settings.async_write else 1))
+        if settings.out_shard_size and held > settings.out_shard_size:
+            held = 0
+    return peak
 
 
 def arithmetic_bytes(plan: MergePlan, division: Division) -> int:
@@ -75,7 +85,7 @@ def arithmetic_bytes(plan: MergePlan, division: Division) -> int:
     ranking = _COUNT if division.by_counting else _SORT
     if division.direct:
         threads = torch.get_num_threads()
-        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
+        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[: threads + 1]
         buffers = max(buffer_bytes(tensor) for tensor in division.direct)
         left = (_arithmetic(plan, tensor, ranking) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from utils.guidance.tuned.parts import Parts, SummedWeights
 
-_AT_ONCE = 2**22  # entries in float64 together
+_AT_ONCE = 2**20  # entries in float64 together
 
 
 class CoefficientSlopes:

@@ -61,6 +61,10 @@ Observing = Callable[[int, nn.Module], AbstractContextManager[None]]
 """Attaches observers to a block (layer, module) for as long as its samples are computed again, each one once."""
 
 
+ObservingOutside = Callable[[nn.Module], AbstractContextManager[None]]
+"""Attaches observers to a model while what lies outside its blocks is computed again and differentiated, once a sample."""
+
+
 def nothing(layer: int, block: nn.Module) -> AbstractContextManager[None]:
     """Attach no observer."""
     return nullcontext()
@@ -120,6 +124,7 @@ def backward_pass(
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
     observing: Observing = nothing,
+    observing_outside: ObservingOutside = nullcontext,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     name: str = "model",
@@ -141,6 +146,7 @@ def backward_pass(
             more pass through the head. A tied embedding has one gradient, under the embedding's name.
         on_block: called with the layer number after each block, on both ways (twice per block).
         observing: what else to attach to a block on the way back, such as hooks that see its modules' inputs.
+        observing_outside: the same of the whole model, for each sample's way through what lies outside the blocks.
         folder: where hidden states wait in a file without a name; None: the system's folder for temporary files.
         snapshots: what a killed run has left, and where this one leaves what it needs to go on; it begins there. Whoever
             iterates the blocks registers what is made of them, and offers a snapshot between two blocks (`between`).
@@ -169,7 +175,9 @@ def backward_pass(
         losses = _forward(decoder, turn, samples, way, found and waiting_of(found), store, device, on_block, snapshots)
         if found is not None and found["gradients"] is not None:
             take_back(way, found["gradients"], device)
-        blocks = _backward(decoder, turn, way, around if outside else None, observer, on_block, observing)
+        blocks = _backward(
+            decoder, turn, way, around if outside else None, observer, on_block, (observing, observing_outside)
+        )
         stack.callback(blocks.close)
         yield BackwardPass(tuple(losses), blocks, way.back)
 
@@ -247,8 +255,9 @@ def _backward(
     around: Mapping[str, nn.Parameter] | None,
     observer: GradientObserver,
     on_block: Callable[[int], None],
-    observing: Observing,
+    watching: tuple[Observing, ObservingOutside],
 ) -> Iterator[BlockDone]:
+    observing, observing_outside = watching
     wanted = [parameter for parameter in (around or {}).values() if parameter.requires_grad]
     for layer in reversed(range(way.back, len(decoder.blocks))):
         on_block(layer)
@@ -268,7 +277,7 @@ def _backward(
     if wanted:
         with stops(decoder.blocks):
             for place, sample in enumerate(way.passes):
-                with handed_over(around, _addressed(observer, place)):
+                with observing_outside(decoder.model), handed_over(around, _addressed(observer, place)):
                     sample.outside(wanted)
     if around is not None:
         yield from _finished(None, around, observer)

@@ -85,9 +85,10 @@ class GramFileWriter:
     def _add(self, key: str, values: "Tensor") -> None:
         import torch
 
-        values = values.detach().to("cpu", torch.float32).contiguous()
+        values = values.detach().to(torch.float32).contiguous()
         if not bool(values.isfinite().all()):
             raise ValueError(f"{key} holds numbers that are not finite")
+        values = values.cpu()
         self._file.write(memoryview(values.view(torch.uint8).numpy()))
         start, self._end = self._end, self._end + values.nbytes
         self._entries[key] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, self._end]}
@@ -163,7 +164,9 @@ def _shared(file: SaliencyVectors) -> Mapping[str, str]:
 def _packed(gram: "Tensor") -> "Tensor":
     import torch
 
-    gram = gram.detach().to("cpu", torch.float32)
+    gram = gram.detach().to(torch.float32)
+    if gram.device.type != "cpu":  # half of it crosses over, and no row is taken by itself
+        return gram[torch.ones_like(gram, dtype=torch.bool).tril()]
     packed = torch.empty(len(gram) * (len(gram) + 1) // 2)
     start = 0
     for row in range(len(gram)):

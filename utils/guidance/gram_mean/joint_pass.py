@@ -102,6 +102,7 @@ def joint_pass(
                     outside=True,
                     on_block=on_block,
                     observing=together(side.observing, gram.attached),
+                    observing_outside=observer.rows.factors.observed,
                     folder=folder,
                 )
             )

@@ -36,7 +36,8 @@ class Checkpoint:
 
     `name` and `revision` are what the user asked for; `folder` is where it lies, absolute. `adapter` is the folder of an
     adapter whose changes the tensors have, while config and tokenizer are the model's. `stacks` are stored tensors that
-    `tensors` has in slices instead, by their own names (`utils/models/experts_apart.py`).
+    `tensors` has in slices instead, by their own names (`utils/models/experts_apart.py`). `tower` is the checkpoint that
+    was asked for where that is a language tower alone and this one the whole model (`utils/models/language_tower.py`).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorHeader] = field(repr=False)
     adapter: Path | None = None
     stacks: Mapping[str, Stack] = field(default_factory=dict, repr=False)
+    tower: "Checkpoint | None" = field(default=None, repr=False)
 
     @cached_property
     def stored(self) -> Mapping[str, TensorHeader]:
@@ -59,7 +61,7 @@ class Checkpoint:
     @property
     def place(self) -> tuple[Path, Path | None]:
         """What tells it from every other one: the model's folder and the adapter's."""
-        return self.folder, self.adapter
+        return (self.folder, self.adapter) if self.tower is None else self.tower.place
 
     @property
     def architecture(self) -> str:
@@ -220,6 +222,7 @@ def read_model_config(folder: Path, name: str) -> dict[str, Any]:
 
 def weight_file_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a manifest says about an input model: name, revision, weight file sizes, header hash."""
+    checkpoint = checkpoint.tower or checkpoint
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision or hub_commit(checkpoint.folder),

@@ -59,6 +59,8 @@ def prepare_subjects(
         UserError: a model that is missing, malformed, of an unsupported kind, or not shaped like the base; a tokenizer
             that is missing or does not belong to the weights; samples longer than the model's positions.
     """
+    from utils.models.language_tower import as_whole_model
+
     read: dict[str, tuple[Any, Encoded]] = {}  # models with the very same tokenizer share its work
     encoded = {}
     for entry in config.model_info:  # small files of every model before the weights of any
@@ -70,8 +72,11 @@ def prepare_subjects(
             ids = {source: encode(chosen, tokenizer, source.seqlen, where) for source, chosen in samples.items()}
             read[key] = (tokenizer, ids)
         encoded[entry.type] = read[key]
+    opened = {entry.type: open_checkpoint(entry.name, entry.revision) for entry in config.model_info}
+    whole = {key: as_whole_model(one, opened[config.base.type], trust_remote_code) for key, one in opened.items()}
     subjects = [
-        _subject(entry, *encoded[entry.type], config, precision, trust_remote_code) for entry in config.model_info
+        _subject(entry, whole[entry.type], *encoded[entry.type], config, precision, trust_remote_code)
+        for entry in config.model_info
     ]
     base = next(subject for subject in subjects if subject.entry == config.base)
     for subject in subjects:
@@ -81,6 +86,7 @@ def prepare_subjects(
 
 def _subject(
     entry: ModelEntry,
+    checkpoint: Checkpoint,
     tokenizer: Any,
     encoded: Encoded,
     config: PairConfig,
@@ -96,7 +102,6 @@ def _subject(
     from utils.passes.dry_walk import dry_walk
 
     where = f"model {entry.name}"
-    checkpoint = open_checkpoint(entry.name, entry.revision)
     dtype = getattr(torch, _dtype_of(checkpoint, precision, config.parity))
     model = build_skeleton(checkpoint, dtype, trust_remote_code)
     _refuse_looking_ahead(model, where)

@@ -4,8 +4,9 @@
         --out_dir output/gemma_2b/merge_configs --gamma 0.3 --epsilon 0.8 --merge_method ties
 
 Reads the delta tables, gives each measured tensor a density between gamma and epsilon, proves that every filter hits
-its tensor and nothing else, and writes `<config>_<gamma>_<epsilon>_generated_<method>_merge_config.yaml`, which runs
-unchanged in stock mergekit-yaml too. The offline example, with a uniform recipe to compare with and a heatmap:
+its tensor and nothing else, and writes `<config>_<gamma>_<epsilon>_generated_<method>_merge_config.yaml`, which stock
+mergekit-yaml runs, too. Where that would not do what it says, its first line says why, and `--portable` writes the nearest
+recipe for it beside the other. The offline example, with a uniform recipe to compare with and a heatmap:
 
     python3 lewis_merge.py --delta_dfs_in_dir output/demo/delta_dfs --config_file configs/demo.yaml \\
         --out_dir output/demo/merge_configs --control uniform --plot

@@ -121,6 +121,8 @@ def _misfit(shipped: Candidate, base: Checkpoint) -> str:
     if shipped.lacking:
         return f"its definition of {base.architecture} asks for {some_of(shipped.lacking[0][1])}, not stored here"
     unread = [name for names in shipped.plan.dropped.values() for name in names]
+    if not unread:
+        return f"its definition of {base.architecture} has tensors in another form than they are stored in, such as stacked"
     return f"its definition of {base.architecture} would leave out {some_of(unread)}"
 
 

@@ -11,9 +11,10 @@ import torch
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import VOCABULARY, save_tiny
-from tests.tiny_evaluations import by_name, plain_losses, save_evaluated_pair
+from tests.tiny_evaluations import by_name, pair_keys, plain_losses, save_evaluated_pair, write_rows
 from tests.tiny_merges import merge_here, recipe, tensors
-from tests.tiny_pairs import CHATML, save_tokenizer
+from tests.tiny_mixtures import save_mixtures
+from tests.tiny_pairs import CHATML, save_tokenizer, write_config
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.entries import sweep_written
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
@@ -86,6 +87,18 @@ def test_losses_are_those_of_a_plain_forward(made, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recipe_scores_as_its_written_model(made, tmp_path, family):
     assert_scores_as_written(made(family), tmp_path, plain(made(family)), 0)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_a_mixture_is_scored_without_a_written_model(tmp_path, kind):
+    """Its experts are stored each on their own, and transformers stacks them while it loads."""
+    folder = save_mixtures(tmp_path / "pair", kind)
+    for name in ("code", "math"):
+        write_rows(folder / f"{name}.jsonl", name, 40)
+    write_config(folder, pair_keys(folder))
+    data = plain(folder)
+    assert scorer(folder).written_bytes([Candidate("recipe", recipe=data)]) == 0
+    assert_scores_as_written(folder, tmp_path, data, 0)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ from utils.searching.ways import ways_to_try
 class Prepared:
     """A search that is ready to run: who scores, what is searched, and what gains are measured with.
 
-    `memory` are the bytes that a pass of a batch over all rows takes, about (None: on a cluster); `start` is when the command began.
+    `memory` are the bytes that a pass of a batch over all rows takes, about (None: on a cluster). `written` are those of the
+    models that lie in the folder while they are scored, where recipes have to be written first, `writing_at_once` of them at
+    a time. `start` is when the command began.
     """
 
     options: SearchOptions
@@ -53,6 +55,8 @@ class Prepared:
     warnings: list[str]
     start: float
     memory: int | None
+    written: int = 0
+    writing_at_once: int = 1
 
 
 def prepare_search(
@@ -100,6 +104,10 @@ def prepare_search(
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     warn(notes)
+    at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
+    writing_at_once = 1 if cluster is None else cluster.workers.at_once
+    written = scorer.written_bytes([at_first]) * writing_at_once
+    _refuse_little_disk(options, written)
     store = LossStore(options.out_dir / LOSSES)
     store.sweep()
     sweep_written(options.out_dir)
@@ -114,17 +122,25 @@ def prepare_search(
     )
     study.queue(tried)
     yardstick, doubts = _yardstick(options, scorer, objective, losses)
-    at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
     at_once = max(options.batch, len(tried))
     memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
     search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
     ready = Prepared(
         options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
-        [*notes, *doubts], start, memory,
+        [*notes, *doubts], start, memory, written, writing_at_once,
     )  # fmt: skip
     _say_choices(ready, len(tried), say)
     warn(doubts)
     return ready
+
+
+def _refuse_little_disk(options: SearchOptions, written: int) -> None:
+    if options.max_disk is not None and written > options.max_disk:
+        raise UserError(
+            f"--max_disk {gigabytes(options.max_disk)} is less than one model: recipes of this pair have to be merged into "
+            f"{options.out_dir} before they are scored, {gigabytes(written)} at a time; give more",
+            "search-max-disk",
+        )
 
 
 def _knowns_share(trials: int) -> int:
@@ -241,6 +257,8 @@ def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> Non
     say(f"objective: {goal}; sampler {ready.study.sampler} (seed {options.seed}), {options.batch} at a time")
     if memory := memory_line(ready):
         say(memory)
+    if ready.written:
+        say(f"disk: each recipe's model is written first, {gigabytes(ready.written)} at a time in {options.out_dir}")
     done = sum(trial.state.is_finished() for trial in ready.study.trials)
     say(
         f"trials: {options.trials}, of which {tried} are what a careful user tries by hand"

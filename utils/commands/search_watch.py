@@ -1,11 +1,12 @@
 """Time and disk while a search runs: what its first round says of the rest, and whether another round is allowed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.commands.search_setup import Prepared, memory_line
+from utils.evaluation.candidates import Candidate
 from utils.runtime import gigabytes, peak_host_bytes
 from utils.searching.forecast import Pace, forecast
 from utils.searching.rounds import Round
@@ -36,21 +37,24 @@ class Watch:
         self._spent = self._seconds()  # of the pair's own losses, until now
         self._held = folder_bytes(self.ready.options.out_dir)
 
-    def may_score(self, candidates: int, losses: int) -> None:
+    def may_score(self, candidates: Sequence[Candidate], losses: int) -> None:
         """Raise `Enough` if a round would go over the time, or the folder over the disk, that is allowed."""
         options = self.ready.options
         if options.max_hours is not None:
             needed = time.perf_counter() - self.ready.start
             if self.pace is not None:
-                needed += self.pace.seconds(candidates, losses) + self._end_seconds(self.pace)
+                needed += self.pace.seconds(len(candidates), losses) + self._end_seconds(self.pace)
             if needed > 3600 * options.max_hours:
                 raise Enough(f"--max_hours {options.max_hours:g}: a round more would take too long")
         if options.max_disk is not None:
             held = folder_bytes(options.out_dir)
             self._grown, self._held = max(self._grown, held - self._held), held
-            if held + self._grown > options.max_disk:
+            written = self.ready.scorer.written_bytes(candidates) * self.ready.writing_at_once
+            if held + self._grown + written > options.max_disk:
+                beside = f", beside {gigabytes(written)} of models that are written for a while" if written else ""
                 raise Enough(
-                    f"--max_disk: {options.out_dir} holds {gigabytes(held)}, and a round adds up to {gigabytes(self._grown)}"
+                    f"--max_disk: {options.out_dir} holds {gigabytes(held)}, and a round adds up to "
+                    f"{gigabytes(self._grown)}{beside}"
                 )
 
     def on_round(self, done: Round) -> None:
@@ -73,7 +77,7 @@ class Watch:
         coming = forecast(pace, left, self.batches_left, rounds, _AT_THE_END, self._test_rows())
         held = folder_bytes(options.out_dir)
         each = max(0, held - self._held) / max(1, done.candidates)  # what a candidate has added in one of its rounds
-        disk = held + each * left * len(rounds)
+        disk = held + each * left * len(rounds) + ready.written
         said = f"forecast: {coming.shown} for the {left} trials that are left and the end; {gigabytes(disk)} of disk"
         return "; ".join(filter(None, [said, memory_line(ready)])) + f"; {gigabytes(peak_host_bytes())} held so far"
 

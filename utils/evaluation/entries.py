@@ -29,7 +29,7 @@ from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
-from utils.runtime import computing_dtype
+from utils.runtime import computing_dtype, gigabytes
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
 _WRITTEN = ".model."  # begins the name of a folder that a model is written into for a while
@@ -99,12 +99,11 @@ class Preparing:
         dtype = self._computed(promised)
         decoder = self._skeleton(promised, dtype)
         layout = _stored(decoder, promised)
-        if layout.converted or layout.missing:
-            return "transformers converts its tensors while loading"
-        names = {name: header.name for name, header in layout.direct.items()}
+        if layout.missing:
+            return f"its tensors do not make {layout.missing[0]}"
 
         def prepared() -> MergedModel:
-            return MergedModel(prepare(planned), names, dtype)
+            return MergedModel(prepare(planned), layout, dtype)
 
         merging = arithmetic_bytes(plan, planned.division)
         return ReadyCandidate(candidate, decoder, promised.folder, dtype, prepared, merging)
@@ -133,7 +132,19 @@ class Preparing:
 
     @contextmanager
     def written(self, candidate: Candidate, planned: PlannedMerge, beside: Path | None) -> Iterator[ReadyCandidate]:
-        """The model that command 3 would write, in a temporary folder for as long as the context lasts."""
+        """The model that command 3 would write, in a temporary folder for as long as the context lasts.
+
+        Raises:
+            UserError: the disk has no room for it; anything that command 3 would raise.
+        """
+        place = Path(tempfile.gettempdir()) if beside is None else beside
+        needed, free = planned.plan.nbytes, shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(
+                f"{candidate.name} has to be merged into a temporary folder ({gigabytes(needed)}), {place} has "
+                f"{gigabytes(free)} free; make room there",
+                "disk-full",
+            )
         with tempfile.TemporaryDirectory(prefix=_WRITTEN, suffix=".part", dir=beside) as text:
             folder = Path(text)
             run_merge(planned, folder)

@@ -141,6 +141,16 @@ class Scorer:
                 written.add(candidate.name)
         return written
 
+    def written_bytes(self, candidates: Sequence[Candidate]) -> int:
+        """Bytes of the largest model that scoring these writes for a while (one at a time), 0 where none is written first;
+        headers alone are read."""
+        recipes = [one for one in candidates if one.recipe is not None]
+        plans = [(one, self._preparing.plan(one)) for one in recipes]
+        return max(
+            (planned.plan.nbytes for one, planned in plans if isinstance(self._preparing.recipe(one, planned), str)),
+            default=0,
+        )
+
     def memory(self, candidate: Candidate, count: int, rows: Mapping[str, Sequence[int]]) -> int:
         """Bytes that scoring so many candidates like this one takes at its peak beside the runtime, about; 0 where the model
         has to be written first."""

@@ -1,6 +1,6 @@
 """The tensors of candidates by the names that their models have for them: read from a checkpoint, or merged as asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.evaluation.side_by_side import NOT_FINITE
 from utils.merging.merged_tensors import MergeWork, merged_tensors
 from utils.merging.pieces.cuts import KnownCuts
+from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import WeightSource
 from utils.runtime import available_bytes
 
@@ -18,11 +19,15 @@ _SHARE = 8  # of the memory that is free, for tensors that are made at a time
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A recipe's model that is never written: the prepared merge, and its tensor for each parameter and stored buffer."""
+    """A recipe's model that is never written: the prepared merge, and which of its tensors each parameter is made of."""
 
     work: MergeWork = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
+    layout: StoredLayout = field(repr=False)
     dtype: torch.dtype
+
+    def outputs(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The merge's tensors that some parameters and stored buffers are made of, each once."""
+        return tuple(dict.fromkeys(header.name for name in names for header in self.layout.headers(name)))
 
 
 class CandidateWeights:
@@ -43,8 +48,7 @@ class CandidateWeights:
         for model in models:
             source = self.sources[model]
             if isinstance(source, MergedModel):
-                there = tuple(source.names[name] for name in wanted[model] if name in source.names)
-                alike.setdefault(there, []).append(model)
+                alike.setdefault(source.outputs(wanted[model]), []).append(model)
             else:
                 found[model] = {name: _aligned(tensor) for name, tensor in source.fetch(list(wanted[model])).items()}
         for outputs, group in alike.items():
@@ -68,11 +72,18 @@ class CandidateWeights:
             return [one for model in models for one in self._merged([model], outputs)]
 
     def _named(self, model: int, names: Sequence[str], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        source = self.sources[model]
-        outputs = {name: source.names[name] for name in names if name in source.names}
-        return {
-            name: self._placed(merged[output], source.dtype) for name, output in outputs.items() if output in merged
+        """A model's tensors by its own names; what transformers would convert while loading is converted."""
+        layout, dtype = self.sources[model].layout, self.sources[model].dtype
+        found = {
+            name: self._placed(merged[header.name], dtype)
+            for name in names
+            if (header := layout.direct.get(name)) is not None and header.name in merged
         }
+        conversions = {id(one): one for name in names if (one := layout.conversions.get(name)) is not None}
+        for one in conversions.values():
+            made = one.convert({header.name: self._placed(merged[header.name], dtype) for header in one.sources})
+            found |= {name: value for name, value in made.items() if name in names}
+        return found
 
     def _placed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=dtype) if tensor.is_floating_point() else tensor.to(self.device)

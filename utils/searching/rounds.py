@@ -82,7 +82,7 @@ class Search:
     """All that a search holds while it runs.
 
     `check` raises `UserError` for a recipe that cannot be merged, before weights are read. `on_round` is called after every
-    round; `may_score` before each that has to score, with how many candidates and losses: it raises to end the search.
+    round; `may_score` before each that has to score, with its candidates and how many losses: it raises to end the search.
     """
 
     study: SearchStudy
@@ -92,7 +92,7 @@ class Search:
     first_rows: int
     check: Callable[[Candidate], object] = lambda candidate: None
     on_round: Callable[[Round], None] = lambda done: None
-    may_score: Callable[[int, int], None] = lambda candidates, rows: None
+    may_score: Callable[[Sequence[Candidate], int], None] = lambda candidates, losses: None
 
     def run_batch(self, number: int, size: int) -> None:
         """Ask for what is missing of a batch, race it, and tell every trial of it."""
@@ -160,7 +160,7 @@ class Search:
             rows = self.yardstick.first(seen)
             missing = self.losses.missing([racer.entrant for racer in alive], rows)
             if missing:
-                self.may_score(len(alive), missing)
+                self.may_score([racer.entrant.candidate for racer in alive], missing)
             self.losses.require([racer.entrant for racer in alive], rows)
             entered = len(alive)
             alive = self._finite(alive, rows)

@@ -33,6 +33,7 @@ from utils.commands.search_options import SearchOptions
 from utils.evaluation import entries
 from utils.models.weight_source import build_skeleton
 from utils.pair.config import read_pair_config
+from utils.runtime import gigabytes
 
 ROWS = ("--validation_rows", 24, "--test_rows", 24, "--first_rows", 6)
 UNGUIDED = {"guidance": ["uniform", "lines"], "depth_groups": 1}
@@ -256,6 +257,22 @@ def test_time_that_is_up_ends_with_what_there_is_and_is_gone_on_with(pair, capsy
     search_pair(options(pair, trials=40, max_disk=1000))
     assert "ended early: --max_disk" in capsys.readouterr().out
     assert len(pd.read_csv(pair / "out/search/trials.csv").query("state == 'complete'")) == 14
+
+
+def test_models_that_have_to_be_written_first_count_for_the_disk(pair, monkeypatch, capsys):
+    settings(pair, search=UNGUIDED)
+    monkeypatch.setattr(entries.Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
+    size = (pair / "base/model.safetensors").stat().st_size
+    with refused("search-max-disk"):
+        search_pair(options(pair, max_disk=size // 2))
+    with refused("search-nothing-finished") as caught:
+        search_pair(options(pair, max_disk=size + 2**16))
+    assert "of models that are written for a while" in str(caught.value)
+    assert not (pair / "out/search/best.yaml").exists()
+    capsys.readouterr()
+    search_pair(options(pair, trials=4, quiet=False))
+    assert f"disk: each recipe's model is written first, {gigabytes(size)[:3]}" in capsys.readouterr().out
+    assert (pair / "out/search/best.yaml").exists() and not list((pair / "out/search").glob(".model.*"))
 
 
 def test_files_that_are_in_the_way_are_not_touched(pair):

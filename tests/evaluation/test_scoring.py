@@ -4,7 +4,9 @@ python -m pytest tests/evaluation/test_scoring.py
 """
 
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ import torch
 from tests.refusals import refused
 from tests.tiny_checkpoints import VOCABULARY, save_tiny
 from tests.tiny_evaluations import by_name, pair_keys, plain_losses, save_evaluated_pair, write_rows
-from tests.tiny_merges import merge_here, recipe, tensors
+from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
 from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import CHATML, save_tokenizer, write_config
-from utils.evaluation.candidates import Candidate, models_of_pair
-from utils.evaluation.entries import sweep_written
+from utils.evaluation.candidates import Candidate, found_recipes, models_of_pair, read_candidate
+from utils.evaluation.entries import Preparing, sweep_written
 from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import evaluation_rows
@@ -172,6 +174,18 @@ def test_recipes_of_other_layers_or_tokens_are_scored_without_a_written_model(ma
     assert not list(scratch.iterdir())
 
 
+def test_a_model_that_has_to_be_written_needs_room_on_the_disk(made, tmp_path, monkeypatch):
+    folder = made()
+    monkeypatch.setattr(Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
+    scoring, candidate = scorer(folder, scratch=tmp_path), Candidate("recipe", recipe=recipe(folder))
+    needed = scoring.written_bytes([candidate, *models_of_pair(scoring.config)])
+    assert needed == sum(value.nbytes for value in tensors(merge_here(tmp_path, recipe(folder))).values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=needed - 1))
+    with refused("disk-full"):
+        scoring.score([candidate], rows_of(scoring))
+    assert not list(tmp_path.glob(".model.*"))
+
+
 def with_another_tokenizer(folder: Path) -> Path:
     """A pair of which one expert knows fewer tokens, so that a union moves rows."""
     save_evaluated_pair(folder)
@@ -226,6 +240,32 @@ def test_names_in_a_recipe_begin_at_its_folder(made, monkeypatch, tmp_path):
     candidates = [absolute, Candidate("relative", recipe=eval(text), folder=folder)]
     losses = by_name(scoring.score(candidates, rows_of(scoring)))
     assert losses["absolute"] == losses["relative"]
+
+
+def test_a_recipe_file_finds_what_lies_beside_it_from_anywhere(made, tmp_path, monkeypatch):
+    """As command 2 and a search write it: files of vectors beside the recipe, called from there."""
+    folder = made()
+    data, beside = with_method(folder, "guided_mean"), tmp_path / "recipes"
+    beside.mkdir()
+    for model in data["models"][1:]:
+        kept = Path(shutil.copy(model["parameters"]["saliency"], beside))
+        model["parameters"]["saliency"] = kept.name
+    path = write_recipe(beside / "guided.yaml", data)
+    monkeypatch.chdir(tmp_path)
+    scoring = scorer(folder)
+    (found,) = found_recipes(tmp_path)
+    for candidate in (read_candidate(str(path)), found):
+        scoring.check(candidate)
+        assert candidate.recipe == data
+        losses = by_name(scoring.score([candidate], rows_of(scoring)))["guided"]
+    monkeypatch.chdir(beside)
+    again = scorer(folder)
+    assert by_name(again.score([read_candidate("guided.yaml")], rows_of(again)))["guided"] == losses
+    (tmp_path / "other").mkdir()
+    shutil.copy(folder / "math.vectors", tmp_path / "other" / kept.name)
+    monkeypatch.chdir(tmp_path / "other")
+    with refused("recipe-ambiguous-name"):
+        read_candidate(str(path))
 
 
 def test_recipes_of_other_models_are_refused_before_work(made, tmp_path):

@@ -57,6 +57,7 @@ def publish_evaluation(
     if page.verdict:
         print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
     print("\nwrote " + ", ".join(str(options.out_dir / name) for name in files))
+    print(f"the page to look at: {options.out_dir / REPORT}")
     if following:
         print(f"next:\n{following}")
 

@@ -53,12 +53,14 @@ WORK = ".measuring.part"  # in the output folder: results of pieces, until all a
 _BATCHES_A_PIECE = 8  # on a cluster: enough that reading a model's weights for them pays
 
 
-def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
+def measure_pair(options: MeasureOptions, *, alone: bool = True, warned: set[str] | None = None) -> None:
     """Check everything that can be known without weights, measure every model, publish the dataframe folder.
 
     Args:
         options: what was asked for.
-        alone: whether this is all that runs, so that the next command is named at the end.
+        alone: whether this is all that runs, so that all choices are said and the next command is named at the end; else a
+            line says what is measured, one how long it took.
+        warned: warnings that were given before, which are not given again; new ones are added.
 
     Raises:
         UserError: anything the user can mend; nothing is written then.
@@ -76,9 +78,12 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True) -> None:
     quiet_libraries()
     say = print if not options.quiet else lambda line: None
     trial = None if options.trust_remote_code else ModelTrial(small_files(config))
-    say(versions_line("torch", "transformers"))
-    with connected(options.ray, say) as workers:
-        _measure(options, workers, trial, names, say, alone)
+    if not alone:
+        say(f"measuring: {method.name}, {method.summary}")
+    detail = say if alone else (lambda line: None)
+    detail(versions_line("torch", "transformers"))
+    with connected(options.ray, detail) as workers:
+        _measure(options, workers, trial, names, (say, detail), alone, set() if warned is None else warned)
 
 
 def _measure(
@@ -86,11 +91,13 @@ def _measure(
     workers: "RayWorkers | None",
     trial: ModelTrial | None,
     names: Sequence[str],
-    say: Callable[[str], None],
+    voices: tuple[Callable[[str], None], Callable[[str], None]],
     alone: bool,
+    warned: set[str],
 ) -> None:
-    config, method = options.config, options.method
-    devices = _choose_devices(options, say) if workers is None else [workers.device]
+    """`voices` print: what is always said, and choices in detail. `warned` is as in `measure_pair`."""
+    config, method, (say, detail) = options.config, options.method, voices
+    devices = _choose_devices(options, detail) if workers is None else [workers.device]
     samples = {source: choose_samples(source, config.nsamples) for source in config.texts}
     if trial is not None:
         trial.check()
@@ -116,16 +123,18 @@ def _measure(
         if not options.overwrite:
             if already_there(options.out_dir, request):
                 shutil.rmtree(place, ignore_errors=True)  # of a run that was killed once all was published
-                print(f"{options.out_dir} already holds exactly this measurement; nothing to do")
+                (print if alone else say)(f"{options.out_dir} already holds exactly this measurement; nothing to do")
                 if alone:
                     report.say_next(options)
                 return
             refuse_existing(options.out_dir, names)
         for line in report.choices(options, job, samples):
-            say(line)
+            detail(line)
         if workers is None:
             _refuse_full_disk(options, job)
-        warn(report.doubts(options, job, _idle_keys(options)))
+        doubts = [line for line in report.doubts(options, job, _idle_keys(options)) if line not in warned]
+        warned.update(doubts)
+        warn(doubts)
         start = time.perf_counter()
         if options.restart:
             shutil.rmtree(place, ignore_errors=True)
@@ -145,8 +154,10 @@ def _measure(
         warn(measured.warnings)
         files = with_manifest({**measured.files, **routing_files(measured.routing)}, request)
         publish_files(options.out_dir, files, overwrite=options.overwrite, last=alone)
-    print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
-    if alone:
+    if not alone:
+        say(f"wrote {options.out_dir}")
+    else:
+        print(("" if options.quiet else "\n") + "wrote " + ", ".join(str(options.out_dir / name) for name in files))
         report.say_next(options)
 
 

@@ -59,10 +59,9 @@ def search_pair(options: SearchOptions) -> None:
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:
         if trial is not None:
             trial.check()
-        if options.measure:
-            _measure_missing(options)
+        warned = _measure_missing(options) if options.measure else set()
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
-            ready = prepare_search(options, say, cluster=cluster, start=start)
+            ready = prepare_search(options, say, cluster=cluster, start=start, warned=warned)
             try:
                 stopped = _run(ready)
                 publish_results(ready, stopped, say)
@@ -82,12 +81,15 @@ def _cluster(options: SearchOptions, workers: "RayWorkers | None") -> "Iterator[
         yield Cluster(workers, folder)
 
 
-def _measure_missing(options: SearchOptions) -> None:
+def _measure_missing(options: SearchOptions) -> set[str]:
     """Measure the pair with every guidance that is asked for (all that can be, without `search.guidance`) and missing.
 
     A guidance that nobody asked for by name and that refuses this pair's models or text is left out, which is said.
+
+    Returns:
+        The warnings that were given.
     """
-    config = options.config
+    config, warned = options.config, set()
     there, _ = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
     )
@@ -111,11 +113,13 @@ def _measure_missing(options: SearchOptions) -> None:
                     ray=options.ray,
                 ),
                 alone=False,
+                warned=warned,
             )
         except UserError as error:
             if asked:
                 raise
             warn([f"guidance {name} is left out: {error} [{error.code}]"])
+    return warned
 
 
 def _run(ready: "Prepared") -> str:

@@ -85,6 +85,7 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
         print("\n" + "\n".join((page.verdict.sentence, *page.verdict.details)))
     print(f"\n{names[winners.best.digest]}: {winners.best.point.sentence()}")
     print("wrote " + ", ".join(str(ready.options.out_dir / name) for name in files))
+    print(f"the page to look at: {ready.options.out_dir / REPORT}")
     print(f"next:\n{following}")
 
 

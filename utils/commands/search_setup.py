@@ -1,7 +1,7 @@
 """Everything up to a search's first trial: rows, measurements, space, study, yardstick."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ def prepare_search(
     scorers: Sequence[Scorer] | None = None,
     cluster: Cluster | None = None,
     start: float | None = None,
+    warned: Collection[str] = (),
 ) -> Prepared:
     """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
 
@@ -76,6 +77,7 @@ def prepare_search(
         scorers: one for each device; None: those of the options.
         cluster: who scores in the place of this process, if one does.
         start: when the command began (`time.perf_counter`), which time limits count from; None: now.
+        warned: warnings that were given before, which are not given again.
 
     Raises:
         UserError: anything the user can mend.
@@ -103,7 +105,7 @@ def prepare_search(
     space = Space(config.search, ways, tuple(one.type for one in experts), len(maker.blocks.filters))
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
-    warn(notes)
+    warn([note for note in notes if note not in warned])
     at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
     writing_at_once = 1 if cluster is None else cluster.workers.at_once
     written = scorer.written_bytes([at_first]) * writing_at_once

@@ -64,11 +64,11 @@ def read_candidate(text: str) -> Candidate:
     """A candidate as somebody names it on the command line: a recipe file, a model folder, or a hub id.
 
     Raises:
-        UserError: a file that is no recipe, or a folder that is not there.
+        UserError: a file that is no recipe, or that names what is here and beside it; a folder that is not there.
     """
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
-        return Candidate(path.stem, recipe=read_recipe(path).data, source=path)
+        return _of_file(path)
     if adapter_name(text) is None and is_local(text) and not path.is_dir():
         raise UserError(
             f"candidate {text}: no such folder or file (looked in {Path.cwd()}); give a recipe (.yaml), a model folder "
@@ -87,7 +87,15 @@ def found_recipes(folder: Path) -> list[Candidate]:
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])
     found = [path for path in paths if path.name != UNIFORM and _is_recipe(path)]
-    return [Candidate(path.stem, recipe=read_recipe(path).data, source=path) for path in found]
+    return [_of_file(path) for path in found]
+
+
+def _of_file(path: Path) -> Candidate:
+    """The candidate of a recipe file, whose names may begin beside it."""
+    recipe = read_recipe(path)
+    for _, _, name in _names(copy.deepcopy(recipe.data)):
+        recipe.locate(name)  # refuses names that lead to two things
+    return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.resolve().parent)
 
 
 def _is_recipe(path: Path) -> bool:
@@ -165,10 +173,11 @@ def _named_place(name: str) -> tuple[str, str | None]:
 
 
 def _resolve(node: Any, folder: Path) -> None:
-    """Make the names in a recipe that are relative to `folder`, and are there, absolute."""
+    """Make the names in a recipe that are relative to `folder`, and are there, absolute; those that lead to the same from
+    the current folder stay."""
     for holder, key, text in _names(node):
-        place = folder / text
-        if not Path(text).expanduser().is_absolute() and place.exists():
+        place, here = folder / text, Path(text).expanduser()
+        if not here.is_absolute() and place.exists() and not (here.exists() and here.samefile(place)):
             holder[key] = str(place.resolve())
 
 

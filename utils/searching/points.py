@@ -24,9 +24,14 @@ class Way:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
+    def key(self) -> str:
+        """What the way is called in a study."""
+        return f"{self.merge_method}, {self.guidance}"
+
+    @property
     def label(self) -> str:
         """What the way is called wherever people look."""
-        return f"{self.merge_method}, {self.guidance}"
+        return way_label(self.merge_method, self.guidance)
 
     @property
     def guided(self) -> bool:
@@ -76,4 +81,9 @@ class Point:
         options = [f"{name} {value}" for name, value in self.options.items()]
         weights = [f"{expert} x{value:.3g}" for expert, value in self.weights.items()]
         depth = [f"depth {' '.join(f'x{value:.3g}' for value in self.depth)}"] if self.depth else []
-        return "; ".join([f"{self.merge_method}, {self.guidance}", *numbers, *options, *weights, *depth])
+        return "; ".join([way_label(self.merge_method, self.guidance), *numbers, *options, *weights, *depth])
+
+
+def way_label(merge_method: str, guidance: str) -> str:
+    """What people are told: a guidance's own merge method goes by that one name."""
+    return guidance if merge_method == guidance else f"{merge_method}, {guidance}"

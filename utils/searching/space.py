@@ -64,8 +64,8 @@ class Space:
 
     def suggest(self, trial: "optuna.Trial") -> Point:
         """Have a trial's sampler choose a point."""
-        labels = [way.label for way in self.ways]
-        way = self.ways[labels.index(trial.suggest_categorical(METHOD, labels))]
+        keys = [way.key for way in self.ways]
+        way = self.ways[keys.index(trial.suggest_categorical(METHOD, keys))]
         numbers = {name: _number(trial, name, self.span(name)) for name in way.numbers}
         options = {
             flag: trial.suggest_categorical(f"{way.guidance}.{flag}", list(values)) if len(values) > 1 else values[0]
@@ -87,7 +87,7 @@ class Space:
         way = self.way(point)
         if way is None or set(point.numbers) != set(way.numbers):
             return None
-        found: dict[str, Any] = {METHOD: way.label}
+        found: dict[str, Any] = {METHOD: way.key}
         for name, value in point.numbers.items():
             if value is None or not self.span(name).holds(value):
                 return None

@@ -174,7 +174,7 @@ def test_recipes_of_other_layers_or_tokens_are_scored_without_a_written_model(ma
     assert not list(scratch.iterdir())
 
 
-def test_a_model_that_has_to_be_written_needs_room_on_the_disk(made, tmp_path, monkeypatch):
+def test_a_model_that_has_to_be_written_needs_space_on_the_disk(made, tmp_path, monkeypatch):
     folder = made()
     monkeypatch.setattr(Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
     scoring, candidate = scorer(folder, scratch=tmp_path), Candidate("recipe", recipe=recipe(folder))

@@ -67,12 +67,6 @@ def test_with_rows_of_one_length_the_test_is_students_paired_one(there):
         assert list(found) == [one == other and verdict for one in range(2)]
 
 
-def test_holm_is_statsmodels_step_down():
-    """By hand: of 0.01, 0.03, 0.04, 0.005 at 0.05, the two smallest pass 0.05/4 and 0.05/3, the third fails 0.05/2."""
-    assert list(racing.holm_rejects(np.array([0.01, 0.03, 0.04, 0.005]), 0.05)) == [True, False, False, True]
-    assert racing.holm_rejects(np.array([0.01, 0.02, 0.001]), 0.05).all()
-
-
 @pytest.mark.parametrize("kind", ["mean", "worst", "weighted"])
 def test_the_best_is_rarely_lost_and_the_bad_leave(kind):
     """Over 300 races of 24 candidates: what is lost to the winner is next to nothing, and most rows are never read."""
@@ -99,14 +93,14 @@ def test_the_best_is_rarely_lost_and_the_bad_leave(kind):
     assert read / 300 < 0.5
 
 
-def test_of_equal_candidates_seldom_any_is_dropped():
+def test_of_two_equal_candidates_seldom_one_is_dropped():
     rng = np.random.default_rng(3)
     dropped = 0
-    for _ in range(400):
-        nll, rows, base = simulate(rng, 10, 16, 0.0, 0.8)
+    for _ in range(2000):
+        nll, rows, base = simulate(rng, 2, 16, 0.0, 0.8)
         dropped += racing.beaten(nll, rows, base, SCALES, MEAN).any()
-    # The leader was picked by the same rows, which makes verdicts against the last ones more likely than the level says.
-    assert dropped / 400 < 0.15
+    # either may lead, so twice as often as the level says
+    assert racing.LEVEL < dropped / 2000 < 3 * racing.LEVEL
 
 
 def test_too_few_rows_beat_nobody():

@@ -127,8 +127,7 @@ def _left_product(one: _Use, other: _Use) -> Tensor:
 
 def _explained(gradient: Tensor, uses: list[_Use], right: Tensor) -> bool:
     """Whether G z = L' (R z) for a random z, but for rounding."""
-    generator = torch.Generator(gradient.device).manual_seed(0)
-    z = torch.randn(gradient.shape[1], generator=generator, device=gradient.device)
+    z = torch.randn(gradient.shape[1], generator=torch.Generator().manual_seed(0)).to(gradient.device)
     seen = gradient @ z.to(gradient.dtype)
     found, start = torch.zeros_like(seen, dtype=torch.float32), 0
     for use in uses:

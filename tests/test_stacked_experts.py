@@ -1,5 +1,6 @@
 """Experts that a checkpoint stores stacked are measured and merged each on their own, and written stacked again."""
 
+import json
 import random
 import re
 
@@ -7,11 +8,17 @@ import pytest
 import torch
 
 from tests.commands_here import done_here
-from tests.tiny_merges import merge_here, recipe
+from tests.tiny_merges import merge_here, recipe, write_recipe
 from tests.tiny_mixtures import save_mixtures, save_stacked, weights
 from utils.guidance.method import guidance_methods
+from utils.merging.pieces.finished import FinishedTensors
+from utils.merging.planning import plan_recipe
+from utils.merging.recipe_file import read_recipe
+from utils.merging.run import run_merge
+from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import open_checkpoint
 from utils.models.experts_apart import with_experts_apart
+from utils.models.headers import read_headers
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import build_skeleton
 
@@ -106,6 +113,28 @@ def test_a_filter_for_the_stack_hits_every_expert(stacked):
         assert torch.equal(value, base[name]) == ("gate_up_proj" in name), name
 
 
+def test_a_merge_that_was_killed_goes_on_with_stacks(stacked, monkeypatch):
+    monkeypatch.chdir(stacked)
+    path = write_recipe(stacked / "resumed.yaml", guided(stacked, "ties", []))
+    settings = MergeSettings(stacked / "resumed", path, device="cpu", quiet=True)
+    planned = plan_recipe(settings, read_recipe(path), lambda line: None)
+    folder, noted = stacked / "resumed", stacked / "noted"
+    folder.mkdir()
+    run_merge(planned, folder, FinishedTensors(noted, "request"))
+    file = folder / "model.safetensors"
+    wanted, (request, *names) = file.read_bytes(), noted.read_text().splitlines()
+    assert {json.loads(name) for name in names} == set(weights(folder))
+    noted.write_text("\n".join([request, *names[::2]]) + "\n")
+    finished = FinishedTensors(noted, "request")
+    left = bytearray(wanted)
+    for name, header in read_headers(folder, "killed").items():
+        if name not in finished.names:
+            left[header.start : header.start + header.nbytes] = bytes(header.nbytes)
+    file.write_bytes(left)
+    run_merge(planned, folder, finished)
+    assert file.read_bytes() == wanted
+
+
 @pytest.mark.parametrize("row", ["gpt_oss:causal", "qwen3_vl_moe:image-text", "granitemoe:causal"])
 def test_slices_are_the_file_s_own_bytes(tmp_path, row):
     folder = (
@@ -128,7 +157,12 @@ def test_slices_are_the_file_s_own_bytes(tmp_path, row):
 ACCEPTED = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "1")}
 
 
-@pytest.mark.parametrize("guidance", sorted(guidance_methods()))
+FAST = ("lewis", "gram_mean", "tuned")  # densities, vectors and matrices, coefficients
+
+
+@pytest.mark.parametrize(
+    "guidance", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in sorted(guidance_methods())]
+)
 def test_every_guidance_sees_the_same_experts(apart, stacked, guidance):
     merged = []
     for folder in (apart, stacked):

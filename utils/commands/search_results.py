@@ -95,7 +95,7 @@ def _names(winners: Winners) -> dict[str, str]:
     if not winners.best.known:
         found[winners.best.digest] = f"best (trial {winners.best.number})"
     if winners.stock.digest != winners.best.digest and not winners.stock.known:
-        found[winners.stock.digest] = f"best for any mergekit (trial {winners.stock.number})"
+        found[winners.stock.digest] = f"best by a method of mergekit's (trial {winners.stock.number})"
     return found
 
 
@@ -131,7 +131,7 @@ def _candidate(ready: Prepared, one: Finished, name: str) -> Candidate:
 def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
     """The recipes by file name, after the files of vectors they name, which lie beside them; their manifests behind."""
     wanted = {BEST: winners.best}
-    if winners.stock.digest != winners.best.digest:
+    if winners.stock.digest != winners.best.digest and ready.maker.make(winners.stock.point).stock:
         wanted[BEST_STOCK] = winners.stock
     if winners.uniform:
         wanted[BEST_UNIFORM] = winners.uniform[0]

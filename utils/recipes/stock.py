@@ -23,6 +23,11 @@ def reason_against_stock(method: DeltaMethod, written: WrittenTensors | None) ->
     """Why a recipe by a method is for this project's command 3 alone, as a clause; "" where `mergekit-yaml` runs it too."""
     if method.own:
         return f"mergekit-yaml does not know {method.name}, which is this project's"
+    return models_against_stock(written)
+
+
+def models_against_stock(written: WrittenTensors | None) -> str:
+    """The same of the models alone, whatever the method."""
     if written is None:
         return ""
     if written.base.stacks:

@@ -22,6 +22,7 @@ from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, extra_value
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe, renamed_files
+from utils.recipes.stock import models_against_stock
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
 from utils.searching.points import DENSITY, LAMBDA, LINES, Point, Way
 
@@ -90,7 +91,8 @@ class RecipeMaker:
             data = weighed(data, [point.weights[name] for name in experts])
         if point.depth:
             data = by_depth(data, spread(point.depth, len(self.blocks.filters)), self.blocks)
-        return Made(data, data["merge_method"] not in OWN_METHODS, vectors)
+        stock = data["merge_method"] not in OWN_METHODS and not models_against_stock(self.models.written)
+        return Made(data, stock, vectors)
 
     def default(self, way: Way) -> Point:
         """A guided way at its defaults, all numbers said."""

@@ -55,7 +55,7 @@ SEARCHED, ONE_BY_ONE, AS_STORED, READ_ALL = "searched", "one by one", "one by on
 class Measured:
     """One line of the results: seconds by the clock, and of all processors together (`cpu_`), of a way or of one candidate.
 
-    `note` is the winner of a race, or what reading all rows says of it.
+    `note` is the winner of a race and how many losses it took, or what reading all rows says of it.
     """
 
     shape: str
@@ -214,7 +214,13 @@ class Benchmark:
             self.ready.search.run_batch(0, len(self.known))
         if not done:
             numbers = {**spent, "merging": seconds.weights, "forward": seconds.forward, "peak_gb": peak_bytes() / 1e9}
-            keep(self.line(SEARCHED, note=self.winner(), **numbers))
+            read = f"{self.read()} of {len(self.known) * self.ready.yardstick.all_rows} losses read"
+            keep(self.line(SEARCHED, note=f"{self.winner()}; {read}", **numbers))
+
+    def read(self) -> int:
+        """How many losses of candidates are known by now."""
+        digests = {self.ready.maker.make(one.point).digest for one in self.known}
+        return sum(digest in digests for digest, _, _ in self.ready.losses.nll)
 
     def winner(self) -> str:
         """The name of the race's best candidate."""

@@ -175,9 +175,11 @@ def _task(
         chosen[part] = rows
     for part, rows in chosen.items():
         if len(rows) < _LEAST:
+            left, remedy = "", f"give evaluation.{name} another text"
+            if dropped:  # else calibration took none of them
+                left, remedy = " that calibration did not see", f"lower nsamples ({config.nsamples}), or {remedy}"
             raise UserError(
-                f"task {name}: {source.path} has {len(rows)} {part} rows that calibration did not see, at least "
-                f"{_LEAST} are needed; lower nsamples ({config.nsamples}), or give evaluation.{name} another text",
+                f"task {name}: {source.path} has {len(rows)} {part} rows{left}, at least {_LEAST} are needed; {remedy}",
                 "evaluation-no-rows",
             )
     experts = tuple(entry.type for entry in config.experts if name in (entry.type, *_shared_names(config, entry.type)))

@@ -73,6 +73,12 @@ def test_blocks_that_a_config_counts_twice():
     assert (decoder.blocks_path, len(decoder.blocks)) == ("model.layers", 4)
 
 
+def test_a_vision_tower_with_as_many_blocks_and_wider_ones_is_none_of_the_language_s():
+    wide = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    model = skeleton("git", vision_config={**wide, "image_size": 16, "patch_size": 4})
+    assert find_decoder(model, None, {}, "it").blocks_path == "git.encoder.layer"
+
+
 def test_the_body_ends_before_a_head_that_is_inside_the_language_tower():
     model = of_the_sweep("llama4:image-text")
     decoder = find_decoder(model, None, {}, "model m")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -166,11 +167,17 @@ def find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
             f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported",
             "model-no-blocks",
         )
-    towers = [path for path, module in model.named_modules() if path and getattr(module, "config", None) is config]
-    inside = {path for path in lists if any(path.startswith(f"{tower}.") for tower in towers)}
-    chosen = inside or set(lists)  # a vision tower may have as many layers
+    configs = {path: getattr(module, "config", None) for path, module in model.named_modules() if path}
+    towers = [path for path, own in configs.items() if own is config]
+    others = [path for path, own in configs.items() if isinstance(own, PreTrainedConfig) and own is not config]
+    inside = [path for path in lists if _lies_in(path, towers)] or list(lists)  # a vision tower may have as many layers
+    chosen = [path for path in inside if not _lies_in(path, others)] or inside
     path = max(chosen, key=lambda key: sum(parameter.numel() for parameter in lists[key].parameters()))
     return path, lists[path]
+
+
+def _lies_in(path: str, towers: Sequence[str]) -> bool:
+    return any(path.startswith(f"{tower}.") for tower in towers)
 
 
 def _lists_that_stay_whole(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -64,11 +64,11 @@ class Conversion:
             seen[pattern] = found[-1] + 1
         return found
 
-    def convert(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parameters by name, from all `sources` by their stored names."""
+    def convert(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters by name, from all `sources` by their stored names, which are taken out as they are used."""
         rule, first = deepcopy(self.converter), self.targets[0]
         for header, pattern in zip(self.sources, self.patterns, strict=True):
-            rule.add_tensor(first, header.name, pattern, stored[header.name])
+            rule.add_tensor(first, header.name, pattern, stored.pop(header.name))
         made = rule.convert(first, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

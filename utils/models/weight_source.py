@@ -26,6 +26,7 @@ from utils.models.headers import TensorHeader
 from utils.models.pinned_copies import PinnedCopies
 from utils.models.stored_layout import StoredLayout
 from utils.models.tensor_files import TensorFiles
+from utils.runtime import return_freed_memory
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -94,13 +95,11 @@ class StreamedWeights:
             UserError: a file cannot be read, or was changed while it was read.
         """
         conversions = {id(one): one for name in names if (one := self.layout.conversions.get(name)) is not None}
-        headers = {name: self.layout.direct[name] for name in names if name in self.layout.direct}
-        for one in conversions.values():
-            headers |= {_piece(header): header for header in one.sources}
-        read = self._read(headers)
-        for one in conversions.values():
-            made = one.convert({header.name: read.pop(_piece(header)) for header in one.sources})
+        read = self._read({name: self.layout.direct[name] for name in names if name in self.layout.direct})
+        for one in conversions.values():  # one after the other: the pieces of a mixture are as large as what they make
+            made = one.convert(self._read({header.name: header for header in one.sources}))
             read |= {name: value for name, value in made.items() if name in names}
+            return_freed_memory()
         return read
 
     def _read(self, headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
@@ -139,11 +138,6 @@ class StreamedWeights:
 
 
 WeightSource = StreamedWeights
-
-
-def _piece(header: TensorHeader) -> str:
-    """What a stored tensor that is only a piece is called while it is read; no parameter is called so."""
-    return f"stored {header.name}"
 
 
 def tensor_names(module: nn.Module, path: str) -> list[str]:

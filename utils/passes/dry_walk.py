@@ -16,7 +16,7 @@ from utils.errors import UserError, brief
 from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import block_tensor_names, body_names
+from utils.passes.block_runner import block_tensor_names
 from utils.passes.flows import Flow, stops
 
 _TOKENS = 5
@@ -114,11 +114,10 @@ def _walk(
 def _flow(decoder: Decoder, part: nn.Module, batch: MicroBatch) -> Iterator[Flow]:
     """A pass through a part of the model, with zeros outside the blocks, that has not begun."""
     in_blocks = block_tensor_names(decoder)
-    parameters = {name: value for name, value in decoder.model.named_parameters() if name not in in_blocks}
     zeros = {
-        name: torch.zeros((), dtype=parameters[name].dtype).expand(parameters[name].shape)
-        for name in body_names(decoder)
-        if name in parameters
+        name: torch.zeros((), dtype=value.dtype).expand(value.shape)
+        for name, value in decoder.model.named_parameters()
+        if name not in in_blocks
     }
     with torch.inference_mode(), placed(decoder.model, "", zeros, _CPU), stops(decoder.blocks):
         flow = Flow(part, batch, _CPU)

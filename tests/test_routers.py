@@ -22,6 +22,25 @@ def measured(tmp_path_factory) -> Path:
     return folder
 
 
+def test_experts_with_few_tokens_are_counted_in_the_report(measured):
+    norms = pd.read_csv(measured / "dfs" / "norms.csv")
+    down = norms[
+        (norms["model"] == "math")
+        & norms["component"].str.contains("experts")
+        & norms["component"].str.endswith("down_proj")
+    ]
+    few, none = (down["tokens"] < 1000).sum(), (down["tokens"] == 0).sum()
+    asked = ("--config", "pair.yaml", "--out_dir", "dfs_few", "--expert_tokens", "1000")
+    said = done_here("lewis_importance.py", *asked, cwd=measured).stdout
+    assert (
+        f"math: {few} of {len(down)} experts of its mixtures were given fewer than 1000 tokens of the text ({none} none)"
+        in said
+    )
+    assert len(down) == 16
+    asked = ("--config", "pair.yaml", "--out_dir", "dfs_all", "--expert_tokens", "0")
+    assert "were given fewer than" not in done_here("lewis_importance.py", *asked, cwd=measured).stdout
+
+
 def merged(folder: Path, name: str, *flags: object) -> tuple[dict, str]:
     """The tensors of a merge by a recipe that is made with these flags, and what command 2 printed."""
     arguments = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", name, "--dtype", "float32")

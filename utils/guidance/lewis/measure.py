@@ -12,6 +12,7 @@ import torch
 from utils.errors import UserError
 from utils.guidance.component_filters import require_own_filters
 from utils.guidance.lewis.deltas import delta_table
+from utils.guidance.lewis.few_tokens import few_tokens_note
 from utils.guidance.lewis.method import EXPERT_TOKENS
 from utils.guidance.lewis.noise import SAMPLES, Norms, RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
 from utils.guidance.lewis.ranges import RangeVisitor, norms_of_ranges
@@ -92,7 +93,7 @@ def measure(job: MeasureJob) -> Measured:
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows, routing, trials = [], [], {}
+    rows, routing, trials, notes = [], [], {}, []
     for one, own in zip(measured, pieces, strict=True):
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
@@ -101,6 +102,9 @@ def measure(job: MeasureJob) -> Measured:
         else:
             rows += _rows(one, found[0]["norms"], found[0]["stacks"])
             routing += found[0]["routing"]
+            fewest = job.options.get("expert_tokens", EXPERT_TOKENS)
+            note = few_tokens_note(one.subject.entry.type, found[0]["stacks"], fewest)
+            notes += [note] if note else []
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
@@ -115,7 +119,7 @@ def measure(job: MeasureJob) -> Measured:
     if len(config.texts) == 1:
         norms = norms.drop(columns=TEXT)
     files = table_files(deltas, norms, config.base_model_type)
-    noise, notes = {}, []
+    noise = {}
     for entry in config.experts:
         own, base = (trials[name, labels[entry.type]] for name in (entry.type, config.base_model_type))
         if own["norms"] and base["norms"]:

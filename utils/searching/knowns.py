@@ -7,7 +7,8 @@ from utils.searching.points import DENSITY, LAMBDA, LINES, UNIFORM, Point
 from utils.searching.recipes import RecipeMaker
 from utils.searching.space import Space
 
-_LAMBDAS = (0.3, 0.4, 1.0, 0.2, 0.5, 0.7)
+_LAMBDAS = (0.35, 0.2, 0.5, 1.0, 0.7)  # the evaluator's controls, so that both compare with as good a uniform merge
+_NEAR = 0.04  # of 1 / experts: nothing new would be tried
 _LINES_LAMBDAS = (0.5, 0.3)
 _TIES = ((0.5, 1.0), (0.2, 1.0), (0.5, 0.5))  # density, lambda; what the papers and mergekit's examples take
 
@@ -21,12 +22,13 @@ class Known:
 
 
 def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
-    """Uniform task arithmetic at several lambdas (1 / experts first), uniform TIES, LiNeS, each guided way of the space at
+    """Uniform task arithmetic at several lambdas (1 / experts and those about it first), uniform TIES, LiNeS, each guided way of the space at
     its defaults; the most telling first, `most` at most. The uniform ones are tried whatever the space holds: they are
     what a winner is compared with."""
+    share = round(1 / max(1, len(space.experts)), 3)
     arithmetic = [
         Known(f"uniform task arithmetic, lambda {value:g}", Point(TASK_ARITHMETIC.name, UNIFORM, {LAMBDA: value}))
-        for value in dict.fromkeys((round(1 / max(1, len(space.experts)), 3), *_LAMBDAS))
+        for value in (share, *(value for value in _LAMBDAS if abs(value - share) > _NEAR))
     ]
     ties = [
         Known(
@@ -40,8 +42,8 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
         for value in _LINES_LAMBDAS
         if space.blocks > 1
     ]
-    first = [*arithmetic[:2], ties[0]]
+    first = [*arithmetic[:2], ties[0], arithmetic[2]]
     left = max(0, most - len(first))
     guided = [way for way in space.ways if way.guided][:left]
     defaults = [Known(f"{way.label} at its defaults", maker.default(way)) for way in guided]
-    return [*first, *defaults, *lines[:1], arithmetic[2], ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
+    return [*first, *defaults, *lines[:1], ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]

@@ -22,7 +22,7 @@ class Known:
 
 
 def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
-    """Uniform task arithmetic at several lambdas (1 / experts and those about it first), uniform TIES, LiNeS, each guided way of the space at
+    """Uniform task arithmetic at several lambdas (1 / experts first), uniform TIES, LiNeS, each guided way of the space at
     its defaults; the most telling first, `most` at most. The uniform ones are tried whatever the space holds: they are
     what a winner is compared with."""
     share = round(1 / max(1, len(space.experts)), 3)

@@ -226,7 +226,7 @@ def _plain_norms(folder: Path) -> dict[str, float]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_pre_hook(_summing(squares, f"{path}.weight"), with_kwargs=True))
-        elif getattr(module, "down_proj", None) is not None and getattr(module.down_proj, "ndim", 0) == 3:
+        elif getattr(getattr(module, "down_proj", None), "ndim", 0) == 3 and not hasattr(module, "gate_proj"):
             is_routed = (
                 hasattr(module, "has_gate") or len(inspect.signature(module.forward).parameters) >= 3
             )  # hidden states, choices, gates

@@ -162,7 +162,8 @@ def available_bytes(device: "torch.device") -> int:
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and not given back
+        return torch.cuda.mem_get_info(device)[0] + kept
     return available_host_bytes()
 
 

@@ -15,6 +15,7 @@ from utils.models.decoder import find_decoder, weight_matrix
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import MicroBatch, micro_batches
+from utils.passes import block_runner
 from utils.passes.block_runner import run_blocks
 
 CPU = torch.device("cpu")
@@ -88,6 +89,29 @@ def test_micro_batch_size_does_not_matter(family, tmp_path):
     for other in results[1:]:
         for key, norm in results[0].items():
             assert float(other[key]) == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("free", [2**40, 1000])
+def test_one_block_at_a_time_where_two_do_not_fit(tmp_path, monkeypatch, free):
+    save_tiny("llama", tmp_path)
+    encoded = token_lists(LENGTHS)
+    before = streamed(tmp_path, encoded)[3]
+    events = []
+
+    class Noted(StreamedWeights):
+        def fetch(self, names):
+            events.append(f"fetch {names[0].split('.')[2]}" if ".layers." in names[0] else "fetch around")
+            return super().fetch(names)
+
+    monkeypatch.setattr(block_runner, "available_bytes", lambda device: free)
+    decoder, weights = opened(tmp_path)
+    batches, tokens = micro_batches(encoded, 64, pad_id=0), sum(map(len, encoded))
+    visitor = LewisVisitor(decoder, tokens, tokens, 0.0)
+    noted = Noted(weights.layout, CPU, torch.float32)
+    run_blocks(decoder, noted, batches, visitor, CPU, on_block=lambda layer: events.append(f"done {layer}"))
+    assert visitor.norms == before
+    apart = [f"{what} {layer}" for layer in range(len(decoder.blocks)) for what in ("fetch", "done")]
+    assert (events == ["fetch around", *apart]) == (free == 1000)
 
 
 def test_sample_order_does_not_matter(tmp_path):

@@ -20,6 +20,7 @@ from utils.models.weight_source import WeightSource, placed, tensor_names, tied_
 from utils.pair.batches import MicroBatch
 from utils.passes.flows import Flow, stops
 from utils.passes.snapshots import Snapshots, digests
+from utils.runtime import available_bytes
 
 
 class Visitor(Protocol):
@@ -180,7 +181,8 @@ def shared_in_blocks(decoder: Decoder) -> list[str]:
 class BlocksInTurn:
     """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
 
-    No more than two blocks are in fast memory: the present one and the one being fetched.
+    No more than two blocks are in fast memory: the present one and the one being fetched. Where two do not fit, the next one
+    is fetched once the present one has gone.
     """
 
     def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
@@ -188,6 +190,9 @@ class BlocksInTurn:
         self.place = 0
 
     def __enter__(self) -> "BlocksInTurn":
+        blocks = [self.decoder.blocks[layer] for layer in set(self.order)]
+        largest = max((sum(value.nbytes for value in block.parameters()) for block in blocks), default=0)
+        self.fetches_ahead = 2 * largest <= available_bytes(self.device)
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self.coming = self.fetcher.submit(self.weights.fetch, self._names(0)) if self.order else None
         return self
@@ -201,9 +206,11 @@ class BlocksInTurn:
         """The next block in the order, with its weights for as long as the context lasts."""
         computed = _marker(self.device)
         layer = self.order[self.place]
+        coming = self.coming or self.fetcher.submit(self.weights.fetch, self._names(self.place))
         self.place += 1
-        tensors = self.coming.result()
-        if self.place < len(self.order):
+        tensors = coming.result()
+        del coming
+        if self.place < len(self.order) and self.fetches_ahead:
             self.coming = self.fetcher.submit(_fetch_after, computed, self.weights, self._names(self.place))
             if self.place + 1 < len(self.order):
                 self.weights.read_ahead(self._names(self.place + 1))

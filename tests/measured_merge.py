@@ -49,15 +49,15 @@ def main() -> None:
             peak[0] = max(peak[0], _private_bytes())
             time.sleep(0.002)
 
-    def watched(planned, folder) -> None:
+    def watched(planned, *rest):
         before, thread = _private_bytes(), threading.Thread(target=watch)
         thread.start()
         try:
-            run(planned, folder)
+            return run(planned, *rest)
         finally:
             ended.set()
             thread.join()
-        print(memory_estimate(planned.plan, planned.division, planned.settings), peak[0] - before)
+            print(memory_estimate(planned.plan, planned.division, planned.settings), peak[0] - before)
 
     merge_run.run_merge = watched
     if given.executor:

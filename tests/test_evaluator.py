@@ -118,8 +118,12 @@ def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
     for path in kept[::2]:
         path.unlink()
     kept[1].write_text("{")  # torn
+    unpublished = pair / "out/half/.publish.x.part"
+    unpublished.mkdir()
+    (unpublished / ".journal.json").write_text('{"scores.csv": nu')  # killed while it wrote what it would publish
     done = run(out="out/half")
     assert done.returncode == 0, done.stderr
+    assert "removed what a killed run has left" in done.stderr and not unpublished.exists()
     pd.testing.assert_frame_equal(table(pair, "out/half"), table(pair, "out/whole"))
 
 

@@ -121,6 +121,31 @@ def test_killed_while_a_trial_is_noted_it_comes_to_the_same(tmp_path, monkeypatc
         assert outcome(again) == outcome(unbroken)
 
 
+def test_killed_between_two_knowns_it_comes_to_the_same(tmp_path, monkeypatch):
+    """The one that was being tried comes again in its old place, before those that were waiting."""
+    import optuna
+
+    unbroken = a_search(tmp_path / "unbroken", Formula())
+    run(unbroken, 8)
+    known = optuna.Study.ask
+    for stop in (1, 2):
+        left = stop
+
+        def ask(study, *arguments):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return known(study, *arguments)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(optuna.Study, "ask", ask)
+            run(a_search(tmp_path / f"killed{stop}", Formula()), 8)
+        again = a_search(tmp_path / f"killed{stop}", Formula())
+        run(again, 8)
+        assert outcome(again) == outcome(unbroken)
+
+
 @pytest.mark.parametrize("pareto", [False, True])
 def test_the_best_uniform_one_reads_every_row_however_far_behind_it_is(tmp_path, pareto):
     """It is what the winner is compared with."""

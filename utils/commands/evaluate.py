@@ -22,6 +22,7 @@ from utils.evaluation.tasks import GENERAL, TEST, VALIDATION, task_texts
 from utils.models.model_trial import ModelTrial
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
+from utils.publishing.files import repair_folder
 from utils.publishing.target import locked_folder, prepare_folder
 from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
 
@@ -41,6 +42,8 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
+    mended = repair_folder(options.out_dir)
+    warn([mended] if mended else [])
     candidates = _candidates(options)
     refuse_out_dir(options)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])

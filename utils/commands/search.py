@@ -16,6 +16,7 @@ from utils.guidance.method import guidance_methods
 from utils.models.model_trial import ModelTrial
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
+from utils.publishing.files import repair_folder
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import quiet_libraries, versions_line
 from utils.searching.measurements import FOLDER, find_measurements
@@ -42,6 +43,8 @@ def search_pair(options: SearchOptions) -> None:
     start = time.perf_counter()
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     prepare_folder(options.out_dir, "--out_dir")
+    mended = repair_folder(options.out_dir)
+    warn([mended] if mended else [])
     require_optuna()
     if options.ray is not None:
         options.ray.refuse_devices(options.device, options.devices)

@@ -19,6 +19,7 @@ from utils.evaluation.tasks import VALIDATION
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.models.checkpoints import weight_file_record
 from utils.models.relative_change import strangers
+from utils.publishing.files import repair_folder
 from utils.recipes.naming import LocalModels
 from utils.runtime import available_bytes, gigabytes
 from utils.searching.knowns import Known, knowns
@@ -100,6 +101,7 @@ def prepare_search(
     experts = experts_to_merge(config)
     models = LocalModels(config.base, experts, trust_remote_code=options.trust_remote_code)
     dtype = scorer.inputs[config.base.type].float_dtype
+    repair_folder(options.out_dir / VECTORS)
     maker = RecipeMaker(config, models, measured, options.out_dir / VECTORS, dtype)
     ways = ways_to_try(config.search, list(measured))
     space = Space(config.search, ways, tuple(one.type for one in experts), len(maker.blocks.filters))

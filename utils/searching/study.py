@@ -28,7 +28,7 @@ STUDY = "search"
 Sampler = Literal["auto", "tpe", "gp", "random"]
 
 _IDENTITY, _POINT, _KNOWN, _BATCH = "identity", "point", "known", "batch"
-_INTERRUPTED, _AGAIN = "interrupted", "again_of"
+_INTERRUPTED, _AGAIN, _PLACE = "interrupted", "again_of", "place"
 _FAILURE, _ROWS, _DIGEST, _GAINS = "failure", "rows", "digest", "gains"
 
 
@@ -78,8 +78,9 @@ class SearchStudy:
 
     @property
     def trials(self) -> "list[optuna.trial.FrozenTrial]":
-        """All trials but those a kill interrupted, in order; they come again with another number."""
-        return [trial for trial in self.study.get_trials(deepcopy=False) if _INTERRUPTED not in trial.user_attrs]
+        """All trials but those a kill interrupted, in order; they come again with another number, in their old place."""
+        found = [trial for trial in self.study.get_trials(deepcopy=False) if _INTERRUPTED not in trial.user_attrs]
+        return sorted(found, key=lambda trial: trial.user_attrs.get(_PLACE, trial.number))
 
     def queue(self, knowns: Sequence[Known]) -> None:
         """Queue the knowns, which are the first batch; does nothing if they were queued before."""
@@ -199,7 +200,7 @@ class SearchStudy:
                             state=state.WAITING,
                             params=trial.params,
                             distributions=trial.distributions,
-                            user_attrs={**trial.user_attrs, _AGAIN: trial.number},
+                            user_attrs={_PLACE: trial.number, **trial.user_attrs, _AGAIN: trial.number},
                         )
                     )
             self._set(trial.number, _INTERRUPTED, True)

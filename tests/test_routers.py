@@ -1,6 +1,7 @@
 """Routers of mixtures through commands 1, 2 and 3: the base's unless asked otherwise, bit for bit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def test_the_base_s_router_is_the_default(measured):
     tensors, said = merged(measured, "default")
     base = weights(measured / "base")
     assert "routers:  the base's, 4 tensors" in said
+    assert re.search(r"\n  but routers, as said above: [0-9.]+%, model\.layers\.\*\.mlp\.gate\.weight \(x4\)\n", said)
+    assert "other matrices" not in said
     assert "mergekit-yaml calls some otherwise" in said  # experts are stored apart
     assert all(torch.equal(tensors[name], base[name]) for name in ROUTERS)
     assert not any(torch.equal(tensors[name], base[name]) for name in base if "experts" in name)

@@ -111,7 +111,7 @@ def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[st
     count = len(set((naming.group_filters or naming.filters).values()))
     print(f"\nfilters: {count} per expert; {naming.evidence}")
     if naming.coverage is not None:
-        _say_coverage(naming.coverage)
+        _say_coverage(naming.coverage, settings.routers.tensors)
 
 
 def _say_column(part: pd.DataFrame, column: str) -> None:
@@ -260,7 +260,7 @@ def _say_pairs(label: str, pairs: Sequence[tuple[str, float]]) -> None:
         print(f"  {label if start == 0 else '':<13} {shown}")
 
 
-def _say_coverage(coverage: Coverage) -> None:
+def _say_coverage(coverage: Coverage, routers: Sequence[str]) -> None:
     share = coverage.params / coverage.all_params
     print(
         f"covered: {coverage.tensors} of {coverage.all_tensors} tensors, {share:.1%} of {coverage.all_params:,} "
@@ -269,6 +269,13 @@ def _say_coverage(coverage: Coverage) -> None:
     if coverage.uncovered:
         print("not covered (density 1, weight 1):")
     for kind, tensors in coverage.uncovered.items():
+        _say_uncovered(kind, [one for one in tensors if one.name not in routers], coverage)
+    chosen = [one for tensors in coverage.uncovered.values() for one in tensors if one.name in routers]
+    _say_uncovered("but routers, as said above", chosen, coverage)
+
+
+def _say_uncovered(kind: str, tensors: Sequence[NamedTensor], coverage: Coverage) -> None:
+    if tensors:
         params = sum(tensor.params for tensor in tensors)
         print(f"  {kind}: {params / coverage.all_params:.1%}, {_templates(tensors)}")
 

@@ -91,6 +91,8 @@ def test_sets_of_experts_are_compared_whatever_their_order(seed, chosen, tokens)
     assert int(same) == sum(a == b for a, b in pairs)
     assert int(common) == sum(len(a & b) for a, b in pairs)
     assert [int(one) for one in agreement(own, own.flip(1))] == [tokens, tokens * chosen]
+    real = torch.arange(tokens) < tokens // 2
+    assert agreement(own, other, real) == agreement(own[real], other[real])
 
 
 @pytest.mark.parametrize("at_once", [4096, 6])

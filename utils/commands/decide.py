@@ -83,7 +83,7 @@ def _try_configs(measured: MeasuredPair) -> None:
     Raises:
         UserError: transformers hangs, crashes or takes too much memory over one.
     """
-    checkpoints = measured.models.checkpoints
+    checkpoints = measured.models.stored  # whose classes are not looked at yet: that is what is tried
     if measured.config.base.type in checkpoints:
         ModelTrial(((one.name, one.folder) for one in checkpoints.values()), tokenizers=False).check()
 

@@ -37,14 +37,17 @@ class Agreement:
     common: float | None
 
 
-def agreement(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def agreement(own: Tensor, other: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Over tokens, how many are given the same set of experts, and how many choices are made by both; int64 scalars.
 
     Args:
         own, other: numbers of experts [tokens, chosen], each at most once in a row.
+        real: bool [tokens], which of them count; None: all. Nothing waits for a GPU.
     """
     both = (own[:, :, None] == other[:, None, :]).any(dim=2)
     same = both.all(dim=1) if own.shape == other.shape else both.new_zeros(len(both))
+    if real is not None:
+        both, same = both & real[:, None], same & real
     return same.sum(), both.sum()
 
 
@@ -131,11 +134,9 @@ class RouterComparison:
                 handle.remove()
 
     def _add(self, sums: list[Any], own: Tensor, other: Tensor) -> None:
-        mask, tokens = None if self.batch is None else self.batch.mask, len(own)
-        if mask is not None:
-            real, tokens = mask.reshape(-1), self.batch.tokens
-            own, other = own[real], other[real]
-        same, common = agreement(own, other)
+        mask = None if self.batch is None else self.batch.mask
+        tokens = len(own) if mask is None else self.batch.tokens
+        same, common = agreement(own, other, None if mask is None else mask.reshape(-1).bool())
         sums[:] = [sums[0] + tokens, own.shape[1], sums[2] + same, sums[3] + common]
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _COLUMNS = 2**22  # entries of a gradient of logits in float32 together
-_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative; elsewhere 16 bits rounded the gradient
-_ROUNDED = 2e-2
+_CLOSE, _ROUNDED = 1e-4, 2e-2  # relative: the check is computed in float32; 16 bits have rounded the gradient
 
 
 @dataclass
@@ -86,7 +85,7 @@ def _watcher(module: nn.Module | None):
 
 def _watched_linear(uses: list[_Use]):
     def watch(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and args:
             use = _Use(right=args[0].detach().reshape(-1, args[0].shape[-1]))
             uses.append(use)
             output.register_hook(lambda gradient: _set_left(use, gradient.detach().reshape(-1, gradient.shape[-1])))
@@ -96,7 +95,7 @@ def _watched_linear(uses: list[_Use]):
 
 def _watched_embedding(uses: list[_Use]):
     def watch(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and args:
             use = _Use(left=args[0].reshape(-1))
             uses.append(use)
             output.register_hook(lambda gradient: _set_right(use, gradient.detach().reshape(-1, gradient.shape[-1])))
@@ -137,5 +136,5 @@ def _explained(gradient: Tensor, uses: list[_Use], right: Tensor) -> bool:
             found.index_add_(0, use.left, part)
         else:
             found += (part.to(use.left.dtype) @ use.left).float()
-    tolerance = _CLOSE.get(gradient.dtype, _ROUNDED)
+    tolerance = _ROUNDED if gradient.dtype.itemsize < 4 else _CLOSE
     return bool((found - seen.float()).norm() <= tolerance * seen.float().norm())

@@ -9,16 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_evaluations import pair_keys
 from tests.tiny_merges import recipe
+from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import save_tokenizer, write_config
 from utils.evaluation.candidates import Candidate
+from utils.evaluation.entries import Preparing
 from utils.evaluation.pass_memory import passes_line, share_passes
 from utils.evaluation.scoring import Scorer, ScoreSettings
 from utils.evaluation.tasks import evaluation_rows
+from utils.evaluation.whole_models import whole_model
+from utils.merging.settings import MergeSettings
 from utils.pair.config import read_pair_config
+from utils.runtime import return_freed_memory
 
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "layers": 3, "tokens": 256, "rows": 12}
 LARGE = {"hidden_size": 640, "intermediate_size": 2560, "vocab_size": 16384, "layers": 6, "tokens": 256, "rows": 12}
@@ -93,6 +99,21 @@ class Held:
 
     def __init__(self, hidden: int) -> None:
         self.hidden = hidden
+
+
+def test_a_whole_mixture_is_not_in_memory_twice(tmp_path):
+    """A recipe's model whose experts are stored each on its own; the merge reads and writes in pieces."""
+    wide = {"hidden_size": 256, "moe_intermediate_size": 768, "num_experts": 8, "num_hidden_layers": 4}
+    folder, found = save_mixtures(tmp_path, **wide), []
+    settings = MergeSettings(Path("unwritten"), Path("recipe"), device="cpu", quiet=True)
+    preparing = Preparing(torch.device("cpu"), "float32", settings)
+    candidate = Candidate("one", recipe=recipe(folder, "task_arithmetic"))
+    preparing.recipe(candidate, preparing.plan(candidate))  # what is made once
+    return_freed_memory()
+    with peak(found), whole_model(candidate, preparing) as whole:
+        size = sum(value.nbytes for value in whole.model.parameters())
+        assert all(value.data_ptr() % 64 == 0 for value in whole.model.parameters())
+    assert size > 50 * 2**20 and found[0] < 1.8 * size
 
 
 def test_passes_hold_what_memory_holds():

@@ -268,6 +268,38 @@ def test_a_recipe_file_finds_what_lies_beside_it_from_anywhere(made, tmp_path, m
         read_candidate(str(path))
 
 
+def test_words_of_the_tokenizers_keys_are_no_folders_beside_the_recipe(tmp_path, monkeypatch):
+    data = recipe(Path(), tokenizer_source="base", models=[{"model": "base"}, {"model": "code"}], base_model="base")
+    data["tokenizer"] = {"source": "union", "tokens": {"a": {"source": "base"}}}
+    for place in ("recipes", "here"):
+        for name in ("base", "union"):
+            (tmp_path / place / name).mkdir(parents=True)
+    (tmp_path / "recipes/code").mkdir()
+    path = write_recipe(tmp_path / "recipes/one.yaml", data)
+    monkeypatch.chdir(tmp_path)
+    found = read_candidate(str(path)).merge_recipe().data
+    assert found["tokenizer_source"] == "base" and found["tokenizer"] == data["tokenizer"]
+    assert [one["model"] for one in found["models"]] == [str(path.parent / name) for name in ("base", "code")]
+    monkeypatch.chdir(tmp_path / "here")
+    data |= {"models": [{"model": "code"}], "base_model": "code"}
+    found = read_candidate(str(write_recipe(path, data))).merge_recipe().data
+    assert found["tokenizer_source"] == "base" and found["tokenizer"] == data["tokenizer"]
+
+
+def test_a_candidates_names_lead_where_command_3_takes_them(tmp_path, monkeypatch):
+    names = ("base", "~nobody/model", "x" * 300)
+    data = recipe(Path(), models=[{"model": name} for name in names], base_model="base")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "kept").mkdir()
+    write_recipe(tmp_path / "kept/one.yaml", data)
+    (tmp_path / "linked/one.yaml").symlink_to("../kept/one.yaml")
+    for place in ("linked", "kept"):
+        (tmp_path / place / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = read_candidate("linked/one.yaml").merge_recipe().data
+    assert [one["model"] for one in found["models"]] == [str(tmp_path / "linked/base"), *names[1:]]
+
+
 def test_recipes_of_other_models_are_refused_before_work(made, tmp_path):
     folder = made()
     save_tokenizer(save_tiny("llama", tmp_path / "other", seed=9))

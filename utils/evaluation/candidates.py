@@ -10,7 +10,16 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
-from utils.merging.recipe_file import INPUT_KEYS, MergeRecipe, checked_recipe, model_names, read_recipe
+from utils.merging.recipe_file import (
+    FILE_KEYS,
+    INPUT_KEYS,
+    MODEL_KEYS,
+    MergeRecipe,
+    checked_recipe,
+    is_tokenizer_keyword,
+    model_names,
+    read_recipe,
+)
 from utils.models.checkpoints import is_local
 from utils.models.low_rank import adapter_name
 from utils.pair.config import PairConfig
@@ -20,7 +29,6 @@ from utils.safe_yaml import read_yaml_mapping
 UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
 _SUFFIXES = (".yaml", ".yml")
 _LAYER_KEYS = ("slices", "modules")
-_NAME_KEYS = ("model", "base_model", "path", "tokenizer_source", "source", "saliency")
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,17 @@ class Candidate:
             raise ValueError(f"candidate {self.name}: give a recipe or a model")
 
     def merge_recipe(self) -> MergeRecipe:
-        """The recipe as command 3 would read it from a file in the current folder."""
+        """The recipe as command 3 would read it from a file in the current folder.
+
+        Raises:
+            UserError: it is no recipe, or a name in it is of two things, one here and one in `folder`.
+        """
         assert self.recipe is not None
         data = copy.deepcopy(dict(self.recipe))
         if self.folder is not None:
-            _resolve(data, self.folder)
+            beside = MergeRecipe(self.folder / f"{self.name}.yaml", "", data)
+            for holder, key, name in _names(data):
+                holder[key] = beside.locate(name)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         return checked_recipe(Path(f"{self.name}.yaml"), text, data)
 
@@ -95,7 +109,7 @@ def _of_file(path: Path) -> Candidate:
     recipe = read_recipe(path)
     for _, _, name in _names(copy.deepcopy(recipe.data)):
         recipe.locate(name)  # refuses names that lead to two things
-    return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.resolve().parent)
+    return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.absolute().parent)
 
 
 def _is_recipe(path: Path) -> bool:
@@ -158,8 +172,8 @@ def changes_layers(candidate: Candidate) -> bool:
 
 def vector_files(data: Mapping[str, Any]) -> list[Path]:
     """The files of saliency vectors that a recipe names and that are there, each once."""
-    paths = (Path(text).expanduser() for _, _, text in _names(dict(data), keys=("saliency",)))
-    return list(dict.fromkeys(path for path in paths if path.is_file()))
+    paths = (Path(os.path.expanduser(text)) for _, _, text in _names(dict(data), keys=FILE_KEYS))
+    return list(dict.fromkeys(path for path in paths if os.path.isfile(path)))
 
 
 def _place(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -172,21 +186,15 @@ def _named_place(name: str) -> tuple[str, str | None]:
     return _place(path, revision or None)
 
 
-def _resolve(node: Any, folder: Path) -> None:
-    """Make the names in a recipe that are relative to `folder`, and are there, absolute; those that lead to the same from
-    the current folder stay."""
-    for holder, key, text in _names(node):
-        place, here = folder / text, Path(text).expanduser()
-        if not here.is_absolute() and place.exists() and not (here.exists() and here.samefile(place)):
-            holder[key] = str(place.resolve())
-
-
-def _names(node: Any, keys: Sequence[str] = _NAME_KEYS, named: bool = False) -> Iterator[tuple[Any, Any, str]]:
-    """Every text under one of some keys (or under their conditional values): its holder, its key there, the text."""
+def _names(
+    node: Any, keys: Sequence[str] = (*MODEL_KEYS, *FILE_KEYS), named: bool = False
+) -> Iterator[tuple[Any, Any, str]]:
+    """Every name under one of some keys (or under their conditional values): its holder, its key there, the name."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
         here = key in keys or (named and (key == "value" or isinstance(node, list)))
         if isinstance(value, str) and here:
-            yield node, key, value
+            if not is_tokenizer_keyword(key, value):
+                yield node, key, value
         else:
             yield from _names(value, keys, here)

@@ -11,7 +11,7 @@ from utils.merging.merged_tensors import MergeWork, merged_tensors
 from utils.merging.pieces.cuts import KnownCuts
 from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import WeightSource
-from utils.runtime import available_bytes
+from utils.runtime import available_bytes, return_freed_memory
 
 _ALIGNMENT = 64  # bytes; of whatever torch allocates on the CPU
 _SHARE = 8  # of the memory that is free, for tensors that are made at a time
@@ -72,17 +72,20 @@ class CandidateWeights:
             return [one for model in models for one in self._merged([model], outputs)]
 
     def _named(self, model: int, names: Sequence[str], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A model's tensors by its own names; what transformers would convert while loading is converted."""
+        """A model's tensors by its own names; what transformers would convert while loading is converted. `merged` is used
+        up, so that a model is not there twice."""
         layout, dtype = self.sources[model].layout, self.sources[model].dtype
         found = {
-            name: self._placed(merged[header.name], dtype)
+            name: self._placed(merged.pop(header.name), dtype)
             for name in names
             if (header := layout.direct.get(name)) is not None and header.name in merged
         }
         conversions = {id(one): one for name in names if (one := layout.conversions.get(name)) is not None}
-        for one in conversions.values():
-            made = one.convert({header.name: self._placed(merged[header.name], dtype) for header in one.sources})
-            found |= {name: value for name, value in made.items() if name in names}
+        for one in conversions.values():  # one after the other: the pieces of a mixture are as large as what they make
+            made = one.convert({each.name: self._placed(merged.pop(each.name), dtype) for each in one.sources})
+            found |= {name: _aligned(value) for name, value in made.items() if name in names}
+            del made
+            return_freed_memory()
         return found
 
     def _placed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

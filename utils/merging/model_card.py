@@ -60,7 +60,7 @@ def runnable_recipe(done: PlannedMerge) -> str:
     folder = done.settings.output_path.resolve()
 
     def from_there(name: str) -> str:
-        parts = [Path(part).expanduser() for part in map(done.recipe.locate, name.split("+"))]
+        parts = [Path(os.path.expanduser(part)) for part in map(done.recipe.locate, name.split("+"))]
         if not all(part.exists() for part in parts):
             return name  # a hub id
         return "+".join(os.path.relpath(part.resolve(), folder) for part in parts)

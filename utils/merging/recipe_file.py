@@ -126,12 +126,17 @@ def in_float32(recipe: MergeRecipe) -> MergeRecipe:
     return replace(recipe, data={**recipe.data, "dtype": "float32", "out_dtype": "float32"})
 
 
+def is_tokenizer_keyword(key: Any, value: str) -> bool:
+    """Whether a text under a key is a word of mergekit's there, and names nothing, whatever folder is called like it."""
+    return key in _DONOR_KEYS and value in KEYWORDS
+
+
 def model_names(node: Any) -> Iterator[str]:
     """Every text under the keys by which mergekit knows models."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key in MODEL_KEYS and isinstance(value, str) and "\0" not in value:
-                if not (key in _DONOR_KEYS and value in KEYWORDS):
+                if not is_tokenizer_keyword(key, value):
                     yield value
             else:
                 yield from model_names(value)
@@ -146,7 +151,7 @@ def _named_nodes(node: yaml.Node | None, named: bool = False) -> Iterator[tuple[
         here = key in (*MODEL_KEYS, *FILE_KEYS) or (named and key in ("value", None))
         if not isinstance(value, yaml.ScalarNode):
             yield from _named_nodes(value, key in FILE_KEYS or (named and key is None))
-        elif here and value.value and not (key in _DONOR_KEYS and value.value in KEYWORDS):
+        elif here and value.value and not is_tokenizer_keyword(key, value.value):
             yield value, value.value
 
 

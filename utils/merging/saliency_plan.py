@@ -6,6 +6,7 @@ each task that will read vectors gets, in place of the recipe's path, a `VectorK
 name; one that will not, no path.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
     if not isinstance(method, OwnMethod):
         return plan, (), []
     raise_collected(shortened(list(_bad_values(plan, method))), "merge recipe: values")
-    named = {text: Path(recipe.locate(text)).expanduser().resolve() for text in _named_files(plan)}
+    named = {text: Path(os.path.expanduser(recipe.locate(text))).resolve() for text in _named_files(plan)}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
     problems: list[Problem] = []
     used: dict[str, dict[str, int]] = {text: {} for text in named}

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.measuring_here import ARGUMENTS, measure, refuses
 from tests.tiny_checkpoints import edit_tensors, poison, save_tiny
 from tests.tiny_pairs import edit_json, pair_settings, save_tokenizer, write_config
+from utils.guidance.method import GuidanceMethod, guidance_methods
 
 
 @pytest.fixture
@@ -56,11 +59,31 @@ def test_flags(refused, flags, code, words):
     assert words in refused(code, *flags)
 
 
-@pytest.mark.parametrize("guidance", ["lewis", "sens_merging"])
-def test_a_disk_too_small_for_hidden_states(refused, monkeypatch, guidance):
+@pytest.fixture
+def full_disk(monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**3))
+
+
+@pytest.mark.parametrize("guidance", ["lewis", "sens_merging", "saliency_budget", "gram_mean", "tuned"])
+def test_a_disk_too_small_for_what_measuring_puts_there(refused, full_disk, monkeypatch, guidance):
+    jobs, on_disk = [], GuidanceMethod.on_disk
+    monkeypatch.setattr(GuidanceMethod, "on_disk", lambda method, job: jobs.append(job) or on_disk(method, job))
     assert "lower nsamples or seqlen" in refused("disk-full", *ARGUMENTS, "--guidance", guidance)
+    method, job = guidance_methods()[guidance], jobs[-1]
+    on_gpu = replace(job, devices=(torch.device("cuda"),), at_once=1)  # where hidden states wait in the host's memory
+    on_cpu = replace(on_gpu, devices=(torch.device("cpu"),))
+    waiting = method.waiting(job) if guidance in ("gram_mean", "tuned") else 0  # the others have copies on the disk
+    assert method.on_disk(on_gpu) == method.on_disk(on_cpu) - waiting > 0
+
+
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_what_a_killed_run_has_left_counts_as_free(pair, full_disk, more):
+    left = pair / "out/deltas/.measuring.part/00/code"
+    left.mkdir(parents=True)
+    (left / "states").write_bytes(bytes(2**22))
+    measure(*more)
+    assert not left.exists()
 
 
 def test_an_out_dir_that_cannot_be_written(refused, monkeypatch):

@@ -28,7 +28,7 @@ from utils.pair.calibration import choose_samples
 from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
-from utils.passes.subjects import Subject, memory_estimate, snapshot_bytes
+from utils.passes.subjects import Subject, memory_estimate
 from utils.publishing.disk import free_bytes
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.manifest import MANIFEST, with_manifest
@@ -131,7 +131,7 @@ def _measure(
         for line in report.choices(options, job, samples):
             detail(line)
         if workers is None:
-            _refuse_full_disk(options, job)
+            _refuse_full_disk(options, job, place)
         doubts = [line for line in report.doubts(options, job, _idle_keys(options)) if line not in warned]
         warned.update(doubts)
         warn(doubts)
@@ -161,15 +161,18 @@ def _measure(
         report.say_next(options)
 
 
-def _refuse_full_disk(options: MeasureOptions, job: MeasureJob) -> None:
-    """Refuse a disk without room for what waits there, and for what a run after a kill goes on from."""
-    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
-    needed = max(job.at_once, len(job.devices)) * (options.method.waiting(job) + snapshot)
+def _refuse_full_disk(options: MeasureOptions, job: MeasureJob, place: Path) -> None:
+    """Refuse a disk that cannot hold what measuring puts there.
+
+    What lies in `place` counts as free: the same run goes on with it, and anything else in there is removed first.
+    """
+    needed = options.method.on_disk(job)
     free, folder = free_bytes(options.out_dir)
+    free += sum(path.stat().st_blocks * 512 for path in place.rglob("*") if path.is_file())
     if free < needed:
         raise UserError(
-            f"--out_dir {options.out_dir}: measuring keeps up to {gigabytes(needed)} of hidden states there, {folder} has "
-            f"{gigabytes(free)} free; make room, choose another disk, or lower nsamples or seqlen",
+            f"--out_dir {options.out_dir}: measuring puts up to {gigabytes(needed)} there, {folder} has {gigabytes(free)} "
+            "free; make room, choose another disk, or lower nsamples or seqlen",
             "disk-full",
         )
 

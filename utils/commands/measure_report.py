@@ -34,11 +34,11 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
     for subject in job.subjects:
         yield from _subject_lines(options, job, subject)
     need = _memory(method, job)
-    if waiting := job.at_once * method.waiting(job):
-        where = "on the disk of --out_dir"
-        if job.devices[0].type != "cpu":
-            where = "in the host's memory, with copies " + where
+    if waiting := job.side_by_side * method.waiting(job):
+        where = "on the disk of --out_dir" if job.devices[0].type == "cpu" else "in the host's memory"
         yield f"gradients: hidden states at every block's entrance wait {where}, at most {gigabytes(waiting)}"
+    if job.workers is None and (needed := method.on_disk(job)):
+        yield f"--out_dir: measuring puts at most {gigabytes(needed)} there"
     if job.workers is None:
         free = gigabytes(available_bytes(job.devices[0]))
         yield f"memory: about {gigabytes(need)} on {job.devices[0].type} beside the runtime; {free} are free"

@@ -57,6 +57,11 @@ class MeasureJob:
     batches_a_piece: int | None = None
 
     @property
+    def side_by_side(self) -> int:
+        """How many pieces of work may be done at a time on this machine."""
+        return max(self.at_once, len(self.devices))
+
+    @property
     def base(self) -> Subject:
         """The base model."""
         return self.subject(self.config.base)
@@ -86,8 +91,9 @@ class MeasureJob:
         Weights are placed into skeletons, so that pieces that run side by side need each their own; a skeleton takes some
         50 kB a block. (Other processes build skeletons of their own.)
         """
-        side_by_side = self.at_once > 1 or len(self.devices) > 1
-        if self.workers is None and (side_by_side or len({id(one.decoder) for one in subjects}) < len(subjects)):
+        if self.workers is None and (
+            self.side_by_side > 1 or len({id(one.decoder) for one in subjects}) < len(subjects)
+        ):
             subjects = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
         return MeasureJob(self.config, subjects, (), self.options, self.trust_remote_code)
 

@@ -112,6 +112,11 @@ class GuidanceMethod:
         half = self._half("measure")
         return half.waiting(job) if hasattr(half, "waiting") else 0
 
+    def on_disk(self, job: "MeasureJob") -> int:
+        """Bytes that measuring puts into the output folder, at most, what a run after a kill goes on from included."""
+        half = self._half("measure")
+        return half.on_disk(job) if hasattr(half, "on_disk") else 0
+
     def measure(self, job: "MeasureJob") -> "Measured":
         """Measure a pair."""
         return self._half("measure").measure(job)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from utils.passes.subjects import Subject
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -49,6 +50,11 @@ def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> Gradi
         outside=logits + widest - 2 * size * max(blocks),
         waiting=size * tokens * hidden * len(blocks),
     )
+
+
+def on_the_disk(waiting: int, device: "torch.device") -> int:
+    """How many of the bytes that wait lie in files without a name: none where a GPU computes, since the host keeps them."""
+    return waiting if device.type == "cpu" else 0
 
 
 def _kept(block: "nn.Module", tokens: int, size: int) -> int:

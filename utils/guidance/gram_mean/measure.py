@@ -21,7 +21,7 @@ from utils.models.decoder import Component, is_transposed, weight_matrix
 from utils.models.experts_apart import with_experts_apart
 from utils.models.stored_layout import stored_layout
 from utils.passes.block_gradients import Observing, nothing
-from utils.passes.gradient_memory import gradient_memory
+from utils.passes.gradient_memory import gradient_memory, on_the_disk
 from utils.passes.language_head import require_head
 from utils.passes.subjects import StoredPart, Subject, first_stored_name, stored_as
 from utils.recipes.gram_file import GramFileWriter
@@ -96,6 +96,12 @@ def waiting(job: MeasureJob) -> int:
         sum(gradient_memory(one, job.text(one, expert).encoded).waiting for one in (job.base, expert))
         for expert in job.experts
     )
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of every expert's matrices, and of the hidden states that wait in files."""
+    at_a_time = min(job.side_by_side, len(job.experts))
+    return sum(map(_file_bytes, job.experts)) + at_a_time * on_the_disk(waiting(job), job.devices[0])
 
 
 def _gram_bytes(block: nn.Module) -> int:

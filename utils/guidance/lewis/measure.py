@@ -26,7 +26,7 @@ from utils.passes.block_runner import Visitor, run_blocks
 from utils.passes.dry_walk import dry_walk
 from utils.passes.routing import VisitorWithRouters
 from utils.passes.snapshots import Snapshots
-from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate
+from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, snapshot_bytes
 from utils.workers.piece import Piece, Place
 
 _NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
@@ -75,6 +75,11 @@ def choices(job: MeasureJob) -> list[str]:
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak of a model's pass, about."""
     return max(memory_estimate(subject) for subject in job.subjects)
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of the snapshots that a run after a kill goes on from."""
+    return job.side_by_side * max(snapshot_bytes(subject) for subject in job.subjects)
 
 
 def measure(job: MeasureJob) -> Measured:

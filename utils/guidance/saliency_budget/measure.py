@@ -12,7 +12,7 @@ from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, ve
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, snapshot_bytes
 from utils.recipes.saliency_vectors import vector_file_bytes
 from utils.workers.piece import Piece
 
@@ -48,6 +48,12 @@ def waiting(job: MeasureJob) -> int:
         sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
         for expert in job.experts
     )
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of the files with names in which hidden states wait, and of the snapshots beside them, of base and expert."""
+    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
+    return min(job.side_by_side, len(job.experts)) * (waiting(job) + 2 * snapshot)
 
 
 def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:

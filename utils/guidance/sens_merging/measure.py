@@ -29,7 +29,7 @@ from utils.passes.gradient_memory import GradientMemory, gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import fetch_head, language_head, require_head
 from utils.passes.snapshots import Snapshots
-from utils.passes.subjects import Subject, component_names
+from utils.passes.subjects import Subject, component_names, snapshot_bytes
 from utils.workers.piece import Piece, Place
 from utils.workers.results import KeptResult
 
@@ -64,6 +64,12 @@ def memory(job: MeasureJob) -> int:
 def waiting(job: MeasureJob) -> int:
     """Bytes that wait for an expert's way back, at most."""
     return max(_needed(job, expert).waiting for expert in job.experts)
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of the files with names in which hidden states wait, and of the snapshots beside them."""
+    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
+    return min(job.side_by_side, len(job.experts)) * (waiting(job) + snapshot)
 
 
 def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:

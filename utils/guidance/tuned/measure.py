@@ -22,7 +22,7 @@ from utils.guidance.tuned.start import Start, plain_start, read_start
 from utils.guidance.tuned.tables import COEFFICIENT_TABLE, SAMPLES, STEP_TABLE, start_content
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
-from utils.passes.gradient_memory import GradientMemory, gradient_memory
+from utils.passes.gradient_memory import GradientMemory, gradient_memory, on_the_disk
 from utils.passes.language_head import require_head
 from utils.passes.snapshots import read_state, write_state
 from utils.passes.subjects import Subject, component_names
@@ -36,12 +36,11 @@ _FEWEST = 2
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     start, held = _start(job), _held_out(job.config.nsamples)
-    own = 4 * sum(value.numel() for value in job.base.decoder.model.parameters())
     return [
         f"start: {job.options['start_recipe'] or 'the plain mean of the changes'} ({start.merge_method})",
         f"tuned: one coefficient for each expert and {job.options['tune_level']}, by at most {job.options['tune_steps']} "
         f"steps of Adam on {job.config.nsamples - held} samples of each task, judged on {held} others",
-        f"disk: {gigabytes(own * len(_experts(job)))} for what each expert adds, while measuring",
+        f"disk: {gigabytes(_parts_bytes(job))} for what each expert adds, while measuring",
     ]
 
 
@@ -60,6 +59,16 @@ def memory(job: MeasureJob) -> int:
 def waiting(job: MeasureJob) -> int:
     """Bytes that wait for the way back of a step, at most."""
     return sum(_needed(job, expert).waiting for expert in _experts(job))
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of what each expert adds, and of the hidden states that wait in files."""
+    return _parts_bytes(job) + on_the_disk(waiting(job), job.devices[0])
+
+
+def _parts_bytes(job: MeasureJob) -> int:
+    """Of a float32 number for each parameter and expert."""
+    return 4 * sum(value.numel() for value in job.base.decoder.model.parameters()) * len(_experts(job))
 
 
 def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:

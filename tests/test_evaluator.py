@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from tests.tiny_evaluations import plain_losses, save_evaluated_pair, task_file,
 from tests.tiny_merges import merge_here, recipe, write_recipe
 from tests.tiny_pairs import ASKING_CHAT, contents, save_tokenizer, write_config
 from utils.commands.evaluation_folder import read_evaluation
+from utils.evaluation import entries
 from utils.merging.recipe_file import read_recipe
 
 ROWS = ("--validation_rows", 4, "--test_rows", 8)
@@ -188,6 +190,13 @@ def test_bad_recipes_and_texts_are_refused_before_work(run, pair, tmp_path):
     done = run(config=write_config(config, keys | {"nsamples": 39}), out="out/bad")
     assert refusal_code(done) == "evaluation-no-rows"
     assert not (pair / "out/bad").exists()
+
+
+def test_little_disk_is_refused_before_anything_is_scored(run, pair, monkeypatch):
+    monkeypatch.setattr(entries.Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    assert refusal_code(run(out="out/little")) == "disk-full"
+    assert not list((pair / "out/little").glob("losses/*"))
 
 
 def read_keys(pair: Path) -> dict:

@@ -4,6 +4,7 @@ python -m pytest tests/test_searcher.py
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -208,7 +210,10 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
     """One folder: extended; then another space, another objective, another pair's weights, a second search at a time."""
     settings(pair, search=UNGUIDED)
     search_pair(options(pair))
+    leave_stock(pair / "out/search")
     search_pair(options(pair, trials=16))
+    assert not list((pair / "out/search").glob("best_stock.[ym]*"))
+    assert (pair / "out/search/best_stock_mine.txt").read_text() == "changed since"
     assert len(pd.read_csv(pair / "out/search/trials.csv")) == 16
     before = contents(pair / "out/search")
     with refused("search-other-study"):
@@ -228,6 +233,16 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
     assert {name: value for name, value in contents(pair / "out/search").items() if "study.db" not in name} == {
         name: value for name, value in before.items() if "study.db" not in name
     }
+
+
+def leave_stock(folder: Path) -> None:
+    """What a search writes of the best stock recipe while a method of this project's leads; one file is changed since."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("best_stock.yaml", "best_stock.manifest.json", "best_stock_mine.txt"):
+        (folder / name).write_text(name)
+        manifest["files"][name] = hashlib.sha256(name.encode()).hexdigest()
+    (folder / "best_stock_mine.txt").write_text("changed since")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +278,10 @@ def test_models_that_have_to_be_written_first_count_for_the_disk(pair, monkeypat
     settings(pair, search=UNGUIDED)
     monkeypatch.setattr(entries.Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
     size = (pair / "base/model.safetensors").stat().st_size
+    with monkeypatch.context() as little, refused("disk-full"):
+        little.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=size // 2))
+        search_pair(options(pair))
+    assert not (pair / "out/search/study.db").exists()
     with refused("search-max-disk"):
         search_pair(options(pair, max_disk=size // 2))
     with refused("search-nothing-finished") as caught:

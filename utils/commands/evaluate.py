@@ -73,6 +73,7 @@ def evaluate(options: EvaluateOptions) -> None:
     with locked_folder(options.out_dir):
         store.sweep()
         sweep_written(options.out_dir)
+        _refuse_little_disk(options, scorer, candidates)
         start = time.perf_counter()
         evaluated = _evaluate(options, scorers, candidates, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
@@ -122,6 +123,13 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate]) -> list[str]:
     found = list(dict.fromkeys(found))
     warn(found)
     return found
+
+
+def _refuse_little_disk(options: EvaluateOptions, scorer: "Scorer", candidates: Sequence[Candidate]) -> None:
+    """Refuse before anything is scored what has to be written first and has no room; one control stands for all."""
+    dtype = scorer.inputs[scorer.config.base.type].float_dtype
+    grid = uniform_controls(scorer.config, dtype) if options.controls else {}
+    scorer.refuse_little_disk([*candidates, *(kind[0] for kind in grid.values())])
 
 
 def _say_choices(scorer: "Scorer", candidates: Sequence[Candidate], say: Callable[[str], None]) -> None:

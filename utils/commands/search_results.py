@@ -2,12 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from utils.bounded_files import read_json
 from utils.commands.evaluate_generation import generate
 from utils.commands.evaluate_page import evaluation_page
 from utils.commands.evaluate_tables import printed_table, scores_table
@@ -22,7 +23,7 @@ from utils.evaluation.figures import all_figures, task_losses
 from utils.evaluation.tasks import GENERAL, TEST
 from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import with_manifest
+from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.reports.page import render
@@ -75,7 +76,10 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
         REPORT: render(page).encode(),
     }
     files = with_manifest(files, request)
+    outdated = _outdated(ready.options.out_dir, files)
     publish_files(ready.options.out_dir, files, overwrite=True)
+    for path in outdated:
+        path.unlink(missing_ok=True)
     print(f"\n{printed_table(ready.scorer, evaluated)}\n")
     for line in page.notes:
         say(line)
@@ -152,6 +156,18 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
         record = recipe_record(ready.options.config, measured, one, (name, files[name]), data, vectors, search)
         files[manifest_name(name)] = record.as_bytes()
     return files
+
+
+def _outdated(folder: Path, files: Collection[str]) -> list[Path]:
+    """The files of this search's earlier result that have no successor in `files` and would pass for a part of it: a best
+    stock recipe where the best one is stock now, say. What somebody has changed since is not among them."""
+    try:
+        earlier = read_json(folder / MANIFEST, MANIFEST)
+    except UserError:
+        return []
+    before = earlier.get("files") if earlier.get("command") == COMMAND else None
+    gone = {folder / Path(name).name: digest for name, digest in (before or {}).items() if name not in files}
+    return [path for path, digest in gone.items() if path.is_file() and file_sha256(path) == digest]
 
 
 def _search_record(ready: Prepared) -> dict[str, Any]:

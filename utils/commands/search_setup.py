@@ -110,11 +110,11 @@ def prepare_search(
     warn([note for note in notes if note not in warned])
     at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
     writing_at_once = 1 if cluster is None else cluster.workers.at_once
-    written = scorer.written_bytes([at_first]) * writing_at_once
-    _refuse_little_disk(options, written)
+    sweep_written(options.out_dir)
+    written = scorer.refuse_little_disk([at_first], writing_at_once)
+    _refuse_less_than_a_model(options, written)
     store = LossStore(options.out_dir / LOSSES)
     store.sweep()
-    sweep_written(options.out_dir)
     losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
         options.out_dir,
@@ -138,7 +138,7 @@ def prepare_search(
     return ready
 
 
-def _refuse_little_disk(options: SearchOptions, written: int) -> None:
+def _refuse_less_than_a_model(options: SearchOptions, written: int) -> None:
     if options.max_disk is not None and written > options.max_disk:
         raise UserError(
             f"--max_disk {gigabytes(options.max_disk)} is less than one model: recipes of this pair have to be merged into "

@@ -29,6 +29,7 @@ from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
+from utils.publishing.disk import free_bytes
 from utils.runtime import computing_dtype, gigabytes
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
@@ -40,6 +41,18 @@ def sweep_written(beside: Path) -> None:
     """Remove models that a killed run had written for a while; the caller has the folder to itself."""
     for folder in beside.glob(f"{_WRITTEN}*.part"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_little_disk(needed: int, beside: Path | None) -> None:
+    """Raise a `UserError` (`disk-full`) if models of so many bytes have no room where they are written for a while: in a
+    folder, or in the system's for temporary files."""
+    free, place = free_bytes(Path(tempfile.gettempdir()) if beside is None else beside)
+    if needed > free:
+        raise UserError(
+            f"recipes' models have to be merged into a temporary folder before they are scored, {gigabytes(needed)} at a "
+            f"time, {place} has {gigabytes(free)} free; make room there",
+            "disk-full",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,14 +150,7 @@ class Preparing:
         Raises:
             UserError: the disk has no room for it; anything that command 3 would raise.
         """
-        place = Path(tempfile.gettempdir()) if beside is None else beside
-        needed, free = planned.plan.nbytes, shutil.disk_usage(place).free
-        if needed > free:
-            raise UserError(
-                f"{candidate.name} has to be merged into a temporary folder ({gigabytes(needed)}), {place} has "
-                f"{gigabytes(free)} free; make room there",
-                "disk-full",
-            )
+        refuse_little_disk(planned.plan.nbytes, beside)  # again: others write, too
         with tempfile.TemporaryDirectory(prefix=_WRITTEN, suffix=".part", dir=beside) as text:
             folder = Path(text)
             run_merge(planned, folder)

@@ -19,7 +19,7 @@ import torch
 
 from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
 from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
-from utils.evaluation.entries import Preparing, ReadyCandidate
+from utils.evaluation.entries import Preparing, ReadyCandidate, refuse_little_disk
 from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, share_passes
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
@@ -150,6 +150,20 @@ class Scorer:
             (planned.plan.nbytes for one, planned in plans if isinstance(self._preparing.recipe(one, planned), str)),
             default=0,
         )
+
+    def refuse_little_disk(self, candidates: Sequence[Candidate], at_once: int = 1) -> int:
+        """Refuse candidates whose models have to be written first, so many at a time, and have no room; headers alone are
+        read.
+
+        Returns:
+            Bytes that lie on the disk for a while.
+
+        Raises:
+            UserError: there is not as much free (`disk-full`).
+        """
+        needed = self.written_bytes(candidates) * at_once
+        refuse_little_disk(needed, self.settings.scratch)
+        return needed
 
     def memory(self, candidate: Candidate, count: int, rows: Mapping[str, Sequence[int]]) -> int:
         """Bytes that scoring so many candidates like this one takes at its peak beside the runtime, about; 0 where the model

@@ -3,6 +3,8 @@
 python -m pytest tests/passes/test_gradient_snapshots.py
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -98,6 +100,52 @@ def test_what_is_damaged_is_not_used(tmp_path, damage):
         damaged = states if damage == "short states" else path
         damaged.write_bytes(damaged.read_bytes()[:100])
     assert run(folder, path)[2] == 2 * LAYERS
+
+
+def test_a_full_disk_costs_no_more_than_the_snapshots(tmp_path, capsys):
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
+    losses, sums, fetched = run(folder, None)
+    with pytest.raises(Stopped):
+        run(folder, path, LAYERS + 1)
+    kept, full = path.read_bytes(), path.with_suffix(".writing")
+    for stop_at in (LAYERS + 2, None):
+        full.symlink_to("/dev/full")
+        if stop_at:
+            with pytest.raises(Stopped):
+                run(folder, path, stop_at)
+            assert path.read_bytes() == kept and not full.exists()
+        else:
+            again, sums_again, fetched_again = run(folder, path)
+        assert capsys.readouterr().err.count("No space left on device") == 1
+    assert fetched_again < fetched and losses == again
+    assert all(torch.equal(sums[name], sums_again[name]) for name in sums)
+
+
+def test_states_in_the_hosts_memory_do_without_a_file_on_a_full_disk(tmp_path, capsys):
+    path = tmp_path / "piece.snapshot"
+    path.with_suffix(".model").symlink_to("/dev/full")
+    kept = GradientSnapshots(path)
+    store = kept.store("model", torch.device("meta"), None)
+    stored = store.put(torch.ones(3))
+    kept.offer()
+    kept.offer()
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert store.take(stored).shape == (3,) and not path.exists()
+
+
+def test_nothing_is_held_once_it_was_given_or_the_work_is_over(tmp_path):
+    path = tmp_path / "piece.snapshot"
+    first = GradientSnapshots(path)
+    first.keep("sums", lambda: {"of": torch.ones(3)})
+    first.offer()
+    second = GradientSnapshots(path)
+    found = second.found("sums")
+    sums = weakref.ref(found["of"])
+    second.keep("sums", lambda found=found: found)
+    del found
+    assert second.found("sums") is None and sums() is not None
+    second.forget()
+    assert sums() is None
 
 
 def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):

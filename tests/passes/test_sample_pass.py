@@ -1,5 +1,6 @@
 """Models that do something around their blocks: it is differentiated exactly, or refused."""
 
+import weakref
 from collections import UserDict
 from collections.abc import MutableMapping
 from types import SimpleNamespace
@@ -124,6 +125,25 @@ def test_what_lies_around_the_blocks_is_differentiated(way):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_nothing_stays_in_the_hosts_memory_behind_the_way_back(tmp_path, synced):
+    model, store = Model("plain"), TensorStore(CPU, path=tmp_path / "states", on_host=True)
+    with stops(model.blocks):
+        sample = SamplePass(model, IDS, CPU, store)
+        for layer in range(BLOCKS):
+            sample.forward(layer)
+        sample.score()
+    states = [weakref.ref(one.stored.host) for call in sample.calls for one in call.outputs()]
+    if synced:
+        store.sync()
+    for layer in reversed(range(BLOCKS)):
+        sample.backward(layer, keep_output=False)
+    if not synced:
+        store.close()
+    assert len(states) == BLOCKS and all(state() is None for state in states)
+    assert len(sample.waiting) == BLOCKS  # which says where in the file they are
 
 
 def test_state_handed_from_block_to_block_is_refused():

@@ -3,6 +3,8 @@
 python -m pytest tests/passes/test_snapshots.py
 """
 
+import zipfile
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches
 from utils.passes import snapshots
 from utils.passes.block_runner import run_blocks
-from utils.passes.snapshots import Snapshots
+from utils.passes.snapshots import Snapshots, read_state, write_state
 
 CPU = torch.device("cpu")
 LENGTHS = (17, 30, 5, 23, 11)
@@ -84,3 +86,26 @@ def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(folder, path, stop_after=1)
     assert not path.exists()
+
+
+def test_a_full_disk_costs_no_more_than_the_snapshots(tmp_path, capsys):
+    folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
+    expected = run(folder, None)
+    path.with_suffix(".writing").symlink_to("/dev/full")
+    found = run(folder, path)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], expected[0], strict=True))
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_lay_on_a_gpu_is_read_where_there_is_none(tmp_path):
+    path, elsewhere = tmp_path / "one.snapshot", tmp_path / "other.snapshot"
+    write_state(path, {"sums": torch.ones(3)})
+    with zipfile.ZipFile(path) as ours, zipfile.ZipFile(elsewhere, "w") as theirs:
+        for name in ours.namelist():
+            content = ours.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"X\x03\0\0\0cpu") == 1
+                content = content.replace(b"X\x03\0\0\0cpu", b"X\x07\0\0\0cuda:99")
+            theirs.writestr(name, content)
+    assert read_state(elsewhere)["sums"].tolist() == [1, 1, 1]

@@ -99,7 +99,8 @@ class StreamedWeights:
         for one in conversions.values():  # one after the other: the pieces of a mixture are as large as what they make
             made = one.convert(self._read({header.name: header for header in one.sources}))
             read |= {name: value for name, value in made.items() if name in names}
-            return_freed_memory()
+            if self.device.type == "cpu":
+                return_freed_memory()
         return read
 
     def _read(self, headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:

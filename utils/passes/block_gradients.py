@@ -175,6 +175,7 @@ def backward_pass(
         losses = _forward(decoder, turn, samples, way, found and waiting_of(found), store, device, on_block, snapshots)
         if found is not None and found["gradients"] is not None:
             take_back(way, found["gradients"], device)
+        del found
         blocks = _backward(
             decoder, turn, way, around if outside else None, observer, on_block, (observing, observing_outside)
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utils.passes.snapshots import Pauses, read_state, write_state
+from utils.passes.snapshots import Pauses, read_state, warn_without, write_state
 from utils.passes.tensor_store import TensorStore
 
 
@@ -24,7 +24,7 @@ class GradientSnapshots:
 
     def __init__(self, path: Path | None) -> None:
         """Take the file, and what a killed run has left in it."""
-        self._path = path
+        self._path, self._stopped = path, False
         self._pauses = Pauses()
         self._stores: dict[str, TensorStore] = {}
         self._parts: dict[str, Callable[[], Any]] = {}
@@ -47,25 +47,39 @@ class GradientSnapshots:
         return self._stores[name]
 
     def found(self, name: str) -> Any:
-        """What a part was when the snapshot of a killed run was made, None without one."""
-        return self._found.get(name)
+        """What a part was when the snapshot of a killed run was made, tensors on the CPU, None without one; given once."""
+        return self._found.pop(name, None)
 
     def keep(self, name: str, state: Callable[[], Any]) -> None:
         """Register a part: `state` gives it as plain data and tensors, None if it cannot be gone on with."""
         self._parts[name] = state
 
     def offer(self) -> None:
-        """Write a snapshot if it is time for one; called where all parts fit together."""
-        if self._path is None or not self._pauses.over():
+        """Write a snapshot if it is time for one; called where all parts fit together. None after one that failed.
+
+        Raises:
+            OSError: tensors that wait in a file alone cannot reach the disk.
+        """
+        if self._path is None or self._stopped or not self._pauses.over():
             return
         with self._pauses.snapshot():
             parts = {name: state() for name, state in self._parts.items()}
-            if all(part is not None for part in parts.values()):
-                ends = {name: store.sync() for name, store in self._stores.items()}
+            if any(part is None for part in parts.values()):
+                return
+            ends = {name: store.sync() for name, store in self._stores.items() if not store.on_host}
+            try:
+                ends |= {name: store.sync() for name, store in self._stores.items() if store.on_host}
                 write_state(self._path, {"ends": ends, "parts": parts})
+            except OSError as error:
+                self._stopped = True
+                for store in self._stores.values():
+                    store.leave_file()
+                warn_without(self._path, error)
 
     def forget(self) -> None:
         """The work is over."""
         if self._path is not None:
             for path in (self._path, *map(self._file, self._stores)):
                 path.unlink(missing_ok=True)
+        self._parts.clear()
+        self._stores.clear()

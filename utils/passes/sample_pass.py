@@ -38,7 +38,8 @@ class SamplePass:
         self.model, self.device, self.store = model, device, store
         self.batch = MicroBatch.of([token_ids])
         self.calls: list[Call] = []
-        self.waiting: list[Any] | None = []  # by block, its output with `Stored` for tensors; None where there is more
+        # By block, its output with `Stored.plain()` in a list for each tensor; None where there is more.
+        self.waiting: list[Any] | None = []
         self.flow = self._started()
 
     def _started(self) -> Flow:
@@ -75,7 +76,7 @@ class SamplePass:
 
         Args:
             layer: the block, whose weights are not needed.
-            waiting: what `self.waiting` had of it.
+            waiting: what `self.waiting` had of it, with `Stored` for tensors.
         """
         self.flow.expect(layer)
         arrival = self.flow.arrival
@@ -94,7 +95,7 @@ class SamplePass:
             and not call.left
             and all(one is None or isinstance(one, Output) for one in outputs)
         ):
-            self.waiting.append(mapped(call.output, lambda one: one and one.stored))
+            self.waiting.append(mapped(call.output, lambda one: one and [one.stored.plain()]))
         else:
             self.waiting = None
 

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from utils.errors import warn
 
 SECONDS = 300.0
 MOST_SHARE = 0.05  # of the time that snapshots may take
@@ -57,7 +59,7 @@ class Snapshots:
 
     def __init__(self, path: Path | None) -> None:
         """Take the file."""
-        self._path = path
+        self._path, self._stopped = path, False
         self._pauses = Pauses()
 
     def load(self) -> Snapshot | None:
@@ -67,13 +69,16 @@ class Snapshots:
     def offer(
         self, layer: int, outputs: Sequence[Any], around: Sequence[list[float]], state: Callable[[], Any]
     ) -> None:
-        """Write a snapshot if it is time for one and the outputs are hidden states alone."""
-        if self._path is None or not self._pauses.over() or not all(map(_is_plain, outputs)):
+        """Write a snapshot if it is time for one and the outputs are hidden states alone; none after one that failed."""
+        if self._path is None or self._stopped or not self._pauses.over() or not all(map(_is_plain, outputs)):
             return
         with self._pauses.snapshot():
-            write_state(
-                self._path, {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()}
-            )
+            data = {"layer": layer, "outputs": list(outputs), "around": list(around), "state": state()}
+            try:
+                write_state(self._path, data)
+            except OSError as error:
+                self._stopped = True
+                warn_without(self._path, error)
 
     def forget(self) -> None:
         """The pass is over."""
@@ -82,23 +87,68 @@ class Snapshots:
 
 
 def read_state(path: Path | None, made: Callable[[Any], Any] = lambda found: found) -> Any | None:
-    """What `write_state` has written there, as `made` of it; None if there is nothing that can be read."""
+    """What `write_state` has written there, as `made` of it, tensors on the CPU; None if nothing there can be read."""
     if path is None or not path.is_file():
         return None
     try:
-        return made(torch.load(path, weights_only=True))
+        return made(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # torch raises anything over a damaged file; the work then begins anew
         return None
 
 
 def write_state(path: Path, data: Any) -> None:
-    """Write plain data and tensors, so that after a kill at any time the old ones are there or the new ones."""
+    """Write plain data and tensors, so that after a kill at any time the old ones are there or the new ones.
+
+    Raises:
+        OSError: the disk is full, and so on; the old ones are there.
+    """
     part = path.with_suffix(".writing")
-    with open(part, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            _save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+class _Noting:
+    """A file that keeps the error of a write: torch raises a `RuntimeError` over it that does not say which it was."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.error = file, None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save(data: Any, file: BinaryIO) -> None:
+    noting = _Noting(file)
+    try:
+        torch.save(data, noting)
+    except RuntimeError as error:
+        if noting.error is None:
+            raise
+        raise noting.error from error
+
+
+def warn_without(path: Path, error: OSError) -> None:
+    """Say that no further snapshots are made, since one is optional."""
+    warn(
+        [
+            f"a snapshot in {path.parent} could not be written ({error.strerror or error}); measuring goes on without, so "
+            "that a run after a kill goes on from further back"
+        ]
+    )
 
 
 def digests(args: Sequence[Any], kwargs: dict[str, Any]) -> list[float]:

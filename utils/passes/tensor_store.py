@@ -37,14 +37,22 @@ class TensorStore:
     Args:
         device: where the tensors come from and go to.
         folder: the folder of a file without a name, where the CPU computes; None: the system's for temporary files.
-        path: a file with a name instead, which `sync` brings up to date where a GPU computes.
+        path: a file with a name instead, which `sync` brings up to date where tensors wait in the host's memory.
         end: how many bytes of it a killed run has left there.
+        on_host: whether tensors wait in the host's memory; None: where a GPU computes.
     """
 
     def __init__(
-        self, device: torch.device, folder: Path | None = None, *, path: Path | None = None, end: int = 0
+        self,
+        device: torch.device,
+        folder: Path | None = None,
+        *,
+        path: Path | None = None,
+        end: int = 0,
+        on_host: bool | None = None,
     ) -> None:
         self._device, self._folder, self._end = device, folder, end
+        self.on_host = device.type != "cpu" if on_host is None else on_host
         self._unwritten: list[Stored] = []
         self._file: BinaryIO | None = None
         self._path = path
@@ -61,7 +69,7 @@ class TensorStore:
         dense = tensor.detach().permute(order).contiguous()
         shape, offset = tuple(dense.shape), self._end
         self._end += dense.nbytes
-        if self._device.type != "cpu":
+        if self.on_host:
             stored = Stored(shape, order, tensor.dtype, offset, dense.to("cpu"))
             if self._path is not None:
                 self._unwritten.append(stored)
@@ -89,6 +97,11 @@ class TensorStore:
         os.fsync(self._file.fileno())
         return self._end
 
+    def leave_file(self) -> None:
+        """Bring the file up to date no more."""
+        self._path = None
+        self._unwritten.clear()
+
     def take(self, stored: Stored) -> Tensor:
         """A tensor as it was put by; it stays there."""
         dense = (stored.host if stored.host is not None else self._read(stored)).to(self._device)
@@ -114,6 +127,7 @@ class TensorStore:
 
     def close(self) -> None:
         """Let go of everything."""
+        self._unwritten.clear()
         if self._file is not None:
             self._file.close()
             self._file = None

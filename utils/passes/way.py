@@ -32,7 +32,7 @@ class Way:
         return {
             "forward": self.forward,
             "back": self.back,
-            "waiting": [[mapped(output, lambda one: one and [one.plain()]) for output in one] for one in waiting],
+            "waiting": [list(one) for one in waiting],
             "gradients": [_gradients(sample) for sample in self.passes] if is_back else None,
         }
 

@@ -113,12 +113,14 @@ def squares_pass(
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     others: dict[str, tuple[Tensor, ...]] = snapshots.found("others") or {}
     snapshots.keep("others", lambda: others)
+    passed = snapshots.found(_PASSED)
+    back = len(base.decoder.blocks) if passed is None else passed
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_side(name, side, observer, device, on_block, folder, snapshots))
+            stack.enter_context(_side(name, side, observer, device, on_block, folder, snapshots, back))
             for name, side in (("base", base), ("expert", expert))
         ]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split, snapshots)
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split, snapshots, back)
         stack.enter_context(closing(parts))
         yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
 
@@ -136,6 +138,7 @@ def _side(
     on_block: OnBlock,
     folder: Path | None,
     snapshots: GradientSnapshots,
+    back: int,
 ) -> Iterator[tuple[tuple[float, ...], _Blocks]]:
     """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
     decoder, weights = side.decoder, side.weights
@@ -155,17 +158,11 @@ def _side(
         ) as passed:
             yield passed.losses, passed.blocks
         return
-    layers = list(reversed(range(_first(decoder, snapshots))))
+    layers = list(reversed(range(back)))
     with ExitStack() as stack:
         stack.enter_context(closing(weights))
         turn = stack.enter_context(BlocksInTurn(decoder, weights, layers, device))
         yield (), stack.enter_context(closing(_fetched(decoder, turn, layers)))
-
-
-def _first(decoder: Decoder, snapshots: GradientSnapshots) -> int:
-    """How many blocks the way back has before it."""
-    found = snapshots.found(_PASSED)
-    return len(decoder.blocks) if found is None else found
 
 
 def _fetched(decoder: Decoder, turn: BlocksInTurn, layers: Sequence[int]) -> _Blocks:
@@ -184,8 +181,9 @@ def _parts(
     others: dict[str, tuple[Tensor, ...]],
     split: Split,
     snapshots: GradientSnapshots,
+    back: int,
 ) -> Iterator[ComponentSquares]:
-    back = _first(decoder, snapshots)
+    """`back` is how many blocks the way back has before it."""
     snapshots.keep(_PASSED, lambda: back)
     for layer in reversed(range(back)):
         ours, theirs = (next(blocks).parameters for blocks in sides)

@@ -113,6 +113,16 @@ def test_a_filter_for_the_stack_hits_every_expert(stacked):
         assert torch.equal(value, base[name]) == ("gate_up_proj" in name), name
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_progress_counts_the_tensors_of_the_result_on_either_path(stacked, capsys, tmp_path, fast):
+    path = write_recipe(tmp_path / "counted.yaml", guided(stacked, "ties", []))
+    settings = MergeSettings(tmp_path / "counted", path, device="cpu", fast_selection=fast)
+    run_merge(plan_recipe(settings, read_recipe(path), lambda line: None), tmp_path)
+    said, all_of_them = capsys.readouterr(), len(weights(stacked / "base"))
+    assert ("all tensors by mergekit" in said.out) != fast
+    assert f"tensor {all_of_them} of {all_of_them}" in said.err
+
+
 def test_a_merge_that_was_killed_goes_on_with_stacks(stacked, monkeypatch):
     monkeypatch.chdir(stacked)
     path = write_recipe(stacked / "resumed.yaml", guided(stacked, "ties", []))

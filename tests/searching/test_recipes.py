@@ -9,6 +9,7 @@ import yaml
 from tests.commands_here import done_here
 from tests.tiny_experts import save_experts
 from tests.tiny_merges import merge_here, merge_stock, tensors
+from utils.evaluation.controls import TIES_SETTINGS
 from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
@@ -111,6 +112,9 @@ def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
     assert knowns(space, maker, 5) == listed[:5] and len({known.point.merge_method for known in listed[:5]}) > 1
     assert len({known.name for known in listed}) == len(listed)
     assert len({maker.make(known.point).digest for known in listed}) == len(listed)
+    ties = {tuple(one.point.numbers[key] for key in ("density", "lambda")) for one in listed
+            if one.point.merge_method == "ties" and one.point.uniform}  # fmt: skip
+    assert ties == set(TIES_SETTINGS)  # the evaluator's
     searched = {name for name in maker.measured if guidance_methods()[name].searched}
     assert {known.point.guidance for known in listed} == {"uniform", "lines", *searched}
     for known in (listed[0], next(known for known in listed if known.point.merge_method == "ties")):

@@ -10,8 +10,9 @@ from utils.evaluation.candidates import Candidate
 from utils.pair.config import PairConfig
 from utils.recipes.recipe import model_key
 
-SCALES = (0.2, 0.35, 0.5, 0.7, 1.0)  # lambda of task arithmetic
-TIES_SETTINGS = ((0.2, 0.35), (0.2, 1.0), (0.5, 0.35), (0.5, 1.0))  # density, lambda
+# the most telling first: a search, whose yardstick these are, too, may try only some
+SCALES = (0.35, 0.2, 0.5, 1.0, 0.7)  # lambda of task arithmetic
+TIES_SETTINGS = ((0.5, 1.0), (0.2, 1.0), (0.5, 0.35), (0.2, 0.35))  # density, lambda
 TASK_ARITHMETIC, TIES = "task arithmetic", "TIES"
 
 

@@ -118,7 +118,7 @@ class Preparing:
         def prepared() -> MergedModel:
             return MergedModel(prepare(planned), layout, dtype)
 
-        merging = arithmetic_bytes(plan, planned.division)
+        merging = arithmetic_bytes(plan, planned.division, shared=True)
         return ReadyCandidate(candidate, decoder, promised.folder, dtype, prepared, merging)
 
     def _small_files(self, candidate: Candidate, planned: PlannedMerge) -> Path:

@@ -109,8 +109,9 @@ def merged_tensors(
     for work, own in zip(works, merged, strict=True):
         for name in dict.fromkeys(names):
             if name in work.stacks:
-                slices = [own.pop(one.name).view(-1) for one in work.stacks[name].merged]
-                own[name] = torch.cat(slices).view(work.stacks[name].shape)
+                slices = [own.pop(one.name, None) for one in work.stacks[name].merged]
+                if all(one is not None for one in slices):  # else the written model has no such stack either
+                    own[name] = torch.cat([one.view(-1) for one in slices]).view(work.stacks[name].shape)
     return merged
 
 

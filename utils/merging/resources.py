@@ -80,13 +80,15 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
     return peak
 
 
-def arithmetic_bytes(plan: MergePlan, division: Division) -> int:
-    """Bytes that making a merge's tensors takes at its peak, about, whatever becomes of them then."""
+def arithmetic_bytes(plan: MergePlan, division: Division, *, shared: bool = False) -> int:
+    """Bytes that making a merge's tensors takes at its peak, about, whatever becomes of them then.
+
+    `shared`: other recipes are made of the same inputs in the same run."""
     ranking = _COUNT if division.by_counting else _SORT
     if division.direct:
         threads = torch.get_num_threads()
         tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[: threads + 1]
-        buffers = max(buffer_bytes(tensor) for tensor in division.direct)
+        buffers = max(buffer_bytes(tensor, shared=shared) for tensor in division.direct)
         left = (_arithmetic(plan, tensor, ranking) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)
     return max((_arithmetic(plan, tensor, ranking) for tensor in plan.tensors), default=0)

@@ -49,8 +49,8 @@ class CheckedWriter(TensorWriter):
             max_write_threads=settings.write_threads,
         )
         self.taken: set[str] = set()
-        self._progress, self._tensors, self._counting = progress, len(plan.tensors), threading.Lock()
-        self._stacking = Stacking(plan)
+        self._stacking, self._counting = Stacking(plan), threading.Lock()
+        self._show = partial(_show, progress, {}, len(written_tensors(plan)))
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
         """Check one tensor and hand it on.
@@ -64,8 +64,7 @@ class CheckedWriter(TensorWriter):
             super().save_tensor(whole, value, clone)
         with self._counting:  # several GPUs write from threads of their own
             self.taken.add(name)
-            self._progress.set_postfix_str(f"tensor {len(self.taken)} of {self._tensors}", refresh=False)
-            self._progress.update(tensor.nbytes)
+            self._show(self._stacking.name_of(name), tensor.nbytes)
 
     def abandon(self) -> None:
         """Wait for shards that are being written and drop the others, so that their folder can be removed."""

@@ -68,6 +68,11 @@ def stack_places(plan: MergePlan) -> Mapping[str, Place]:
     }
 
 
+def written_name(places: Mapping[str, Place], name: str) -> str:
+    """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
+    return places[name].stack if name in places else name
+
+
 class StackedOutput:
     """Takes pieces of merged tensors (an `Output`), and hands those of slices on as pieces of their stacks."""
 
@@ -80,7 +85,7 @@ class StackedOutput:
 
     def name_of(self, name: str) -> str:
         """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
-        return self._places[name].stack if name in self._places else name
+        return written_name(self._places, name)
 
     def write(self, name: str, start: int, content: memoryview) -> None:
         """Take bytes of a tensor from byte `start` of it on."""
@@ -99,6 +104,10 @@ class Stacking:
         self._shapes = {name: stack.header.shape for name, stack in plan.inputs.donor.checkpoint.stacks.items()}
         self._begun: dict[str, tuple[Tensor, list[int]]] = {}
         self._lock = threading.Lock()
+
+    def name_of(self, name: str) -> str:
+        """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
+        return written_name(self._places, name)
 
     def add(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a merged tensor; yield it, or the stack that it makes whole."""

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
+from utils.evaluation.controls import SCALES, TIES_SETTINGS
 from utils.recipes.method_rules import TASK_ARITHMETIC
 from utils.searching.points import DENSITY, LAMBDA, LINES, UNIFORM, Point
 from utils.searching.recipes import RecipeMaker
 from utils.searching.space import Space
 
-_LAMBDAS = (0.35, 0.2, 0.5, 1.0, 0.7)  # the evaluator's controls, so that both compare with as good a uniform merge
 _NEAR = 0.04  # of 1 / experts: nothing new would be tried
 _LINES_LAMBDAS = (0.5, 0.3)
-_TIES = ((0.5, 1.0), (0.2, 1.0), (0.5, 0.5))  # density, lambda; what the papers and mergekit's examples take
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,18 @@ class Known:
 def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
     """Uniform task arithmetic at several lambdas (1 / experts first), uniform TIES, LiNeS, each guided way of the space at
     its defaults; the most telling first, `most` at most. The uniform ones are tried whatever the space holds: they are
-    what a winner is compared with."""
+    what a winner is compared with, at the evaluator's settings, so that both compare with as good a uniform merge."""
     share = round(1 / max(1, len(space.experts)), 3)
     arithmetic = [
         Known(f"uniform task arithmetic, lambda {value:g}", Point(TASK_ARITHMETIC.name, UNIFORM, {LAMBDA: value}))
-        for value in (share, *(value for value in _LAMBDAS if abs(value - share) > _NEAR))
+        for value in (share, *(value for value in SCALES if abs(value - share) > _NEAR))
     ]
     ties = [
         Known(
             f"uniform TIES, density {density:g}, lambda {scale:g}",
             Point("ties", UNIFORM, {LAMBDA: scale, DENSITY: density}),
         )
-        for density, scale in _TIES
+        for density, scale in TIES_SETTINGS
     ]
     lines = [
         Known(f"LiNeS, lambda {value:g}", Point(TASK_ARITHMETIC.name, LINES, {LAMBDA: value}))

@@ -189,10 +189,11 @@ def inputs_of(tensor: DirectTensor) -> tuple[Hashable, ...]:
     return (*places, tensor.numel, tensor.dtype, isinstance(tensor.rule, Average))
 
 
-def buffer_bytes(tensor: DirectTensor) -> int:
-    """Bytes that a thread's buffers for a tensor take, about."""
+def buffer_bytes(tensor: DirectTensor, *, shared: bool = False) -> int:
+    """Bytes that a thread's buffers for a tensor take, about; more where several recipes are made of the same inputs."""
     changes, width = len(tensor.bands), tensor.dtype.itemsize
+    own = changes if shared else sum(not _is_kept(tensor, place) for place in range(changes))
     stored = sum(STORED[header.dtype].itemsize for header in tensor.headers)
     cast = sum(width for header in tensor.headers if STORED[header.dtype] != tensor.dtype)
-    entry = stored + cast + (changes + 4) * width + 16 + tensor.out_dtype.itemsize
+    entry = stored + cast + (changes + own + 4) * width + 16 + tensor.out_dtype.itemsize
     return min(PIECE, tensor.numel) * entry + min(SPAN, tensor.numel) * width * changes

@@ -4,6 +4,7 @@ python -m pytest tests/test_trial.py
 """
 
 import ctypes
+import os
 import signal
 import time
 
@@ -43,7 +44,11 @@ def test_a_loop_ends_with_its_time(monkeypatch):
 
 def test_a_wait_ends_too(monkeypatch):
     monkeypatch.setattr(trial, "WALL_SECONDS", 0.2)
-    assert "was killed" in Trial(lambda begin: time.sleep(60)).failure()
+    assert Trial(lambda begin: time.sleep(60)).failure() == "starting took more than 0.2 s"
+
+
+def test_a_kill_is_said():
+    assert "was killed for its memory" in Trial(lambda begin: os.kill(os.getpid(), signal.SIGKILL)).failure()
 
 
 def test_memory_is_limited(monkeypatch):

@@ -42,7 +42,7 @@ class Trial:
 
     def __init__(self, work: Callable[[Begin], None]) -> None:
         """Begin the work, which is given what to call at each step; nothing where trials are not made."""
-        self._child = 0
+        self._child, self._late = 0, False
         if not _allowed or not hasattr(os, "fork"):
             return
         self._deadline = time.monotonic() + WALL_SECONDS
@@ -68,7 +68,9 @@ class Trial:
             return ""
         how = {
             -signal.SIGXCPU: f"took more than {seconds} s of processor time",
-            -signal.SIGKILL: f"took more than {seconds} s of processor time or was killed for its memory",
+            -signal.SIGKILL: f"took more than {WALL_SECONDS:g} s"
+            if self._late
+            else f"took more than {seconds} s of processor time or was killed for its memory",
             _NO_MEMORY: f"took more than {memory / 2**30:.2g} GiB of memory",
             _PANIC: "made a library give up",
         }.get(code, f"ended a process by signal {-code}" if code < 0 else f"ended a process with code {code}")
@@ -91,6 +93,7 @@ class Trial:
             if self._read_steps():
                 self._deadline = time.monotonic() + WALL_SECONDS
             if time.monotonic() > self._deadline:
+                self._late = True
                 os.kill(self._child, signal.SIGKILL)
                 return os.waitpid(self._child, 0)[1]
             time.sleep(pause)

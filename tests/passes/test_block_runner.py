@@ -114,6 +114,24 @@ def test_one_block_at_a_time_where_two_do_not_fit(tmp_path, monkeypatch, free):
     assert (events == ["fetch around", *apart]) == (free == 1000)
 
 
+def test_whether_the_next_block_fits_is_seen_at_each_block(tmp_path, monkeypatch):
+    """As another model's blocks, side by side, may have taken the memory by then."""
+    save_tiny("llama", tmp_path)
+    decoder, weights = opened(tmp_path)
+    free, fetched, fetch = [2**40], [], weights.fetch
+    monkeypatch.setattr(weights, "fetch", lambda names: fetched.append(names) or fetch(names))
+    monkeypatch.setattr(block_runner, "available_bytes", lambda device: free[0])
+    layers = len(decoder.blocks)
+    with block_runner.BlocksInTurn(decoder, weights, [*range(layers)] * 2, CPU) as turn:
+        for place in range(2 * layers):
+            free[0] = 2**40 if place < layers else 1000
+            with turn.next_block():
+                if place >= layers:
+                    assert len(fetched) == place + 1
+    weights.close()
+    assert len(fetched) == 2 * layers
+
+
 def test_sample_order_does_not_matter(tmp_path):
     save_tiny("llama", tmp_path)
     encoded = token_lists(LENGTHS)

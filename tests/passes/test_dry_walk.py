@@ -67,3 +67,25 @@ def test_outputs_around_the_blocks_have_their_shapes(tmp_path):
     seen = walked("kosmos-2.5:image-text", tmp_path)
     assert seen.outputs["text_model.model.segment_emb"] == (2, 1, 32)
     assert seen.outputs["text_model.model.embed_tokens"] == (2, 5, 32)
+
+
+def hooked(folder, hook):
+    """A model whose own code does something with what its embedding gives."""
+    tiny_model(ROWS["llama:causal"]).save_pretrained(folder)
+    decoder = find_decoder(build_skeleton(open_checkpoint(str(folder)), torch.float32, False), None, {}, "it")
+    decoder.model.get_input_embeddings().register_forward_hook(hook)
+    return dry_walk(decoder, [5, 6, 7, 8, 9, 10], "model it")
+
+
+def test_autograd_can_use_what_a_model_keeps_of_it(tmp_path):
+    kept = []
+    hooked(tmp_path, lambda module, args, output: kept.append(output))
+    assert kept and not any(one.is_inference() for one in kept)
+
+
+def test_a_lack_of_memory_is_no_lack_of_the_model(tmp_path):
+    def fail(module, args, output):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        hooked(tmp_path, fail)

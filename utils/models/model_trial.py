@@ -4,8 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from utils.bounded_files import read_json
 from utils.errors import UserError
 from utils.models.headers import INDEX
+from utils.models.tokenizer import tokenizer_digest
 from utils.models.tokenizer_files import GENERATION
 from utils.publishing.manifest import file_sha256
 from utils.runtime import import_libraries
@@ -39,8 +41,7 @@ class ModelTrial:
             settings = [path for file, path in files.items() if file in _SETTINGS]
             works.setdefault(_same(settings), (name, folder, _build))
             if tokenizers:
-                others = [path for file, path in files.items() if file not in _SETTINGS]
-                works.setdefault(f"tokenizer {_same(others)}", (name, folder, _encode))
+                works.setdefault(f"tokenizer {_tokenizer(folder, name)}", (name, folder, _encode))
         self._trial = Trial(lambda begin: _try_all(list(works.values()), begin))
 
     def check(self) -> None:
@@ -93,6 +94,15 @@ def _encode(folder: Path, begin: Begin) -> None:
 
 def _is_small(path: Path) -> bool:
     return path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file() and path.name != INDEX
+
+
+def _tokenizer(folder: Path, name: str) -> str:
+    """Equal for equal tokenizers."""
+    try:
+        config = read_json(folder / "config.json", f"model {name}: config.json")
+    except UserError:  # which the command itself will meet, and say
+        config = {}
+    return tokenizer_digest(folder, config)
 
 
 def _same(files: Iterable[Path]) -> str:

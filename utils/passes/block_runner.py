@@ -181,8 +181,8 @@ def shared_in_blocks(decoder: Decoder) -> list[str]:
 class BlocksInTurn:
     """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
 
-    No more than two blocks are in fast memory: the present one and the one being fetched. Where two do not fit, the next one
-    is fetched once the present one has gone.
+    No more than two blocks are in fast memory: the present one and the one being fetched. Where the next one does not fit
+    beside the present one and whatever else is there by then, it is fetched once the present one has gone.
     """
 
     def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
@@ -190,9 +190,6 @@ class BlocksInTurn:
         self.place = 0
 
     def __enter__(self) -> "BlocksInTurn":
-        blocks = [self.decoder.blocks[layer] for layer in set(self.order)]
-        largest = max((sum(value.nbytes for value in block.parameters()) for block in blocks), default=0)
-        self.fetches_ahead = 2 * largest <= available_bytes(self.device)
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self.coming = self.fetcher.submit(self.weights.fetch, self._names(0)) if self.order else None
         return self
@@ -210,7 +207,7 @@ class BlocksInTurn:
         self.place += 1
         tensors = coming.result()
         del coming
-        if self.place < len(self.order) and self.fetches_ahead:
+        if self.place < len(self.order) and self._fits(self.order[self.place]):
             self.coming = self.fetcher.submit(_fetch_after, computed, self.weights, self._names(self.place))
             if self.place + 1 < len(self.order):
                 self.weights.read_ahead(self._names(self.place + 1))
@@ -220,6 +217,9 @@ class BlocksInTurn:
         with placed(block, f"{self.decoder.blocks_path}.{layer}", tensors, self.device):
             del tensors
             yield block
+
+    def _fits(self, layer: int) -> bool:
+        return sum(value.nbytes for value in self.decoder.blocks[layer].parameters()) <= available_bytes(self.device)
 
     def _names(self, place: int) -> list[str]:
         return _names_in_block(self.decoder, self.order[place])

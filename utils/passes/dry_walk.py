@@ -71,6 +71,8 @@ def dry_walk(decoder: Decoder, ids: Sequence[int], where: str) -> DryWalk:
         with _flow(decoder, part, batch) as flow:
             try:
                 flow.advance()
+            except MemoryError:
+                raise
             except Exception as error:  # whatever a model raises that asks for more than text
                 raise UserError(
                     f"{where}: its forward on text alone ends before its first block ({brief(error)}); what it needs beside "
@@ -85,6 +87,8 @@ def dry_walk(decoder: Decoder, ids: Sequence[int], where: str) -> DryWalk:
             _walk(decoder, batch, returned, seen, where)
         except UserError as error:
             refusal = refusal or error
+        except MemoryError:
+            raise
         except Exception:  # whatever comes of an output of another kind: nothing is known, the pass itself will say
             continue
         else:
@@ -119,7 +123,8 @@ def _flow(decoder: Decoder, part: nn.Module, batch: MicroBatch) -> Iterator[Flow
         for name, value in decoder.model.named_parameters()
         if name not in in_blocks
     }
-    with torch.inference_mode(), placed(decoder.model, "", zeros, _CPU), stops(decoder.blocks):
+    # Not `inference_mode`: a model's own code may keep tensors for later calls, and autograd could not use such ones.
+    with torch.no_grad(), placed(decoder.model, "", zeros, _CPU), stops(decoder.blocks):
         flow = Flow(part, batch, _CPU)
         try:
             yield flow

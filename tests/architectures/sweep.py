@@ -80,6 +80,7 @@ def sweep(row: Row, folder: Path, steps: Collection[str] = STEPS) -> Outcome:
                 measured = _step(lambda guidance=guidance: _decide_and_merge(folder, guidance))
                 measured = measured.replace("refused: ", "refused late: ", 1)
             outcome.steps[guidance] = measured
+    outcome.steps = {step: said.replace(str(folder), ".") for step, said in outcome.steps.items()}
     return outcome
 
 

@@ -185,6 +185,8 @@ def test_a_model_without_blocks():
     assert f"LlamaForCausalLM has no list of {LAYERS} decoder blocks; it is not supported" in refusal(
         "model-no-blocks", model
     )
+    del model.config.num_hidden_layers
+    assert "its config.json says no num_hidden_layers" in refusal("model-no-blocks", model)
 
 
 def test_blocks_without_linear_modules():

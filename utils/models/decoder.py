@@ -163,8 +163,11 @@ def find_blocks(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
     if not lists:
         lists = _lists_that_stay_whole(model)
     if not lists:
+        missing = f"has no list of {wanted} decoder blocks"
+        if wanted is None:
+            missing = "cannot be taken apart into decoder blocks: its config.json says no num_hidden_layers"
         raise UserError(
-            f"{where}: {type(model).__name__} has no list of {wanted} decoder blocks; it is not supported",
+            f"{where}: {type(model).__name__} {missing}; it is not supported",
             "model-no-blocks",
         )
     configs = {path: getattr(module, "config", None) for path, module in model.named_modules() if path}

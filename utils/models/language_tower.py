@@ -4,12 +4,13 @@ So a language model can be an expert of one with a vision tower: what is measure
 tensor is which is proven parameter by parameter (`utils/models/stored_architecture.py`). No weights are read.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 from utils.models.mergekit_inputs import load_config
-from utils.models.stored_architecture import read_models
+from utils.models.stored_architecture import Place, piece_counts, read_models
 
 
 def as_whole_model(expert: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Checkpoint:
@@ -24,6 +25,7 @@ def as_whole_model(expert: Checkpoint, base: Checkpoint, trust_remote_code: bool
     if config.get_text_config(decoder=True) is config:
         return expert
     ours, theirs = (model.places() for model in read_models(base, [expert], trust_remote_code))
+    _refuse_other_pieces(expert, base, ours, theirs)
     if odd := [name for place, name in theirs.items() if place not in ours]:
         raise UserError(
             f"model {expert.name} stores {odd[0]}, which {base.name} does not (a head that one of them ties?), so it is no "
@@ -35,3 +37,18 @@ def as_whole_model(expert: Checkpoint, base: Checkpoint, trust_remote_code: bool
     }
     whole = replace(base, name=expert.name, revision=expert.revision, tensors={**base.tensors, **own})
     return replace(whole, tower=expert)
+
+
+def _refuse_other_pieces(
+    expert: Checkpoint, base: Checkpoint, ours: Mapping[Place, str], theirs: Mapping[Place, str]
+) -> None:
+    """Refuse parameters that are one tensor in one checkpoint and several in the other, as stacks of experts are."""
+    pieces = piece_counts(ours)
+    for parameter, count in piece_counts(theirs).items():
+        if count != pieces.get(parameter, count):
+            raise UserError(
+                f"model {expert.name} stores in {count} tensors ({theirs[parameter, 0]}) what {base.name} stores in "
+                f"{pieces[parameter]} ({ours[parameter, 0]}); load {expert.name} with transformers and save it by "
+                f"save_pretrained(folder, save_original_format={count < pieces[parameter]}), so that both are stored alike",
+                "model-stored-unlike",
+            )

@@ -157,7 +157,7 @@ def stored_tensors(models: Sequence[ModelOnDisk]) -> list[StoredTensor] | None:
     """What a merge by stored names will merge; None where a checkpoint stores in pieces what another one has whole."""
     base = models[0]
     tables = [one.places() for one in models]
-    counts = [_counts(table) for table in tables]
+    counts = [piece_counts(table) for table in tables]
     for other in counts[1:]:
         if any(count != counts[0][name] for name, count in other.items() if name in counts[0]):
             return None
@@ -181,7 +181,8 @@ def _numbers(one: ModelOnDisk) -> Iterator[str]:
     yield from (name for name in one.layout.unread if one.checkpoint.tensors[name].dtype in FLOAT_DTYPES)
 
 
-def _counts(table: Mapping[Place, str]) -> dict[str, int]:
+def piece_counts(table: Mapping[Place, str]) -> dict[str, int]:
+    """In how many tensors each parameter of `ModelOnDisk.places` is stored."""
     found: dict[str, int] = {}
     for name, _ in table:
         found[name] = found.get(name, 0) + 1

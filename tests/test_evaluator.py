@@ -192,11 +192,13 @@ def test_bad_recipes_and_texts_are_refused_before_work(run, pair, tmp_path):
     assert not (pair / "out/bad").exists()
 
 
-def test_little_disk_is_refused_before_anything_is_scored(run, pair, monkeypatch):
+def test_little_disk_is_refused_before_anything_is_scored_unless_all_is(run, pair, monkeypatch):
+    assert run().returncode == 0
     monkeypatch.setattr(entries.Preparing, "recipe", lambda self, candidate, planned: "it is asked for")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     assert refusal_code(run(out="out/little")) == "disk-full"
     assert not list((pair / "out/little").glob("losses/*"))
+    assert run().returncode == 0
 
 
 def read_keys(pair: Path) -> dict:

@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> None:
     with locked_folder(options.out_dir):
         store.sweep()
         sweep_written(options.out_dir)
-        _refuse_little_disk(options, scorer, candidates)
+        _refuse_little_disk(options, scorer, candidates, store)
         start = time.perf_counter()
         evaluated = _evaluate(options, scorers, candidates, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
@@ -125,11 +125,20 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate]) -> list[str]:
     return found
 
 
-def _refuse_little_disk(options: EvaluateOptions, scorer: "Scorer", candidates: Sequence[Candidate]) -> None:
-    """Refuse before anything is scored what has to be written first and has no room; one control stands for all."""
+def _refuse_little_disk(
+    options: EvaluateOptions, scorer: "Scorer", candidates: Sequence[Candidate], store: "LossStore"
+) -> None:
+    """Refuse before anything is scored what is still to be scored, has to be written for that and has no room; of each
+    kind one control stands for all."""
+    from utils.evaluation.store import unscored
+
+    test = {task.name: task.part(TEST) for task in scorer.tasks}
+    validation = {task.name: task.part(VALIDATION) for task in scorer.tasks if task.measures_gain}
     dtype = scorer.inputs[scorer.config.base.type].float_dtype
     grid = uniform_controls(scorer.config, dtype) if options.controls else {}
-    scorer.refuse_little_disk([*candidates, *(kind[0] for kind in grid.values())])
+    controls = [kind[0] for kind in grid.values()]
+    left = [*unscored(scorer, store, candidates, test), *unscored(scorer, store, controls, validation)]
+    scorer.refuse_little_disk(left)
 
 
 def _say_choices(scorer: "Scorer", candidates: Sequence[Candidate], say: Callable[[str], None]) -> None:

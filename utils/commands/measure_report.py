@@ -34,7 +34,7 @@ def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Itera
     for subject in job.subjects:
         yield from _subject_lines(options, job, subject)
     need = _memory(method, job)
-    if waiting := job.side_by_side * method.waiting(job):
+    if waiting := method.waiting(job):
         where = "on the disk of --out_dir" if job.devices[0].type == "cpu" else "in the host's memory"
         yield f"gradients: hidden states at every block's entrance wait {where}, at most {gigabytes(waiting)}"
     if job.workers is None and (needed := method.on_disk(job)):

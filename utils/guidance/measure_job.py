@@ -62,6 +62,11 @@ class MeasureJob:
         return max(self.at_once, len(self.devices))
 
     @property
+    def experts_at_a_time(self) -> int:
+        """How many experts are measured at a time on this machine, where each is a piece of its own."""
+        return min(self.side_by_side, len(self.config.experts))
+
+    @property
     def base(self) -> Subject:
         """The base model."""
         return self.subject(self.config.base)

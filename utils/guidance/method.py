@@ -108,7 +108,7 @@ class GuidanceMethod:
         return self._half("measure").memory(job)
 
     def waiting(self, job: "MeasureJob") -> int:
-        """Bytes of hidden states that wait for the way back outside of that memory, at most; for one piece of work."""
+        """Bytes of hidden states that wait for the way back outside of that memory, at most; of all that is done at a time."""
         half = self._half("measure")
         return half.waiting(job) if hasattr(half, "waiting") else 0
 

@@ -91,8 +91,8 @@ def memory(job: MeasureJob) -> int:
 
 
 def waiting(job: MeasureJob) -> int:
-    """Bytes that wait for the way back of an expert's pass, at most."""
-    return max(
+    """Bytes that wait for the way back of the passes that are made at a time, at most."""
+    return job.experts_at_a_time * max(
         sum(gradient_memory(one, job.text(one, expert).encoded).waiting for one in (job.base, expert))
         for expert in job.experts
     )
@@ -100,8 +100,7 @@ def waiting(job: MeasureJob) -> int:
 
 def on_disk(job: MeasureJob) -> int:
     """Bytes of every expert's matrices, and of the hidden states that wait in files."""
-    at_a_time = min(job.side_by_side, len(job.experts))
-    return sum(map(_file_bytes, job.experts)) + at_a_time * on_the_disk(waiting(job), job.devices[0])
+    return sum(map(_file_bytes, job.experts)) + on_the_disk(waiting(job), job.devices[0])
 
 
 def _gram_bytes(block: nn.Module) -> int:

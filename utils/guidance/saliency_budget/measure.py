@@ -43,8 +43,8 @@ def memory(job: MeasureJob) -> int:
 
 
 def waiting(job: MeasureJob) -> int:
-    """Bytes that wait for the way back of an expert's pass, at most."""
-    return max(
+    """Bytes that wait for the way back of the passes that are made at a time, at most."""
+    return job.experts_at_a_time * max(
         sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
         for expert in job.experts
     )
@@ -53,7 +53,7 @@ def waiting(job: MeasureJob) -> int:
 def on_disk(job: MeasureJob) -> int:
     """Bytes of the files with names in which hidden states wait, and of the snapshots beside them, of base and expert."""
     snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
-    return min(job.side_by_side, len(job.experts)) * (waiting(job) + 2 * snapshot)
+    return waiting(job) + job.experts_at_a_time * 2 * snapshot
 
 
 def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:

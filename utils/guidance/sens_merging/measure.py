@@ -62,14 +62,14 @@ def memory(job: MeasureJob) -> int:
 
 
 def waiting(job: MeasureJob) -> int:
-    """Bytes that wait for an expert's way back, at most."""
-    return max(_needed(job, expert).waiting for expert in job.experts)
+    """Bytes that wait for the way back of the experts that are measured at a time, at most."""
+    return job.experts_at_a_time * max(_needed(job, expert).waiting for expert in job.experts)
 
 
 def on_disk(job: MeasureJob) -> int:
     """Bytes of the files with names in which hidden states wait, and of the snapshots beside them."""
     snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
-    return min(job.side_by_side, len(job.experts)) * (waiting(job) + snapshot)
+    return waiting(job) + job.experts_at_a_time * snapshot
 
 
 def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:

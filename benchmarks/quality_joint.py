@@ -1,20 +1,17 @@
 """The ceiling of the quality benchmark: the base fine-tuned on all tasks' text together, which no merge of experts is given."""
 
-import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.quality_contenders import Variant
-from benchmarks.quality_models import MADE, Trained, Training, precision_of
+from benchmarks.quality_models import Trained, Training, precision_of
 from benchmarks.quality_pairs import Pair
 from benchmarks.quality_texts import Texts
-from benchmarks.quality_training import Fitted, Saves, fit
+from benchmarks.quality_training import MADE, Fitted, Saves, fit, made_once
 from demo.small_model import windows
-from utils.publishing.manifest import to_json
-from utils.publishing.staging import staged_folder
 
 CODE_VERSION = 1  # raise it when a change below changes what is trained
 CEILING = "joint fine-tuning"
@@ -52,17 +49,11 @@ def train_or_find_joint(
     }
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     folder = trained.base.parent / f"joint_{digest[:8]}"
-    if not (folder / MADE).exists():
-        saves = Saves(folder.with_name(f"{folder.name}_unfinished"), until)
-        with staged_folder(folder) as stage:
-            fitted = _train(trained, training, texts, seed, stage, device, saves)
-            (stage / MADE).write_bytes(to_json(made | dataclasses.asdict(fitted)))
-        shutil.rmtree(saves.folder, ignore_errors=True)
-    return folder
+    return made_once(folder, made, until, partial(_train, trained, training, texts, seed, device))
 
 
 def _train(
-    trained: Trained, training: Training, texts: Texts, seed: int, stage: Path, device: str, saves: Saves
+    trained: Trained, training: Training, texts: Texts, seed: int, device: str, stage: Path, saves: Saves
 ) -> Fitted:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

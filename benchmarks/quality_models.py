@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_texts import Texts
-from benchmarks.quality_training import Fitted, Saves, fit
+from benchmarks.quality_training import MADE, Fitted, Saves, fit
 from demo.small_model import Shape, new_model, train_tokenizer, windows
 from utils.publishing.manifest import to_json
 from utils.publishing.staging import staged_folder
 
 CODE_VERSION = 1  # raise it when a change below changes what is trained
-MADE = "made.json"
 
 
 @dataclass(frozen=True)

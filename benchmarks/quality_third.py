@@ -3,18 +3,16 @@
 import dataclasses
 import hashlib
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 
 from benchmarks.quality_contenders import UNIFORM_TWO, Variant, guided, plain, second_round
-from benchmarks.quality_models import MADE, Trained, Training, precision_of
+from benchmarks.quality_models import Trained, Training, precision_of
 from benchmarks.quality_peer_models import peers_of_two
 from benchmarks.quality_texts import TaskTexts, Texts, TextSizes, row_key
-from benchmarks.quality_training import Fitted, Saves, fit
+from benchmarks.quality_training import Fitted, Saves, fit, made_once
 from demo.small_model import windows
 from demo.texts import Sizes, build_texts
-from utils.publishing.manifest import to_json
-from utils.publishing.staging import staged_folder
 
 CODE_VERSION = 1  # raise it when a change below changes what is trained
 TASK = "python"
@@ -61,15 +59,10 @@ def train_or_find_third(
         OutOfTimeError: the time `until` which work is done is over.
     """
     rows, precision = texts.tasks[TASK].train, precision_of(device)
-    made = {"code": CODE_VERSION, "training": training.made_of(), "rows": rows, "seed": seed, "precision": precision}
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    made = {"code": CODE_VERSION, "training": training.made_of(), "seed": seed, "precision": precision}
+    digest = hashlib.sha256(json.dumps(made | {"rows": rows}, sort_keys=True).encode()).hexdigest()
     folder = trained.base.parent / f"{TASK}_{digest[:8]}"
-    if not (folder / MADE).exists():
-        saves = Saves(folder.with_name(f"{folder.name}_unfinished"), until)
-        with staged_folder(folder) as stage:
-            fitted = _train(trained, training, rows, seed, stage, device, saves)
-            (stage / MADE).write_bytes(to_json(dataclasses.asdict(fitted)))
-        shutil.rmtree(saves.folder, ignore_errors=True)
+    made_once(folder, made, until, partial(_train, trained, training, rows, seed, device))
     return Trained(trained.base, {**trained.experts, TASK: folder})
 
 
@@ -78,8 +71,8 @@ def _train(
     training: Training,
     rows: tuple[str, ...],
     seed: int,
-    stage: Path,
     device: str,
+    stage: Path,
     saves: Saves,
 ) -> Fitted:
     import torch

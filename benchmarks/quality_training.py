@@ -1,11 +1,16 @@
 """The training loop of the quality benchmark, which goes on where it was cut: the whole state lies on disk every minute."""
 
+import dataclasses
+import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality_clock import OutOfTimeError
+from utils.publishing.manifest import to_json
+from utils.publishing.staging import staged_folder
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.quality_models import Training
 
+MADE = "made.json"  # what made a folder's models, beside them
 SECONDS = 60.0  # between two saves
 
 
@@ -30,6 +36,25 @@ class Fitted:
 
     loss: float
     seconds: float
+
+
+def made_once(
+    folder: Path, made: Mapping[str, Any], until: float | None, train: "Callable[[Path, Saves], Fitted]"
+) -> Path:
+    """A folder with a trained model, made by `train` (where to write, where to save) if it is not there.
+
+    It appears whole or not at all; what made it, its loss and seconds lie beside the model. What was cut goes on.
+
+    Raises:
+        OutOfTimeError: the time `until` which work is done is over.
+    """
+    if not (folder / MADE).exists():
+        saves = Saves(folder.with_name(f"{folder.name}_unfinished"), until)
+        with staged_folder(folder) as stage:
+            fitted = train(stage, saves)
+            (stage / MADE).write_bytes(to_json({**made, **dataclasses.asdict(fitted)}))
+        shutil.rmtree(saves.folder, ignore_errors=True)
+    return folder
 
 
 def fit(

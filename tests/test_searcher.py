@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("optuna")
 
@@ -129,6 +130,15 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     done_here("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair)
     assert contents(out / "losses") == before
     assert pd.read_csv(out / "scores.csv").equals(scores)
+
+
+def test_a_pair_that_cannot_be_scored_leaves_the_storage_in_one_file(pair):
+    weights = load_file(pair / "base/model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, pair / "base/model.safetensors", metadata={"format": "pt"})
+    with refused("search-pair-not-finite"):
+        search_pair(options(pair))
+    assert [one.name for one in (pair / "out/search").glob("study.db*")] == ["study.db"]
 
 
 def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, capsys):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,18 +125,21 @@ def prepare_search(
         seed=options.seed,
         tasks=[f"gain kept on {task}" for task in objective.tasks] if options.pareto else [_figure_name(options)],
     )
-    study.queue(tried)
-    yardstick, doubts = _yardstick(options, scorer, objective, losses)
-    at_once = max(options.batch, len(tried))
-    memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
-    search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
-    ready = Prepared(
-        options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
-        [*notes, *doubts], start, memory, written, writing_at_once,
-    )  # fmt: skip
-    _say_choices(ready, len(tried), say)
-    warn(doubts)
-    return ready
+    with ExitStack() as failing:  # what is refused now leaves the storage in its one file
+        failing.callback(study.close)
+        study.queue(tried)
+        yardstick, doubts = _yardstick(options, scorer, objective, losses)
+        at_once = max(options.batch, len(tried))
+        memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
+        search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
+        ready = Prepared(
+            options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
+            [*notes, *doubts], start, memory, written, writing_at_once,
+        )  # fmt: skip
+        _say_choices(ready, len(tried), say)
+        warn(doubts)
+        failing.pop_all()
+        return ready
 
 
 def _refuse_less_than_a_model(options: SearchOptions, written: int) -> None:

@@ -97,49 +97,33 @@ def test_killed_meanwhile_it_comes_to_the_same(tmp_path, monkeypatch):
         assert outcome(again) == outcome(unbroken)
 
 
-def test_killed_while_a_trial_is_noted_it_comes_to_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name", "stops"),
+    [
+        ("Trial", "set_user_attr", range(6)),  # the first trials that are asked for have two notes each
+        # The one that was being tried comes again in its old place, before those that were waiting.
+        ("Study", "ask", (1, 2)),
+    ],
+)
+def test_killed_between_two_trials_or_two_notes_of_one_it_comes_to_the_same(tmp_path, monkeypatch, kind, name, stops):
     import optuna
 
     unbroken = a_search(tmp_path / "unbroken", Formula())
     run(unbroken, 8)
-    known = optuna.Trial.set_user_attr
-    for stop in range(6):  # the first trials that are asked for have two notes each
+    owner = getattr(optuna, kind)
+    known = getattr(owner, name)
+    for stop in stops:
         left = stop
 
-        def note(trial, key, value):
+        def call(*arguments):
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
-            known(trial, key, value)
+            return known(*arguments)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(optuna.Trial, "set_user_attr", note)
-            run(a_search(tmp_path / f"killed{stop}", Formula()), 8)
-        again = a_search(tmp_path / f"killed{stop}", Formula())
-        run(again, 8)
-        assert outcome(again) == outcome(unbroken)
-
-
-def test_killed_between_two_knowns_it_comes_to_the_same(tmp_path, monkeypatch):
-    """The one that was being tried comes again in its old place, before those that were waiting."""
-    import optuna
-
-    unbroken = a_search(tmp_path / "unbroken", Formula())
-    run(unbroken, 8)
-    known = optuna.Study.ask
-    for stop in (1, 2):
-        left = stop
-
-        def ask(study, *arguments):
-            nonlocal left
-            if left == 0:
-                raise KeyboardInterrupt
-            left -= 1
-            return known(study, *arguments)
-
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(optuna.Study, "ask", ask)
+            patched.setattr(owner, name, call)
             run(a_search(tmp_path / f"killed{stop}", Formula()), 8)
         again = a_search(tmp_path / f"killed{stop}", Formula())
         run(again, 8)

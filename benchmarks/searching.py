@@ -307,8 +307,8 @@ class Benchmark:
 
 def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
     """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
-    from utils.commands.scorers import make_scorers, scoring_devices
     from utils.commands.search_options import SearchOptions
+    from utils.commands.search_scoring import prepare_scoring
     from utils.commands.search_setup import prepare_search
     from utils.pair.config import read_pair_config
 
@@ -325,9 +325,9 @@ def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> B
         quiet=True,
     )
     known = points(candidates)
-    scorers = make_scorers(options, scoring_devices(options, lambda line: None))
-    ready = prepare_search(options, lambda line: None, known, scorers)
-    return Benchmark(shape, seed, work, known, scorers[0], ready)
+    scoring = prepare_scoring(options, lambda line: None)
+    ready = prepare_search(options, lambda line: None, scoring, known)
+    return Benchmark(shape, seed, work, known, scoring.scorers[0], ready)
 
 
 def report(shape: str, candidates: int) -> None:

@@ -273,6 +273,17 @@ def test_what_cannot_be_searched_is_refused_before_a_study_is_there(pair, keys, 
     assert not (pair / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "flags", "code"),
+    [({"nsamples": 120}, {}, "evaluation-no-rows"), ({"calibration": {}}, {"pareto": True}, "search-one-task")],
+)
+def test_what_no_measurement_would_mend_is_refused_before_measuring(pair, keys, flags, code):
+    settings(pair, search={"guidance": ["lewis"]}, **keys)
+    with refused(code):
+        search_pair(options(pair, measure=True, **flags))
+    assert not (pair / "out").exists()
+
+
 def test_time_that_is_up_ends_with_what_there_is_and_is_gone_on_with(pair, capsys):
     settings(pair, search=UNGUIDED)
     with refused("search-nothing-finished"):

@@ -56,15 +56,17 @@ def search_pair(options: SearchOptions) -> None:
 
     # torch, pandas and what is built on them, once nothing simpler can be wrong
     from utils.commands.search_results import publish_results
+    from utils.commands.search_scoring import prepare_scoring
     from utils.commands.search_setup import prepare_search
 
     say(versions_line("torch", "transformers", "mergekit", "optuna"))
     with locked_folder(options.out_dir), connected(options.ray, say) as workers:
         if trial is not None:
             trial.check()
-        warned = _measure_missing(options) if options.measure else set()
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
-            ready = prepare_search(options, say, cluster=cluster, start=start, warned=warned)
+            scoring = prepare_scoring(options, say, cluster)  # what is refused there is refused before it is measured
+            warned = _measure_missing(options) if options.measure else set()
+            ready = prepare_search(options, say, scoring, start=start, warned=warned)
             try:
                 stopped = _run(ready)
                 publish_results(ready, stopped, say)

@@ -1,4 +1,4 @@
-"""Everything up to a search's first trial: rows, measurements, space, study, yardstick."""
+"""From who scores on which rows to a search's first trial: measurements, space, study, yardstick."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.commands.scorers import make_scorers, scoring_devices
 from utils.commands.search_options import LOSSES, SearchOptions
+from utils.commands.search_scoring import Scoring
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import Candidate, models_of_pair
-from utils.evaluation.entries import sweep_written
-from utils.evaluation.placing import Cluster, score_placed
+from utils.evaluation.placing import score_placed
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
 from utils.evaluation.tasks import VALIDATION
@@ -64,20 +63,18 @@ class Prepared:
 def prepare_search(
     options: SearchOptions,
     say: Callable[[str], None],
+    scoring: Scoring,
     first: Sequence[Known] | None = None,
-    scorers: Sequence[Scorer] | None = None,
-    cluster: Cluster | None = None,
     start: float | None = None,
     warned: Collection[str] = (),
 ) -> Prepared:
-    """Everything up to the first trial: rows, measurements, space, study, the pair's own losses on validation rows.
+    """Everything up to the first trial: measurements, space, study, the pair's own losses on validation rows.
 
     Args:
         options: what was asked.
         say: prints, unless asked to be quiet.
+        scoring: who scores, towards what.
         first: what to try first; None: the usual (`utils/searching/knowns.py`).
-        scorers: one for each device; None: those of the options.
-        cluster: who scores in the place of this process, if one does.
         start: when the command began (`time.perf_counter`), which time limits count from; None: now.
         warned: warnings that were given before, which are not given again.
 
@@ -85,17 +82,7 @@ def prepare_search(
         UserError: anything the user can mend.
     """
     start = time.perf_counter() if start is None else start
-
-    config = options.config
-    if scorers is None:
-        workers = None if cluster is None else cluster.workers
-        devices = scoring_devices(options, say) if workers is None else [workers.device]
-        scorers = make_scorers(options, devices, workers=workers)
-    scorer = scorers[0]
-    if cluster is not None:
-        files = {one.folder: one.files for one in scorer.inputs.values()}
-        cluster.workers.refuse_unlike(cluster.folder, files)
-    objective = _objective(options, scorer)
+    config, scorer, objective, cluster = options.config, scoring.scorers[0], scoring.objective, scoring.cluster
     measured, notes = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
     )
@@ -109,14 +96,9 @@ def prepare_search(
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     warn([note for note in notes if note not in warned])
-    at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
-    writing_at_once = 1 if cluster is None else cluster.workers.at_once
-    sweep_written(options.out_dir)
-    written = scorer.refuse_little_disk([at_first], writing_at_once)
-    _refuse_less_than_a_model(options, written)
     store = LossStore(options.out_dir / LOSSES)
     store.sweep()
-    losses = Losses(lambda candidates, rows: score_placed(scorers, store, candidates, rows, cluster)[0])
+    losses = Losses(lambda candidates, rows: score_placed(scoring.scorers, store, candidates, rows, cluster)[0])
     study = SearchStudy(
         options.out_dir,
         space,
@@ -130,11 +112,12 @@ def prepare_search(
         study.queue(tried)
         yardstick, doubts = _yardstick(options, scorer, objective, losses)
         at_once = max(options.batch, len(tried))
+        at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
         memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
         search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
         ready = Prepared(
             options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
-            [*notes, *doubts], start, memory, written, writing_at_once,
+            [*notes, *doubts], start, memory, scoring.written, scoring.writing_at_once,
         )  # fmt: skip
         _say_choices(ready, len(tried), say)
         warn(doubts)
@@ -142,43 +125,9 @@ def prepare_search(
         return ready
 
 
-def _refuse_less_than_a_model(options: SearchOptions, written: int) -> None:
-    if options.max_disk is not None and written > options.max_disk:
-        raise UserError(
-            f"--max_disk {gigabytes(options.max_disk)} is less than one model: recipes of this pair have to be merged into "
-            f"{options.out_dir} before they are scored, {gigabytes(written)} at a time; give more",
-            "search-max-disk",
-        )
-
-
 def _knowns_share(trials: int) -> int:
     """How many of the trials the knowns may be."""
     return max(3, 3 * trials // 4)
-
-
-def _objective(options: SearchOptions, scorer: Scorer) -> Objective:
-    tasks = [task.name for task in scorer.tasks if task.measures_gain]
-    weights = options.config.search.objective_weights
-    unknown = [name for name in weights if name not in tasks]
-    if unknown:
-        raise UserError(
-            f"search.objective_weights names {unknown[0]!r}, which is no task with a gain; there are {', '.join(tasks)}",
-            "search-unknown-task",
-        )
-    if options.objective == "weighted" and not weights:
-        raise UserError(
-            "--objective weighted needs the weights: give search.objective_weights, such as "
-            f"{{{tasks[0]}: 2}}, in the pair config",
-            "search-no-weights",
-        )
-    if options.pareto and len(tasks) < 2:
-        raise UserError(
-            f"--pareto needs two tasks at least, there is {', '.join(tasks)}; give evaluation: in the pair config",
-            "search-one-task",
-        )
-    if weights and options.objective != "weighted":
-        warn(["search.objective_weights counts with --objective weighted alone"])
-    return Objective.of(options.objective, tasks, weights)
 
 
 def _figure_name(options: SearchOptions) -> str:

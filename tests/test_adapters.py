@@ -1,6 +1,7 @@
 """A model with an adapter as expert, in all commands and by every guidance: as if peft had merged it."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,9 @@ from tests.commands_here import done_here
 from tests.tiny_adapters import in_float32, save_adapter, save_merged
 from tests.tiny_merges import tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
+from utils.evaluation.candidates import read_candidate, refuse_other_models
 from utils.guidance.method import guidance_methods
+from utils.pair.config import read_pair_config
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,26 @@ def test_evaluated_as_what_peft_merges(pair):
     losses = scores[scores["measure"] == "loss"].set_index("candidate")["value"]
     assert losses["code"] == losses["adapter"] != losses["base"]
     assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-6)
+
+
+def test_a_recipe_names_an_adapter_that_lies_beside_it(pair, tmp_path, monkeypatch):
+    """Read from another folder, the recipe and the pair's config lead to the same files."""
+    recipe = {
+        "models": [{"model": "./base"}, {"model": "./base+./adapter", "parameters": {"weight": 0.5}}],
+        "merge_method": "task_arithmetic",
+        "base_model": "./base",
+        "dtype": "float32",
+    }
+    (pair / "half.yaml").write_text(yaml.safe_dump(recipe))
+    settings = yaml.safe_load((pair / "pair_.yaml").read_text())
+    settings["model_info"] = [
+        {**one, "name": "+".join(str(pair / part) for part in one["name"].split("+"))} for one in settings["model_info"]
+    ]
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(tmp_path)
+    config, candidate = read_pair_config(Path("elsewhere.yaml")), read_candidate(str(pair / "half.yaml"))
+    refuse_other_models(candidate, config)
+    assert [one["model"] for one in candidate.merge_recipe().data["models"]] == [
+        str(pair / "base"),
+        f"{pair / 'base'}+{pair / 'adapter'}",
+    ]

@@ -81,6 +81,7 @@ def test_names_lead_to_what_is_here_or_beside_the_recipe(tmp_path, monkeypatch):
     assert recipe.locate("b") == str(beside / "b")
     assert recipe.locate("org/model") == "org/model" and recipe.locate("") == ""
     assert recipe.locate(str(here / "a")) == str(here / "a")
+    assert recipe.locate("a+b") == f"a+{beside / 'b'}" and recipe.locate("org/model+b") == f"org/model+{beside / 'b'}"
     with refused("recipe-ambiguous-name") as caught:
         recipe.locate("both")
     assert str(here / "both") in str(caught.value) and str(beside / "both") in str(caught.value)

@@ -177,6 +177,9 @@ def vector_files(data: Mapping[str, Any]) -> list[Path]:
 
 
 def _place(name: str, revision: str | None) -> tuple[str, str | None]:
+    """What two names of one model have in common; of `model+adapter`, what each has."""
+    if "+" in name and not os.path.exists(os.path.expanduser(name)):
+        return "+".join(_place(part, None)[0] for part in name.split("+")), revision
     return (str(Path(os.path.expanduser(name)).resolve()) if is_local(name) else name, revision)
 
 

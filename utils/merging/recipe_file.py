@@ -45,13 +45,16 @@ class MergeRecipe:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def locate(self, name: str) -> str:
-        """Where a name leads: itself, or the path beside the recipe if only there is something of that name.
+        """Where a name leads: itself, or the path beside the recipe if only there is something of that name. Of
+        `model+adapter` each is looked for on its own.
 
         Raises:
             UserError: there are two different things of that name.
         """
         here = Path(os.path.expanduser(name))
         beside = self.path.parent / here  # an absolute path stays what it is
+        if "+" in name and not _exists(here) and not _exists(beside):
+            return "+".join(map(self.locate, name.split("+")))
         if not name or not _exists(beside) or (_exists(here) and os.path.samefile(here, beside)):
             return name
         if _exists(here):

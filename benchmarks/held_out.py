@@ -15,7 +15,8 @@ from benchmarks.quality_pairs import LONGEST, Pair
 from benchmarks.quality_texts import Texts
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.figures import task_losses
-from utils.evaluation.scoring import Scorer, ScoreSettings
+from utils.evaluation.score_settings import ScoreSettings
+from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import TEST, VALIDATION, Row, Task
 

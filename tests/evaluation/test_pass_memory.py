@@ -19,7 +19,8 @@ from tests.tiny_pairs import save_tokenizer, write_config
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.entries import Preparing
 from utils.evaluation.pass_memory import passes_line, share_passes
-from utils.evaluation.scoring import Scorer, ScoreSettings
+from utils.evaluation.score_settings import ScoreSettings
+from utils.evaluation.scoring import Scorer
 from utils.evaluation.tasks import evaluation_rows
 from utils.evaluation.whole_models import whole_model
 from utils.merging.settings import MergeSettings

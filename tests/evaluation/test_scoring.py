@@ -19,7 +19,8 @@ from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import CHATML, save_tokenizer, write_config
 from utils.evaluation.candidates import Candidate, found_recipes, models_of_pair, read_candidate
 from utils.evaluation.entries import Preparing, sweep_written
-from utils.evaluation.scoring import COLUMNS, Scorer, ScoreSettings
+from utils.evaluation.score_settings import ScoreSettings
+from utils.evaluation.scoring import COLUMNS, Scorer
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import evaluation_rows
 from utils.evaluation.weights import CandidateWeights

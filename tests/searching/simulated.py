@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation.candidates import Candidate
-from utils.evaluation.scoring import ScoreSettings
+from utils.evaluation.score_settings import ScoreSettings
 from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import Task
 from utils.pair.search import SearchSettings

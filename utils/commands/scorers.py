@@ -65,7 +65,8 @@ def make_scorers(
     Raises:
         UserError: a text or a model of the pair that cannot be used.
     """
-    from utils.evaluation.scoring import Scorer, ScoreSettings
+    from utils.evaluation.score_settings import ScoreSettings
+    from utils.evaluation.scoring import Scorer
 
     tasks = evaluation_rows(options.config, validation=options.validation_rows, test=options.test_rows)
     found = []

@@ -15,63 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
 from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
 from utils.evaluation.entries import Preparing, ReadyCandidate, refuse_little_disk
 from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, share_passes
+from utils.evaluation.score_settings import ScoreSettings
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights, models_at_once
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
-from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
 from utils.passes.preparation import check_tokens, pad_token
 from utils.publishing.manifest import file_sha256, sha256_of
-from utils.runtime import available_bytes, computing_dtype
+from utils.runtime import available_bytes
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")
 _SHARE = 0.5  # of the free memory, for hidden states
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How losses are computed.
-
-    `dtype` is `auto` (a recipe's output dtype, a checkpoint's own, or float32 where the device is slow in it) or a torch
-    name; merged tensors are rounded to the recipe's output dtype first. `tokens_at_once` is of a batch, None: by device.
-    `threads` are torch's. `most_at_once` bounds the candidates of a pass, None: by memory. `merge` are command 3's flags
-    (seed, device). `scratch` is where models that have to be written lie meanwhile, None for the system's folder.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: str = "auto"
-    tokens_at_once: int | None = None
-    most_at_once: int | None = None
-    merge: MergeSettings = field(default_factory=lambda: MergeSettings(Path("unwritten"), Path("recipe"), quiet=True))
-    scratch: Path | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a batch: enough to keep the device busy, few enough to bound activations."""
-        return self.tokens_at_once or (16384 if self.device.type == "cuda" else 2048)
-
-    def record(self) -> dict[str, Any]:
-        """What of it decides the bits of the losses, as plain data."""
-        return {
-            "device": self.device.type,
-            "dtype": self.dtype,
-            "bfloat16_computed_in": computing_dtype("bfloat16", self.device),
-            "float16_computed_in": computing_dtype("float16", self.device),
-            "batch_tokens": self.batch_tokens,
-            "threads": self.threads if self.device.type == "cpu" else None,
-            "random_seed": self.merge.random_seed,
-        }
 
 
 @dataclass

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,9 @@ def versions_line(*packages: str) -> str:
     return ", ".join([f"versions: python {platform.python_version()}", *(f"{one} {_version(one)}" for one in packages)])
 
 
+@cache
 def _version(package: str) -> str:
+    """Kept, since a package's metadata is parsed for it, and a search writes the versions with every recipe."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,17 +1,22 @@
 """The warm process that runs command lines, with the calls that change files counted where a compiler is there."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
+
+_END = b"."
 
 
 class Server:
@@ -31,18 +36,56 @@ class Server:
         )
         assert json.loads(self.process.stdout.readline())["ready"]
 
-    def run(self, *words: object, cwd: Path, **more: Any) -> dict[str, Any]:
-        """Run one command line; `more` are the other keys of a request."""
+    def run(self, *words: object, cwd: Path, watch: Callable[[int], None] | None = None, **more: Any) -> dict[str, Any]:
+        """Run one command line; `more` are the other keys of a request.
+
+        `watch` is called with the number of each counted call before it is made, while the command stands still.
+        """
         more = {key: str(value) if isinstance(value, Path) else value for key, value in more.items()}
-        request = {"words": [str(word) for word in words], "cwd": str(cwd), **more}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        with contextlib.ExitStack() as stack:
+            if watch:
+                more["stops"] = stack.enter_context(_stopping(watch))
+            request = {"words": [str(word) for word in words], "cwd": str(cwd), **more}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
         """End the process."""
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def _stopping(watch: Callable[[int], None]) -> Iterator[list[str]]:
+    """Two FIFOs on which a command says that it stands still, and is told to go on once `watch` is done."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
+        paths = [os.path.join(folder, name) for name in ("asked", "go")]
+        for path in paths:
+            os.mkfifo(path)
+        asked, go = (os.open(path, os.O_RDWR) for path in paths)  # neither waits for the other end
+        done = thread.submit(_let_go, asked, go, watch)
+        try:
+            yield paths
+        finally:
+            os.write(asked, _END)
+            done.result()
+            os.close(asked)
+            os.close(go)
+
+
+def _let_go(asked: int, go: int, watch: Callable[[int], None]) -> None:
+    number, failure = 0, None
+    while os.read(asked, 1) != _END:
+        number += 1
+        try:
+            if failure is None:
+                watch(number)
+        except Exception as error:
+            failure = error  # told once the command has ended
+        os.write(go, _END)
+    if failure:
+        raise failure
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,17 @@ Reads a JSON object from each line of stdin and answers with one on stdout:
 {"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "processor": 0.3, "peak_kb": 61234}
 
 `code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
-them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). Needs `shim.c` loaded
-before the C library then. With "snapshots" a pass writes down where it stands at every block.
+them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). With "stops", two FIFOs,
+the process writes a byte to the first before each such call, and waits for one from the second. Needs `shim.c` loaded before
+the C library then. With "snapshots" a pass writes down where it stands at every block.
+
+What a command imports while it works is imported here once it has ended, so that the next fork has it.
 """
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import json
 import os
 import resource
@@ -21,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +49,7 @@ def _import_all() -> None:
     import pandas  # noqa: F401
     import pyarrow  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    import transformers.conversion_mapping
 
     import lewis_importance  # noqa: F401
     import lewis_merge  # noqa: F401
@@ -58,20 +64,24 @@ def _import_all() -> None:
     import utils.guidance.guided_recipe
     import utils.mergekit_api
     import utils.merger
+    import utils.merging.pieces.choice
     import utils.merging.preflight
     import utils.merging.result_check
     import utils.merging.run
-    import utils.searcher  # noqa: F401
+    import utils.searcher
 
+    transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")  # builds its table once
+    utils.merging.pieces.choice.replaced_code()
     torch.set_num_threads(1)
 
 
 def _run(asked: dict) -> dict:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as imported:
+        gc.freeze()  # a fork that collects garbage would copy every page of what is here
         start = time.perf_counter()
         child = os.fork()
         if not child:
-            _be_the_command(asked, out.fileno(), err.fileno())
+            _be_the_command(asked, out.fileno(), err.fileno(), imported.fileno())
         deadline = start + asked.get("limit", 120)
         while True:
             pid, status, usage = os.wait4(child, os.WNOHANG)
@@ -82,9 +92,10 @@ def _run(asked: dict) -> dict:
                 deadline = float("inf")
             time.sleep(0.002)
         texts = []
-        for file in (out, err):
+        for file in (out, err, imported):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
+        _import(texts[2].splitlines())
         return {
             "code": os.waitstatus_to_exitcode(status),
             "stdout": texts[0],
@@ -95,8 +106,8 @@ def _run(asked: dict) -> dict:
         }
 
 
-def _be_the_command(asked: dict, out: int, err: int) -> None:
-    code = 1
+def _be_the_command(asked: dict, out: int, err: int, imported: int) -> None:
+    code, before = 1, set(sys.modules)
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
@@ -116,9 +127,11 @@ def _be_the_command(asked: dict, out: int, err: int) -> None:
 
         main = sys.modules[script.removesuffix(".py").replace("/", ".")].main
         if asked.get("root"):
-            arm = ctypes.CDLL(None).faults_arm
+            library = ctypes.CDLL(None)
+            if asked.get("stops"):
+                library.faults_stop(*map(os.fsencode, asked["stops"]))
             root, log = os.fsencode(asked["root"]), os.fsencode(asked["log"])
-            arm(root, asked.get("reads", 0), asked.get("at", 0), asked.get("error", 0), log)
+            library.faults_arm(root, asked.get("reads", 0), asked.get("at", 0), asked.get("error", 0), log)
         run_command(main, one_result=True)
         code = 0
     except SystemExit as ending:
@@ -131,7 +144,14 @@ def _be_the_command(asked: dict, out: int, err: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
+        os.write(imported, "\n".join(name for name in sys.modules if name not in before).encode())
         os._exit(code)
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def _address_space() -> int:

@@ -5,12 +5,14 @@
    Loaded before the C library (LD_PRELOAD). `faults_arm(root, reads, at, error, log)` begins the count, of calls that change
    files or, with `reads`, of those that open them for reading and read them: at call number `at` the process is killed before
    the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted call is a line in `log`,
-   which lies elsewhere. */
+   which lies elsewhere. After `faults_stop(asked, go)`, the names of two FIFOs, the process writes a byte to the first before
+   each counted call, and waits for one from the other, while the tree lies there as a kill would leave it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -22,8 +24,14 @@
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static int armed, reading, at, error_code, log_fd = -1;
+static int armed, reading, at, error_code, log_fd = -1, asked_fd = -1, go_fd = -1;
 static int count;
+static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+
+void faults_stop(const char *asked, const char *go) {
+  asked_fd = syscall(SYS_openat, AT_FDCWD, asked, O_RDWR | O_CLOEXEC, 0);
+  go_fd = syscall(SYS_openat, AT_FDCWD, go, O_RDWR | O_CLOEXEC, 0);
+}
 
 void faults_arm(const char *folder, int reads, int number, int code, const char *log) {
   snprintf(root, sizeof root, "%s", folder);
@@ -53,10 +61,10 @@ static int path_counts(int folder, const char *path) {
   return below(whole);
 }
 
-static int file_counts(int file) {
-  char link[64], path[PATH_MAX];
+static int file_counts(int file, char *path) {
+  char link[64];
   snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-  ssize_t length = readlink(link, path, sizeof path - 1);
+  ssize_t length = readlink(link, path, PATH_MAX - 1);
   if (length <= 0) return 0;
   path[length] = 0;
   return below(path);
@@ -64,13 +72,20 @@ static int file_counts(int file) {
 
 /* 1: the call shall fail, errno is set */
 static int hit(const char *name, const char *what) {
-  int number = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
+  pthread_mutex_lock(&one_at_a_time);
+  int number = ++count;
   if (log_fd >= 0) {
     char line[PATH_MAX + 64];
     int length = snprintf(line, sizeof line, "%d %s %s\n", number, name, what);
     if (length > (int)sizeof line - 1) length = sizeof line - 1;
     syscall(SYS_write, log_fd, line, length);
   }
+  if (asked_fd >= 0) {
+    char byte = 's';
+    syscall(SYS_write, asked_fd, &byte, 1);
+    while (syscall(SYS_read, go_fd, &byte, 1) != 1) {}
+  }
+  pthread_mutex_unlock(&one_at_a_time);
   if (at == 0 || number != at) return 0;
   if (error_code == 0) {
     syscall(SYS_kill, getpid(), SIGKILL);
@@ -82,9 +97,9 @@ static int hit(const char *name, const char *what) {
 
 #define REAL(symbol) static __typeof__(&symbol) real; if (!real) real = (__typeof__(&symbol))dlsym(RTLD_NEXT, #symbol)
 #define PATH_CALL(label, folder, path) if (armed && !reading && path_counts(folder, path) && hit(label, path)) return -1
-#define FILE_CALL(label, file) if (armed && !reading && file_counts(file) && hit(label, "")) return -1
+#define FILE_CALL(label, file) char file_path[PATH_MAX]; if (armed && !reading && file_counts(file, file_path) && hit(label, file_path)) return -1
 #define PATH_READ(label, folder, path) if (armed && reading && path_counts(folder, path) && hit(label, path)) return -1
-#define FILE_READ(label, file) if (armed && reading && file_counts(file) && hit(label, "")) return -1
+#define FILE_READ(label, file) char file_path[PATH_MAX]; if (armed && reading && file_counts(file, file_path) && hit(label, file_path)) return -1
 
 #define OPEN(symbol) \
   int symbol(const char *path, int flags, ...) { \
@@ -159,3 +174,32 @@ int mkdirat(int folder, const char *path, mode_t mode) {
   REAL(mkdirat); PATH_CALL("mkdirat", folder, path); return real(folder, path, mode); }
 int chmod(const char *path, mode_t mode) {
   REAL(chmod); PATH_CALL("chmod", AT_FDCWD, path); return real(path, mode); }
+
+ssize_t writev(int file, const struct iovec *parts, int number) {
+  REAL(writev); FILE_CALL("writev", file); return real(file, parts, number); }
+ssize_t pwritev(int file, const struct iovec *parts, int number, off_t offset) {
+  REAL(pwritev); FILE_CALL("pwritev", file); return real(file, parts, number, offset); }
+ssize_t pwritev64(int file, const struct iovec *parts, int number, off64_t offset) {
+  REAL(pwritev64); FILE_CALL("pwritev", file); return real(file, parts, number, offset); }
+ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags) {
+  REAL(copy_file_range); FILE_CALL("copy_file_range", out); return real(in, from, out, to, size, flags); }
+int fallocate(int file, int mode, off_t offset, off_t size) {
+  REAL(fallocate); FILE_CALL("fallocate", file); return real(file, mode, offset, size); }
+int fallocate64(int file, int mode, off64_t offset, off64_t size) {
+  REAL(fallocate64); FILE_CALL("fallocate", file); return real(file, mode, offset, size); }
+int futimens(int file, const struct timespec times[2]) {
+  REAL(futimens); FILE_CALL("futimens", file); return real(file, times); }
+int utimensat(int folder, const char *path, const struct timespec times[2], int flags) {
+  REAL(utimensat); PATH_CALL("utimensat", folder, path); return real(folder, path, times, flags); }
+int truncate(const char *path, off_t size) {
+  REAL(truncate); PATH_CALL("truncate", AT_FDCWD, path); return real(path, size); }
+int truncate64(const char *path, off64_t size) {
+  REAL(truncate64); PATH_CALL("truncate", AT_FDCWD, path); return real(path, size); }
+
+#define FOPEN(symbol) \
+  FILE *symbol(const char *path, const char *mode) { \
+    REAL(symbol); \
+    int changes = strchr(mode, 'w') || strchr(mode, 'a') || strchr(mode, '+'); \
+    if (armed && changes != reading && path_counts(AT_FDCWD, path) && hit("fopen", path)) return NULL; \
+    return real(path, mode); }
+FOPEN(fopen) FOPEN(fopen64)

@@ -1,0 +1,110 @@
+"""What a command has left in the folder of the results, to compare: the bystander's files, a whole model or none, its bytes."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.faults.conftest import Server
+from tests.faults.pair import BYSTANDERS, COMMANDS, RESULTS
+from tests.faults.trees import Tree, look, put
+
+OTHER = {
+    "measure": ("--dtype", "bfloat16"),
+    "decide": ("--gamma", "0.3", "--epsilon", "0.8", "--dtype", "float32"),
+    "merge": ("--no-write_model_card",),
+    "evaluate": ("--random_seed", "1"),
+}  # options that make an earlier result, so that everything is made anew. (A search is gone on with, never done over.)
+INTERIM = (
+    "/losses",
+    "/study.db",
+    "search",
+    "evaluation",
+)  # what evaluator and searcher keep for the next run of the line
+TIMED = {"report.html", "trials.csv"}
+BYSTANDER_ENTRIES = {name.removeprefix("out/"): text.encode() for name, text in BYSTANDERS.items() if "/" in name}
+
+
+@contextlib.contextmanager
+def noted(found: list[str], what: object) -> Iterator[None]:
+    """What does not hold is noted, so that the other points are tried, too."""
+    try:
+        yield
+    except AssertionError as error:
+        found.append(f"{what}: {error}"[:3000])
+
+
+def words_of(command: str, again: bool = False, out: str | None = None) -> list[str]:
+    """The words of a command; `out` stands for the folder of its result, `again` replaces an earlier one."""
+    words = [out if out and word == RESULTS[command] else word for word in COMMANDS[command]]
+    return [*words, *(["--overwrite"] if again else [])]
+
+
+def run(server: Server, command: str, folder: Path, log: Path, again: bool = False, **more: Any) -> dict[str, Any]:
+    """Run a command with the calls counted that change the results."""
+    return server.run(*words_of(command, again), cwd=folder, root=folder / "out", log=log, **more)
+
+
+def beginning(server: Server, command: str, folder: Path, again: bool) -> tuple[Tree, dict[str, Any] | None]:
+    """The folder of the results before a command, as it lies there now; and the earlier result in it, if there is one."""
+    put({}, folder / "out")
+    for name, text in BYSTANDERS.items():
+        (folder / name).write_text(text)
+    if again:
+        done = server.run(*words_of(command), *OTHER[command], cwd=folder)
+        assert done["code"] == 0, done["stderr"]
+    return look(folder / "out"), found_in(folder) if again else None
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """Everything in the folder of the results, hidden files included, without the times that some of it holds."""
+    paths = sorted((folder / "out").rglob("*"))
+    return {path.relative_to(folder / "out").as_posix(): _content(path) if path.is_file() else None for path in paths}
+
+
+def _content(path: Path) -> Any:
+    if path.parent.name.startswith("."):  # a killed run's own folder, where a file may be half written
+        return path.read_bytes()
+    if path.name == "manifest.json":
+        data = json.loads(path.read_bytes())
+        for name in TIMED & data.get("files", {}).keys():
+            data["files"][name] = data["files"][name] == hashlib.sha256((path.parent / name).read_bytes()).hexdigest()
+        return {key: value for key, value in data.items() if key not in ("created", "modified_ns")}
+    if path.name == "report.html":  # says how long things took
+        return path.read_text().rstrip().endswith("</html>")
+    if path.name == "trials.csv":
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    if path.name == "study.db":
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as study:
+            return study.execute("pragma integrity_check").fetchall()
+    return path.read_bytes()
+
+
+def check_result(folder: Path, command: str, expected: dict, old: dict | None, what: object) -> None:
+    """The bystander's files are as they were; a model is there whole, as it was or as it shall be."""
+    for name, text in BYSTANDERS.items():
+        assert (folder / name).read_text() == text, what
+    name = Path(RESULTS[command]).name
+    if command != "merge" or not (folder / "out" / name).exists():
+        assert command != "merge" or old is None, what
+        return
+    result = dict(_of(name, found_in(folder)))
+    assert result in [dict(_of(name, one)) for one in (expected, old or {})], what
+
+
+def _of(name: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from ((path, content) for path, content in found.items() if path == name or path.startswith(name + "/"))
+
+
+def published(names: Iterable[str], expected: Iterable[str]) -> set[str]:
+    """The names that belong to a result, without what is kept to go on from."""
+    return {
+        name
+        for name in {*names} & {*expected}
+        if not any(part in f"/{name}" for part in INTERIM[:2]) and name not in INTERIM
+    }

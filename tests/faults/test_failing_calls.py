@@ -1,0 +1,135 @@
+"""Let every call of a command that changes a file, or reads an input, fail: one true message, and nothing is lost or half there.
+
+python -m pytest tests/faults/test_failing_calls.py            a few points of a merge
+python -m pytest tests/faults/test_failing_calls.py -m slow    all points of all commands, in parts
+"""
+
+import errno
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.outcomes import BYSTANDER_ENTRIES, beginning, check_result, found_in, noted, published, run, words_of
+from tests.faults.pair import copy_of, make_pair
+from tests.faults.trees import digest, look, put
+
+FEW = 3
+PARTS = {"measure": 2, "decide": 1, "merge": 2, "evaluate": 4, "search": 27}  # of about 40 points, chosen by chance
+READ_PARTS = {"measure": 4, "decide": 2, "merge": 1, "evaluate": 23, "search": 21}  # of about 100
+
+
+@pytest.fixture(scope="module")
+def folder(faulty_server, tmp_path_factory) -> Path:
+    """The pair with a measurement of it, and a bystander's files in the folder of the results."""
+    made = make_pair(tmp_path_factory.mktemp("pair") / "made")
+    done = faulty_server.run(*words_of("measure", out="dfs"), cwd=made)
+    assert done["code"] == 0, done["stderr"]
+    return copy_of(made, made.with_name("copy"))
+
+
+def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):
+    start, _ = beginning(faulty_server, "decide", folder, False)
+    done = run(faulty_server, "decide", folder, tmp_path / "calls")
+    assert done["code"] == 0, done["stderr"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert {line.split()[1] for line in calls} >= {"mkdir", "write", "fsync", "rename"}
+    first = next(number for number, line in enumerate(calls, 1) if line.split()[1] == "fsync")
+    put(start, folder / "out")
+    done = run(faulty_server, "decide", folder, tmp_path / "calls", at=first, error=errno.EIO)
+    assert done["code"] == 2 and "Input/output error" in done["stderr"]
+
+
+def _cases() -> Iterator[Any]:
+    """Every command in a fresh place and over an earlier result; a few calls of a merge in `make test`."""
+    yield pytest.param("merge", False, errno.ENOSPC, None, id="merge fresh ENOSPC few")
+    for command, parts in PARTS.items():
+        for again in (False, True) if command != "search" else (False,):
+            for error in (errno.ENOSPC, errno.EIO):
+                for part in range(parts):
+                    name = f"{command} {'again' if again else 'fresh'} {errno.errorcode[error]} {part + 1} of {parts}"
+                    marks = [pytest.mark.slow, pytest.mark.timeout(2400)]
+                    yield pytest.param(command, again, error, part, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("command", "again", "error", "part"), _cases())
+def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp_path, command, again, error, part):
+    start, old = beginning(faulty_server, command, folder, again)
+    log = tmp_path / "calls"
+    done = run(faulty_server, command, folder, log, again)
+    assert done["code"] == 0, done["stderr"]
+    expected, calls = found_in(folder), log.read_text().splitlines()
+    mended = {digest(start)}  # trees over which the line has ended well
+    wrong: list[str] = []
+    for at in _chosen(calls, command, part):
+        put(start, folder / "out")
+        failed = run(faulty_server, command, folder, log, again, at=at, error=error)
+        with noted(wrong, (calls[at - 1], failed)):
+            assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"]
+            check_result(folder, command, expected, old, at)
+            if failed["code"] == 2 and "[out-not-synced]" not in failed["stderr"]:
+                before = (old or BYSTANDER_ENTRIES).keys()
+                assert published(found_in(folder), expected) == published(before, expected)
+            if (left := digest(look(folder / "out"))) not in mended:
+                done = faulty_server.run(*words_of(command, again), cwd=folder)
+                assert done["code"] == 0, done["stderr"]
+                assert found_in(folder) == expected
+                mended.add(left)
+    assert not wrong, "\n".join(wrong)
+    print(f"{len(_chosen(calls, command, part))} calls, {len(mended)} trees")
+
+
+def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
+    numbers = range(1, len(calls) + 1)
+    if part is not None:
+        return random.Random(1).sample(numbers, len(numbers))[part :: PARTS[command]]
+    turning = [number for number in numbers if calls[number - 1].split()[1].startswith("rename")]
+    step = max(1, len(calls) // FEW)  # the beginning, the end, and where things take their place
+    return sorted({*list(numbers)[::step], *turning[:1], *turning[-1:], len(calls)})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        pytest.param(command, part, id=f"{command} {part + 1} of {parts}")
+        for command, parts in READ_PARTS.items()
+        for part in range(parts)
+    ],
+)
+def test_any_read_that_fails_ends_in_a_message(faulty_server, folder, tmp_path, command, part):
+    """Of the inputs: models, text, config, tables, recipe. Part 1 has reads of every file."""
+    start, _ = beginning(faulty_server, command, folder, False)
+    words, log = words_of(command), tmp_path / "calls"
+    done = faulty_server.run(*words, cwd=folder, root=folder, reads=1, log=log)
+    assert done["code"] == 0, done["stderr"]
+    expected, calls = found_in(folder), log.read_text().splitlines()
+    order = _file_by_file(calls)
+    size = -(-len(order) // READ_PARTS[command])
+    wrong: list[str] = []
+    for at in order[part * size : (part + 1) * size]:
+        put(start, folder / "out")
+        failed = faulty_server.run(*words, cwd=folder, root=folder, reads=1, at=at, error=errno.EIO, log=log)
+        with noted(wrong, (calls[at - 1], failed)):
+            assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"]
+            found = found_in(folder)
+            if failed["code"] == 0:
+                assert found == expected
+            else:
+                assert "error: " in failed["stderr"]
+                assert published(found, expected) == published(BYSTANDER_ENTRIES, expected)
+    assert not wrong, "\n".join(wrong)
+    print(f"{len(order[part * size : (part + 1) * size])} of {len(order)} reads")
+
+
+def _file_by_file(calls: list[str]) -> list[int]:
+    """The numbers of the calls: of every file one, chosen by chance, then a second one of every file, and so on."""
+    files: dict[str, list[int]] = {}
+    for number, call in enumerate(calls, 1):
+        files.setdefault(call.split(" ", 2)[2], []).append(number)
+    chance = random.Random(1)
+    ranked = [(rank, number) for of in files.values() for rank, number in enumerate(chance.sample(of, len(of)))]
+    return [number for _, number in sorted(ranked)]

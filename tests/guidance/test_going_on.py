@@ -27,6 +27,8 @@ def measured(folder):
     [
         ("saliency_budget", ("--gradient_at", "both"), 7),  # of 8 steps for each expert
         ("saliency_budget", ("--gradient_at", "expert"), 2),
+        ("gram_mean", ("--accept_useless_text",), 2),  # of 8 steps, too
+        ("gram_mean", ("--accept_useless_text",), 7),
         ("sens_merging", (), 3),
         ("sens_merging", (), 6),
     ],

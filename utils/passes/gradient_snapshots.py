@@ -27,6 +27,7 @@ class GradientSnapshots:
         self._path, self._stopped = path, False
         self._pauses = Pauses()
         self._stores: dict[str, TensorStore] = {}
+        self._growing: dict[str, Callable[[], int]] = {}
         self._parts: dict[str, Callable[[], Any]] = {}
         found = read_state(path) or {}
         self._ends: dict[str, int] = found.get("ends", {})
@@ -46,6 +47,14 @@ class GradientSnapshots:
         self._stores[name] = TensorStore(device, path=self._file(name), end=self._ends.get(name, 0))
         return self._stores[name]
 
+    def growing_file(self, name: str) -> Path | None:
+        """The place of a file that results are added to, with what a killed run has put there; None without a path."""
+        return None if self._path is None else self._file(name)
+
+    def grow(self, name: str, sync: Callable[[], int]) -> None:
+        """Register such a file: `sync` has the disk hold it, and gives its length."""
+        self._growing[name] = sync
+
     def found(self, name: str) -> Any:
         """What a part was when the snapshot of a killed run was made, tensors on the CPU, None without one; given once."""
         return self._found.pop(name, None)
@@ -58,7 +67,7 @@ class GradientSnapshots:
         """Write a snapshot if it is time for one; called where all parts fit together. None after one that failed.
 
         Raises:
-            OSError: tensors that wait in a file alone cannot reach the disk.
+            OSError: tensors that wait in a file alone, or results, cannot reach the disk.
         """
         if self._path is None or self._stopped or not self._pauses.over():
             return
@@ -66,7 +75,8 @@ class GradientSnapshots:
             parts = {name: state() for name, state in self._parts.items()}
             if any(part is None for part in parts.values()):
                 return
-            ends = {name: store.sync() for name, store in self._stores.items() if not store.on_host}
+            ends = {name: sync() for name, sync in self._growing.items()}
+            ends |= {name: store.sync() for name, store in self._stores.items() if not store.on_host}
             try:
                 ends |= {name: store.sync() for name, store in self._stores.items() if store.on_host}
                 write_state(self._path, {"ends": ends, "parts": parts})
@@ -79,7 +89,8 @@ class GradientSnapshots:
     def forget(self) -> None:
         """The work is over."""
         if self._path is not None:
-            for path in (self._path, *map(self._file, self._stores)):
+            for path in (self._path, *map(self._file, (*self._stores, *self._growing))):
                 path.unlink(missing_ok=True)
         self._parts.clear()
         self._stores.clear()
+        self._growing.clear()

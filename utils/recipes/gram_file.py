@@ -13,13 +13,14 @@ weights in bfloat16.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import UserError
 from utils.recipes.saliency_vectors import AXES, FORMAT, SaliencyVectors, VectorKey, open_once
@@ -39,32 +40,42 @@ class GramFileWriter:
     The header, which comes first, has its place kept free until the end.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[str]) -> None:
-        """`tensors` are the names of all that may be written."""
+    def __init__(self, path: Path, tensors: Iterable[str], begun: Mapping[str, Any] | None = None) -> None:
+        """`tensors` are the names of all that may be written; `begun` is the `state` of one who has begun the file."""
         keys = [f"{tensor}.{end}" for tensor in tensors for end in (*AXES, INPUTS[0], ROWS)]
         reserved = sum(2 * len(json.dumps(key)) + _ENTRY for key in keys)
         self._path, self._reserved = path, reserved + -reserved % 8 + 1024
-        self._entries: dict[str, dict] = {}
-        self._shared: dict[str, str] = {}
-        self._end = 0
+        begun = begun or {"entries": {}, "shared": {}, "end": 0}
+        self._entries: dict[str, dict] = begun["entries"]
+        self._shared: dict[str, str] = begun["shared"]
+        self._end: int = begun["end"]
         self._file: BinaryIO
         self._open = ExitStack()
 
     def __enter__(self) -> "GramFileWriter":
-        """Create the file."""
-        self._file = self._open.enter_context(open(self._path, "xb"))
-        self._file.seek(8 + self._reserved)
+        """Create the file, or cut off what was added to it after its state was taken."""
+        self._file = self._open.enter_context(open(self._path, "r+b" if self._end else "wb"))
+        self._file.truncate(8 + self._reserved + self._end)
+        self._file.seek(0, os.SEEK_END)
         return self
+
+    def state(self) -> dict[str, Any]:
+        """What has been written, as plain data."""
+        return {"entries": dict(self._entries), "shared": dict(self._shared), "end": self._end}
+
+    def sync(self) -> int:
+        """Have the disk hold what was written; how long the file is. Raises OSError if it cannot."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return 8 + self._reserved + self._end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write the header and close; a file that was given up is removed."""
+        """Write the header, unless the file was given up, and close."""
         with self._open:
             if kind is None:
                 self._write_header()
-        if kind is not None:
-            self._path.unlink(missing_ok=True)
 
     def add_axes(self, tensor: str, axes: "tuple[Tensor, ...]") -> None:
         """Write the one or two vectors of a tensor. Raises ValueError if they are negative or not finite in float32."""

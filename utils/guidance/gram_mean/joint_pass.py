@@ -11,9 +11,12 @@ from torch import Tensor
 from utils.guidance.gram_mean.input_pass import OnBlock, SharedInputs, Side, shared_inputs
 from utils.models.decoder import Decoder
 from utils.passes.block_gradients import BlockDone, backward_pass, together
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.input_grams import InputGrams
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import SquaredGradients
+
+_PASSED = "passed"  # the part of snapshots that has the number of blocks that come next
 
 Split = Callable[[str, Tensor], Mapping[str, Tensor]]
 
@@ -68,6 +71,7 @@ def joint_pass(
     inputs: bool = True,
     split: Split = lambda name, value: {name: value},
     folder: Path | None = None,
+    snapshots: GradientSnapshots | None = None,
 ) -> Iterator[JointPass]:
     """Take models forward on entering, and back block by block as `parts` is iterated.
 
@@ -81,6 +85,7 @@ def joint_pass(
         inputs: whether Gram matrices of inputs are wanted.
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
         folder: where hidden states wait, as `backward_pass`.
+        snapshots: as `backward_pass`; offered between two blocks, when the part of one is done with.
 
     Raises:
         UserError: as `backward_pass`.
@@ -90,6 +95,9 @@ def joint_pass(
     observer = _Gradients(frozenset(whole), _embeddings(sides), split)
     paths = [[one.path for one in side.decoder.components if not one.is_stacked] if inputs else [] for side in sides]
     grams = [InputGrams(own) for own in paths]
+    snapshots = GradientSnapshots(None) if snapshots is None else snapshots
+    passed = snapshots.found(_PASSED)
+    back = len(sides[0].decoder.blocks) if passed is None else passed
     with ExitStack() as stack:
         passes = [
             stack.enter_context(
@@ -104,11 +112,13 @@ def joint_pass(
                     observing=together(side.observing, gram.attached),
                     observing_outside=observer.rows.factors.observed,
                     folder=folder,
+                    snapshots=snapshots,
+                    name=f"model{number}",
                 )
             )
-            for side, gram in zip(sides, grams, strict=True)
+            for number, (side, gram) in enumerate(zip(sides, grams, strict=True))
         ]
-        parts = _parts(sides[0].decoder, [one.blocks for one in passes], grams, observer)
+        parts = _parts(sides[0].decoder, [one.blocks for one in passes], grams, observer, snapshots, back)
         stack.callback(parts.close)
         yield JointPass(tuple(one.losses for one in passes), parts)
 
@@ -126,10 +136,17 @@ def _embeddings(sides: Sequence[Side]) -> frozenset[str]:
 
 
 def _parts(
-    decoder: Decoder, sides: Sequence[Iterator[BlockDone]], grams: Sequence[InputGrams], observer: _Gradients
+    decoder: Decoder,
+    sides: Sequence[Iterator[BlockDone]],
+    grams: Sequence[InputGrams],
+    observer: _Gradients,
+    snapshots: GradientSnapshots,
+    back: int,
 ) -> Iterator[JointPart]:
+    """`back` is how many blocks the way back has before it."""
     by_path = {component.path: component for component in decoder.components if not component.is_stacked}
-    for layer in [*reversed(range(len(decoder.blocks))), None]:
+    snapshots.keep(_PASSED, lambda: back)
+    for layer in [*reversed(range(back)), None]:
         parameters = {name: value for blocks in sides for name, value in next(blocks).parameters.items()}
         inputs = () if layer is None else shared_inputs(layer, [one.take() for one in grams], by_path)
         axes, rows = {}, {}
@@ -141,3 +158,7 @@ def _parts(
                 rows[name] = gram
         del parameters, value
         yield JointPart(layer, inputs, axes, rows)
+        del inputs, axes, rows
+        if layer:
+            back = layer
+            snapshots.offer()

@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from utils.errors import UserError
@@ -14,16 +16,18 @@ from utils.guidance.gram_mean.joint_pass import joint_pass
 from utils.guidance.gram_mean.method import AT, LOSSES, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.routing import compared_routers, routing_rows
+from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Component, is_transposed, weight_matrix
 from utils.models.experts_apart import with_experts_apart
 from utils.models.stored_layout import stored_layout
 from utils.passes.block_gradients import Observing, nothing
-from utils.passes.gradient_memory import gradient_memory, on_the_disk
+from utils.passes.gradient_memory import gradient_memory
+from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import require_head
-from utils.passes.subjects import StoredPart, Subject, first_stored_name, stored_as
+from utils.passes.routing import RouterComparison
+from utils.passes.subjects import StoredPart, Subject, first_stored_name, snapshot_bytes, stored_as
 from utils.recipes.gram_file import GramFileWriter
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
@@ -99,8 +103,9 @@ def waiting(job: MeasureJob) -> int:
 
 
 def on_disk(job: MeasureJob) -> int:
-    """Bytes of every expert's matrices, and of the hidden states that wait in files."""
-    return sum(map(_file_bytes, job.experts)) + on_the_disk(waiting(job), job.devices[0])
+    """Bytes of every expert's matrices, of the files with names in which hidden states wait, and of the snapshots beside them."""
+    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
+    return sum(map(_file_bytes, job.experts)) + waiting(job) + job.experts_at_a_time * 2 * snapshot
 
 
 def _gram_bytes(block: nn.Module) -> int:
@@ -169,14 +174,16 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     models, device, on_block = _Models(*job.subjects), place.device, place.on_step
     expert, name = models.expert, models.expert.entry.type
     predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
-    tensors: list[tuple] = []
+    snapshots = GradientSnapshots(place.snapshot)
+    tensors, begun = snapshots.found("measured") or ([], None)
+    path = snapshots.growing_file("grams") or place.folder / gram_file(name)
 
     def side(subject: Subject, observing: Observing = nothing) -> Side:
         return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded, observing)
 
     inputs = models.merged is None
     with (
-        compared_routers(job, expert, models.base, device) as routers,
+        _kept_routers(job, models, device, snapshots) as routers,
         joint_pass(
             [side(models.base), side(expert, routers.attached)],
             device,
@@ -184,18 +191,24 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
             inputs=inputs,
             split=models.base.layout.pieces,
             folder=place.folder,
+            snapshots=snapshots,
         ) as both,
     ):
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
-        with GramFileWriter(place.folder / gram_file(name), _names(models)) as file, _finite(expert):
+        with GramFileWriter(path, _names(models), begun) as file, _finite(expert):
+            snapshots.grow("grams", file.sync)
+            snapshots.keep("measured", lambda: (tensors, file.state()))
 
             def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
                 tensors.extend(_write_inputs(file, layer, inputs, models))
 
-            if models.merged is not None:
+            if models.merged is not None and begun is None:
                 input_pass(side(models.merged), device, on_block, on_inputs)
+            elif models.merged is not None:
+                for layer in range(len(models.merged.decoder.blocks)):
+                    on_block(layer)
             for part in both.parts:
                 on_inputs(part.layer, part.inputs)
                 for parameter, axes in part.axes.items():
@@ -204,8 +217,19 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
         routing = routing_rows(name, routers)
+        os.replace(path, place.folder / gram_file(name))
+        snapshots.forget()
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
     return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
+
+
+@contextlib.contextmanager
+def _kept_routers(
+    job: MeasureJob, models: _Models, device: torch.device, snapshots: GradientSnapshots
+) -> Iterator[RouterComparison]:
+    with compared_routers(job, models.expert, models.base, device) as routers:
+        keep_routing(snapshots, routers, device)
+        yield routers
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from utils.guidance.lewis.naming import found_names
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
 from utils.recipes.filters import (
+    NamedTensor,
     as_planned,
     coverage,
     exact_filters,
@@ -39,7 +40,8 @@ def test_every_family(family, tmp_path):
     assert names == {
         (layer, path): f"{block_prefix(family)}.{layer}.{path}.weight" for path in paths for layer in range(LAYERS)
     }
-    filters = exact_filters(list(names.values()), [tensor.name for tensor in tensors], "model")
+    filters, before = exact_filters(list(names.values()), [tensor.name for tensor in tensors], "model")
+    assert before == ()
     expected = {target: i for i, target in enumerate(filters)}
     expected |= {target.removesuffix("weight") + "bias": i for i, target in enumerate(filters)}
     for name in base.tensors:
@@ -53,23 +55,32 @@ def test_every_family(family, tmp_path):
 
 def test_layer_1_does_not_hit_layer_11():
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(12)]
-    filters = exact_filters(names, names, "model")
+    filters, _ = exact_filters(names, names, "model")
     assert [_mergekit_hits(filters.values(), name) for name in names] == list(range(12))
 
 
 def test_a_name_that_begins_like_another_gets_a_dot():
     names = ["model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.bias", "model.layers.0.mlp.gate_proj.weight"]
-    filters = exact_filters([names[0]], names, "model")
+    filters, _ = exact_filters([names[0]], names, "model")
     assert list(filters.values()) == ["model.layers.0.mlp.gate."]
-    both = exact_filters([names[0], names[2]], names, "model")
+    both, _ = exact_filters([names[0], names[2]], names, "model")
     assert [_mergekit_hits(both.values(), name) for name in names] == [0, 0, 1]
 
 
-def test_a_second_tower_cannot_be_hit():
-    target = "layers.0.q.weight"
-    with refused("filter-inexact") as caught:
-        exact_filters([target], [target, "vision." + target], "model")
-    assert "also hits vision.layers.0.q.weight" in str(caught.value)
+def test_a_second_tower_whose_names_end_alike_is_kept_out_by_filters_before():
+    targets = [f"layers.{layer}.wo.weight" for layer in range(2)]
+    names = [*targets, *(f"vision.{name}" for name in targets), "vision.norm.weight", "layers.0.wo.bias"]
+    filters, before = exact_filters(targets, names, "model")
+    assert before == ("vision.",)
+    hits = [_mergekit_hits([*before, *filters.values()], name) for name in names]
+    assert hits == [1, 2, 0, 0, 0, 1]
+
+
+def test_a_name_within_a_longer_one_of_no_other_tower_is_told_apart_too():
+    names = ["layers.0.wo.weight", "layers.0.mix.layers.0.wo.weight"]
+    filters, before = exact_filters(names[:1], names, "model")
+    assert [_mergekit_hits([*before, *filters.values()], name) for name in names] == [1, 0]
+    assert coverage(filters, [NamedTensor(name, 2, 1) for name in names], before).tensors == 1
 
 
 def test_other_tensors_of_a_component_are_not_guided_silently():

@@ -61,13 +61,15 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
     plain = replace(plain, routers=routers)
     own = table[~table["tensor"].isin(routers.tensors)]
     dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
+    proof, before = exact_filters(dense, stock.tensors, _WHERE)
     found = Naming(
         names={},
-        filters=exact_filters(dense, stock.tensors, _WHERE),
+        filters=proof,
         params={},
         coverage=None,
         evidence="",
         group_filters=_groups(own, naming, stock, routers) if plain.as_weights else None,
+        before=before,
     )
     fused = any(name != other for name, other in stock.by_own.items())
     said = f"{len(set(stock.by_own.values()))} tensors as stock mergekit has them" + (

@@ -2,7 +2,8 @@
 
 mergekit takes the first filter of a list that is a plain substring of the tensor's name; a filter that matches nothing
 is silent. A component's filter is its weight's name without `.weight`, the form the released code writes: it hits the
-weight and its own bias. Where another tensor's name begins the same way, a trailing dot is added.
+weight and its own bias. Where another tensor's name begins the same way, a trailing dot is added; where the name is the
+end of another tensor's (`layers.0.wo` beside `vision.layers.0.wo`), a filter of that one stands before.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import Checkpoint
 from utils.models.headers import TensorHeader
+from utils.recipes.group_filters import first_match, group_filters
 
 if TYPE_CHECKING:
     from utils.models.planned_tensors import ArchitecturePlan
@@ -74,7 +76,9 @@ def as_planned(names: Mapping[Key, str], plan: "ArchitecturePlan", where: str) -
     return {place: plan.spellings[name] for place, name in names.items()}
 
 
-def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> dict[str, str]:
+def exact_filters(
+    targets: Sequence[str], names: Sequence[str], where: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """The filter of each target tensor, proven against all names that a merge writes.
 
     Args:
@@ -83,7 +87,8 @@ def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> d
         where: the models, for the message.
 
     Returns:
-        target name -> filter; the first filter of the list that matches a name belongs to that tensor or its weight.
+        target name -> filter, and the filters that stand before them all, of tensors that are no targets: the first of all
+        that matches a name is one of these, or belongs to that tensor or its weight.
 
     Raises:
         UserError: a filter cannot be made to hit its own tensors only.
@@ -96,18 +101,30 @@ def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> d
     for target, extra in _misses(filters, names).items():
         if extra and target.endswith(_WEIGHT):
             filters[target] = target.removesuffix("weight")
+    before = _before(filters, names, where)
     problems = []
-    for target, extra in _misses(filters, names).items():
+    for target, extra in _misses(filters, names, before).items():
         hit = f"also hits {', '.join(extra[:3])}" if extra else "does not hit its tensor"
         problems.append(Problem(f"the filter {filters[target]!r}, meant for {target}, {hit}", "filter-inexact"))
     raise_collected(problems[:5], where)
-    return filters
+    return filters, before
 
 
-def _misses(filters: Mapping[str, str], names: Sequence[str]) -> dict[str, list[str]]:
+def _before(filters: Mapping[str, str], names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Filters of the names that end as a target does (another tower's), which hit no target."""
+    misses = _misses(filters, names)
+    longer = [name for target, extra in misses.items() for name in extra if f".{filters[target]}" in name]
+    hit = [name for name in names if name not in longer and first_match(filters, name) is not None]
+    found = group_filters(dict.fromkeys(longer, ""), [*longer, *hit], where)
+    return tuple(dict.fromkeys(found.values()))
+
+
+def _misses(filters: Mapping[str, str], names: Sequence[str], before: Sequence[str] = ()) -> dict[str, list[str]]:
     """Targets whose filter is not exact, with the names it hits wrongly (none: it does not hit its own tensor)."""
     hits: dict[str, list[str]] = {target: [] for target in filters}
     for name in names:
+        if any(text in name for text in before):
+            continue
         target = first_match(filters, name)
         if target is not None:
             hits[target].append(name)
@@ -120,18 +137,15 @@ def _misses(filters: Mapping[str, str], names: Sequence[str]) -> dict[str, list[
     return misses
 
 
-def first_match(filters: Mapping[str, str], name: str) -> str | None:
-    """The key of the first filter that mergekit would apply to `name` (plain substring, in order), or None."""
-    return next((key for key, text in filters.items() if text in name), None)
-
-
-def coverage(filters: Mapping[str, str], tensors: Sequence[NamedTensor]) -> Coverage:
-    """Count what the filters hit, and sort the rest by kind."""
-    hit = [tensor for tensor in tensors if first_match(filters, tensor.name) is not None]
+def coverage(filters: Mapping[str, str], tensors: Sequence[NamedTensor], before: Sequence[str] = ()) -> Coverage:
+    """Count what the filters hit that no filter `before` them does, and sort the rest by kind."""
+    hit: list[NamedTensor] = []
     rest: dict[str, list[NamedTensor]] = {}
     for tensor in tensors:
-        if first_match(filters, tensor.name) is None:
+        if first_match(filters, tensor.name) is None or any(text in tensor.name for text in before):
             rest.setdefault(_kind(tensor), []).append(tensor)
+        else:
+            hit.append(tensor)
     return Coverage(
         len(hit),
         len(tensors),

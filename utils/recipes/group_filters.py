@@ -7,7 +7,11 @@ dots and ended with one (`model.layers.3.self_attn.`), or whole names where no p
 from collections.abc import Hashable, Mapping, Sequence
 
 from utils.errors import Problem, raise_collected
-from utils.recipes.filters import first_match
+
+
+def first_match(filters: Mapping[str, str], name: str) -> str | None:
+    """The key of the first filter that mergekit would apply to `name` (plain substring, in order), or None."""
+    return next((key for key, text in filters.items() if text in name), None)
 
 
 def group_filters(groups: Mapping[str, Hashable], names: Sequence[str], where: str) -> dict[str, str]:

@@ -28,8 +28,9 @@ class Naming:
 
     `names` is by what was measured: (layer, component), or the name in the checkpoint. `filters` and `params` are by
     name; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
-    write beside (a head that is tied in the base), with the name whose weight they take. `coverage` is None without a
-    base checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings`
+    write beside (a head that is tied in the base), with the name whose weight they take. `before` are filters that stand
+    before all of `filters`, of tensors that are none of these. `coverage` is None without a base checkpoint to prove
+    against; `evidence` is a clause that says what the filters were proven against; `warnings`
     are sentences for the user.
     """
 
@@ -41,6 +42,7 @@ class Naming:
     warnings: tuple[str, ...] = ()
     group_filters: Mapping[str, str] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
             if planned.name not in own and (source := planned.stored_name(stored)) in names
         }
     all_names = list(names.values()) if written is None else written.names
-    proof = filters.exact_filters([names[name] for name, one in recorded.items() if one.has_density], all_names, where)
+    dense = [names[name] for name, one in recorded.items() if one.has_density]
+    proof, before = filters.exact_filters(dense, all_names, where)
     shared = None
     if grouped:
         groups = {names[name]: one.group for name, one in recorded.items()}
@@ -183,10 +186,11 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
         names=names,
         filters=proof,
         params={names[name]: one.params for name, one in recorded.items()},
-        coverage=None if written is None else filters.coverage(shared or proof, written.tensors),
+        coverage=None if written is None else filters.coverage(shared or proof, written.tensors, () if shared else before),
         evidence=evidence,
         group_filters=shared,
         tied=tied,
+        before=before,
     )
 
 
@@ -214,4 +218,9 @@ def filters_without_vectors(written: WrittenTensors | None, files: Sequence[Sali
     absent = set(left)
     # a weight's filter hits its bias, too
     own = [name for name in left if not (name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in absent)]
-    return tuple(filters.exact_filters(own, written.names, written.where).values())
+    found, before = filters.exact_filters(own, written.names, written.where)
+    raise_collected(
+        (Problem(f"no filter can hit what no text measured without {text}, which one did", "filter-inexact") for text in before),
+        written.where,
+    )
+    return tuple(found.values())

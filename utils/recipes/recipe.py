@@ -72,15 +72,17 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
         dense = rows[rows["tensor"].isin(naming.filters)]
         texts = [naming.filters[tensor] for tensor in dense["tensor"]]
         density = [float(value) for value in dense["density"]]
-        parameters = {"density": [*_conditional(texts, density), {"value": 1}]} if settings.method.keeps else {}
+        parameters = {}
+        if settings.method.keeps:
+            parameters["density"] = [*_all(naming.before, 1.0), *_conditional(texts, density), {"value": 1}]
         others = rows[~rows["tensor"].isin(settings.routers.tensors)]
-        weights = _weights(others, naming) if settings.as_weights else []
-        routers = _conditional(settings.routers.filters, [settings.routers.weight] * len(settings.routers.filters))
-        of_change = bool(settings.routers.weight) and settings.method.averages
         own = settings.expert_weights.get(expert.type, settings.weight)
+        weights = _weights(others, naming, own) if settings.as_weights else []
+        routers = _all(settings.routers.filters, settings.routers.weight)
+        of_change = bool(settings.routers.weight) and settings.method.averages
         parameters["weight"] = [*([] if of_change else routers), *weights, {"value": own}]
         if settings.as_factors or (of_change and routers):
-            factors = _weights(others, naming) if settings.as_factors else []
+            factors = _weights(others, naming, 1.0) if settings.as_factors else []
             parameters["factor"] = [*(routers if of_change else []), *factors, {"value": 1.0}]
         if expert.type in settings.saliency:
             file = settings.saliency[expert.type]
@@ -90,7 +92,7 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
             name = settings.method.extra
             wanted = float(settings.parameters.get(name, settings.method.extra_default))
             values = [extra_value(settings.method, value, wanted) for value in density]
-            parameters[name] = [*_conditional(texts, values), {"value": wanted}]
+            parameters[name] = [*_all(naming.before, wanted), *_conditional(texts, values), {"value": wanted}]
         models.append({"model": model_key(expert), "parameters": parameters})
     shared = dict(settings.parameters)
     if settings.lambda_ is not None:
@@ -167,17 +169,25 @@ def check_file_names(names: Sequence[str], config: Path) -> None:
         )
 
 
-def _weights(rows: "pd.DataFrame", naming: Naming) -> list[dict[str, Any]]:
-    """The weights under their filters, each filter once. Raises ValueError if tensors of a group differ in weight."""
+def _weights(rows: "pd.DataFrame", naming: Naming, rest: float) -> list[dict[str, Any]]:
+    """The weights under their filters, each filter once, before `rest`, which all others have.
+
+    Raises ValueError if tensors of a group differ in weight.
+    """
     by_tensor = dict(zip(rows["tensor"], map(float, rows["weight"]), strict=True))
     if naming.group_filters is None:
-        return _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
+        own = _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
+        return [*_all(naming.before, rest), *own]
     found: dict[str, float] = {}
     for tensor, text in naming.group_filters.items():
         weight = by_tensor[naming.tied.get(tensor, tensor)]
         if found.setdefault(text, weight) != weight:
             raise ValueError(f"{tensor} has another weight than the rest of its group")
     return _conditional(list(found), list(found.values()))
+
+
+def _all(texts: Sequence[str], value: float) -> list[dict[str, Any]]:
+    return _conditional(texts, [value] * len(texts))
 
 
 def _conditional(texts: Sequence[str], values: Sequence[float]) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 from utils.errors import UserError
-from utils.guidance.component_filters import require_own_filters
 from utils.guidance.lewis.deltas import delta_table
 from utils.guidance.lewis.few_tokens import few_tokens_note
 from utils.guidance.lewis.method import EXPERT_TOKENS
@@ -84,7 +83,6 @@ def on_disk(job: MeasureJob) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """Norms of the base on every text and of each expert on its own."""
-    require_own_filters(job.base)
     _refuse_added_rows(job.base)
     config = job.config
     users = {

@@ -40,13 +40,14 @@ def name_tensors(config: PairConfig, measured: Measurements, written: WrittenTen
         names = filters.as_planned(recorded, written.plan, written.where)
     else:
         names = found_names(written.tensors, layers, components, config.prefix_mapping, written.where)
-    proof = filters.exact_filters(list(names.values()), written.names, written.where)
+    proof, before = filters.exact_filters(list(names.values()), written.names, written.where)
     sizes = {tensor.name: tensor.params for tensor in written.tensors}
-    return Naming(names, proof, sizes, filters.coverage(proof, written.tensors), written.evidence)
+    covered = filters.coverage(proof, written.tensors, before)
+    return Naming(names, proof, sizes, covered, written.evidence, before=before)
 
 
 def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
-    proof = filters.exact_filters(list(names.values()), list(names.values()), NOT_HERE)
+    proof, _ = filters.exact_filters(list(names.values()), list(names.values()), NOT_HERE)
     if params:
         return Naming(names, proof, params, None, RECORDED_EVIDENCE)
     warning = (

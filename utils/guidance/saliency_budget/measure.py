@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from utils.guidance.component_filters import require_own_filters
 from utils.guidance.csv_files import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
@@ -64,7 +63,6 @@ def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
 
 def measure(job: MeasureJob) -> Measured:
     """Saliencies of every expert on its own text."""
-    require_own_filters(job.base)
     at, pieces = POINTS[job.options["gradient_at"]], []
     for expert in job.experts:
         for subject in _at(job, expert):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from utils.errors import UserError
-from utils.guidance.component_filters import require_own_filters
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
@@ -78,7 +77,6 @@ def _needed(job: MeasureJob, expert: Subject) -> GradientMemory:
 
 def measure(job: MeasureJob) -> Measured:
     """Sensitivities of each expert on its own text, distances between experts on each other's."""
-    require_own_filters(job.base)
     for expert in job.experts:
         _refuse_what_cannot_be_compared(job, expert)
     tensors = _tensor_rows(job.base)

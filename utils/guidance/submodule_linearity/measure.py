@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from utils.errors import UserError
-from utils.guidance.component_filters import require_own_filters
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
 from utils.guidance.submodule_linearity.gram import require_token_axis
@@ -58,7 +57,6 @@ def memory(job: MeasureJob) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
-    require_own_filters(job.base)
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
     _require_token_axes(job.base)
     compared = [job.base, *job.experts]

@@ -48,7 +48,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
 }
 
 
-# model_type: what it needs. Other positions, projections around the blocks, scaled logits, experts.
+# model_type: what it needs. Other positions, projections around the blocks or before the head, scaled logits, experts.
 OTHERS: Mapping[str, Mapping[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "granite": {
@@ -59,6 +59,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     },
     "cohere": {"intermediate_size": 48, "logit_scale": 0.25},
     "bloom": {"n_head": 4},
+    "modernbert-decoder": {"intermediate_size": 48, "local_attention": 16, "sep_token_id": 1, "cls_token_id": 0},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
 }

@@ -18,7 +18,7 @@ from utils.models.decoder import Decoder, holds_head
 from utils.models.weight_source import WeightSource, placed, share_tied, tied_names
 
 ToLogits = Callable[[torch.Tensor], torch.Tensor]
-"""Takes final hidden states [tokens, hidden], gives logits [tokens, vocabulary]."""
+"""Takes final hidden states [..., tokens, hidden], gives logits [..., tokens, vocabulary]."""
 
 
 @dataclass
@@ -80,25 +80,35 @@ def language_head(decoder: Decoder, tensors: Mapping[str, torch.Tensor], device:
         tensors: what `fetch_head` gave.
         device: where to compute; hidden states must be there.
     """
-    model = decoder.model
-    hidden = None
+    with ExitStack() as stack:
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        stack.enter_context(placed(decoder.model, "", there, device))
+        share_tied(decoder.model, there)
+        whole = stack.enter_context(behind_body(decoder))
+        yield lambda finals: whole(finals[None])[0]
+
+
+@contextmanager
+def behind_body(decoder: Decoder) -> Iterator[ToLogits]:
+    """The model's own forward with its body replaced by what it seems to return, with the weights that are in place.
+
+    The function takes final hidden states [samples, length, hidden], gives logits [samples, length, vocabulary].
+    """
+    model, hidden = decoder.model, None
 
     def answer(*args: Any, **kwargs: Any) -> _BodyOutput:
         return _BodyOutput(last_hidden_state=hidden)
 
     def to_logits(finals: torch.Tensor) -> torch.Tensor:
         nonlocal hidden
-        hidden = finals[None]
+        hidden = finals
         try:
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
-            return model(input_ids=ids, use_cache=False)[0][0]
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+            return model(input_ids=ids, use_cache=False)[0]
         finally:
             hidden = None
 
     with ExitStack() as stack:
-        there = {name: tensor.to(device) for name, tensor in tensors.items()}
-        stack.enter_context(placed(model, "", there, device))
-        share_tied(model, there)
         # Some models call the body, some (OPT) a part of it that holds the blocks: whichever comes first answers.
         for module in _around_blocks(decoder):
             module.forward = answer

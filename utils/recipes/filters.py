@@ -76,9 +76,7 @@ def as_planned(names: Mapping[Key, str], plan: "ArchitecturePlan", where: str) -
     return {place: plan.spellings[name] for place, name in names.items()}
 
 
-def exact_filters(
-    targets: Sequence[str], names: Sequence[str], where: str
-) -> tuple[dict[str, str], tuple[str, ...]]:
+def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """The filter of each target tensor, proven against all names that a merge writes.
 
     Args:

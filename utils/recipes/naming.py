@@ -186,7 +186,9 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
         names=names,
         filters=proof,
         params={names[name]: one.params for name, one in recorded.items()},
-        coverage=None if written is None else filters.coverage(shared or proof, written.tensors, () if shared else before),
+        coverage=None
+        if written is None
+        else filters.coverage(shared or proof, written.tensors, () if shared else before),
         evidence=evidence,
         group_filters=shared,
         tied=tied,
@@ -220,7 +222,10 @@ def filters_without_vectors(written: WrittenTensors | None, files: Sequence[Sali
     own = [name for name in left if not (name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in absent)]
     found, before = filters.exact_filters(own, written.names, written.where)
     raise_collected(
-        (Problem(f"no filter can hit what no text measured without {text}, which one did", "filter-inexact") for text in before),
+        (
+            Problem(f"no filter can hit what no text measured without {text}, which one did", "filter-inexact")
+            for text in before
+        ),
         written.where,
     )
     return tuple(found.values())

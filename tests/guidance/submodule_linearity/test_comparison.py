@@ -128,7 +128,7 @@ def grams_of(changes, tokens):
     return flat @ flat.T / tokens
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "granite", "cohere", "falcon"])
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "granite", "cohere", "falcon", "modernbert-decoder"])
 def test_every_gram_matrix_equals_a_direct_evaluation(family, tmp_path):
     save_models(family, tmp_path)
     compared_base, parts = measured(tmp_path)

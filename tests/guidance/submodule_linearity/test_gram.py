@@ -58,6 +58,8 @@ def test_token_rows_finds_the_tokens_wherever_they_are():
     assert torch.equal(token_rows(heads.transpose(1, 2), samples, length, mask, "x"), expected)
     shared = token_rows(plain[:1], samples, length, mask, "x")
     assert torch.equal(shared, (plain[:1].expand(2, 5, 6) * mask[..., None]).reshape(10, 6))
+    alike = token_rows(plain[:, :1], samples, length, mask, "x")
+    assert torch.equal(alike, (plain[:, :1].expand(2, 5, 6) * mask[..., None]).reshape(10, 6))
 
 
 def test_pads_do_not_count_even_if_they_are_not_numbers():

@@ -8,6 +8,7 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, save_tiny
 from utils.guidance.submodule_linearity.method import LEVELS
 from utils.guidance.submodule_linearity.parts import (
+    Outside,
     block_submodules,
     outside_submodules,
     require_same_parameters,
@@ -47,12 +48,9 @@ def test_the_parts_of_a_llama_block(tmp_path):
 
 
 def test_outside_the_blocks(tmp_path):
-    assert outside_submodules(decoder_of("llama", tmp_path / "llama")) == (
-        ["model.embed_tokens", "model.norm"],
-        "lm_head",
-    )
-    paths, head = outside_submodules(decoder_of("gpt2", tmp_path / "gpt2"))
-    assert paths == ["transformer.wte", "transformer.wpe", "transformer.ln_f"] and head == "lm_head"
+    llama, gpt2 = (outside_submodules(decoder_of(family, tmp_path / family)) for family in ("llama", "gpt2"))
+    assert llama == Outside(("model.embed_tokens", "model.norm"), (), "lm_head")
+    assert gpt2 == Outside(("transformer.wte", "transformer.wpe", "transformer.ln_f"), (), "lm_head")
 
 
 class Odd(nn.Module):

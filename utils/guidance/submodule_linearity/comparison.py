@@ -23,10 +23,11 @@ from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, P
 from utils.guidance.submodule_linearity.watched_parts import WatchedPart, around, watched_parts
 from utils.guidance.submodule_linearity.whole_models import WholeModels
 from utils.models.decoder import Decoder
-from utils.models.weight_source import placed
+from utils.models.weight_source import placed, tensor_names
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import BlocksInTurn, block_tensor_names
 from utils.passes.flows import Flow, stops
+from utils.passes.language_head import behind_body
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,36 @@ class _Comparison:
                     if whole is not None:
                         whole.through_block(layer, blocks)
                 on_block(layer)
+            finals = [flow.result() for flow in flows]
+            inputs = self._head_inputs(finals) if self.outside.between else finals
             self.outside.forget()
         if whole is not None:
-            self.whole_scores = whole.scores([flow.result() for flow in flows])
+            self.whole_scores = whole.scores(finals)
         around = self.outside.checked(len(flows))
         before = [part for part in around if part.layer < 0]
         behind = [part for part in around if part.layer >= 0]
-        return [*before, *parts, *behind, self.outside.head([flow.result() for flow in flows], self.passages)]
+        return [*before, *parts, *behind, self.outside.head(inputs, self.passages)]
+
+    def _head_inputs(self, finals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the head is given, after what lies between it and the body, which is observed."""
+        model, found = self.decoder.model, []
+        head = model.get_submodule(self.outside.head_path)
+        names = [name for path in self.outside.between for name in tensor_names(model.get_submodule(path), path)]
+
+        def take(states: torch.Tensor) -> torch.Tensor:
+            found.append(states)
+            return states
+
+        with ExitStack() as stack:
+            stack.enter_context(placed(model, "", self.base.weights.fetch(names), self.device))
+            to_logits = stack.enter_context(behind_body(self.decoder))
+            head.forward = take
+            stack.callback(head.__delattr__, "forward")
+            for final, passage in zip(finals, self.passages, strict=True):
+                self.passage = passage
+                to_logits(final)
+            self.passage = None
+        return found
 
     @contextmanager
     def _base_outside_placed(self) -> Iterator[None]:
@@ -189,7 +213,8 @@ class _Comparison:
         def entering(path: str) -> Callable[..., None]:
             return lambda *_: self.outside.entered.add(path)
 
-        modules = [(path, self.decoder.model.get_submodule(path)) for path in self.outside.paths]
+        paths = (*self.outside.paths, *self.outside.between)
+        modules = [(path, self.decoder.model.get_submodule(path)) for path in paths]
         handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules]
         for path in self.outside.around:
             handles.append(self.decoder.model.get_submodule(path).register_forward_hook(entering(path)))

@@ -23,12 +23,21 @@ class NoTokenAxis(UserError):
 
 def require_token_axis(shape: Sequence[int], samples: int, length: int, what: str) -> None:
     """Raise `NoTokenAxis` for the shape of an output in which tokens cannot be told apart (see `token_rows`)."""
-    if not (shape[0] in (1, samples) and length in shape[1:]) and shape[0] != samples * length:
+    if _axis_of_tokens(shape, samples, length) is None and shape[0] != samples * length:
         raise NoTokenAxis(
             f"{what} gives {list(shape)} for {samples} samples of {length} tokens; it does not process each token once "
             "and cannot be measured",
             "model-unsupported",
         )
+
+
+def _axis_of_tokens(shape: Sequence[int], samples: int, length: int) -> int | None:
+    """The axis that has an entry for each token, or one that is the same for them all ([samples, 1, width])."""
+    if len(shape) < 2 or shape[0] not in (1, samples):
+        return None
+    if length in shape[1:]:
+        return tuple(shape).index(length, 1)
+    return 1 if len(shape) == 3 and shape[1] == 1 else None
 
 
 def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tensor | None, what: str) -> torch.Tensor:
@@ -37,7 +46,7 @@ def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tens
     Args:
         output: [samples, length, ...], or with its axis of tokens elsewhere behind the first ([samples, heads, length,
             width]; the first axis of that size counts), or [samples * length, ...]; the axis of samples may have size 1
-            where all samples have the same.
+            where all samples have the same, and in [samples, 1, width] that of tokens, where all tokens have.
         samples, length: of the micro-batch.
         mask: which tokens are real (bool [samples, length]), None for all.
         what: the module, for the message.
@@ -50,9 +59,9 @@ def token_rows(output: torch.Tensor, samples: int, length: int, mask: torch.Tens
     """
     shape = tuple(output.shape)
     require_token_axis(shape, samples, length, what)
-    if shape[0] in (1, samples) and length in shape[1:]:
-        rows = output.movedim(shape.index(length, 1), 1)
-        rows = rows.expand(samples, *rows.shape[1:]).reshape(samples, length, -1)
+    if (axis := _axis_of_tokens(shape, samples, length)) is not None:
+        rows = output.movedim(axis, 1)
+        rows = rows.expand(samples, length, *rows.shape[2:]).reshape(samples, length, -1)
     else:
         rows = output.reshape(samples, length, -1)
     rows = rows.float()

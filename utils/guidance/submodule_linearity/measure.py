@@ -83,7 +83,7 @@ def _require_token_axes(base: Subject) -> None:
     """Refuse, before weights are read, a part outside the blocks whose output has no axis of tokens."""
     text, model = next(iter(base.texts.values())), base.decoder.model
     seen = dry_walk(base.decoder, text.encoded[0], f"model {base.entry.name}")
-    for path in outside_submodules(base.decoder)[0]:
+    for path in outside_submodules(base.decoder).paths:
         module = model.get_submodule(path)
         if path in seen.outputs and len(own_parameters(module)) == sum(1 for _ in module.parameters()):
             require_token_axis(seen.outputs[path], seen.samples, seen.tokens, f"model {base.entry.name}: {path}")

@@ -55,7 +55,8 @@ class OutsideChanges:
         device: torch.device,
     ) -> None:
         self.base, self.experts, self.device = base, experts, device
-        self.paths, self.head_path = outside_submodules(base.decoder)
+        found = outside_submodules(base.decoder)
+        self.paths, self.between, self.head_path = found.paths, found.between, found.head
         self.ids = torch.cat([batch.input_ids.flatten() for batch in batches]).unique()
         self.sums_shape = (texts, FOLDS, len(experts), len(experts))
         self.around = {path.rpartition(".")[0] for path in self.paths}
@@ -86,9 +87,9 @@ class OutsideChanges:
 
     def checked(self, calls: int) -> list[PartChanges]:
         """The parts, in the model's order, after a check that each that text reaches was called that often."""
-        parts = [self.parts.get(path) or self._empty_part(path, -1) for path in self.paths]
+        parts = [self.parts.get(path) or self._empty_part(path, -1) for path in (*self.paths, *self.between)]
         for part in parts:
-            if part.calls or self._is_reached(part.name):
+            if part.calls or part.name in self.between or self._is_reached(part.name):
                 part.require_calls(calls, part.name)
         return parts
 
@@ -104,8 +105,8 @@ class OutsideChanges:
             other.startswith(f"{tower}.") for other in self.paths if other != path
         )
 
-    def head(self, finals: Sequence[torch.Tensor], passages: Sequence[Passage]) -> PartChanges:
-        """The head's changes, from the final hidden states [samples, length, hidden] of each micro-batch."""
+    def head(self, inputs: Sequence[torch.Tensor], passages: Sequence[Passage]) -> PartChanges:
+        """The head's changes, from its inputs [samples, length, hidden] in each micro-batch."""
         if not isinstance(self.base.decoder.model.get_submodule(self.head_path), nn.Linear):
             raise UserError(
                 f"{self.head_path} is no linear map; this architecture is not supported", "model-unsupported"
@@ -114,8 +115,8 @@ class OutsideChanges:
         biased = heads[0][1] is not None
         part = self._empty_part(self.head_path, len(self.base.decoder.blocks))
         roots: dict[tuple[int, int], TriangularRoot] = {}
-        for final, passage in zip(finals, passages, strict=True):
-            rows = passage.rows(final, self.head_path)
+        for given, passage in zip(inputs, passages, strict=True):
+            rows = passage.rows(given, self.head_path)
             rows = _with_ones(rows, passage) if biased else rows
             for fold, own in zip(passage.folds.tolist(), rows.chunk(passage.samples), strict=True):
                 roots.setdefault((passage.text, fold), TriangularRoot()).add(own)

@@ -10,14 +10,19 @@ Outside the blocks each module with parameters of its own is a part (embeddings,
 each level the parts have every parameter exactly once, shared ones aside.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from utils.errors import UserError
 from utils.guidance.submodule_linearity.method import ATTENTION_MLP, BLOCK, TENSOR
 from utils.models.decoder import Decoder
+from utils.models.weight_source import tied_names
+from utils.passes.language_head import behind_body
 
 WHOLE_BLOCK = "block"  # what a part is called whose path inside the block is empty
 
@@ -58,11 +63,23 @@ def block_submodules(block: nn.Module) -> list[Submodule]:
     return [Submodule(path, names, tuple(levels)) for (path, names), levels in found.items()]
 
 
-def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
-    """The paths, in the model, of the modules outside the blocks that have parameters of their own, and of the head.
+@dataclass(frozen=True)
+class Outside:
+    """The paths, in the model, of the modules outside the blocks that have parameters of their own.
+
+    `paths` are those of the body, `between` those that the final hidden states go through on their way to the `head`.
+    """
+
+    paths: tuple[str, ...]
+    between: tuple[str, ...]
+    head: str
+
+
+def outside_submodules(decoder: Decoder) -> Outside:
+    """Find the parts outside the blocks; the model's parameters are on the meta device.
 
     Raises:
-        UserError: the head is missing, or something else than body and head has parameters.
+        UserError: the head is missing, or something has parameters that is not on the way to it.
     """
     model = decoder.model
     head = model.get_output_embeddings()
@@ -78,13 +95,34 @@ def outside_submodules(decoder: Decoder) -> tuple[list[str], str]:
             paths.append(path)
         else:
             others.append(path)
-    if head_path is None or others:
-        problem = f"{', '.join(others)} are neither body nor head" if others else "it has no language-model head"
-        raise UserError(
-            f"{type(model).__name__} cannot be measured part by part: {problem}; it is not supported",
-            "model-unsupported",
-        )
-    return paths, head_path
+    if head_path is None:
+        raise _not_part_by_part(model, "it has no language-model head")
+    tied = tied_names(model)
+    of_head = {name for pair in tied.items() for name in pair if any(one.startswith(f"{head_path}.") for one in pair)}
+    own = {path: [f"{path}.{name}" for name in own_parameters(model.get_submodule(path))] for path in others}
+    between = [path for path in others if not of_head.issuperset(own[path])]
+    calls = _calls_on_the_way(decoder, between) if between else Counter()
+    if astray := [path for path in between if calls[path] != 1]:
+        raise _not_part_by_part(model, f"{', '.join(astray)} are neither body nor head")
+    return Outside(tuple(paths), tuple(between), head_path)
+
+
+def _not_part_by_part(model: nn.Module, problem: str) -> UserError:
+    text = f"{type(model).__name__} cannot be measured part by part: {problem}; it is not supported"
+    return UserError(text, "model-unsupported")
+
+
+def _calls_on_the_way(decoder: Decoder, paths: Sequence[str]) -> Counter[str]:
+    """How often modules are called from the final hidden states to the logits; nothing is computed."""
+    calls: Counter[str] = Counter()
+    hidden = decoder.model.config.get_text_config(decoder=True).hidden_size
+    with ExitStack() as stack:
+        for path in paths:
+            module = decoder.model.get_submodule(path)
+            handle = module.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))
+            stack.callback(handle.remove)
+        stack.enter_context(behind_body(decoder))(torch.empty(1, 2, hidden, device="meta"))
+    return calls
 
 
 def _is_tower(decoder: Decoder) -> bool:
@@ -104,9 +142,9 @@ def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
         base: the base.
         experts: the experts by what to call them.
     """
-    paths, _ = outside_submodules(base)
+    outside = outside_submodules(base)
     for where, expert in experts.items():
-        if outside_submodules(expert)[0] != paths:
+        if outside_submodules(expert) != outside:
             raise UserError(
                 f"{where} has other modules outside its blocks than the base; it is no fine-tune of it",
                 "model-not-of-base",

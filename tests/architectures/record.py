@@ -1,5 +1,7 @@
 """What the sweep is held against: the record of outcomes, and the rows that it leaves out."""
 
+import hashlib
+import importlib.metadata
 from pathlib import Path
 
 import yaml
@@ -17,6 +19,15 @@ REFUSED = 1  # in time
 def severity(outcome: str) -> int:
     """How bad a step's outcome is: 0 it went through, 1 refused in time, 2 refused late, 3 wrong."""
     return next(place for place, start in enumerate(_SEVERITIES) if outcome.startswith(start))
+
+
+def sources() -> str:
+    """What any row's outcome may depend on, as a digest: this project's sources, the sweep's, transformers' version."""
+    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
+    here = [Path(__file__).with_name(name) for name in ("shrinking.py", "sweep.py")]
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *here]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def known_labels() -> set[str]:

@@ -1,10 +1,13 @@
 """Run the sweep over all architectures and write its table into docs/architectures.md.
 
-python -m tests.architectures.table                           all rows (about half an hour on two cores)
+python -m tests.architectures.table                           all rows but those recorded with these very sources
 python -m tests.architectures.table --part 2/6                a part of them; the others stay as they were recorded
 python -m tests.architectures.table --rows mixtral:causal     these alone
 python -m tests.architectures.table --not_ok --rows mixtral:causal      of these the steps alone that were not right
 python -m tests.architectures.table --render                  the page alone, of what was recorded
+
+A row takes 5 to 10 s of a core that is free (fewer waits where TMPDIR lies in memory), all of them half an hour; typed
+again, a run that was cut goes on.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.architectures.record import RECORD, REFUSED, ROOT, severity
+from tests.architectures.record import RECORD, REFUSED, ROOT, severity, sources
 from tests.architectures.sweep import STEPS, read_rows, sweep
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -34,9 +37,12 @@ def main() -> None:
     rows = read_rows()
     part, parts = map(int, flags.part.split("/"))
     chosen = [row for place, row in enumerate(rows) if place % parts == part - 1]
+    recorded: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    state = sources()
     if flags.rows is not None:
         chosen = [row for row in rows if row.label in flags.rows]
-    recorded: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    elif not flags.not_ok:
+        chosen = [row for row in chosen if recorded.get(row.label, {}).get("sources") != state]
     silence()
     for row in [] if flags.render else chosen:
         before = recorded[row.label]["steps"] if flags.not_ok and row.label in recorded else {}
@@ -44,6 +50,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             outcome = sweep(row, Path(folder) / "pair", steps)
         recorded[row.label] = {"architecture": outcome.architecture, "steps": before | outcome.steps}
+        if not before:
+            recorded[row.label]["sources"] = state
         print(row.label, *(f"{key}={value[:110]}" for key, value in outcome.steps.items() if value != "ok"), flush=True)
         RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     known = {row.label: recorded[row.label] for row in rows if row.label in recorded}
@@ -73,6 +81,7 @@ def _verdict(steps: Mapping[str, str]) -> str:
 def page(outcomes: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     totals = count(outcomes)
+    same = Counter(one.get("sources") for one in outcomes.values()).most_common(1)[0][1]
     lines = [
         "# Architectures",
         "",
@@ -82,8 +91,9 @@ def page(outcomes: Mapping[str, Any]) -> str:
         "float64), the merge equals the formula, nothing is missing or unexpected on reload. Otherwise a number: the reason",
         "below. This page is written by `python -m tests.architectures.table`.",
         "",
-        f"{len(outcomes)} of the {len(read_rows())} rows have been run: {totals['ok']} go through everything, {totals['refused']} are refused in some step, most "
-        f"before anything is computed, {totals['wrong']} are wrong.",
+        f"{len(outcomes)} of the {len(read_rows())} rows have been run, {same} of them with the same sources: "
+        f"{totals['ok']} go through everything, {totals['refused']} are refused in some step, most before anything is computed, "
+        f"{totals['wrong']} are wrong.",
         "",
         f"| type | class | {' | '.join(STEPS)} |",
         f"|---|---|{'---|' * len(STEPS)}",

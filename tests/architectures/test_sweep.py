@@ -1,22 +1,20 @@
 """The sweep of architectures against its record, and the record against transformers' own mappings.
 
 python -m pytest tests/architectures                              the record, and one small row
-python -m pytest -m slow tests/architectures -n 2                 every row (half an hour on two cores)
+python -m pytest -m slow tests/architectures -n 2                 every row (a quarter of an hour on two free cores)
 
 A row that has passed is not run again while no source of this project and no version has changed, so that a run that was
 cut goes on where it stood. A row fails where a step is worse than it was recorded, or wrong; after a change for the better,
 `python -m tests.architectures.table --rows LABEL` records it.
 """
 
-import hashlib
 import importlib.metadata
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.architectures.record import LEFT_OUT, RECORD, REFUSED, ROOT, known_labels, severity
+from tests.architectures.record import LEFT_OUT, RECORD, REFUSED, known_labels, severity, sources
 from tests.architectures.shrinking import all_rows
 from tests.architectures.sweep import STEPS, read_rows, sweep
 from tests.architectures.table import PAGE, page, silence
@@ -77,7 +75,7 @@ def test_one_row_of_each_group_is_measured_and_merged(label, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ROWS)
 def test_a_row_is_what_was_recorded_or_better(label, tmp_path, request):
-    key, state = f"architectures/{label.replace(':', '-')}", _state()
+    key, state = f"architectures/{label.replace(':', '-')}", sources()
     if request.config.cache is not None and request.config.cache.get(key, None) == state:
         return  # it has passed with these very sources
     silence()
@@ -90,10 +88,3 @@ def test_a_row_is_what_was_recorded_or_better(label, tmp_path, request):
     assert worse == {}
     if request.config.cache is not None:
         request.config.cache.set(key, state)
-
-
-def _state() -> str:
-    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
-    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *Path(__file__).parent.glob("*.*")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -76,7 +76,7 @@ def test_a_second_tower_whose_names_end_alike_is_kept_out_by_filters_before():
     assert hits == [1, 2, 0, 0, 0, 1]
 
 
-def test_a_name_within_a_longer_one_of_no_other_tower_is_told_apart_too():
+def test_a_name_within_a_longer_one_gets_no_density_of_it():
     names = ["layers.0.wo.weight", "layers.0.mix.layers.0.wo.weight"]
     filters, before = exact_filters(names[:1], names, "model")
     assert [_mergekit_hits([*before, *filters.values()], name) for name in names] == [1, 0]

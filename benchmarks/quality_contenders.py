@@ -70,17 +70,10 @@ def _with_shared(recipe: Path, shared: Mapping[str, float] | None) -> Path:
 
 
 def second_round(shared: Mapping[str, float] | None = None, **flags: Any) -> Variant:
-    """gram_mean measured again, on the inputs of what it merged the first time; `shared` as for `guided`."""
+    """gram_mean in two rounds; `shared` as for `guided`."""
 
     def recipe(pair: Pair, device: str) -> Path:
-        from utils.commands.merge import merge
-        from utils.merging.settings import MergeSettings
-
-        merged = pair.folder / "gram_mean_first"
-        if not merged.exists():
-            first = recipe_of(pair, pair.both, "gram_mean", {}, device)[0]
-            merge(MergeSettings(merged, first, device=device, quiet=True, write_model_card=False))
-        folder = measured(pair, "gram_mean", device, "gram_mean_second", inputs_at=str(merged))
+        folder = measured(pair, "gram_mean", device, "gram_mean_second", rounds=2)
         return _with_shared(recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0], shared)
 
     return Variant(", ".join(f"{key} {value}" for key, value in (flags | (shared or {})).items()), recipe)

@@ -13,7 +13,6 @@ from utils.commands import measure_report as report
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.measure_request import (
     already_there,
-    checkpoints_read,
     measure_request,
     pieces_request,
     refuse_changed,
@@ -143,7 +142,7 @@ def _measure(
         keep = workers is not None
         workspace = stack.enter_context(work_folder(place, pieces_of, keep=keep, through_interrupts=True))
         if workers is not None:
-            workers.refuse_unlike(workspace, {one.folder: one.files for one in checkpoints_read(options, subjects)})
+            workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
         measured = method.measure(replace(job, workspace=workspace))
         refuse_changed(subjects, request)
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")

@@ -8,7 +8,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import MeasureJob
-from utils.models.checkpoints import Checkpoint, open_checkpoint, weight_file_record
+from utils.models.checkpoints import weight_file_record
 from utils.pair.calibration import with_defaults
 from utils.pair.source import CalibrationSource
 from utils.pair.tokens import token_digest
@@ -57,22 +57,10 @@ def _routers(base: Subject) -> dict[str, Any]:
 
 
 def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
-    """The records of models and files that the method's own flags name, by flag."""
+    """The records of files that the method's own flags name, by flag."""
     named = options.method_options
-    found: dict[str, Any] = {flag: weight_file_record(one) for flag, one in _named_checkpoints(options).items()}
-    found |= {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
+    found = {flag: {"sha256": file_sha256(Path(named[flag]))} for flag in options.method.file_flags if named.get(flag)}
     return {"other_inputs": found} if found else {}
-
-
-def _named_checkpoints(options: MeasureOptions) -> dict[str, Checkpoint]:
-    """The models that the method's own flags name, by flag."""
-    named = options.method_options
-    return {flag: open_checkpoint(named[flag]) for flag in options.method.model_flags if named.get(flag)}
-
-
-def checkpoints_read(options: MeasureOptions, subjects: Sequence[Subject]) -> list[Checkpoint]:
-    """Every model that is read."""
-    return [*(subject.checkpoint for subject in subjects), *_named_checkpoints(options).values()]
 
 
 def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:

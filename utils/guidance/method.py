@@ -66,8 +66,7 @@ class GuidanceMethod:
         merge_rule: turns the merge method asked for, and the values of the method's own flags, into the one that the
             recipe names.
         tasks: what a task is on a cluster, and why no less, unless `choices` says it.
-        model_flags, file_flags: names of its *measure* flags whose values are models that it looks at besides the pair's,
-            and files.
+        file_flags: names of its *measure* flags whose values are files that it reads.
         searched: whether a search that names no guidance measures by it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
@@ -86,7 +85,6 @@ class GuidanceMethod:
     text_per_task: bool = False
     config_keys: tuple[str, ...] = ()
     own_merge_methods: tuple[str, ...] = ()
-    model_flags: tuple[str, ...] = ()
     file_flags: tuple[str, ...] = ()
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import UserError
-from utils.recipes.saliency_vectors import AXES, FORMAT, SaliencyVectors, VectorKey, open_once
+from utils.recipes.saliency_vectors import AXES, FORMAT, SaliencyVectors, VectorKey, open_once, open_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,19 @@ class GramFileWriter:
     def add_rows(self, tensor: str, gram: "Tensor") -> None:
         """Write the Gram matrix of the gradients' rows. Raises ValueError if it is not finite."""
         self._add(f"{tensor}.{ROWS}", _packed(gram))
+
+    def add_gradients(self, earlier: Path) -> None:
+        """Write what another file holds of gradients: all vectors and `rows`. What it holds of inputs is left out.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        import torch
+
+        other = open_vectors(earlier)
+        for key in sorted(other.keys):
+            if key.endswith(tuple(f".{end}" for end in (*AXES, ROWS))):
+                self._add(key, torch.from_numpy(other.file.get_tensor(key)))
 
     def _add(self, key: str, values: "Tensor") -> None:
         import torch

@@ -14,17 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here
 from tests.refusals import refused
-from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import CALIBRATION, sample_ids, write_config
+from tests.tiny_pairs import CALIBRATION, contents, sample_ids, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
+from utils.guidance.gram_mean import rounds as gram_rounds
+from utils.models.checkpoints import open_checkpoint
 
 NAMES = ("code", "math")
 FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
 
 
-def measure(out="dfs", accept=True, at=None):
-    return measure_here("gram_mean", out, accept_useless_text=accept, inputs_at=at)
+def measure(out="dfs", accept=True, rounds=1):
+    return measure_here("gram_mean", out, accept_useless_text=accept, rounds=rounds)
 
 
 @pytest.fixture(scope="module")
@@ -186,48 +187,51 @@ def test_one_expert_gives_itself(pair):
         torch.testing.assert_close(value, expert[name].float(), rtol=1e-6, atol=1e-7)
 
 
-def test_a_second_round_takes_the_inputs_of_the_merged_model(pair):
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_round_takes_the_inputs_of_what_the_one_before_merges(pair, rounds):
     folder = pair("gemma3")
-    write_config(
-        folder,
-        {**yaml.safe_load(Path("pair.yaml").read_text()), "global_parameters": {"ridge": 1e-2, "embedding_rows": True}},
-    )
-    (recipe,) = decided()
-    merge_here(folder, {**recipe, "dtype": "float32"}, "merged")
-    losses = Path("dfs/gram_mean_losses.csv").read_bytes()
-    measure("again", at="merged")
-    assert Path("again/gram_mean_losses.csv").read_bytes() == losses  # what experts gain is asked of base and experts
-    shutil.rmtree("dfs")
-    Path("again").rename("dfs")
-    (recipe,) = decided(out="second")
+    own = {"global_parameters": {"ridge": 1e-2, "embedding_rows": True}}
+    write_config(folder, yaml.safe_load(Path("pair.yaml").read_text()) | own)
+    for number in range(1, rounds):
+        (recipe,) = decided(measured=f"dfs{number}" if number > 1 else "dfs", out=f"out{number}")
+        stored = {"dtype": "float32", "out_dtype": open_checkpoint("base", None).float_dtype}
+        merge_here(folder, {**recipe, **stored}, f"merged{number}")
+        measure(f"dfs{number + 1}", rounds=number + 1)
+    name = "gram_mean_losses.csv"  # what experts gain is asked of base and experts
+    assert Path(f"dfs{rounds}", name).read_bytes() == Path("dfs", name).read_bytes()
+    assert not [path for path in Path(f"dfs{rounds}").iterdir() if path.name.startswith(".")]
+    (recipe,) = decided(measured=f"dfs{rounds}", out="last")
     found = merged(recipe, "refined", dtype="float32")
     plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
     for name, sides in plain.items():
-        sides[0].grams = Plain(folder / "merged", samples(name)).grams
+        sides[0].grams = Plain(folder / f"merged{rounds - 1}", samples(name)).grams
         sides[1].grams = {key: 0 * gram for key, gram in sides[0].grams.items()}
     for name, value in found.items():
         expected = dense(plain, {"code": 0.5, "math": 0.5}, name, False, ridge=1e-2).float()
         torch.testing.assert_close(value, expected, rtol=2e-3, atol=5e-5, msg=lambda text, at=name: f"{at}: {text}")
 
 
-def test_a_second_round_is_measured_again_where_the_merged_model_changed(pair, capsys):
+def test_a_second_round_that_was_stopped_goes_on(pair, monkeypatch, capsys):
     pair()
-    shutil.copytree("math", "merged")
-    measure("again", at="merged")
-    measure("again", at="merged")
-    assert "nothing to do" in capsys.readouterr().out
-    shutil.copy("code/model.safetensors", "merged/model.safetensors")
-    with refused("out-exists"):
-        measure("again", at="merged")
+    measure("whole", rounds=2)
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stopping.setattr(gram_rounds, "run_merge", interrupted)
+        measure("again", rounds=2)
+    capsys.readouterr()
+    measure("again", rounds=2)
+    assert "resumed: 2 pieces" in capsys.readouterr().out
+    assert contents(Path("again")) == contents(Path("whole"))
 
 
-def test_a_second_round_refuses_other_models(pair):
-    pair()
-    save_tiny("llama", Path("wider"), intermediate_size=40)
-    save_tiny("gpt2", Path("unlike"))
-    for at, code in (("wider", "model-shape"), ("unlike", "measure-merged-unlike"), ("./nowhere", "model-missing")):
-        with refused(code):
-            measure("again", at=at)
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_one_expert_alone_has_no_second_round(pair):
+    folder = pair()
+    write_config(folder, {"target_model_names": {"math": "./math"}})
+    with refused("measure-rounds-one-expert"):
+        measure("again", rounds=2)
     assert not Path("again").exists()
 
 

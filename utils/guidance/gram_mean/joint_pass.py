@@ -68,7 +68,6 @@ def joint_pass(
     device: torch.device,
     on_block: OnBlock,
     *,
-    inputs: bool = True,
     split: Split = lambda name, value: {name: value},
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
@@ -82,7 +81,6 @@ def joint_pass(
         sides: models of one architecture; decoders that no other thread uses meanwhile.
         device: where to compute.
         on_block: called twice per block and side.
-        inputs: whether Gram matrices of inputs are wanted.
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when the part of one is done with.
@@ -93,7 +91,7 @@ def joint_pass(
     named = [pair for side in sides for pair in side.decoder.model.named_parameters(remove_duplicate=False)]
     whole = (name for name, value in named if all(part.dim() <= 2 for part in split(name, value).values()))
     observer = _Gradients(frozenset(whole), _embeddings(sides), split)
-    paths = [[one.path for one in side.decoder.components if not one.is_stacked] if inputs else [] for side in sides]
+    paths = [[one.path for one in side.decoder.components if not one.is_stacked] for side in sides]
     grams = [InputGrams(own) for own in paths]
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     passed = snapshots.found(_PASSED)

@@ -11,17 +11,15 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.guidance.gram_mean import rounds
 from utils.guidance.gram_mean.input_pass import SharedInputs, Side, input_pass
 from utils.guidance.gram_mean.joint_pass import joint_pass
-from utils.guidance.gram_mean.method import AT, LOSSES, TENSORS, gram_file
+from utils.guidance.gram_mean.method import LOSSES, ROUNDS, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Component, is_transposed, weight_matrix
-from utils.models.experts_apart import with_experts_apart
-from utils.models.stored_layout import stored_layout
 from utils.passes.block_gradients import Observing, nothing
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
@@ -45,11 +43,10 @@ class ExpertGrams:
 
 @dataclass(frozen=True)
 class _Models:
-    """The models of one expert's work; `merged` is the one whose inputs are taken, if not those of base and expert."""
+    """The models of one expert's work."""
 
     base: Subject
     expert: Subject
-    merged: Subject | None = None
 
     @property
     def named(self) -> tuple[Subject, Subject]:
@@ -69,9 +66,14 @@ def choices(job: MeasureJob) -> list[str]:
     disk = max(_file_bytes(expert) for expert in job.experts)
     lines = [
         f"components: {', '.join(widths)} ({'as configured' if job.config.components else 'every linear part of a block'})"
-        f", inputs {_where(job)}; squared gradients of every parameter, at the base and at each expert",
+        f", inputs at base and expert; squared gradients of every parameter, at the base and at each expert",
         f"disk: at most {gigabytes(disk)} an expert for Gram matrices of inputs and gradients",
     ]
+    if job.options[ROUNDS] > 1:
+        lines.append(
+            f"rounds: {job.options[ROUNDS]}; from the second on the inputs are those of what the round before gives, which is merged in "
+            f"--out_dir ({gigabytes(job.base.checkpoint.total_bytes)}) meanwhile"
+        )
     for expert in job.experts:
         tokens = job.text(expert, expert).tokens
         short = {name: width for name, width in widths.items() if width > tokens}
@@ -85,8 +87,9 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at the peak of an expert's pass, about: both models, and one block's Gram matrices of both."""
-    found = []
+    """Bytes on one device at the peak, about: of an expert's pass with both models and one block's Gram matrices of both, or
+    of the merge between two rounds."""
+    found = [rounds.merging_bytes(job)]
     for expert in job.experts:
         base, own = (gradient_memory(one, job.text(one, expert).encoded) for one in (job.base, expert))
         grams = max(_gram_bytes(block) for block in job.base.decoder.blocks)
@@ -103,9 +106,11 @@ def waiting(job: MeasureJob) -> int:
 
 
 def on_disk(job: MeasureJob) -> int:
-    """Bytes of every expert's matrices, of the files with names in which hidden states wait, and of the snapshots beside them."""
-    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
-    return sum(map(_file_bytes, job.experts)) + waiting(job) + job.experts_at_a_time * 2 * snapshot
+    """Bytes of every expert's matrices in every round, of the files with names in which hidden states wait, of the snapshots
+    beside them, and of a merged model."""
+    snapshot, count = max(snapshot_bytes(subject) for subject in job.subjects), job.options[ROUNDS]
+    merged = job.base.checkpoint.total_bytes if count > 1 else 0
+    return count * sum(map(_file_bytes, job.experts)) + waiting(job) + job.experts_at_a_time * 2 * snapshot + merged
 
 
 def _gram_bytes(block: nn.Module) -> int:
@@ -116,22 +121,24 @@ def _gram_bytes(block: nn.Module) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """One file of matrices for each expert, and the tables."""
+    rounds.refuse_one_expert(job)
     pieces = []
-    merged = merged_subject(job)
     for expert in job.experts:
-        models = _Models(job.base, expert, merged)
-        for subject in models.named:
+        for subject in (job.base, expert):
             require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
-        name, blocks = expert.entry.type, (4 if merged is None else 5) * len(expert.decoder.blocks)
-        own = job.of(*models.named, *([] if merged is None else [merged]))
-        pieces.append(Piece(name, _measure_expert, (own,), blocks, name, types=(ExpertGrams, TextGain)))
+        name, blocks = expert.entry.type, 4 * len(expert.decoder.blocks)
+        pieces.append(
+            Piece(name, _measure_expert, (job.of(job.base, expert),), blocks, name, types=(ExpertGrams, TextGain))
+        )
     found: list[ExpertGrams] = job.run(pieces)
-    files: dict[str, bytes | Path] = {
-        TENSORS: TENSOR_TABLE.content(row for one in found for row in one.tensors),
-        LOSSES: LOSS_TABLE.content(row for one in found for row in one.losses),
-    }
+    files = _files(job, found, "")
+    for number in range(1, job.options[ROUNDS]):
+        with rounds.merged_subject(job, number, files) as merged:
+            found = job.run(
+                [_again(job, expert, merged, one, number) for expert, one in zip(job.experts, found, strict=True)]
+            )
+        files = _files(job, found, f"+{number}")
     names = [expert.entry.type for expert in job.experts]
-    files |= {gram_file(name): job.workspace / name / gram_file(name) for name in names}
     notes = [
         f"{name}: loss {one.gain.base:.4f} at the base, {one.gain.expert:.4f} at the expert (nats per token on its own "
         f"text, {one.gain.samples} samples)"
@@ -145,50 +152,44 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(files, tuple(notes), tuple(doubts), tuple(row for one in found for row in one.routing))
 
 
-def merged_subject(job: MeasureJob) -> Subject | None:
-    """The merged model whose inputs are to be taken, made ready like the base; None: those of base and experts.
-
-    Raises:
-        UserError: it is missing, or no model like the base.
-    """
-    if job.options[AT] is None:
-        return None
-    checkpoint = with_experts_apart(open_checkpoint(job.options[AT], None), job.trust_remote_code)
-    layout = stored_layout(job.base.decoder.model, checkpoint)
-    if layout.missing:
-        raise UserError(
-            f"--{AT} {checkpoint.name}: its tensors are not called as those of {job.base.entry.name}; give the folder "
-            "that utils/merger.py wrote for this pair",
-            "measure-merged-unlike",
-        )
-    entry = replace(job.base.entry, name=str(job.options[AT]))
-    return replace(job.base, entry=entry, checkpoint=checkpoint, layout=layout)
+def _files(job: MeasureJob, found: Sequence[ExpertGrams], end: str) -> dict[str, bytes | Path]:
+    """The tables, and the files of the pieces whose names have an end."""
+    assert job.workspace is not None
+    names = [expert.entry.type for expert in job.experts]
+    return {
+        TENSORS: TENSOR_TABLE.content(row for one in found for row in one.tensors),
+        LOSSES: LOSS_TABLE.content(row for one in found for row in one.losses),
+        **{gram_file(name): job.workspace / f"{name}{end}" / gram_file(name) for name in names},
+    }
 
 
-def _where(job: MeasureJob) -> str:
-    at = job.options[AT]
-    return "at both" if at is None else f"at the merged model {at}"
+def _again(job: MeasureJob, expert: Subject, merged: Subject, found: ExpertGrams, number: int) -> Piece:
+    """The piece that takes an expert's inputs at a merged model; all else is as the round before found it."""
+    assert job.workspace is not None
+    name, blocks = expert.entry.type, len(expert.decoder.blocks)
+    earlier = job.workspace / (name if number == 1 else f"{name}+{number - 1}") / gram_file(name)
+    arguments = (job.of(job.base, expert, merged), found, earlier)
+    return Piece(f"{name}+{number}", _measure_inputs, arguments, blocks, name, types=(ExpertGrams, TextGain))
+
+
+def _side(place: Place, job: MeasureJob, subject: Subject, expert: Subject, observing: Observing = nothing) -> Side:
+    weights = job.open_weights(subject, place.device)
+    return Side(subject.decoder, weights, job.text(subject, expert).encoded, observing)
 
 
 def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
-    models, device, on_block = _Models(*job.subjects), place.device, place.on_step
+    models, device = _Models(*job.subjects), place.device
     expert, name = models.expert, models.expert.entry.type
     predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
     snapshots = GradientSnapshots(place.snapshot)
     tensors, begun = snapshots.found("measured") or ([], None)
     path = snapshots.growing_file("grams") or place.folder / gram_file(name)
-
-    def side(subject: Subject, observing: Observing = nothing) -> Side:
-        return Side(subject.decoder, job.open_weights(subject, device), job.text(subject, expert).encoded, observing)
-
-    inputs = models.merged is None
     with (
         _kept_routers(job, models, device, snapshots) as routers,
         joint_pass(
-            [side(models.base), side(expert, routers.attached)],
+            [_side(place, job, models.base, expert), _side(place, job, expert, expert, routers.attached)],
             device,
-            on_block,
-            inputs=inputs,
+            place.on_step,
             split=models.base.layout.pieces,
             folder=place.folder,
             snapshots=snapshots,
@@ -200,17 +201,8 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
         with GramFileWriter(path, _names(models), begun) as file, _finite(expert):
             snapshots.grow("grams", file.sync)
             snapshots.keep("measured", lambda: (tensors, file.state()))
-
-            def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
-                tensors.extend(_write_inputs(file, layer, inputs, models))
-
-            if models.merged is not None and begun is None:
-                input_pass(side(models.merged), device, on_block, on_inputs)
-            elif models.merged is not None:
-                for layer in range(len(models.merged.decoder.blocks)):
-                    on_block(layer)
             for part in both.parts:
-                on_inputs(part.layer, part.inputs)
+                tensors.extend(_write_inputs(file, part.layer, part.inputs, models))
                 for parameter, axes in part.axes.items():
                     if (stored := _stored_alone(models, parameter)) is not None:
                         file.add_axes(stored, axes)
@@ -221,6 +213,20 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
         snapshots.forget()
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
     return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
+
+
+def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: Path) -> ExpertGrams:
+    """An expert's matrices with the inputs of a merged model; `found` and the file `earlier` are of the round before."""
+    base, expert, merged = job.subjects
+    models, tensors = _Models(base, expert), []
+    with GramFileWriter(place.folder / gram_file(expert.entry.type), _names(models)) as file, _finite(expert):
+
+        def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
+            tensors.extend(_write_inputs(file, layer, inputs, models))
+
+        input_pass(_side(place, job, merged, expert), place.device, place.on_step, on_inputs)
+        file.add_gradients(earlier)
+    return replace(found, tensors=tensors)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ With fewer tokens than a layer has channels C_t is singular: directions that no 
 by the ridge. Below 15 samples the rows of embeddings are, too: then it is as good.
 """
 
+from utils.flags import whole_number
 from utils.guidance.method import GuidanceMethod, MethodFlag
 from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GRAM_MEAN
 
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
-AT = "inputs_at"  # flags
+ROUNDS = "rounds"  # flags
 FORM = "form"
 FORMS = SPARSE, LOW_RANK = "sparse", "low_rank"
 
@@ -49,9 +50,11 @@ METHOD = GuidanceMethod(
     measure_flags=(
         ACCEPT_FLAG,
         MethodFlag(
-            AT,
-            "a merged model (the folder that utils/merger.py wrote, or a hub id) whose inputs are taken, for a second "
-            "round; without it those of base and experts",
+            ROUNDS,
+            "how often inputs are taken: those of base and experts, then, again and again, those of what was merged by the "
+            "round before, which lies in --out_dir meanwhile",
+            type=whole_number(1),
+            default=1,
         ),
     ),
     decide_flags=(
@@ -66,5 +69,4 @@ METHOD = GuidanceMethod(
     fewest_experts=1,
     text_per_task=True,
     config_keys=("components",),
-    model_flags=(AT,),
 )

@@ -64,7 +64,8 @@ class GramMean(WeighedMethod):
         """Gram matrices of another number of channels."""
         return misfit(file, tensor, shape)
 
-    def arithmetic_bytes(self, shape: tuple[int, ...], models: int) -> int:
+    @staticmethod
+    def arithmetic_bytes(shape: tuple[int, ...], models: int) -> int:
         """Bytes that a tensor's arithmetic takes at most beside inputs and result: float64 matrices of its width."""
         width, entries = max(shape, default=1) if len(shape) == 2 else 0, torch.Size(shape).numel()
         return 8 * (models + 3) * min(width, shape[-1] if shape else 0) ** 2 + 20 * entries

@@ -44,12 +44,12 @@ def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):
 
 def _cases() -> Iterator[Any]:
     """Every command in a fresh place and over an earlier result; a few calls of a merge in `make test`."""
-    yield pytest.param("merge", False, errno.ENOSPC, None, id="merge fresh ENOSPC few")
+    yield pytest.param("merge", False, errno.ENOSPC, None, id="merge-fresh-ENOSPC-few")
     for command, parts in PARTS.items():
         for again in (False, True) if command != "search" else (False,):
             for error in (errno.ENOSPC, errno.EIO):
                 for part in range(parts):
-                    name = f"{command} {'again' if again else 'fresh'} {errno.errorcode[error]} {part + 1} of {parts}"
+                    name = f"{command}-{'again' if again else 'fresh'}-{errno.errorcode[error]}-{part + 1}-of-{parts}"
                     marks = [pytest.mark.slow, pytest.mark.timeout(2400)]
                     yield pytest.param(command, again, error, part, id=name, marks=marks)
 
@@ -95,7 +95,7 @@ def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        pytest.param(command, part, id=f"{command} {part + 1} of {parts}")
+        pytest.param(command, part, id=f"{command}-{part + 1}-of-{parts}")
         for command, parts in READ_PARTS.items()
         for part in range(parts)
     ],
@@ -120,6 +120,7 @@ def test_any_read_that_fails_ends_in_a_message(faulty_server, folder, tmp_path, 
                 assert found == expected
             else:
                 assert "error: " in failed["stderr"]
+            if failed["code"] and "[out-not-synced]" not in failed["stderr"]:
                 assert published(found, expected) == published(BYSTANDER_ENTRIES, expected)
     assert not wrong, "\n".join(wrong)
     print(f"{len(order[part * size : (part + 1) * size])} of {len(order)} reads")

@@ -259,7 +259,7 @@ def test_a_few_changed_files(plain_server, made, usual, tmp_path, command):
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        pytest.param(command, part, id=f"{command} {part} of {parts}")
+        pytest.param(command, part, id=f"{command}-{part}-of-{parts}")
         for command, parts in PARTS.items()
         for part in range(1, parts + 1)
     ],

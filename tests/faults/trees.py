@@ -5,7 +5,10 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+import sqlite3
+import tempfile
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +50,32 @@ def digest(tree: Tree) -> str:
         total.update(f"{name!r} {entry.kind} {entry.mode} {changed} {len(entry.content)}\n".encode())
         total.update(entry.content)
     return total.hexdigest()
+
+
+def digest_of_what_is_read(tree: Tree) -> str:
+    """The same with what SQLite finds in a database, once it has mended it, for the bytes of its files.
+
+    A database in which a kill has left half a transaction is then the one without it.
+    """
+    return digest({name: _read(tree, name) for name in tree})
+
+
+def _read(tree: Tree, name: str) -> Entry:
+    entry, base = tree[name], name.removesuffix("-wal").removesuffix("-shm").removesuffix("-journal")
+    if not base.endswith(".db") or entry.kind != "file":
+        return entry
+    files = tuple((end, tree[base + end].content) for end in ("", "-wal", "-journal") if base + end in tree)
+    return replace(entry, changed=0, content=_dumped(files) if name == base else b"")
+
+
+@lru_cache
+def _dumped(files: tuple[tuple[str, bytes], ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        for end, content in files:
+            Path(folder, f"x.db{end}").write_bytes(content)
+        with contextlib.closing(sqlite3.connect(Path(folder, "x.db"))) as database:
+            assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+            return "\n".join(database.iterdump()).encode()
 
 
 def put(tree: Tree, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Pieces on this machine: results that are there are not made again, half-written ones are, and tensors come back as they were."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.faulty import Failing, full
 from tests.refusals import refused
 from tests.workers.pieces import Doubled, double, doubling, refuse
 from utils.workers.local import LocalWorkers
@@ -98,6 +100,13 @@ def test_a_work_folder_of_another_request_is_begun_anew(tmp_path):
         raise KeyboardInterrupt
     with work_folder(parent, {"rows": 2}, keep=True) as other:
         assert [path.name for path in parent.iterdir()] == [other.name] != [folder_name({"rows": 1})]
+
+
+def test_a_work_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "mkdir", Failing(os.mkdir, 3, full()))  # the folder itself, its parent, the folder again
+    with pytest.raises(OSError, match="No space"), work_folder(tmp_path / ".work", {}, keep=True):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_work_folder_that_holds_nothing_or_is_not_to_be_kept_goes_with_an_error(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
-from utils.publishing.disk import free_bytes
+from utils.publishing.disk import free_bytes, remove_tree
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.manifest import MANIFEST, with_manifest
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
@@ -121,7 +120,7 @@ def _measure(
         stack.enter_context(locked_folder(options.out_dir, is_same=same, say=say))
         if not options.overwrite:
             if already_there(options.out_dir, request):
-                shutil.rmtree(place, ignore_errors=True)  # of a run that was killed once all was published
+                remove_tree(place)  # of a run that was killed once all was published
                 (print if alone else say)(f"{options.out_dir} already holds exactly this measurement; nothing to do")
                 if alone:
                     report.say_next(options)
@@ -136,7 +135,7 @@ def _measure(
         warn(doubts)
         start = time.perf_counter()
         if options.restart:
-            shutil.rmtree(place, ignore_errors=True)
+            remove_tree(place)
         elif place.is_dir():
             say(_left_over(place, pieces_of))
         keep = workers is not None

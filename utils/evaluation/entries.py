@@ -29,7 +29,7 @@ from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
-from utils.publishing.disk import free_bytes
+from utils.publishing.disk import free_bytes, remove_tree
 from utils.runtime import computing_dtype, gigabytes
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
@@ -40,7 +40,7 @@ _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 def sweep_written(beside: Path) -> None:
     """Remove models that a killed run had written for a while; the caller has the folder to itself."""
     for folder in beside.glob(f"{_WRITTEN}*.part"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
 
 
 def refuse_little_disk(needed: int, beside: Path | None) -> None:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import math
 import pickle
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from utils.errors import UserError
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.scoring import COLUMNS, Scorer
 from utils.evaluation.store import LossStore, keep_losses, score_new, unscored
+from utils.publishing.disk import remove_tree
 from utils.publishing.manifest import sha256_of
 from utils.workers.piece import Piece, Place
 from utils.workers.ray_cluster import RayWorkers
@@ -113,7 +113,7 @@ def _score_on_cluster(
             spent[place] += seconds
         for line in result["said"]:
             scorer.say(line)
-        shutil.rmtree(cluster.folder / piece.name, ignore_errors=True)
+        remove_tree(cluster.folder / piece.name)
 
     start = time.perf_counter()
     cluster.workers.run(pieces, cluster.folder, lambda label, steps: None, on_result)

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
@@ -53,6 +53,25 @@ def sync_published(folder: Path) -> None:
             f"disk ({error.strerror}); check the disk before you rely on it",
             "out-not-synced",
         ) from error
+
+
+def remove_tree(folder: Path) -> bool:
+    """Remove a folder of this project's own; what an error stops is tried once more, then a warning says what is left.
+
+    Returns:
+        Whether nothing is left.
+    """
+    if not _not_removed(folder) or not (failures := _not_removed(folder)):
+        return True
+    why = failures[0].strerror or failures[0]
+    warn([f"{folder} is of no use any more, but could not be removed ({why}): remove it"])
+    return False
+
+
+def _not_removed(folder: Path) -> list[OSError]:
+    found: list[OSError] = []
+    shutil.rmtree(folder, onerror=lambda call, path, failure: found.append(failure[1]))
+    return [one for one in found if not isinstance(one, FileNotFoundError)]
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
-from utils.publishing.disk import sync_folder, sync_published, write_through
+from utils.publishing.disk import remove_tree, sync_folder, sync_published, write_through
 from utils.publishing.manifest import to_json
 from utils.publishing.target import refuse_existing
 from utils.signals import finish, signals_held
@@ -53,7 +53,7 @@ def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite:
             if last:
                 finish()
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        remove_tree(stage)
     sync_published(folder)
 
 
@@ -131,7 +131,7 @@ def _completed(stage: Path, folder: Path) -> list[str]:
             os.replace(stage / name, folder / name)
             moved.append(name)
     sync_folder(folder)
-    shutil.rmtree(stage, ignore_errors=True)
+    remove_tree(stage)
     return moved
 
 

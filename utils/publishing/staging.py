@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.publishing.disk import remove_empty, sync_folder, sync_published
+from utils.publishing.disk import remove_empty, remove_tree, sync_folder, sync_published
 from utils.publishing.exchange import exchange
 from utils.signals import finish, signals_held
 
@@ -92,7 +92,7 @@ def working_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _claimed(target, key or secrets.token_hex(6), say) as stage:
             if is_there():
-                shutil.rmtree(stage, ignore_errors=True)
+                remove_tree(stage)
                 yield None
                 return
             if not (stage / PROGRESS).is_file():
@@ -103,12 +103,12 @@ def working_folder(
                 if (stage / PROGRESS).is_file():
                     interrupt.kept = stage  # for the command's last words
                 else:
-                    shutil.rmtree(stage, ignore_errors=True)
+                    remove_tree(stage)
                 raise
             except BaseException:
-                shutil.rmtree(stage, ignore_errors=True)
+                remove_tree(stage)
                 raise
-            shutil.rmtree(stage, ignore_errors=True)
+            remove_tree(stage)
     except BaseException:
         remove_empty(made)
         raise
@@ -138,9 +138,8 @@ def sweep(target: Path, key: str | None = None) -> str:
     dead = [folder for folder in _siblings(target, "part", "old") if folder != own and not _is_held(folder)]
     if not dead or (any(folder.suffix == ".old" for folder in dead) and not os.path.lexists(target)):
         return ""
-    for folder in dead:
-        shutil.rmtree(folder, ignore_errors=True)
-    return f"removed what a killed run has left: {', '.join(str(folder) for folder in dead)}"
+    removed = [str(folder) for folder in dead if remove_tree(folder)]
+    return f"removed what a killed run has left: {', '.join(removed)}" if removed else ""
 
 
 def foreign_entries(folder: Path, known: Mapping[str, Stamp]) -> list[str]:
@@ -210,7 +209,7 @@ def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> Non
         raise UserError(f"{target} is a file; choose another folder", "out-is-file")
     _refuse_foreign(target, target, replaceable)
     retired = stage.with_suffix(".old")
-    shutil.rmtree(retired, ignore_errors=True)  # a dead run's, whose target is back
+    remove_tree(retired)  # a dead run's, whose target is back
     if exchange(stage, target):
         try:
             os.rename(stage, retired)  # what was the target, under a name that nobody takes for unfinished work
@@ -220,7 +219,7 @@ def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> Non
             _refuse_foreign(retired, target, replaceable)  # what appeared in the last moment
         except UserError:
             exchange(retired, target)
-            shutil.rmtree(retired, ignore_errors=True)
+            remove_tree(retired)
             raise
     else:
         os.rename(target, retired)
@@ -229,7 +228,7 @@ def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> Non
         except OSError:
             os.rename(retired, target)
             raise
-    shutil.rmtree(retired, ignore_errors=True)
+    remove_tree(retired)
 
 
 def _refuse_foreign(folder: Path, target: Path, replaceable: Mapping[str, Stamp]) -> None:

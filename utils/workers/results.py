@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.publishing.disk import sync_folder
+from utils.publishing.disk import remove_tree, sync_folder
 from utils.workers.piece import Piece
 
 _RESULT = "result.pt"
@@ -75,7 +75,7 @@ def kept_result(folder: Path, piece: Piece) -> Iterator["Keeping"]:
     try:
         yield Keeping(stage, folder, piece)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        remove_tree(stage)
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,4 @@ class Keeping:
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed runs have left half-written."""
     for path in folder.glob(f".*{_SUFFIX}"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)

@@ -1,11 +1,11 @@
 """The folder that the results of a run's pieces lie in: named after what was asked, so that only the same run goes on there."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.publishing.disk import remove_tree
 from utils.publishing.manifest import sha256_of
 from utils.workers.results import remove_unfinished
 
@@ -32,17 +32,17 @@ def work_folder(
     folder = parent / folder_name(request)
     for other in parent.iterdir() if parent.is_dir() else ():
         if other != folder or not (keep or through_interrupts):
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+            remove_tree(other)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
         yield folder
     except BaseException as error:
         remove_unfinished(folder)
         kept = keep or (through_interrupts and isinstance(error, KeyboardInterrupt))
-        if not kept or not any(folder.iterdir()):
-            shutil.rmtree(parent, ignore_errors=True)
+        if not kept or not any(folder.glob("*")):
+            remove_tree(parent)
         elif isinstance(error, KeyboardInterrupt):
             error.kept = folder  # for the command's last words
         raise
-    shutil.rmtree(parent, ignore_errors=True)
+    remove_tree(parent)

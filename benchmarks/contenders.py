@@ -169,12 +169,12 @@ def _medians(runs: Sequence[Run]) -> Run:
 
 
 def _watch(process: subprocess.Popen, peak: list[int]) -> None:
+    """Keep the most of resident pages that no file backs and nobody shares."""
+    page = os.sysconf("SC_PAGE_SIZE")
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
+            resident, shared = map(int, Path(f"/proc/{process.pid}/statm").read_text().split()[1:3])
+        except (OSError, ValueError):  # it has ended
             return
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
-        if found:
-            peak[0] = max(peak[0], int(found[1]) * 1024)
-        time.sleep(0.02)
+        peak[0] = max(peak[0], (resident - shared) * page)
+        time.sleep(0.003)

@@ -36,9 +36,15 @@ NARROW = SHAPES["llama-78m"] | {"hidden_size": 64, "intermediate_size": 64, "num
                  "vocab_size": 8192, "num_hidden_layers": 2}  # fmt: skip
 MERGE_METHODS = (
     "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della",
-    "della_linear", "model_stock", "sce", "karcher",
+    "della_linear", "model_stock", "nuslerp", "sce", "karcher", "multislerp", "nearswap", "ram", "arcee_fusion",
+    "saliency_budget", "gram_mean",
 )  # fmt: skip
-NEEDED = {"slerp": {"t": 0.5}, "linear": {"weight": 0.5}}
+OF_EACH = {
+    **{name: {} for name in ("slerp", "model_stock", "sce", "karcher", "nearswap", "ram", "arcee_fusion")},
+    **{name: {"weight": 0.5} for name in ("linear", "task_arithmetic", "nuslerp", "multislerp")},
+}
+OF_ALL = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.5}, "nearswap": {"t": 0.5}}
+OF_TWO = ("slerp", "nearswap", "arcee_fusion")  # of the base and another model
 SAMPLES = 6
 FREE = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "2")}
 _ABOUT = re.compile(r"memory: about ([\d.]+) (MB|GB|kB)")
@@ -58,20 +64,41 @@ def measuring(method: str, places: dict[str, Path], folder: Path, device: str) -
 
 def merging(method: str, places: dict[str, Path], folder: Path, device: str) -> tuple[str, ...]:
     """The command line of command 3 for one merge method."""
+    if method in guidance_methods():
+        return _guided(method, places, folder, device)
     base, *experts = (str(place) for place in places.values())
-    parameters = NEEDED.get(method, {"weight": 0.5, **({} if method in ("sce",) else {"density": 0.5})})
-    if method in ("model_stock", "karcher", "task_arithmetic"):
-        parameters = {} if method != "task_arithmetic" else {"weight": 0.5}
-    listed = [base, experts[0]] if method == "slerp" else experts
-    recipe = {"merge_method": method, "dtype": "bfloat16", "models": [
-        {"model": one, **({"parameters": parameters} if parameters and method != "slerp" else {})} for one in listed
-    ]}  # fmt: skip
-    if method == "slerp":
-        recipe["parameters"] = parameters
+    own, shared = OF_EACH.get(method, {"weight": 0.5, "density": 0.5}), OF_ALL.get(method, {})
+    listed = [base, experts[0]] if method in OF_TWO else experts
+    models = [{"model": one, **({"parameters": own} if own else {})} for one in listed]
+    recipe = {
+        "merge_method": method,
+        "dtype": "bfloat16",
+        "models": models,
+        **({"parameters": shared} if shared else {}),
+    }
     if method not in ("linear", "karcher"):
         recipe["base_model"] = base
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ("--merge_config", str(folder / "recipe.yaml"), "--output_path", str(folder / "out"), "--device", device)
+    return _merger(folder / "recipe.yaml", folder, device)
+
+
+def _guided(method: str, places: dict[str, Path], folder: Path, device: str) -> tuple[str, ...]:
+    """The command line of command 3 for the recipe that commands 1 and 2 make, which run here."""
+    for name in ("dfs", "recipes"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    measure = measuring(method, places, folder, device)
+    measure = tuple(str(folder / "dfs") if word == str(folder / "out") else word for word in measure)
+    flags = {"config_file": "pair.yaml", "delta_dfs_in_dir": "dfs", "out_dir": "recipes"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(folder / value))]
+    decide = (sys.executable, str(ROOT / "lewis_merge.py"), *words, "--guidance", method)
+    for command in (measure, decide):
+        run_once(Contender(command[1], command, 0))
+    (recipe,) = (folder / "recipes").glob("*_merge_config.yaml")
+    return _merger(recipe, folder, device)
+
+
+def _merger(recipe: Path, folder: Path, device: str) -> tuple[str, ...]:
+    words = ("--merge_config", str(recipe), "--output_path", str(folder / "out"), "--device", device)
     return (sys.executable, str(ROOT / "utils" / "merger.py"), *words)
 
 
@@ -154,10 +181,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="llama-78m", help=f"widths, separated by commas: {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="a folder in which the models stay; without it a temporary one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that every run is added to")
     args = parser.parse_args()
     depths, found = [int(one) for one in args.depths.split(",")], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.work or temporary
         for kind, names in (("measure", args.guidance), ("merge", args.merge_methods)):
             for _ in range(args.runs):
                 for row in rows(kind, _listed(names), _listed(args.shapes), depths, Path(folder), args.device):

@@ -17,6 +17,8 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_LARGE = 2**20  # bytes
 PACKAGES = ("torch", "transformers", "mergekit", "safetensors", "tokenizers", "datasets", "pandas", "numpy")
 
 
@@ -194,6 +196,18 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def give_back_what_is_freed() -> None:
+    """From now on, have the C library (glibc) hand large pieces of memory back to the system the moment they are freed.
+
+    Otherwise it keeps up to 32 MiB a piece for the next one, and what it keeps is in pieces that do not fit it: mergekit's
+    temporaries, just below that size, took up to half as much again as they need.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _LARGE)
+        set_option(_TRIM_THRESHOLD, _LARGE)
 
 
 def device_name(device: "torch.device") -> str:

@@ -35,7 +35,7 @@ from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.merging.stacked_outputs import Stacking, written_tensors
 from utils.progress_bar import progress_bar
-from utils.runtime import gigabytes
+from utils.runtime import gigabytes, give_back_what_is_freed
 
 
 class CheckedWriter(TensorWriter):
@@ -119,6 +119,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
+    give_back_what_is_freed()
     with _progress_bar(plan, settings) as progress:
         writer = CheckedWriter(folder, settings, progress, plan)
         try:

@@ -1,4 +1,4 @@
-"""A measurement with gradients that was stopped inside a model goes on there, to the same files.
+"""A measurement that was stopped inside a model goes on there, to the same files.
 
 python -m pytest tests/guidance/test_going_on.py
 """
@@ -25,6 +25,8 @@ def measured(folder):
 @pytest.mark.parametrize(
     ("method", "words", "stop_at"),
     [
+        ("lewis", ("--dtype", "bfloat16"), 2),  # of 2 steps for each model and text
+        ("lewis", ("--dtype", "bfloat16"), 4),
         ("saliency_budget", ("--gradient_at", "both"), 7),  # of 8 steps for each expert
         ("saliency_budget", ("--gradient_at", "expert"), 2),
         ("gram_mean", ("--accept_useless_text",), 2),  # of 8 steps, too
@@ -48,7 +50,7 @@ def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch, method, words, sto
         patched.setattr(local, "return_freed_memory", stop)
         assert run_here(*line, "--out_dir", "out", cwd=tmp_path).returncode == 130
     assert len(steps) == stop_at
-    assert [path for path in (tmp_path / "out").rglob("code.snapshot*") if path.is_file()]
+    assert [path for path in (tmp_path / "out").rglob("*.snapshot*") if path.is_file()]
     done_here(*line, "--out_dir", "out", cwd=tmp_path)
     assert measured(tmp_path / "out") == measured(tmp_path / "whole")
     assert not (tmp_path / "out" / ".measuring.part").exists()

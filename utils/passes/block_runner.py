@@ -140,7 +140,7 @@ def _begun(
     for flow, output in zip(flows, snapshot.outputs, strict=True):
         for layer in range(snapshot.layer):
             flow.expect(layer)
-            flow.advance_with(_on(output, device))
+            flow.advance_with(on_device(output, device))
     if list(_Around(flows)) != snapshot.around:
         for flow in flows:
             flow.close()
@@ -151,7 +151,8 @@ def _begun(
     return snapshot.layer
 
 
-def _on(output: Any, device: torch.device) -> Any:
+def on_device(output: Any, device: torch.device) -> Any:
+    """What a block has returned, a tensor or several, on a device."""
     if isinstance(output, tuple):
         return tuple(None if one is None else one.to(device) for one in output)
     return output.to(device)

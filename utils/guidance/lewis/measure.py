@@ -78,7 +78,16 @@ def memory(job: MeasureJob) -> int:
 
 def on_disk(job: MeasureJob) -> int:
     """Bytes of the snapshots that a run after a kill goes on from."""
-    return job.side_by_side * max(snapshot_bytes(subject) for subject in job.subjects)
+    return job.side_by_side * max(snapshot_bytes(subject) + _trial_bytes(subject) for subject in job.subjects)
+
+
+def _trial_bytes(subject: Subject) -> int:
+    """Of the samples that go through the blocks in float32, too: hidden states of both, and those before."""
+    if not _is_rounded(subject):
+        return 0
+    hidden = subject.decoder.model.config.get_text_config(decoder=True).hidden_size
+    slots = max(trial_batch(text.batches).input_ids.numel() for text in subject.texts.values())
+    return 2 * slots * hidden * (torch.float32.itemsize + subject.dtype.itemsize)
 
 
 def measure(job: MeasureJob) -> Measured:
@@ -264,15 +273,16 @@ def _run(
         `norms` by layer and component, (in 16 bits, in float32) each, none if there was no trial; `seconds` both ways.
     """
     weights = job.open_weights(subject, place.device)
+    going_on = {
+        "on_block": place.on_step,
+        "snapshots": None if isinstance(visitor, RangeVisitor) else Snapshots(place.snapshot),
+    }
     if not tried or not _is_rounded(subject):
-        snapshots = None if isinstance(visitor, RangeVisitor) else Snapshots(place.snapshot)
-        run_blocks(
-            subject.decoder, weights, text.batches, visitor, place.device, on_block=place.on_step, snapshots=snapshots
-        )
+        run_blocks(subject.decoder, weights, text.batches, visitor, place.device, **going_on)
         return {"norms": {}, "seconds": (0.0, 0.0)}
     with RoundingTrial(subject.decoder, trial_batch(text.batches), place.device) as trial:
         both = VisitorWithTrial(visitor, trial)
-        run_blocks(subject.decoder, weights, text.batches, both, place.device, on_block=place.on_step)
+        run_blocks(subject.decoder, weights, text.batches, both, place.device, **going_on)
     norms: Norms = {key: (float(rounded), float(exact)) for key, (rounded, exact) in trial.norms.items()}
     return {"norms": norms, "seconds": tuple(trial.seconds)}
 

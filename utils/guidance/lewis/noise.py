@@ -14,6 +14,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from utils.guidance.lewis.norms import metric_norm
 from utils.models.decoder import Decoder, weight_matrix
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Visitor, block_tensor_names, body_names
+from utils.passes.block_runner import KeptVisitor, block_tensor_names, body_names, on_device
 from utils.passes.flows import Flow, stops
 from utils.passes.second_moments import SecondMoments
 
@@ -105,6 +106,21 @@ class RoundingTrial:
             with self._weights(way, layer, block):
                 flow.advance()
 
+    def state(self) -> dict[str, Any]:
+        """Where both ways stand between two blocks, and what was measured, as plain data and tensors."""
+        norms = [(layer, name, *both) for (layer, name), both in self.norms.items()]
+        return {"norms": norms, "seconds": list(self.seconds), "outputs": [flow.returned for flow in self._flows]}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take that up again, in a pass that stands there; the blocks before seem to return what the last of them did."""
+        self.norms = {(layer, name): tuple(one.to(device) for one in both) for layer, name, *both in state["norms"]}
+        self.seconds = list(state["seconds"])
+        self._start()
+        for flow, output in zip(self._flows, state["outputs"], strict=True):
+            for layer in range(1 + max(layer for layer, _ in self.norms)):
+                flow.expect(layer)
+                flow.advance_with(on_device(output, device))
+
     def _start(self) -> None:
         """Both ways up to the first block; the embeddings in float32 are there just for that."""
         ours, exact = self.decoders
@@ -137,9 +153,9 @@ class RoundingTrial:
 
 
 class VisitorWithTrial:
-    """A visitor of blocks with a trial beside it (a `block_runner.Visitor`)."""
+    """A visitor of blocks with a trial beside it (a `block_runner.KeptVisitor`)."""
 
-    def __init__(self, visitor: Visitor, trial: RoundingTrial) -> None:
+    def __init__(self, visitor: KeptVisitor, trial: RoundingTrial) -> None:
         self.visitor, self.trial = visitor, trial
 
     @property
@@ -154,6 +170,15 @@ class VisitorWithTrial:
     def begin(self, batch: MicroBatch) -> None:
         """As the visitor."""
         self.visitor.begin(batch)
+
+    def state(self) -> dict[str, Any]:
+        """Both their states."""
+        return {"visitor": self.visitor.state(), "trial": self.trial.state()}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take both up again."""
+        self.trial.restore(state["trial"], device)
+        self.visitor.restore(state["visitor"], device)
 
     def finish(self, layer: int, block: nn.Module) -> None:
         """The trial measures the block before the visitor may prune it, and goes through it as it is then."""

@@ -40,18 +40,22 @@ def allow_trials(allowed: bool = True) -> None:
 class Trial:
     """A fork at work. `step` tells it apart in a message: what was being done when it died."""
 
-    def __init__(self, work: Callable[[Begin], None]) -> None:
-        """Begin the work, which is given what to call at each step; nothing where trials are not made."""
-        self._child, self._late = 0, False
+    def __init__(self, work: Callable[[Begin], bytes | None]) -> None:
+        """Begin the work, which is given what to call at each step; nothing where trials are not made.
+
+        What it returns comes back as `made`, where the system has files without a name.
+        """
+        self._child, self._late, self.made = 0, False, b""
         if not _allowed or not hasattr(os, "fork"):
             return
         self._deadline = time.monotonic() + WALL_SECONDS
         self._steps, writer = os.pipe()
         self._begun = b""
         os.set_blocking(self._steps, False)
+        self._results = os.memfd_create("trial") if hasattr(os, "memfd_create") else None
         self._child = os.fork()
         if not self._child:
-            _be_the_fork(work, writer)
+            _be_the_fork(work, writer, self._results)
         os.close(writer)
         atexit.register(self.close)
 
@@ -64,6 +68,7 @@ class Trial:
         os.close(self._steps)
         step, seconds, memory = json.loads((self._begun.splitlines() or [b'["starting", 0, 0]'])[-1])
         code, self._child = os.waitstatus_to_exitcode(status), 0
+        self._take_results(code == 0)
         if code == 0:
             return ""
         how = {
@@ -82,7 +87,15 @@ class Trial:
             os.kill(self._child, signal.SIGKILL)
             os.waitpid(self._child, 0)
             os.close(self._steps)
+            self._take_results(False)
             self._child = 0
+
+    def _take_results(self, is_whole: bool) -> None:
+        if self._results is not None:
+            with open(self._results, "rb") as file:
+                if is_whole:
+                    file.seek(0)
+                    self.made = file.read()
 
     def _wait(self) -> int:
         pause = 0.001
@@ -121,7 +134,7 @@ def _limit(what: int, most: int) -> None:
     resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _be_the_fork(work: Callable[[Begin], None], writer: int) -> None:
+def _be_the_fork(work: Callable[[Begin], bytes | None], writer: int, results: int | None) -> None:
     code = 0
     try:
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -142,7 +155,10 @@ def _be_the_fork(work: Callable[[Begin], None], writer: int) -> None:
             os.write(writer, f"{json.dumps([step, seconds, memory])}\n".encode())
 
         begin("starting")
-        work(begin)
+        made = work(begin)
+        if made and results is not None:
+            with open(results, "wb") as file:
+                file.write(made)
     except MemoryError:
         code = _NO_MEMORY
     except BaseException as error:

@@ -3,14 +3,18 @@
 python -m pytest tests/models/test_model_trial.py
 """
 
+import pickle
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import edit_json, save_tokenizer
 from utils.models import model_trial
 from utils.models.model_trial import ModelTrial
+from utils.models.tokenizer import load_tokenizer
+from utils.trial import allow_trials
 
 
 @pytest.mark.parametrize(("key", "value", "tokenizers"), [("model_type", "mistral", 2), ("hidden_act", "gelu", 1)])
@@ -23,6 +27,28 @@ def test_equal_tokenizers_count_once(tmp_path, monkeypatch, key, value, tokenize
     works, begun = [], []
     monkeypatch.setattr(model_trial, "Trial", works.append)
     ModelTrial([("one", one), ("other", other)])
-    works[0](lambda step, size: begun.append(step))
+    assert pickle.loads(works[0](lambda step, size: begun.append(step))) == {}  # small ones are loaded again
     assert sum("loading its config.json" in step for step in begun) == 2
     assert sum("loading its tokenizer" in step for step in begun) == tokenizers
+
+
+def test_a_large_tokenizer_is_loaded_by_the_trial_alone(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path)
+    save_tokenizer(tmp_path)
+    plain, text = load_tokenizer(tmp_path, "one", False), "Two and two is f\u00f6ur.\n"
+    plain.chat_template = "{% for one in messages %}<{{ one.content }}>{% endfor %}"
+    plain.save_pretrained(tmp_path)
+    monkeypatch.setattr(model_trial, "LARGE", 0)
+    allow_trials()
+    try:
+        ModelTrial([("one", tmp_path)]).check()
+    finally:
+        allow_trials(False)
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoTokenizer, "from_pretrained", None)
+        handed = load_tokenizer(tmp_path, "one", False)
+    again = load_tokenizer(tmp_path, "one", False)  # handed on once
+    for own in (handed, again):
+        assert type(own) is type(plain) and own.get_vocab() == plain.get_vocab() and own(text) == plain(text)
+        assert own.special_tokens_map == plain.special_tokens_map and own.padding_side == plain.padding_side
+        assert own.apply_chat_template([{"role": "user", "content": text}], tokenize=False) == f"<{text}>"

@@ -1,13 +1,18 @@
-"""A model's small files given to transformers in a fork first: its config, tokenizer and chat template."""
+"""A model's small files given to transformers in a fork first: its config, tokenizer and chat template.
+
+A large vocabulary takes seconds to load. What the fork has made of it comes back pickled, which takes a third of that.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
 from utils.models.headers import INDEX
-from utils.models.tokenizer import tokenizer_digest
+from utils.models.tokenizer import hand_on, tokenizer_digest
 from utils.models.tokenizer_files import GENERATION
 from utils.publishing.manifest import file_sha256
 from utils.runtime import import_libraries
@@ -35,14 +40,14 @@ class ModelTrial:
         Without `tokenizers` configs alone are tried.
         """
         import_libraries(*_LIBRARIES)
-        works: dict[str, tuple[str, Path, _Work]] = {}
+        works: dict[str, tuple[str, Path, _Work]] = {}  # by digest of what is tried
         for name, folder in models:
             files = {path.name: path for path in sorted(folder.iterdir()) if _is_small(path)}
             settings = [path for file, path in files.items() if file in _SETTINGS]
             works.setdefault(_same(settings), (name, folder, _build))
             if tokenizers:
-                works.setdefault(f"tokenizer {_tokenizer(folder, name)}", (name, folder, _encode))
-        self._trial = Trial(lambda begin: _try_all(list(works.values()), begin))
+                works.setdefault(_tokenizer(folder, name), (name, folder, _encode))
+        self._trial = Trial(lambda begin: pickle.dumps(_try_all(works, begin)))
 
     def check(self) -> None:
         """Wait for the end.
@@ -52,21 +57,29 @@ class ModelTrial:
         """
         if failure := self._trial.failure():
             raise UserError(f"{failure}; is this model from a source you trust?", "model-breaks-libraries")
+        if self._trial.made:
+            hand_on(pickle.loads(self._trial.made))
 
 
-_Work = Callable[[Path, Begin], None]
+_Work = Callable[[Path, Begin], Any]
 _SETTINGS = ("config.json", GENERATION)
+LARGE = 2**20  # bytes of small files from which on loading a tokenizer a second time is worth sparing
 
 
-def _try_all(works: list[tuple[str, Path, _Work]], begin: Begin) -> None:
-    for name, folder, work in works:
+def _try_all(works: Mapping[str, tuple[str, Path, _Work]], begin: Begin) -> dict[str, bytes]:
+    """Do all works; the large tokenizers that were made, pickled, by their digests."""
+    made = {}
+    for digest, (name, folder, work) in works.items():
         size = sum(path.stat().st_size for path in folder.iterdir() if _is_small(path))
         try:
-            work(folder, lambda what, name=name, size=size: begin(f"model {name}: {what}", size))
+            found = work(folder, lambda what, name=name, size=size: begin(f"model {name}: {what}", size))
+            if found is not None and size > LARGE:
+                made[digest] = pickle.dumps(found)
         except MemoryError:
             raise
         except Exception:  # which the command itself will meet, and say
             continue
+    return made
 
 
 def _build(folder: Path, begin: Begin) -> None:
@@ -80,7 +93,7 @@ def _build(folder: Path, begin: Begin) -> None:
         AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _encode(folder: Path, begin: Begin) -> None:
+def _encode(folder: Path, begin: Begin) -> Any:
     from transformers import AutoTokenizer
 
     begin("loading its tokenizer")
@@ -90,6 +103,7 @@ def _encode(folder: Path, begin: Begin) -> None:
     if tokenizer.chat_template:
         begin("rendering a conversation by its chat template")
         tokenizer.apply_chat_template(list(_CHAT), tokenize=False)
+    return tokenizer
 
 
 def _is_small(path: Path) -> bool:

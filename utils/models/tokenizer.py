@@ -1,10 +1,12 @@
 """A model's tokenizer: loaded from its folder, and told apart from others by what makes it."""
 
 import hashlib
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.bounded_files import read_json
 from utils.errors import UserError, brief
 from utils.models.headers import INDEX
 from utils.publishing.manifest import file_sha256
@@ -15,6 +17,7 @@ _TOKENIZER_REMEDY = (
     "--trust_remote_code"
 )
 _TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken"}
+_tried: dict[str, bytes] = {}
 _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 
 
@@ -39,6 +42,12 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if _tried and not trust_remote_code:
+        made = _tried.pop(
+            tokenizer_digest(folder, read_json(folder / "config.json", f"model {name}: config.json")), None
+        )
+        if made is not None:
+            return _with_vocabulary(pickle.loads(made), folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # tokenizer files fail in many ways, each with an exception of its own
@@ -48,6 +57,15 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
             f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})",
             "tokenizer-unreadable",
         ) from error
+    return _with_vocabulary(tokenizer, folder, name)
+
+
+def hand_on(made: Mapping[str, bytes]) -> None:
+    """Have `load_tokenizer` take tokenizers that a fork of this very process has made and pickled, by their digests, once."""
+    _tried.update(made)
+
+
+def _with_vocabulary(tokenizer: Any, folder: Path, name: str) -> Any:
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where files are missing
         raise UserError(
             f"model {name}: {folder} holds no vocabulary for its tokenizer; {_TOKENIZER_REMEDY}", "tokenizer-missing"

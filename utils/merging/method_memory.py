@@ -7,7 +7,7 @@ own methods read files that fit the true shapes alone; for them there are formul
 """
 
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class MethodMemory:
                 for model, dtype in loaded.items()
             }
             del common
-            with LiveBytes(tensors.values()) as counted:
+            with LiveBytes(tensors.values()) as counted, suppress(ValueError, TypeError):  # the merge itself refuses it
                 tensor.task.execute(tensors)
         return counted.peak / entries
 

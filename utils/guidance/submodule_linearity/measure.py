@@ -34,6 +34,7 @@ def choices(job: MeasureJob) -> list[str]:
     lines = [
         "inputs: the base's own; parts: blocks, their children, every module with parameters; all in float32, because "
         "bfloat16 would round away what a fine-tune changes",
+        "after a kill the measurement begins anew: all models go through one block together, and nothing is kept on the way",
     ]
     if job.options["nonlinearity"]:
         lines.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 _START = time.monotonic()
+_UP = "the time is up: the same line goes on"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,19 +31,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Begin nothing once the time is up."""
     if time.monotonic() > _START + 60 * item.config.getoption("minutes"):
-        pytest.skip("the time is up: the same line goes on")
+        pytest.skip(_UP)
 
 
 class _Notes:
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.waiting = file, 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what passes."""
+        """Note what passes, and count what waits."""
+        self.waiting += report.skipped and _UP in str(report.longrepr)
         if report.when == "call" and report.passed:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(report.nodeid + "\n")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say what is left."""
+        if self.waiting:
+            terminalreporter.write_line(f"{self.waiting} tests wait: type the same line again")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Where nothing is left, that is no failure."""
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.file.is_file():
+            session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -30,13 +30,16 @@ def _run(folder: Path, *words: str) -> str:
     ]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run([*command, *words, "."], cwd=folder, env=environment, capture_output=True, text=True)
-    return done.stdout
+    return f"{done.stdout} exit {done.returncode}"
 
 
 def test_only_what_has_not_passed_runs_again(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
-    assert "2 skipped" in _run(tmp_path, "--minutes", "0")
+    waiting = _run(tmp_path, "--minutes", "0")
+    assert "2 skipped" in waiting and "2 tests wait: type the same line again" in waiting
     assert "1 failed, 1 passed" in _run(tmp_path)
     (tmp_path / "mended").touch()
     assert "1 passed" in _run(tmp_path, "-n", "1")  # a worker runs it, and the notes are taken beside it
     assert (tmp_path / "notes/passed").read_text().splitlines() == ["test_some.py::test_one", "test_some.py::test_two"]
+    for words in ((), ("-n", "1")):  # nothing is left
+        assert _run(tmp_path, *words).endswith("exit 0")

@@ -21,7 +21,13 @@ from tests.faults.outcomes import beginning, check_result, found_in, noted, run,
 from tests.faults.pair import COMMANDS, copy_of, make_pair
 from tests.faults.trees import Tree, digest_of_what_is_read, look, put
 
-PARTS = {"measure": 1, "decide": 1, "merge": 1, "evaluate": 2, "search": 4}  # of at most 100 trees
+PARTS = {
+    "measure": 1,
+    "decide": 1,
+    "merge": 1,
+    "evaluate": 4,
+    "search": 8,
+}  # of about 30 trees where each takes seconds
 REAL = 6  # kills that are compared with the trees
 
 

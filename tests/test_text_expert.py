@@ -45,22 +45,23 @@ def tower_name(name):
 
 @pytest.fixture(scope="module", params=TOWERS)
 def folder(request, tmp_path_factory):
-    """`whole` is the base of `pair.yaml`, `tower` that of `alone.yaml`; `code` is the expert of both."""
+    """`whole` is the base of one pair, `tower` that of another; `code`, and `math` where two are needed, the experts."""
     folder = tmp_path_factory.mktemp("text_expert")
     model = tiny_model(ROWS[request.param])
     text = text_model(model)
     assert text.config.model_type == TOWERS[request.param]
     model.save_pretrained(folder / "whole")
     text.save_pretrained(folder / "tower")
-    save_changed(text, folder / "code", 1)
-    for name in ("whole", "tower", "code"):
+    for seed, name in enumerate(("code", "math"), 1):
+        save_changed(text, folder / name, seed)
+    for name in ("whole", "tower", "code", "math"):
         save_tokenizer(folder / name, size=90)
     rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {i + i}."} for i in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, base in (("alone", "tower"), ("pair", "whole")):
-        models = [{"name": f"./{base}", "type": "base"}, {"name": "./code", "type": "code"}]
-        path = write_config(folder, {"model_info": models})
-        path.rename(folder / f"{name}_config.yaml")
+        for few, experts in (("", ("code",)), ("two_", ("code", "math"))):
+            models = [{"name": f"./{base}", "type": "base"}, *({"name": f"./{one}", "type": one} for one in experts)]
+            write_config(folder, {"model_info": models}).rename(folder / f"{few}{name}_config.yaml")
     return folder
 
 
@@ -68,7 +69,7 @@ def recipes(folder, guidance, *flags):
     """The recipes of both pairs by one guidance."""
     found = {}
     for name in ("pair", "alone"):
-        out, config = f"{name}_{guidance}", f"{name}_config.yaml"
+        out, config = f"{name}_{guidance}", f"{'two_' if guidance == 'sens_merging' else ''}{name}_config.yaml"
         measure = ("--config", config, "--out_dir", out, "--guidance", guidance, *flags)
         done_here("lewis_importance.py", *measure, cwd=folder)
         decide = ("--delta_dfs_in_dir", out, "--config_file", config, "--out_dir", f"{out}_r", "--guidance", guidance)
@@ -77,7 +78,10 @@ def recipes(folder, guidance, *flags):
     return found
 
 
-@pytest.mark.parametrize("guidance", ["lewis", pytest.param("gram_mean", marks=pytest.mark.slow)])
+_OTHERS = ("sens_merging", "submodule_linearity", "saliency_budget", "gram_mean")
+
+
+@pytest.mark.parametrize("guidance", ["lewis", *(pytest.param(one, marks=pytest.mark.slow) for one in _OTHERS)])
 def test_vision_stays_and_language_is_merged(folder, guidance):
     made = recipes(folder, guidance, *(("--accept_useless_text",) if guidance == "gram_mean" else ()))
     merged = {}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
+from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.commands.merge import merge
@@ -121,6 +122,17 @@ def test_biases_that_change_are_refused(pair):
     pair("gpt2")
     with refused("adapter-unfit"):
         write(recipe_file(form="low_rank"))
+    assert not ADAPTER.exists()
+
+
+def test_a_mixture_is_refused_for_its_experts(tmp_path, monkeypatch):
+    save_mixtures(tmp_path, num_hidden_layers=2)
+    monkeypatch.chdir(tmp_path)
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "dtype": "float32"}
+    experts = [{"model": name, "parameters": {"weight": 0.5}} for name in ("code", "math")]
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"models": experts}))
+    with refused("adapter-of-mixture", "experts.0."):
+        write(Path("recipe.yaml"))
     assert not ADAPTER.exists()
 
 

@@ -9,7 +9,7 @@ The merge is computed in float32, tensor by tensor, so that its changes have the
 16 bits no sum of base and change has. Factors are those of the truncated SVD, float32.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from utils.merging.merged_tensors import MergeWork, merged_tensors, prepare
 from utils.merging.planning import PlannedMerge
 from utils.models.adapters import CONFIG, WEIGHTS
 from utils.models.checkpoints import TensorHeader
-from utils.models.decoder import is_linear, is_transposed
+from utils.models.decoder import is_experts, is_linear, is_transposed
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.publishing.manifest import to_json
@@ -103,12 +103,13 @@ def write_adapter(ready: PlannedMerge, folder: Path) -> str:
     """
     base, dtype = ready.plan.inputs.donor.checkpoint, getattr(torch, ready.plan.inputs.donor.checkpoint.float_dtype)
     model = build_skeleton(base, torch.float32, ready.settings.trust_remote_code)
-    stored = stored_layout(model, base).direct
+    layout = stored_layout(model, base)
+    stored, experts = layout.direct, _expert_tensors(model, layout)
     parameters = {header.name: name for name, header in stored.items()}
     ends = [name for name, one in model.named_modules() if one in _ends(model)]
     found, layers = _Adapter(), {name: one for name, one in model.named_modules() if is_linear(one)}
     work = prepare(ready)
-    for name, before, after in _tensors(ready, work, parameters):
+    for name, before, after in _tensors(ready, work, parameters, experts):
         (module, _, own), changes = name.rpartition("."), not torch.equal(before, after)
         if module not in layers or module in ends:
             found.add_whole(module, own, after.to(dtype), changes)
@@ -130,13 +131,19 @@ def write_adapter(ready: PlannedMerge, folder: Path) -> str:
 
 
 def _tensors(
-    ready: PlannedMerge, work: MergeWork, parameters: Mapping[str, str]
+    ready: PlannedMerge, work: MergeWork, parameters: Mapping[str, str], experts: Container[str]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name in the model, base and merge of every tensor of floating point, float32."""
     reference = ready.plan.inputs.config.base_model
     headers: dict[str, TensorHeader] = {}
     for tensor in ready.plan.tensors:
         header = tensor.sources.get(reference)
+        if header is not None and header.name in experts:
+            raise UserError(
+                f"{tensor.name}: experts of a mixture are stacked in one parameter of the model, which is no linear layer, and "
+                "the adapters written here change such layers alone; merge without --adapter",
+                "adapter-of-mixture",
+            )
         if header is None or tensor.shape != header.shape or header.name not in parameters:
             raise UserError(
                 f"{tensor.name}: the base does not store it as the model has it, so an adapter cannot change it; merge "
@@ -153,6 +160,12 @@ def _tensors(
             yield parameters[header.name], weights.fetch([name])[name], after.cpu().float()
     finally:
         weights.close()
+
+
+def _expert_tensors(model: nn.Module, layout: StoredLayout) -> set[str]:
+    """The stored names of the matrices of all mixtures' experts, stored apart or stacked."""
+    modules = [(path, one) for path, one in model.named_modules() if is_experts(one)]
+    return {name for path, one in modules for own, _ in one.named_parameters(path) for name in layout.stored_names(own)}
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

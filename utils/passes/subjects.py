@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 from utils.pair.config import ModelEntry
 from utils.pair.source import CalibrationSource
@@ -94,6 +95,23 @@ def component_names(subject: Subject) -> dict[str, str]:
         for component in decoder.components_of(layer)
         for part in subject.parts(layer, component)
     }
+
+
+def require_own_tensors(subject: Subject) -> None:
+    """Refuse a model with a component whose stored tensors hold other parts, too, so that they cannot be told apart.
+
+    Raises:
+        UserError: there is one (the experts for images of a mixture, stored in one list with those for text).
+    """
+    decoder = subject.decoder
+    for layer in range(len(decoder.blocks)):
+        for component in decoder.components_of(layer):
+            if not subject.layout.can_split(decoder.weight_name(layer, component)):
+                raise UserError(
+                    f"model {subject.entry.name}: {component.own_path} of block {layer} is stored in one with other parts, of "
+                    "which it cannot be told apart; leave it out of components, or use another --guidance, such as gram_mean",
+                    "model-unsupported",
+                )
 
 
 def stored_as(subjects: "Sequence[Subject]", parameter: str) -> "tuple[StoredLayout, str]":

@@ -25,7 +25,7 @@ from utils.passes.block_runner import Visitor, run_blocks
 from utils.passes.dry_walk import dry_walk
 from utils.passes.routing import VisitorWithRouters
 from utils.passes.snapshots import Snapshots
-from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, snapshot_bytes
+from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, require_own_tensors, snapshot_bytes
 from utils.workers.piece import Piece, Place
 
 _NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
@@ -93,6 +93,7 @@ def _trial_bytes(subject: Subject) -> int:
 def measure(job: MeasureJob) -> Measured:
     """Norms of the base on every text and of each expert on its own."""
     _refuse_added_rows(job.base)
+    require_own_tensors(job.base)
     config = job.config
     users = {
         source: [one.type for one in config.experts if config.text_of(one.type) == source] for source in config.texts

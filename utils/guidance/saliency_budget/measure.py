@@ -11,7 +11,7 @@ from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, ve
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, snapshot_bytes
+from utils.passes.subjects import Subject, require_own_tensors, snapshot_bytes
 from utils.recipes.saliency_vectors import vector_file_bytes
 from utils.workers.piece import Piece
 
@@ -63,6 +63,7 @@ def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
 
 def measure(job: MeasureJob) -> Measured:
     """Saliencies of every expert on its own text."""
+    require_own_tensors(job.base)
     at, pieces = POINTS[job.options["gradient_at"]], []
     for expert in job.experts:
         for subject in _at(job, expert):

@@ -34,7 +34,7 @@ def by_calls(model: Path) -> None:
     headers = read_headers(model, model.name)
     with TensorFiles({header.file for header in headers.values()}) as files:
         for header in headers.values():
-            files.read_whole(header).to(torch.float32)
+            files.read_whole(header, torch.float32)
 
 
 def by_maps(model: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.refusals import refused
-from utils.models.headers import TensorHeader
+from utils.models.headers import TensorHeader, read_headers
 from utils.models.tensor_files import TensorFiles
 
 
@@ -42,3 +43,16 @@ def test_a_file_that_ends_too_early(stored):
 def test_a_file_that_is_gone():
     with refused("weights-unreadable"), TensorFiles([Path("nowhere.safetensors")]):
         pass
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 100_001)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_another_dtype_is_that_of_the_whole(tmp_path, shape, dtype):
+    """Converted in pieces: the tensor is larger than one, and no multiple."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"first": torch.ones(3), "x": values}, tmp_path / "model.safetensors")
+    header = read_headers(tmp_path, "model")["x"]
+    with TensorFiles([header.file]) as files:
+        assert torch.equal(files.read_whole(header), values)
+        found = files.read_whole(header, dtype)
+    assert found.dtype == dtype and torch.equal(found, values.to(dtype))

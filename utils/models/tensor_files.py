@@ -34,6 +34,7 @@ _STORED = {
 
 _ROWS = 64  # of a matrix that an adapter changes, computed together
 _KEPT = 16  # matrices of adapters held at a time
+_ENTRIES = 2**17  # that are converted together: their buffer stays in the processor's cache
 
 
 class TensorFiles:
@@ -131,14 +132,23 @@ class TensorFiles:
             self._small[header] = found
         return found
 
-    def read_whole(self, header: TensorHeader) -> Tensor:
-        """A tensor in memory of its own, in the dtype that it is stored in.
+    def read_whole(self, header: TensorHeader, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor in memory of its own, in the dtype that it is stored in; in another one by way of a small buffer.
 
         Raises:
             UserError: as `read`; a dtype that torch does not have.
         """
-        whole = torch.empty(header.shape, dtype=stored_dtype(header))
-        self.read(header, 0, whole.view(-1))
+        stored = stored_dtype(header)
+        if header.change is not None and dtype not in (None, stored):
+            return self.read_whole(header).to(dtype)  # computed in rows, which pieces would cut
+        whole = torch.empty(header.shape, dtype=dtype or stored)
+        if whole.dtype == stored:
+            self.read(header, 0, whole.view(-1))
+            return whole
+        buffer = torch.empty(min(_ENTRIES, whole.numel()), dtype=stored)
+        for start in range(0, whole.numel(), _ENTRIES):
+            part = whole.view(-1)[start : start + _ENTRIES]
+            part.copy_(self.read(header, start, buffer[: len(part)]))
         return whole
 
     def read_ahead(self, header: TensorHeader) -> None:

@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 
 from utils.errors import UserError, brief
 from utils.models.checkpoints import Checkpoint
-from utils.models.headers import TensorHeader
+from utils.models.headers import FLOAT_DTYPES, TensorHeader
 from utils.models.pinned_copies import PinnedCopies
 from utils.models.stored_layout import StoredLayout
 from utils.models.tensor_files import TensorFiles
@@ -107,8 +107,10 @@ class StreamedWeights:
         if self.device.type != "cpu":
             return self._copies().fetch(headers, self.dtype, self.computation)
         inputs = self._inputs()
-        read = ((name, inputs.read_whole(header)) for name, header in headers.items())
-        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in read}
+        return {
+            name: inputs.read_whole(header, self.dtype if header.dtype in FLOAT_DTYPES else None)
+            for name, header in headers.items()
+        }
 
     def read_ahead(self, names: list[str]) -> None:
         """Ask the system to have these tensors' pages in memory soon; returns at once."""

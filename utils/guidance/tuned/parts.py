@@ -67,7 +67,8 @@ def plan_parts(
 
 
 def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> Parts:
-    """Write the parts, a block of all experts at a time: one folder of safetensors for each expert, float32.
+    """Write the parts, a block of all experts at a time, outside the blocks a tensor: a folder of safetensors for each
+    expert, float32.
 
     Args:
         works: the merges of single experts, by type.
@@ -83,11 +84,13 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
             stored = [one for name in names for one in layout.stored_names(name)]
             merged = merged_tensors(list(works.values()), stored)
             for type_, own in zip(works, merged, strict=True):
-                found = {name: _parameter(layout, name, own).float().cpu() - before[name] for name in names}
+                found = {name: _parameter(layout, name, own).float().cpu().sub_(before[name]) for name in names}
                 target = folder / type_ / f"part-{number:05d}.safetensors"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: part.contiguous() for name, part in found.items()}, target)
                 placed[type_] |= dict.fromkeys(names, target.name)
+                own.clear()
+                del found
     finally:
         weights.close()
     headers = {}
@@ -117,12 +120,12 @@ def _layout(headers: Mapping[str, TensorHeader]) -> StoredLayout:
 
 
 def _groups(decoder: Decoder, names: Sequence[str]) -> list[list[str]]:
-    """The parameters outside the blocks, and those of each block."""
+    """Each parameter outside the blocks by itself, since embeddings are large, and those of each block together."""
     in_blocks = block_tensor_names(decoder)
     groups: dict[str, list[str]] = {}
     for name in names:
         rest = name.removeprefix(f"{decoder.blocks_path}.")
-        groups.setdefault(rest.split(".")[0] if name in in_blocks else "", []).append(name)
+        groups.setdefault(rest.split(".")[0] if name in in_blocks else name, []).append(name)
     return list(groups.values())
 
 

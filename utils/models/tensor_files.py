@@ -34,7 +34,7 @@ _STORED = {
 
 _ROWS = 64  # of a matrix that an adapter changes, computed together
 _KEPT = 16  # matrices of adapters held at a time
-_ENTRIES = 2**17  # that are converted together: their buffer stays in the processor's cache
+_ENTRIES = 2**19  # that are converted together: fewer cost more calls, more leave the processor's cache
 
 
 class TensorFiles:

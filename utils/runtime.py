@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_LARGE = 2**20  # bytes
+_LARGE = 2**24  # bytes
 PACKAGES = ("torch", "transformers", "mergekit", "safetensors", "tokenizers", "datasets", "pandas", "numpy")
 
 

@@ -1,6 +1,8 @@
 """Tensors merged in memory, some at a time, against the model that command 3 writes by the same recipe."""
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,20 @@ def test_a_tensor_that_is_not_finite_and_a_method_that_samples_are_refused(llama
     plan = planned(tmp_path / "other.yaml", sampling)
     with refused("merge-draws"):
         prepare(plan)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_nothing_holds_what_was_merged(llamas, tmp_path, method):
+    """No circle of objects: those wait until Python looks for them, and a block after the other would pile up."""
+    work, name = prepare(planned(tmp_path / "r.yaml", recipe(llamas, method))), "model.layers.1.mlp.down_proj.weight"
+    merged_tensors([work], [name])
+    gc.collect()
+    gc.disable()
+    try:
+        (found,) = merged_tensors([work], [name])
+        held = weakref.ref(found[name].untyped_storage())
+        assert held() is not None
+        del found
+        assert held() is None
+    finally:
+        gc.enable()

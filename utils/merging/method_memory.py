@@ -31,7 +31,7 @@ from utils.merging.plan import MergePlan, OutputTensor, gathered
 from utils.models.headers import TensorHeader
 
 _SIDE = 128  # of a stand-in for a matrix
-_AT_ONCE = {"slerp": 2**20}  # entries that a method has temporaries for at a time, if not all
+AT_ONCE = {"slerp": 2**20}  # entries that a method has temporaries for at a time, if not all
 _LARGE = {"arcee_fusion": 2**21}  # entries of a stand-in, where a method does less for each of many
 
 
@@ -56,7 +56,7 @@ class MethodMemory:
         item = max(dtype.itemsize for dtype in loaded.values())
         if isinstance(self._plan.method, OwnMethod):
             return inputs + _of_own(self._plan, tensor, item)
-        each, at_once = self._made(tensor, loaded), _AT_ONCE.get(self._plan.method.spec.name, entries)
+        each, at_once = self._made(tensor, loaded), AT_ONCE.get(self._plan.method.spec.name, entries)
         result = entries * item
         made = result + (each - item) * min(entries, at_once)
         return inputs + math.ceil(max(made, result + tensor.nbytes))

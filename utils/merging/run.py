@@ -27,6 +27,7 @@ from utils.mergekit_api import (
     TensorWriterTask,
 )
 from utils.merging.fast_sparsifiers import selecting_exactly
+from utils.merging.method_memory import AT_ONCE
 from utils.merging.pieces.arithmetic import is_finite, not_finite
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.pieces.run import run_directly
@@ -119,7 +120,10 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
-    give_back_what_is_freed()
+    if (
+        plan.method.spec.name not in AT_ONCE
+    ):  # small temporaries come again and again: giving them back costs more than it gains
+        give_back_what_is_freed()
     with _progress_bar(plan, settings) as progress:
         writer = CheckedWriter(folder, settings, progress, plan)
         try:

@@ -83,6 +83,8 @@ class TensorMerge:
         `known` are cuts of these very inputs that need not be searched again; what is found is added.
         """
         self.report, self._tensor = report, work[0][0]
+        # of no object that holds it: merged tensors would stay in memory until Python looks for circles
+        self._report_read = partial(_say_read, report, self._tensor)
         self._changes, known = Changes(self._tensor, inputs), known or KnownCuts()
         self._ones = [
             _Making(
@@ -123,10 +125,6 @@ class TensorMerge:
                     self._merge_piece(one, piece.part(begin, finish), scratch)
         if not self._ones[0].finding.searched:
             self._report_read(first, stop)
-
-    def _report_read(self, first: int, stop: int) -> None:
-        nbytes = sum((stop - first) * STORED[header.dtype].itemsize for header in self._tensor.headers)
-        self.report(self._tensor.name, nbytes, 0)
 
     def _read(self, start: int, entries: int, scratch: Scratch) -> _Piece:
         inputs = range(len(self._tensor.headers))
@@ -177,6 +175,11 @@ def _is_kept(tensor: DirectTensor, place: int) -> bool:
     """Whether anything of a change is kept."""
     band = tensor.bands[place]
     return band is None or band.keep > 0
+
+
+def _say_read(report: Callable[[str, int, int], None], tensor: DirectTensor, first: int, stop: int) -> None:
+    """Tell how much of the inputs some entries are."""
+    report(tensor.name, sum((stop - first) * STORED[header.dtype].itemsize for header in tensor.headers), 0)
 
 
 def _unsaid(first: int, stop: int) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 from tests.architectures.record import ROWS
 from tests.architectures.shrinking import VOCABULARY, Row, save_changed, tiny_model
 from tests.tiny_pairs import save_tokenizer
-from utils.errors import run_command
+from utils.errors import EXIT_SIGNAL, run_command
 
 GUIDANCE = {
     "lewis": ("--expert_tokens", "0"),
@@ -130,6 +130,8 @@ def run(script: str, *arguments: object) -> str:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_command(importlib.import_module(script).main)
     except SystemExit as end:
+        if isinstance(end.code, int) and end.code > EXIT_SIGNAL:
+            raise KeyboardInterrupt from end  # the sweep was to end, not this row
         if end.code:
             said = err.getvalue()
             message = said[said.index("error: ") + 7 :] if "error: " in said else said

@@ -4,15 +4,19 @@ python -m pytest tests/passes/test_subjects.py
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.tiny_pairs import write_config
+from utils.models.decoder import Component
 from utils.models.tokenizer import tokenizer_digest
 from utils.pair.calibration import choose_samples
 from utils.pair.config import read_pair_config
 from utils.passes.preparation import Precision, model_doubts, prepare_subjects
+from utils.passes.subjects import require_own_tensors
 
 CONFIG = {"model_type": "llama"}
 
@@ -46,6 +50,20 @@ def test_subjects_stand_in_the_order_of_the_config(pair):
 def test_what_a_checkpoint_in_bfloat16_is_computed_in(pair, monkeypatch, capabilities, dtype, changes, computed):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert {subject.dtype for subject in prepared(pair, dtype, **changes)} == {computed}
+
+
+def test_a_component_that_is_stored_in_one_with_others_is_refused():
+    component = Component("gate_up_proj", "mlp.text_moe.experts", "gate_up_proj")
+    decoder = SimpleNamespace(
+        blocks=[None, None],
+        components_of=lambda layer: [component] if layer else [],
+        weight_name=lambda layer, one: f"layers.{layer}.{one.own_path}",
+    )
+    entry = SimpleNamespace(name="base")
+    apart, together = (SimpleNamespace(can_split=lambda name, can=can: can) for can in (True, False))
+    require_own_tensors(SimpleNamespace(entry=entry, decoder=decoder, layout=apart))
+    with refused("model-unsupported", "mlp.text_moe.experts.gate_up_proj of block 1"):
+        require_own_tensors(SimpleNamespace(entry=entry, decoder=decoder, layout=together))
 
 
 def test_parity_counts_the_pads(pair):

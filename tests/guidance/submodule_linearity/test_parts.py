@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.architectures.shrinking import Row, tiny_model
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, save_tiny
+from tests.tiny_checkpoints import FAMILIES, save_any, save_tiny
 from utils.guidance.submodule_linearity.method import LEVELS
 from utils.guidance.submodule_linearity.parts import (
     Outside,
@@ -51,6 +52,17 @@ def test_outside_the_blocks(tmp_path):
     llama, gpt2 = (outside_submodules(decoder_of(family, tmp_path / family)) for family in ("llama", "gpt2"))
     assert llama == Outside(("model.embed_tokens", "model.norm"), (), "lm_head")
     assert gpt2 == Outside(("transformer.wte", "transformer.wpe", "transformer.ln_f"), (), "lm_head")
+
+
+def test_what_lies_between_body_and_head_is_on_the_way_to_it(tmp_path):
+    tiny_model(Row("bert-generation", "causal")).save_pretrained(tmp_path / "bias")
+    save_any("modernbert-decoder", tmp_path / "dense")
+    found = {}
+    for name in ("bias", "dense"):
+        skeleton = build_skeleton(open_checkpoint(str(tmp_path / name)), torch.float32, False)
+        found[name] = outside_submodules(find_decoder(skeleton, [], {}, "test model"))
+    assert found["bias"].between == () and found["bias"].head == "lm_head.decoder"  # whose bias lm_head holds, too
+    assert found["dense"].between == ("lm_head.dense", "lm_head.norm") and found["dense"].head == "decoder"
 
 
 class Odd(nn.Module):

@@ -32,6 +32,7 @@ from utils.models.headers import TensorHeader
 
 _SIDE = 128  # of a stand-in for a matrix
 AT_ONCE = {"slerp": 2**20}  # entries that a method has temporaries for at a time, if not all
+_HOLES = 4  # bytes an entry: a chunk's float32 copy of an input leaves a place that the C library does not fill again (measured)
 _LARGE = {"arcee_fusion": 2**21}  # entries of a stand-in, where a method does less for each of many
 
 
@@ -59,6 +60,8 @@ class MethodMemory:
         each, at_once = self._made(tensor, loaded), AT_ONCE.get(self._plan.method.spec.name, entries)
         result = entries * item
         made = result + (each - item) * min(entries, at_once)
+        if at_once < entries and self._device.type == "cpu":
+            made += _HOLES * len(loaded) * entries
         return inputs + math.ceil(max(made, result + tensor.nbytes))
 
     def _in_memory(self, tensor: OutputTensor, model: ModelReference, loaded: torch.dtype) -> bool:

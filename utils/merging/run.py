@@ -120,9 +120,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:
     # torch's generators, numpy's and Python's, as mergekit does; only now, so that no check before has drawn from them
     set_seed(settings.random_seed)
-    if (
-        plan.method.spec.name not in AT_ONCE
-    ):  # small temporaries come again and again: giving them back costs more than it gains
+    if plan.method.spec.name not in AT_ONCE:  # small pieces that come again and again would cost page faults each time
         give_back_what_is_freed()
     with _progress_bar(plan, settings) as progress:
         writer = CheckedWriter(folder, settings, progress, plan)

@@ -2,9 +2,12 @@
 
 import hashlib
 import importlib.metadata
+from functools import cache
 from pathlib import Path
 
 import yaml
+
+from tests.architectures.shrinking import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("outcomes.json")
@@ -21,10 +24,18 @@ def severity(outcome: str) -> int:
     return next(place for place, start in enumerate(_SEVERITIES) if outcome.startswith(start))
 
 
-def sources() -> str:
-    """What any row's outcome may depend on, as a digest: this project's sources, the sweep's, transformers' version."""
-    digest = hashlib.sha256(importlib.metadata.version("transformers").encode())
+def state(row: Row) -> dict[str, str]:
+    """What a row's outcome may depend on, as digests: `sources` (this project's, the sweep's, versions of libraries), and the
+    row's own `settings`."""
+    return {"sources": _sources(), "settings": hashlib.sha256(repr(row).encode()).hexdigest()[:16]}
+
+
+@cache
+def _sources() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "mergekit")]
+    digest = hashlib.sha256(" ".join(versions).encode())
     here = [Path(__file__).with_name(name) for name in ("shrinking.py", "sweep.py")]
+    here.append(ROOT / "tests" / "tiny_pairs.py")
     for path in sorted([*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *here]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.architectures.record import RECORD, REFUSED, ROOT, severity, sources
+from tests.architectures.record import RECORD, REFUSED, ROOT, severity, state
 from tests.architectures.sweep import STEPS, read_rows, sweep
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -38,11 +38,10 @@ def main() -> None:
     part, parts = map(int, flags.part.split("/"))
     chosen = [row for place, row in enumerate(rows) if place % parts == part - 1]
     recorded: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    state = sources()
     if flags.rows is not None:
         chosen = [row for row in rows if row.label in flags.rows]
     elif not flags.not_ok:
-        chosen = [row for row in chosen if recorded.get(row.label, {}).get("sources") != state]
+        chosen = [row for row in chosen if not state(row).items() <= recorded.get(row.label, {}).items()]
     silence()
     for row in [] if flags.render else chosen:
         before = recorded[row.label]["steps"] if flags.not_ok and row.label in recorded else {}
@@ -51,7 +50,7 @@ def main() -> None:
             outcome = sweep(row, Path(folder) / "pair", steps)
         recorded[row.label] = {"architecture": outcome.architecture, "steps": before | outcome.steps}
         if not before:
-            recorded[row.label]["sources"] = state
+            recorded[row.label] |= state(row)
         print(row.label, *(f"{key}={value[:110]}" for key, value in outcome.steps.items() if value != "ok"), flush=True)
         RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     known = {row.label: recorded[row.label] for row in rows if row.label in recorded}

@@ -113,6 +113,7 @@ def _measure(
         workers=workers,
         batches_a_piece=None if workers is None else _BATCHES_A_PIECE,
     )
+    method.check(job)
     request = measure_request(options, job, samples)
     with contextlib.ExitStack() as stack:
         place, pieces_of = options.out_dir / WORK, pieces_request(job, workers, request)
@@ -166,7 +167,8 @@ def _refuse_full_disk(options: MeasureOptions, job: MeasureJob, place: Path) -> 
     """
     needed = options.method.on_disk(job)
     free, folder = free_bytes(options.out_dir)
-    free += sum(path.stat().st_blocks * 512 for path in place.rglob("*") if path.is_file())
+    found = [path.stat() for path in place.rglob("*") if path.is_file()]
+    free += 512 * sum({(one.st_dev, one.st_ino): one.st_blocks for one in found}.values())
     if free < needed:
         raise UserError(
             f"--out_dir {options.out_dir}: measuring puts up to {gigabytes(needed)} there, {folder} has {gigabytes(free)} "

@@ -45,6 +45,7 @@ def measure_request(options: MeasureOptions, job: MeasureJob, samples: Samples) 
         ],
         **_routers(job.base),
         **_other_inputs(options),
+        **options.method.depends_on(job),
     }
 
 

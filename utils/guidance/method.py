@@ -97,6 +97,17 @@ class GuidanceMethod:
         own = () if self.expert_file is None else tuple(self.expert_file(entry.type) for entry in config.experts)
         return (*own, *self.tables)
 
+    def check(self, job: "MeasureJob") -> None:
+        """Refuse what is known of a job before anything is computed. Raises a `UserError`."""
+        half = self._half("measure")
+        if hasattr(half, "check"):
+            half.check(job)
+
+    def depends_on(self, job: "MeasureJob") -> dict[str, Any]:
+        """What the measurement depends on beside the models, their text and the config's options, as plain data."""
+        half = self._half("measure")
+        return half.depends_on(job) if hasattr(half, "depends_on") else {}
+
     def choices(self, job: "MeasureJob") -> list[str]:
         """Lines that say how a job will be measured."""
         return self._half("measure").choices(job)

@@ -195,6 +195,11 @@ def open_once(path: Path) -> SaliencyVectors:
     return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
+def close_files() -> None:
+    """Let go of the files that `open_once` has left open."""
+    _opened.cache_clear()
+
+
 @lru_cache(maxsize=_OPEN_AT_ONCE)
 def _opened(path: Path, _stamp: tuple[int, int, int]) -> SaliencyVectors:
     return open_vectors(path)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here
 from tests.refusals import refused
+from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import CALIBRATION, contents, sample_ids, write_config
+from tests.tiny_pairs import CALIBRATION, contents, edit_json, sample_ids, save_tokenizer, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.guidance.gram_mean import rounds as gram_rounds
 from utils.models.checkpoints import open_checkpoint
@@ -227,12 +228,44 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-def test_one_expert_alone_has_no_second_round(pair):
-    folder = pair()
-    write_config(folder, {"target_model_names": {"math": "./math"}})
-    with refused("measure-rounds-one-expert"):
+@pytest.mark.parametrize(
+    ("keys", "code"),
+    [
+        ({"target_model_names": {"math": "./math"}}, "measure-rounds-one-expert"),
+        ({"global_parameters": {"gamma": 0.01}}, "global-parameter-unknown"),
+        ({"global_parameters": {"ridge": -1}}, "global-parameter-value"),
+    ],
+)
+def test_a_second_round_that_cannot_be_merged_is_refused_before_the_first(pair, keys, code):
+    write_config(pair(), yaml.safe_load(Path("pair.yaml").read_text()) | keys)
+    with refused(code):
         measure("again", rounds=2)
     assert not Path("again").exists()
+
+
+def test_a_second_round_needs_one_vocabulary(pair):
+    folder = pair()
+    save_tokenizer(folder / "math", size=VOCABULARY + 1)
+    weights = load_file("math/model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:1]])
+    save_file(weights, "math/model.safetensors", metadata={"format": "pt"})
+    edit_json(Path("math/config.json"), vocab_size=VOCABULARY + 1)
+    with refused("measure-rounds-vocabulary"):
+        measure("again", rounds=2)
+
+
+def test_rounds_are_measured_again_where_their_merge_is_another(pair, capsys):
+    folder = pair()
+    config = yaml.safe_load(Path("pair.yaml").read_text())
+    for ridge in (1e-2, 1e-2, 1e-1):
+        write_config(folder, config | {"global_parameters": {"ridge": ridge}})
+        if ridge == 1e-1:
+            with refused("out-exists"):
+                measure("again", rounds=2)
+        else:
+            measure("again", rounds=2)
+    assert capsys.readouterr().out.count("nothing to do") == 1
 
 
 @pytest.mark.parametrize("method", ["gram_mean", "guided_mean"])

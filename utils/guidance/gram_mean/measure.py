@@ -1,57 +1,58 @@
 """gram_mean, measure half: losses, Gram matrices and squared gradients of every expert on its own text."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from utils.errors import UserError
-from utils.guidance.gram_mean import rounds
-from utils.guidance.gram_mean.input_pass import SharedInputs, Side, input_pass
+from utils.guidance.gram_mean.expert_file import (
+    BaseAndExpert,
+    ExpertGrams,
+    names_written,
+    piece_name,
+    said_if_not_finite,
+    side_of,
+    stored_alone,
+    write_inputs,
+)
 from utils.guidance.gram_mean.joint_pass import joint_pass
 from utils.guidance.gram_mean.method import LOSSES, ROUNDS, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
-from utils.models.decoder import Component, is_transposed, weight_matrix
-from utils.passes.block_gradients import Observing, nothing
+from utils.models.decoder import weight_matrix
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import require_head
 from utils.passes.routing import RouterComparison
-from utils.passes.subjects import StoredPart, Subject, first_stored_name, snapshot_bytes, stored_as
+from utils.passes.subjects import Subject, first_stored_name, snapshot_bytes
 from utils.recipes.gram_file import GramFileWriter
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 
 
-@dataclass(frozen=True)
-class ExpertGrams:
-    """What one expert's pass gave beside its file: rows of the two tables and of the one of routers, and its gain."""
-
-    tensors: list[tuple]
-    losses: list[tuple]
-    routing: list[tuple]
-    gain: TextGain
+def check(job: MeasureJob) -> None:
+    """Refuse rounds that no merge lies between. Raises a `UserError`."""
+    if job.options[ROUNDS] > 1:
+        _rounds().check(job)
 
 
-@dataclass(frozen=True)
-class _Models:
-    """The models of one expert's work."""
+def depends_on(job: MeasureJob) -> dict[str, Any]:
+    """What several rounds depend on beside the usual, as plain data."""
+    return _rounds().depends_on(job) if job.options[ROUNDS] > 1 else {}
 
-    base: Subject
-    expert: Subject
 
-    @property
-    def named(self) -> tuple[Subject, Subject]:
-        """Those whose gradients are taken and whose checkpoints name the tensors."""
-        return self.base, self.expert
+def _rounds() -> ModuleType:
+    """The one late import of what merges: mergekit comes with it."""
+    from utils.guidance.gram_mean import rounds
+
+    return rounds
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -67,12 +68,12 @@ def choices(job: MeasureJob) -> list[str]:
     lines = [
         f"components: {', '.join(widths)} ({'as configured' if job.config.components else 'every linear part of a block'})"
         f", inputs at base and expert; squared gradients of every parameter, at the base and at each expert",
-        f"disk: at most {gigabytes(disk)} an expert for Gram matrices of inputs and gradients",
+        f"disk: at most {gigabytes(job.options[ROUNDS] * disk)} an expert for Gram matrices of inputs and gradients",
     ]
     if job.options[ROUNDS] > 1:
         lines.append(
-            f"rounds: {job.options[ROUNDS]}; from the second on the inputs are those of what the round before gives, which is merged in "
-            f"--out_dir ({gigabytes(job.base.checkpoint.total_bytes)}) meanwhile"
+            f"rounds: {job.options[ROUNDS]}; from the second on the inputs are those of what the round before gives, which "
+            f"is merged in --out_dir meanwhile ({gigabytes(job.base.checkpoint.total_bytes)})"
         )
     for expert in job.experts:
         tokens = job.text(expert, expert).tokens
@@ -89,7 +90,7 @@ def choices(job: MeasureJob) -> list[str]:
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak, about: of an expert's pass with both models and one block's Gram matrices of both, or
     of the merge between two rounds."""
-    found = [rounds.merging_bytes(job)]
+    found = [_rounds().merging_bytes(job)] if job.options[ROUNDS] > 1 else []
     for expert in job.experts:
         base, own = (gradient_memory(one, job.text(one, expert).encoded) for one in (job.base, expert))
         grams = max(_gram_bytes(block) for block in job.base.decoder.blocks)
@@ -121,7 +122,6 @@ def _gram_bytes(block: nn.Module) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """One file of matrices for each expert, and the tables."""
-    rounds.refuse_one_expert(job)
     pieces = []
     for expert in job.experts:
         for subject in (job.base, expert):
@@ -131,13 +131,10 @@ def measure(job: MeasureJob) -> Measured:
             Piece(name, _measure_expert, (job.of(job.base, expert),), blocks, name, types=(ExpertGrams, TextGain))
         )
     found: list[ExpertGrams] = job.run(pieces)
-    files = _files(job, found, "")
+    files = _files(job, found, 0)
     for number in range(1, job.options[ROUNDS]):
-        with rounds.merged_subject(job, number, files) as merged:
-            found = job.run(
-                [_again(job, expert, merged, one, number) for expert, one in zip(job.experts, found, strict=True)]
-            )
-        files = _files(job, found, f"+{number}")
+        found = _rounds().measured_again(job, number, files, found)
+        files = _files(job, found, number)
     names = [expert.entry.type for expert in job.experts]
     notes = [
         f"{name}: loss {one.gain.base:.4f} at the base, {one.gain.expert:.4f} at the expert (nats per token on its own "
@@ -152,33 +149,19 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(files, tuple(notes), tuple(doubts), tuple(row for one in found for row in one.routing))
 
 
-def _files(job: MeasureJob, found: Sequence[ExpertGrams], end: str) -> dict[str, bytes | Path]:
-    """The tables, and the files of the pieces whose names have an end."""
+def _files(job: MeasureJob, found: Sequence[ExpertGrams], number: int) -> dict[str, bytes | Path]:
+    """The tables, and the files of the pieces of the round after `number` others."""
     assert job.workspace is not None
     names = [expert.entry.type for expert in job.experts]
     return {
         TENSORS: TENSOR_TABLE.content(row for one in found for row in one.tensors),
         LOSSES: LOSS_TABLE.content(row for one in found for row in one.losses),
-        **{gram_file(name): job.workspace / f"{name}{end}" / gram_file(name) for name in names},
+        **{gram_file(name): job.workspace / piece_name(name, number) / gram_file(name) for name in names},
     }
 
 
-def _again(job: MeasureJob, expert: Subject, merged: Subject, found: ExpertGrams, number: int) -> Piece:
-    """The piece that takes an expert's inputs at a merged model; all else is as the round before found it."""
-    assert job.workspace is not None
-    name, blocks = expert.entry.type, len(expert.decoder.blocks)
-    earlier = job.workspace / (name if number == 1 else f"{name}+{number - 1}") / gram_file(name)
-    arguments = (job.of(job.base, expert, merged), found, earlier)
-    return Piece(f"{name}+{number}", _measure_inputs, arguments, blocks, name, types=(ExpertGrams, TextGain))
-
-
-def _side(place: Place, job: MeasureJob, subject: Subject, expert: Subject, observing: Observing = nothing) -> Side:
-    weights = job.open_weights(subject, place.device)
-    return Side(subject.decoder, weights, job.text(subject, expert).encoded, observing)
-
-
 def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
-    models, device = _Models(*job.subjects), place.device
+    models, device = BaseAndExpert(*job.subjects), place.device
     expert, name = models.expert, models.expert.entry.type
     predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
     snapshots = GradientSnapshots(place.snapshot)
@@ -187,7 +170,7 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     with (
         _kept_routers(job, models, device, snapshots) as routers,
         joint_pass(
-            [_side(place, job, models.base, expert), _side(place, job, expert, expert, routers.attached)],
+            [side_of(place, job, models.base, expert), side_of(place, job, expert, expert, routers.attached)],
             device,
             place.on_step,
             split=models.base.layout.pieces,
@@ -198,13 +181,13 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
             refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
-        with GramFileWriter(path, _names(models), begun) as file, _finite(expert):
+        with GramFileWriter(path, names_written(models), begun) as file, said_if_not_finite(expert):
             snapshots.grow("grams", file.sync)
             snapshots.keep("measured", lambda: (tensors, file.state()))
             for part in both.parts:
-                tensors.extend(_write_inputs(file, part.layer, part.inputs, models))
+                tensors.extend(write_inputs(file, part.layer, part.inputs, models))
                 for parameter, axes in part.axes.items():
-                    if (stored := _stored_alone(models, parameter)) is not None:
+                    if (stored := stored_alone(models, parameter)) is not None:
                         file.add_axes(stored, axes)
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
@@ -215,85 +198,13 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
 
 
-def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: Path) -> ExpertGrams:
-    """An expert's matrices with the inputs of a merged model; `found` and the file `earlier` are of the round before."""
-    base, expert, merged = job.subjects
-    models, tensors = _Models(base, expert), []
-    with GramFileWriter(place.folder / gram_file(expert.entry.type), _names(models)) as file, _finite(expert):
-
-        def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
-            tensors.extend(_write_inputs(file, layer, inputs, models))
-
-        input_pass(_side(place, job, merged, expert), place.device, place.on_step, on_inputs)
-        file.add_gradients(earlier)
-    return replace(found, tensors=tensors)
-
-
 @contextlib.contextmanager
 def _kept_routers(
-    job: MeasureJob, models: _Models, device: torch.device, snapshots: GradientSnapshots
+    job: MeasureJob, models: BaseAndExpert, device: torch.device, snapshots: GradientSnapshots
 ) -> Iterator[RouterComparison]:
     with compared_routers(job, models.expert, models.base, device) as routers:
         keep_routing(snapshots, routers, device)
         yield routers
-
-
-@contextlib.contextmanager
-def _finite(expert: Subject) -> Iterator[None]:
-    """Say what it means where the file refuses numbers."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(
-            f"{expert.entry.name}, its inputs or gradients are not finite in {expert.dtype} ({error}); check the "
-            "checkpoints, or use --dtype float32 or bfloat16",
-            "measure-not-finite",
-        ) from error
-
-
-def _stored_alone(models: _Models, name: str) -> str | None:
-    """The stored tensor that a parameter, or a piece of one, is; None where it is only a part of one, or several."""
-    if name in models.base.checkpoint.tensors:
-        return name
-    layout, own = stored_as(models.named, name)
-    stored = layout.stored_names(own)
-    return stored[0] if len(stored) == 1 and not layout.is_part(own) else None
-
-
-def _names(models: _Models) -> set[str]:
-    """The names in the checkpoints of everything that may be written."""
-    found = set()
-    for subject in models.named:
-        for name, _ in subject.decoder.model.named_parameters(remove_duplicate=False):
-            layout, own = stored_as(models.named, name)
-            found.update(layout.stored_names(own))
-    return found
-
-
-def _write_inputs(
-    file: GramFileWriter, layer: int | None, inputs: Sequence[SharedInputs], models: _Models
-) -> Iterator[tuple]:
-    """Write a block's Gram matrices of inputs; rows of the table of tensors."""
-    base = models.base
-    for shared in inputs:
-        stored = [part for component in shared.components for part in _with_the_same_inputs(base, layer, component)]
-        if not stored:
-            continue
-        module = base.decoder.blocks[layer].get_submodule(shared.components[0].path)
-        file.add_inputs(
-            stored[0].tensor, 0 if is_transposed(module) else 1, shared.gram, [one.tensor for one in stored[1:]]
-        )
-        for part in stored:
-            params = math.prod(base.checkpoint.tensors[part.tensor].shape)
-            yield models.expert.entry.type, layer, part.name, part.tensor, params, len(shared.gram), shared.tokens
-
-
-def _with_the_same_inputs(base: Subject, layer: int, component: Component) -> list[StoredPart]:
-    """The stored tensors of a linear part that have its inputs: itself, or the pieces it is stored in."""
-    name = base.decoder.weight_name(layer, component)
-    if base.layout.is_part(name) or not base.layout.can_split(name):
-        return []
-    return base.parts(layer, component)
 
 
 def _file_bytes(expert: Subject) -> int:

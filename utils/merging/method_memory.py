@@ -137,7 +137,8 @@ def _of_own(plan: MergePlan, tensor: OutputTensor, item: int) -> int:
     """
     models = max(1, len(tensor.sources) - 1)
     if isinstance(plan.method, GramMean):
-        return plan.method.arithmetic_bytes(tensor.shape or (), models)
+        is_vocabulary = tensor.vocabulary_axis is not None
+        return plan.method.arithmetic_bytes(tensor.shape or (), models, is_vocabulary=is_vocabulary)
     densities = [values.get("density", 1.0) for _, values in tensor.task.input_parameters.items()]
     cut = sum(0 < density < 1 for density in densities)
     if isinstance(plan.method, GuidedMean):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**22  # entries of a change that are solved for together
+AT_ONCE = 2**22  # entries of a change that are solved for together
 _MOST_RIDGE = 1e-1
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def gram_mean(
     factor = _definite_factor(joint, scale, ridge, label)
     del joint
     merged = torch.empty(anchor.shape, dtype=torch.float64, device=anchor.device)
-    at_once = max(1, _AT_ONCE // anchor.shape[1])
+    at_once = max(1, AT_ONCE // anchor.shape[1])
     for start in range(0, len(anchor), at_once):
         rows = slice(start, start + at_once)
         middle = anchor[rows].double()

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.mergekit_api import TensorGroup
+from utils.merging.guided.gram import AT_ONCE as SOLVED_AT_ONCE
 from utils.merging.guided.gram import InputChange, gram_mean
 from utils.merging.guided.low_rank import low_rank_factors, rank_of
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
-from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.merging.guided.mean import TEMPORARIES, WeighedModel, guided_mean
 from utils.merging.guided.own_method import FACTOR, SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
 from utils.merging.guided.refit import refitted
+from utils.merging.guided.row_gram import AT_ONCE as ROWS_AT_ONCE
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
@@ -65,10 +67,27 @@ class GramMean(WeighedMethod):
         return misfit(file, tensor, shape)
 
     @staticmethod
-    def arithmetic_bytes(shape: tuple[int, ...], models: int) -> int:
-        """Bytes that a tensor's arithmetic takes at most beside inputs and result: float64 matrices of its width."""
-        width, entries = max(shape, default=1) if len(shape) == 2 else 0, torch.Size(shape).numel()
-        return 8 * (models + 3) * min(width, shape[-1] if shape else 0) ** 2 + 20 * entries
+    def arithmetic_bytes(shape: tuple[int, ...], models: int, *, is_vocabulary: bool) -> int:
+        """Bytes that a tensor's arithmetic takes at its peak beside the inputs, the result included.
+
+        The base, every change and what is merged are there in float64 at once, of a linear layer its anchor, too; and the
+        matrices of its width w: float32 and float64 of every model, their sum, its copy and its factor. Pieces of rows are
+        solved for with a few temporaries.
+
+        Args:
+            shape: of the tensor.
+            models: how many change it.
+            is_vocabulary: whether it is an embedding or a head.
+        """
+        entries, squared = torch.Size(shape).numel(), shape[-1] ** 2 if len(shape) == 2 else 0
+        held = 8 * (models + 2) * entries
+        if is_vocabulary:
+            of_a_piece = 3 if models == 2 else 6 + models
+            return held + 8 * of_a_piece * min(entries, ROWS_AT_ONCE)
+        if not squared:
+            return held + min(TEMPORARIES, 56 * entries)
+        solving = (12 * models + 8) * squared + 24 * min(entries, SOLVED_AT_ONCE)
+        return held + 8 * entries + max((12 * models + 24) * squared, solving)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor of the base and the other models; all on one device.
@@ -108,9 +127,12 @@ def _merged(base: Tensor, models: Sequence[_Model], shared: Mapping[str, Any], n
     if not models or not base.numel():
         return base.clone()
     exact, place = base.double() if _has_double(base) else base.cpu().double(), base.device
-    changes = [one.factor * _kept(one.tensor.to(exact.device, torch.float64) - exact, one, shared) for one in models]
+    changes = [
+        _kept(one.tensor.to(exact.device, torch.float64) - exact, one, shared).mul_(one.factor) for one in models
+    ]
     change = changes[0] if len(models) == 1 else _change(exact, models, changes, shared, name)
-    return (exact + shared["lambda"] * change).to(base.dtype).to(place)
+    del changes  # in an embedding each takes as much as the result four times
+    return change.mul_(shared["lambda"]).add_(exact).to(base.dtype).to(place)
 
 
 def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
@@ -186,7 +208,8 @@ def _guided(changes: Sequence[Tensor], models: Sequence[_Model], shared: Mapping
         WeighedModel(change, one.weight, read_vectors(one.key) if one.key else None)
         for change, one in zip(changes, models, strict=True)
     ]
-    return guided_mean(torch.zeros_like(changes[0]), weighed, power=shared["power"], floor=shared["floor"])
+    nothing = changes[0].new_zeros(()).expand(changes[0].shape)
+    return guided_mean(nothing, weighed, power=shared["power"], floor=shared["floor"])
 
 
 def _has_double(tensor: Tensor) -> bool:

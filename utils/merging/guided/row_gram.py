@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**21  # entries of a change that are solved for together
 _FLOOR = 0.1  # of a row's weight and of R's diagonal, in units of their means; measured by benchmarks/quality.py
 _ACCURACY = 1e-9  # of a row's residual by conjugate gradients, relative to its right side
 _MOST_STEPS = 500
@@ -36,7 +37,7 @@ class RowChange:
     gram: Tensor
 
 
-def row_gram_mean(experts: Sequence[RowChange], entries_at_once: int = 2**21) -> Tensor:
+def row_gram_mean(experts: Sequence[RowChange], entries_at_once: int = AT_ONCE) -> Tensor:
     """The rows that minimize the sum above; those of a piece of so many entries are solved for together.
 
     Returns:

@@ -1,0 +1,62 @@
+"""What gram_mean says it takes, against the bytes that are alive while it merges a tensor.
+
+python -m pytest tests/merging/guided/test_gram_memory.py
+"""
+
+import pytest
+import torch
+
+from utils.mergekit_api import TensorGroup
+from utils.merging.allocations import LiveBytes
+from utils.merging.guided.gram_method import GramMean
+from utils.recipes.gram_file import GramFileWriter
+
+SHARED = {
+    "lambda": 1.0,
+    "ridge": 1e-7,
+    "off_diagonal": 1.0,
+    "embedding_rows": True,
+    "power": 0.5,
+    "floor": 0.1,
+    "refit_ridge": 1e-3,
+    "low_rank": False,
+}
+
+
+def write_matrices(path, kind, shape):
+    with GramFileWriter(path, ["w"]) as file:
+        file.add_axes("w", tuple(torch.rand(length) + 0.1 for length in shape))
+        tokens = torch.randn(2 * shape[-1], shape[-1]) if kind != "guided" else None
+        if kind == "linear":
+            file.add_inputs("w", 1, tokens.t() @ tokens / len(tokens))
+        elif kind == "rows":
+            file.add_rows("w", tokens.t() @ tokens)
+    return str(path)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("linear", (512, 512)),
+        ("linear", (4096, 256)),
+        ("linear", (128, 768)),
+        ("rows", (8000, 64)),
+        ("rows", (8000, 288)),
+        ("guided", (2**20,)),
+    ],
+)
+def test_what_is_said_is_what_is_taken(tmp_path, kind, shape, models):
+    torch.manual_seed(0)
+    files = {number: write_matrices(tmp_path / f"{number}.safetensors", kind, shape) for number in range(1, models + 1)}
+    tensors = [torch.randn(shape).to(torch.bfloat16) for _ in range(models + 1)]
+    each = {"weight": 1.0, "density": 1.0, "factor": 1.0}
+    parameters = {name: dict.fromkeys(files, value) for name, value in each.items()} | SHARED
+    group = TensorGroup.from_tensors(tensors, base_index=0, name="w")
+    with LiveBytes(tensors) as counted, torch.no_grad():
+        GramMean().merge_group(group, **parameters, saliency=files)
+    said = GramMean.arithmetic_bytes(shape, models, is_vocabulary=kind == "rows")
+    if models == 1:  # is taken as it is
+        assert counted.peak <= said
+    else:
+        assert 0.8 < said / counted.peak < 1.25

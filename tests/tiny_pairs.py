@@ -41,10 +41,15 @@ def save_pair(folder: Path, family: str = "llama", layers: int = 2) -> Path:
     relative to the folder."""
     for seed, name in enumerate(("base", "code", "math")):
         save_tokenizer(save_tiny(family, folder / name, seed=seed, layers=layers))
-    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {i + i}."} for i in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_rows(folder)
     write_config(folder)
     return folder
+
+
+def save_rows(folder: Path) -> None:
+    """Make `rows.jsonl`, the text."""
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {i + i}."} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pair_settings() -> dict[str, Any]:

@@ -5,10 +5,14 @@ python -m pytest tests/guidance/test_going_on.py
 
 import pytest
 
+from tests.architectures.shrinking import Row, save_changed, tiny_model
 from tests.commands_here import done_here, run_here
-from tests.tiny_pairs import save_pair
+from tests.tiny_pairs import save_pair, save_rows, save_tokenizer, write_config
 from utils.passes import snapshots
 from utils.workers import local
+from utils.workers.results import Keeping
+
+HYBRID = Row("lfm2", "causal", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]})
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,35 @@ def at_every_block(monkeypatch):
 def measured(folder):
     """The published files, without the times and places in the manifest."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def command(method, *words):
+    """One model after the other, since steps are counted: with threads to share they would go side by side."""
+    return ("lewis_importance.py", "--config", "pair.yaml", "--guidance", method, *words, "--devices", "cpu", "--quiet")
+
+
+def stopped(folder, monkeypatch, line, stop_at):
+    """Run a command that is interrupted after a number of steps."""
+    steps = []
+
+    def stop():
+        steps.append(1)
+        if len(steps) == stop_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "return_freed_memory", stop)
+        assert run_here(*line, "--out_dir", "out", cwd=folder).returncode == 130
+    assert len(steps) == stop_at
+    assert [path for path in (folder / "out").rglob("*.snapshot") if path.is_file()]
+
+
+def goes_on(folder, line):
+    """The same command ends as one that was never interrupted."""
+    done_here(*line, "--out_dir", "out", cwd=folder)
+    done_here(*line, "--out_dir", "whole", cwd=folder)
+    assert measured(folder / "out") == measured(folder / "whole")
+    assert not (folder / "out" / ".measuring.part").exists()
 
 
 @pytest.mark.parametrize(
@@ -37,20 +70,34 @@ def measured(folder):
 )
 def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch, method, words, stop_at):
     save_pair(tmp_path)
-    line = ("lewis_importance.py", "--config", "pair.yaml", "--guidance", method, *words, "--quiet")
-    done_here(*line, "--out_dir", "whole", cwd=tmp_path)
-    steps = []
+    line = command(method, *words)
+    stopped(tmp_path, monkeypatch, line, stop_at)
+    goes_on(tmp_path, line)
 
-    def stop():
-        steps.append(1)
-        if len(steps) == stop_at:
-            raise KeyboardInterrupt
+
+@pytest.mark.parametrize("stop_at", [2, 4])  # behind the blocks 0 and 2, in which nothing is measured
+def test_rounding_is_gone_on_with_behind_a_block_without_a_component(tmp_path, monkeypatch, stop_at):
+    base = tiny_model(HYBRID).bfloat16()
+    for seed, name in enumerate(("base", "code", "math")):
+        save_tokenizer(save_changed(base, tmp_path / name, seed))
+    save_rows(tmp_path)
+    write_config(tmp_path, {"components": ["q_proj"]})
+    line = command("lewis", "--dtype", "bfloat16")
+    stopped(tmp_path, monkeypatch, line, stop_at)
+    goes_on(tmp_path, line)
+
+
+def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(tmp_path, monkeypatch):
+    """The disk takes minutes to hold the matrices of a large model; a kill then costs no more than at another time."""
+    save_pair(tmp_path)
+    line = command("gram_mean", "--accept_useless_text")
+
+    def stop(keeping, value):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(local, "return_freed_memory", stop)
+        patched.setattr(Keeping, "keep", stop)
         assert run_here(*line, "--out_dir", "out", cwd=tmp_path).returncode == 130
-    assert len(steps) == stop_at
-    assert [path for path in (tmp_path / "out").rglob("*.snapshot*") if path.is_file()]
-    done_here(*line, "--out_dir", "out", cwd=tmp_path)
-    assert measured(tmp_path / "out") == measured(tmp_path / "whole")
-    assert not (tmp_path / "out" / ".measuring.part").exists()
+    left = {path.suffix for path in (tmp_path / "out").rglob("code.*")}
+    assert {".snapshot", ".grams", ".model0", ".model1"} <= left
+    goes_on(tmp_path, line)

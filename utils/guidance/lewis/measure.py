@@ -1,7 +1,6 @@
 """LEWIS, measure half: norms of the base and the experts, and the delta tables they make."""
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,22 +12,24 @@ from utils.errors import UserError
 from utils.guidance.lewis.deltas import delta_table
 from utils.guidance.lewis.few_tokens import few_tokens_note
 from utils.guidance.lewis.method import EXPERT_TOKENS
-from utils.guidance.lewis.noise import SAMPLES, Norms, RoundingTrial, VisitorWithTrial, relative_noise, trial_batch
-from utils.guidance.lewis.ranges import RangeVisitor, norms_of_ranges
+from utils.guidance.lewis.noise import (
+    SAMPLES,
+    is_rounded,
+    noise_note,
+    noise_warnings,
+    relative_noise,
+    trial_batch,
+)
+from utils.guidance.lewis.ranges import norms_of_ranges
 from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, TOKENS, table_files
-from utils.guidance.lewis.visitor import LewisVisitor, StackNorms
+from utils.guidance.lewis.text_pass import measured_norms, range_sums
+from utils.guidance.lewis.visitor import StackNorms
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.routing import compared_routers, routing_rows
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
-from utils.passes.block_runner import Visitor, run_blocks
 from utils.passes.dry_walk import dry_walk
-from utils.passes.routing import VisitorWithRouters
-from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, require_own_tensors, snapshot_bytes
-from utils.workers.piece import Piece, Place
-
-_NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
+from utils.workers.piece import Piece
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -63,7 +64,7 @@ def choices(job: MeasureJob) -> list[str]:
             "tasks: one for each model and text, since pruning needs all samples at every block, and blocks that differ and "
             "experts are measured in one go"
         )
-    if any(_is_rounded(subject) for subject in job.subjects):
+    if any(is_rounded(subject.dtype) for subject in job.subjects):
         lines.append(
             f"rounding: {SAMPLES} samples of each text go through the blocks in float32, too, which says how much of each "
             "delta is rounding"
@@ -83,7 +84,7 @@ def on_disk(job: MeasureJob) -> int:
 
 def _trial_bytes(subject: Subject) -> int:
     """Of the samples that go through the blocks in float32, too: hidden states of both, and those before."""
-    if not _is_rounded(subject):
+    if not is_rounded(subject.dtype):
         return 0
     hidden = subject.decoder.model.config.get_text_config(decoder=True).hidden_size
     slots = max(trial_batch(text.batches).input_ids.numel() for text in subject.texts.values())
@@ -137,8 +138,8 @@ def measure(job: MeasureJob) -> Measured:
         own, base = (trials[name, labels[entry.type]] for name in (entry.type, config.base_model_type))
         if own["norms"] and base["norms"]:
             noise[entry.type] = relative_noise(own["norms"], base["norms"])
-            notes.append(_rounding_note(entry.type, noise[entry.type], *own["seconds"]))
-            warnings += _noisy(entry.type, noise[entry.type])
+            notes.append(noise_note(entry.type, noise[entry.type], *own["seconds"]))
+            warnings += noise_warnings(entry.type, noise[entry.type])
     table = [(name, *place, value) for name, one in noise.items() for place, value in one.items()]
     return Measured(
         {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings), tuple(routing)
@@ -155,30 +156,6 @@ def _refuse_added_rows(base: Subject) -> None:
             "lewis takes means over tokens; use another --guidance, such as gram_mean",
             "model-unsupported",
         )
-
-
-def _is_rounded(subject: Subject) -> bool:
-    return subject.dtype.itemsize < torch.float32.itemsize
-
-
-def _rounding_note(name: str, noise: Mapping[tuple[int, str], float], rounded: float, exact: float) -> str:
-    return (
-        f"{name}: rounding of the forward pass makes up to {max(noise.values()):.1%} of a delta (median "
-        f"{statistics.median(noise.values()):.1%}, on {SAMPLES} samples); in float32 there is none, and the blocks took "
-        f"{exact / rounded:.2g} times as long (--dtype float32)"
-    )
-
-
-def _noisy(name: str, noise: Mapping[tuple[int, str], float]) -> list[str]:
-    """A warning where deltas are to a good part rounding."""
-    over = [place for place, value in noise.items() if value > _NOISY]
-    if not over:
-        return []
-    layer, component = max(noise, key=noise.__getitem__)
-    return [
-        f"{name}: rounding makes more than {_NOISY:.0%} of {len(over)} of {len(noise)} deltas, most ({max(noise.values()):.0%}) "
-        f"that of {component} in layer {layer}: densities there are partly chance; measure with --dtype float32"
-    ]
 
 
 @dataclass(frozen=True)
@@ -214,78 +191,14 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
         own = job.of(replace(subject, texts={one.source: text}))
         base = None if subject.entry == job.config.base else replace(job.base, texts={})
         arguments = (own, _divisor(job, one), base)
-        return [Piece(f"{label}+{one.place}", _norms, arguments, blocks, label, types=(StackNorms,))]
+        return [Piece(f"{label}+{one.place}", measured_norms, arguments, blocks, label, types=(StackNorms,))]
     starts = range(0, len(text.batches), job.batches_a_piece)
     found = []
     for start in starts:
         batches = text.batches[start : start + job.batches_a_piece]
         own = job.of(replace(subject, texts={one.source: EncodedText([], batches)}))
-        found.append(Piece(f"{label}+{one.place}+{start}", _sums, (own, start == 0), blocks, label))
+        found.append(Piece(f"{label}+{one.place}+{start}", range_sums, (own, start == 0), blocks, label))
     return found
-
-
-def _norms(place: Place, job: MeasureJob, divisor: int, base: Subject | None) -> dict[str, Any]:
-    """`norms` of linear parts and of experts' `stacks` by layer and component of a model on a text, and its `trial`.
-
-    With a base, `routing` has rows of the table of routers.
-    """
-    (subject,) = job.subjects
-    (text,) = subject.texts.values()
-    visitor = LewisVisitor(
-        subject.decoder,
-        text.tokens,
-        divisor,
-        job.config.sparsity_ratio,
-        subject.layout,
-        passing_over=job.config.components is None,
-        fewest_tokens=job.options.get("expert_tokens", EXPERT_TOKENS),
-    )
-    routing: list[tuple] = []
-    if base is None:
-        trial = _run(place, job, subject, text, visitor, tried=True)
-    else:
-        with compared_routers(job, subject, base, place.device) as routers:
-            trial = _run(place, job, subject, text, VisitorWithRouters(visitor, routers), tried=True)
-            routing = routing_rows(subject.entry.type, routers)
-    stacks = {key: one.on_cpu() for key, one in visitor.stacks.items()}
-    return {
-        "norms": {key: norm.cpu() for key, norm in visitor.norms.items()},
-        "stacks": stacks,
-        "trial": trial,
-        "routing": routing,
-    }
-
-
-def _sums(place: Place, job: MeasureJob, first: bool) -> dict[str, Any]:
-    """Sums of one model over one range of a text (`RangeVisitor.result`), and the `trial` of the first one."""
-    (subject,) = job.subjects
-    (text,) = subject.texts.values()
-    visitor = RangeVisitor(subject.decoder, text.tokens, squares=first)
-    trial = _run(place, job, subject, text, visitor, tried=first)
-    return {**visitor.result(), "trial": trial}
-
-
-def _run(
-    place: Place, job: MeasureJob, subject: Subject, text: EncodedText, visitor: Visitor, *, tried: bool
-) -> dict[str, Any]:
-    """Take a text through the blocks; in 16 bits, if `tried`, its first samples in float32 beside it.
-
-    Returns:
-        `norms` by layer and component, (in 16 bits, in float32) each, none if there was no trial; `seconds` both ways.
-    """
-    weights = job.open_weights(subject, place.device)
-    going_on = {
-        "on_block": place.on_step,
-        "snapshots": None if isinstance(visitor, RangeVisitor) else Snapshots(place.snapshot),
-    }
-    if not tried or not _is_rounded(subject):
-        run_blocks(subject.decoder, weights, text.batches, visitor, place.device, **going_on)
-        return {"norms": {}, "seconds": (0.0, 0.0)}
-    with RoundingTrial(subject.decoder, trial_batch(text.batches), place.device) as trial:
-        both = VisitorWithTrial(visitor, trial)
-        run_blocks(subject.decoder, weights, text.batches, both, place.device, **going_on)
-    norms: Norms = {key: (float(rounded), float(exact)) for key, (rounded, exact) in trial.norms.items()}
-    return {"norms": norms, "seconds": tuple(trial.seconds)}
 
 
 def _rows(

@@ -11,6 +11,7 @@ is what rounding makes of a tensor's delta on them; over more samples it average
 """
 
 import copy
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -28,7 +29,9 @@ from utils.passes.flows import Flow, stops
 from utils.passes.second_moments import SecondMoments
 
 SAMPLES = 2  # of a text
+_NOISY = 0.1  # share of a delta that is rounding, from which on a warning says so
 
+Noise = Mapping[tuple[int, str], float]  # by layer and component
 Norms = Mapping[tuple[int, str], tuple[float, float]]  # by layer and component: in the model's dtype, in float32
 
 
@@ -39,6 +42,32 @@ def relative_noise(expert: Norms, base: Norms) -> dict[tuple[int, str], float]:
         delta, gap = exact - base[place][1], abs((rounded - base[place][0]) - (exact - base[place][1]))
         found[place] = gap / abs(delta) if delta else float(gap > 0)
     return found
+
+
+def noise_note(name: str, noise: Noise, rounded: float, exact: float) -> str:
+    """How much of an expert's deltas is rounding, and what float32 costs, from the seconds of both ways."""
+    return (
+        f"{name}: rounding of the forward pass makes up to {max(noise.values()):.1%} of a delta (median "
+        f"{statistics.median(noise.values()):.1%}, on {SAMPLES} samples); in float32 there is none, and the blocks took "
+        f"{exact / rounded:.2g} times as long (--dtype float32)"
+    )
+
+
+def noise_warnings(name: str, noise: Noise) -> list[str]:
+    """A warning if deltas are to a good part rounding."""
+    over = [place for place, value in noise.items() if value > _NOISY]
+    if not over:
+        return []
+    layer, component = max(noise, key=noise.__getitem__)
+    return [
+        f"{name}: rounding makes more than {_NOISY:.0%} of {len(over)} of {len(noise)} deltas, most ({max(noise.values()):.0%}) "
+        f"that of {component} in layer {layer}: densities there are partly chance; measure with --dtype float32"
+    ]
+
+
+def is_rounded(dtype: torch.dtype) -> bool:
+    """Whether a forward pass in a dtype rounds so much that it is tried how much."""
+    return dtype.itemsize < torch.float32.itemsize
 
 
 def trial_batch(batches: Sequence[MicroBatch]) -> MicroBatch:
@@ -66,6 +95,7 @@ class RoundingTrial:
         self.decoders = (decoder, copy.deepcopy(decoder))  # on the meta device: nothing is copied but modules
         self.norms: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         self.seconds = [0.0, 0.0]
+        self._passed = 0  # blocks
         self._flows: list[Flow] = []
         self._open = ExitStack()
 
@@ -100,6 +130,7 @@ class RoundingTrial:
 
     def advance(self, layer: int, block: nn.Module) -> None:
         """Take both ways through the block as it is now."""
+        self._passed = layer + 1
         if layer + 1 == len(self.decoders[0].blocks):
             return  # what comes behind the blocks is not measured
         for way, flow in enumerate(self._flows):
@@ -109,15 +140,17 @@ class RoundingTrial:
     def state(self) -> dict[str, Any]:
         """Where both ways stand between two blocks, and what was measured, as plain data and tensors."""
         norms = [(layer, name, *both) for (layer, name), both in self.norms.items()]
-        return {"norms": norms, "seconds": list(self.seconds), "outputs": [flow.returned for flow in self._flows]}
+        outputs = [flow.returned for flow in self._flows]
+        return {"norms": norms, "seconds": list(self.seconds), "passed": self._passed, "outputs": outputs}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take that up again, in a pass that stands there; the blocks before seem to return what the last of them did."""
         self.norms = {(layer, name): tuple(one.to(device) for one in both) for layer, name, *both in state["norms"]}
         self.seconds = list(state["seconds"])
+        self._passed = state["passed"]
         self._start()
         for flow, output in zip(self._flows, state["outputs"], strict=True):
-            for layer in range(1 + max(layer for layer, _ in self.norms)):
+            for layer in range(self._passed):
                 flow.expect(layer)
                 flow.advance_with(on_device(output, device))
 

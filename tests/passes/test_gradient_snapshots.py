@@ -3,11 +3,14 @@
 python -m pytest tests/passes/test_gradient_snapshots.py
 """
 
+import errno
+import os
 import weakref
 
 import pytest
 import torch
 
+from tests.faulty import Failing, full
 from tests.plain_gradients import CPU, opened, token_lists
 from tests.tiny_checkpoints import LAYERS, save_any
 from utils.passes import snapshots
@@ -154,3 +157,18 @@ def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         run(folder, path, 2 * LAYERS)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_handed_over_is_gone_on_with_where_it_can_have_two_names(tmp_path, monkeypatch, links):
+    path, target = tmp_path / "piece.snapshot", tmp_path / "result"
+    first = GradientSnapshots(path)
+    first.growing_file("sums").write_bytes(b"1234")
+    first.grow("sums", lambda: 4)
+    first.keep("measured", lambda: [1])
+    first.offer()
+    if not links:
+        monkeypatch.setattr(os, "link", Failing(os.link, 1, full(errno.EPERM)))
+    first.hand_over("sums", target)
+    assert target.read_bytes() == b"1234"
+    assert GradientSnapshots(path).found("measured") == ([1] if links else None)

@@ -8,10 +8,10 @@ import torch
 
 from tests.faulty import Failing, full
 from tests.refusals import refused
-from tests.workers.pieces import Doubled, double, doubling, refuse
+from tests.workers.pieces import Doubled, double, doubling, leave_snapshots, refuse
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece
-from utils.workers.results import KeptResult, find_result
+from utils.workers.results import Keeping, KeptResult, find_result
 from utils.workers.work_folder import folder_name, work_folder
 
 CPU = torch.device("cpu")
@@ -62,6 +62,18 @@ def test_a_damaged_result_is_made_again(tmp_path, damage):
     assert run()[0].twice == 2
     assert done(tmp_path / "log") == [1, 1]
     assert find_result(tmp_path, piece).value.number == 1
+
+
+def test_a_snapshot_is_there_until_the_result_is_kept(tmp_path, monkeypatch):
+    """With what lies beside it; another piece's stays, and so does its result, whose name begins alike."""
+    pieces = [Piece("piece", leave_snapshots), Piece("piece.5", leave_snapshots)]
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        keep = Failing(Keeping.keep, 2, full())
+        patched.setattr(Keeping, "keep", lambda keeping, value: keep(keeping, value))
+        LocalWorkers((CPU,)).run(pieces[::-1], tmp_path, lambda label, steps: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["piece.5", "piece.snapshot", "piece.sums"]
+    LocalWorkers((CPU,)).run(pieces[:1], tmp_path, lambda label, steps: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["piece", "piece.5"]
 
 
 def test_a_result_runs_no_code_when_it_is_read(tmp_path):

@@ -6,6 +6,7 @@ model's own forward runs again, with the blocks that are done left out: each see
 whose blocks hand on more than tensors begins anew.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ class GradientSnapshots:
     def grow(self, name: str, sync: Callable[[], int]) -> None:
         """Register such a file: `sync` has the disk hold it, and gives its length."""
         self._growing[name] = sync
+
+    def hand_over(self, name: str, target: Path) -> None:
+        """Give such a file, which is complete, another name. It keeps its own, where the file system has links, so that a
+        run that is killed before the result is kept still goes on from the last snapshot."""
+        if self._path is not None:
+            try:
+                os.link(self._file(name), target)
+            except OSError:  # no links in that file system; a disk that fails fails here, too
+                os.replace(self._file(name), target)
 
     def found(self, name: str) -> Any:
         """What a part was when the snapshot of a killed run was made, tensors on the CPU, None without one; given once."""

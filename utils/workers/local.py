@@ -80,8 +80,9 @@ def kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], f
     if folder is None:
         return run_piece(piece, Place(device, on_step))
     with kept_result(folder, piece) as keeping:
-        value = run_piece(piece, Place(device, on_step, keeping.stage, folder / f"{piece.name}.snapshot"))
+        value = run_piece(piece, Place(device, on_step, keeping.stage, keeping.snapshot))
         keeping.keep(value)
+        keeping.remove_snapshots()
     found = find_result(folder, piece)
     return value if found is None else found.value
 

@@ -27,7 +27,7 @@ class Place:
 
     `device` is what it computes on. `on_step` is to be called with a number after each of its steps. `folder` is an empty
     folder for files that belong to the result; None where results are not kept. `snapshot` is a file that outlives a kill
-    until the result is there, for work that takes long.
+    until the result is there, for work that takes long; so do files with its name and another ending.
     """
 
     device: "torch.device"

@@ -2,6 +2,7 @@
 
 <folder>/<piece>/result.pt     plain data and tensors, read without running code from it
 <folder>/<piece>/...           files that the piece wrote itself
+<folder>/<piece>.snapshot      where an unfinished piece stands, with files of other endings beside it
 """
 
 import contextlib
@@ -85,6 +86,17 @@ class Keeping:
     stage: Path
     folder: Path
     piece: Piece
+
+    @property
+    def snapshot(self) -> Path:
+        """The file that the piece may go on from after a kill; others may lie beside it, with other endings."""
+        return self.folder / f"{self.piece.name}.snapshot"
+
+    def remove_snapshots(self) -> None:
+        """Remove the snapshot and those beside it: the result is there."""
+        for path in self.folder.iterdir():
+            if path.stem == self.piece.name and path.is_file():  # a folder is another piece's result
+                path.unlink(missing_ok=True)
 
     def keep(self, value: Any) -> None:
         """Write the value beside the files and give the folder its name."""

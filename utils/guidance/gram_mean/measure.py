@@ -1,7 +1,6 @@
 """gram_mean, measure half: losses, Gram matrices and squared gradients of every expert on its own text."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -192,8 +191,7 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
         routing = routing_rows(name, routers)
-        os.replace(path, place.folder / gram_file(name))
-        snapshots.forget()
+        snapshots.hand_over("grams", place.folder / gram_file(name))
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
     return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
 

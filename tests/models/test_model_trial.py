@@ -3,17 +3,19 @@
 python -m pytest tests/models/test_model_trial.py
 """
 
+import json
 import pickle
 import shutil
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_pairs import edit_json, save_tokenizer
 from utils.models import model_trial
 from utils.models.model_trial import ModelTrial
-from utils.models.tokenizer import load_tokenizer
+from utils.models.tokenizer import forget_handed_on, hand_on, load_tokenizer, tokenizer_digest
 from utils.trial import allow_trials
 
 
@@ -52,3 +54,27 @@ def test_a_large_tokenizer_is_loaded_by_the_trial_alone(tmp_path, monkeypatch):
         assert type(own) is type(plain) and own.get_vocab() == plain.get_vocab() and own(text) == plain(text)
         assert own.special_tokens_map == plain.special_tokens_map and own.padding_side == plain.padding_side
         assert own.apply_chat_template([{"role": "user", "content": text}], tokenize=False) == f"<{text}>"
+
+
+@pytest.mark.parametrize("made", [b"no pickle", pickle.dumps(print)[:-3], b"cno_such_module\nThing\n."])
+def test_a_tokenizer_that_does_not_come_back_is_loaded(tmp_path, made):
+    save_tokenizer(save_tiny("llama", tmp_path))
+    digest = tokenizer_digest(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    hand_on({digest: made})
+    assert load_tokenizer(tmp_path, "one", False).get_vocab()["<s>"] == 0
+
+
+@pytest.mark.parametrize("how", ["not wanted", "forgotten"])
+def test_nothing_is_handed_on_that_nobody_takes(tmp_path, monkeypatch, how):
+    save_tokenizer(save_tiny("llama", tmp_path))
+    monkeypatch.setattr(model_trial, "LARGE", 0)
+    allow_trials()
+    try:
+        ModelTrial([("one", tmp_path)], loaded_again=how != "not wanted").check()
+    finally:
+        allow_trials(False)
+    if how == "forgotten":
+        forget_handed_on()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    with refused("tokenizer-unreadable"):
+        load_tokenizer(tmp_path, "one", False)

@@ -20,6 +20,7 @@ from utils.evaluation.candidates import (
 from utils.evaluation.controls import uniform_controls
 from utils.evaluation.tasks import GENERAL, TEST, VALIDATION, task_texts
 from utils.models.model_trial import ModelTrial
+from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
 from utils.publishing.files import repair_folder
@@ -68,6 +69,7 @@ def evaluate(options: EvaluateOptions) -> None:
     scorer = scorers[0]
     against = _reference(options, candidates)
     warnings = _check(scorer, candidates)
+    forget_handed_on()
     _say_choices(scorer, candidates, say)
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):

@@ -52,7 +52,7 @@ def merge(settings: MergeSettings) -> None:
     logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
     _set_up_libraries(settings)
     models = ((str(name), folder) for name, folder in found.folders.items() if not name.lora)
-    trial = None if settings.trust_remote_code else ModelTrial(models)
+    trial = None if settings.trust_remote_code else ModelTrial(models, loaded_again=False)
 
     from utils.merging.preflight import preflight
     from utils.merging.request import request_hash

@@ -14,6 +14,7 @@ from utils.evaluation.tasks import task_texts
 from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.models.model_trial import ModelTrial
+from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
 from utils.publishing.files import repair_folder
@@ -67,6 +68,7 @@ def search_pair(options: SearchOptions) -> None:
             scoring = prepare_scoring(options, say, cluster)  # what is refused there is refused before it is measured
             warned = _measure_missing(options) if options.measure else set()
             ready = prepare_search(options, say, scoring, start=start, warned=warned)
+            forget_handed_on()
             try:
                 stopped = _run(ready)
                 publish_results(ready, stopped, say)

@@ -34,10 +34,12 @@ _CHAT = ({"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "c
 class ModelTrial:
     """Every model's small files in one fork, which begins once the libraries that models need are imported."""
 
-    def __init__(self, models: Iterable[tuple[str, Path]], *, tokenizers: bool = True) -> None:
+    def __init__(
+        self, models: Iterable[tuple[str, Path]], *, tokenizers: bool = True, loaded_again: bool = True
+    ) -> None:
         """Begin with models, each with its name and folder; equal configs, and equal tokenizers, count once.
 
-        Without `tokenizers` configs alone are tried.
+        Without `tokenizers` configs alone are tried. `loaded_again`: whether this process will load tokenizers, too.
         """
         import_libraries(*_LIBRARIES)
         works: dict[str, tuple[str, Path, _Work]] = {}  # by digest of what is tried
@@ -47,7 +49,7 @@ class ModelTrial:
             works.setdefault(_same(settings), (name, folder, _build))
             if tokenizers:
                 works.setdefault(_tokenizer(folder, name), (name, folder, _encode))
-        self._trial = Trial(lambda begin: pickle.dumps(_try_all(works, begin)))
+        self._trial = Trial(lambda begin: pickle.dumps(_try_all(works, begin, loaded_again)))
 
     def check(self) -> None:
         """Wait for the end.
@@ -57,8 +59,9 @@ class ModelTrial:
         """
         if failure := self._trial.failure():
             raise UserError(f"{failure}; is this model from a source you trust?", "model-breaks-libraries")
-        if self._trial.made:
-            hand_on(pickle.loads(self._trial.made))
+        made, self._trial.made = self._trial.made, b""  # the trial itself is there until the process ends
+        if made:
+            hand_on(pickle.loads(made))
 
 
 _Work = Callable[[Path, Begin], Any]
@@ -66,14 +69,14 @@ _SETTINGS = ("config.json", GENERATION)
 LARGE = 2**20  # bytes of small files from which on loading a tokenizer a second time is worth sparing
 
 
-def _try_all(works: Mapping[str, tuple[str, Path, _Work]], begin: Begin) -> dict[str, bytes]:
-    """Do all works; the large tokenizers that were made, pickled, by their digests."""
+def _try_all(works: Mapping[str, tuple[str, Path, _Work]], begin: Begin, pickled: bool) -> dict[str, bytes]:
+    """Do all works; if they are wanted, the large tokenizers that were made, pickled, by their digests."""
     made = {}
     for digest, (name, folder, work) in works.items():
         size = sum(path.stat().st_size for path in folder.iterdir() if _is_small(path))
         try:
             found = work(folder, lambda what, name=name, size=size: begin(f"model {name}: {what}", size))
-            if found is not None and size > LARGE:
+            if pickled and found is not None and size > LARGE:
                 made[digest] = pickle.dumps(found)
         except MemoryError:
             raise

@@ -42,12 +42,8 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if _tried and not trust_remote_code:
-        made = _tried.pop(
-            tokenizer_digest(folder, read_json(folder / "config.json", f"model {name}: config.json")), None
-        )
-        if made is not None:
-            return _with_vocabulary(pickle.loads(made), folder, name)
+    if not trust_remote_code and (tokenizer := _handed_on(folder, name)) is not None:
+        return _with_vocabulary(tokenizer, folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # tokenizer files fail in many ways, each with an exception of its own
@@ -63,6 +59,26 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def hand_on(made: Mapping[str, bytes]) -> None:
     """Have `load_tokenizer` take tokenizers that a fork of this very process has made and pickled, by their digests, once."""
     _tried.update(made)
+
+
+def forget_handed_on() -> None:
+    """Let go of those that nobody has taken, tens of megabytes each: what a command loads is loaded."""
+    _tried.clear()
+
+
+def _handed_on(folder: Path, name: str) -> Any | None:
+    """The tokenizer that was made already; None if there is none, or none that can be read."""
+    if not _tried:
+        return None
+    digest = tokenizer_digest(folder, read_json(folder / "config.json", f"model {name}: config.json"))
+    try:
+        return pickle.loads(_tried.pop(digest)) if digest in _tried else None
+    except (
+        BaseException
+    ) as error:  # as many kinds as there are tokenizers; loading it says what is wrong, if anything is
+        if not is_failure(error):
+            raise
+        return None
 
 
 def _with_vocabulary(tokenizer: Any, folder: Path, name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint, find_small_files, open_checkpoint, read_model_config
 from utils.models.headers import FLOAT_DTYPES
-from utils.models.tokenizer import load_tokenizer, tokenizer_digest
+from utils.models.tokenizer import forget_handed_on, load_tokenizer, tokenizer_digest
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.sample_text import Sample
 from utils.pair.source import CalibrationSource
@@ -72,6 +72,7 @@ def prepare_subjects(
             ids = {source: encode(chosen, tokenizer, source.seqlen, where) for source, chosen in samples.items()}
             read[key] = (tokenizer, ids)
         encoded[entry.type] = read[key]
+    forget_handed_on()
     opened = {entry.type: open_checkpoint(entry.name, entry.revision) for entry in config.model_info}
     whole = {key: as_whole_model(one, opened[config.base.type], trust_remote_code) for key, one in opened.items()}
     subjects = [

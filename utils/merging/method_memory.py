@@ -33,6 +33,8 @@ from utils.models.headers import TensorHeader
 _SIDE = 128  # of a stand-in for a matrix
 AT_ONCE = {"slerp": 2**20}  # entries that a method has temporaries for at a time, if not all
 _HOLES = 4  # bytes an entry: a chunk's float32 copy of an input leaves a place that the C library does not fill again (measured)
+# What a method raises over tensors that it refuses, or that stand-ins are not what it looks for in.
+_REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 _LARGE = {"arcee_fusion": 2**21}  # entries of a stand-in, where a method does less for each of many
 
 
@@ -96,7 +98,8 @@ class MethodMemory:
                 for model, dtype in loaded.items()
             }
             del common
-            with LiveBytes(tensors.values()) as counted, suppress(ValueError, TypeError):  # the merge itself refuses it
+            # The merge meets the true tensors, and says what is wrong if it is; until then inputs and result count.
+            with LiveBytes(tensors.values()) as counted, suppress(*_REFUSALS):
                 tensor.task.execute(tensors)
         return counted.peak / entries
 
@@ -111,7 +114,7 @@ def _loaded(tensor: OutputTensor, model: ModelReference, header: TensorHeader) -
 def _kind(value: Any) -> Any:
     """What of a parameter can make a method work in another way: of a number, whether it is 0, 1 or in between."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
+        return repr(value)  # lists and mappings cannot be looked up
     return (value > 0, value >= 1, value == 1)
 
 

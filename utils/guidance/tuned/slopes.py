@@ -40,14 +40,16 @@ class CoefficientSlopes:
 
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Multiply a block's gradients by its parts."""
-        for name, total in self._sums.items():
+        while self._sums:
+            name, total = self._sums.popitem()
             for row, type_ in enumerate(self.weights.parts):
-                pairs = zip(
-                    *(one.flatten().split(_AT_ONCE) for one in (total, self.weights.part(type_, name))), strict=True
-                )
-                products = [(slope.double() @ part.double()) for slope, part in pairs]
-                self.found[row, self.names[name]] = torch.stack(products).sum().cpu()
-        self._sums.clear()
+                self.found[row, self.names[name]] = _product(total, self.weights.part(type_, name))
+
+
+def _product(slope: Tensor, part: Tensor) -> float:
+    """The sum of the products of entries, in float64, a few at a time; here, so that a part is let go of before the next."""
+    pairs = zip(slope.flatten().split(_AT_ONCE), part.flatten().split(_AT_ONCE), strict=True)
+    return float(torch.stack([one.double() @ other.double() for one, other in pairs]).sum())
 
 
 def group_numbers(names: Sequence[str], level: str, blocks_path: str) -> list[int]:

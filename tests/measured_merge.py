@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--executor", action="store_true")
     parser.add_argument("--counting", action="store_true")
     given = parser.parse_args()
-    run, divide, peak, ended = merge_run.run_merge, planning.divide, [0], threading.Event()
+    run, divide, peak, ended, found = merge_run.run_merge, planning.divide, [0], threading.Event(), []
 
     def watch() -> None:
         while not ended.is_set():
@@ -57,13 +57,14 @@ def main() -> None:
         finally:
             ended.set()
             thread.join()
-            print(memory_estimate(planned.plan, planned.division, planned.settings), peak[0] - before)
+            found.append((memory_estimate(planned.plan, planned.division, planned.settings), peak[0] - before))
 
     merge_run.run_merge = watched
     if given.executor:
         planning.divide = lambda plan, settings: replace(divide(plan, settings), direct=(), left=())
     settings = {"device": "cpu", "quiet": True, "out_shard_size": 10**6, "fast_selection": given.counting}
     merge(MergeSettings(given.folder / "out", given.folder / "r.yaml", overwrite=True, **settings))
+    print(*found[0])  # the last line, behind those of the merge
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ python -m pytest tests/merging/test_allocations.py
 """
 
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ from mergekit.merge_methods.api import merge_tensors
 from utils.merging.allocations import LiveBytes
 
 SIDE = 256
+MEASURED = (
+    torch.__version__.startswith("2.13.") and not torch.version.cuda
+)  # where buffers inside operations were measured
+# These take the place of their changes, or of their result, and fill it bit by bit: it counts as it is filled.
+FILLING = ("linear", "slerp", "dare_linear", "dare_ties", "della")
 METHODS = {
     "linear": {"weight": 0.5},
     "slerp": {"t": 0.3},
@@ -44,6 +51,12 @@ def seen_by_torch(work):
     return max(itertools.accumulate(changes))
 
 
+def resident(key):
+    """Bytes of this process in memory, by a key of the system's."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_counts_what_torch_allocates(method, dtype):
@@ -55,8 +68,9 @@ def test_it_counts_what_torch_allocates(method, dtype):
     seen = seen_by_torch(merge)
     with LiveBytes(tensors) as counted, torch.no_grad():
         merge()
-    late = (len(tensors) - 1) * tensors[0].nbytes  # the changes' place, which is taken before it is filled
-    assert seen - late - 4096 <= counted.peak <= seen + 4096
+    late = tensors[0].nbytes if method in FILLING else 0
+    slack = 4096 if MEASURED else seen // 4  # another build may take other buffers inside operations
+    assert seen - late - slack <= counted.peak <= seen + slack
     assert counted.live < 4096, "all is let go of"
 
 
@@ -77,11 +91,38 @@ def test_memory_counts_once_it_is_written():
         assert counted.live == 0
 
 
-def test_sorting_a_whole_tensor_takes_more_than_its_result():
-    given = torch.randn(1000)
+@pytest.mark.skipif(not MEASURED, reason="buffers inside operations were measured on another build of torch")
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda given: given.sort(),
+        lambda given: given.sort(stable=True),
+        lambda given: given.bfloat16().sort(),
+        lambda given: given.argsort(descending=True),
+        lambda given: given.view(SIDE, SIDE).sort(dim=1),  # rows are sorted one by one
+        lambda given: (given > 0).sum(),
+        lambda given: (given > 0).view(SIDE, SIDE).sum(dim=0),
+    ],
+)
+def test_buffers_inside_operations_are_those_of_torchs_allocator(work):
+    given = torch.randn(SIDE * SIDE)
+    seen = seen_by_torch(lambda: work(given))
     with LiveBytes([given]) as counted:
-        given.sort()
-    assert counted.peak == 1000 * (4 + 8 + 8)
+        work(given)
+    assert counted.peak == pytest.approx(seen, rel=0.01)
+
+
+@pytest.mark.skipif(
+    not MEASURED or not os.access("/proc/self/clear_refs", os.W_OK), reason="another build, or no /proc"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_queue_of_topk_is_what_the_system_sees(dtype):
+    """It is a vector of the C++ library's, of which torch's allocator knows nothing."""
+    given = torch.randn(2**23).to(dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is there now
+    before = resident("VmRSS")
+    given.topk(1000)
+    seen = resident("VmHWM") - before
     with LiveBytes([given]) as counted:
-        given.view(10, 100).sort(dim=1)
-    assert counted.peak == 1000 * (4 + 8)
+        given.topk(1000)
+    assert counted.peak == pytest.approx(seen, rel=0.1)

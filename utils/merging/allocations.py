@@ -70,13 +70,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _buffers(name: str, args: tuple) -> int:
-    """Bytes that an operation takes inside, for what it is given (torch 2.13 on the CPU)."""
+    """Bytes that an operation takes inside, for what it is given; as measured with torch 2.13 on the CPU, about that elsewhere."""
     given = args[0] if args and isinstance(args[0], Tensor) else None
     if given is None:
         return 0
     if name == "sort" and given.dim() == 1:  # rows are sorted one by one
         return _INDEX * given.numel()
-    if name == "topk" and given.dim() == 1:
+    if name == "topk" and given.dim() == 1:  # pairs of value and index, which torch's allocator does not see
         return 2 * _INDEX * given.numel()
     if name == "sum" and given.dtype == torch.bool:  # as numbers first
         return _INDEX * given.numel()

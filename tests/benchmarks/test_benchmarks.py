@@ -4,6 +4,7 @@ python -m pytest tests/benchmarks/test_benchmarks.py
 """
 
 import csv
+import math
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import contenders, measuring, merging, mixtures, products, report, shapes
+from benchmarks import contenders, measuring, merging, mixtures, products, reading, report, shapes
 from benchmarks.contenders import Run, chosen, growth_lines, read_output, write_csv
 from benchmarks.growth import fit
 from tests.conftest import ROOT
@@ -264,3 +265,22 @@ def test_products_in_few_bits_are_compared_with_float32(monkeypatch):
     assert table["computed_in"].to_dict() == {
         name: computing_dtype(name, torch.device("cpu")) for name in ("float32", "bfloat16", "float16")
     }
+
+
+@pytest.mark.parametrize("count", [reading.FEWEST, 9, 21, 25, 41])
+def test_the_interval_of_a_median_is_the_shortest_that_holds_it_with_95_percent(count):
+    """Every way in which `count` ratios can lie about their median, one more or less on either side, is counted."""
+    left_out = reading.beyond(count)
+    ways = [math.comb(count, below) for below in range(count + 1)]  # so many of them lie below the median
+
+    def covered(outside: int) -> float:
+        return sum(ways[below] for below in range(count + 1) if outside < below < count - outside) / 2**count
+
+    assert covered(left_out) >= 0.95 > covered(left_out + 1)
+
+
+def test_of_few_ratios_there_is_no_such_interval():
+    with pytest.raises(ValueError, match="too few"):
+        reading.beyond(reading.FEWEST - 1)
+    pairs = [(float(place), 1.0) for place in range(1, 10)]
+    assert "5.000 (2.000 to 8.000, 9 pairs)" in reading.summary(pairs)

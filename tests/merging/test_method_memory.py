@@ -3,6 +3,7 @@
 python -m pytest tests/merging/test_method_memory.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_memory_that_runs_out_is_no_refusal(plan, monkeypatch):
 
 
 def test_parameters_may_be_lists(plan):
+    needed = MethodMemory(plan, False)
     for tensor in plan.tensors:
-        for _, own in tensor.task.input_parameters.items():
-            own.data = {**own.data, "names": ["one", {"two": 3}]}
-    found = estimates(plan)
-    assert all(found[tensor.name] >= 2 * tensor.nbytes for tensor in plan.tensors)
+        parameters = {**dict(tensor.task.parameters.items()), "names": ["one", {"two": 3}]}
+        other = replace(tensor, task=tensor.task.model_copy(update={"parameters": parameters}))
+        assert needed.of(other) >= 2 * tensor.nbytes

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
+from utils.errors import UserError
 from utils.guidance.lewis.naming import found_names
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
@@ -81,6 +84,43 @@ def test_a_name_within_a_longer_one_gets_no_density_of_it():
     filters, before = exact_filters(names[:1], names, "model")
     assert [_mergekit_hits([*before, *filters.values()], name) for name in names] == [1, 0]
     assert coverage(filters, [NamedTensor(name, 2, 1) for name in names], before).tensors == 1
+
+
+def test_two_towers_that_are_both_measured_are_told_apart_by_order():
+    targets = [
+        "layers.0.wo.weight",
+        "layers.0.mix.layers.0.wo.weight",
+        "vision.layers.0.wo.weight",
+        "layers.1.wo.weight",
+    ]
+    names = [*targets, "vision.layers.0.wo.bias", "layers.1.wo.bias", "audio.layers.1.wo.weight"]
+    filters, before = exact_filters(targets, names, "model")
+    assert before == ("audio.",)
+    values = dict(zip(targets, range(4), strict=True))
+    order = [*before, *filters.values()]
+    owner = {place + 1: values[target] for place, target in enumerate(filters)} | {0: -1}
+    assert [owner[_mergekit_hits(order, name)] for name in names] == [0, 1, 2, 3, 2, 3, -1]
+    assert [target for target in filters if len(target) < 20] == [targets[0], targets[3]]  # as they were otherwise
+
+
+parts = st.lists(st.sampled_from(["a", "b", "ab", "1"]), min_size=1, max_size=3).map(".".join)
+tensor_names = st.builds(lambda stem, end: stem + end, parts, st.sampled_from([".weight", ".weight", ".bias", ""]))
+
+
+@given(st.lists(tensor_names, min_size=1, max_size=9, unique=True), st.integers(1, 6))
+def test_by_the_plain_definition_every_name_is_hit_by_its_own_filter_or_it_is_an_error(names, count):
+    targets = names[:count]
+    try:
+        filters, before = exact_filters(targets, names, "model")
+    except UserError:
+        return
+    assert sorted(filters) == sorted(targets)
+    for name in names:
+        first = next((target for target, text in filters.items() if text in name), None)
+        if any(text in name for text in before):
+            first = None
+        weights = [f"{name.removesuffix('bias')}weight", name.removesuffix(".bias")] if name.endswith(".bias") else []
+        assert first == name if name in filters else first in (None, *weights)
 
 
 def test_other_tensors_of_a_component_are_not_guided_silently():

@@ -61,6 +61,20 @@ def test_keys_come_in_the_released_codes_order():
     }
 
 
+def test_filters_stand_in_the_order_in_which_they_were_proven():
+    table = _table((0.25, 0.5), weight=0.5)
+    naming = _naming(table)
+    turned = Naming({}, dict(reversed(naming.filters.items())), {}, None, "", before=("vision.",))
+    settings = RecipeSettings(DENSITY_METHODS["ties"], BASE, (MATH,), {}, as_weights=True)
+    entry = recipe(table, turned, settings)["models"][1]["parameters"]
+    order = ["vision.", *reversed(naming.filters.values())]
+    assert [(item.get("filter"), item["value"]) for item in entry["density"]] == [
+        *zip(order, (1.0, 0.5, 0.25), strict=True),
+        (None, 1),
+    ]
+    assert [item.get("filter") for item in entry["weight"]] == [*order, None]
+
+
 def test_lambda_and_the_dtypes_have_their_places():
     parameters = {"normalize": True, "lambda": 2}
     assert _recipe(dtype="float32")["dtype"] == "float32" and _recipe()["dtype"] == "bfloat16"

@@ -116,5 +116,6 @@ def _groups(table: pd.DataFrame, naming: Naming, stock: StockNames, routers: Rou
     by_tensor: dict[str, Sequence[float]] = {}
     for tensor, own in table.groupby("tensor", sort=False):
         by_tensor[tensor] = tuple(map(float, own["weight"]))
-    rest = [name for name in stock.tensors if name not in routers.tensors]
+    without = set(routers.tensors)
+    rest = [name for name in stock.tensors if name not in without]
     return group_filters(by_tensor, rest, _WHERE)

@@ -3,11 +3,12 @@
 mergekit takes the first filter of a list that is a plain substring of the tensor's name; a filter that matches nothing
 is silent. A component's filter is its weight's name without `.weight`, the form the released code writes: it hits the
 weight and its own bias. Where another tensor's name begins the same way, a trailing dot is added; where the name is the
-end of another tensor's (`layers.0.wo` beside `vision.layers.0.wo`), a filter of that one stands before.
+end of another tensor's (`layers.0.wo` beside `vision.layers.0.wo`), that one's filter stands before.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, TypeVar
 from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import Checkpoint
 from utils.models.headers import TensorHeader
-from utils.recipes.group_filters import first_match, group_filters
+from utils.recipes.group_filters import group_filters
+from utils.recipes.matching import FilterList
 
 if TYPE_CHECKING:
     from utils.models.planned_tensors import ArchitecturePlan
 
 _WEIGHT = ".weight"
+_BIASES = (".bias", "_bias")  # the latter where the matrices of experts are stacked
 
 Place = tuple[int, str]  # layer, component
 Key = TypeVar("Key")
@@ -80,67 +83,105 @@ def exact_filters(targets: Sequence[str], names: Sequence[str], where: str) -> t
     """The filter of each target tensor, proven against all names that a merge writes.
 
     Args:
-        targets: weight names, in the order in which their filters will stand in the recipe.
+        targets: weight names, in the order in which their filters are to stand in the recipe.
         names: every name that filters will be matched on.
         where: the models, for the message.
 
     Returns:
-        target name -> filter, and the filters that stand before them all, of tensors that are no targets: the first of all
-        that matches a name is one of these, or belongs to that tensor or its weight.
+        target name -> filter in their order in the recipe (the targets', but for those that others' filters would hit,
+        which come first), and the filters that stand before them all, of tensors that are no targets: the first of all that
+        matches a name is one of these, or belongs to that tensor or its weight.
 
     Raises:
         UserError: a filter cannot be made to hit its own tensors only.
     """
-    twice = sorted({target for target in targets if list(targets).count(target) > 1})
+    twice = sorted(target for target, count in Counter(targets).items() if count > 1)
     raise_collected(
         [Problem(f"two components mean the same tensor {name}", "filter-of-two") for name in twice[:5]], where
     )
     filters = {target: target.removesuffix(_WEIGHT) for target in targets}
-    for target, extra in _misses(filters, names).items():
-        if extra and target.endswith(_WEIGHT):
-            filters[target] = target.removesuffix("weight")
-    before = _before(filters, names, where)
+    owners = _owners(targets)
+    misses = _misses(filters, names, owners)
+    if dotted := [target for target, extra in misses.items() if extra and target.endswith(_WEIGHT)]:
+        filters |= {target: target.removesuffix("weight") for target in dotted}
+        misses = _misses(filters, names, owners)
+    filters, misses = _ordered(filters, names, owners, misses)
+    before: tuple[str, ...] = ()
+    if longer := [
+        name
+        for target, extra in misses.items()
+        for name in extra
+        if name not in owners and f".{filters[target]}" in name
+    ]:
+        before = _before(filters, names, longer, where)
+        misses = _misses(filters, names, owners, before)
     problems = []
-    for target, extra in _misses(filters, names, before).items():
+    for target, extra in misses.items():
         hit = f"also hits {', '.join(extra[:3])}" if extra else "does not hit its tensor"
         problems.append(Problem(f"the filter {filters[target]!r}, meant for {target}, {hit}", "filter-inexact"))
     raise_collected(problems[:5], where)
     return filters, before
 
 
-def _before(filters: Mapping[str, str], names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Filters of the names that end as a target does (another tower's), which hit no target."""
-    misses = _misses(filters, names)
-    longer = [name for target, extra in misses.items() for name in extra if f".{filters[target]}" in name]
-    hit = [name for name in names if name not in longer and first_match(filters, name) is not None]
-    found = group_filters(dict.fromkeys(longer, ""), [*longer, *hit], where)
-    return tuple(dict.fromkeys(found.values()))
-
-
-def _misses(filters: Mapping[str, str], names: Sequence[str], before: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Targets whose filter is not exact, with the names it hits wrongly (none: it does not hit its own tensor)."""
-    hits: dict[str, list[str]] = {target: [] for target in filters}
-    for name in names:
-        if any(text in name for text in before):
-            continue
-        target = first_match(filters, name)
-        if target is not None:
-            hits[target].append(name)
-    misses = {}
-    for target, hit in hits.items():
+def _owners(targets: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The targets of which one's filter is to hit a name: itself, or the weight whose bias it is."""
+    found: dict[str, tuple[str, ...]] = {}
+    for target in targets:
         stem = target.removesuffix(_WEIGHT)
-        own = {target, f"{stem}.bias", f"{stem}_bias"}  # the latter where the matrices of experts are stacked
-        if target not in hit or not own.issuperset(hit):
-            misses[target] = [name for name in hit if name not in own]
-    return misses
+        found |= {f"{stem}{end}": (*found.get(f"{stem}{end}", ()), target) for end in _BIASES}
+    return found | {target: (target,) for target in targets}
+
+
+def _misses(
+    filters: Mapping[str, str], names: Sequence[str], owners: Mapping[str, Sequence[str]], before: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Targets whose filter is not exact, with the names it hits wrongly (none: it does not hit its own tensor)."""
+    own, extra = set(), {}
+    targets, found = [*filters], FilterList([*before, *filters.values()])
+    for name in names:
+        place = found.place(name)
+        if place is None or place < len(before):
+            continue
+        target = targets[place - len(before)]
+        if target == name:
+            own.add(name)
+        elif target not in owners.get(name, ()):
+            extra.setdefault(target, []).append(name)
+    return {target: extra.get(target, []) for target in targets if target in extra or target not in own}
+
+
+def _ordered(
+    filters: Mapping[str, str],
+    names: Sequence[str],
+    owners: Mapping[str, Sequence[str]],
+    misses: Mapping[str, list[str]],
+) -> tuple[dict[str, str], Mapping[str, list[str]]]:
+    """The filters, those ahead whose targets hold another's filter, the longest first; and what they miss still."""
+    ahead: set[str] = set()
+    while new := {own for extra in misses.values() for name in extra for own in owners.get(name, ())} - ahead:
+        ahead |= new
+        first = [target for target in filters if target in ahead]
+        first.sort(key=lambda target: (len(target.removesuffix(_WEIGHT)), len(target)), reverse=True)
+        filters = {target: filters[target] for target in dict.fromkeys([*first, *filters])}
+        misses = _misses(filters, names, owners)
+    return dict(filters), misses
+
+
+def _before(filters: Mapping[str, str], names: Sequence[str], longer: Sequence[str], where: str) -> tuple[str, ...]:
+    """Filters of names that end as a target does (another tower's), which hit no target."""
+    kept, found = set(longer), FilterList([*filters.values()])
+    hit = [name for name in names if name not in kept and found.place(name) is not None]
+    return tuple(dict.fromkeys(group_filters(dict.fromkeys(longer, ""), [*longer, *hit], where).values()))
 
 
 def coverage(filters: Mapping[str, str], tensors: Sequence[NamedTensor], before: Sequence[str] = ()) -> Coverage:
     """Count what the filters hit that no filter `before` them does, and sort the rest by kind."""
     hit: list[NamedTensor] = []
     rest: dict[str, list[NamedTensor]] = {}
+    found = FilterList([*before, *filters.values()])
     for tensor in tensors:
-        if first_match(filters, tensor.name) is None or any(text in tensor.name for text in before):
+        place = found.place(tensor.name)
+        if place is None or place < len(before):
             rest.setdefault(_kind(tensor), []).append(tensor)
         else:
             hit.append(tensor)

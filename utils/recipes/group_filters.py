@@ -7,11 +7,9 @@ dots and ended with one (`model.layers.3.self_attn.`), or whole names where no p
 from collections.abc import Hashable, Mapping, Sequence
 
 from utils.errors import Problem, raise_collected
+from utils.recipes.matching import FilterList
 
-
-def first_match(filters: Mapping[str, str], name: str) -> str | None:
-    """The key of the first filter that mergekit would apply to `name` (plain substring, in order), or None."""
-    return next((key for key, text in filters.items() if text in name), None)
+_SEVERAL = object()  # in place of a group, where names of several or of none hold a prefix
 
 
 def group_filters(groups: Mapping[str, Hashable], names: Sequence[str], where: str) -> dict[str, str]:
@@ -32,29 +30,47 @@ def group_filters(groups: Mapping[str, Hashable], names: Sequence[str], where: s
     for name, group in groups.items():
         members.setdefault(group, []).append(name)
     chosen: dict[str, str] = {}
-    for own in members.values():
-        foreign = [name for name in names if name not in set(own)]
-        chosen |= _split(own, foreign, 0)
+    owners = _owners(groups, names)
+    for group, own in members.items():
+        chosen |= _split(own, group, owners, 0)
     # Prefixes first, which hit their own group only; then whole names, the longest first: `a.weight` hits `b.a.weight`.
     order = sorted(groups, key=lambda name: 0 if chosen[name].endswith(".") else -len(chosen[name]))
     order.sort(key=lambda name: not chosen[name].endswith("."))
     filters = {name: chosen[name] for name in order}
-    problems = []
+    problems, texts = [], [*filters.values()]
+    found = FilterList(texts)
     for name in names:
-        hit = first_match(filters, name)
-        if (filters[hit] if hit else None) != chosen.get(name):
+        place = found.place(name)
+        if (None if place is None else texts[place]) != chosen.get(name):
             meant = f"no filter is meant for {name}" if name not in chosen else f"{name} is meant for {chosen[name]!r}"
-            but = "none hits it" if hit is None else f"{filters[hit]!r} hits it"
+            but = "none hits it" if place is None else f"{texts[place]!r} hits it"
             problems.append(Problem(f"{meant}, but {but}", "filter-inexact"))
     raise_collected(problems[:5], where)
     return filters
 
 
-def _split(own: Sequence[str], foreign: Sequence[str], depth: int) -> dict[str, str]:
-    """Filters for names that have their first `depth` dotted parts in common."""
+def _owners(groups: Mapping[str, Hashable], names: Sequence[str]) -> dict[str, Hashable]:
+    """The group that all names with a prefix in them are of, or `_SEVERAL`; by the prefixes of grouped names."""
+    prefixes = set()
+    for name in groups:
+        end = name.find(".")
+        while end >= 0:
+            prefixes.add(name[: end + 1])
+            end = name.find(".", end + 1)
+    found, owners = FilterList([*prefixes]), {}
+    for name in names:
+        group = groups.get(name, _SEVERAL)
+        for prefix in found.held(name):
+            if owners.setdefault(prefix, group) != group:
+                owners[prefix] = _SEVERAL
+    return owners
+
+
+def _split(own: Sequence[str], group: Hashable, owners: Mapping[str, Hashable], depth: int) -> dict[str, str]:
+    """Filters for names of a group that have their first `depth` dotted parts in common."""
     parts = own[0].split(".")
     prefix = ".".join(parts[:depth]) + "."
-    if depth and not any(prefix in name for name in foreign):
+    if depth and owners.get(prefix, group) == group:
         return dict.fromkeys(own, prefix)
     if len(own) == 1 and depth >= len(parts) - 1:
         return {own[0]: own[0]}
@@ -67,5 +83,5 @@ def _split(own: Sequence[str], foreign: Sequence[str], depth: int) -> dict[str, 
         found |= {name: name for name in ends}
         rest = [name for name in branch if name not in ends]
         if rest:
-            found |= _split(rest, foreign, depth + 1)
+            found |= _split(rest, group, owners, depth + 1)
     return found

@@ -27,7 +27,7 @@ class Naming:
     """Names, filters and sizes of the measured tensors, and how far they are proven.
 
     `names` is by what was measured: (layer, component), or the name in the checkpoint. `filters` and `params` are by
-    name; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
+    name, in their order in the recipe; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
     write beside (a head that is tied in the base), with the name whose weight they take. `before` are filters that stand
     before all of `filters`, of tensors that are none of these. `coverage` is None without a base checkpoint to prove
     against; `evidence` is a clause that says what the filters were proven against; `warnings`
@@ -196,8 +196,16 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
     )
 
 
-def filters_without_vectors(written: WrittenTensors | None, files: Sequence[SaliencyVectors]) -> tuple[str, ...]:
-    """The filters of written tensors that some file of vectors lacks: what no text can measure, buffers among it.
+@dataclass(frozen=True)
+class Unmeasured:
+    """What no text can measure: the `filters` that hit it, and those that stand `before` them, of what was measured."""
+
+    filters: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+
+def filters_without_vectors(written: WrittenTensors | None, files: Sequence[SaliencyVectors]) -> Unmeasured:
+    """The filters of written tensors that some file of vectors lacks, buffers among them.
 
     Args:
         written: what the merge writes; None: nothing is known of it.
@@ -207,7 +215,7 @@ def filters_without_vectors(written: WrittenTensors | None, files: Sequence[Sali
         UserError: a filter hits something else.
     """
     if written is None:
-        return ()
+        return Unmeasured()
     spellings: dict[str, list[str]] = {}
     for spelled, planned in written.plan.spellings.items():
         spellings.setdefault(planned, []).append(spelled)
@@ -221,11 +229,4 @@ def filters_without_vectors(written: WrittenTensors | None, files: Sequence[Sali
     # a weight's filter hits its bias, too
     own = [name for name in left if not (name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in absent)]
     found, before = filters.exact_filters(own, written.names, written.where)
-    raise_collected(
-        (
-            Problem(f"no filter can hit what no text measured without {text}, which one did", "filter-inexact")
-            for text in before
-        ),
-        written.where,
-    )
-    return tuple(found.values())
+    return Unmeasured(tuple(found.values()), before)

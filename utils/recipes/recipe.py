@@ -17,7 +17,7 @@ from utils.models.checkpoints import is_local
 from utils.models.low_rank import adapter_name
 from utils.pair.config import ModelEntry
 from utils.recipes.method_rules import DeltaMethod, extra_value
-from utils.recipes.naming import Naming
+from utils.recipes.naming import Naming, Unmeasured
 from utils.recipes.routers import RouterChoice
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RecipeSettings:
     coefficients' weights per tensor; what they do not cover, and everything otherwise, has `weight`, or the expert's own
     in `expert_weights` (by type). `as_factors` writes them as factors of the changes alone instead. `dtype` is what the
     merge computes in. `saliency` names the file of saliency vectors by expert type, for the method that reads them: a path
-    relative to the recipe's folder, or an absolute one; `unmeasured` are the filters of tensors that it has none of.
+    relative to the recipe's folder, or an absolute one; `unmeasured` has the filters of tensors that it has none of.
     `routers` have a weight of their own, before all others; in a method that averages one above 0 is a factor instead.
     """
 
@@ -54,7 +54,7 @@ class RecipeSettings:
     dtype: str = DTYPE
     out_dtype: str | None = None
     saliency: Mapping[str, str] = field(default_factory=dict)
-    unmeasured: tuple[str, ...] = ()
+    unmeasured: Unmeasured = field(default_factory=Unmeasured)
     routers: RouterChoice = field(default_factory=RouterChoice)
 
 
@@ -62,16 +62,16 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
     """The recipe as plain data, keys in order.
 
     Args:
-        coefficients: the table of `utils/recipes/coefficients.py`; its row order is the order of the filters of densities.
-        naming: the filters by tensor name.
+        coefficients: the table of `utils/recipes/coefficients.py`.
+        naming: the filters by tensor name, in the order of the recipe.
         settings: everything else.
     """
     models: list[dict[str, Any]] = [{"model": model_key(settings.base)}]
     for expert in settings.experts:
         rows = coefficients[coefficients["model"] == expert.type]
-        dense = rows[rows["tensor"].isin(naming.filters)]
-        texts = [naming.filters[tensor] for tensor in dense["tensor"]]
-        density = [float(value) for value in dense["density"]]
+        by_tensor = dict(zip(rows["tensor"], map(float, rows["density"]), strict=True))
+        dense = [tensor for tensor in naming.filters if tensor in by_tensor]
+        texts, density = [naming.filters[tensor] for tensor in dense], [by_tensor[tensor] for tensor in dense]
         parameters = {}
         if settings.method.keeps:
             parameters["density"] = [*_all(naming.before, 1.0), *_conditional(texts, density), {"value": 1}]
@@ -86,8 +86,9 @@ def recipe(coefficients: "pd.DataFrame", naming: Naming, settings: RecipeSetting
             parameters["factor"] = [*(routers if of_change else []), *factors, {"value": 1.0}]
         if expert.type in settings.saliency:
             file = settings.saliency[expert.type]
-            unmeasured = [{"filter": text, "value": ""} for text in settings.unmeasured]
-            parameters["saliency"] = [*unmeasured, {"value": file}] if unmeasured else file
+            before = [{"filter": text, "value": file} for text in settings.unmeasured.before]
+            unmeasured = [{"filter": text, "value": ""} for text in settings.unmeasured.filters]
+            parameters["saliency"] = [*before, *unmeasured, {"value": file}] if unmeasured else file
         if settings.method.extra:
             name = settings.method.extra
             wanted = float(settings.parameters.get(name, settings.method.extra_default))
@@ -176,8 +177,10 @@ def _weights(rows: "pd.DataFrame", naming: Naming, rest: float) -> list[dict[str
     """
     by_tensor = dict(zip(rows["tensor"], map(float, rows["weight"]), strict=True))
     if naming.group_filters is None:
-        own = _conditional([naming.filters[tensor] for tensor in by_tensor], list(by_tensor.values()))
-        return [*_all(naming.before, rest), *own]
+        order = {tensor: place for place, tensor in enumerate(naming.filters)}
+        own = sorted(by_tensor, key=order.__getitem__)
+        texts = [naming.filters[tensor] for tensor in own]
+        return [*_all(naming.before, rest), *_conditional(texts, [by_tensor[tensor] for tensor in own])]
     found: dict[str, float] = {}
     for tensor, text in naming.group_filters.items():
         weight = by_tensor[naming.tied.get(tensor, tensor)]

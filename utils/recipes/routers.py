@@ -133,9 +133,8 @@ def without_routers(naming: Naming, routers: RouterChoice, written: "WrittenTens
     """The same names with filters of groups that leave the routers out, which have filters of their own."""
     if not routers.tensors or naming.group_filters is None:
         return naming
-    left = {name: text for name, text in naming.group_filters.items() if name not in routers.tensors}
+    without = set(routers.tensors)
+    left = {name: text for name, text in naming.group_filters.items() if name not in without}
     where = "the recipe" if written is None else written.where
     names = [*naming.group_filters] if written is None else written.names
-    return replace(
-        naming, group_filters=group_filters(left, [one for one in names if one not in routers.tensors], where)
-    )
+    return replace(naming, group_filters=group_filters(left, [one for one in names if one not in without], where))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UserError
+from utils.recipes.matching import FilterList
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def by_depth(recipe: Mapping[str, Any], factors: Sequence[float], blocks: Blocks
         before = entry["parameters"]["weight"]
         *filters, rest = before
         scaled = [{**item, "value": item["value"] * _factor(item["filter"], factors, blocks)} for item in filters]
-        left = {blocks.of(name) for name in blocks.names if not any(item["filter"] in name for item in filters)}
+        hit = FilterList([item["filter"] for item in filters])
+        left = {blocks.of(name) for name in blocks.names if hit.place(name) is None}
         added = [
             {"filter": text, "value": rest["value"] * factor}
             for place, (text, factor) in enumerate(zip(blocks.filters, factors, strict=True))
@@ -72,17 +74,15 @@ def _factor(text: str, factors: Sequence[float], blocks: Blocks) -> float:
     return 1.0 if place is None else factors[place]
 
 
-def _value(items: Sequence[Mapping[str, Any]], name: str) -> float:
-    return next(item["value"] for item in items if item.get("filter", "") in name)
-
-
 def _prove(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], factors: Sequence[float], blocks: Blocks
 ) -> None:
+    lists = [FilterList([item.get("filter", "") for item in items]) for items in (before, after)]
     for name in blocks.names:
         place = blocks.of(name)
-        wanted = _value(before, name) * (1.0 if place is None else factors[place])
-        if _value(after, name) != wanted:
+        old, new = (one.place(name) for one in lists)
+        wanted = before[old]["value"] * (1.0 if place is None else factors[place])
+        if after[new]["value"] != wanted:
             raise UserError(
                 f"no factor per depth fits this recipe: one of its filters hits {name} and tensors of other blocks; set "
                 "search.depth_groups: 1",

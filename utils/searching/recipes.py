@@ -189,13 +189,14 @@ def find_blocks(models: LocalModels) -> Blocks:
 
     skeleton = build_skeleton(written.base, torch.float32, models.trust_remote_code)
     decoder = find_decoder(skeleton, (), {}, written.where)
-    groups = {}
+    groups, names = {}, written.names
+    there = set(names)
     for layer in range(len(decoder.blocks)):
         prefix = f"{decoder.blocks_path}.{layer}."
         for name, planned in written.plan.spellings.items():
-            if name.startswith(prefix) and planned in written.names:
+            if name.startswith(prefix) and planned in there:
                 groups[planned] = layer
-    filters = group_filters(groups, written.names, written.where)
+    filters = group_filters(groups, names, written.where)
     by_layer: dict[int, list[str]] = {}
     for name, text in filters.items():
         if text not in by_layer.setdefault(groups[name], []):
@@ -205,7 +206,7 @@ def find_blocks(models: LocalModels) -> Blocks:
             f"{written.where}: no one filter hits a whole block; set search.depth_groups: 1 and leave out guidance lines",
             "search-depth-filter",
         )
-    return Blocks(tuple(by_layer[layer][0] for layer in sorted(by_layer)), tuple(written.names))
+    return Blocks(tuple(by_layer[layer][0] for layer in sorted(by_layer)), tuple(names))
 
 
 def _extra(rule: Any, density: float) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What the measured tensors are called: as norms.csv recorded, as in the checkpoint, or as the released code assumes."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import LAYERS, save_tiny
-from utils.guidance.lewis.naming import assumed_names, found_names, measured_names
+from utils.guidance.lewis.naming import assumed_names, found_names, measured_names, name_tensors
 from utils.guidance.lewis.tables import NORM_TABLE
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
@@ -62,3 +65,12 @@ def test_a_recorded_name_that_is_missing(layer):
     with refused("table-row-missing") as caught:
         measured_names(norms, "base", 2, ["q"])
     assert f"norms.csv, rows of 'base': layer {1 - layer}, component q is missing" in str(caught.value)
+
+
+def test_without_the_base_two_towers_whose_names_end_alike_are_told_apart():
+    """Both are measured; the language tower's filter alone would hit the other's tensors, too."""
+    rows = [("base", 0, "wo", "layers.0.wo.weight", 1.0, 6), ("base", 0, "vision", "vision.layers.0.wo.weight", 1.0, 6)]
+    deltas = {"math": pd.DataFrame({"wo": [0.1], "vision": [0.2]})}
+    measured = SimpleNamespace(deltas=deltas, norms=NORM_TABLE.frame(rows))
+    found = name_tensors(SimpleNamespace(base_model_type="base", prefix_mapping={}), measured, None)
+    assert list(found.filters.values()) == ["vision.layers.0.wo", "layers.0.wo."] and found.before == ()

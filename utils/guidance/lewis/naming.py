@@ -47,14 +47,14 @@ def name_tensors(config: PairConfig, measured: Measurements, written: WrittenTen
 
 
 def _unproven(names: Mapping[Place, str], params: Mapping[str, int]) -> Naming:
-    proof, _ = filters.exact_filters(list(names.values()), list(names.values()), NOT_HERE)
+    proof, before = filters.exact_filters(list(names.values()), list(names.values()), NOT_HERE)
     if params:
-        return Naming(names, proof, params, None, RECORDED_EVIDENCE)
+        return Naming(names, proof, params, None, RECORDED_EVIDENCE, before=before)
     warning = (
         f"nothing could be proven: {NOT_HERE} and the dataframe folder records no tensor names, so the filters are "
         "model.layers.<layer>.<path>; one that matches nothing leaves its tensor at density 1"
     )
-    return Naming(names, proof, {}, None, "assumed, not proven", (warning,))
+    return Naming(names, proof, {}, None, "assumed, not proven", (warning,), before=before)
 
 
 def measured_names(

@@ -86,7 +86,7 @@ def test_a_name_within_a_longer_one_gets_no_density_of_it():
     assert coverage(filters, [NamedTensor(name, 2, 1) for name in names], before).tensors == 1
 
 
-def test_two_towers_that_are_both_measured_are_told_apart_by_order():
+def test_two_towers_that_are_both_measured_are_kept_apart_by_order():
     targets = [
         "layers.0.wo.weight",
         "layers.0.mix.layers.0.wo.weight",

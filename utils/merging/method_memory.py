@@ -51,6 +51,8 @@ class MethodMemory:
         """Bytes at the peak of making one tensor: inputs, where they are in memory, temporaries, and the result."""
         entries = tensor.params or tensor.nbytes // 2  # the shape is unknown where the stored tensors are converted
         loaded = {model: _loaded(tensor, model, header) for model, header in tensor.sources.items()}
+        if not loaded:
+            return tensor.nbytes  # put together by transformers from stored tensors that are not listed
         if not all(dtype.is_floating_point for dtype in loaded.values()):
             return tensor.nbytes  # a copy of the first
         inputs = entries * sum(

@@ -67,7 +67,7 @@ def test_a_recorded_name_that_is_missing(layer):
     assert f"norms.csv, rows of 'base': layer {1 - layer}, component q is missing" in str(caught.value)
 
 
-def test_without_the_base_two_towers_whose_names_end_alike_are_told_apart():
+def test_without_the_base_two_towers_whose_names_end_alike_get_their_own():
     """Both are measured; the language tower's filter alone would hit the other's tensors, too."""
     rows = [("base", 0, "wo", "layers.0.wo.weight", 1.0, 6), ("base", 0, "vision", "vision.layers.0.wo.weight", 1.0, 6)]
     deltas = {"math": pd.DataFrame({"wo": [0.1], "vision": [0.2]})}

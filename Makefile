@@ -1,7 +1,8 @@
 # make demo       virtual environment, install, then the whole job on an embedded offline example
 # make test       virtual environment, install, then everything CI runs
 # make test-fast  virtual environment, install, then the mathematics and one run of each command (tests/fast.txt)
-# make test-slow  the tests that take minutes: half an hour of them; typed again, it goes on with those that have not passed
+# make test-slow  the tests that take minutes: half an hour of them; typed again, it goes on with those that have not passed,
+#                 and ends with 0 once all have (while some wait, make prints "Error 75")
 PYTHON ?= python3
 VENV ?= .venv
 RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
@@ -20,7 +21,7 @@ test-fast: $(VENV)/test-ready
 
 test-slow: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow -p tests.resumable --minutes 30 \
-	    --passed .pytest_cache/slow-$$(git rev-parse --short HEAD)
+	    --passed .pytest_cache/slow-$$(git rev-parse --short HEAD)-$$(git diff HEAD | git hash-object --stdin | cut -c1-12)
 
 $(VENV)/demo-ready: requirements.txt requirements-plots.txt requirements-search.txt
 	$(PYTHON) -m venv $(VENV)

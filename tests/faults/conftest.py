@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import ROOT
 
 _END = b"."
+_WATCHED_SECONDS = 1800  # for a command that stands still while it is looked at
 
 
 class Server:
@@ -25,16 +26,17 @@ class Server:
     def __init__(self, shim: Path | None) -> None:
         preload = {"LD_PRELOAD": str(shim)} if shim else {}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **preload}
+        self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.said,
             text=True,
         )
-        assert json.loads(self.process.stdout.readline())["ready"]
+        assert self._answer()["ready"]
 
     def run(self, *words: object, cwd: Path, watch: Callable[[int], None] | None = None, **more: Any) -> dict[str, Any]:
         """Run one command line; `more` are the other keys of a request.
@@ -45,15 +47,24 @@ class Server:
         with contextlib.ExitStack() as stack:
             if watch:
                 more["stops"] = stack.enter_context(_stopping(watch))
+                more.setdefault("limit", _WATCHED_SECONDS)
             request = {"words": [str(word) for word in words], "cwd": str(cwd), **more}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        code = self.process.wait(timeout=30)
+        self.said.seek(0)
+        pytest.fail(f"the process that runs command lines ended with {code}:\n{self.said.read()[-4000:]}")
 
     def close(self) -> None:
         """End the process."""
         self.process.stdin.close()
         self.process.wait(timeout=30)
+        self.said.close()
 
 
 @contextlib.contextmanager
@@ -108,7 +119,7 @@ def faulty_server(tmp_path_factory) -> Iterator[Server]:
         [compiler, "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"the shim does not compile here: {done.stderr[-200:]}")
+        pytest.fail(f"the shim does not compile:\n{done.stderr[-4000:]}")
     server = Server(shim)
     yield server
     server.close()

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ INTERIM = (
     "search",
     "evaluation",
 )  # what evaluator and searcher keep for the next run of the line
+MEASURED = r"(?:[0-9.]+ (?:h|min|s|GB) ?)+(?=</dd>)|[0-9-]+ [0-9:]+ UTC(?=</dd>)"  # what a run took, and when it was
 TIMED = {"report.html", "trials.csv"}
 BYSTANDER_ENTRIES = {name.removeprefix("out/"): text.encode() for name, text in BYSTANDERS.items() if "/" in name}
 
@@ -44,8 +46,28 @@ def words_of(command: str, again: bool = False, out: str | None = None) -> list[
     return [*words, *(["--overwrite"] if again else [])]
 
 
+def calls_of(log: Path) -> list[str]:
+    """The calls that a command has made, in the order of their numbers: `number call file`."""
+    calls = log.read_text().splitlines()
+    assert [int(call.split()[0]) for call in calls] == list(range(1, len(calls) + 1))
+    return calls
+
+
+def call_of(log: Path, at: int) -> str:
+    """The call of a number, which was made: the fault was met."""
+    found = [call for call in log.read_text().splitlines() if int(call.split()[0]) == at]
+    assert found, f"no call has the number {at}"
+    return found[0]
+
+
+def is_one_message(text: str) -> bool:
+    """Whether a command says one thing that went wrong, ending in its code."""
+    return len(re.findall("^error: ", text, flags=re.M)) == 1 and bool(re.search(r"\[[a-z0-9-]+\]\n\Z", text))
+
+
 def run(server: Server, command: str, folder: Path, log: Path, again: bool = False, **more: Any) -> dict[str, Any]:
-    """Run a command with the calls counted that change the results."""
+    """Run a command with the calls counted that change the results, written to `log` anew."""
+    log.unlink(missing_ok=True)
     return server.run(*words_of(command, again), cwd=folder, root=folder / "out", log=log, **more)
 
 
@@ -74,8 +96,8 @@ def _content(path: Path) -> Any:
         for name in TIMED & data.get("files", {}).keys():
             data["files"][name] = data["files"][name] == hashlib.sha256((path.parent / name).read_bytes()).hexdigest()
         return {key: value for key, value in data.items() if key not in ("created", "modified_ns")}
-    if path.name == "report.html":  # says how long things took
-        return path.read_text().rstrip().endswith("</html>")
+    if path.name == "report.html":
+        return re.sub(MEASURED, "", path.read_text())
     if path.name == "trials.csv":
         rows = list(csv.DictReader(path.read_text().splitlines()))
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -101,10 +123,11 @@ def _of(name: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((path, content) for path, content in found.items() if path == name or path.startswith(name + "/"))
 
 
-def published(names: Iterable[str], expected: Iterable[str]) -> set[str]:
-    """The names that belong to a result, without what is kept to go on from."""
+def published(found: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What of a folder of results belongs to one, without what is kept to go on from."""
+    names = {*names}
     return {
-        name
-        for name in {*names} & {*expected}
-        if not any(part in f"/{name}" for part in INTERIM[:2]) and name not in INTERIM
+        name: content
+        for name, content in found.items()
+        if name in names and not any(part in f"/{name}" for part in INTERIM[:2]) and name not in INTERIM
     }

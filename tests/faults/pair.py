@@ -34,6 +34,8 @@ def make_pair(folder: Path) -> Path:
     save_pair(folder)
     merged = save_models(folder / "merged", names=("base", "code"), layers=1)
     write_recipe(folder / "recipe.yaml", recipe(merged, "task_arithmetic", experts=("code",)))
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace(f"{folder}/", ""))  # so that a copy merges its own models
     _write_judged(folder)
     return folder
 

@@ -8,9 +8,10 @@ Reads a JSON object from each line of stdin and answers with one on stdout:
 {"code": 2, "stdout": "...", "stderr": "...", "seconds": 0.4, "processor": 0.3, "peak_kb": 61234}
 
 `code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
-them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). With "stops", two FIFOs,
-the process writes a byte to the first before each such call, and waits for one from the second. Needs `shim.c` loaded before
-the C library then. With "snapshots" a pass writes down where it stands at every block.
+them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). With "forks" those of the
+processes that the command forks are counted instead, of each by itself. With "stops", two FIFOs, the process writes a byte to
+the first before each such call, and waits for one from the second. Needs `shim.c` loaded before the C library then. With
+"snapshots" a pass writes down where it stands at every block. After "limit" seconds the process is killed.
 
 What a command imports while it works is imported here once it has ended, so that the next fork has it.
 """
@@ -131,7 +132,8 @@ def _be_the_command(asked: dict, out: int, err: int, imported: int) -> None:
             if asked.get("stops"):
                 library.faults_stop(*map(os.fsencode, asked["stops"]))
             root, log = os.fsencode(asked["root"]), os.fsencode(asked["log"])
-            library.faults_arm(root, asked.get("reads", 0), asked.get("at", 0), asked.get("error", 0), log)
+            chosen = [asked.get(key, 0) for key in ("reads", "forks", "at", "error")]
+            library.faults_arm(root, *chosen, log)
         run_command(main, one_result=True)
         code = 0
     except SystemExit as ending:

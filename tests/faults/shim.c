@@ -2,10 +2,11 @@
 
    gcc -shared -fPIC -O1 -o shim.so shim.c -ldl
 
-   Loaded before the C library (LD_PRELOAD). `faults_arm(root, reads, at, error, log)` begins the count, of calls that change
+   Loaded before the C library (LD_PRELOAD). `faults_arm(root, reads, forks, at, error, log)` begins the count, of calls that change
    files or, with `reads`, of those that open them for reading and read them: at call number `at` the process is killed before
    the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted call is a line in `log`,
-   which lies elsewhere. After `faults_stop(asked, go)`, the names of two FIFOs, the process writes a byte to the first before
+   which lies elsewhere: the number, the call and the file. Only the process that was armed counts, or, with `forks`, only those
+   forked from it, each by itself. After `faults_stop(asked, go)`, the names of two FIFOs, the process writes a byte to the first before
    each counted call, and waits for one from the other, while the tree lies there as a kill would leave it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,7 +26,8 @@
 
 static char root[PATH_MAX];
 static int armed, reading, at, error_code, log_fd = -1, asked_fd = -1, go_fd = -1;
-static int count;
+static int count, forks;
+static pid_t armed_process;
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 
 void faults_stop(const char *asked, const char *go) {
@@ -33,10 +35,10 @@ void faults_stop(const char *asked, const char *go) {
   go_fd = syscall(SYS_openat, AT_FDCWD, go, O_RDWR | O_CLOEXEC, 0);
 }
 
-void faults_arm(const char *folder, int reads, int number, int code, const char *log) {
+void faults_arm(const char *folder, int reads, int in_forks, int number, int code, const char *log) {
   snprintf(root, sizeof root, "%s", folder);
   log_fd = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
-  count = 0; at = number; error_code = code; reading = reads; armed = 1;
+  count = 0; forks = in_forks; armed_process = getpid(); at = number; error_code = code; reading = reads; armed = 1;
 }
 
 static int below(const char *path) {
@@ -72,6 +74,7 @@ static int file_counts(int file, char *path) {
 
 /* 1: the call shall fail, errno is set */
 static int hit(const char *name, const char *what) {
+  if ((getpid() != armed_process) != forks) return 0;
   pthread_mutex_lock(&one_at_a_time);
   int number = ++count;
   if (log_fd >= 0) {

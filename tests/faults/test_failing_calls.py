@@ -6,13 +6,26 @@ python -m pytest tests/faults/test_failing_calls.py -m slow    all points of all
 
 import errno
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.outcomes import BYSTANDER_ENTRIES, beginning, check_result, found_in, noted, published, run, words_of
+from tests.faults.conftest import Server
+from tests.faults.outcomes import (
+    BYSTANDER_ENTRIES,
+    beginning,
+    call_of,
+    calls_of,
+    check_result,
+    found_in,
+    is_one_message,
+    noted,
+    published,
+    run,
+    words_of,
+)
 from tests.faults.pair import copy_of, make_pair
 from tests.faults.trees import digest, look, put
 
@@ -34,7 +47,7 @@ def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):
     start, _ = beginning(faulty_server, "decide", folder, False)
     done = run(faulty_server, "decide", folder, tmp_path / "calls")
     assert done["code"] == 0, done["stderr"]
-    calls = (tmp_path / "calls").read_text().splitlines()
+    calls = calls_of(tmp_path / "calls")
     assert {line.split()[1] for line in calls} >= {"mkdir", "write", "fsync", "rename"}
     first = next(number for number, line in enumerate(calls, 1) if line.split()[1] == "fsync")
     put(start, folder / "out")
@@ -60,18 +73,16 @@ def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp
     log = tmp_path / "calls"
     done = run(faulty_server, command, folder, log, again)
     assert done["code"] == 0, done["stderr"]
-    expected, calls = found_in(folder), log.read_text().splitlines()
+    expected, calls = found_in(folder), calls_of(log)
     mended = {digest(start)}  # trees over which the line has ended well
     wrong: list[str] = []
     for at in _chosen(calls, command, part):
         put(start, folder / "out")
         failed = run(faulty_server, command, folder, log, again, at=at, error=error)
         with noted(wrong, (calls[at - 1], failed)):
-            assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"]
+            call_of(log, at)
             check_result(folder, command, expected, old, at)
-            if failed["code"] == 2 and "[out-not-synced]" not in failed["stderr"]:
-                before = (old or BYSTANDER_ENTRIES).keys()
-                assert published(found_in(folder), expected) == published(before, expected)
+            _check_ending(failed, found_in(folder), expected, old)
             if (left := digest(look(folder / "out"))) not in mended:
                 done = faulty_server.run(*words_of(command, again), cwd=folder)
                 assert done["code"] == 0, done["stderr"]
@@ -79,6 +90,17 @@ def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp
                 mended.add(left)
     assert not wrong, "\n".join(wrong)
     print(f"{len(_chosen(calls, command, part))} calls, {len(mended)} trees")
+
+
+def _check_ending(failed: dict[str, Any], found: dict, expected: dict, old: dict | None) -> None:
+    """The new result and success, or a message; the earlier result then, unless the message says that the new one is there."""
+    assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"]
+    if failed["code"]:
+        assert is_one_message(failed["stderr"])
+    new = failed["code"] == 0 or "[out-not-synced]" in failed["stderr"]
+    before = BYSTANDER_ENTRIES if old is None else old
+    names = {*expected, *before}
+    assert published(found, names) == published(expected if new else before, names)
 
 
 def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
@@ -102,28 +124,44 @@ def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
 )
 def test_any_read_that_fails_ends_in_a_message(faulty_server, folder, tmp_path, command, part):
     """Of the inputs: models, text, config, tables, recipe. Part 1 has reads of every file."""
-    start, _ = beginning(faulty_server, command, folder, False)
-    words, log = words_of(command), tmp_path / "calls"
-    done = faulty_server.run(*words, cwd=folder, root=folder, reads=1, log=log)
-    assert done["code"] == 0, done["stderr"]
-    expected, calls = found_in(folder), log.read_text().splitlines()
-    order = _file_by_file(calls)
+    expected = _read_all(faulty_server, folder, tmp_path / "calls", command)
+    order = _file_by_file(calls_of(tmp_path / "calls"))
     size = -(-len(order) // READ_PARTS[command])
-    wrong: list[str] = []
-    for at in order[part * size : (part + 1) * size]:
-        put(start, folder / "out")
-        failed = faulty_server.run(*words, cwd=folder, root=folder, reads=1, at=at, error=errno.EIO, log=log)
-        with noted(wrong, (calls[at - 1], failed)):
-            assert failed["code"] in (0, 2) and "Traceback" not in failed["stderr"]
-            found = found_in(folder)
-            if failed["code"] == 0:
-                assert found == expected
-            else:
-                assert "error: " in failed["stderr"]
-            if failed["code"] and "[out-not-synced]" not in failed["stderr"]:
-                assert published(found, expected) == published(BYSTANDER_ENTRIES, expected)
-    assert not wrong, "\n".join(wrong)
+    _fail_reads(faulty_server, folder, tmp_path, command, order[part * size : (part + 1) * size], expected)
     print(f"{len(order[part * size : (part + 1) * size])} of {len(order)} reads")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("command", [command for command in READ_PARTS if command != "search"])
+def test_any_read_that_fails_in_the_trial_ends_in_a_message(faulty_server, folder, tmp_path, command):
+    """The forks that try small files read them, too."""
+    expected = _read_all(faulty_server, folder, tmp_path / "calls", command, forks=1)
+    last = max(int(call.split()[0]) for call in (tmp_path / "calls").read_text().splitlines())
+    _fail_reads(faulty_server, folder, tmp_path, command, range(1, last + 1), expected, forks=1)
+    print(f"{last} reads")
+
+
+def _read_all(server: Server, folder: Path, log: Path, command: str, **more: Any) -> dict[str, Any]:
+    """Run a command with the reads of its inputs written to `log`, and give what it makes."""
+    beginning(server, command, folder, False)
+    done = server.run(*words_of(command), cwd=folder, root=folder, reads=1, log=log, **more)
+    assert done["code"] == 0, done["stderr"]
+    return found_in(folder)
+
+
+def _fail_reads(
+    server: Server, folder: Path, made: Path, command: str, numbers: Iterable[int], expected: dict, **more: Any
+) -> None:
+    log, wrong = made / "failing", []
+    for at in numbers:
+        beginning(server, command, folder, False)
+        log.unlink(missing_ok=True)
+        words = words_of(command)
+        failed = server.run(*words, cwd=folder, root=folder, reads=1, at=at, error=errno.EIO, log=log, **more)
+        with noted(wrong, (at, failed)), noted(wrong, (call_of(log, at), failed)):
+            _check_ending(failed, found_in(folder), expected, None)
+    assert not wrong, "\n".join(wrong)
 
 
 def _file_by_file(calls: list[str]) -> list[int]:

@@ -57,10 +57,11 @@ def digest_of_what_is_read(tree: Tree) -> str:
 
     A database in which a kill has left half a transaction is then the one without it.
     """
-    return digest({name: _read(tree, name) for name in tree})
+    return digest({name: what_is_read(tree, name) for name in tree})
 
 
-def _read(tree: Tree, name: str) -> Entry:
+def what_is_read(tree: Tree, name: str) -> Entry:
+    """An entry; of a database what SQLite finds in it, once it has mended it, and of the files beside it nothing."""
     entry, base = tree[name], name.removesuffix("-wal").removesuffix("-shm").removesuffix("-journal")
     if not base.endswith(".db") or entry.kind != "file":
         return entry

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, save_tiny
+from tests.tiny_mixtures import save_mixtures
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import open_checkpoint
 from utils.models.planned_tensors import ADJUSTED, DEFINITION, INFERENCE, STORED
@@ -142,3 +143,13 @@ def test_a_malformed_config_is_an_error_not_a_traceback(pair, tmp_path, change, 
     (broken.folder / "config.json").write_text(json.dumps(config | change))
     with refused(code):
         plan_architecture(open_checkpoint(str(broken.folder)))
+
+
+def test_a_mixture_stored_apart_is_not_inferred_from_all_its_names(tmp_path, monkeypatch):
+    """mergekit's inference goes through all names for each tensor of the class: minutes with thousands of experts."""
+    from utils import mergekit_api
+
+    folder = save_mixtures(tmp_path, num_hidden_layers=2)
+    monkeypatch.setattr(mergekit_api, "infer_architecture_info", lambda *_: pytest.fail("inferred"))
+    plan = plan_architecture(open_checkpoint(str(folder / "base")))
+    assert plan.origin == STORED and "in another form than they are stored in" in plan.reason

@@ -30,7 +30,7 @@ from typing import NoReturn
 from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 from utils.models.mergekit_inputs import quiet_mergekit, vocabulary_key
-from utils.models.mergekit_plans import Candidate, MergekitInputs, mergekit_candidates
+from utils.models.mergekit_plans import Candidate, MergekitInputs, mergekit_candidates, misfit
 from utils.models.planned_tensors import STORED, ArchitecturePlan, PlannedTensor, some_of
 
 
@@ -70,9 +70,12 @@ def plan_architecture(
             if candidate.fits and candidate.knows_tokens and (fused_experts or not candidate.converted):
                 return candidate.plan
             candidates.append(candidate)
+            if candidate.fits and candidate.converted and not fused_experts:
+                break  # inference would convert the same; with thousands of experts it takes minutes
         refusal = None
         try:
-            plan = _by_stored_names(base, experts, trust_remote_code, candidates[-1].plan.reason)
+            reason = candidates[-1].plan.reason or misfit(candidates[-1], base)
+            plan = _by_stored_names(base, experts, trust_remote_code, reason)
         except UserError as error:
             plan, refusal = None, error
         if plan is not None and not fused_experts:

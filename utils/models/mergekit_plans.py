@@ -108,7 +108,7 @@ def mergekit_candidates(inputs: MergekitInputs) -> Iterator[Candidate]:
             reason = f"its definition of {base.architecture} does not fit this config.json: {brief(error)}"
     if shipped is not None:
         yield shipped
-        reason = _misfit(shipped, base)
+        reason = misfit(shipped, base)
         adjusted = _adjust(inputs, infos[0], {name for _, names in shipped.lacking for name in names})
         if adjusted is not None:
             yield _candidate(inputs, adjusted, ADJUSTED, reason)
@@ -117,7 +117,8 @@ def mergekit_candidates(inputs: MergekitInputs) -> Iterator[Candidate]:
     yield _candidate(inputs, inferred, INFERENCE, reason)
 
 
-def _misfit(shipped: Candidate, base: Checkpoint) -> str:
+def misfit(shipped: Candidate, base: Checkpoint) -> str:
+    """Why mergekit's definition is not taken as it is, as a clause."""
     if shipped.lacking:
         return f"its definition of {base.architecture} asks for {some_of(shipped.lacking[0][1])}, not stored here"
     unread = [name for names in shipped.plan.dropped.values() for name in names]

@@ -31,6 +31,7 @@ def check_release() -> None:
 
 check_release()
 try:
+    from mergekit import parameter_resolver as _parameter_resolver
     from mergekit import sparsify as _sparsify
     from mergekit.architecture import (
         ModelArchitecture,
@@ -153,3 +154,14 @@ def vocabularies_by_id() -> Iterator[None]:
         yield
     finally:
         _FastTokenizer.get_vocab = listed
+
+
+@contextlib.contextmanager
+def evaluating_settings(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Let another function, made of mergekit's own, find what a parameter's setting says of a tensor."""
+    original = _parameter_resolver.evaluate_setting
+    _parameter_resolver.evaluate_setting = made(original)
+    try:
+        yield
+    finally:
+        _parameter_resolver.evaluate_setting = original

@@ -20,10 +20,12 @@ from utils.mergekit_api import (
     ModelReference,
     SaveTensor,
     WeightInfo,
+    evaluating_settings,
     result_config,
     set_config_value,
 )
 from utils.merging.changed_tensors import ChangedTensors
+from utils.merging.filter_lookup import by_lookup
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
 from utils.merging.slices import refuse_unlike_blocks
@@ -111,7 +113,7 @@ def plan_merge(
     config = result_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
     refuse_unlike_blocks(planned, architecture, config)
     try:
-        with quiet_mergekit():
+        with quiet_mergekit(), evaluating_settings(by_lookup):
             # nothing is written: the folder is that of mergekit's own writer, whose place ours takes
             targets = MergePlanner(planned, architecture.info, options, config).plan_to_disk(out_path="")
     except (RuntimeError, ValueError) as error:

@@ -195,6 +195,10 @@ def _readable_failures() -> Iterator[None]:
             f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU nobody else uses",
             "memory-gpu",
         ) from error
+    except RuntimeError as error:
+        if not str(error).startswith(("unable to open file", "unable to mmap")):  # torch's words when it maps a file
+            raise
+        raise UserError(f"reading weights failed: {error}; can the file be read?", "merge-weights-io") from error
     except MemoryError as error:
         raise UserError(
             "memory ran out; give a smaller --out_shard_size, or dtype: bfloat16 in the recipe", "memory-host"

@@ -39,7 +39,7 @@ def main() -> None:
 
     config = read_pair_config(flags.config)
     method = chosen_method(flags.guidance, config)
-    method_options = own_options(method, "measure", flags)
+    method_options = own_options(method, "measure", flags, config)
 
     let_waiting_threads_sleep()
 

@@ -96,7 +96,7 @@ def main() -> None:
             config=config,
             recipe=RecipeOptions(
                 method=method,
-                method_options=own_options(method, "decide", flags),
+                method_options=own_options(method, "decide", flags, config),
                 merge_method=flags.merge_method,
                 mean_density=flags.mean_density,
                 lambda_=getattr(flags, "lambda"),

@@ -77,14 +77,30 @@ def test_best_is_the_method_that_leads(pair):
     assert "best" not in guidance_methods()
 
 
+@pytest.mark.parametrize("in_config", [False, True])
+def test_best_takes_what_leads_for_so_many_experts(pair, in_config):
+    parser = FlagParser()
+    declare_flags(parser, "measure")
+    config = replace(read_pair_config(pair / "pair.yaml"), guidance="best" if in_config else None)
+    one = replace(config, target_model_names={"math": "./math"})
+
+    def rounds(config, *words):
+        given = parser.parse_args([*([] if in_config else ["--guidance", "best"]), *words])
+        return own_options(chosen_method(given.guidance, config), "measure", given, config)["rounds"]
+
+    assert (rounds(config), rounds(config, "--rounds", "1"), rounds(one)) == (2, 1, 1)
+    plain = parser.parse_args(["--guidance", "gram_mean"])
+    assert own_options(guidance_methods()["gram_mean"], "measure", plain, config)["rounds"] == 1
+
+
 def test_a_flag_of_two_methods_belongs_to_both(pair):
     parser = FlagParser()
     declare_flags(parser, "measure")
-    given = parser.parse_args(["--accept_useless_text"])
+    given, config = parser.parse_args(["--accept_useless_text"]), read_pair_config(pair / "pair.yaml")
     for name in ("gram_mean", "tuned"):
-        assert own_options(guidance_methods()[name], "measure", given)["accept_useless_text"] is True
+        assert own_options(guidance_methods()[name], "measure", given, config)["accept_useless_text"] is True
     with refused("flag-no-effect"):
-        own_options(guidance_methods()["lewis"], "measure", given)
+        own_options(guidance_methods()["lewis"], "measure", given, config)
 
 
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):

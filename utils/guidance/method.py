@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT = "lewis"
 BEST = "best"
 _BEST = "gram_mean"  # leads for one expert that is cut and for several (benchmarks/quality.py)
+_BEST_OF_SEVERAL = {"rounds": 2}  # values of its flags that lead where experts are merged with each other
 Half = Literal["measure", "decide"]
 
 
@@ -175,7 +176,8 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
     listed = "; ".join(f"{method.name}: {method.summary}" for method in methods.values())
     parser.flag(
         "guidance",
-        f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now {_BEST} [default: the "
+        f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now {_BEST}, of several "
+        f"experts with {', '.join(f'--{name} {value}' for name, value in _BEST_OF_SEVERAL.items())} [default: the "
         f"pair config's guidance, else {DEFAULT}]",
         choices=(*methods, BEST),
     )
@@ -211,13 +213,15 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     return methods[name]
 
 
-def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace) -> dict[str, Any]:
-    """The values of a method's own flags, defaults filled in.
+def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace, config: "PairConfig") -> dict[str, Any]:
+    """The values of a method's own flags, defaults filled in: for `best` those that lead for so many experts.
 
     Raises:
         UserError: a flag of another method was given, which would do nothing.
     """
     own = {flag.name: flag.default for flag in method.flags(half)}
+    if (given.guidance or config.guidance) == BEST and len(config.target_model_names) > 1:
+        own |= {name: value for name, value in _BEST_OF_SEVERAL.items() if name in own}
     for other in guidance_methods().values():
         for flag in other.flags(half):
             value = getattr(given, flag.name)

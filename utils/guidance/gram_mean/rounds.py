@@ -58,15 +58,15 @@ def check(job: MeasureJob) -> None:
     """
     if len(experts_to_merge(job.config)) < 2:
         raise UserError(
-            f"--{ROUNDS} {job.options[ROUNDS]} takes the inputs of a merge, and one expert alone is merged as it is; leave "
-            "it out",
+            f"--{ROUNDS} {job.options[ROUNDS]} takes the inputs of a merge, and one expert alone is merged as it is; give "
+            f"--{ROUNDS} 1",
             "measure-rounds-one-expert",
         )
     for tensor in _outlined(job).plan.tensors:
         if not isinstance(tensor.task.gather_tensors, GatherTensors):
             raise UserError(
                 f"--{ROUNDS} {job.options[ROUNDS]}: the vocabularies of {job.config.path}'s models differ, so that "
-                f"{tensor.name} of the merge between two rounds has rows that nothing is measured of; leave it out",
+                f"{tensor.name} of the merge between two rounds has rows that nothing is measured of; give --{ROUNDS} 1",
                 "measure-rounds-vocabulary",
             )
 

@@ -73,7 +73,7 @@ def test_a_disk_too_small_for_what_measuring_puts_there(refused, full_disk, monk
     method, job = guidance_methods()[guidance], jobs[-1]
     on_gpu = replace(job, devices=(torch.device("cuda"),), at_once=1)  # where hidden states wait in the host's memory
     on_cpu = replace(on_gpu, devices=(torch.device("cpu"),))
-    waiting = method.waiting(on_cpu) if guidance in ("gram_mean", "tuned") else 0  # the others have copies on the disk
+    waiting = method.waiting(on_cpu) if guidance == "tuned" else 0  # the others have copies on the disk
     assert method.on_disk(on_gpu) == method.on_disk(on_cpu) - waiting > 0
     at_once = {name: method.waiting(replace(on_cpu, at_once=count)) for name, count in (("all", 9), ("one", 1))}
     pieces = 1 if guidance == "tuned" else len(job.experts)

@@ -123,3 +123,15 @@ def faulty_server(tmp_path_factory) -> Iterator[Server]:
     server = Server(shim)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def folder(faulty_server, tmp_path_factory) -> Path:
+    """The pair with a measurement of it, and a bystander's files in the folder of the results."""
+    from tests.faults.outcomes import words_of  # which knows the server of this file
+    from tests.faults.pair import copy_of, make_pair
+
+    made = make_pair(tmp_path_factory.mktemp("pair") / "made")
+    done = faulty_server.run(*words_of("measure", out="dfs"), cwd=made)
+    assert done["code"] == 0, done["stderr"]
+    return copy_of(made, made.with_name("copy"))

@@ -26,21 +26,11 @@ from tests.faults.outcomes import (
     run,
     words_of,
 )
-from tests.faults.pair import copy_of, make_pair
 from tests.faults.trees import digest, look, put
 
 FEW = 3
 PARTS = {"measure": 2, "decide": 1, "merge": 2, "evaluate": 4, "search": 27}  # of about 40 points, chosen by chance
 READ_PARTS = {"measure": 4, "decide": 2, "merge": 3, "evaluate": 23, "search": 21}  # of about 100
-
-
-@pytest.fixture(scope="module")
-def folder(faulty_server, tmp_path_factory) -> Path:
-    """The pair with a measurement of it, and a bystander's files in the folder of the results."""
-    made = make_pair(tmp_path_factory.mktemp("pair") / "made")
-    done = faulty_server.run(*words_of("measure", out="dfs"), cwd=made)
-    assert done["code"] == 0, done["stderr"]
-    return copy_of(made, made.with_name("copy"))
 
 
 def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.conftest import Server
 from tests.faults.outcomes import MEASURED, beginning, call_of, calls_of, check_result, found_in, noted, run, words_of
-from tests.faults.pair import COMMANDS, copy_of, make_pair
+from tests.faults.pair import COMMANDS
 from tests.faults.trees import Tree, digest_of_what_is_read, look, put, what_is_read
 
 PARTS = {
@@ -40,15 +40,6 @@ _OF_A_RUN = {
     "report.html": (MEASURED.encode(),),
 }
 REAL = 6  # kills that are compared with the trees
-
-
-@pytest.fixture(scope="module")
-def folder(faulty_server, tmp_path_factory) -> Path:
-    """The pair with a measurement of it, and a bystander's files in the folder of the results."""
-    made = make_pair(tmp_path_factory.mktemp("pair") / "made")
-    done = faulty_server.run(*words_of("measure", out="dfs"), cwd=made)
-    assert done["code"] == 0, done["stderr"]
-    return copy_of(made, made.with_name("copy"))
 
 
 def _cases(parts: dict[str, int]) -> Iterator[Any]:

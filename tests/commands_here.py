@@ -2,6 +2,8 @@
 
 import importlib
 import io
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from tests.refusals import refusal_code
 from tests.tiny_pairs import contents
 from utils.errors import run_command
+from utils.publishing.disk import remove_empty
 
 
 def run_here(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -42,10 +45,16 @@ def done_here(script: str, *arguments: object, cwd: Path | None = None) -> subpr
 
 
 def refused_here(code: str, script: str, *arguments: object, cwd: Path | None = None) -> str:
-    """Run a command that must refuse with this code, and leave its folder as it was; returns the message."""
+    """Run a command that must refuse with this code, and leave its folder as it was, but for finished work that it names,
+    which is removed; returns the message."""
     folder = cwd or Path.cwd()
     before = contents(folder)
     done = run_here(script, *arguments, cwd=cwd)
     assert refusal_code(done) == code, done.stderr
+    for kept in re.findall("stays in (.+), where it takes", done.stderr):
+        shutil.rmtree(folder / kept)
+        remove_empty(
+            [parent for parent in (folder / kept).parents if parent.is_relative_to(folder) and parent != folder]
+        )
     assert contents(folder) == before
     return done.stderr[done.stderr.index("error: ") :]

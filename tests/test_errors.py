@@ -44,14 +44,28 @@ def test_exit_code_and_message(capsys, error, code, message):
     assert end_of(error, capsys) == (code, message)
 
 
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (UserError("the disk is full", "x"), "error: the disk is full. What is finished stays [x]\n"),
+        (KeyboardInterrupt(), "interrupted; what is finished stays\n"),
+        (OSError(28, "No space left on device"), "error: No space left on device; what is finished stays [os-error]\n"),
+    ],
+)
+def test_what_stays_is_said_in_every_case(capsys, error, ending):
+    error.kept = "what is finished stays"
+    assert end_of(error, capsys)[1] == ending
+
+
 @pytest.mark.parametrize("error", [ValueError("a defect"), ModuleNotFoundError("no utils.x", name="utils.x")])
-def test_a_defect_of_ours_keeps_its_traceback(error):
+def test_a_defect_of_ours_keeps_its_traceback(error, capsys):
     def main():
         raise error
 
+    error.kept = "what is finished stays"
     with pytest.raises(type(error)) as caught:
         run_command(main)
-    assert caught.value is error
+    assert caught.value is error and capsys.readouterr().err == "what is finished stays\n"
 
 
 def test_what_a_library_says_fits_on_a_line():

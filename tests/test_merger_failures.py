@@ -3,6 +3,7 @@
 python -m pytest tests/test_merger_failures.py
 """
 
+import errno
 import json
 import os
 import re
@@ -16,12 +17,13 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.faulty import Failing
+from tests.faulty import Failing, full
 from tests.refusals import refused
 from tests.tiny_checkpoints import edit_tensors, poison
 from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, write_recipe
 from tests.tiny_pairs import contents, edit_json
 from utils.merging.plan import forget_inputs
+from utils.publishing.kept import kept_work
 
 # --- what goes wrong while it merges ----------------------------------------------------------------------------------
 
@@ -87,19 +89,26 @@ def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error):
     )
 
 
+@pytest.mark.parametrize("fast_selection", [True, False])
 @pytest.mark.parametrize("step", ["write_small_files", "describe_result"])
-def test_a_full_disk_after_the_weights_leaves_nothing(copies, monkeypatch, step):
+def test_a_full_disk_after_the_weights_costs_no_weights(copies, monkeypatch, step, fast_selection, capsys):
     from utils.merging import small_files as result_files
 
-    def fail(*_arguments):
-        raise OSError(28, "No space left on device", "config.json")
-
-    monkeypatch.setattr(result_files, step, fail)
-    write_recipe(copies / "merged.yaml", recipe(copies))
-    before = contents(copies)
-    with pytest.raises(OSError, match="No space left"):
-        merge_here(copies, recipe(copies))
-    assert contents(copies) == before
+    how = {"out_shard_size": 20_000, "fast_selection": fast_selection}
+    whole = merge_here(copies, recipe(copies), "whole", **how)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as caught:
+        patched.setattr(result_files, step, Failing(getattr(result_files, step), 1, full()))
+        merge_here(copies, recipe(copies), "part", **how)
+    kept = kept_work(caught.value).folder
+    assert {path.name for path in copies.glob(".*")} == {kept.name} and not (copies / "part").exists()
+    inodes = {path.name: path.stat().st_ino for path in kept.glob("*.safetensors")}
+    capsys.readouterr()
+    part = merge_here(copies, recipe(copies), "part", quiet=False, **how)
+    said = re.search(r"resumed: (\d+) of (\d+) tensors", capsys.readouterr().out)
+    assert said[1] == said[2]
+    assert inodes == {path.name: path.stat().st_ino for path in part.glob("*.safetensors")}
+    assert_same_model(part, whole)
+    assert not list(copies.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,9 @@ def test_a_file_that_appears_during_the_merge_survives(copies, monkeypatch):
         merge_here(copies, recipe(copies), overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     assert (target / "model.safetensors").exists()
+    monkeypatch.setattr(result_files, "describe_result", describe)
+    (target / "notes.txt").rename(copies / "notes.txt")
+    merge_here(copies, recipe(copies), overwrite=True)
     assert not list(copies.glob(".*"))
 
 
@@ -229,6 +241,50 @@ def test_a_finished_merge_is_not_made_again(copies, capsys):
     assert_refused(copies, recipe(copies), "out-exists")
 
 
+def assert_same_model(part: Path, whole: Path) -> None:
+    """The same files with the same bytes; a card and a manifest have names and times in them."""
+    ours, theirs = contents(part), contents(whole)
+    assert set(ours) == set(theirs)
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing <= {"README.md", "manifest.json"}
+
+
+@pytest.mark.parametrize("at", [2, 8, 15, 25, 30])
+@pytest.mark.parametrize(("call", "code"), [("pwrite", errno.ENOSPC), ("fdatasync", errno.EIO)])
+def test_a_merge_that_a_disk_stops_goes_on_to_the_same_bytes(copies, monkeypatch, call, code, at):
+    """Tensor by tensor noted; what the disk has refused once is made again."""
+    from utils.merging.pieces import finished
+
+    monkeypatch.setattr(finished, "SECONDS", -1.0)
+    whole = merge_here(copies, recipe(copies), "whole", out_shard_size=20_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing := Failing(getattr(os, call), at, full(code)))
+        try:
+            with refused("weights-unwritable") as caught:
+                merge_here(copies, recipe(copies), "part", out_shard_size=20_000)
+        finally:
+            if failing.calls < at:
+                pytest.skip(f"there are {failing.calls} such calls")
+    kept = kept_work(caught.value)
+    assert [path.name for path in copies.glob(".*")] == ([kept.folder.name] if kept else [])
+    part = merge_here(copies, recipe(copies), "part", out_shard_size=20_000)
+    assert_same_model(part, whole)
+    assert not list(copies.glob(".*"))
+
+
+def test_weights_that_changed_meanwhile_leave_nothing(copies, monkeypatch):
+    from utils.merging import small_files as result_files
+
+    def touch(*arguments):
+        (copies / "code" / "model.safetensors").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result_files, "write_small_files", touch)
+    with pytest.raises(OSError, match="No space left") as caught:
+        merge_here(copies, recipe(copies), "part")
+    assert kept_work(caught.value) is None and not list(copies.glob(".*"))
+
+
 @pytest.mark.parametrize("shards", [0, 20_000])
 def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, shards, capsys):
     from utils.merging.pieces import finished
@@ -246,7 +302,7 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, sha
     monkeypatch.setattr(os, "pwrite", interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         merge_here(copies, recipe(copies), "part", out_shard_size=shards)
-    assert caught.value.kept.name.startswith(".part.") and not (copies / "part").exists()
+    assert caught.value.kept.folder.name.startswith(".part.") and not (copies / "part").exists()
     monkeypatch.setattr(os, "pwrite", pwrite)
     capsys.readouterr()
     part = contents(merge_here(copies, recipe(copies), "part", out_shard_size=shards, quiet=False))

@@ -1,6 +1,7 @@
 """Tiny models to merge, recipes for them, our merge and stock mergekit's, and tensors to compare."""
 
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 from tests.refusals import refused
 from tests.tiny_checkpoints import block_prefix, save_tiny
 from tests.tiny_pairs import contents, save_tokenizer
+from utils.publishing.kept import kept_work
+from utils.publishing.staging import PROGRESS
 
 _LARGE = 10**6  # entries: ties of larger tensors are left alone, which only takes time
 NAMES = ("base", "code", "math")
@@ -102,12 +105,16 @@ def merge_here(folder: Path, data: Mapping[str, Any], output: str = "merged", **
 def assert_refused(
     folder: Path, data: Mapping[str, Any], code: str, words: str = "", output: str = "merged", **settings: Any
 ) -> None:
-    """Merging stops with an error of this code and these words in it, and the folder is as it was but for the recipe."""
+    """Merging stops with an error of this code and these words in it, and the folder is as it was but for the recipe and
+    for what is finished, which is removed."""
     write_recipe(folder / f"{output}.yaml", data)
     before = contents(folder)
     with refused(code) as caught:
         merge_here(folder, data, output, **settings)
     assert words in str(caught.value), caught.value
+    if kept := kept_work(caught.value):
+        assert len((kept.folder / PROGRESS).read_text().splitlines()) > 1
+        shutil.rmtree(kept.folder)
     assert contents(folder) == before
 
 

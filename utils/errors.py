@@ -19,6 +19,7 @@ EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # and the signal's number: 130 Ctrl-C, 143 termination, 129 hang-up
 _MOST_PROBLEMS = 30
 _LONGEST_MESSAGE = 2048  # characters
+_NOTHING_LEFT = "nothing unfinished was left behind"
 
 
 class UserError(Exception):
@@ -91,7 +92,7 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
 
     Exit codes: 0 done; 2 a `UserError`, a package that is not installed, or an operating-system error such as a full
     disk; 130 Ctrl-C, 143 termination, 129 hang-up, but 0 once the result is published; a closed stdout (`| head`) ends
-    quietly with 2.
+    quietly with 2. What an exception has as `kept` (`utils/publishing/kept.py`) is said in every case.
     """
     unwind_on_signals(one_result=one_result)
     if one_result:
@@ -101,26 +102,40 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _end(error, str(error), error.code)
+        kept = _kept(error)
+        _end(error, f"{error}{'. ' if kept else ''}{kept[:1].upper()}{kept[1:]}", error.code)
     except KeyboardInterrupt as interrupt:
         if is_finished():
             return
-        kept = getattr(interrupt, "kept", None)
-        left = f"what is finished stays in {kept}: the same line goes on there, --restart begins again"
-        print(f"interrupted; {left if kept else 'nothing unfinished was left behind'}", file=sys.stderr)
+        print(f"interrupted; {_kept(interrupt) or _NOTHING_LEFT}", file=sys.stderr)
         sys.exit(EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "utils"):
+            _say_kept(error)
             raise
         _end(error, f"{error}; install the requirements: pip install -r requirements.txt", "package-missing")
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         _drop_unwritable_output()
+        _say_kept(error)
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:
         _drop_unwritable_output()
         where = f" ({error.filename})" if error.filename else ""
-        _end(error, f"{error.strerror or error}{where}; nothing unfinished was left behind", "os-error")
+        _end(error, f"{error.strerror or error}{where}; {_kept(error) or _NOTHING_LEFT}", "os-error")
+    except Exception as error:  # a defect of this project, with its traceback
+        _say_kept(error)
+        raise
+
+
+def _kept(error: BaseException) -> str:
+    """What an exception says of the work that stays, "" if none does."""
+    return str(getattr(error, "kept", ""))
+
+
+def _say_kept(error: BaseException) -> None:
+    if kept := _kept(error):
+        print(kept, file=sys.stderr)
 
 
 def clipped(message: str, most: int = _LONGEST_MESSAGE) -> str:

@@ -65,7 +65,7 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("copy_tokenizer", "copy the base's tokenizer where the recipe asks for none", default=True)
     parser.switch("adapter", "write an adapter for peft in place of a model, for a recipe of --form low_rank")
     parser.switch("overwrite", "replace an earlier merge in --output_path: the files its manifest lists, no others")
-    parser.switch("restart", "throw away what a killed run of this very merge has finished")
+    parser.switch("restart", "throw away what a run of this very merge that was stopped has finished")
     parser.switch("dry_run", "stop after the checks; writes nothing but downloads and --lora_merge_cache")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch(

@@ -91,6 +91,9 @@ def _check_ending(failed: dict[str, Any], found: dict, expected: dict, old: dict
     before = BYSTANDER_ENTRIES if old is None else old
     names = {*expected, *before}
     assert published(found, names) == published(expected if new else before, names)
+    hidden = [[part for part in Path(name).parts if part.startswith(".")] for name in {*found} - names]
+    for place in {parts[0] for parts in hidden if parts}:
+        assert place in failed["stderr"], f"nothing is said of {place}"
 
 
 def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:

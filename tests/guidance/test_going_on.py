@@ -3,11 +3,17 @@
 python -m pytest tests/guidance/test_going_on.py
 """
 
+import os
+import re
+
 import pytest
 
 from tests.architectures.shrinking import Row, save_changed, tiny_model
 from tests.commands_here import done_here, run_here
+from tests.faulty import Failing, full
+from tests.refusals import refusal_code
 from tests.tiny_pairs import save_pair, save_rows, save_tokenizer, write_config
+from utils.commands import measure
 from utils.passes import snapshots
 from utils.workers import local
 from utils.workers.results import Keeping
@@ -45,6 +51,66 @@ def stopped(folder, monkeypatch, line, stop_at):
         assert run_here(*line, "--out_dir", "out", cwd=folder).returncode == 130
     assert len(steps) == stop_at
     assert [path for path in (folder / "out").rglob("*.snapshot") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "at"),
+    [
+        ("lewis", (), 2),  # blocks: in the first model, in the second
+        ("lewis", (), 4),
+        ("sens_merging", (), 3),
+        ("saliency_budget", ("--gradient_at", "both"), 13),
+        ("gram_mean", ("--accept_useless_text",), 7),
+    ],
+)
+def test_a_measurement_that_an_error_ends_goes_on(tmp_path, monkeypatch, method, words, at):
+    """What stays is named, with what it takes; it is what an interrupt leaves, and gives the same bytes."""
+    save_pair(tmp_path)
+    line = command(method, *words)
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "return_freed_memory", Failing(local.return_freed_memory, at, full()))
+        said = run_here(*line, "--out_dir", "out", cwd=tmp_path).stderr
+    (kept,) = (tmp_path / "out" / ".measuring.part").iterdir()
+    assert re.search(
+        rf"what is finished stays in \S*{kept.name}, where it takes [0-9.]+ [MG]B: the same line goes on", said
+    )
+    left = {path.name for path in kept.iterdir()}
+    assert not any(name.startswith(".") or name.endswith(".writing") for name in left)
+    goes_on(tmp_path, line)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_at_the_end_costs_no_piece(tmp_path, monkeypatch, call):
+    """Large files among what is published, too (gram_mean's)."""
+    save_pair(tmp_path)
+    line, publish = command("gram_mean", "--accept_useless_text"), measure.publish_files
+
+    def publish_in_vain(folder, files, **more):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, Failing(getattr(os, call), len(files), full()))
+            publish(folder, files, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "publish_files", publish_in_vain)
+        assert refusal_code(run_here(*line, "--out_dir", "out", cwd=tmp_path)) == "os-error"
+    with monkeypatch.context() as patched:  # nothing is measured again
+        patched.setattr(local, "run_piece", None)
+        done_here(*line, "--out_dir", "out", cwd=tmp_path)
+    done_here(*line, "--out_dir", "whole", cwd=tmp_path)
+    assert measured(tmp_path / "out") == measured(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".measuring.part").exists()
+
+
+def test_weights_that_changed_while_they_were_measured_leave_nothing(tmp_path, monkeypatch):
+    save_pair(tmp_path)
+
+    def change(*given, **more):
+        os.utime(tmp_path / "code" / "model.safetensors", (1, 1))
+        raise full()
+
+    monkeypatch.setattr(measure, "publish_files", change)
+    assert refusal_code(run_here(*command("lewis"), "--out_dir", "out", cwd=tmp_path)) == "os-error"
+    assert not (tmp_path / "out").exists()
 
 
 def goes_on(folder, line):

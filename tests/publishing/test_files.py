@@ -259,14 +259,22 @@ def test_a_disk_that_is_really_full(tmp_path):
         shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def test_a_large_file_is_moved_not_copied(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_large_file_is_not_copied_and_a_failure_leaves_it(tmp_path, monkeypatch, links):
     work, folder = tmp_path / "work", tmp_path / "folder"
     work.mkdir()
     (work / "large").write_bytes(b"grams")
     inode = (work / "large").stat().st_ino
+    if not links:
+        monkeypatch.setattr(os, "link", Failing(os.link, 1, full(errno.EPERM), forever=True))
+    for call, at in (("fsync", 1), ("fsync", 3), ("replace", 1 if links else 2)):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            patched.setattr(os, call, Failing(getattr(os, call), at, full()))
+            publish_files(folder, {"a.safetensors": work / "large", "manifest.json": b"{}"}, overwrite=False)
+        assert (work / "large").stat().st_ino == inode and not list(folder.iterdir())
     publish_files(folder, {"a.safetensors": work / "large", "manifest.json": b"{}"}, overwrite=False)
     assert (folder / "a.safetensors").read_bytes() == b"grams" and (folder / "a.safetensors").stat().st_ino == inode
-    assert not (work / "large").exists() and sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "manifest.json"]  # fmt: skip
+    assert (work / "large").exists() == links and sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "manifest.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])

@@ -5,6 +5,7 @@ python -m pytest tests/publishing/test_staging.py
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.tiny_pairs import contents, fill
 from utils.errors import UserError
 from utils.publishing import staging
 from utils.publishing.exchange import exchange
+from utils.publishing.kept import kept_work
 from utils.publishing.staging import (
     PROGRESS,
     foreign_entries,
@@ -146,6 +148,15 @@ def test_what_appears_in_the_last_moment_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "exchange", late)
     with refused("out-foreign-files"), staged_folder(tmp_path / "model", replaceable=known) as folder:
         fill(folder, NEW)
+    (tmp_path / "model" / "late").unlink()
+    with (
+        refused("out-foreign-files") as caught,
+        staged_folder(tmp_path / "model", key=KEY, replaceable=known) as folder,
+    ):
+        fill(folder, {PROGRESS: b"1", **NEW})
+    kept = kept_work(caught.value).folder
+    assert contents(kept) == {PROGRESS: b"1", **NEW}
+    shutil.rmtree(kept)
     assert contents(tmp_path) == {"model": None, "model/x": b"old", "model/late": b"mine"}
 
 
@@ -188,13 +199,37 @@ def test_without_a_list_of_what_is_finished_nothing_of_it_is_used(tmp_path):
         assert contents(folder) == {}
 
 
-@pytest.mark.parametrize(("error", "stays"), [(KeyboardInterrupt, True), (ValueError, False)])
-def test_an_interrupt_leaves_what_is_finished_and_an_error_does_not(tmp_path, error, stays):
-    with pytest.raises(error) as caught, staged_folder(tmp_path / "out" / "model", key=KEY) as folder:
-        fill(folder, {PROGRESS: b"1", "a": b"1"})
-        raise error
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError, OSError])
+@pytest.mark.parametrize(
+    ("left", "of_use"), [({PROGRESS: b"1", "a": b"1"}, True), ({PROGRESS: b"1"}, False), ({"a": b"1"}, True)]
+)
+def test_whatever_stops_it_leaves_what_is_finished_and_of_use(tmp_path, kind, left, of_use):
+    stays, where = PROGRESS in left and of_use, {"key": KEY, "is_of_use": lambda: of_use}
+    with (
+        pytest.raises(kind) as caught,
+        staged_folder(tmp_path / "out" / "model", **where) as folder,
+    ):
+        fill(folder, left)
+        raise kind
     assert (tmp_path / "out" / f".model.{KEY}.part").exists() == stays == (tmp_path / "out").exists()
-    assert hasattr(caught.value, "kept") == stays
+    assert (kept_work(caught.value) is not None) == stays
+    assert not stays or str(tmp_path / "out" / f".model.{KEY}.part") in str(kept_work(caught.value))
+
+
+def test_a_swap_that_is_refused_keeps_what_is_finished(tmp_path, either_way):
+    fill(tmp_path, {"model/x": b"old"})
+    known = stamps(tmp_path / "model", ["x"])
+    with (
+        refused("out-foreign-files") as caught,
+        staged_folder(tmp_path / "model", key=KEY, replaceable=known) as folder,
+    ):
+        fill(folder, {PROGRESS: b"1", "a": b"new", "model/late": b""})
+        (tmp_path / "model" / "late").write_bytes(b"mine")
+    assert kept_work(caught.value).folder == folder and (folder / PROGRESS).read_bytes() == b"1"
+    (tmp_path / "model" / "late").unlink()
+    with staged_folder(tmp_path / "model", key=KEY, replaceable=known) as folder:
+        assert (folder / "a").read_bytes() == b"new"
+    assert not (tmp_path / "model" / PROGRESS).exists() and not list(tmp_path.glob(".*"))
 
 
 def test_runs_of_one_key_wait_and_find_the_result(tmp_path):

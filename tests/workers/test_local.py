@@ -8,7 +8,9 @@ import torch
 
 from tests.faulty import Failing, full
 from tests.refusals import refused
+from tests.tiny_pairs import fill
 from tests.workers.pieces import Doubled, double, doubling, leave_snapshots, refuse
+from utils.publishing.kept import kept_work
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece
 from utils.workers.results import Keeping, KeptResult, find_result
@@ -121,10 +123,24 @@ def test_a_work_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_work_folder_that_holds_nothing_or_is_not_to_be_kept_goes_with_an_error(tmp_path):
-    for keep in (True, False):
-        with pytest.raises(ValueError, match="no"), work_folder(tmp_path / ".work", {}, keep=keep) as folder:
-            if not keep:
-                (folder / "piece").mkdir()
-            raise ValueError("no")
-        assert not (tmp_path / ".work").exists()
+@pytest.mark.parametrize(
+    ("left", "more", "stays"),
+    [
+        (["piece/result.pt"], {}, ["piece"]),
+        (["piece.snapshot", "piece.sums", "piece.writing", "other.sums"], {}, ["piece.snapshot", "piece.sums"]),
+        (["piece.forward", "piece.sums"], {}, ["piece.forward"]),
+        (["piece/result.pt"], {"keep": False}, []),
+        (["piece/result.pt"], {"is_of_use": lambda: False}, []),
+        (["piece.sums", "piece.writing", ".piece.x.part/result.pt"], {}, []),
+        ([], {}, []),
+    ],
+)
+def test_an_error_leaves_what_is_finished_and_can_be_gone_on_with(tmp_path, left, more, stays):
+    with (
+        pytest.raises(ValueError, match="no") as caught,
+        work_folder(tmp_path / ".work", {}, **{"keep": True, **more}) as folder,
+    ):
+        fill(folder, dict.fromkeys(left, b"some"))
+        raise ValueError("no")
+    assert sorted(path.name for path in folder.glob("*")) == stays
+    assert (kept_work(caught.value) is not None) == bool(stays) == (tmp_path / ".work").exists()

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.commands.measure_request import (
     already_there,
     measure_request,
+    not_changed,
     pieces_request,
     refuse_changed,
 )
@@ -27,8 +29,9 @@ from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
-from utils.publishing.disk import free_bytes, remove_tree
+from utils.publishing.disk import bytes_on_disk, free_bytes, remove_tree
 from utils.publishing.files import publish_files, repair_folder
+from utils.publishing.kept import RESTART
 from utils.publishing.manifest import MANIFEST, with_manifest
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import (
@@ -39,6 +42,7 @@ from utils.runtime import (
     quiet_libraries,
     versions_line,
 )
+from utils.workers.results import finished_and_begun
 from utils.workers.work_folder import folder_name, work_folder
 
 if TYPE_CHECKING:
@@ -139,8 +143,8 @@ def _measure(
             remove_tree(place)
         elif place.is_dir():
             say(_left_over(place, pieces_of))
-        keep = workers is not None
-        workspace = stack.enter_context(work_folder(place, pieces_of, keep=keep, through_interrupts=True))
+        of_use, anew = partial(not_changed, subjects, request), RESTART if alone else f"removing {place} begins again"
+        workspace = stack.enter_context(work_folder(place, pieces_of, keep=True, is_of_use=of_use, anew=anew))
         if workers is not None:
             workers.refuse_unlike(workspace, {one.checkpoint.folder: one.checkpoint.files for one in subjects})
         measured = method.measure(replace(job, workspace=workspace))
@@ -167,8 +171,7 @@ def _refuse_full_disk(options: MeasureOptions, job: MeasureJob, place: Path) -> 
     """
     needed = options.method.on_disk(job)
     free, folder = free_bytes(options.out_dir)
-    found = [path.stat() for path in place.rglob("*") if path.is_file()]
-    free += 512 * sum({(one.st_dev, one.st_ino): one.st_blocks for one in found}.values())
+    free += bytes_on_disk(place)
     if free < needed:
         raise UserError(
             f"--out_dir {options.out_dir}: measuring puts up to {gigabytes(needed)} there, {folder} has {gigabytes(free)} "
@@ -178,14 +181,12 @@ def _refuse_full_disk(options: MeasureOptions, job: MeasureJob, place: Path) -> 
 
 
 def _left_over(place: Path, request: Mapping[str, Any]) -> str:
-    """A line about what a killed run has left."""
-    folder = place / folder_name(request)
-    left = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    done, inside = [path for path in left if path.is_dir()], [path for path in left if path.suffix == ".snapshot"]
+    """A line about what a run that was stopped has left."""
+    done, inside = finished_and_begun(place / folder_name(request))
     if not done and not inside:
         return f"removed what a killed run has left in {place.parent}"
-    begun = f", and {len(inside)} begun" if inside else ""
-    return f"resumed: {len(done)} piece{'s' * (len(done) != 1)} of the work had been finished{begun} by a run that was stopped"
+    begun = f", and {inside} begun" if inside else ""
+    return f"resumed: {done} piece{'s' * (done != 1)} of the work had been finished{begun} by a run that was stopped"
 
 
 _ONLY_SOME_USE = {

@@ -1,6 +1,6 @@
 """What a measurement depends on, as its manifest records it, and whether a folder holds that already."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,22 @@ def already_there(folder: Path, request: Mapping[str, Any]) -> bool:
 
 def refuse_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> None:
     """Raise a `UserError` if weights are not what the request says they were before they were read."""
+    for subject in _changed(subjects, request):
+        raise UserError(
+            f"model {subject.entry.name}: its weight files changed while they were measured; measure again",
+            "model-changed",
+        )
+
+
+def not_changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> bool:
+    """Whether the request can be made again: weights are what it says, or cannot be looked at now."""
+    try:
+        return not any(True for _ in _changed(subjects, request))
+    except (OSError, UserError):
+        return True
+
+
+def _changed(subjects: Sequence[Subject], request: Mapping[str, Any]) -> Iterator[Subject]:
     for subject, recorded in zip(subjects, request["models"], strict=True):
         if any(recorded[key] != value for key, value in weight_file_record(subject.checkpoint).items()):
-            raise UserError(
-                f"model {subject.entry.name}: its weight files changed while they were measured; measure again",
-                "model-changed",
-            )
+            yield subject

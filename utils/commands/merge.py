@@ -18,6 +18,7 @@ from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import in_float32, read_recipe
 from utils.merging.result_files import read_result_manifest
 from utils.merging.settings import MergeSettings
+from utils.models.headers import INDEX
 from utils.models.model_trial import ModelTrial
 from utils.models.page_cache import AHEAD, read_ahead
 from utils.publishing.manifest import MANIFEST
@@ -85,6 +86,7 @@ def merge(settings: MergeSettings) -> None:
         is_there=partial(_is_there, output, request),
         say=lambda line: _say([line], settings),
         last=True,
+        is_of_use=ready.can_be_merged_again,
     ) as stage:
         if stage is None:
             _say_there(settings)
@@ -131,11 +133,11 @@ def _is_there(output: OutputFolder, request: str) -> bool:
 
 
 def _clear(stage: Path, resumed: bool) -> None:
-    """Remove what a killed run may have left half written: everything, or all but the weights that are gone on with."""
+    """Remove what an earlier run may have left half written: everything, or all but the weights that are gone on with."""
     for path in stage.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif not resumed or not (path.name == PROGRESS or path.suffix == ".safetensors"):
+        elif not resumed or not (path.name in (PROGRESS, INDEX) or path.suffix == ".safetensors"):
             path.unlink()
 
 

@@ -17,7 +17,9 @@ from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
+from utils.publishing.disk import remove_empty, remove_tree
 from utils.publishing.files import repair_folder
+from utils.publishing.kept import kept_work
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
 from utils.runtime import quiet_libraries, versions_line
 from utils.searching.measurements import FOLDER, find_measurements
@@ -125,6 +127,9 @@ def _measure_missing(options: SearchOptions) -> set[str]:
         except UserError as error:
             if asked:
                 raise
+            if kept := kept_work(error):  # nobody goes on with what is left out
+                remove_tree(kept.folder.parent)
+                remove_empty([options.out_dir / FOLDER / name, options.out_dir / FOLDER])
             warn([f"guidance {name} is left out: {error} [{error.code}]"])
     return warned
 

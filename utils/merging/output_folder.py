@@ -9,7 +9,7 @@ from utils.errors import UserError
 from utils.merging.result_files import deviations, read_result_manifest
 from utils.publishing.disk import free_bytes
 from utils.publishing.manifest import MANIFEST
-from utils.publishing.staging import Stamp, stamp
+from utils.publishing.staging import Stamp, dead_bytes, stamp
 from utils.publishing.target import prepare_folder
 from utils.runtime import gigabytes
 
@@ -87,6 +87,8 @@ def check_apart(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 def check_space(output: OutputFolder, needed: int) -> int:
     """Compare the free space of the output's file system with what the result needs.
 
+    What runs that were stopped have left beside it counts as free: the same run goes on with it, another removes it.
+
     Returns:
         Bytes free.
 
@@ -94,6 +96,7 @@ def check_space(output: OutputFolder, needed: int) -> int:
         UserError: there is not enough.
     """
     free, folder = free_bytes(output.target.parent)
+    free += dead_bytes(output.target)
     if free < needed:
         raise UserError(
             f"{FLAG} {output.target}: the result needs {gigabytes(needed)}, {folder} has {gigabytes(free)} free; make "

@@ -54,10 +54,16 @@ class PlannedMerge:
 
     def check_unchanged(self) -> None:
         """Raise a `UserError` if a file that was read for the merge has changed since it was planned."""
-        for path, stamp in self.stamps.items():
-            if _stamp(path) != stamp:
-                text = f"{path} changed while it was merged, so nothing was published; merge again"
-                raise UserError(text, "merge-input-changed")
+        for path in self._changed():
+            text = f"{path} changed while it was merged, so nothing was published; merge again"
+            raise UserError(text, "merge-input-changed")
+
+    def can_be_merged_again(self) -> bool:
+        """Whether the files are as they were, or cannot be looked at now."""
+        return not any(_stamp(path) for path in self._changed())
+
+    def _changed(self) -> Iterator[Path]:
+        return (path for path, stamp in self.stamps.items() if _stamp(path) != stamp)
 
 
 def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, say: Callable[[str], None]) -> PlannedMerge:

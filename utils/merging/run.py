@@ -89,19 +89,19 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
     Args:
         planned: the planned merge.
         folder: where the shards go; it exists.
-        finished: what a killed run has finished there; takes down what is finished now, where tensors are merged in
-            pieces. mergekit's executor fills files in its own order and begins anew.
+        finished: what an earlier run has finished there; takes down what is finished now, where tensors are merged in
+            pieces. mergekit's executor fills files in its own order: it begins anew unless all were finished.
 
     Raises:
         UserError: a merged tensor is not finite, memory or disk ran out, or an input changed under way.
     """
     plan, settings, division = planned.plan, planned.settings, planned.division
+    finished, tensors = finished or FinishedTensors(None, ""), written_tensors(plan)
     forget_inputs(plan.options, plan.inputs)
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
-        if finished and finished.names:
-            tensors = written_tensors(plan)
+        if finished.names:
             done = sum(tensor.nbytes for tensor in tensors if tensor.name in finished.names)
             print(
                 f"resumed: {len(finished.names)} of {len(tensors)} tensors ({gigabytes(done)}) are there",
@@ -109,10 +109,12 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
             )
     with selecting_exactly(division.by_counting):
         if not division.direct:
-            _run_by_mergekit(plan, settings, planned.device, folder)
+            if not finished.names.issuperset(tensor.name for tensor in tensors):
+                _run_by_mergekit(plan, settings, planned.device, folder)
+                finished.add_all(tensor.name for tensor in tensors)
             return
         with _progress_bar(plan, settings) as progress, _readable_failures():
-            shown = partial(_show, progress, {}, len(written_tensors(plan)))
+            shown = partial(_show, progress, {}, len(tensors))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
     forget_inputs(plan.options, plan.inputs)
 

@@ -18,6 +18,12 @@ def free_bytes(folder: Path) -> tuple[int, Path]:
     return shutil.disk_usage(folder).free, folder
 
 
+def bytes_on_disk(folder: Path) -> int:
+    """What the files below a folder take of the disk; hard links to one count once, holes not at all."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return 512 * sum({(one.st_dev, one.st_ino): one.st_blocks for one in found}.values())
+
+
 def write_through(path: Path, content: bytes | None) -> None:
     """Write a file, or take it as it is, and have it reach the disk."""
     with open(path, "r+b" if content is None else "wb") as file:

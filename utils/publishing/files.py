@@ -27,7 +27,8 @@ _JOURNAL = ".journal.json"  # in a stage that is complete: what lay under each n
 def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite: bool, last: bool = False) -> None:
     """Write `files` (name to content) into `folder`, the last one of the mapping last.
 
-    Content that is too large for memory is given as the path of a finished file on the same file system, which is moved.
+    Content that is too large for memory is given as the path of a finished file on the same file system, which gets a
+    second name, or where there are no hard links is moved; after a failure it is where it was.
 
     All content reaches the disk in a temporary folder before the first rename; a failure leaves the folder as it was,
     also one between renames. A kill between renames leaves what `repair_folder` completes. Signals wait until the renames
@@ -44,7 +45,7 @@ def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite:
     try:
         for name, content in files.items():
             if isinstance(content, Path):
-                os.replace(content, stage / name)
+                _link_or_move(content, stage / name)
             write_through(stage / name, content if isinstance(content, bytes) else None)
         write_through(stage / _JOURNAL, to_json({name: _stamp(folder / name) for name in files}))
         sync_folder(stage)
@@ -52,6 +53,11 @@ def publish_files(folder: Path, files: Mapping[str, bytes | Path], *, overwrite:
             _move_files(stage, folder, list(files))
             if last:
                 finish()
+    except BaseException:
+        for name, content in files.items():
+            if isinstance(content, Path) and not content.exists() and (stage / name).exists():
+                os.replace(stage / name, content)
+        raise
     finally:
         remove_tree(stage)
     sync_published(folder)
@@ -111,6 +117,13 @@ def _keep(file: Path, copy: Path) -> None:
         os.link(file, copy)
     except OSError:  # a file system without hard links
         shutil.copy2(file, copy)
+
+
+def _link_or_move(file: Path, other: Path) -> None:
+    try:
+        os.link(file, other)
+    except OSError:  # a file system without hard links
+        os.replace(file, other)
 
 
 def _stages(folder: Path) -> list[Path]:

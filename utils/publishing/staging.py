@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.publishing.disk import remove_empty, remove_tree, sync_folder, sync_published
+from utils.publishing.disk import bytes_on_disk, remove_empty, remove_tree, sync_folder, sync_published, write_through
 from utils.publishing.exchange import exchange
+from utils.publishing.kept import note_kept
 from utils.signals import finish, signals_held
 
 PROGRESS = ".progress"  # a file in a stage that says what is finished there; without it nothing in a dead stage is used
@@ -41,12 +42,13 @@ def staged_folder(
     is_there: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
     last: bool = False,
+    is_of_use: Callable[[], bool] = lambda: True,
 ) -> Iterator[Path | None]:
     """Yield a sibling of `target`; when the block ends well, it becomes `target`.
 
     Every file reaches the disk before that, with the permissions that new files have (safetensors are written for their
-    owner alone). A failure removes what was written, and the parent folders that were made for it; but an interrupted
-    run's folder stays if it holds `PROGRESS`.
+    owner alone). What stops the block removes what was written, and the parent folders that were made for it; but a folder
+    that holds `PROGRESS` stays, and the exception carries it (`utils/publishing/kept.py`), as long as it `is_of_use`.
 
     Args:
         target: the folder to publish. It may exist if it is empty, or if it holds nothing but `replaceable`.
@@ -56,6 +58,7 @@ def staged_folder(
         is_there: whether `target` holds by now what the key names, asked once this run has the folder to itself.
         say: takes a line where another run of the same key is waited for.
         last: whether the command has succeeded with this.
+        is_of_use: whether the same run could still go on with what is finished, asked once something has stopped it.
 
     Yields:
         The folder; None if `is_there`, and nothing is published then.
@@ -64,14 +67,14 @@ def staged_folder(
         UserError: another run is at it with another key, or `target` holds something that is not `replaceable` by the
             time it would be replaced.
     """
-    with working_folder(target, key=key, is_there=is_there, say=say) as stage:
+    with working_folder(target, key=key, is_there=is_there, say=say, is_of_use=is_of_use) as stage:
         yield stage
         if stage is None:
             return
         _settle(stage)
         with signals_held():
-            (stage / PROGRESS).unlink(missing_ok=True)
-            _swap_in(stage, target, replaceable or {})
+            with _without_progress(stage):
+                _swap_in(stage, target, replaceable or {})
             if last:
                 finish()
         sync_published(target.parent)
@@ -84,8 +87,9 @@ def working_folder(
     key: str | None = None,
     is_there: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
+    is_of_use: Callable[[], bool] = lambda: True,
 ) -> Iterator[Path | None]:
-    """The folder of `staged_folder` alone: it is removed in the end, unless it was moved or an interrupt left `PROGRESS`."""
+    """The folder of `staged_folder` alone: it is removed in the end, unless it was moved or what stopped it left `PROGRESS`."""
     target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
     made = [parent for parent in target.parents if not parent.exists()]
     try:
@@ -99,14 +103,11 @@ def working_folder(
                 _empty(stage)
             try:
                 yield stage
-            except KeyboardInterrupt as interrupt:
-                if (stage / PROGRESS).is_file():
-                    interrupt.kept = stage  # for the command's last words
+            except BaseException as error:
+                if (stage / PROGRESS).is_file() and is_of_use():
+                    note_kept(error, stage)
                 else:
                     remove_tree(stage)
-                raise
-            except BaseException:
-                remove_tree(stage)
                 raise
             remove_tree(stage)
     except BaseException:
@@ -140,6 +141,11 @@ def sweep(target: Path, key: str | None = None) -> str:
         return ""
     removed = [str(folder) for folder in dead if remove_tree(folder)]
     return f"removed what a killed run has left: {', '.join(removed)}" if removed else ""
+
+
+def dead_bytes(target: Path) -> int:
+    """What dead runs have left beside a target, in bytes of its disk."""
+    return sum(bytes_on_disk(folder) for folder in _siblings(target, "part", "old") if not _is_held(folder))
 
 
 def foreign_entries(folder: Path, known: Mapping[str, Stamp]) -> list[str]:
@@ -200,6 +206,21 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _without_progress(stage: Path) -> Iterator[None]:
+    """Nobody shall find `PROGRESS` in what is published; where nothing comes to be, it is there again."""
+    path = stage / PROGRESS
+    progress = path.read_bytes() if path.is_file() else None
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        if progress is not None and stage.is_dir():
+            with contextlib.suppress(OSError):  # the disk is full: what was made is removed then
+                write_through(path, progress)
+        raise
+
+
 def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> None:
     target = Path(os.path.realpath(target))
     if not target.exists():
@@ -219,7 +240,8 @@ def _swap_in(stage: Path, target: Path, replaceable: Mapping[str, Stamp]) -> Non
             _refuse_foreign(retired, target, replaceable)  # what appeared in the last moment
         except UserError:
             exchange(retired, target)
-            remove_tree(retired)
+            if retired != stage:
+                os.rename(retired, stage)  # what was made is as good as before
             raise
     else:
         os.rename(target, retired)

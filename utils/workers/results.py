@@ -21,6 +21,8 @@ from utils.workers.piece import Piece
 
 _RESULT = "result.pt"
 _SUFFIX = ".part"
+_SNAPSHOT = ".snapshot"
+_ALONE = (_SNAPSHOT, ".forward")  # endings of files that are each enough to go on from; others belong to a snapshot
 _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
 
 
@@ -90,7 +92,7 @@ class Keeping:
     @property
     def snapshot(self) -> Path:
         """The file that the piece may go on from after a kill; others may lie beside it, with other endings."""
-        return self.folder / f"{self.piece.name}.snapshot"
+        return self.folder / f"{self.piece.name}{_SNAPSHOT}"
 
     def remove_snapshots(self) -> None:
         """Remove the snapshot and those beside it: the result is there."""
@@ -120,7 +122,17 @@ class Keeping:
         sync_folder(self.folder)
 
 
+def finished_and_begun(folder: Path) -> tuple[int, int]:
+    """How many results a folder holds, and how many snapshots of unfinished pieces."""
+    left = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return sum(path.is_dir() for path in left), len({path.stem for path in left if path.suffix in _ALONE})
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs have left half-written."""
+    """Remove what runs that were stopped have left half-written: results, snapshots, and files of snapshots that are not there."""
     for path in folder.glob(f".*{_SUFFIX}"):
         remove_tree(path)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        whole = path.suffix in _ALONE or (path.suffix != ".writing" and path.with_suffix(_SNAPSHOT).exists())
+        if path.is_file() and not path.name.startswith(".") and not whole:
+            path.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """The folder that the results of a run's pieces lie in: named after what was asked, so that only the same run goes on there."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.publishing.disk import remove_tree
+from utils.publishing.kept import RESTART, note_kept
 from utils.publishing.manifest import sha256_of
-from utils.workers.results import remove_unfinished
+from utils.workers.results import finished_and_begun, remove_unfinished
 
 
 def folder_name(request: Mapping[str, Any]) -> str:
@@ -17,7 +18,12 @@ def folder_name(request: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def work_folder(
-    parent: Path, request: Mapping[str, Any], *, keep: bool, through_interrupts: bool = False
+    parent: Path,
+    request: Mapping[str, Any],
+    *,
+    keep: bool,
+    is_of_use: Callable[[], bool] = lambda: True,
+    anew: str = RESTART,
 ) -> Iterator[Path]:
     """The folder of a request's results, inside `parent`, which holds nothing else; gone once the context ends well.
 
@@ -26,12 +32,14 @@ def work_folder(
     Args:
         parent: hidden, on the file system of the results.
         request: everything that the results depend on, as plain data.
-        keep: whether results stay after an error, for the next run of the same request.
-        through_interrupts: whether they stay after a signal; with neither they never stay.
+        keep: whether results stay for the next run of the same request when an error or a signal stops this one; the
+            exception carries them then (`utils/publishing/kept.py`).
+        is_of_use: whether that run could still go on with them, asked once something has stopped this one.
+        anew: how to throw them away, as a clause.
     """
     folder = parent / folder_name(request)
     for other in parent.iterdir() if parent.is_dir() else ():
-        if other != folder or not (keep or through_interrupts):
+        if other != folder or not keep:
             remove_tree(other)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,10 +47,9 @@ def work_folder(
         yield folder
     except BaseException as error:
         remove_unfinished(folder)
-        kept = keep or (through_interrupts and isinstance(error, KeyboardInterrupt))
-        if not kept or not any(folder.glob("*")):
+        if keep and any(finished_and_begun(folder)) and is_of_use():
+            note_kept(error, folder, anew)
+        else:
             remove_tree(parent)
-        elif isinstance(error, KeyboardInterrupt):
-            error.kept = folder  # for the command's last words
         raise
     remove_tree(parent)

@@ -8,10 +8,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.models.shard_files import TensorSpec
+from utils.publishing.disk import write_through
 
 SECONDS = 5.0  # between two times that names are added
 
@@ -47,21 +49,51 @@ class FinishedTensors:
 
         try:
             yield note
-        finally:
-            self._add(complete, sync)
+        except BaseException:
+            with contextlib.suppress(
+                OSError, UserError
+            ):  # what stopped the merge is what to say, not that it stops this, too
+                self._add(complete, sync)
+            raise
+        self._add(complete, sync)
+
+    def add_all(self, names: Iterable[str]) -> None:
+        """Add tensors whose files lie beside the list and are complete.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+
+        def sync() -> None:
+            for file in self._path.parent.glob("*.safetensors"):
+                write_through(file, None)
+
+        self._add(list(names), sync)
 
     def _add(self, complete: list[str], sync: Callable[[], None]) -> None:
+        """Have tensors reach the disk, then their names. Those of which the disk has once refused one are never added: a
+        second `fsync` succeeds, whatever became of their bytes.
+
+        Raises:
+            OSError, UserError: the disk is full or broken; the list is as it was.
+        """
         if self._path is None or not complete:
             return
-        sync()
-        new = not self._path.exists()
-        with open(self._path, "a", encoding="utf-8") as file:
-            if new:
-                file.write(json.dumps(self._request) + "\n")
-            file.writelines(json.dumps(name) + "\n" for name in complete)
-            file.flush()
-            os.fsync(file.fileno())
+        names = [json.dumps(name) for name in complete]
         complete.clear()
+        sync()
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in (*([] if before else [json.dumps(self._request)]), *names))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if before:
+                os.truncate(self._path, before)
+            else:
+                self._path.unlink(missing_ok=True)
+            raise
 
     def _read(self) -> Iterator[str]:
         if self._path is None or not self._path.is_file():

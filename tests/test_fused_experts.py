@@ -5,6 +5,10 @@ import torch
 
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
 from tests.tiny_mixtures import save_mixtures, weights
+from utils.merging.planning import plan_recipe
+from utils.merging.recipe_file import read_recipe
+from utils.merging.resources import memory_estimate
+from utils.merging.settings import MergeSettings
 from utils.models.checkpoints import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import build_skeleton
@@ -56,3 +60,19 @@ def test_linear_methods_are_the_same_either_way(mixtures):
     for name, value in stacked.items():
         one = layout.conversions.get(name)
         assert torch.equal(value, apart[name] if one is None else one.convert(dict(apart))[name])
+
+
+@pytest.mark.parametrize("out_dtype", [None, "bfloat16"])
+def test_stacked_experts_count_in_what_is_planned(mixtures, out_dtype):
+    data = recipe(mixtures, "ties", dtype="float32") | ({"out_dtype": out_dtype} if out_dtype else {})
+    for entry in data["models"][1:]:
+        entry["parameters"] = {"weight": 0.5, "density": 0.3}
+    output = f"counted_{out_dtype}"
+    written = weights(merge_here(mixtures, data, output, fused_experts=True))
+    settings = MergeSettings(mixtures / output, mixtures / f"{output}.yaml", device="cpu", fused_experts=True)
+    planned = plan_recipe(settings, read_recipe(settings.merge_config), lambda line: None)
+    assert planned.plan.params == sum(value.numel() for value in written.values())
+    assert planned.plan.nbytes == sum(value.nbytes for value in written.values())
+    largest = max(value.numel() for value in written.values() if value.ndim == 3)
+    inputs = 3 * 4 * largest  # float32 stacks of three models, which no file holds
+    assert memory_estimate(planned.plan, planned.division, planned.settings) > inputs

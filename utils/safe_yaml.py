@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
+from yaml.composer import ComposerError
 
 from utils.errors import UserError
 
@@ -24,63 +24,69 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 _SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast, where PyYAML was built with it
 
 
-class _Bounded(Composer):
-    """A composer that refuses what grows without bounds, before anything is built of it.
+def _check_bounds(text: str) -> None:
+    """Refuse what grows without bounds, before anything is built of it; libyaml's own composer has no bounds.
 
     Aliases count with all that they stand for: nested ones grow exponentially, and one inside its own anchor endlessly.
     """
-
-    def __init__(self) -> None:
-        Composer.__init__(self)
-        self._aliases = self._nodes = self._depth = 0
-        self._reached = 0  # the greatest depth in the collection that is being composed
-        self._sizes: dict[str, tuple[int, int]] = {}  # of each finished anchor: nodes, and levels below it
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        line = event.start_mark.line + 1
+    sizes: dict[str, tuple[int, int]] = {}  # of each finished anchor: nodes, and levels below it
+    open_ones: list[list[Any]] = []  # anchor, nodes before it, and the greatest depth inside
+    named = set()  # anchors, those of what is open included
+    nodes = aliases = 0
+    for event in yaml.parse(text, Loader=_SAFE):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before, reached = open_ones.pop()
+            if anchor is not None:
+                sizes[anchor] = nodes - before, reached - len(open_ones) - 1
+            if open_ones:
+                open_ones[-1][2] = max(open_ones[-1][2], reached)
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        line, anchor = event.start_mark.line + 1, event.anchor
+        added, reached = 1, len(open_ones) + 1
         if isinstance(event, yaml.AliasEvent):
-            return self._compose_alias(event.anchor, line, parent, index)
-        before, outer = self._nodes, self._reached
-        self._nodes += 1
-        self._depth += 1
-        self._reached = self._depth
-        self._check(line)
-        node = super().compose_node(parent, index)
-        if event.anchor is not None:
-            self._sizes[event.anchor] = self._nodes - before, self._reached - self._depth
-        self._depth -= 1
-        self._reached = max(self._reached, outer)
-        return node
-
-    def _compose_alias(self, anchor, line, parent, index):
-        self._aliases += 1
-        if self._aliases > MAX_ALIASES:
-            raise UserError(f"more than {MAX_ALIASES} YAML aliases: write the values out", "yaml-aliases")
-        if anchor in self.anchors and anchor not in self._sizes:
-            raise UserError(f"line {line}: *{anchor} stands inside what it names: write it out", "yaml-recursive")
-        nodes, levels = self._sizes.get(anchor, (1, 0))
-        self._nodes += nodes
-        self._reached = max(self._reached, self._depth + 1 + levels)
-        self._check(line)
-        return super().compose_node(parent, index)
-
-    def _check(self, line):
-        if self._nodes > MAX_NODES:
+            aliases += 1
+            if aliases > MAX_ALIASES:
+                raise UserError(f"more than {MAX_ALIASES} YAML aliases: write the values out", "yaml-aliases")
+            if anchor not in named:
+                raise ComposerError(None, None, f"found undefined alias {anchor!r}", event.start_mark)
+            if anchor not in sizes:
+                raise UserError(f"line {line}: *{anchor} stands inside what it names: write it out", "yaml-recursive")
+            added, levels = sizes[anchor]
+            reached += levels
+        elif anchor is not None:
+            named.add(anchor)
+            if isinstance(event, yaml.ScalarEvent):
+                sizes[anchor] = 1, 0
+        nodes += added
+        if nodes > MAX_NODES:
             raise UserError(
                 f"line {line}: more than {MAX_NODES} values, counting what aliases stand for: is it the right file?",
                 "yaml-too-many",
             )
-        if self._reached > MAX_DEPTH:
+        if reached > MAX_DEPTH:
             raise UserError(f"line {line}: nested too deeply (more than {MAX_DEPTH} levels)", "yaml-too-deep")
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_ones.append([anchor, nodes - 1, reached])
+        elif open_ones:
+            open_ones[-1][2] = max(open_ones[-1][2], reached)
 
 
-class _Loader(_Bounded, _SAFE):
-    """Plain nodes from a text, bounded. libyaml's own composer, which has no bounds, stands behind ours."""
+class _Loader(_SAFE):
+    """Plain nodes from a text within bounds (`_check_bounds`)."""
 
     def __init__(self, stream: str) -> None:
-        _SAFE.__init__(self, stream)
-        _Bounded.__init__(self)
+        super().__init__(stream)
+        self._tags: dict[tuple[str, tuple[bool, bool]], str] = {}
+
+    def resolve(self, kind, value, implicit):
+        if kind is not yaml.ScalarNode:
+            return super().resolve(kind, value, implicit)
+        key = value, implicit
+        if key not in self._tags:  # a recipe has the same few keys thousands of times
+            self._tags[key] = super().resolve(kind, value, implicit)
+        return self._tags[key]
 
 
 class _StrictLoader(_Loader):
@@ -145,6 +151,7 @@ def read_yaml_mapping(path: Path, what: str, max_bytes: int = MAX_BYTES) -> dict
     """
     text = read_text(path, what, max_bytes)
     with _named_problems(f"{what} {path}"):
+        _check_bounds(text)
         data = yaml.load(text, Loader=_StrictLoader)
     if data is None:
         raise UserError(f"{what} {path} is empty", "yaml-empty")
@@ -161,6 +168,7 @@ def yaml_nodes(text: str, where: str) -> yaml.Node | None:
         UserError: it is not YAML, or too much of it; `where` begins the message.
     """
     with _named_problems(where):
+        _check_bounds(text)
         return yaml.compose(text, Loader=_Loader)
 
 

@@ -1,4 +1,4 @@
-"""Which filter holds for a tensor, against mergekit's own search.
+"""Which filter holds for a tensor, and which for none, against mergekit's own search.
 
 python -m pytest tests/merging/test_filter_lookup.py
 """
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mergekit.config import ConditionalParameter, evaluate_setting
 
 from utils.merging.filter_lookup import by_lookup
+from utils.merging.parameters import idle_conditions
 
 names = st.text("abc.", min_size=1, max_size=12)
 filters = st.none() | st.just("*") | st.text("abc.*", max_size=4)
@@ -40,3 +41,15 @@ def test_a_list_is_read_once_and_no_filter_is_tried_alone():
     for layer in range(1000):
         assert evaluate(Read(f"model.layers.{layer}.mlp.up"), setting, validate=float) == layer / 1000
     assert Read.count == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    conditions=st.lists(st.builds(ConditionalParameter, value=st.just(0.5), filter=filters), max_size=12),
+    tensors=st.lists(names, min_size=1, max_size=12),
+)
+def test_idle_filters_are_those_that_mergekit_takes_for_no_tensor(conditions, tensors):
+    numbered = [ConditionalParameter(value=float(place), filter=one.filter) for place, one in enumerate(conditions)]
+    found = [evaluate_setting(name, numbered, 0, validate=float) for name in tensors] if numbered else []
+    idle = [one.filter for one in numbered if one.value not in found and one.filter not in (None, "", "*")]
+    assert idle_conditions(numbered, tensors) == [(text, any(text in name for name in tensors)) for text in idle]

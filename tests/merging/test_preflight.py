@@ -22,6 +22,7 @@ from tests.tiny_merges import (
     tensors,
     write_recipe,
 )
+from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import contents, edit_json
 from utils.merging import planning
 
@@ -43,6 +44,13 @@ def test_a_tensor_that_the_merge_would_lose(copies, capsys, no_weights):
     edit_tensors(copies / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
     merge_here(copies, recipe(copies), dry_run=True)
     assert "model.mtp.weight is stored by code but not by base; the result stores it" in capsys.readouterr().err
+
+
+def test_a_base_that_transformers_itself_does_not_load(tmp_path, no_weights):
+    """shieldgemma2: what the class saves has no language tower for the class that its config then names."""
+    folder = save_mixtures(tmp_path, "shieldgemma2", "image-text")
+    data = recipe(folder, "task_arithmetic")
+    assert_refused(folder, data, "model-unloadable", "transformers finds no weights for")
 
 
 def test_a_plan_that_passes_over_a_tensor(copies, no_weights, monkeypatch):

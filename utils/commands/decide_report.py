@@ -119,7 +119,9 @@ def _say_column(part: pd.DataFrame, column: str) -> None:
     shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {_of_what(part)})"
     print(f"  {column:<13} min {values.min():.4f}, {shown}")
     _say_pairs("by layer", by_depth(part, column))
-    components = by_component(_measured(part), column)
+    measured = _measured(part)
+    alike = measured["component"].map(name_template)  # experts stored apart are hundreds of components
+    components = by_component(measured.assign(component=alike), column)
     if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
         components = [("each", components[0][1])]
     _say_pairs("by component", components)

@@ -28,7 +28,6 @@ from utils.merging.guided.methods import GuidedMean
 from utils.merging.guided.own_method import OwnMethod
 from utils.merging.pieces.choice import STORED
 from utils.merging.plan import MergePlan, OutputTensor, gathered
-from utils.models.headers import TensorHeader
 
 _SIDE = 128  # of a stand-in for a matrix
 AT_ONCE = {"slerp": 2**20}  # entries that a method has temporaries for at a time, if not all
@@ -50,9 +49,9 @@ class MethodMemory:
     def of(self, tensor: OutputTensor) -> int:
         """Bytes at the peak of making one tensor: inputs, where they are in memory, temporaries, and the result."""
         entries = tensor.params or tensor.nbytes // 2  # the shape is unknown where the stored tensors are converted
-        loaded = {model: _loaded(tensor, model, header) for model, header in tensor.sources.items()}
+        loaded = {model: _loaded(tensor, model, stored) for model, stored in tensor.stored_dtypes.items()}
         if not loaded:
-            return tensor.nbytes  # put together by transformers from stored tensors that are not listed
+            return tensor.nbytes  # put together by transformers under a name that its class does not have
         if not all(dtype.is_floating_point for dtype in loaded.values()):
             return tensor.nbytes  # a copy of the first
         inputs = entries * sum(
@@ -70,7 +69,9 @@ class MethodMemory:
 
     def _in_memory(self, tensor: OutputTensor, model: ModelReference, loaded: torch.dtype) -> bool:
         """Whether an input is more than pages of its file."""
-        header = tensor.sources[model]
+        header = tensor.sources.get(model)
+        if header is None:
+            return True
         is_read = STORED.get(header.dtype) == loaded and header.change is None and tensor.shape is not None
         return self._device.type != "cpu" or not is_read or type(tensor.task.gather_tensors) is not GatherTensors
 
@@ -80,7 +81,7 @@ class MethodMemory:
         parameters = [*task.parameters.items()]
         for _, own in task.input_parameters.items():
             parameters += own.items()
-        dimensions = len(tensor.shape or (0, 0))
+        dimensions = len(tensor.assembled.shape if tensor.assembled else tensor.shape or (0, 0))
         key = (dimensions, tuple(loaded.values()), tuple((name, _kind(value)) for name, value in parameters))
         if key not in self._known:
             self._known[key] = self._counted(tensor, loaded, dimensions)
@@ -106,11 +107,11 @@ class MethodMemory:
         return counted.peak / entries
 
 
-def _loaded(tensor: OutputTensor, model: ModelReference, header: TensorHeader) -> torch.dtype:
+def _loaded(tensor: OutputTensor, model: ModelReference, stored: str) -> torch.dtype:
     """The dtype in which mergekit gets an input."""
     gather = gathered(tensor.task)
     asked = gather.weight_info[model].force_dtype or gather.dtype
-    return dtype_from_name(asked) if asked else STORED.get(header.dtype, torch.int64)
+    return dtype_from_name(asked) if asked else STORED.get(stored, torch.int64)
 
 
 def _kind(value: Any) -> Any:

@@ -13,6 +13,7 @@ from utils.errors import Problem, raise_collected
 from utils.mergekit_api import ConditionalParameter, ModelReference, ParameterScope
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_check import settings_blocks
+from utils.recipes.matching import FilterList
 
 _ANY = (None, "", "*")
 
@@ -76,17 +77,12 @@ def idle_conditions(setting: Any, names: Sequence[str]) -> list[tuple[str, bool]
     conditions = [setting] if isinstance(setting, ConditionalParameter) else setting
     if not isinstance(conditions, list) or not any(isinstance(one, ConditionalParameter) for one in conditions):
         return []
-    acting: set[int] = set()
-    for name in names:
-        for place, condition in enumerate(conditions):
-            if condition.filter in _ANY or condition.filter in name:
-                acting.add(place)
-                break
-    return [
-        (condition.filter, any(condition.filter in name for name in names))
-        for place, condition in enumerate(conditions)
-        if place not in acting and condition.filter not in _ANY
-    ]
+    texts = ["" if condition.filter in _ANY else condition.filter for condition in conditions]
+    filters = FilterList(texts)
+    acting = {filters.place(name) for name in names}
+    idle = [text for place, text in enumerate(texts) if text and place not in acting]
+    held = set().union(*(filters.held(name) for name in names)) if idle else set()
+    return [(text, text in held) for text in idle]
 
 
 def _idle_filters(plan: MergePlan) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from utils.mergekit_api import (
     result_config,
     set_config_value,
 )
+from utils.merging.assembled import Assembled, Assembling
 from utils.merging.changed_tensors import ChangedTensors
 from utils.merging.filter_lookup import by_lookup
 from utils.merging.inputs import MergeInputs
@@ -42,8 +43,9 @@ _SHOWN = 5
 class OutputTensor:
     """One tensor of the result.
 
-    `shape` is None if transformers converts the stored tensors while loading, so that no header tells. `dtype` is
-    torch's name, None for what the inputs have (integer buffers). `sources` are the headers by input.
+    `shape` is None if transformers converts the stored tensors while loading, so that no header tells; `assembled` then
+    says what can be known. `dtype` is torch's name, None for what the inputs have (integer buffers). `sources` are the
+    headers by input.
     """
 
     name: str
@@ -53,10 +55,14 @@ class OutputTensor:
     task: ExecuteMergeMethodTask = field(repr=False)
     weight: WeightInfo = field(repr=False)
     sources: Mapping[ModelReference, TensorHeader] = field(repr=False)
+    assembled: Assembled | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the result; the inputs' where the shape is unknown."""
+        if self.assembled is not None:
+            own = self.dtype and _TORCH_BYTES[self.dtype]
+            return self.params * (own or max(DTYPE_BYTES[code] for code in self.assembled.dtypes.values()))
         if self.shape is None or self.dtype is None:
             return max((header.nbytes for header in self.sources.values()), default=0)
         return math.prod(self.shape) * _TORCH_BYTES[self.dtype]
@@ -64,7 +70,15 @@ class OutputTensor:
     @property
     def params(self) -> int:
         """Number of entries, 0 if unknown."""
-        return math.prod(self.shape) if self.shape is not None else 0
+        shape = self.shape if self.assembled is None else self.assembled.shape
+        return math.prod(shape) if shape is not None else 0
+
+    @property
+    def stored_dtypes(self) -> Mapping[ModelReference, str]:
+        """What each input stores, as headers call it."""
+        if self.assembled is not None:
+            return self.assembled.dtypes
+        return {model: header.dtype for model, header in self.sources.items()}
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,7 @@ def plan_merge(
     by_name = {tensor.name: tensor for tensor in architecture.tensors}
     out_dtype = recipe.out_dtype or recipe.dtype
     problems: list[Problem] = []
-    tensors = []
+    tensors, assembled = [], Assembling(inputs, trust_remote_code=settings.trust_remote_code)
     for task in (target.tensor_task for target in targets if isinstance(target, SaveTensor)):
         info, sources = task.output_weight, {}
         for reference, weight in gathered(task).weight_info.items():
@@ -130,7 +144,8 @@ def plan_merge(
                 sources[reference] = header
         shape = _shape(inputs, info, sources, vocabulary, settings, problems)
         dtype = info.force_dtype or _out_dtype(out_dtype, inputs, sources)
-        tensors.append(OutputTensor(info.name, shape, dtype, info.vocabulary_axis, task, info, sources))
+        whole = None if sources or info.optional else assembled.of(info.name)
+        tensors.append(OutputTensor(info.name, shape, dtype, info.vocabulary_axis, task, info, sources, whole))
     raise_collected(shortened(problems, "tensors"), "the models do not fit together")
     _adopt_truncation(config, architecture, tensors, vocabulary, settings)
     shown = (out_dtype or inputs.donor.checkpoint.float_dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from utils.merging.inputs import FoundModels, MergeInputs
+from utils.merging.loading import check_donor_loads
 from utils.merging.output_folder import OutputFolder, check_apart, check_space
 from utils.merging.planning import PlannedMerge, plan_models
 from utils.merging.resources import memory_estimate
@@ -44,6 +45,8 @@ def preflight(
     donor = planned.plan.inputs.donor.checkpoint.folder
     tagged = planned.plan.architecture.info.tagalong_files or []
     check_copied(donor, [*copied_names(donor), *tagged])
+    if not settings.adapter:
+        check_donor_loads(planned.plan, settings.trust_remote_code)
     short = _check_space(planned, output, say)
     return replace(planned, warnings=(*planned.warnings, *_no_fine_tunes(planned.plan.inputs), *short))
 

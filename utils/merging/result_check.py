@@ -1,17 +1,12 @@
-"""What was written, checked before anybody sees it: names, shapes, dtypes, config, tokenizer; does it load?
-
-The last is asked of transformers itself, with all parameters on the meta device: its own loading matches every tensor,
-but no weights enter memory.
-"""
+"""What was written, checked before anybody sees it: names, shapes, dtypes, config, tokenizer; does it load?"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.mergekit_api import get_auto_cls
+from utils.merging.loading import loading_report
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
 from utils.merging.stacked_outputs import written_tensors
@@ -39,7 +34,7 @@ def check_result(plan: MergePlan, settings: MergeSettings, folder: Path) -> list
     """
     headers = read_headers(folder, "the result")
     _refuse(_tensor_problems(plan, headers))
-    problems = [*_small_file_problems(plan, settings, folder), *_loading_problems(folder, settings)]
+    problems = [*_small_file_problems(plan, settings, folder), *_loading_problems(folder, settings.trust_remote_code)]
     rows, row_problems = _vocabulary(plan, settings, folder, headers)
     _refuse([*problems, *row_problems])
     checked = f"{len(headers)} tensors are finite and have the planned names, shapes and dtypes"
@@ -70,30 +65,16 @@ def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Itera
             yield f"{name} is {header.dtype}, planned was {tensor.dtype}"
 
 
-def _loading_problems(folder: Path, settings: MergeSettings) -> Iterator[str]:
+def _loading_problems(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     try:
-        with quiet_mergekit():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-            own = getattr(transformers, config.architectures[0], None)
-            model_class = (
-                own if own is not None and "auto_map" not in vars(config) else get_auto_cls(config.architectures[0])
-            )
-            _, report = model_class.from_pretrained(
-                folder,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=settings.trust_remote_code,
-            )
+        found = loading_report(folder, trust_remote_code)
     except Exception as error:  # whatever it is, the result does not load
         raise _does_not_load("transformers cannot load it", error) from error
-    for key, what in (
-        ("missing_keys", "are missing for the model class"),
-        ("unexpected_keys", "are not known to the model class"),
-        ("mismatched_keys", "have shapes that do not fit config.json"),
+    for names, what in (
+        (found.missing, "are missing for the model class"),
+        (found.misshapen, "have shapes that do not fit config.json"),
     ):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
-        if names and key != "unexpected_keys":  # unknown ones were in the base too, and were reported before the merge
+        if names:
             yield f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}"
 
 

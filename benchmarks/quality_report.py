@@ -1,14 +1,19 @@
 """The quality benchmark's figures as tables, words and one picture; pure functions of its rows, apart from files.
 
+    python3 benchmarks/quality_report.py benchmarks/results/peers/quality.csv      # the tables beside it, anew
+
 A row is one merge judged on one task's test text. `one expert`: the expert's own task, with a budget. `two experts`, `three
 experts`: one row per task, no budget. What is compared is the mean over tasks of a seed; the minimum over tasks is shown beside.
 """
 
 import csv
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.quality_losses import mean_and_least
 from benchmarks.quality_statistics import Interval, by_seed, paired_interval, verdict
@@ -53,7 +58,8 @@ class Comparison:
 def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comparison]:
     """Compare every contender with the control of its experiment at the same size and budget, paired by seed.
 
-    Of a run that was cut, a contender counts on the seeds whose tasks it has all; one without its control is left out.
+    Of a run that was cut, a contender counts on the seeds that have all tasks of its experiment; one that has no such seed,
+    or whose control has none, is left out.
 
     Args:
         figures: each (experiment, size, budget, contender, seed) once per task.
@@ -63,7 +69,9 @@ def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comp
         ValueError: a contender and its control have no seed in common, or a row occurs twice.
     """
     shares: dict[tuple, dict[tuple[int, str], float]] = {}
+    tasks: dict[str, set[str]] = {}
     for figure in figures:
+        tasks.setdefault(figure.experiment, set()).add(figure.task)
         place = shares.setdefault((figure.experiment, figure.size, figure.budget, figure.contender), {})
         if (figure.seed, figure.task) in place:
             raise ValueError(f"{figure.contender}: seed {figure.seed}, {figure.task} occurs twice")
@@ -73,9 +81,11 @@ def compare(figures: Sequence[Figure], controls: Mapping[str, str]) -> list[Comp
         control = shares.get((experiment, size, budget, controls[experiment]))
         if control is None:
             continue
-        seeds = {seed for seed, _ in own if _tasks(own, seed) == _tasks(control, seed)}
-        if not seeds:
+        if not own.keys() & control.keys():
             raise ValueError(f"{contender} and {controls[experiment]} were not run on the same tasks of any seed")
+        seeds = {seed for seed, _ in own if _tasks(own, seed) == _tasks(control, seed) == tasks[experiment]}
+        if not seeds:
+            continue
         rows, control_rows = (
             _seed_rows({key: kept for key, kept in part.items() if key[0] in seeds}) for part in (own, control)
         )
@@ -113,6 +123,19 @@ def markdown(comparisons: Iterable[Comparison]) -> str:
         head = "| " + " | ".join(heads) + " |\n|" + "---|" * len(heads)
         parts.append("\n".join([f"**{experiment}, {size}**", "", head, *lines]))
     return "\n\n".join(parts)
+
+
+def read_figures(path: Path) -> list[Figure]:
+    """The rows of a CSV that `write_figures` wrote."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [_figure(row) for row in csv.DictReader(file)]
+
+
+def _figure(row: Mapping[str, str]) -> Figure:
+    numbers = {"seed": int, "budget": float, "kept": float, "own_loss": float, "other_loss": float}
+    return Figure(
+        **{key: (numbers.get(key, str)(value) if value or key == "setting" else None) for key, value in row.items()}
+    )
 
 
 def write_figures(path: Path, figures: Sequence[Figure]) -> None:
@@ -185,3 +208,15 @@ def _seed_rows(shares: Mapping[tuple[int, str], float]) -> list[dict[str, float]
         mean, least = mean_and_least({task: value for (own, task), value in shares.items() if own == seed})
         rows.append({"seed": seed, "mean": mean, "least": least})
     return rows
+
+
+def main() -> None:
+    """Write the tables of files of figures beside them."""
+    from benchmarks.quality_contenders import CONTROLS
+
+    for path in map(Path, sys.argv[1:]):
+        path.with_suffix(".md").write_text(markdown(compare(read_figures(path), CONTROLS)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.quality_report import ONE, TWO, Figure, compare, draw, markdown, write_figures
+from benchmarks.quality_contenders import CONTROLS as OF_THE_BENCHMARK
+from benchmarks.quality_report import ONE, TWO, Figure, compare, draw, markdown, read_figures, write_figures
+from tests.conftest import ROOT
 
+RESULTS = ROOT / "benchmarks" / "results"
 CONTROLS = {ONE: "uniform", TWO: "uniform"}
 
 
@@ -45,11 +48,16 @@ def test_of_a_run_that_was_cut_the_seeds_count_that_have_all_tasks():
     assert (guided.interval.seeds, guided.interval.mean) == (2, pytest.approx(0.15))
     assert guided.kept == pytest.approx((0.4 + 0.1 + 1.4 + 0.2) / 2) and control.kept == pytest.approx(1.4)
     assert compare([row for row in figures() if row.contender == "guided"], CONTROLS) == []
+    one_task = [replace(row, size="medium") for row in figures() if row.task == "b"]
+    assert compare([*figures(), *one_task], CONTROLS) == compare(figures(), CONTROLS)
+    half = [row for row in figures() if row.contender == "uniform" or row.task == "b"]
+    assert [row.contender for row in compare(half, CONTROLS)] == ["uniform"]
 
 
 def test_unpaired_and_repeated_rows_are_refused():
+    rows = [replace(row, seed=9) if row.contender == "guided" else row for row in figures()[:4]]
     with pytest.raises(ValueError, match="same tasks of any seed"):
-        compare([row for row in figures() if row.contender == "uniform" or row.task == "b"], CONTROLS)
+        compare(rows, CONTROLS)
     with pytest.raises(ValueError, match="twice"):
         compare([*figures(), figures()[0]], CONTROLS)
 
@@ -58,6 +66,11 @@ def test_tables_say_the_verdict():
     text = markdown(compare([*figures(), *figures(ONE, 0.1)], CONTROLS))
     assert "**two experts, small**" in text and "| density |" in text
     assert "| 0.1 | guided | 160.0% | 145.0% | no difference seen: +20.0 points" in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("**/quality*.csv")), ids=lambda path: path.stem)
+def test_the_tables_in_the_tree_are_those_of_their_rows(path):
+    assert path.with_suffix(".md").read_text() == markdown(compare(read_figures(path), OF_THE_BENCHMARK)) + "\n"
 
 
 def test_rows_come_back_from_the_file(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import random
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ INTERIM = (
 )  # what evaluator and searcher keep for the next run of the line
 MEASURED = r"(?:[0-9.]+ (?:h|min|s|GB) ?)+(?=</dd>)|[0-9-]+ [0-9:]+ UTC(?=</dd>)"  # what a run took, and when it was
 TIMED = {"report.html", "trials.csv"}
+_STACK = "Stack (most recent call first):\n"  # what faulthandler writes before each
 BYSTANDER_ENTRIES = {name.removeprefix("out/"): text.encode() for name, text in BYSTANDERS.items() if "/" in name}
 
 
@@ -51,6 +53,30 @@ def calls_of(log: Path) -> list[str]:
     calls = log.read_text().splitlines()
     assert [int(call.split()[0]) for call in calls] == list(range(1, len(calls) + 1))
     return calls
+
+
+def by_place(calls: list[str], stacks: Path) -> list[list[int]]:
+    """The numbers of the calls, those of one case together: the same call for the same file from the same lines of Python.
+
+    One case of every place (a call and its lines, for whatever file) comes first, chosen by chance, then a second one of every
+    place that has one, and so on.
+    """
+    places: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for call, stack in zip(calls, stacks.read_text().split(_STACK)[1:], strict=True):
+        number, name, file = call.split(" ", 2)
+        places.setdefault((name, stack), {}).setdefault(plain_name(file), []).append(int(number))
+    chance = random.Random(1)
+    ranked = [
+        (rank, case)
+        for of_files in places.values()
+        for rank, case in enumerate(chance.sample(list(of_files.values()), len(of_files)))
+    ]
+    return [case for _, case in sorted(ranked)]
+
+
+def plain_name(path: str) -> str:
+    """A path without the random part of `.NAME.RANDOM.part`, of `.publish.RANDOM.part` and of `losses/tmpRANDOM.part`."""
+    return re.sub(r"(/tmp|\.)[a-z0-9_]{8}(?=\.part(?:/|$))", r"\1random", path)
 
 
 def call_of(log: Path, at: int) -> str:

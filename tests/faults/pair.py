@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": ("utils/merger.py", "--merge_config", "recipe.yaml", "--output_path", "out/model", "--out_shard_size", "20000", "--quiet"),
     "evaluate": ("utils/evaluator.py", "--config", "judged.yaml", "--out_dir", "out/evaluation", "--test_rows", "4", "--validation_rows", "4",
                  "--no-samples", "--quiet"),
-    "search": ("utils/searcher.py", "--config", "judged.yaml", "--out_dir", "out/search", "--trials", "6", "--batch", "3", "--test_rows", "4",
+    "search": ("utils/searcher.py", "--config", "judged.yaml", "--out_dir", "out/search", "--trials", "4", "--batch", "2", "--test_rows", "4",
                "--validation_rows", "4", "--first_rows", "4", "--no-samples", "--quiet"),
 }  # fmt: skip
 RESULTS = {

@@ -10,7 +10,8 @@ Reads a JSON object from each line of stdin and answers with one on stdout:
 `code` is negative for a signal, as in `subprocess`. With "root" the calls that change files below it (with "reads": that read
 them) are counted, and at number "at" (0: never) one fails with "error" (0: the process is killed). With "forks" those of the
 processes that the command forks are counted instead, of each by itself. With "stops", two FIFOs, the process writes a byte to
-the first before each such call, and waits for one from the second. Needs `shim.c` loaded before the C library then. With
+the first before each such call, and waits for one from the second. With "stacks", a file, the stack of Python before each such
+call is written there. Needs `shim.c` loaded before the C library then. With
 "snapshots" a pass writes down where it stands at every block. After "limit" seconds the process is killed.
 
 What a command imports while it works is imported here once it has ended, so that the next fork has it.
@@ -18,6 +19,7 @@ What a command imports while it works is imported here once it has ended, so tha
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -131,6 +133,9 @@ def _be_the_command(asked: dict, out: int, err: int, imported: int) -> None:
             library = ctypes.CDLL(None)
             if asked.get("stops"):
                 library.faults_stop(*map(os.fsencode, asked["stops"]))
+            if asked.get("stacks"):
+                faulthandler.register(signal.SIGUSR1, open(asked["stacks"], "w"), all_threads=False)  # noqa: SIM115
+                library.faults_signal(signal.SIGUSR1)
             root, log = os.fsencode(asked["root"]), os.fsencode(asked["log"])
             chosen = [asked.get(key, 0) for key in ("reads", "forks", "at", "error")]
             library.faults_arm(root, *chosen, log)

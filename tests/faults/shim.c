@@ -7,7 +7,8 @@
    the call is made (error 0), or the call fails with that errno. `at` 0 only counts. Every counted call is a line in `log`,
    which lies elsewhere: the number, the call and the file. Only the process that was armed counts, or, with `forks`, only those
    forked from it, each by itself. After `faults_stop(asked, go)`, the names of two FIFOs, the process writes a byte to the first before
-   each counted call, and waits for one from the other, while the tree lies there as a kill would leave it. */
+   each counted call, and waits for one from the other, while the tree lies there as a kill would leave it. After
+   `faults_signal(number)` a thread sends itself that signal before each counted call, whose handler can note where it is. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -25,7 +26,7 @@
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static int armed, reading, at, error_code, log_fd = -1, asked_fd = -1, go_fd = -1;
+static int armed, reading, at, error_code, log_fd = -1, asked_fd = -1, go_fd = -1, site_signal;
 static int count, forks;
 static pid_t armed_process;
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -33,6 +34,12 @@ static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 void faults_stop(const char *asked, const char *go) {
   asked_fd = syscall(SYS_openat, AT_FDCWD, asked, O_RDWR | O_CLOEXEC, 0);
   go_fd = syscall(SYS_openat, AT_FDCWD, go, O_RDWR | O_CLOEXEC, 0);
+}
+
+void faults_signal(int number) {
+  stack_t none = {.ss_flags = SS_DISABLE};
+  sigaltstack(&none, NULL);  /* of a few kilobytes, where the calls of this file would not fit */
+  site_signal = number;
 }
 
 void faults_arm(const char *folder, int reads, int in_forks, int number, int code, const char *log) {
@@ -83,6 +90,7 @@ static int hit(const char *name, const char *what) {
     if (length > (int)sizeof line - 1) length = sizeof line - 1;
     syscall(SYS_write, log_fd, line, length);
   }
+  if (site_signal) raise(site_signal);
   if (asked_fd >= 0) {
     char byte = 's';
     syscall(SYS_write, asked_fd, &byte, 1);

@@ -1,7 +1,10 @@
 """Let every call of a command that changes a file, or reads an input, fail: one true message, and nothing is lost or half there.
 
 python -m pytest tests/faults/test_failing_calls.py            a few points of a merge
-python -m pytest tests/faults/test_failing_calls.py -m slow    all points of all commands, in parts
+python -m pytest tests/faults/test_failing_calls.py -m slow    all cases of all commands, in parts
+
+Calls of one name for the same file from the same lines of Python are one case, of which a call chosen by chance fails. Part 1
+begins with a case of every place in the code.
 """
 
 import errno
@@ -16,6 +19,7 @@ from tests.faults.conftest import Server
 from tests.faults.outcomes import (
     BYSTANDER_ENTRIES,
     beginning,
+    by_place,
     call_of,
     calls_of,
     check_result,
@@ -29,8 +33,8 @@ from tests.faults.outcomes import (
 from tests.faults.trees import digest, look, put
 
 FEW = 3
-PARTS = {"measure": 2, "decide": 1, "merge": 2, "evaluate": 4, "search": 27}  # of about 40 points, chosen by chance
-READ_PARTS = {"measure": 4, "decide": 2, "merge": 3, "evaluate": 23, "search": 21}  # of about 100
+PARTS = {"measure": 2, "decide": 1, "merge": 2, "evaluate": 3, "search": 6}  # of about 40 cases
+READ_PARTS = {"measure": 2, "decide": 1, "merge": 2, "evaluate": 6, "search": 9}  # of about 100
 
 
 def test_the_shim_counts_and_fails(faulty_server, folder, tmp_path):
@@ -60,13 +64,14 @@ def _cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("command", "again", "error", "part"), _cases())
 def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp_path, command, again, error, part):
     start, old = beginning(faulty_server, command, folder, again)
-    log = tmp_path / "calls"
-    done = run(faulty_server, command, folder, log, again)
+    log, stacks = tmp_path / "calls", tmp_path / "stacks"
+    done = run(faulty_server, command, folder, log, again, stacks=stacks)
     assert done["code"] == 0, done["stderr"]
     expected, calls = found_in(folder), calls_of(log)
+    chosen = _few(calls) if part is None else _part(by_place(calls, stacks), part, PARTS[command])
     mended = {digest(start)}  # trees over which the line has ended well
     wrong: list[str] = []
-    for at in _chosen(calls, command, part):
+    for at in chosen:
         put(start, folder / "out")
         failed = run(faulty_server, command, folder, log, again, at=at, error=error)
         with noted(wrong, (calls[at - 1], failed)):
@@ -79,7 +84,7 @@ def test_any_call_that_fails_ends_in_one_true_message(faulty_server, folder, tmp
                 assert found_in(folder) == expected
                 mended.add(left)
     assert not wrong, "\n".join(wrong)
-    print(f"{len(_chosen(calls, command, part))} calls, {len(mended)} trees")
+    print(f"{len(chosen)} of {len(calls)} calls, {len(mended)} trees")
 
 
 def _check_ending(failed: dict[str, Any], found: dict, expected: dict, old: dict | None) -> None:
@@ -96,13 +101,19 @@ def _check_ending(failed: dict[str, Any], found: dict, expected: dict, old: dict
         assert place in failed["stderr"], f"nothing is said of {place}"
 
 
-def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
+def _few(calls: list[str]) -> list[int]:
     numbers = range(1, len(calls) + 1)
-    if part is not None:
-        return random.Random(1).sample(numbers, len(numbers))[part :: PARTS[command]]
     turning = [number for number in numbers if calls[number - 1].split()[1].startswith("rename")]
     step = max(1, len(calls) // FEW)  # the beginning, the end, and where things take their place
     return sorted({*list(numbers)[::step], *turning[:1], *turning[-1:], len(calls)})
+
+
+def _part(cases: list[list[int]], part: int, parts: int) -> list[int]:
+    """Of each case of a part one call, chosen by chance."""
+    size, chance = -(-len(cases) // parts), random.Random(1)
+    numbers = [chance.choice(case) for case in cases][part * size : (part + 1) * size]
+    print(f"{len(numbers)} of {len(cases)} cases, which are {sum(map(len, cases))} calls")
+    return numbers
 
 
 @pytest.mark.slow
@@ -116,12 +127,11 @@ def _chosen(calls: list[str], command: str, part: int | None) -> list[int]:
     ],
 )
 def test_any_read_that_fails_ends_in_a_message(faulty_server, folder, tmp_path, command, part):
-    """Of the inputs: models, text, config, tables, recipe. Part 1 has reads of every file."""
-    expected = _read_all(faulty_server, folder, tmp_path / "calls", command)
-    order = _file_by_file(calls_of(tmp_path / "calls"))
-    size = -(-len(order) // READ_PARTS[command])
-    _fail_reads(faulty_server, folder, tmp_path, command, order[part * size : (part + 1) * size], expected)
-    print(f"{len(order[part * size : (part + 1) * size])} of {len(order)} reads")
+    """Of the inputs: models, text, config, tables, recipe."""
+    log, stacks = tmp_path / "calls", tmp_path / "stacks"
+    expected = _read_all(faulty_server, folder, log, command, stacks=stacks)
+    chosen = _part(by_place(calls_of(log), stacks), part, READ_PARTS[command])
+    _fail_reads(faulty_server, folder, tmp_path, command, chosen, expected)
 
 
 @pytest.mark.slow
@@ -155,13 +165,3 @@ def _fail_reads(
         with noted(wrong, (at, failed)), noted(wrong, (call_of(log, at), failed)):
             _check_ending(failed, found_in(folder), expected, None)
     assert not wrong, "\n".join(wrong)
-
-
-def _file_by_file(calls: list[str]) -> list[int]:
-    """The numbers of the calls: of every file one, chosen by chance, then a second one of every file, and so on."""
-    files: dict[str, list[int]] = {}
-    for number, call in enumerate(calls, 1):
-        files.setdefault(call.split(" ", 2)[2], []).append(number)
-    chance = random.Random(1)
-    ranked = [(rank, number) for of in files.values() for rank, number in enumerate(chance.sample(of, len(of)))]
-    return [number for _, number in sorted(ranked)]

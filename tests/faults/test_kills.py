@@ -5,7 +5,8 @@ python -m pytest tests/faults/test_kills.py -m slow    all points of all command
 
 A kill leaves what lies there before the call, so that one run shows all points: it stands still before each call while the
 tree is taken into memory, and the line is typed again over every tree that differs from the others. (Of the searcher's
-database what differs is what SQLite reads in it, after it has undone half transactions.)
+database what differs is what SQLite reads in it, after it has undone half transactions.) The first parts hold a tree of every
+call from every place in the code, for every file.
 """
 
 import csv
@@ -18,7 +19,19 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import Server
-from tests.faults.outcomes import MEASURED, beginning, call_of, calls_of, check_result, found_in, noted, run, words_of
+from tests.faults.outcomes import (
+    MEASURED,
+    beginning,
+    by_place,
+    call_of,
+    calls_of,
+    check_result,
+    found_in,
+    noted,
+    plain_name,
+    run,
+    words_of,
+)
 from tests.faults.pair import COMMANDS
 from tests.faults.trees import Tree, digest_of_what_is_read, look, put, what_is_read
 
@@ -27,8 +40,9 @@ PARTS = {
     "decide": 1,
     "merge": 1,
     "evaluate": 4,
-    "search": 8,
+    "search": 6,
 }  # of about 30 trees where each takes seconds
+INSIDE_PARTS = {"lewis": 1, "saliency_budget": 3, "sens_merging": 1, "gram_mean": 2}
 _OF_A_RUN = {
     "manifest.json": (
         rb'(?<="created": )"[^"]*"',
@@ -55,9 +69,8 @@ def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder
     _, old = beginning(faulty_server, command, folder, again)
     trees = _trees(faulty_server, folder, words_of(command, again), tmp_path / "calls")
     expected = found_in(folder)
-    chosen = random.Random(1).sample(list(trees.values()), len(trees))[part :: PARTS[command]]
     wrong: list[str] = []
-    for calls, tree in chosen:
+    for calls, tree in _part(trees, part, PARTS[command]):
         put(tree, folder / "out")
         with noted(wrong, calls):
             check_result(folder, command, expected, old, calls)
@@ -65,12 +78,14 @@ def test_a_kill_before_any_call_is_mended_by_the_same_line(faulty_server, folder
             assert done["code"] == 0 and "Traceback" not in done["stderr"], done["stderr"]
             assert found_in(folder) == expected
     assert not wrong, "\n".join(wrong)
-    print(f"{sum(len(calls) for calls, _ in chosen)} calls, {len(chosen)} trees")
 
 
-def _trees(server: Server, folder: Path, words: list[str], log: Path, **more: Any) -> dict[str, tuple[list[str], Tree]]:
-    """The different trees before the calls of a run that ends well, each with the calls that it lies there before."""
-    found: dict[str, tuple[list[str], Tree]] = {}
+Trees = dict[str, tuple[list[str], Tree]]  # each with the calls that it lies there before
+
+
+def _trees(server: Server, folder: Path, words: list[str], log: Path, **more: Any) -> Trees:
+    """The different trees before the calls of a run that ends well: first those of a call of each case, see `by_place`."""
+    found: Trees = {}
     order = []
 
     def watch(number: int) -> None:
@@ -80,11 +95,22 @@ def _trees(server: Server, folder: Path, words: list[str], log: Path, **more: An
         order.append(key)
 
     log.unlink(missing_ok=True)
-    done = server.run(*words, cwd=folder, root=folder / "out", log=log, watch=watch, **more)
+    stacks = log.with_name("stacks")
+    done = server.run(*words, cwd=folder, root=folder / "out", log=log, watch=watch, stacks=stacks, **more)
     assert done["code"] == 0, done["stderr"]
-    for key, call in zip(order, calls_of(log), strict=True):
+    calls, chance = calls_of(log), random.Random(1)
+    for key, call in zip(order, calls, strict=True):
         found[key][0].append(call)
-    return found
+    first = dict.fromkeys(order[chance.choice(case) - 1] for case in by_place(calls, stacks))
+    print(f"{len(calls)} calls before {len(found)} trees, {len(first)} of them of all cases")
+    return {key: found[key] for key in [*first, *chance.sample(list(found.keys() - first), len(found) - len(first))]}
+
+
+def _part(trees: Trees, part: int, parts: int) -> list[tuple[list[str], Tree]]:
+    size = -(-len(trees) // parts)
+    chosen = list(trees.values())[part * size : (part + 1) * size]
+    print(f"part {part + 1}: {sum(len(calls) for calls, _ in chosen)} calls, {len(chosen)} trees")
+    return chosen
 
 
 @pytest.mark.parametrize(
@@ -119,14 +145,9 @@ def test_a_real_kill_leaves_the_tree_that_was_taken_into_memory(faulty_server, f
 
 def _form(tree: Tree) -> dict[str, tuple[str, int, bytes | list]]:
     """Names, kinds, modes and bytes, without what differs from run to run: random parts of hidden names, times."""
-    found = {_plain(name): (entry.kind, entry.mode, _steady(tree, name)) for name, entry in tree.items()}
+    found = {plain_name(name): (entry.kind, entry.mode, _steady(tree, name)) for name, entry in tree.items()}
     assert len(found) == len(tree), f"two of these names became one: {sorted(tree)}"
     return found
-
-
-def _plain(name: str) -> str:
-    """A path without the random part of `.NAME.RANDOM.part`, of `.publish.RANDOM.part` and of `losses/tmpRANDOM.part`."""
-    return re.sub(r"(/tmp|\.)[a-z0-9_]{8}(?=\.part(?:/|$))", r"\1random", name)
 
 
 def _steady(tree: Tree, name: str) -> bytes | list:
@@ -145,8 +166,15 @@ def _steady(tree: Tree, name: str) -> bytes | list:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("method", ["lewis", "saliency_budget", "sens_merging", "gram_mean"])
-def test_a_kill_inside_a_model_is_mended_by_the_same_line(faulty_server, folder, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        pytest.param(method, part, id=f"{method}-{part + 1}-of-{parts}")
+        for method, parts in INSIDE_PARTS.items()
+        for part in range(parts)
+    ],
+)
+def test_a_kill_inside_a_model_is_mended_by_the_same_line(faulty_server, folder, tmp_path, method, part):
     """Passes that write down where they stand at every block."""
     useless = ["--accept_useless_text"] if method == "gram_mean" else []  # random models gain nothing on it
     words = [*words_of("measure"), "--guidance", method, "--dtype", "float32", *useless]
@@ -155,14 +183,13 @@ def test_a_kill_inside_a_model_is_mended_by_the_same_line(faulty_server, folder,
     expected = found_in(folder)
     assert any("snapshot" in call for calls, _ in trees.values() for call in calls)
     wrong: list[str] = []
-    for calls, tree in trees.values():
+    for calls, tree in _part(trees, part, INSIDE_PARTS[method]):
         put(tree, folder / "out")
         with noted(wrong, calls):
             done = faulty_server.run(*words, cwd=folder, snapshots=1)
             assert done["code"] == 0, done["stderr"]
             assert found_in(folder) == expected
     assert not wrong, "\n".join(wrong)
-    print(f"{sum(len(calls) for calls, _ in trees.values())} calls, {len(trees)} trees")
 
 
 @pytest.mark.slow

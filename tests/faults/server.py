@@ -29,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,15 +85,8 @@ def _run(asked: dict) -> dict:
         child = os.fork()
         if not child:
             _be_the_command(asked, out.fileno(), err.fileno(), imported.fileno())
-        deadline = start + asked.get("limit", 120)
-        while True:
-            pid, status, usage = os.wait4(child, os.WNOHANG)
-            if pid:
-                break
-            if time.perf_counter() > deadline:
-                os.kill(child, signal.SIGKILL)
-                deadline = float("inf")
-            time.sleep(0.002)
+        with _killed_after(asked.get("limit", 120), child):
+            _, status, usage = os.wait4(child, 0)
         texts = []
         for file in (out, err, imported):
             file.seek(0)
@@ -107,6 +100,21 @@ def _run(asked: dict) -> dict:
             "processor": usage.ru_utime + usage.ru_stime,
             "peak_kb": usage.ru_maxrss,
         }
+
+
+@contextlib.contextmanager
+def _killed_after(seconds: float, child: int) -> Iterator[None]:
+    def kill(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # 0 would be never
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _be_the_command(asked: dict, out: int, err: int, imported: int) -> None:

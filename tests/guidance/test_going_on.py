@@ -132,6 +132,8 @@ def goes_on(folder, line):
         ("gram_mean", ("--accept_useless_text",), 7),
         ("sens_merging", (), 3),
         ("sens_merging", (), 6),
+        ("submodule_linearity", (), 2),  # of 2 steps
+        ("submodule_linearity", ("--no-nonlinearity",), 2),
     ],
 )
 def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch, method, words, stop_at):

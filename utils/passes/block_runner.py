@@ -19,7 +19,7 @@ from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tensor_names, tied_names
 from utils.pair.batches import MicroBatch
 from utils.passes.flows import Flow, stops
-from utils.passes.snapshots import Snapshots, digests
+from utils.passes.snapshots import Snapshot, Snapshots, digests
 from utils.runtime import available_bytes
 
 
@@ -99,13 +99,13 @@ def run_blocks(
                 _through_block(layer, block, flows, visitor)
             on_block(layer)
             if snapshots is not None and layer + 1 < len(layers):
-                snapshots.offer(layer + 1, [flow.returned for flow in flows], _Around(flows), visitor.state)
+                snapshots.offer(layer + 1, [flow.returned for flow in flows], Around(flows), visitor.state)
         if snapshots is not None:
             snapshots.forget()
         return [flow.result() for flow in flows]
 
 
-class _Around(Sequence[list[float]]):
+class Around(Sequence[list[float]]):
     """What the next block is given for each micro-batch, as digests that are made when they are asked for."""
 
     def __init__(self, flows: Sequence["Flow"]) -> None:
@@ -137,11 +137,7 @@ def _begun(
     start()
     if snapshot is None or len(snapshot.outputs) != len(flows):
         return 0
-    for flow, output in zip(flows, snapshot.outputs, strict=True):
-        for layer in range(snapshot.layer):
-            flow.expect(layer)
-            flow.advance_with(on_device(output, device))
-    if list(_Around(flows)) != snapshot.around:
+    if not caught_up(flows, snapshot, device):
         for flow in flows:
             flow.close()
         flows.clear()
@@ -149,6 +145,15 @@ def _begun(
         return 0
     visitor.restore(snapshot.state, device)
     return snapshot.layer
+
+
+def caught_up(flows: Sequence["Flow"], snapshot: Snapshot, device: torch.device) -> bool:
+    """Take passes that stand at the first block to where a snapshot's stood; whether the next block is given the same there."""
+    for flow, output in zip(flows, snapshot.outputs, strict=True):
+        for layer in range(snapshot.layer):
+            flow.expect(layer)
+            flow.advance_with(on_device(output, device))
+    return list(Around(flows)) == snapshot.around
 
 
 def on_device(output: Any, device: torch.device) -> Any:

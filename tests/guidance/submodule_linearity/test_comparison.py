@@ -19,6 +19,7 @@ from utils.models.decoder import find_decoder
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches
+from utils.passes import snapshots
 
 NAMES = ("base", "one", "two")
 LENGTHS = ((17, 2, 23, 4), (9, 21, 12))  # of each text; longer than the sliding windows (8)
@@ -51,11 +52,11 @@ def compared(folder, name):
     return ComparedModel(decoder, *sources, name)
 
 
-def everything(folder, names=NAMES, texts=TEXTS, tokens_at_once=64, scores=True, owners=((0,), (1,))):
+def everything(folder, names=NAMES, texts=TEXTS, tokens_at_once=64, scores=True, owners=((0,), (1,)), **more):
     """The base, and all that is measured of a pair."""
     base, *experts = (compared(folder, name) for name in names)
     given = [ComparedText(micro_batches(text, tokens_at_once, 0), own) for text, own in zip(texts, owners, strict=True)]
-    found = compare_models(base, experts, given, CPU, scores=scores)
+    found = compare_models(base, experts, given, CPU, scores=scores, **more)
     assert all(parameter.is_meta for model in (base, *experts) for parameter in model.decoder.model.parameters())
     assert not any("forward" in vars(module) or module._forward_hooks for module in base.decoder.model.modules())
     return base, found
@@ -230,6 +231,36 @@ def test_the_whole_models_score_equals_a_direct_evaluation(family, tmp_path):
             distance += torch.stack([torch.stack([(one - two).norm(dim=-1).sum() for two in finals]) for one in finals])
         expected = (distance / distance[-1, 0] - (grid[:, None] - grid).abs()).square().mean()
         assert found.whole[place] == pytest.approx(float(expected), rel=1e-4) and float(expected) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+@pytest.mark.parametrize(("stop", "scores"), [(1, True), (2, False)])
+def test_a_comparison_that_was_stopped_between_two_blocks_goes_on(family, stop, scores, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "SECONDS", -1.0)
+    monkeypatch.setattr(snapshots, "MOST_SHARE", float("inf"))
+    folder, fetched = save_models(family, tmp_path), []
+    _, whole = everything(folder, scores=scores)
+
+    def interrupt(layer):
+        if layer == stop:
+            raise KeyboardInterrupt
+
+    kept = snapshots.Snapshots(tmp_path / "way.snapshot")
+    with pytest.raises(KeyboardInterrupt):
+        everything(folder, scores=scores, snapshots=kept, on_block=interrupt)
+    fetch = StreamedWeights.fetch
+    monkeypatch.setattr(StreamedWeights, "fetch", lambda source, names: fetched.extend(names) or fetch(source, names))
+    _, found = everything(folder, scores=scores, snapshots=snapshots.Snapshots(tmp_path / "way.snapshot"))
+    assert {int(name.split(".")[2]) for name in fetched if ".layers." in name} == set(range(stop, 3))
+    assert (found.whole, found.missed) == (whole.whole, whole.missed) and len(found.parts) == len(whole.parts)
+    for ours, theirs in zip(found.parts, whole.parts, strict=True):
+        assert (ours.name, ours.layer, ours.levels, ours.calls) == (
+            theirs.name,
+            theirs.layer,
+            theirs.levels,
+            theirs.calls,
+        )
+        assert torch.equal(ours.sums, theirs.sums) and ours.scores == theirs.scores
 
 
 def test_folds_are_the_samples_own_and_add_up(tmp_path):

@@ -16,31 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.guidance.submodule_linearity.folds import fold_tokens, sample_folds
 from utils.guidance.submodule_linearity.level_fit import held_out_misses
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel, OutsideChanges
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage
+from utils.guidance.submodule_linearity.passages import ComparedText, passages_of
+from utils.guidance.submodule_linearity.standing import Missed, Standing, as_plain, from_plain
 from utils.guidance.submodule_linearity.watched_parts import WatchedPart, around, watched_parts
 from utils.guidance.submodule_linearity.whole_models import WholeModels
-from utils.models.decoder import Decoder
 from utils.models.weight_source import placed, tensor_names
-from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import BlocksInTurn, block_tensor_names
+from utils.passes.block_runner import Around, BlocksInTurn, block_tensor_names, caught_up
 from utils.passes.flows import Flow, stops
 from utils.passes.language_head import behind_body
-
-
-@dataclass(frozen=True)
-class ComparedText:
-    """A text in the base's tokens; `experts` are the places of those whose own text it is."""
-
-    batches: Sequence[MicroBatch]
-    experts: tuple[int, ...]
-
-    @property
-    def tokens(self) -> list[int]:
-        """Real tokens in each fold."""
-        return fold_tokens(self.batches)
+from utils.passes.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Compared:
     parts: list[PartChanges]
     tokens: torch.Tensor
     whole: dict[int, float]
-    missed: dict[tuple[int, str, int], float]
+    missed: Missed
 
     def grams(self, part: PartChanges) -> torch.Tensor:
         """A part's Gram matrices [texts, experts, experts] as means per token."""
@@ -74,6 +61,7 @@ def compare_models(
     *,
     scores: bool,
     on_block: Callable[[int], None] = lambda layer: None,
+    snapshots: Snapshots | None = None,
 ) -> Compared:
     """Measure every part of the base on every text; closes the weight sources.
 
@@ -84,6 +72,7 @@ def compare_models(
         scores: whether to take the non-linearity of blocks, attention, MLPs and whole models, each expert's on its own
             text, and to try merges of each block at every level.
         on_block: called with the layer number after each block.
+        snapshots: where the way of all passes is kept; it begins where a killed run's stood.
 
     Raises:
         UserError: models whose parts differ; parts that do not process each token once.
@@ -93,7 +82,7 @@ def compare_models(
         for model in (base, *experts):
             stack.callback(model.weights.close)
             stack.callback(model.stored.close)
-        parts = comparison.run(stack, on_block)
+        parts = comparison.run(stack, on_block, snapshots or Snapshots(None))
     for part in parts:
         part.sums = part.sums.cpu()
         part.distances = {expert: sums.cpu() for expert, sums in part.distances.items()}
@@ -114,60 +103,93 @@ class _Comparison:
         self.base, self.experts, self.device, self.scores = base, experts, device, scores
         self.decoder = base.decoder
         self.tokens = torch.tensor([text.tokens for text in texts], dtype=torch.float64)
-        self.batches: list[MicroBatch] = []
-        self.passages: list[Passage] = []
-        for number, text in enumerate(texts):
-            for batch, folds in zip(text.batches, sample_folds(text.batches), strict=True):
-                longer = _with_an_axis_of_tokens(batch, self.decoder)
-                self.batches.append(longer)
-                self.passages.append(_passage(longer.to(device), number, folds, text.experts))
+        self.batches, self.passages = passages_of(texts, self.decoder, device)
         self.outside = OutsideChanges(base, experts, self.batches, len(texts), device)
         self.layer = -1
         self.passage: Passage | None = None  # None: what runs is not to be observed
         self.whole_scores: dict[int, float] = {}
-        self.missed: dict[tuple[int, str, int], float] = {}
+        self.missed: Missed = {}
+        self.flows: list[Flow] = []  # the base's passes
+        self.whole: WholeModels | None = None  # those of interpolated models
+        self.parts: list[PartChanges] = []  # of the blocks that are done
 
-    def run(self, stack: ExitStack, on_block: Callable[[int], None]) -> list[PartChanges]:
+    def run(self, stack: ExitStack, on_block: Callable[[int], None], snapshots: Snapshots) -> list[PartChanges]:
         layers = range(len(self.decoder.blocks))
         stack.enter_context(self._base_outside_placed())
-        turns = [
-            stack.enter_context(BlocksInTurn(model.decoder, model.weights, layers, self.device))
-            for model in (self.base, *self.experts)
-        ]
         stack.enter_context(stops(self.decoder.blocks))
-        flows = [Flow(self.decoder.body, batch, self.device) for batch in self.batches]
-        stack.callback(lambda: [flow.close() for flow in flows])
-        whole = None
-        if self.scores:
-            whole = WholeModels(self.decoder, self.outside, self.batches, self.passages, self.device)
-            stack.callback(whole.close)
-        parts: list[PartChanges] = []
+        stack.callback(self._close)
         with self._outside_observed():
-            for flow, passage in zip(flows, self.passages, strict=True):
-                self.passage = passage
-                flow.advance()
-            self.passage = None
-            if whole is not None:
-                whole.start()
-            self.outside.forget()
-            for layer in layers:
+            first = self._begin(snapshots)
+            for layer in layers[:first]:
+                on_block(layer)
+            turns = [
+                stack.enter_context(BlocksInTurn(model.decoder, model.weights, layers[first:], self.device))
+                for model in (self.base, *self.experts)
+            ]
+            for layer in layers[first:]:
                 self.layer = layer
                 with ExitStack() as placing:
                     blocks = [placing.enter_context(turn.next_block()) for turn in turns]
-                    parts += self._through_block(blocks, flows)
+                    self.parts += self._through_block(blocks, self.flows)
                     self.passage = None
-                    if whole is not None:
-                        whole.through_block(layer, blocks)
+                    if self.whole is not None:
+                        self.whole.through_block(layer, blocks)
                 on_block(layer)
-            finals = [flow.result() for flow in flows]
+                if layer + 1 < len(layers):
+                    flows = self._all_flows()
+                    returned = [flow.returned for flow in flows]
+                    snapshots.offer(layer + 1, returned, Around(flows), lambda: as_plain(self._standing()))
+                    del returned
+            finals = [flow.result() for flow in self.flows]
             inputs = self._head_inputs(finals) if self.outside.between else finals
             self.outside.forget()
-        if whole is not None:
-            self.whole_scores = whole.scores(finals)
-        around = self.outside.checked(len(flows))
+        if self.whole is not None:
+            self.whole_scores = self.whole.scores(finals)
+        around = self.outside.checked(len(self.flows))
         before = [part for part in around if part.layer < 0]
         behind = [part for part in around if part.layer >= 0]
-        return [*before, *parts, *behind, self.outside.head(inputs, self.passages)]
+        return [*before, *self.parts, *behind, self.outside.head(inputs, self.passages)]
+
+    def _begin(self, snapshots: Snapshots) -> int:
+        """Take all passes to where a killed run's stood, or to the first block; the block that they stand at."""
+        snapshot = snapshots.load()
+        if snapshot is not None:
+            standing = from_plain(snapshot.state, self.device)
+            self.outside.parts.update(standing.outside)
+            self._start(observed=False)
+            flows = self._all_flows()
+            if len(snapshot.outputs) == len(flows) and caught_up(flows, snapshot, self.device):
+                self.parts, self.missed = standing.parts, standing.missed
+                self.outside.entered |= standing.entered
+                return snapshot.layer
+            self.outside.parts.clear()
+            self.outside.entered.clear()
+        self._start(observed=True)
+        return 0
+
+    def _start(self, observed: bool) -> None:
+        """Begin all passes and take them to the first block; those of the base are `observed` on their way."""
+        self._close()
+        self.flows = [Flow(self.decoder.body, batch, self.device) for batch in self.batches]
+        for flow, passage in zip(self.flows, self.passages, strict=True):
+            self.passage = passage if observed else None
+            flow.advance()
+        self.passage = None
+        if self.scores:
+            self.whole = WholeModels(self.decoder, self.outside, self.batches, self.passages, self.device)
+            self.whole.start()
+        self.outside.forget()
+
+    def _close(self) -> None:
+        """End passes that were given up."""
+        for flow in self._all_flows():
+            flow.close()
+
+    def _all_flows(self) -> list[Flow]:
+        return [*self.flows, *([] if self.whole is None else [way.flow for way in self.whole.ways])]
+
+    def _standing(self) -> Standing:
+        return Standing(self.parts, self.outside.parts, self.outside.entered, self.missed)
 
     def _head_inputs(self, finals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the head is given, after what lies between it and the body, which is observed."""
@@ -262,21 +284,3 @@ class _Comparison:
 
     def _hook(self, one: WatchedPart) -> Callable[..., None]:
         return lambda module, args, kwargs, output: one.take(Call(module, args, kwargs, output), self.passage)
-
-
-def _passage(batch: MicroBatch, text: int, folds: Sequence[int], scored: tuple[int, ...]) -> Passage:
-    samples, length = batch.input_ids.shape
-    own = torch.tensor(folds, device=batch.input_ids.device)
-    return Passage(text, samples, length, batch.mask, own, scored)
-
-
-def _with_an_axis_of_tokens(batch: MicroBatch, decoder: Decoder) -> MicroBatch:
-    """The micro-batch, one pad longer where its length equals a number of heads, so that axes can be told apart."""
-    if batch.mask is None:
-        return batch
-    config = decoder.model.config.get_text_config(decoder=True)
-    heads = {getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
-    while batch.input_ids.shape[1] in heads:
-        ids = torch.cat([batch.input_ids, batch.input_ids[:, -1:]], dim=1)
-        batch = MicroBatch(ids, batch.lengths, nn.functional.pad(batch.mask, (0, 1)))
-    return batch

@@ -22,9 +22,11 @@ from utils.guidance.submodule_linearity.tables import (
     SCORE_TABLE,
     TENSOR_TABLE,
 )
+from utils.guidance.submodule_linearity.whole_models import WAYS
 from utils.models.weight_source import tied_names
 from utils.passes.dry_walk import dry_walk
 from utils.passes.language_head import require_head
+from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import Subject, component_names, memory_estimate
 from utils.workers.piece import Piece, Place
 
@@ -34,7 +36,6 @@ def choices(job: MeasureJob) -> list[str]:
     lines = [
         "inputs: the base's own; parts: blocks, their children, every module with parameters; all in float32, because "
         "bfloat16 would round away what a fine-tune changes",
-        "after a kill the measurement begins anew: all models go through one block together, and nothing is kept on the way",
     ]
     if job.options["nonlinearity"]:
         lines.append(
@@ -54,6 +55,17 @@ def memory(job: MeasureJob) -> int:
     outside = sum(value.numel() for value in model.parameters()) - sum(blocks)
     base = replace(job.base, dtype=torch.float32)
     return memory_estimate(base) + 4 * (2 * max(blocks) + outside) * len(job.experts)
+
+
+def on_disk(job: MeasureJob) -> int:
+    """Bytes of the snapshots that a run after a kill goes on from: the hidden states of all passes in float32, and those
+    before while they are written."""
+    hidden = job.base.decoder.model.config.get_text_config(decoder=True).hidden_size
+    slots = {source: sum(batch.input_ids.numel() for batch in text.batches) for source, text in job.base.texts.items()}
+    passed = sum(slots.values())
+    if job.options["nonlinearity"]:
+        passed += WAYS * sum(slots[job.config.text_of(expert.entry.type)] for expert in job.experts)
+    return 2 * torch.float32.itemsize * hidden * passed
 
 
 def measure(job: MeasureJob) -> Measured:
@@ -101,7 +113,8 @@ def _compared(place: Place, job: MeasureJob) -> Compared:
     ]
     base, *experts = (_opened(job, subject, place.device) for subject in job.subjects)
     scores = bool(job.options["nonlinearity"])
-    return compare_models(base, experts, texts, place.device, scores=scores, on_block=place.on_step)
+    kept = Snapshots(place.snapshot)
+    return compare_models(base, experts, texts, place.device, scores=scores, on_block=place.on_step, snapshots=kept)
 
 
 def _opened(job: MeasureJob, subject: Subject, device: torch.device) -> ComparedModel:

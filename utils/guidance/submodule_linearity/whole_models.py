@@ -23,6 +23,7 @@ from utils.pair.batches import MicroBatch
 from utils.passes.flows import Flow
 
 _SHARES = GRID[1:]  # the base's own pass is there
+WAYS = len(_SHARES)  # passes of each expert's own text
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class WholeModels:
             for share in _SHARES
         ]
         self.depth = len(decoder.blocks)
-
-    def close(self) -> None:
-        """End passes that were given up."""
-        for way in self.ways:
-            way.flow.close()
 
     def start(self) -> None:
         """Take every pass to the first block."""

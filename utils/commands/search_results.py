@@ -148,10 +148,10 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
             expert = ready.space.experts[experts.index(str(path))]
             places[str(path)] = f"{stem}_{expert}_saliency.safetensors"
             files[places[str(path)]] = path
-        models = [_beside(entry, places, ready.options.out_dir) for entry in made.data["models"]]
+        vectors: dict[str, Path] = {}
+        models = [_beside(entry, places, ready.options.out_dir, vectors) for entry in made.data["models"]]
         data = {**made.data, "models": models}
         files[name] = recipe_bytes(data)
-        vectors = {file: Path(path) for path, file in places.items()}
         measured, search = ready.measured.get(one.point.guidance), _search_record(ready)
         record = recipe_record(ready.options.config, measured, one, (name, files[name]), data, vectors, search)
         files[manifest_name(name)] = record.as_bytes()
@@ -183,13 +183,20 @@ def _search_record(ready: Prepared) -> dict[str, Any]:
     }
 
 
-def _beside(entry: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> dict[str, Any]:
+def _beside(
+    entry: Mapping[str, Any], places: Mapping[str, str], folder: Path, vectors: dict[str, Path]
+) -> dict[str, Any]:
+    """A model's entry with its files named from a folder; `vectors` gains these names and where the files are."""
     parameters = entry.get("parameters", {})
     if "saliency" not in parameters:
         return dict(entry)
-    # by its whole path; a file of the measurement's own stays where it is
-    named = renamed_files(parameters["saliency"], lambda file: places.get(file) or file_key(Path(file), folder))
-    return {**entry, "parameters": {**parameters, "saliency": named}}
+
+    def named(file: str) -> str:
+        found = places.get(file) or file_key(Path(file), folder)  # one of the measurement's own stays where it is
+        vectors[found] = Path(file)
+        return found
+
+    return {**entry, "parameters": {**parameters, "saliency": renamed_files(parameters["saliency"], named)}}
 
 
 def _next(ready: Prepared) -> str:

@@ -24,6 +24,7 @@ from utils.models.checkpoints import is_local
 from utils.models.low_rank import adapter_name
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
+from utils.recipes.recipe_manifest import refuse_changed_files
 from utils.safe_yaml import read_yaml_mapping
 
 UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
@@ -78,7 +79,8 @@ def read_candidate(text: str) -> Candidate:
     """A candidate as somebody names it on the command line: a recipe file, a model folder, or a hub id.
 
     Raises:
-        UserError: a file that is no recipe, or that names what is here and beside it; a folder that is not there.
+        UserError: a file that is no recipe, or that names what is here and beside it, or files of vectors that are not
+            those it was made of; a folder that is not there.
     """
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
@@ -107,8 +109,10 @@ def found_recipes(folder: Path) -> list[Candidate]:
 def _of_file(path: Path) -> Candidate:
     """The candidate of a recipe file, whose names may begin beside it."""
     recipe = read_recipe(path)
-    for _, _, name in _names(copy.deepcopy(recipe.data)):
+    data = copy.deepcopy(dict(recipe.data))
+    for _, _, name in _names(data):
         recipe.locate(name)  # refuses names that lead to two things
+    refuse_changed_files(path, {name: Path(recipe.locate(name)) for _, _, name in _names(data, keys=FILE_KEYS)})
     return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.absolute().parent)
 
 

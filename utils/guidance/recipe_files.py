@@ -9,6 +9,7 @@ from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
 from utils.recipes.recipe import recipe_bytes
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
+from utils.recipes.saliency_vectors import open_vectors
 from utils.runtime import versions
 
 
@@ -23,10 +24,16 @@ def recipe_files(
         control: the unguided recipe made beside it, or the one for stock mergekit; its files instead of the guided one's.
     """
     name, data, vectors = (made.name, made.data, made.vectors) if control is None else (control.name, control.data, {})
+    hashes = {file: _sha256(bytes_) for file, bytes_ in vectors.items()}
+    if control is None:
+        hashes |= {
+            made.settings.saliency[key]: open_vectors(measured.folder / file).content_hash()
+            for key, file in made.decision.measured.items()
+        }
     content = recipe_bytes(data, _note(made, control))
     record = RecipeManifest(
         recipe={"name": name, "sha256": _sha256(content)},
-        vectors={file: _sha256(bytes_) for file, bytes_ in vectors.items()},
+        vectors=hashes,
         guidance=made.choices.method.name,
         guidance_options=dict(made.choices.options.method_options),
         control=None if control is None else control.kind,

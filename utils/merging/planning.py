@@ -115,7 +115,7 @@ def plan_models(
     plan = _plan(inputs, method, settings, device)
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan)]
     warnings += _idle_flags(settings, device)
-    plan, saliency, idle = bind_saliency(plan, recipe)
+    plan, saliency, idle = bind_saliency(plan, recipe, origin.vectors if origin else {})
     stamps |= {file.path: _stamp(file.path) for file in saliency}
     warnings += idle
     densities = tuple(density_summaries(plan)) if checked.method.cuts else ()
@@ -128,7 +128,7 @@ def plan_models(
     return PlannedMerge(
         settings=settings,
         recipe=recipe,
-        origin=publishable(origin) if origin else None,
+        origin=publishable(origin) if origin and not doubt else None,
         plan=plan,
         division=divide(plan, settings),
         device=str(device),
@@ -200,5 +200,6 @@ def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Itera
 def _saliency_lines(plan: MergePlan, saliency: tuple[SaliencyFile, ...]) -> Iterator[str]:
     method = plan.method
     for file in saliency if isinstance(method, OwnMethod) else ():
+        unknown = "" if file.recorded else " (nothing beside the recipe says which they were)"
         for label, count in file.tensors.items():
-            yield f"saliency of {label}: {count} tensors are merged by the vectors in {file.written}"
+            yield f"saliency of {label}: {count} tensors are merged by the vectors in {file.written}{unknown}"

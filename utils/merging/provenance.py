@@ -9,8 +9,9 @@ from utils.recipes.recipe_manifest import RecipeManifest
 
 
 def publishable(origin: RecipeManifest) -> RecipeManifest:
-    """The same record without absolute paths of this machine: of each only the last part remains."""
-    return replace(origin, **{field.name: _without_folders(getattr(origin, field.name)) for field in fields(origin)})
+    """The same record without folders of this machine: of an absolute path, and of a file of vectors, the last part remains."""
+    found = replace(origin, **{field.name: _without_folders(getattr(origin, field.name)) for field in fields(origin)})
+    return replace(found, vectors={Path(name).name: sha256 for name, sha256 in origin.vectors.items()})
 
 
 def origin_lines(origin: RecipeManifest) -> Iterator[str]:

@@ -4,6 +4,10 @@ mergekit's graph hands a method the name of the output tensor only. A checkpoint
 name, and a slice may take it from another layer; the file of vectors knows it by the name it was measured under. So
 each task that will read vectors gets, in place of the recipe's path, a `VectorKey` with the absolute path and that
 name; one that will not, no path.
+
+A recipe is made of certain files, and another expert's or a later measurement's have the same names and lengths. So the
+manifest beside the recipe has the hash of each, and a file of another is refused. Of a large file (Gram matrices, as large
+as the model) only the header is hashed, which holds digests of the entries; each of those is checked when it is read.
 """
 
 import os
@@ -19,7 +23,7 @@ from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_file import MergeRecipe
 from utils.models.headers import FLOAT_DTYPES
-from utils.publishing.manifest import file_sha256
+from utils.recipes.recipe_manifest import refuse_other_files
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
 
 _NO_VECTORS = ""
@@ -30,7 +34,7 @@ _WITHOUT_VECTORS = "give it saliency '' (merged without vectors) or weight 0 by 
 class SaliencyFile:
     """One file of vectors: the path as the recipe has it, where that is, and what was in it.
 
-    `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it. `powers` are the
+    `sha256` is its `content_hash`; `recorded` says whether that is what the recipe's manifest has. `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it. `powers` are the
     exponents of the squared gradients there; None among them where one is not known.
     """
 
@@ -39,6 +43,7 @@ class SaliencyFile:
     nbytes: int
     sha256: str
     tensors: Mapping[str, int]
+    recorded: bool = False
     powers: frozenset[float | None] = frozenset()
 
     @property
@@ -47,18 +52,21 @@ class SaliencyFile:
         return self.path.name if Path(self.written).expanduser().is_absolute() else self.written
 
 
-def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
+def bind_saliency(
+    plan: MergePlan, recipe: MergeRecipe, recorded: Mapping[str, str]
+) -> tuple[MergePlan, tuple[SaliencyFile, ...], list[str]]:
     """Check the saliency files that a recipe names, and tie the tasks to their vectors. No weights are read.
 
     Args:
         plan: the merge.
         recipe: where the files' names come from: they lead to what is here or beside it.
+        recorded: the hashes of files by their names in the recipe, as its manifest has them.
 
     Returns:
         The plan with tied tasks; the files (none for a method without saliency); warnings (sentences).
 
     Raises:
-        UserError: a file is missing or not one of vectors; it lacks those of a tensor that is merged by them, or they do
+        UserError: a file is missing, not one of vectors, or another one than was recorded; it lacks those of a tensor that is merged by them, or they do
             not fit it, or are negative or not finite; a vocabulary is aligned, so that its rows are not those measured;
             a parameter is outside the method's range.
     """
@@ -68,6 +76,8 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
     raise_collected(shortened(list(_bad_values(plan, method))), "merge recipe: values")
     named = {text: Path(os.path.expanduser(recipe.locate(text))).resolve() for text in _named_files(plan)}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
+    hashes = {text: opened[path].content_hash() for text, path in named.items()}
+    refuse_other_files(recipe.path, {text: (path, hashes[text]) for text, path in named.items()}, recorded)
     problems: list[Problem] = []
     used: dict[str, dict[str, int]] = {text: {} for text in named}
     powers: dict[str, set[float | None]] = {text: set() for text in named}
@@ -92,7 +102,9 @@ def bind_saliency(plan: MergePlan, recipe: MergeRecipe) -> tuple[MergePlan, tupl
         tensors.append(_tied(tensor, keys))
     raise_collected(shortened(problems), f"merge recipe: {SALIENCY}")
     files = tuple(
-        SaliencyFile(text, path, path.stat().st_size, file_sha256(path), used[text], frozenset(powers[text]))
+        SaliencyFile(
+            text, path, path.stat().st_size, hashes[text], used[text], text in recorded, frozenset(powers[text])
+        )
         for text, path in named.items()
     )
     return replace(plan, tensors=tuple(tensors)), files, list(_idle_files(files))

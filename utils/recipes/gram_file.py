@@ -8,7 +8,7 @@
 | `TENSOR.rows` | R = sum of g g' over the rows g of an embedding's or a head's gradients, its lower triangle |
 
 Layers that are given the same inputs share a matrix: the metadata's `shared` (JSON) says by tensor under which other
-tensor's name it is. With n inputs a triangle takes 2 n (n + 1) bytes, so that all of a decoder's take about as much as its
+tensor's name it is, and its `sha256` has the digest of every entry. With n inputs a triangle takes 2 n (n + 1) bytes, so that all of a decoder's take about as much as its
 weights in bfloat16.
 """
 
@@ -23,7 +23,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import UserError
-from utils.recipes.saliency_vectors import AXES, FORMAT, SaliencyVectors, VectorKey, open_once, open_vectors
+from utils.recipes.saliency_vectors import (
+    AXES,
+    DIGESTS,
+    FORMAT,
+    SaliencyVectors,
+    VectorKey,
+    entry_digest,
+    open_once,
+    open_vectors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +57,7 @@ class GramFileWriter:
         begun = begun or {"entries": {}, "shared": {}, "end": 0}
         self._entries: dict[str, dict] = begun["entries"]
         self._shared: dict[str, str] = begun["shared"]
+        self._digests: dict[str, str] = begun.get("digests", {})
         self._end: int = begun["end"]
         self._file: BinaryIO
         self._open = ExitStack()
@@ -61,7 +71,8 @@ class GramFileWriter:
 
     def state(self) -> dict[str, Any]:
         """What has been written, as plain data."""
-        return {"entries": dict(self._entries), "shared": dict(self._shared), "end": self._end}
+        made = {"entries": self._entries, "shared": self._shared, "digests": self._digests}
+        return {**{key: dict(value) for key, value in made.items()}, "end": self._end}
 
     def sync(self) -> int:
         """Have the disk hold what was written; how long the file is. Raises OSError if it cannot."""
@@ -104,7 +115,7 @@ class GramFileWriter:
         other = open_vectors(earlier)
         for key in sorted(other.keys):
             if key.endswith(tuple(f".{end}" for end in (*AXES, ROWS))):
-                self._add(key, torch.from_numpy(other.file.get_tensor(key)))
+                self._add(key, torch.from_numpy(other.entry(key)))
 
     def _add(self, key: str, values: "Tensor") -> None:
         import torch
@@ -113,12 +124,14 @@ class GramFileWriter:
         if not bool(values.isfinite().all()):
             raise ValueError(f"{key} holds numbers that are not finite")
         values = values.cpu()
-        self._file.write(memoryview(values.view(torch.uint8).numpy()))
+        content = memoryview(values.view(torch.uint8).numpy())
+        self._file.write(content)
+        self._digests[key] = entry_digest(content)
         start, self._end = self._end, self._end + values.nbytes
         self._entries[key] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, self._end]}
 
     def _write_header(self) -> None:
-        metadata = {"format": FORMAT, _SHARED: json.dumps(self._shared)}
+        metadata = {"format": FORMAT, _SHARED: json.dumps(self._shared), DIGESTS: json.dumps(self._digests)}
         text = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
         if len(text) > self._reserved:
             raise ValueError(f"a header of {len(text)} bytes does not fit into {self._reserved}")
@@ -203,7 +216,7 @@ def _triangle(file: SaliencyVectors, name: str) -> "Tensor":
     """The symmetric matrix of a packed triangle."""
     import torch
 
-    packed = torch.from_numpy(file.file.get_tensor(name))
+    packed = torch.from_numpy(file.entry(name))
     width = int(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
     if packed.dim() != 1 or width * (width + 1) // 2 != packed.numel() or not bool(packed.isfinite().all()):
         raise UserError(

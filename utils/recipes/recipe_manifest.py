@@ -6,7 +6,7 @@
 |---|---|
 | `command` | the command that wrote it |
 | `recipe` | `name` and `sha256` of the recipe it belongs to |
-| `vectors` | SHA-256 of the files that the recipe names, by file name |
+| `vectors` | the hash of each file that the recipe names, by its name there (`SaliencyVectors.content_hash`) |
 | `guidance`, `guidance_options` | the method, and the values of command 2's own flags of it (gamma, epsilon ...) |
 | `measure_options` | the values of command 1's flags of it |
 | `control` | null, or the kind of unguided recipe this is; `portable`: the guided one's means for stock mergekit |
@@ -28,7 +28,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from utils.bounded_files import read_json
-from utils.errors import UserError
+from utils.errors import Problem, UserError, raise_collected
+from utils.recipes.saliency_vectors import open_vectors
 
 COMMAND, SEARCHER = "lewis_merge", "utils/searcher.py"
 SUFFIX = ".manifest.json"
@@ -75,14 +76,14 @@ def manifest_name(recipe: str) -> str:
 
 
 def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | None, str]:
-    """The manifest beside a recipe, and a sentence if there is one that does not belong to it.
+    """The manifest beside a recipe, and a sentence if it is one of other content.
 
     Args:
         recipe: the recipe file.
         sha256: the hash of the recipe's bytes.
 
     Returns:
-        (manifest, ""); (None, "") without the file; (None, sentence) if it belongs to other bytes: an edited recipe.
+        (manifest, ""); (None, "") without the file; (manifest, sentence) if it belongs to other bytes: an edited recipe.
 
     Raises:
         UserError: the file is not one of these manifests.
@@ -106,8 +107,51 @@ def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | No
         place = ".".join(str(step).rstrip("_") for step in first["loc"])
         raise UserError(f"{where}: {place}: {first['msg']}; {_REMEDY}", "recipe-manifest-malformed") from error
     if found.recipe.get("sha256") != sha256:
-        return None, f"{path.name} was written for other content of {recipe.name} (edited since?); it is not used"
+        return found, f"{path.name} was written for other content of {recipe.name} (edited since?); it is not used"
     return found, ""
+
+
+def refuse_changed_files(recipe: Path, named: Mapping[str, Path]) -> None:
+    """Refuse files of vectors that are not those a recipe was made of, as far as its manifest says.
+
+    Args:
+        recipe: the recipe file.
+        named: by their names in the recipe, where the files are; one that is not there is for others to miss.
+
+    Raises:
+        UserError: files are others; all of them in one message. The manifest is none.
+    """
+    record, _ = read_recipe_manifest(recipe, "")
+    recorded = record.vectors if record else {}
+    there = {name: Path(os.path.expanduser(path)) for name, path in named.items() if name in recorded}
+    found = {name: open_vectors(path) for name, path in there.items() if path.is_file()}
+    refuse_other_files(recipe, {name: (one.path, one.content_hash()) for name, one in found.items()}, recorded)
+
+
+def refuse_other_files(recipe: Path, found: Mapping[str, tuple[Path, str]], recorded: Mapping[str, str]) -> None:
+    """Refuse files that are not those that a recipe was made of.
+
+    Args:
+        recipe: the recipe file.
+        found: by their names in the recipe, where the files are, and their hashes.
+        recorded: the hashes that its manifest has, by those names; one that it lacks is not looked at.
+
+    Raises:
+        UserError: files are others; all of them in one message.
+    """
+    raise_collected(
+        (
+            Problem(
+                f"{path} is not the file that the recipe was made of: its hash is {sha256[:12]}, {manifest_name(recipe.name)} "
+                f"has {recorded[name][:12]}. It was measured anew, or is another expert's; put the right one in its place, or "
+                "make the recipe again (lewis_merge.py --overwrite)",
+                "saliency-other-file",
+            )
+            for name, (path, sha256) in found.items()
+            if recorded.get(name, sha256) != sha256
+        ),
+        f"merge recipe {recipe}",
+    )
 
 
 _REMEDY = "make the recipe again with --overwrite, or remove the manifest"

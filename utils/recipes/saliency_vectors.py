@@ -9,8 +9,13 @@ The format is safetensors, float32: under `TENSOR.axis0` a vector of length a; u
 matrix, nothing for a tensor of one axis; and `{"format": "lewis saliency 1"}` as metadata. Keys are built from tensor
 names and never taken apart. Entries are finite and at least 0; only their ratios within a vector matter. A file may hold
 more about a tensor (`utils/recipes/gram_file.py`).
+
+A large file's metadata holds a digest of each entry under `sha256` (JSON): its header alone then says what is in it, and
+an entry is held against its digest when it is read, so that the whole file never is for that.
 """
 
+import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, brief
+from utils.publishing.manifest import file_sha256
 
 if TYPE_CHECKING:
     import numpy
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 FORMAT = "lewis saliency 1"
 AXES = ("axis0", "axis1")
 _REMEDY = "write it with lewis_importance.py --guidance saliency_budget, or correct `saliency` in the recipe"
+DIGESTS = "sha256"  # the metadata's key
 _OPEN_AT_ONCE = 16  # files; more than any recipe has experts, few enough to leave open
 
 
@@ -44,13 +51,14 @@ class SaliencyVectors:
     """An open file of vectors. Nothing but its header has been read; vectors are, one tensor at a time.
 
     `keys` are the names in the file, one or two per tensor and those of what else it holds; `file` is safetensors' own
-    handle, `metadata` what it says of itself.
+    handle, `metadata` what it says of itself, `digests` those of entries that it holds, by key (`entry_digest`).
     """
 
     path: Path
     keys: frozenset[str] = field(repr=False)
     file: Any = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
+    digests: Mapping[str, str] = field(repr=False)
 
     def __contains__(self, tensor: object) -> bool:
         """Whether the file has vectors of a tensor."""
@@ -93,6 +101,25 @@ class SaliencyVectors:
             self._length(key)
             self._axis(key)
 
+    def content_hash(self) -> str:
+        """What the file's content is known by, lower-case hexadecimal: SHA-256 of its header where that has the digest of
+        every entry, else of all its bytes."""
+        if not self.keys <= self.digests.keys():
+            return file_sha256(self.path)
+        with open(self.path, "rb") as file:
+            length = file.read(8)
+            return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+
+    def entry(self, key: str) -> "numpy.ndarray":
+        """Read one entry. Raises a `UserError` if it has a digest that is not its own."""
+        values = self.file.get_tensor(key)
+        if key in self.digests and entry_digest(values) != self.digests[key]:
+            raise UserError(
+                f"saliency file {self.path}: the content of {key} is not what was written; measure again",
+                "vectors-damaged",
+            )
+        return values
+
     def _keys_of(self, tensor: str) -> tuple[str, ...]:
         return tuple(key for key in _keys(tensor) if key in self.keys)
 
@@ -108,7 +135,7 @@ class SaliencyVectors:
     def _axis(self, key: str) -> "Tensor":
         import torch
 
-        axis = torch.tensor(self.file.get_tensor(key))
+        axis = torch.tensor(self.entry(key))
         if not bool(torch.isfinite(axis).all()) or bool((axis < 0).any()):
             what = f"{key} holds negative numbers or numbers that are not finite"
             raise UserError(f"saliency file {self.path}: {what}; measure again", "vectors-not-finite")
@@ -174,7 +201,22 @@ def open_vectors(path: Path) -> SaliencyVectors:
         raise UserError(
             f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}", "vectors-of-other-format"
         )
-    return SaliencyVectors(path, keys, file, metadata)
+    return SaliencyVectors(path, keys, file, metadata, _digests(path, metadata))
+
+
+def entry_digest(values: Any) -> str:
+    """The digest of an entry's bytes (a buffer): the first 128 bits of SHA-256, as 22 letters."""
+    return base64.b64encode(hashlib.sha256(values).digest()[:16]).decode().rstrip("=")
+
+
+def _digests(path: Path, metadata: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        found = json.loads(metadata.get(DIGESTS, "{}"))
+    except ValueError as error:
+        raise UserError(
+            f"saliency file {path}: the digests in its metadata are no JSON; measure again", "vectors-malformed"
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_vectors(key: VectorKey) -> "tuple[Tensor, ...]":

@@ -8,8 +8,8 @@ from typing import Any
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.recipe_files import measurement_record
 from utils.pair.config import PairConfig
-from utils.publishing.manifest import file_sha256
 from utils.recipes.recipe_manifest import RecipeManifest
+from utils.recipes.saliency_vectors import open_vectors
 from utils.searching.points import DENSITY, LAMBDA
 from utils.searching.study import Finished
 
@@ -31,7 +31,7 @@ def recipe_record(
         one: the trial.
         written: name and content of the recipe file.
         data: the recipe.
-        vectors: the files it names beside itself.
+        vectors: the files of vectors, by the names that it has for them.
         search: what else is known of the search.
     """
     point, (name, content) = one.point, written
@@ -39,7 +39,7 @@ def recipe_record(
     factors = {"factors": dict(point.weights), "depth_factors": list(point.depth)}
     return RecipeManifest(
         recipe={"name": name, "sha256": hashlib.sha256(content).hexdigest()},
-        vectors={file: file_sha256(path) for file, path in vectors.items()},
+        vectors={file: open_vectors(path).content_hash() for file, path in vectors.items()},
         guidance=point.guidance,
         guidance_options={**numbers, **point.options},
         control=None,

@@ -12,6 +12,7 @@ from utils.pair.config import ModelEntry
 from utils.publishing.manifest import file_sha256
 from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, TASK_ARITHMETIC
 from utils.recipes.recipe import model_key, recipe_bytes
+from utils.recipes.recipe_manifest import refuse_changed_files
 
 METHODS = (TASK_ARITHMETIC.name, GUIDED_MEAN.name, GRAM_MEAN.name)
 _MODEL_KEYS = {"weight", "saliency"}
@@ -73,7 +74,8 @@ def read_start(path: Path, base: ModelEntry, experts: Sequence[ModelEntry]) -> S
         experts: those to merge, each of which the recipe must name once.
 
     Raises:
-        UserError: it cannot be read, merges other models, or is no sum of parts with one weight each. All problems of a
+        UserError: it cannot be read, merges other models, is no sum of parts with one weight each, or reads files that it
+            was not made of. All problems of a
             kind are in the one message.
     """
     recipe = read_recipe(path)
@@ -118,6 +120,10 @@ def read_start(path: Path, base: ModelEntry, experts: Sequence[ModelEntry]) -> S
             "measure and make the recipe again",
             "vectors-missing",
         )
+    refuse_changed_files(
+        path,
+        {str(found[name]["saliency"]): Path(saliency[type_]) for name, type_ in wanted.items() if type_ in saliency},
+    )
     return Start(data["merge_method"], parameters, weights, saliency, _hashes(saliency))
 
 

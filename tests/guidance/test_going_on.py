@@ -130,6 +130,7 @@ def goes_on(folder, line):
         ("saliency_budget", ("--gradient_at", "expert"), 2),
         ("gram_mean", ("--accept_useless_text",), 2),  # of 8 steps, too
         ("gram_mean", ("--accept_useless_text",), 7),
+        ("gram_mean", ("--accept_useless_text", "--rounds", "2"), 18),  # of 16 and 4 in all
         ("sens_merging", (), 3),
         ("sens_merging", (), 6),
         ("submodule_linearity", (), 2),  # of 2 steps

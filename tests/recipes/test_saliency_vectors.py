@@ -1,6 +1,9 @@
 """The file of saliency vectors: what goes in comes out, and every wrong file is named."""
 
+import contextlib
 import json
+import os
+import resource
 import struct
 import subprocess
 import sys
@@ -154,3 +157,21 @@ def test_the_same_vectors_and_exponent_always_give_the_same_bytes(tmp_path):
     opened = open_vectors(tmp_path / "file")
     assert all(torch.equal(a, b) for a, b in zip(opened.vectors("a.weight"), vectors["a.weight"], strict=True))
     assert opened.power == 0.5
+
+
+def test_a_file_that_is_there_is_not_called_missing(tmp_path):
+    """safetensors says "No such file" where the process has too many files open."""
+    save_file({"x.axis0": torch.ones(2)}, tmp_path / "vectors.safetensors", {"format": FORMAT})
+    before, soft = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]  # so that the lowest free number is behind all
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(before, *taken) + 1, soft[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with refused("vectors-unreadable", "it is there"):
+            open_vectors(tmp_path / "vectors.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, soft)
+        for descriptor in taken:
+            os.close(descriptor)

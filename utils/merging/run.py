@@ -113,7 +113,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
                 _run_by_mergekit(plan, settings, planned.device, folder)
                 finished.add_all(tensor.name for tensor in tensors)
             return
-        with _progress_bar(plan, settings) as progress, _readable_failures():
+        with _progress_bar(plan, settings) as progress, _readable_failures(plan):
             shown = partial(_show, progress, {}, len(tensors))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
     forget_inputs(plan.options, plan.inputs)
@@ -127,7 +127,7 @@ def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, fold
     with _progress_bar(plan, settings) as progress:
         writer = CheckedWriter(folder, settings, progress, plan)
         try:
-            with _readable_failures():
+            with _readable_failures(plan):
                 _execute(plan, settings, device, writer)
         finally:
             writer.abandon()
@@ -182,10 +182,17 @@ def _progress_bar(plan: MergePlan, settings: MergeSettings) -> Iterator[tqdm]:
 
 
 @contextlib.contextmanager
-def _readable_failures() -> Iterator[None]:
+def _readable_failures(plan: MergePlan) -> Iterator[None]:
     """Turn the failures a user can do something about into `UserError`."""
     try:
         yield
+    except FileNotFoundError as error:  # so says safetensors whatever kept it from opening a file, without a number
+        files = [file for model in plan.inputs.models for file in model.checkpoint.files]
+        if error.errno is not None:
+            raise
+        gone = next((file for file in files if not file.exists()), None)
+        what = f"{gone} is gone" if gone else "a weight file is there, but cannot be opened; are too many files open?"
+        raise UserError(f"reading weights failed: {what}", "merge-weights-io") from error
     except SafetensorError as error:
         text = str(error)
         remedy = "make room, or choose another --output_path" if "os error 28" in text else "is an input incomplete?"

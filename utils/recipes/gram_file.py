@@ -69,6 +69,14 @@ class GramFileWriter:
         self._file.seek(0, os.SEEK_END)
         return self
 
+    def begin_anew(self) -> None:
+        """Take back everything that was written."""
+        self._entries.clear()
+        self._shared.clear()
+        self._end = 0
+        self._file.truncate(8 + self._reserved)
+        self._file.seek(0, os.SEEK_END)
+
     def state(self) -> dict[str, Any]:
         """What has been written, as plain data."""
         made = {"entries": self._entries, "shared": self._shared, "digests": self._digests}

@@ -194,9 +194,9 @@ def open_vectors(path: Path) -> SaliencyVectors:
             f"saliency file {path} is truncated or not safetensors: {brief(error)}; {_REMEDY}", "vectors-malformed"
         ) from error
     except OSError as error:
-        raise UserError(
-            f"saliency file {path} cannot be read: {error.strerror or brief(error)}", "vectors-unreadable"
-        ) from error
+        # without a number it is safetensors', who say "No such file" whatever kept them from opening one
+        why = error.strerror if error.errno else "it is there, but cannot be opened; are too many files open?"
+        raise UserError(f"saliency file {path} cannot be read: {why}", "vectors-unreadable") from error
     if (found := metadata.get("format")) != FORMAT:
         raise UserError(
             f"saliency file {path} has the format {found!r}, not {FORMAT!r}; {_REMEDY}", "vectors-of-other-format"

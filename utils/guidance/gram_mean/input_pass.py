@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from utils.pair.batches import MicroBatch
 from utils.passes.block_gradients import Observing, nothing
 from utils.passes.block_runner import run_blocks
 from utils.passes.input_grams import InputGram, InputGrams
+from utils.passes.snapshots import Snapshots
 
 OnBlock = Callable[[int], None]
 
@@ -44,7 +46,17 @@ class SharedInputs:
 OnInputs = Callable[[int, tuple[SharedInputs, ...]], None]
 
 
-def input_pass(side: Side, device: torch.device, on_block: OnBlock, on_inputs: OnInputs) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """Where a way forward is kept: `state` gives what has been made of the inputs so far as plain data."""
+
+    snapshots: Snapshots
+    state: Callable[[], Any]
+
+
+def input_pass(
+    side: Side, device: torch.device, on_block: OnBlock, on_inputs: OnInputs, kept: Kept | None = None
+) -> None:
     """Take a model forward, and hand over each block's inputs. Closes the weight source.
 
     Memory: that of `run_blocks`, and the Gram matrices of one block in float32.
@@ -53,23 +65,31 @@ def input_pass(side: Side, device: torch.device, on_block: OnBlock, on_inputs: O
         side: the model; a decoder that no other thread uses meanwhile.
         device: where to compute.
         on_block: called once per block.
-        on_inputs: takes the layer and its inputs, block after block.
+        on_inputs: takes the layer and its inputs, block after block, from the first one on or, where a run was stopped and the
+            way is `kept`, from the one at which that stood.
+        kept: for a run after a kill.
     """
     batches = [MicroBatch.of([ids]) for ids in side.samples]  # one sample each: no pads
-    run_blocks(side.decoder, side.weights, batches, _Inputs(side.decoder, on_inputs), device, on_block=on_block)
+    visitor = _Inputs(side.decoder, on_inputs, kept.state if kept else lambda: None)
+    snapshots = kept.snapshots if kept else None
+    run_blocks(side.decoder, side.weights, batches, visitor, device, on_block=on_block, snapshots=snapshots)
 
 
 class _Inputs:
-    """Sums up the inputs of every block (a `Visitor`)."""
+    """Sums up the inputs of every block (a `KeptVisitor`)."""
 
     rewrites = False
 
-    def __init__(self, decoder: Decoder, on_inputs: OnInputs) -> None:
+    def __init__(self, decoder: Decoder, on_inputs: OnInputs, state: Callable[[], Any]) -> None:
         self.by_path = {component.path: component for component in decoder.components if not component.is_stacked}
         self.grams, self.on_inputs = InputGrams(list(self.by_path)), on_inputs
+        self.state = state
 
     def observing(self, layer: int, block: nn.Module) -> AbstractContextManager[None]:
         return self.grams.attached(layer, block)
+
+    def restore(self, state: Any, device: torch.device) -> None:
+        """Whoever takes the inputs has what was made of them."""
 
     def begin(self, batch: MicroBatch) -> None:
         """Nothing to note: every token is real."""

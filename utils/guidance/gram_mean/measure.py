@@ -107,7 +107,11 @@ def waiting(job: MeasureJob) -> int:
 
 def on_disk(job: MeasureJob) -> int:
     """Bytes of every expert's matrices in every round, of the files with names in which hidden states wait, of the snapshots
-    beside them, and of a merged model."""
+    beside them, and of a merged model.
+
+    Where the file system has no hard links, files are copied for the merge between two rounds; those copies are gone before the
+    files of the round after it come, which take as much.
+    """
     snapshot, count = max(snapshot_bytes(subject) for subject in job.subjects), job.options[ROUNDS]
     merged = job.base.checkpoint.total_bytes if count > 1 else 0
     return count * sum(map(_file_bytes, job.experts)) + waiting(job) + job.experts_at_a_time * 2 * snapshot + merged

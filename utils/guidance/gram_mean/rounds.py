@@ -22,7 +22,7 @@ from utils.guidance.gram_mean.expert_file import (
     side_of,
     write_inputs,
 )
-from utils.guidance.gram_mean.input_pass import SharedInputs, input_pass
+from utils.guidance.gram_mean.input_pass import Kept, SharedInputs, input_pass
 from utils.guidance.gram_mean.method import FORM, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
@@ -39,6 +39,7 @@ from utils.merging.small_files import write_small_files
 from utils.models.checkpoints import open_checkpoint
 from utils.models.experts_apart import with_experts_apart
 from utils.models.stored_layout import stored_layout
+from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import Subject
 from utils.publishing.disk import remove_tree
 from utils.recipes.gram_file import GramFileWriter
@@ -199,16 +200,40 @@ def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: 
     """An expert's matrices with the inputs of a merged model; `found` and the file `earlier` are of the round before."""
     assert place.folder is not None
     base, expert, merged = job.subjects
-    models, tensors = BaseAndExpert(base, expert), []
-    path = place.folder / gram_file(expert.entry.type)
-    with GramFileWriter(path, names_written(models)) as file, said_if_not_finite(expert):
+    models, snapshots = BaseAndExpert(base, expert), Snapshots(place.snapshot)
+    target = place.folder / gram_file(expert.entry.type)
+    path = target if place.snapshot is None else place.snapshot.with_suffix(".grams")
+    tensors, begun = _begun(snapshots, path)
+    with GramFileWriter(path, names_written(models), begun) as file, said_if_not_finite(expert):
 
         def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
+            if layer == 0 and tensors:  # what a run that was stopped has left cannot be gone on with
+                tensors.clear()
+                file.begin_anew()
             tensors.extend(write_inputs(file, layer, inputs, models))
 
-        input_pass(side_of(place, job, merged, expert), place.device, place.on_step, on_inputs)
+        def state() -> tuple[list[tuple], dict[str, Any]]:
+            file.sync()
+            return list(tensors), file.state()
+
+        side = side_of(place, job, merged, expert)
+        input_pass(side, place.device, place.on_step, on_inputs, Kept(snapshots, state))
         file.add_gradients(earlier)
+    if path != target:
+        os.replace(path, target)
     return replace(found, tensors=tensors)
+
+
+def _begun(snapshots: Snapshots, path: Path) -> tuple[list[tuple], dict[str, Any] | None]:
+    """What a run that was stopped has made of a merged model's inputs: rows, and the state of the file of matrices."""
+    snapshot = snapshots.load()
+    if snapshot is None:
+        return [], None
+    if not path.is_file():
+        snapshots.forget()
+        return [], None
+    tensors, begun = snapshot.state
+    return list(tensors), begun
 
 
 def _put(content: bytes | Path, place: Path) -> None:

@@ -44,9 +44,9 @@ from utils.searching.points import DENSITY, LAMBDA, UNIFORM, Point
 if TYPE_CHECKING:
     from utils.commands.search_setup import Prepared
     from utils.evaluation.scoring import Scorer
+    from utils.searching.recipes import Made
 
 TASKS = ("one", "two")
-FIRST_ROWS = 8
 RESULTS = ROOT / "benchmarks" / "results" / "searching.csv"
 SEARCHED, ONE_BY_ONE, AS_STORED, READ_ALL = "searched", "one by one", "one by one, dtype as stored", "all read all rows"
 
@@ -283,51 +283,48 @@ class Benchmark:
         with timed(spent, "total"):
             for seen in self.ready.search.schedule():
                 self.ready.losses.require(entrants, self.ready.yardstick.first(seen))
-        keep(self.line(READ_ALL, note=self._verdict([one.digest for one in made]), **spent))
+        keep(self.line(READ_ALL, note=self._verdict(made), **spent))
 
-    def _verdict(self, digests: Sequence[str]) -> str:
+    def _verdict(self, made: "Sequence[Made]") -> str:
         """Whether the race's winner is the best of all rows, or how far it is behind and whether a paired test sees that."""
-        import numpy as np
+        from benchmarks.race_rules import Table
 
-        from utils.searching import racing
-
-        yardstick, losses = self.ready.yardstick, self.ready.losses
-        nll, base = losses.table(digests, yardstick.rows), losses.table([yardstick.base], yardstick.rows)[0]
-        task = np.repeat(np.arange(len(yardstick.rows)), [len(own) for own in yardstick.rows.values()])
-        read = racing.Rows(task, losses.sizes(yardstick.base, yardstick.rows))
-        figure = yardstick.objective.figure(racing.gains(nll, read, base, yardstick.scales))
-        best, names = int(figure.argmax()), [one.name for one in self.known]
-        winner = names.index(self.winner())
-        if best == winner:
+        objective = self.ready.yardstick.objective
+        table = Table.of_search(self.ready, made)
+        figure, winner = table.figure(objective), [one.name for one in self.known].index(self.winner())
+        behind = 100 * float(figure.max() - figure[winner])
+        if not behind:
             return "the same winner"
-        apart = racing.beaten(nll[[best, winner]], read, base, yardstick.scales, yardstick.objective, 0.05)[1]
-        behind = 100 * (figure[best] - figure[winner])
-        return f"another winner, {behind:.2f} points behind: {'beaten' if apart else 'tied (paired test, 5 %)'}"
+        verdict = "tied (paired test, 5 %)" if table.tied(winner, objective) else "beaten"
+        return f"another winner, {behind:.2f} points behind: {verdict}"
 
 
 def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
     """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
+    (work / "search").mkdir(parents=True, exist_ok=True)
+    known = points(candidates)
+    scorer, ready = search_over(make_pair(shape, work, 4 * rows, seed), work / "search", known, rows)
+    return Benchmark(shape, seed, work, known, scorer, ready)
+
+
+def search_over(pair: Path, folder: Path, known: Sequence[Known], rows: int) -> "tuple[Scorer, Prepared]":
+    """A search of a pair config over some candidates, ready to race on so many rows a task, and who scores for it."""
     from utils.commands.search_options import SearchOptions
     from utils.commands.search_scoring import prepare_scoring
     from utils.commands.search_setup import prepare_search
     from utils.pair.config import read_pair_config
 
-    (work / "search").mkdir(parents=True, exist_ok=True)
-    config = read_pair_config(make_pair(shape, work, 4 * rows, seed))
     options = SearchOptions(
-        config,
-        work / "search",
-        trials=candidates,
-        first_rows=FIRST_ROWS,
+        read_pair_config(pair),
+        folder,
+        trials=len(known),
         validation_rows=rows,
         test_rows=2,
         device="cpu",
         quiet=True,
     )
-    known = points(candidates)
     scoring = prepare_scoring(options, lambda line: None)
-    ready = prepare_search(options, lambda line: None, scoring, known)
-    return Benchmark(shape, seed, work, known, scoring.scorers[0], ready)
+    return scoring.scorers[0], prepare_search(options, lambda line: None, scoring, known)
 
 
 def report(shape: str, candidates: int) -> None:

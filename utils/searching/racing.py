@@ -12,8 +12,13 @@ what is asked is who is ahead on all of those: the more of them have been read, 
 Techniques, 1977, section 2.6). Each candidate is tested at `LEVEL` on its own: that a worse one stays
 costs rows, that an equal one leaves costs nothing, and what must not leave is the best, which is one. Holm's correction
 over all of them, at twice the level, reads more rows and loses the best more often, being strict with those far
-behind and lenient with the last, which are the nearest (seen by replaying the losses of two trained pairs; not kept). That the leader was chosen by the same
-rows favors it; `tests/searching/test_racing.py` measures how rarely the best is lost.
+behind and lenient with the last, which are the nearest. That the leader was chosen by the same rows favors it;
+`tests/searching/test_racing.py` measures how rarely the best is lost.
+
+With a margin m, what is tested is D + m: a candidate that is not better than the leader by more than m leaves as well. What
+is nearly the leader's equal differs from it by little on every row and leaves at once, where without a margin it would stay
+to the end; what it can cost is m, once a round at most, since a leader may be overtaken later (an indifference zone:
+Bechhofer, 1954). `benchmarks/race_rules.py` replays races on tables of losses under several rules.
 (Optuna's WilcoxonPruner tests one trial at a time, by ranks; losses here are weighed by tokens, the worst task is no mean
 of rows, and a Pareto front has no single best.)
 """
@@ -26,7 +31,7 @@ from scipy.special import stdtr
 
 from utils.searching.objective import Objective
 
-LEVEL = 0.01  # lower reads more rows, higher loses the best more often; chosen by the same replays
+LEVEL = 0.01  # lower reads more rows, higher loses the best more often
 _FEWEST_ROWS = 4  # of a task, for a variance worth its name
 
 
@@ -79,8 +84,10 @@ def beaten(
     objective: Objective,
     level: float = LEVEL,
     there: Sequence[int] | None = None,
+    margin: float = 0.0,
 ) -> np.ndarray:
-    """Which candidates the best one beats beyond doubt (bool [candidates]); the best itself never is.
+    """Which candidates are beyond doubt no better than the best one by more than the margin (bool [candidates]); the best
+    itself never is.
 
     Args:
         nll: negative log-likelihoods [candidates, rows], all finite.
@@ -88,8 +95,9 @@ def beaten(
         base: the base's negative log-likelihoods [rows].
         scales: what gains are divided by [tasks].
         objective: what is compared.
-        level: the chance that one which is as good is taken for beaten.
+        level: the chance that one which is better by the margin is taken for beaten.
         there: rows of each task that these were drawn from; None for more than can be counted.
+        margin: how much better counts as no better, as a figure.
     """
     if len(nll) < 2 or _counts(rows, len(scales)).min() < _FEWEST_ROWS:
         return np.zeros(len(nll), bool)
@@ -100,7 +108,7 @@ def beaten(
     if objective.worst:  # whichever task is the best one's worst, it has to be above the other's worst
         each = [_effects(nll[[best]], rows, base, scales, way[None])[0] for way in np.eye(len(scales))]
         ahead = list(zip(kept[best], each, strict=True))
-    chances = [_chances(gain - figure, own - effect, rows, len(scales), there) for gain, own in ahead]
+    chances = [_chances(gain - figure + margin, own - effect, rows, len(scales), there) for gain, own in ahead]
     chance = np.max(chances, axis=0)
     return (chance <= level) & (np.arange(len(nll)) != best)
 
@@ -112,11 +120,14 @@ def dominated(
     scales: np.ndarray,
     level: float = LEVEL,
     there: Sequence[int] | None = None,
+    margin: float = 0.0,
 ) -> np.ndarray:
-    """Which candidates another one beats on every task beyond doubt (bool [candidates]); for a Pareto front.
+    """Which candidates are beyond doubt on no task better than another one by more than the margin (bool [candidates]);
+    for a Pareto front.
 
     The chance that one is not better on all tasks is at most the largest of the tasks' chances; of the many that might
-    be better, each gets its share of the level (Bonferroni).
+    be better, each gets its share of the level (Bonferroni). Within the margin two may beat each other: only what stays
+    itself beats others, and the larger sum of gains is asked first.
     """
     count, tasks = len(nll), len(scales)
     if count < 2 or _counts(rows, tasks).min() < _FEWEST_ROWS:
@@ -126,11 +137,15 @@ def dominated(
     for task in range(tasks):
         effect = _effects(nll, rows, base, scales, np.broadcast_to(np.eye(tasks)[task], kept.shape))
         for other in range(count):
-            ahead = kept[other, task] - kept[:, task]
+            ahead = kept[other, task] - kept[:, task] + margin
             chance = _chances(ahead, effect[other] - effect, rows, tasks, there, only=task)
             worst[other] = np.maximum(worst[other], chance)
-    np.fill_diagonal(worst, 1.0)
-    return worst.min(axis=0) <= level / (count - 1)
+    beats = worst <= level / (count - 1)
+    staying: list[int] = []
+    for own in np.argsort(-kept.sum(axis=1), kind="stable"):
+        if not beats[staying, own].any():
+            staying.append(own)
+    return ~np.isin(np.arange(count), staying)
 
 
 def _members(rows: Rows, tasks: int) -> np.ndarray:

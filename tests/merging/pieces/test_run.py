@@ -1,6 +1,7 @@
 """Merging in pieces against stock mergekit: equal bits where no magnitudes tie, a stated rule where they do."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,9 @@ def test_what_several_recipes_make_of_the_same_inputs_is_what_each_makes_alone(
                 tuple(data.draw(weights)), data.draw(st.booleans()), data.draw(st.booleans()), 0.7, torch.float32
             )
         jobs.append(DirectTensor("x", tuple(headers), torch.float32, out_dtype, rule, bands))
+        if isinstance(rule, Combination):  # the same mixture, scaled in other ways
+            scales = data.draw(st.lists(st.sampled_from([1.0, -0.4, 0.0]), max_size=2))
+            jobs += [replace(jobs[-1], rule=replace(rule, scale=scale)) for scale in scales]
 
     def made(some: list[DirectTensor], known: KnownCuts | None) -> list[bytes]:
         outputs = [Held(287 * out_dtype.itemsize) for _ in some]

@@ -54,7 +54,7 @@ class Combination:
 
     @property
     def overwrites(self) -> bool:
-        """Whether `combine` overwrites the changes it is given."""
+        """Whether `mix` overwrites the changes it is given."""
         return self.vote or any(weight != 1 for weight in self.rounded_weights)
 
     @cached_property
@@ -108,19 +108,18 @@ def keep_band(change: Tensor, outer: int, inner: int | None, out: Tensor, scratc
         out.zero_()
 
 
-def combine(base: Tensor, changes: Sequence[Tensor], rule: Combination, scratch: Scratch) -> Tensor:
-    """Merge the masked changes to a piece into its base.
+def mix(changes: Sequence[Tensor], rule: Combination, scratch: Scratch) -> Tensor:
+    """Make one change of the masked changes to a piece, before it is scaled.
 
     Args:
-        base: [entries], working dtype.
         changes: per model [entries], working dtype; overwritten where `rule.overwrites`.
-        rule: what to do.
+        rule: what to do; its `scale` does not matter.
         scratch: buffers; the result is one of them.
 
     Returns:
         [entries] in the working dtype, valid until the scratch is used again.
     """
-    entries, dtype = base.numel(), base.dtype
+    entries, dtype = changes[0].numel(), changes[0].dtype
     for change, weight in zip(changes, rule.rounded_weights, strict=True):
         if weight != 1:
             change.mul_(weight)
@@ -134,9 +133,15 @@ def combine(base: Tensor, changes: Sequence[Tensor], rule: Combination, scratch:
         mixed.div_(torch.index_select(rule.divisors, 0, index, out=divisor))
     elif rule.normalize:
         mixed.div_(rule.divisors)
-    if rule.scale != 1:
-        mixed.mul_(rule.scale)
-    return torch.add(base, mixed, out=mixed)
+    return mixed
+
+
+def add_scaled(base: Tensor, mixed: Tensor, scale: float, scratch: Scratch) -> Tensor:
+    """The base and a scaled change [entries], in the working dtype; `mixed` stays. Valid until the scratch is used again."""
+    merged = scratch.take("merged", base.numel(), base.dtype)
+    if scale != 1:
+        mixed = torch.mul(mixed, scale, out=merged)
+    return torch.add(base, mixed, out=merged)
 
 
 def average(tensors: Sequence[Tensor], rule: Average, scratch: Scratch) -> Tensor:

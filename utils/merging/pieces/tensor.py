@@ -3,11 +3,12 @@ computed and written.
 
 Spans can be worked on in any order and from several threads, each with a `Scratch` of its own, but counting must be done
 before merging begins. Inputs that are counted are read twice, the second time from the page cache. What several recipes
-make of the same inputs is made piece by piece: a piece is read, and its changes are computed, once for all of them.
+make of the same inputs is made piece by piece: a piece is read, and its changes are computed, once for all of them; and
+mixed once for those that differ in the scale alone.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -17,11 +18,12 @@ from torch import Tensor
 from utils.merging.pieces.arithmetic import (
     Average,
     Scratch,
+    add_scaled,
     average,
-    combine,
     cut_places,
     is_finite_piece,
     keep_band,
+    mix,
     not_finite,
 )
 from utils.merging.pieces.changes import PIECE, SPAN, Changes, spans_of
@@ -96,6 +98,9 @@ class TensorMerge:
             )
             for place, (tensor, output) in enumerate(work)
         ]
+        self._alike: dict[Hashable, list[_Making]] = {}
+        for one in self._ones:
+            self._alike.setdefault(_mixture(one.tensor), []).append(one)
         self._counting = 0  # whose cuts are being searched; behind the last when all have been merged
         self.spans = spans_of(self._tensor.numel, MOST_SPANS)
 
@@ -120,9 +125,9 @@ class TensorMerge:
         for start in range(first, stop, PIECE):
             end = min(start + PIECE, stop)
             piece = self._read(start, end - start, scratch)
-            for one in self._ones:
-                for begin, finish in pairwise([start, *one.cut_places(start, end), end]):
-                    self._merge_piece(one, piece.part(begin, finish), scratch)
+            for alike in self._alike.values():
+                for begin, finish in pairwise([start, *alike[0].cut_places(start, end), end]):
+                    self._merge_piece(alike, piece.part(begin, finish), scratch)
         if not self._ones[0].finding.searched:
             self._report_read(first, stop)
 
@@ -138,29 +143,35 @@ class TensorMerge:
         ]
         return _Piece(start, [base], changes)
 
-    def _merge_piece(self, one: _Making, piece: _Piece, scratch: Scratch) -> None:
-        tensor = one.tensor
-        if isinstance(tensor.rule, Average):
-            merged = average(piece.inputs, tensor.rule, scratch)
+    def _merge_piece(self, alike: Sequence[_Making], piece: _Piece, scratch: Scratch) -> None:
+        """Merge a piece by recipes of one mixture."""
+        rule = alike[0].tensor.rule
+        if isinstance(rule, Average):
+            mixed = average(piece.inputs, rule, scratch)
         else:
-            merged = combine(piece.inputs[0], self._own_changes(one, piece, scratch), tensor.rule, scratch)
-        if merged.dtype != tensor.out_dtype:
-            merged = scratch.take("result", merged.numel(), tensor.out_dtype).copy_(merged)
-        if not is_finite_piece(merged, scratch):
-            raise not_finite(tensor.name)
-        one.output.write(tensor.name, piece.start * tensor.out_dtype.itemsize, as_bytes(merged))
-        self.report(tensor.name, 0, merged.nbytes)
+            mixed = mix(self._own_changes(alike[0], piece, scratch), rule, scratch)
+        for one in alike:
+            tensor = one.tensor
+            merged = (
+                mixed if isinstance(rule, Average) else add_scaled(piece.inputs[0], mixed, tensor.rule.scale, scratch)
+            )
+            if merged.dtype != tensor.out_dtype:
+                merged = scratch.take("result", merged.numel(), tensor.out_dtype).copy_(merged)
+            if not is_finite_piece(merged, scratch):
+                raise not_finite(tensor.name)
+            one.output.write(tensor.name, piece.start * tensor.out_dtype.itemsize, as_bytes(merged))
+            self.report(tensor.name, 0, merged.nbytes)
 
     def _own_changes(self, one: _Making, piece: _Piece, scratch: Scratch) -> list[Tensor]:
         """The changes as one recipe keeps them, which it may overwrite: in buffers of its own where others need them, too."""
         tensor, base = one.tensor, piece.inputs[0]
-        copied = len(self._ones) > 1 and tensor.rule.overwrites
+        copied = len(self._alike) > 1 and tensor.rule.overwrites
         found = []
         for place, (change, band) in enumerate(zip(piece.changes, tensor.bands, strict=True)):
             if not _is_kept(tensor, place):
                 found.append(scratch.take(("own", place), base.numel(), base.dtype).zero_())
                 continue
-            is_apart = copied or (len(self._ones) > 1 and band is not None)
+            is_apart = copied or (len(self._alike) > 1 and band is not None)
             own = scratch.take(("own", place), base.numel(), base.dtype) if is_apart else change
             if band is not None:
                 outer, *inner = (cut.floor(piece.start) for cut in one.finding.cuts[place])
@@ -169,6 +180,12 @@ class TensorMerge:
                 own.copy_(change)
             found.append(own)
         return found
+
+
+def _mixture(tensor: DirectTensor) -> Hashable:
+    """What tensors of the same inputs need to have in common to be the base and the same change, each scaled its own way."""
+    rule = tensor.rule if isinstance(tensor.rule, Average) else replace(tensor.rule, scale=1.0)
+    return rule, tensor.bands
 
 
 def _is_kept(tensor: DirectTensor, place: int) -> bool:
@@ -198,5 +215,5 @@ def buffer_bytes(tensor: DirectTensor, *, shared: bool = False) -> int:
     own = changes if shared else sum(not _is_kept(tensor, place) for place in range(changes))
     stored = sum(STORED[header.dtype].itemsize for header in tensor.headers)
     cast = sum(width for header in tensor.headers if STORED[header.dtype] != tensor.dtype)
-    entry = stored + cast + (changes + own + 4) * width + 16 + tensor.out_dtype.itemsize
+    entry = stored + cast + (changes + own + 5) * width + 16 + tensor.out_dtype.itemsize
     return min(PIECE, tensor.numel) * entry + min(SPAN, tensor.numel) * width * changes

@@ -81,6 +81,12 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.flag("validation_rows", "rows a task that recipes are chosen on", type=whole_number(4, 10**6), default=64)
     parser.flag("test_rows", "rows a task that the winner is judged on", type=whole_number(2, 10**6), default=128)
     parser.flag("first_rows", "rows a task in the first round of a race", type=whole_number(4, 10**6), default=8)
+    parser.flag(
+        "margin",
+        "points of gain kept by which a recipe must be better than the best of a race to stay in it",
+        type=number(0, 100),
+        default=0.5,
+    )
     parser.computing_flags("candidates go side by side; replaces --device")
     parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("max_hours", "end in time: what was found by then is judged", type=number(0, math.inf, low_open=True))

@@ -114,7 +114,7 @@ def prepare_search(
         at_once = max(options.batch, len(tried))
         at_first = Candidate("first", recipe=maker.make(tried[0].point).data)
         memory = scorer.memory(at_first, at_once, yardstick.rows) if cluster is None else None
-        search = Search(study, maker, losses, yardstick, options.first_rows, check=scorer.check)
+        search = Search(study, maker, losses, yardstick, options.first_rows, options.margin / 100, check=scorer.check)
         ready = Prepared(
             options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
             [*notes, *doubts], start, memory, scoring.written, scoring.writing_at_once,
@@ -147,6 +147,7 @@ def _identity(
         "global_parameters": dict(options.config.global_parameters),
         "rows": {task.name: [task.digest, len(task.part("validation"))] for task in scorer.tasks},
         "rows of the first round": options.first_rows,
+        "margin": options.margin,
         "space": space.plain(),
         "measurements": identity(measured),
         "objective": [options.objective, list(objective.weights), options.pareto],

@@ -81,7 +81,7 @@ class Round:
 class Search:
     """All that a search holds while it runs.
 
-    `check` raises `UserError` for a recipe that cannot be merged, before weights are read. `on_round` is called after every
+    `margin` is by how much of a figure a candidate has to be better than the leader to stay. `check` raises `UserError` for a recipe that cannot be merged, before weights are read. `on_round` is called after every
     round; `may_score` before each that has to score, with its candidates and how many losses: it raises to end the search.
     """
 
@@ -90,6 +90,7 @@ class Search:
     losses: Losses
     yardstick: Yardstick
     first_rows: int
+    margin: float = 0.0
     check: Callable[[Candidate], object] = lambda candidate: None
     on_round: Callable[[Round], None] = lambda done: None
     may_score: Callable[[Sequence[Candidate], int], None] = lambda candidates, losses: None
@@ -202,9 +203,10 @@ class Search:
         table, read = self.losses.table([*own, *others], rows), self._rows(rows)
         base, scales, there = self._base(rows), self.yardstick.scales, list(map(len, self.yardstick.rows.values()))
         if self.yardstick.pareto:
-            lost = racing.dominated(table, read, base, scales, there=there)
+            lost = racing.dominated(table, read, base, scales, there=there, margin=self.margin)
         else:
-            lost = racing.beaten(table, read, base, scales, self.yardstick.objective, there=there)
+            objective = self.yardstick.objective
+            lost = racing.beaten(table, read, base, scales, objective, there=there, margin=self.margin)
         return {digest for digest, is_lost in zip(own, lost, strict=False) if is_lost}
 
     def _settle(self, racers: Sequence[Racer], champions: Sequence[str]) -> None:

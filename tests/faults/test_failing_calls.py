@@ -94,10 +94,12 @@ def _check_ending(failed: dict[str, Any], found: dict, expected: dict, old: dict
         assert is_one_message(failed["stderr"])
     new = failed["code"] == 0 or "[out-not-synced]" in failed["stderr"]
     before = BYSTANDER_ENTRIES if old is None else old
-    names = {*expected, *before}
+    hidden = [Path(name) for name in found if any(part.startswith(".") for part in Path(name).parts)]
+    above = {parent.as_posix() for path in hidden for parent in path.parents}  # there because of what stays in them
+    names = {*expected, *before} - (above - before.keys())
     assert published(found, names) == published(expected if new else before, names)
-    hidden = [[part for part in Path(name).parts if part.startswith(".")] for name in {*found} - names]
-    for place in {parts[0] for parts in hidden if parts}:
+    places = {next(part for part in path.parts if part.startswith(".")) for path in hidden}
+    for place in places - {Path(name).name for name in before}:
         assert place in failed["stderr"], f"nothing is said of {place}"
 
 

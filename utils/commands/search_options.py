@@ -20,7 +20,8 @@ class SearchOptions(ScoringOptions):
     """What the search was asked to do.
 
     `trials` in all, `batch` of them asked for and raced together, `first_rows` of each task in a race's first round.
-    `margin` is how much better a recipe has to be than the leader to stay in it, in points of gain kept. `max_disk` is in bytes, of the output folder; `max_hours` of this run.
+    `margin` is how much better a recipe has to be than the leader to stay in it, in points of gain kept. `max_disk` is in
+    bytes, of the output folder; `max_hours` of this run.
     """
 
     trials: int = 64

@@ -16,7 +16,7 @@ Other guidance (`--guidance`, as command 1 measured) makes `<config>_generated_<
 
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
-from utils.guidance.method import chosen_method, declare_flags, own_options
+from utils.guidance.method import chosen_method, declare_flags, own_options, wanted_density
 from utils.recipes.recipe import CONTROLS, DTYPE, DTYPES
 from utils.recipes.routers import router_option
 
@@ -98,7 +98,7 @@ def main() -> None:
                 method=method,
                 method_options=own_options(method, "decide", flags, config),
                 merge_method=flags.merge_method,
-                mean_density=flags.mean_density,
+                mean_density=wanted_density(method, flags, config),
                 lambda_=getattr(flags, "lambda"),
                 dtype=flags.dtype,
                 out_dtype=flags.out_dtype,

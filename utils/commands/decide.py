@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from utils.commands.options import DecideOptions
 from utils.errors import warn
+from utils.guidance.folder import check_folder, read_manifest
 from utils.guidance.measured_pair import MeasuredPair, open_measured
-from utils.guidance.recipe_choices import settle
+from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.models.model_trial import ModelTrial
 from utils.plots import require_matplotlib
 from utils.publishing.files import publish_files, repair_folder
@@ -25,7 +27,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     Raises:
         UserError: anything the user can mend; nothing is written then.
     """
-    choices = settle(options.config, options.recipe)
+    choices = settle(options.config, _as_measured(options.recipe, options.delta_dfs_in_dir))
     if options.plot:
         require_matplotlib("--plot")
     prepare_folder(options.out_dir, "--out_dir")
@@ -75,6 +77,16 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     if portable is not None:
         report.say_portable(options, portable)
     return names
+
+
+def _as_measured(recipe: RecipeOptions, folder: Path) -> RecipeOptions:
+    """The options, with the merge method that a folder was measured for where that is the only one and none was asked for."""
+    measured_for = recipe.method.measured_for
+    if recipe.merge_method is not None or measured_for is None:
+        return recipe
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    check_folder(folder, manifest, recipe.method.name)
+    return replace(recipe, merge_method=measured_for(folder))
 
 
 def _try_configs(measured: MeasuredPair) -> None:

@@ -128,12 +128,13 @@ def _say_column(part: pd.DataFrame, column: str) -> None:
 
 
 def _say_control(part: pd.DataFrame, columns: Sequence[str], kind: str) -> None:
-    density, weight = part["density"].iloc[0], part["weight"]
+    density, weight, said = part["density"].iloc[0], part["weight"], []
     if "density" in columns:
-        print(f"  control       {density:.6f} everywhere")
-    if kind == "lines" or "weight" in columns or float(weight.iloc[0]) != 1:
+        said.append(f"density {density:.6f} everywhere")
+    if kind == "lines" or "density" not in columns or "weight" in columns or float(weight.iloc[0]) != 1:
         spread = f"{weight.min():.6f}" if weight.min() == weight.max() else f"{weight.min():.4f} to {weight.max():.4f}"
-        print(f"  its weight    {spread}" + (" by depth" if kind == "lines" else " everywhere"))
+        said.append(f"weight {spread}" + (" by depth" if kind == "lines" else " everywhere"))
+    print(f"  control       {', '.join(said)}")
 
 
 def say_files(
@@ -158,6 +159,13 @@ def say_files(
     for recipe in recipes:
         flags = {"merge_config": options.out_dir / recipe, "output_path": _model_folder(options, recipe), **remote}
         print(next_command("utils/merger.py", flags))
+    if made.decision.fits_adapter:
+        print("or, as an adapter that peft loads:")
+        flags = {
+            "merge_config": options.out_dir / made.name,
+            "output_path": f"{_model_folder(options, made.name)}_adapter",
+        }
+        print(next_command("utils/merger.py", {**flags, "adapter": True, **remote}))
     print("or, to see first on held-out text whether it helps:")
     out = options.out_dir.parent / "evaluation"
     candidates = [options.out_dir / recipe for recipe in recipes]

@@ -123,9 +123,13 @@ def say_next(options: MeasureOptions) -> None:
 
 
 def _recipe_flags(options: MeasureOptions) -> Mapping[str, object]:
-    """The guidance and the merge method that fits it; where deltas are added up, no more of them than held in tests."""
+    """The guidance, the merge method that fits what was measured, and for one expert the density to keep; where deltas are
+    added up, no more of them than held in tests."""
     method, several = options.method, len(options.config.target_model_names) > 1
     merge_method = method.several if several and method.several else method.merge_method
+    if method.measured_for is not None:
+        merge_method = method.measured_for(options.out_dir)
     if method.name != DEFAULT:
-        return {"guidance": method.name, "merge_method": merge_method}
+        density = None if several else method.density_alone
+        return {"guidance": method.name, "merge_method": merge_method, "mean_density": density}
     return {"merge_method": merge_method, "gamma": 0.3, "epsilon": 0.8, **({"lambda": 0.4} if several else {})}

@@ -55,6 +55,8 @@ class Decision:
             or the absolute path of one elsewhere.
         expert_weights: by expert type, its weight in all tensors, where they differ.
         parameters: shared parameters of the merge method that the measurement decides where the pair config does not.
+        router: what was measured for, as `--router` says it; None: anything.
+        fits_adapter: whether `utils/merger.py --adapter` can write the merge.
         fixed: shared parameters that hold whatever the pair config says.
         pictures: makes more pictures for `--plot`: PNGs by the end of their file names.
         scale: the ends of the color scale of the heatmaps, None for those of the table.
@@ -76,6 +78,8 @@ class Decision:
     measured: Mapping[str, str] = field(default_factory=dict)
     expert_weights: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    router: str | None = None
+    fits_adapter: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     pictures: Callable[[], Mapping[str, bytes]] = dict
     scale: tuple[float, float] | None = None

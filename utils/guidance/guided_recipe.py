@@ -6,13 +6,14 @@ of vectors it names, doubts; `control_recipe`: the unguided recipe to compare it
 their bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import DEFAULT
@@ -20,10 +21,11 @@ from utils.guidance.recipe_choices import RecipeChoices
 from utils.pair.config import PairConfig
 from utils.recipes.coefficients import control_table
 from utils.recipes.doubts import cancelled_weights, doubts
+from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import counterpart
-from utils.recipes.naming import filters_without_vectors
+from utils.recipes.naming import NOT_HERE, Naming, filters_without_vectors
 from utils.recipes.recipe import DTYPE, RecipeSettings, file_key, recipe, recipe_name
-from utils.recipes.routers import choose_routers, without_routers
+from utils.recipes.routers import RouterChoice, choose_routers, without_routers
 from utils.recipes.saliency_vectors import open_vectors
 from utils.recipes.stock import reason_against_stock
 
@@ -102,7 +104,14 @@ def guided_recipe(
         lambda_ = decision.lambda_
     parameters = {**decision.parameters, **choices.parameters, **decision.fixed}
     recorded = (measured.manifest or {}).get("routers", ())
-    routers = choose_routers(choices.options.router, measured.models, recorded, choices.rule, parameters)
+    asked = choices.options.router
+    if decision.router is not None and asked not in (None, decision.router):
+        raise UserError(
+            f"--router {asked}: {measured.folder} was measured for --router {decision.router}; leave it out, or measure again "
+            "from a recipe with that",
+            "router-unfit",
+        )
+    routers = choose_routers(decision.router or asked, measured.models, recorded, choices.rule, parameters)
     decision = replace(decision, naming=without_routers(decision.naming, routers, measured.models.written))
     settings = RecipeSettings(
         method=choices.rule,
@@ -180,10 +189,40 @@ def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Con
     """
     settings, choices, plain = made.settings, made.choices, without_vectors(measured, made)
     plain = replace(plain, as_weights=plain.as_weights or kind == "lines")
-    table = control_table(kind, made.decision.table)
-    table = table.assign(weight=table["weight"] * plain.weight)
+    guided = made.decision.table
+    # the weights of what averages are shares of a mean, and factors of it
+    guided = guided.assign(weight=plain.weight if settings.method.averages else guided["weight"] * plain.weight)
+    table = control_table(kind, guided)
     name = recipe_file_name(measured.config, choices, made.decision, kind)
     cancelled = "" if cancelled_weights(settings, "") else cancelled_weights(plain, "the control's weights")
-    data = recipe(table, made.decision.naming, plain)
+    data = recipe(table, _naming_weights(measured, made, plain, table), plain)
     only_here = reason_against_stock(plain.method, measured.models.written)
     return Control(kind, name, data, table, (cancelled,) if cancelled else (), only_here)
+
+
+def _naming_weights(measured: MeasuredPair, made: GuidedRecipe, plain: RecipeSettings, table: pd.DataFrame) -> Naming:
+    """The guided recipe's names, with filters for a control's weights where that has none."""
+    naming, written = made.decision.naming, measured.models.written
+    if naming.filters or naming.group_filters is not None or not plain.as_weights:
+        return naming
+    names = list(naming.params) if written is None else written.names
+    where = NOT_HERE if written is None else written.where
+    return replace(naming, group_filters=weight_filters(table, plain.routers, names, where))
+
+
+def weight_filters(table: pd.DataFrame, routers: RouterChoice, names: Sequence[str], where: str) -> dict[str, str]:
+    """Filters for the tensors of a table, routers aside, that share those whose weights are alike in every expert.
+
+    Args:
+        table: the coefficients.
+        routers: those that have filters of their own, before all others.
+        names: every name that filters will be matched on.
+        where: the models, for a message.
+
+    Raises:
+        UserError: no filters can tell the tensors apart.
+    """
+    without = set(routers.tensors)
+    by_tensor = {tensor: tuple(map(float, own["weight"])) for tensor, own in table.groupby("tensor", sort=False)}
+    groups = {tensor: weights for tensor, weights in by_tensor.items() if tensor not in without}
+    return group_filters(groups, [name for name in names if name not in without], where)

@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "lewis"
 BEST = "best"
-_BEST = "gram_mean"  # leads for one expert that is cut and for several (benchmarks/quality.py)
+_BEST = "gram_mean"  # leads for one expert, cut to its `density_alone`, and for several (benchmarks/quality.py)
 _BEST_OF_SEVERAL = {"rounds": 2}  # values of its flags that lead where experts are merged with each other
 Half = Literal["measure", "decide"]
 
@@ -70,6 +71,9 @@ class GuidanceMethod:
         file_flags: names of its *measure* flags whose values are files that it reads.
         searched: whether a search that names no guidance measures by it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
+        density_alone: the `--mean_density` to suggest where there is one expert, and of `best` for it; None: none.
+        measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
+            a `UserError` if it cannot.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
 
@@ -89,6 +93,8 @@ class GuidanceMethod:
     file_flags: tuple[str, ...] = ()
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""
+    density_alone: float | None = None
+    measured_for: Callable[[Path], str] | None = None
     authors_samples: int = 0
     tasks: str = ""
     searched: bool = True
@@ -177,7 +183,8 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
     parser.flag(
         "guidance",
         f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now {_BEST}, of several "
-        f"experts with {', '.join(f'--{name} {value}' for name, value in _BEST_OF_SEVERAL.items())} [default: the "
+        f"experts with {', '.join(f'--{name} {value}' for name, value in _BEST_OF_SEVERAL.items())}, of one cut to "
+        f"--mean_density {methods[_BEST].density_alone} [default: the "
         f"pair config's guidance, else {DEFAULT}]",
         choices=(*methods, BEST),
     )
@@ -220,7 +227,7 @@ def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace, c
         UserError: a flag of another method was given, which would do nothing.
     """
     own = {flag.name: flag.default for flag in method.flags(half)}
-    if (given.guidance or config.guidance) == BEST and len(config.target_model_names) > 1:
+    if _is_best(given, config) and len(config.target_model_names) > 1:
         own |= {name: value for name, value in _BEST_OF_SEVERAL.items() if name in own}
     for other in guidance_methods().values():
         for flag in other.flags(half):
@@ -234,3 +241,14 @@ def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace, c
                 )
             own[flag.name] = value
     return own
+
+
+def wanted_density(method: GuidanceMethod, given: argparse.Namespace, config: "PairConfig") -> float | None:
+    """`--mean_density`; where it is not given and one expert is merged by `best`, what the method suggests for that."""
+    if given.mean_density is None and _is_best(given, config) and len(config.target_model_names) == 1:
+        return method.density_alone
+    return given.mean_density
+
+
+def _is_best(given: argparse.Namespace, config: "PairConfig") -> bool:
+    return (given.guidance or config.guidance) == BEST

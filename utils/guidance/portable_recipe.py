@@ -5,7 +5,7 @@ to several of its tensors becomes their mean over parameters; and in place of a 
 mergekit's that does the same without vectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError
-from utils.guidance.guided_recipe import GuidedRecipe, recipe_file_name, without_vectors
+from utils.guidance.guided_recipe import GuidedRecipe, recipe_file_name, weight_filters, without_vectors
 from utils.guidance.measured_pair import MeasuredPair
 from utils.recipes.filters import exact_filters
 from utils.recipes.group_filters import group_filters
@@ -59,7 +59,6 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
             table = table.assign(weight=table["weight"] * table["model"].map(shares))
     routers = _routers(settings, plain, stock)
     plain = replace(plain, routers=routers)
-    own = table[~table["tensor"].isin(routers.tensors)]
     dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
     proof, before = exact_filters(dense, stock.tensors, _WHERE)
     found = Naming(
@@ -68,7 +67,7 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
         params={},
         coverage=None,
         evidence="",
-        group_filters=_groups(own, naming, stock, routers) if plain.as_weights else None,
+        group_filters=weight_filters(table, routers, stock.tensors, _WHERE) if plain.as_weights else None,
         before=before,
     )
     fused = any(name != other for name, other in stock.by_own.items())
@@ -109,13 +108,3 @@ def _routers(settings: RecipeSettings, plain: RecipeSettings, stock: StockNames)
     filters = group_filters(dict.fromkeys(names, ""), stock.tensors, _WHERE)
     share = plain.weight if plain.method is not settings.method else 1.0
     return RouterChoice(names, tuple(dict.fromkeys(filters.values())), settings.routers.weight * share)
-
-
-def _groups(table: pd.DataFrame, naming: Naming, stock: StockNames, routers: RouterChoice) -> dict[str, str]:
-    """Filters for the tensors whose weights are alike in every expert."""
-    by_tensor: dict[str, Sequence[float]] = {}
-    for tensor, own in table.groupby("tensor", sort=False):
-        by_tensor[tensor] = tuple(map(float, own["weight"]))
-    without = set(routers.tensors)
-    rest = [name for name in stock.tensors if name not in without]
-    return group_filters(by_tensor, rest, _WHERE)

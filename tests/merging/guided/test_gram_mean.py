@@ -95,7 +95,7 @@ def guided(changes, fisher, weights):
     return above / (below + 0.1 * below.mean() / len(NAMES))
 
 
-def dense(plain, weights, name, transposed, rows=True, ridge=1e-7):
+def dense(plain, weights, name, transposed, rows=True, ridge=1e-7, anchored=True):
     """One tensor of the merge from whole gradients and inputs, float64."""
     base = tensors(Path("base"))[name].double()
     changes = {expert: tensors(Path(expert))[name].double() - base for expert in NAMES}
@@ -116,6 +116,7 @@ def dense(plain, weights, name, transposed, rows=True, ridge=1e-7):
     anchor = guided(changes, fisher, weights)
     if name not in plain["code"][0].grams or "embed" in name or "lm_head" in name or "wte" in name:
         return base + anchor
+    anchor = anchor if anchored else torch.zeros_like(anchor)
     if transposed:
         anchor, changes = anchor.T, {expert: change.T for expert, change in changes.items()}
     grams = {expert: weights[expert] * sum(side.grams[name] for side in plain[expert]) for expert in NAMES}
@@ -177,6 +178,18 @@ def test_without_rows_embeddings_are_the_guided_means(pair):
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         expected = dense(plain, {"code": 0.5, "math": 0.5}, name, False, rows=False).float()
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_without_an_anchor_the_ridge_pulls_to_no_change(pair):
+    folder = pair()
+    write_config(folder, {"calibration": CALIBRATION, "global_parameters": {"ridge": 0.1, "anchor": False}})
+    (recipe,) = decided()
+    assert recipe["parameters"]["anchor"] is False
+    found = merged(recipe, dtype="float32")
+    plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        expected = dense(plain, {"code": 0.5, "math": 0.5}, name, False, ridge=0.1, anchored=False).float()
+        torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=5e-5)
 
 
 def test_one_expert_gives_itself(pair):

@@ -20,6 +20,7 @@ SHARED = {
     "floor": 0.1,
     "refit_ridge": 1e-3,
     "low_rank": False,
+    "anchor": True,
 }
 
 

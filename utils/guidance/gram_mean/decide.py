@@ -6,7 +6,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.gram_mean.method import FORM, LOW_RANK, SPARSE, gram_file
+from utils.guidance.gram_mean.method import FORM, LOW_RANK, METHOD, SPARSE, gram_file
 from utils.guidance.gram_mean.tables import read_grams
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
@@ -19,6 +19,10 @@ _KEPT = {
     SPARSE: "{:g} of each linear layer's entries, those of largest saliency, fitted anew to answer like the whole",
     LOW_RANK: "of each linear layer two factors with {:g} of its numbers, of all such the ones that answer most like the whole",
 }
+_WHOLE = (
+    "{name} is merged alone and all of its change is kept, so that the model will be {name} itself; --mean_density {density} "
+    "keeps that share of each linear layer's entries, fitted anew to answer like the whole"
+)
 
 
 def decide(job: DecideJob) -> Decision:
@@ -39,14 +43,18 @@ def decide(job: DecideJob) -> Decision:
     density = job.mean_density if job.merge_method.keeps else None
     form = _form(job, density)
     samples = min(one.samples for one in gains.values())
-    rows = samples >= _ENOUGH_SAMPLES
+    rows, alone = samples >= _ENOUGH_SAMPLES, len(names) == 1
+    if alone and (density is None or density >= 1):
+        warnings.append(_WHOLE.format(name=names[0], density=METHOD.density_alone))
     return Decision(
         table=_table(tensors, naming, weights, density),
         naming=naming,
         writes_weights=False,
-        how=tuple(_how(gains, samples, rows, density, form)),
-        after=tuple(_after(tensors)),
+        how=tuple(_how_one(density, form) if alone else _how(gains, samples, rows, density, form)),
+        after=() if alone else tuple(_after(tensors)),
         warnings=tuple(warnings),
+        tags=(form,) if form == LOW_RANK else (),
+        fits_adapter=alone and form == LOW_RANK and not job.models.routers,
         parameters={"embedding_rows": rows} | ({"low_rank": True} if form == LOW_RANK else {}),
         measured={name: gram_file(name) for name in names},
         expert_weights=weights,
@@ -93,13 +101,8 @@ def _how(
     embeddings = (
         "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
     )
-    kept = (
-        "1, whole changes; --mean_density keeps less of the linear layers, fitted anew to answer like the whole"
-        if density is None
-        else _KEPT[form].format(density)
-    )
     return [
-        ("density", kept),
+        ("density", _kept(density, form)),
         ("weight", f"in proportion to 1 / gain on each one's own text (nats per token: {shown})"),
         ("linear layers", "the change that answers as each expert does on the inputs of its own text"),
         ("embeddings", embeddings),
@@ -107,9 +110,23 @@ def _how(
         (
             "files",
             "this recipe needs this project's utils/merger.py and the files in the dataframe folder (stock "
-            f"mergekit-yaml does not know {GRAM_MEAN.name}); one expert alone is merged as it is",
+            f"mergekit-yaml does not know {GRAM_MEAN.name})",
         ),
     ]
+
+
+def _how_one(density: float | None, form: str) -> list[tuple[str, str]]:
+    return [
+        ("density", _kept(density, form) + ("; --mean_density sets another" if density is not None else "")),
+        ("the rest", "embeddings, norms and biases are the expert's: there is nobody to weigh it against"),
+        ("files", "this recipe needs this project's utils/merger.py and the file in the dataframe folder"),
+    ]
+
+
+def _kept(density: float | None, form: str) -> str:
+    if density is None:
+        return "1, whole changes; --mean_density keeps less of the linear layers, fitted anew to answer like the whole"
+    return _KEPT[form].format(density)
 
 
 def _after(tensors: pd.DataFrame) -> list[str]:

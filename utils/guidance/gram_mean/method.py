@@ -20,10 +20,14 @@ With fewer tokens than a layer has channels C_t is singular: directions that no 
 by the ridge. Below 15 samples the rows of embeddings are, too: then it is as good.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from utils.flags import whole_number
 from utils.guidance.method import GuidanceMethod, MethodFlag
 from utils.guidance.text_gain import ACCEPT_FLAG
-from utils.recipes.method_rules import GRAM_MEAN
+from utils.recipes.method_rules import GRAM_MEAN, DeltaMethod
 
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
@@ -35,6 +39,10 @@ FORMS = SPARSE, LOW_RANK = "sparse", "low_rank"
 def gram_file(model_type: str) -> str:
     """The name of an expert's file of vectors and Gram matrices."""
     return f"{model_type}_grams.safetensors"
+
+
+def _rule(asked: DeltaMethod, options: Mapping[str, Any]) -> DeltaMethod:
+    return replace(asked, keeps="two factors of low rank") if options[FORM] == LOW_RANK else asked
 
 
 METHOD = GuidanceMethod(
@@ -67,6 +75,8 @@ METHOD = GuidanceMethod(
         ),
     ),
     fewest_experts=1,
+    merge_rule=_rule,
+    density_alone=0.1,  # the sparse refit leads there (benchmarks/quality.py)
     text_per_task=True,
     config_keys=("components",),
 )

@@ -17,7 +17,7 @@ def decide(job: DecideJob) -> Decision:
     if job.merge_method.name != start.merge_method:
         raise UserError(
             f"--merge_method {job.merge_method.name}: the coefficients in {job.folder} were tuned for "
-            f"{start.merge_method}; give --merge_method {start.merge_method}",
+            f"{start.merge_method}; leave it out",
             "merge-method-unfit",
         )
     refuse_changed_parts(start, job.folder)
@@ -40,6 +40,7 @@ def decide(job: DecideJob) -> Decision:
         expert_weights=start.weights,
         measured=start.saliency,
         fixed=start.parameters,
+        router=start.router,
     )
 
 

@@ -26,21 +26,30 @@ from utils.passes.gradient_memory import GradientMemory, gradient_memory, on_the
 from utils.passes.language_head import require_head
 from utils.passes.snapshots import read_state, write_state
 from utils.passes.subjects import Subject, component_names
+from utils.recipes.naming import LocalModels
+from utils.recipes.routers import BASE, MERGE
 from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 
 _HELD_OUT = 4  # every so many samples of a task are held out
 _FEWEST = 2
+_SEEN = (
+    "held out: of these steps alone; where the start was measured on the same text, its files have seen these samples, so what "
+    "it loses there is too little (utils/evaluator.py scores on text that neither saw)"
+)
+_ROUTERS = {BASE: "the base's", MERGE: "merged like everything else"}
 
 
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     start, held = _start(job), _held_out(job.config.nsamples)
     return [
-        f"start: {job.options['start_recipe'] or 'the plain mean of the changes'} ({start.merge_method})",
+        f"start: {job.options['start_recipe'] or 'the plain mean of the changes'} ({start.merge_method})"
+        + (f", routers: {_ROUTERS[start.router]}" if start.router else ""),
         f"tuned: one coefficient for each expert and {job.options['tune_level']}, by at most {job.options['tune_steps']} "
         f"steps of Adam on {job.config.nsamples - held} samples of each task, judged on {held} others",
         f"disk: {gigabytes(_parts_bytes(job))} for what each expert adds, while measuring",
+        *([_SEEN] if start.saliency else []),
     ]
 
 
@@ -272,9 +281,9 @@ def _experts(job: MeasureJob) -> tuple[Subject, ...]:
 
 
 def _start(job: MeasureJob) -> Start:
-    entries = [one.entry for one in _experts(job)]
-    path = job.options["start_recipe"]
-    return plain_start(entries) if path is None else read_start(Path(path), job.base.entry, entries)
+    entries, path = [one.entry for one in _experts(job)], job.options["start_recipe"]
+    models = LocalModels(job.config.base, entries, trust_remote_code=job.trust_remote_code)
+    return plain_start(entries, models) if path is None else read_start(Path(path), job.base.entry, entries, models)
 
 
 def _held_out(samples: int) -> int:

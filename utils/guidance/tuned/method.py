@@ -12,16 +12,33 @@ the steps are judged on samples of their own, and the best of them is kept.
 The result is the recipe with the coefficients in it: plain changes stay a recipe for any mergekit.
 """
 
+from pathlib import Path
+
+from utils.errors import UserError
 from utils.flags import number, whole_number
 from utils.guidance.method import GuidanceMethod, MethodFlag
 from utils.guidance.text_gain import ACCEPT_FLAG
-from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN
+from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, TASK_ARITHMETIC
+from utils.safe_yaml import read_yaml_mapping
 
 COEFFICIENTS = "tuned_coefficients.csv"
 STEPS = "tuned_steps.csv"
 START = "tuned_start.yaml"
 LEVELS = ("tensor", "part", "block", "expert")
 AIMS = ("mean", "worst")
+METHODS = (TASK_ARITHMETIC.name, GUIDED_MEAN.name, GRAM_MEAN.name)  # whose merges are sums of what single experts add
+
+
+def start_method(folder: Path) -> str:
+    """The merge method of the recipe that was started from. Raises a `UserError` if the folder does not say it."""
+    found = read_yaml_mapping(folder / START, "tuned recipe's start").get("merge_method")
+    if found not in METHODS:
+        raise UserError(
+            f"{folder / START} is not as tuning writes it (merge_method {found!r}); measure again",
+            "tuned-start-damaged",
+        )
+    return found
+
 
 METHOD = GuidanceMethod(
     name="tuned",
@@ -29,7 +46,7 @@ METHOD = GuidanceMethod(
     summary="coefficients by gradient on calibration text, from a recipe's own answer",
     gives="weights",
     tasks="one for all: each step needs every expert",
-    merge_method="task_arithmetic",
+    merge_method=TASK_ARITHMETIC.name,
     own_merge_methods=(GUIDED_MEAN.name, GRAM_MEAN.name),
     tables=(COEFFICIENTS, STEPS, START),
     measure_flags=(
@@ -50,4 +67,5 @@ METHOD = GuidanceMethod(
     config_keys=("components",),
     file_flags=("start_recipe",),
     searched=False,
+    measured_for=start_method,
 )

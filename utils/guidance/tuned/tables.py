@@ -17,8 +17,9 @@ import yaml
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
-from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
-from utils.guidance.tuned.start import METHODS, Start
+from utils.guidance.tuned.method import COEFFICIENTS, METHODS, START, STEPS
+from utils.guidance.tuned.start import Start
+from utils.recipes.routers import BASE, MERGE
 from utils.safe_yaml import read_yaml_mapping
 
 SAMPLES = ("stepped", "held_out")
@@ -89,7 +90,12 @@ def _read_start(path: Path) -> Start:
         weights = {str(key): float(value) for key, value in data["weights"].items()}
         saliency = {str(key): str(value) for key, value in data["saliency"].items()}
         sha256 = {str(key): str(value) for key, value in data["sha256"].items()}
-        found = Start(str(data["merge_method"]), dict(data["parameters"]), weights, saliency, sha256)
+        routers = tuple(str(text) for text in data.get("routers", ()))
+        unmeasured = tuple((str(text), bool(has)) for text, has in data.get("unmeasured", ()))
+        shared, router = dict(data["parameters"]), data.get("router")
+        found = Start(str(data["merge_method"]), shared, weights, saliency, sha256, routers, router, unmeasured)
+        if router not in (None, BASE, MERGE):
+            raise ValueError(router)
         if found.merge_method not in METHODS or not saliency.keys() == sha256.keys() <= weights.keys():
             raise ValueError(found.merge_method)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

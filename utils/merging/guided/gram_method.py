@@ -29,7 +29,7 @@ from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
 
-_SWITCHES = {"embedding_rows": True, "low_rank": False}
+_SWITCHES = {"embedding_rows": True, "low_rank": False, "anchor": True}
 
 
 class GramMean(WeighedMethod):
@@ -46,7 +46,8 @@ class GramMean(WeighedMethod):
 
     Shared:
         lambda: factor of the merged change (default 1).
-        ridge: above 0; pull of directions without inputs to the guided mean (default 1e-7).
+        ridge: above 0; pull of directions without inputs to the anchor (default 1e-7).
+        anchor: the guided mean (default true); false takes no change at all, as the ridge of a plain regression does.
         off_diagonal: factor on what inputs have in common with each other, 0 to 1 (default 1).
         embedding_rows: merge embeddings and heads row by row (default true); false takes the guided mean.
         power, floor: of the guided mean, as there.
@@ -192,7 +193,8 @@ def _linear(
     name: str,
 ) -> Tensor:
     """As [out, in], whichever way the weight is stored."""
-    anchor, turned = _guided(changes, models, shared), inputs[0].axis == 0
+    turned = inputs[0].axis == 0
+    anchor = _guided(changes, models, shared) if shared["anchor"] else torch.zeros_like(changes[0])
     if turned:
         anchor, changes = anchor.t(), [change.t() for change in changes]
     experts = [

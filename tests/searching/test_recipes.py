@@ -9,6 +9,7 @@ import yaml
 from tests.commands_here import done_here
 from tests.tiny_experts import save_experts
 from tests.tiny_merges import merge_here, merge_stock, tensors
+from tests.tiny_mixtures import save_mixtures
 from utils.evaluation.controls import TIES_SETTINGS
 from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
@@ -139,3 +140,26 @@ def test_files_of_vectors_are_written_once_by_their_content(pair, maker):
     named = [entry["parameters"]["saliency"] for entry in first.data["models"][1:]]
     assert named == list(map(str, first.vectors))
     assert (first.data["parameters"]["power"], second.data["parameters"]["floor"]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("guidance, depth", [("uniform", ()), ("uniform", (0.8, 1.2)), ("lines", ())])
+def test_stock_mergekit_has_a_recipe_of_a_mixture_whose_experts_are_stored_apart(
+    tmp_path, monkeypatch, guidance, depth
+):
+    """A merge that adds is the same, stacked or not; what stock mergekit wrote is compared as transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = save_mixtures(tmp_path)
+    monkeypatch.chdir(folder)
+    config = read_pair_config(folder / "pair.yaml")
+    models = LocalModels(config.base, experts_to_merge(config))
+    maker = RecipeMaker(config, models, {}, folder / "vectors", "float32")
+    point = Point("task_arithmetic", guidance, {"lambda": 0.6}, depth=depth)
+    ours, stock = maker.make(point), maker.for_stock(point)
+    assert not ours.stock and stock.stock and "--fused_experts" in stock.note
+    places = [merge_here(folder, ours.data, "ours"), merge_stock(folder, stock.data)]
+    loaded = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict() for place in places]
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).state_dict()
+    for name, value in loaded[0].items():
+        assert torch.equal(loaded[1][name], value) and not torch.equal(value, base[name]), name

@@ -134,14 +134,15 @@ def _candidate(ready: Prepared, one: Finished, name: str) -> Candidate:
 
 def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
     """The recipes by file name, after the files of vectors they name, which lie beside them; their manifests behind."""
-    wanted = {BEST: winners.best}
-    if winners.stock.digest != winners.best.digest and ready.maker.make(winners.stock.point).stock:
-        wanted[BEST_STOCK] = winners.stock
+    wanted = {BEST: (winners.best, best := ready.maker.make(winners.best.point))}
+    if winners.stock.digest != winners.best.digest or not best.stock:
+        stock = ready.maker.for_stock(winners.stock.point)
+        if stock is not None:
+            wanted[BEST_STOCK] = winners.stock, stock
     if winners.uniform:
-        wanted[BEST_UNIFORM] = winners.uniform[0]
+        wanted[BEST_UNIFORM] = winners.uniform[0], ready.maker.make(winners.uniform[0].point)
     files: dict[str, bytes | Path] = {}
-    for name, one in wanted.items():
-        made = ready.maker.make(one.point)
+    for name, (one, made) in wanted.items():
         stem, places = name.removesuffix(".yaml"), {}
         experts = [entry["parameters"].get("saliency") for entry in made.data["models"][1:]]
         for path in made.vectors:
@@ -151,7 +152,7 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
         vectors: dict[str, Path] = {}
         models = [_beside(entry, places, ready.options.out_dir, vectors) for entry in made.data["models"]]
         data = {**made.data, "models": models}
-        files[name] = recipe_bytes(data)
+        files[name] = recipe_bytes(data, made.note)
         measured, search = ready.measured.get(one.point.guidance), _search_record(ready)
         record = recipe_record(ready.options.config, measured, one, (name, files[name]), data, vectors, search)
         files[manifest_name(name)] = record.as_bytes()

@@ -22,7 +22,7 @@ from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, extra_value
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe, renamed_files
-from utils.recipes.stock import models_against_stock
+from utils.recipes.stock import StockNames, models_against_stock, stock_names
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
 from utils.searching.points import DENSITY, LAMBDA, LINES, Point, Way
 
@@ -33,11 +33,12 @@ _DTYPE = "float32"
 @dataclass(frozen=True)
 class Made:
     """A recipe: `data` as the scorer takes it, files of vectors being named by their whole paths (`vectors`); `stock` if
-    any mergekit runs it, not this project's command 3 alone."""
+    any mergekit runs it, not this project's command 3 alone; `note` is what its first line is to say."""
 
     data: Mapping[str, Any]
     stock: bool
     vectors: tuple[Path, ...] = ()
+    note: str = ""
 
     @property
     def digest(self) -> str:
@@ -73,6 +74,30 @@ class RecipeMaker:
             UserError: the base is not on this machine, or no filters tell its blocks apart.
         """
         return find_blocks(self.models)
+
+    def for_stock(self, point: Point) -> Made | None:
+        """The recipe that stock mergekit runs for a point: its own, or of an unguided one the same by stock mergekit's names,
+        where those are others than here (it stacks a mixture's experts); None where there is none.
+
+        Raises:
+            UserError: as `make`.
+        """
+        made = self.make(point)
+        if made.stock or point.guidance in self.measured or point.merge_method in OWN_METHODS:
+            return made if made.stock else None
+        try:
+            stock = stock_names(self.models)
+        except UserError:  # it cannot merge these models, or would lose tensors of theirs
+            return None
+        maker = replace(self)
+        if point.guidance == LINES or point.depth:
+            maker.blocks = find_blocks(self.models, stock)
+        here = "utils/merger.py"
+        if any(name != other for name, other in stock.by_own.items()):
+            here += (
+                " --fused_experts, which cut each stack of experts as one; what was scored cuts each expert on its own"
+            )
+        return replace(maker.make(point), stock=True, note=f"for stock mergekit-yaml, and {here}")
 
     def make(self, point: Point) -> Made:
         """The recipe of a point.
@@ -170,8 +195,8 @@ class RecipeMaker:
         return data
 
 
-def find_blocks(models: LocalModels) -> Blocks:
-    """The decoder blocks of the models to merge, and filters for them.
+def find_blocks(models: LocalModels, stock: StockNames | None = None) -> Blocks:
+    """The decoder blocks of the models to merge, and filters for them, by their names here or by those of stock mergekit.
 
     Raises:
         UserError: the base is not on this machine, its blocks cannot be found or told apart.
@@ -196,6 +221,8 @@ def find_blocks(models: LocalModels) -> Blocks:
         for name, planned in written.plan.spellings.items():
             if name.startswith(prefix) and planned in there:
                 groups[planned] = layer
+    if stock is not None:
+        groups, names = {stock.by_own[name]: layer for name, layer in groups.items()}, stock.tensors
     filters = group_filters(groups, names, written.where)
     by_layer: dict[int, list[str]] = {}
     for name, text in filters.items():

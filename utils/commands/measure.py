@@ -19,6 +19,7 @@ from utils.commands.measure_request import (
     refuse_changed,
 )
 from utils.commands.ray_flags import connected
+from utils.commands.too_large import refuse_too_large
 from utils.errors import UserError, warn
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import ROUTING, MeasureJob
@@ -118,6 +119,8 @@ def _measure(
         batches_a_piece=None if workers is None else _BATCHES_A_PIECE,
     )
     method.check(job)
+    if workers is None:
+        refuse_too_large(job, method)
     request = measure_request(options, job, samples)
     with contextlib.ExitStack() as stack:
         place, pieces_of = options.out_dir / WORK, pieces_request(job, workers, request)

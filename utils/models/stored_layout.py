@@ -9,7 +9,7 @@ read when its turn comes, and so that what was measured of a parameter can be to
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ class Conversion:
             found.append(seen.get(pattern, 0))
             seen[pattern] = found[-1] + 1
         return found
+
+    def of_expert(self, expert: int) -> "Conversion":
+        """What makes one expert's matrix of a stack: of each pattern the source of that place alone."""
+        own = [place for place, number in enumerate(self.ordinals) if number == expert]
+        sources, patterns, between = (
+            tuple(all_of_them[place] for place in own) for all_of_them in (self.sources, self.patterns, self.between)
+        )
+        return replace(self, sources=sources, patterns=patterns, between=between)
 
     def convert(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters by name, from all `sources` by their stored names, which are taken out as they are used."""
@@ -151,6 +159,44 @@ class StoredLayout:
         if len(conversion.targets) > 1:
             raise ValueError(f"{parameter} is only a part of {', '.join(self.stored_names(parameter))}")
         return conversion.revert({parameter: value})
+
+    def can_take_expert(self, parameter: str) -> bool:
+        """Whether one expert's matrix can be read of a stack of several, without the others'."""
+        if parameter in self.direct:
+            header = self.direct[parameter]
+            return len(header.shape) == 3 and header.change is None
+        conversion = self.conversions.get(parameter)
+        if conversion is None or len(conversion.targets) > 1 or not conversion.is_reversible:
+            return False
+        try:
+            first = conversion.of_expert(0)
+            empty = {header.name: torch.empty(header.shape, device="meta") for header in first.sources}
+            made = first.convert(empty)[parameter]
+            back = first.revert({parameter: made})
+        except Exception:  # rules raise whatever torch does when shapes do not fit
+            return False
+        return made.ndim == 3 and made.shape[0] == 1 and len(back) == len(first.sources)
+
+    def expert_headers(self, parameter: str, expert: int) -> tuple[TensorHeader, ...]:
+        """The stored tensors, or the slice of one, that an expert's matrix is made of."""
+        if parameter in self.direct:
+            return (Stack(self.direct[parameter]).slices[expert],)
+        return self.conversions[parameter].of_expert(expert).sources
+
+    def expert_matrix(self, parameter: str, expert: int, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        """An expert's matrix from what `expert_headers` names."""
+        if parameter in self.direct:
+            (matrix,) = stored.values()
+            return matrix
+        return self.conversions[parameter].of_expert(expert).convert(stored)[parameter][0]
+
+    def split_expert(self, parameter: str, expert: int, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`split` of one expert's matrix: by the stored names of its pieces, or of the tensor that holds all experts."""
+        if parameter in self.direct:
+            return {self.direct[parameter].name: value}
+        first, own = (self.conversions[parameter].of_expert(number) for number in (0, expert))  # numbers begin at 0
+        names = {one.name: other.name for one, other in zip(first.sources, own.sources, strict=True)}
+        return {names[name]: piece for name, piece in first.revert({parameter: value[None]}).items()}
 
     def pieces(self, parameter: str, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """`split` of a parameter that is stored in several pieces; another one as it is, by its own name."""

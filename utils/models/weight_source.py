@@ -103,6 +103,15 @@ class StreamedWeights:
                 return_freed_memory()
         return read
 
+    def fetch_expert(self, name: str, expert: int) -> torch.Tensor:
+        """Read one expert's matrix of a stack (`StoredLayout.can_take_expert`) onto the device.
+
+        Raises:
+            UserError: as `fetch`.
+        """
+        headers = self.layout.expert_headers(name, expert)
+        return self.layout.expert_matrix(name, expert, self._read({header.name: header for header in headers}))
+
     def _read(self, headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
         if self.device.type != "cpu":
             return self._copies().fetch(headers, self.dtype, self.computation)

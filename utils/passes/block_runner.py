@@ -9,7 +9,7 @@ and each weight is read once.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tensor_names, tied_names
 from utils.pair.batches import MicroBatch
+from utils.passes.experts_in_parts import block_bytes, experts_in_parts, stack_names
 from utils.passes.flows import Flow, stops
 from utils.passes.snapshots import Snapshot, Snapshots, digests
 from utils.runtime import available_bytes
@@ -93,7 +94,7 @@ def run_blocks(
         first = _begun(decoder, batches, visitor, device, flows, snapshots)
         for layer in range(first):
             on_block(layer)
-        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers[first:], device))
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers[first:], device, in_parts=True))
         for layer in layers[first:]:
             with turn.next_block() as block:
                 _through_block(layer, block, flows, visitor)
@@ -188,16 +189,27 @@ class BlocksInTurn:
     """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
 
     No more than two blocks are in fast memory: the present one and the one being fetched. Where the next one does not fit
-    beside the present one and whatever else is there by then, it is fetched once the present one has gone.
+    beside the present one and whatever else is there by then, it is fetched once the present one has gone. With `in_parts`,
+    where even then it does not fit, its experts stay where they are and are fetched as they are asked for
+    (`utils/passes/experts_in_parts.py`).
     """
 
-    def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: WeightSource,
+        order: Sequence[int],
+        device: torch.device,
+        *,
+        in_parts: bool = False,
+    ) -> None:
         self.decoder, self.weights, self.order, self.device = decoder, weights, list(order), device
-        self.place = 0
+        self.place, self.in_parts = 0, in_parts
+        self._apart: dict[int, tuple[str, ...]] = {}  # by block, the stacks whose experts are fetched on their own
 
     def __enter__(self) -> "BlocksInTurn":
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self.coming = self.fetcher.submit(self.weights.fetch, self._names(0)) if self.order else None
+        self.coming = self._begin() if self.order else None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -209,7 +221,7 @@ class BlocksInTurn:
         """The next block in the order, with its weights for as long as the context lasts."""
         computed = _marker(self.device)
         layer = self.order[self.place]
-        coming = self.coming or self.fetcher.submit(self.weights.fetch, self._names(self.place))
+        coming = self.coming or self._begin()
         self.place += 1
         tensors = coming.result()
         del coming
@@ -222,10 +234,23 @@ class BlocksInTurn:
         block = self.decoder.blocks[layer]
         with placed(block, f"{self.decoder.blocks_path}.{layer}", tensors, self.device):
             del tensors
-            yield block
+            with self._experts(layer):
+                yield block
+
+    def _begin(self) -> Future:
+        """Begin to fetch the block whose turn it is, all of it or without its experts."""
+        layer, names = self.order[self.place], self._names(self.place)
+        if self.in_parts and not self._fits(layer):
+            self._apart[layer] = stack_names(self.decoder, layer, self.weights.layout)
+        return self.fetcher.submit(self.weights.fetch, [one for one in names if one not in self._apart.get(layer, ())])
+
+    def _experts(self, layer: int) -> contextlib.AbstractContextManager[None]:
+        if not self._apart.get(layer):
+            return contextlib.nullcontext()
+        return experts_in_parts(self.decoder, layer, self._apart[layer], self.weights.fetch_expert)
 
     def _fits(self, layer: int) -> bool:
-        return sum(value.nbytes for value in self.decoder.blocks[layer].parameters()) <= available_bytes(self.device)
+        return block_bytes(self.decoder, layer) <= available_bytes(self.device)
 
     def _names(self, place: int) -> list[str]:
         return _names_in_block(self.decoder, self.order[place])

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from utils.errors import UserError
 from utils.models.decoder import Component
 from utils.pair.batches import MicroBatch
+from utils.passes.experts_in_parts import origin
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm"}
 
@@ -48,12 +49,19 @@ class StackSums:
             fewest: an expert with n tokens below this many has n / fewest of its own moments and the rest of the mean of
                 all experts of its layer.
         """
+        return stack.float().square_().mul_(self._spread(divisor, fewest))
+
+    def metrics(self, stack: torch.Tensor, divisor: float, fewest: int = 0) -> Iterator[torch.Tensor]:
+        """The same of one expert after the other, whose matrices are taken as `stack[expert]`."""
+        for expert, spread in enumerate(self._spread(divisor, fewest)):
+            yield stack[expert].float().square_().mul_(spread)
+
+    def _spread(self, divisor: float, fewest: int) -> torch.Tensor:
         moments = self.squares / divisor
         if fewest:
             own = (self.tokens / fewest).clamp(max=1)[:, None]
             moments = own * moments + (1 - own) * moments.mean(dim=0)
-        spread = moments[:, None, :] if self.inputs_last else moments[:, :, None]
-        return stack.float().square_().mul_(spread.float())
+        return (moments[:, None, :] if self.inputs_last else moments[:, :, None]).float()
 
 
 @dataclass
@@ -204,6 +212,8 @@ class _Products(TorchFunctionMode):
 
     def _slice(self, weight: torch.Tensor) -> tuple[str, int | None] | None:
         with torch._C.DisableTorchFunction():
+            if (fetched := origin(weight)) is not None:
+                return next(((name, fetched[1]) for name, stack in self.stacks.items() if stack is fetched[0]), None)
             for name, stack in self.stacks.items():
                 if weight.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
                     continue

@@ -96,6 +96,7 @@ class RoundingTrial:
         self.norms: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         self.seconds = [0.0, 0.0]
         self._passed = 0  # blocks
+        self.given_up = False
         self._flows: list[Flow] = []
         self._open = ExitStack()
 
@@ -107,8 +108,17 @@ class RoundingTrial:
         """End both passes."""
         self._open.close()
 
+    def give_up(self) -> None:
+        """End both ways; nothing was tried then."""
+        self.given_up = True
+        self.norms.clear()
+        self._flows.clear()
+        self._open.close()
+
     def measure(self, layer: int, block: nn.Module) -> None:
         """Take both norms of every linear component of a block, whose weights are in place."""
+        if self.given_up:
+            return
         if not self._flows:
             self._start()
         components, found = [one for one in self.decoders[0].components_of(layer) if not one.is_stacked], []
@@ -131,7 +141,7 @@ class RoundingTrial:
     def advance(self, layer: int, block: nn.Module) -> None:
         """Take both ways through the block as it is now."""
         self._passed = layer + 1
-        if layer + 1 == len(self.decoders[0].blocks):
+        if self.given_up or layer + 1 == len(self.decoders[0].blocks):
             return  # what comes behind the blocks is not measured
         for way, flow in enumerate(self._flows):
             with self._weights(way, layer, block):
@@ -141,13 +151,22 @@ class RoundingTrial:
         """Where both ways stand between two blocks, and what was measured, as plain data and tensors."""
         norms = [(layer, name, *both) for (layer, name), both in self.norms.items()]
         outputs = [flow.returned for flow in self._flows]
-        return {"norms": norms, "seconds": list(self.seconds), "passed": self._passed, "outputs": outputs}
+        return {
+            "norms": norms,
+            "seconds": list(self.seconds),
+            "passed": self._passed,
+            "outputs": outputs,
+            "given_up": self.given_up,
+        }
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take that up again, in a pass that stands there; the blocks before seem to return what the last of them did."""
         self.norms = {(layer, name): tuple(one.to(device) for one in both) for layer, name, *both in state["norms"]}
         self.seconds = list(state["seconds"])
         self._passed = state["passed"]
+        if state["given_up"]:
+            self.give_up()
+            return
         self._start()
         for flow, output in zip(self._flows, state["outputs"], strict=True):
             for layer in range(self._passed):
@@ -214,7 +233,12 @@ class VisitorWithTrial:
         self.visitor.restore(state["visitor"], device)
 
     def finish(self, layer: int, block: nn.Module) -> None:
-        """The trial measures the block before the visitor may prune it, and goes through it as it is then."""
+        """The trial measures the block before the visitor may prune it, and goes through it as it is then.
+
+        A block that is not there whole (`utils/passes/experts_in_parts.py`) ends the trial.
+        """
+        if any(value.device.type == "meta" for value in block.parameters()):
+            self.trial.give_up()
         self.trial.measure(layer, block)
         self.visitor.finish(layer, block)
         self.trial.advance(layer, block)

@@ -11,7 +11,7 @@ from utils.guidance.lewis.norms import metric_norm, pruned
 from utils.models.decoder import Component, Decoder, is_transposed, weight_matrix
 from utils.models.stored_layout import StoredLayout
 from utils.pair.batches import MicroBatch
-from utils.passes.expert_inputs import ExpertInputs
+from utils.passes.expert_inputs import ExpertInputs, StackSums
 from utils.passes.second_moments import SecondMoments
 
 
@@ -121,10 +121,25 @@ class LewisVisitor:
     def _take_experts(self, layer: int, block: nn.Module) -> None:
         for component, sums in self.experts.checked(layer).items():
             stack = getattr(block.get_submodule(component.path), component.parameter)
-            metric = sums.metric(stack, self.divisor, self.fewest_tokens)
-            pieces = self._split(layer, component, metric)
-            norms = {name: piece.sum(dtype=torch.float64).sqrt() for name, piece in pieces.items()}
+            if stack.device.type == "meta":  # its experts come one at a time
+                norms = self._norms_in_parts(layer, component, sums, stack)
+            else:
+                metric = sums.metric(stack, self.divisor, self.fewest_tokens)
+                pieces = self._split(layer, component, metric)
+                norms = {name: piece.sum(dtype=torch.float64).sqrt() for name, piece in pieces.items()}
             self.stacks[layer, component.name] = StackNorms(norms, sums.tokens)
+
+    def _norms_in_parts(
+        self, layer: int, component: Component, sums: StackSums, stack: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        name, found = self.decoder.weight_name(layer, component), []
+        for expert, metric in enumerate(sums.metrics(stack, self.divisor, self.fewest_tokens)):
+            pieces = self.layout.split_expert(name, expert, metric)
+            found.append([(stored, piece.sum(dtype=torch.float64)) for stored, piece in pieces.items()])
+        squares: dict[str, torch.Tensor] = {}
+        for stored, total in (one for alike in zip(*found, strict=True) for one in alike):  # in the order of `split`
+            squares[stored] = squares[stored] + total if stored in squares else total
+        return {stored: total.sqrt() for stored, total in squares.items()}
 
     def _split(self, layer: int, component: Component, metric: torch.Tensor) -> dict[str, torch.Tensor]:
         name = self.decoder.weight_name(layer, component)

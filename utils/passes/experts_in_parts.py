@@ -1,0 +1,125 @@
+"""A block whose experts do not fit into fast memory together: each matrix is fetched when the experts' own loop asks for it.
+
+Their stacked parameters stay on the meta device. The loop of an experts module takes `stack[expert]`, and that slice is
+read then and let go of after its product; so one matrix of one expert is there at a time, and each is read once for every
+micro-batch. Nothing else is assumed about an architecture: one that takes its stacks in another way is refused.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from utils.errors import UserError
+from utils.models.decoder import Decoder, is_experts
+from utils.models.stored_layout import StoredLayout
+
+_HARMLESS = ("__get__", "size", "dim", "numel", "stride", "__len__")  # what only asks about a stack
+FetchExpert = Callable[[str, int], Tensor]
+
+
+def stack_names(decoder: Decoder, layer: int, layout: StoredLayout) -> tuple[str, ...]:
+    """The names, in the model, of a block's stacks of experts' matrices that can be read one expert at a time."""
+    path = f"{decoder.blocks_path}.{layer}"
+    found = (
+        f"{path}.{module_path}.{name}"
+        for module_path, module in decoder.blocks[layer].named_modules()
+        if is_experts(module)
+        for name, value in module.named_parameters(recurse=False)
+        if value.ndim == 3
+    )
+    return tuple(name for name in found if layout.can_take_expert(name))
+
+
+def block_bytes(decoder: Decoder, layer: int, without: Sequence[str] = ()) -> int:
+    """Bytes of a block's parameters in the model's dtype, those of some names left out."""
+    path, left_out = f"{decoder.blocks_path}.{layer}", set(without)
+    named = decoder.blocks[layer].named_parameters()
+    return sum(value.nbytes for name, value in named if f"{path}.{name}" not in left_out)
+
+
+def outside_bytes(decoder: Decoder) -> int:
+    """Bytes of what lies outside the blocks, the head aside."""
+    return sum(value.nbytes for value in decoder.body.parameters()) - sum(
+        block_bytes(decoder, layer) for layer in range(len(decoder.blocks))
+    )
+
+
+def parts_bytes(decoder: Decoder, layout: StoredLayout) -> tuple[int, int, int]:
+    """What is there of a model at least at a time: all that lies outside the blocks with the largest block whole, the same
+    with the experts of blocks in parts, and the largest matrix of an expert; bytes in the model's dtype."""
+    whole, apart, matrix = 0, 0, 0
+    for layer, block in enumerate(decoder.blocks):
+        names = stack_names(decoder, layer, layout)
+        own = dict(block.named_parameters())
+        prefix = f"{decoder.blocks_path}.{layer}."
+        matrix = max([matrix, *(own[name.removeprefix(prefix)][0].nbytes for name in names)])
+        whole, apart = max(whole, block_bytes(decoder, layer)), max(apart, block_bytes(decoder, layer, names))
+    outside = outside_bytes(decoder)
+    return outside + whole, outside + apart, matrix
+
+
+@contextlib.contextmanager
+def experts_in_parts(decoder: Decoder, layer: int, names: Sequence[str], fetch: FetchExpert) -> Iterator[None]:
+    """While the context lasts, `stack[expert]` of a block's stacks of these names is that expert's matrix, fetched.
+
+    The experts run one after the other meanwhile.
+    """
+    block, path = decoder.blocks[layer], f"{decoder.blocks_path}.{layer}."
+    stacks = {id(value): (value, path + name) for name, value in block.named_parameters() if path + name in names}
+    owners = {name.removeprefix(path).rpartition(".")[0] for name in names}
+    configs = [
+        config for owner in owners if (config := getattr(block.get_submodule(owner), "config", None)) is not None
+    ]
+    before = [getattr(config, "_experts_implementation", None) for config in configs]
+    for config in configs:
+        config._experts_implementation = "eager"
+    try:
+        with _Slices(stacks, fetch):
+            yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config._experts_implementation = value
+
+
+def origin(matrix: Tensor) -> tuple[Tensor, int] | None:
+    """The stack and the expert that a fetched matrix is of; None of any other tensor."""
+    return getattr(matrix, "_expert_of", None)
+
+
+class _Slices(TorchFunctionMode):
+    """Fetches what is asked of stacks, given by identity with their names."""
+
+    def __init__(self, stacks: Mapping[int, tuple[nn.Parameter, str]], fetch: FetchExpert) -> None:
+        super().__init__()
+        self.stacks, self.fetch = stacks, fetch
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in args:
+            if id(value) not in self.stacks:
+                continue
+            stack, name = self.stacks[id(value)]
+            if func is Tensor.__getitem__ and value is args[0] and _is_one(args[1]):
+                expert = int(args[1])
+                matrix = self.fetch(name, expert)
+                matrix._expert_of = (stack, expert)
+                return matrix
+            if func is Tensor.detach:  # as a list of a module's state does
+                return stack
+            if getattr(func, "__name__", "") not in _HARMLESS:
+                raise UserError(
+                    f"{name} does not fit into memory, and this architecture does not take its experts one after the other "
+                    f"(it calls {getattr(func, '__name__', func)} on all of them); use --device cpu, or a machine with more",
+                    "experts-not-in-parts",
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_one(index: Any) -> bool:
+    """Whether an index means one expert."""
+    return type(index) is int or (
+        isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
+    )

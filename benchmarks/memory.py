@@ -46,7 +46,9 @@ OF_EACH = {
 OF_ALL = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.5}, "nearswap": {"t": 0.5}}
 OF_TWO = ("slerp", "nearswap", "arcee_fusion")  # of the base and another model
 SAMPLES = 6
-FREE = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "2")}
+FREE = dict.fromkeys(
+    ("gram_mean", "saliency_budget", "sens_merging", "submodule_linearity"), ("--accept_useless_text",)
+) | {"tuned": ("--accept_useless_text", "--tune_steps", "2")}
 _ABOUT = re.compile(r"memory: about ([\d.]+) (MB|GB|kB)")
 _GPU_PEAK = re.compile(r"peak GPU memory ([\d.]+) (MB|GB|kB)")
 _SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}

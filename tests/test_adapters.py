@@ -36,7 +36,10 @@ def pair(tmp_path_factory):
     return folder
 
 
-FLAGS = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "1")}
+FLAGS = dict.fromkeys(guidance_methods(), ("--accept_useless_text",)) | {
+    "lewis": (),
+    "tuned": ("--accept_useless_text", "--tune_steps", "1"),
+}
 
 
 @pytest.mark.parametrize("guidance", sorted(guidance_methods()))

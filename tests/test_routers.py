@@ -74,8 +74,17 @@ def test_a_table_of_routers_that_was_edited_is_refused(measured, tmp_path):
 
 @pytest.mark.parametrize("guidance", ["sens_merging", "gram_mean", "saliency_budget"])
 def test_guidances_that_run_the_experts_agree_on_their_routers(measured, guidance):
-    more = {"gram_mean": ["--accept_useless_text"], "saliency_budget": ["--gradient_at", "expert"]}.get(guidance, [])
-    asked = ("--config", "pair.yaml", "--out_dir", f"dfs_{guidance}", "--guidance", guidance, *more)
+    more = {"saliency_budget": ["--gradient_at", "expert"]}.get(guidance, [])
+    asked = (
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        f"dfs_{guidance}",
+        "--guidance",
+        guidance,
+        "--accept_useless_text",
+        *more,
+    )
     said = done_here("lewis_importance.py", *asked, cwd=measured).stdout
     ours, theirs = (pd.read_csv(measured / name / "routing.csv") for name in ("dfs", f"dfs_{guidance}"))
     assert theirs.equals(ours)

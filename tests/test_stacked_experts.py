@@ -164,7 +164,10 @@ def test_slices_are_the_file_s_own_bytes(tmp_path, row):
                     assert file.read(header.nbytes) == matrix.contiguous().numpy().tobytes()
 
 
-ACCEPTED = {"gram_mean": ("--accept_useless_text",), "tuned": ("--accept_useless_text", "--tune_steps", "1")}
+ACCEPTED = dict.fromkeys(guidance_methods(), ("--accept_useless_text",)) | {
+    "lewis": (),
+    "tuned": ("--accept_useless_text", "--tune_steps", "1"),
+}
 
 
 FAST = ("lewis", "gram_mean", "tuned")  # densities, vectors and matrices, coefficients

@@ -47,7 +47,7 @@ def pairs_by_family(
 
 
 def measure_here(guidance: str, out: str | Path = "dfs", **asked: Any) -> Path:
-    """Measure `pair.yaml` in float32 on the CPU; returns the dataframe folder.
+    """Measure `pair.yaml` in float32 on the CPU, whatever experts gain on their text; returns the dataframe folder.
 
     Args:
         guidance: the method's name.
@@ -55,6 +55,7 @@ def measure_here(guidance: str, out: str | Path = "dfs", **asked: Any) -> Path:
         asked: flags of the method and fields of `MeasureOptions`, by name.
     """
     own = own_defaults(guidance, "measure")
+    own |= {"accept_useless_text": True} if "accept_useless_text" in own else {}  # random models gain nothing on it
     own |= {name: asked.pop(name) for name in own if name in asked}
     given = {"dtype": "float32", "device": "cpu", **asked}
     measure_pair(MeasureOptions(read_pair_config("pair.yaml"), guidance_methods()[guidance], own, Path(out), **given))

@@ -31,9 +31,9 @@ from utils.errors import EXIT_SIGNAL, run_command
 
 GUIDANCE = {
     "lewis": ("--expert_tokens", "0"),
-    "sens_merging": (),
-    "submodule_linearity": (),
-    "saliency_budget": (),
+    "sens_merging": ("--accept_useless_text",),
+    "submodule_linearity": ("--accept_useless_text",),
+    "saliency_budget": ("--accept_useless_text",),
     "gram_mean": ("--accept_useless_text",),
 }
 STEPS = ("merge", *GUIDANCE)

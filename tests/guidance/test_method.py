@@ -97,7 +97,7 @@ def test_a_flag_of_two_methods_belongs_to_both(pair):
     parser = FlagParser()
     declare_flags(parser, "measure")
     given, config = parser.parse_args(["--accept_useless_text"]), read_pair_config(pair / "pair.yaml")
-    for name in ("gram_mean", "tuned"):
+    for name in ("gram_mean", "tuned", "saliency_budget", "sens_merging", "submodule_linearity"):
         assert own_options(guidance_methods()[name], "measure", given, config)["accept_useless_text"] is True
     with refused("flag-no-effect"):
         own_options(guidance_methods()["lewis"], "measure", given, config)

@@ -55,7 +55,7 @@ def pair(tmp_path, monkeypatch) -> Path:
 def measured(out: str, name: str = "lewis", ray: RayFlags | None = None) -> dict[str, object]:
     method = guidance_methods()[name]
     own = {flag.name: flag.default for flag in method.measure_flags}
-    own |= {"accept_useless_text": True} if name == "gram_mean" else {}
+    own |= {"accept_useless_text": True} if "accept_useless_text" in own else {}
     config = read_pair_config(Path("pair.yaml"))
     where = {"ray": ray} if ray else {"devices": "cpu"}
     measure_pair(MeasureOptions(config, method, own, Path(out), micro_batch_tokens=32, quiet=True, **where))

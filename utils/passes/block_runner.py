@@ -51,6 +51,28 @@ class KeptVisitor(Visitor, Protocol):
         """Take that up again."""
 
 
+class Bystander:
+    """A visitor of blocks that only lets the tokens through."""
+
+    rewrites = False
+
+    def observing(self, layer: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Observe nothing."""
+        return contextlib.nullcontext()
+
+    def begin(self, batch: MicroBatch) -> None:
+        """Nothing to note."""
+
+    def finish(self, layer: int, block: nn.Module) -> None:
+        """Nothing to take."""
+
+    def state(self) -> None:
+        """Nothing has been measured."""
+
+    def restore(self, state: None, device: torch.device) -> None:
+        """Nothing to take up again."""
+
+
 @torch.inference_mode()
 def run_blocks(
     decoder: Decoder,

@@ -4,7 +4,6 @@ python -m pytest tests/guidance/saliency_budget/test_commands.py
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import TEXTS, sample_ids, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.commands.merge import merge
+from utils.errors import UserError
 from utils.merging.settings import MergeSettings
 from utils.recipes.saliency_vectors import open_vectors, vector_file_bytes
 
@@ -251,12 +251,14 @@ def test_the_three_commands(pair):
         ended = done_here(script, *arguments, cwd=folder)
         return ended
 
-    ended = run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget")
+    flags = ("--guidance", "saliency_budget", "--accept_useless_text")
+    ended = run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", *flags)
     assert "gradients: at the base and at each expert, added up" in ended.stdout
     assert "code: loss" in ended.stdout and "of the variance of log F" in ended.stdout
     assert "means each expert to be measured on text of its own" in ended.stderr
     assert "--guidance saliency_budget --merge_method guided_mean" in ended.stdout.replace("\\\n    ", "")
     assert json.loads((folder / "dfs/manifest.json").read_text())["guidance_options"] == {
+        "accept_useless_text": True,
         "gradient_at": "both",
         "saliency_power": 0.5,
     }
@@ -312,24 +314,21 @@ def test_weights_that_are_not_finite_are_refused(pair):
     assert not Path("dfs").exists()
 
 
-def test_an_expert_that_is_no_better_on_its_own_text_is_doubted(pair, capsys):
-    """Of two models one is better on a text: with the other one as its expert, and only so, there is a doubt."""
+@pytest.mark.parametrize("point", ["both", "base", "expert"])
+def test_an_expert_that_is_no_better_on_its_own_text_is_refused_or_doubted(pair, capsys, point):
+    """Of two models one is better on a text: with the other one as its expert there is no gain."""
     pair("llama")
-    doubted, losses = [], []
+    refused_or_doubted = []
     for base, expert in (("base", "math"), ("math", "base")):
         models = [{"name": f"./{base}", "type": "base"}, {"name": f"./{expert}", "type": "expert"}]
         write_config(Path(), {"model_info": models})
-        measured(out=f"from_{base}")
-        printed = capsys.readouterr()
-        before, after = re.search(r"expert: loss (\S+) at the base, (\S+) at the expert", printed.out).groups()
-        losses.append((float(before), float(after)))
-        doubted.append(f"no better on its own text than the base (loss {after}, base {before})" in printed.err)
-    assert losses[0] == losses[1][::-1]
-    assert doubted == [after >= before for before, after in losses] and sum(doubted) == 1
-
-
-def test_without_gradients_at_both_nothing_is_said_of_skill(pair, capsys):
-    pair("llama")
-    for point in ("base", "expert"):
-        measured(point, out=f"at_{point}")
-        assert "no better" not in capsys.readouterr().err
+        measured(point, out=f"from_{base}")
+        doubted = "expert has no sure gain over the base on its own text" in capsys.readouterr().err
+        try:
+            measured(point, out=f"refused_{base}", accept_useless_text=False)
+        except UserError as error:
+            assert error.codes == ("text-without-gain",) and doubted
+            refused_or_doubted.append(True)
+        else:
+            assert not doubted
+    assert refused_or_doubted

@@ -46,7 +46,7 @@ class Pair:
 
     def measure(self, *more, refused=""):
         flags = ("--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "sens_merging", "--device", "cpu")
-        return self.call("lewis_importance.py", *flags, *more, refused=refused)
+        return self.call("lewis_importance.py", *flags, "--accept_useless_text", *more, refused=refused)
 
     def decide(self, *more, refused=""):
         flags = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out")
@@ -316,7 +316,7 @@ def test_measuring_side_by_side_gives_the_same_bytes(pair):
 def test_each_command_says_what_to_type_next(saved, tmp_path):
     folder = shutil.copytree(saved("llama")[0], tmp_path / "pair")
     shutil.rmtree(folder / "dfs")
-    flags = ("--config", "pair.yaml", "--out_dir", "run/dfs", "--guidance", "sens_merging")
+    flags = ("--config", "pair.yaml", "--out_dir", "run/dfs", "--guidance", "sens_merging", "--accept_useless_text")
     said = done_here("lewis_importance.py", *flags, cwd=folder).stdout
     for script in ("lewis_merge.py", "utils/merger.py"):
         words = shlex.split(said.split("next:")[-1].split("\nor,")[0].replace("\\\n", " "))

@@ -77,7 +77,7 @@ def test_the_commands_make_the_dense_mean(family, pair):
     folder = pair(family)
     shutil.rmtree(folder / "dfs")
     flags = ["--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "saliency_budget", "--device", "cpu"]
-    done = done_here("lewis_importance.py", *flags, cwd=folder)
+    done = done_here("lewis_importance.py", *flags, "--accept_useless_text", cwd=folder)
     assert "vectors of every parameter" in done.stdout
     flags = ["--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "out", "--control", "uniform"]
     flags += ["--guidance", "saliency_budget", "--merge_method", "guided_mean", "--out_dtype", "float32"]

@@ -69,6 +69,11 @@ def choices(job: MeasureJob) -> list[str]:
         f", inputs at base and expert; squared gradients of every parameter, at the base and at each expert",
         f"disk: at most {gigabytes(job.options[ROUNDS] * disk)} an expert for Gram matrices of inputs and gradients",
     ]
+    if stacked := [part.name for part in decoder.components if part.is_stacked]:
+        lines.append(
+            f"experts of the mixture ({', '.join(stacked)}): no Gram matrices of their inputs; they are merged by the guided "
+            "mean, weighed by the squared gradients of each expert's own tokens"
+        )
     if job.options[ROUNDS] > 1:
         lines.append(
             f"rounds: {job.options[ROUNDS]}; from the second on the inputs are those of what the round before gives, which "

@@ -17,7 +17,7 @@ recipe names the file where it lies; command 3 has one layer's matrices in memor
 a ridge above its rounding (float16: 1e-3 of the diagonal), in which the directions that tell the experts apart drown.
 
 With fewer tokens than a layer has channels C_t is singular: directions that no text has inputs in are the guided mean's,
-by the ridge. Below 15 samples the rows of embeddings are, too: then it is as good.
+by the ridge. The experts of a mixture that are one stack in memory have no C_t and are the guided mean's, too. Below 15 samples the rows of embeddings are, too: then it is as good.
 """
 
 from collections.abc import Mapping

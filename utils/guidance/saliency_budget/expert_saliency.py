@@ -8,12 +8,15 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.own_text import forward_losses, gain_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
+from utils.guidance.text_gain import TextGain
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.block_gradients import Observing, nothing
+from utils.passes.gradient_refusals import refuse_short
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.subjects import Subject, component_names, stored_as
 from utils.passes.tensor_store import Stored
@@ -23,7 +26,7 @@ from utils.workers.piece import Place
 @dataclass(frozen=True)
 class ExpertMeasurement:
     """Rows of the table of tensors, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows
-    of the table of routers, if gradients were taken at the expert.
+    of the table of routers, if gradients were taken at the expert; what it gains.
 
     `bins` are by tensor the numbers of the bins that are not empty (int32) and their counts (int64): hundreds a tensor, of
     which a row of Python numbers each would take as much memory as the weights.
@@ -34,6 +37,7 @@ class ExpertMeasurement:
     vectors: Mapping[str, tuple[Tensor, ...]]
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     routing: list[tuple]
+    gain: TextGain
 
 
 def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> ExpertMeasurement:
@@ -46,7 +50,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         at: whether gradients are taken at the base, and at the expert; F is the sum of both.
 
     Raises:
-        UserError: weights or gradients that are not finite; as `squares_pass`.
+        UserError: weights or gradients that are not finite; an expert without a sure gain on its text; as `squares_pass`.
     """
     base, expert = job.subjects
     name, power = expert.entry.type, job.options["saliency_power"]
@@ -57,6 +61,14 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
     snapshots.keep(
         "measured", lambda: (tensors, {name: [one.plain() for one in stored] for name, stored in waiting.items()})
     )
+
+    refuse_short(job.text(expert, expert).encoded)
+    alone = [
+        None if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert)
+        for number, (subject, wanted) in enumerate(zip((base, expert), at, strict=True))
+    ]
+    for number, losses in enumerate(alone):
+        snapshots.keep(f"losses{number}", lambda losses=losses: losses)
 
     def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
         samples = job.text(subject, expert).encoded if is_wanted else None
@@ -78,6 +90,8 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
             place.folder,
             snapshots,
         ) as both:
+            known = [taken or own for taken, own in zip(both.losses, alone, strict=True)]
+            gain = gain_on_own_text(job, expert, *known)
             for part in both.parts:
                 try:
                     histogram = saliency_histogram(part.base, part.expert, part.squares, power)
@@ -94,7 +108,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
     vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
     bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
-    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers))
+    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), gain)
 
 
 def _other_vectors(

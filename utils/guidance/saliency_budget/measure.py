@@ -6,9 +6,11 @@ import pandas as pd
 
 from utils.guidance.csv_files import csv_bytes
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.own_text import accepted_doubts
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
+from utils.guidance.text_gain import TextGain
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, require_own_tensors, snapshot_bytes
@@ -68,9 +70,10 @@ def measure(job: MeasureJob) -> Measured:
     for expert in job.experts:
         for subject in _at(job, expert):
             require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
-        blocks, name = 2 * len(_at(job, expert)) * len(expert.decoder.blocks), expert.entry.type
+        ways, name = 2 * len(_at(job, expert)) + at.count(False), expert.entry.type
+        blocks = ways * len(expert.decoder.blocks)
         own = job.of(job.base, expert)
-        pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement,)))
+        pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement, TextGain)))
     measured = dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
     tensors = TENSOR_TABLE.frame(row for one in measured.values() for row in one.tensors)
     bins = histogram_content({name: one.bins for name, one in measured.items()})
@@ -81,7 +84,8 @@ def measure(job: MeasureJob) -> Measured:
         name = expert.entry.type
         own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
-        warnings += [*_doubts(expert, own), *_unskilled(expert, *measured[name].losses)]
+        warnings += _doubts(expert, own)
+    warnings += accepted_doubts({name: one.gain for name, one in measured.items()})
     routing = tuple(row for one in measured.values() for row in one.routing)
     return Measured(files, tuple(notes), tuple(warnings), routing)
 
@@ -110,15 +114,4 @@ def _doubts(expert: Subject, tensors: pd.DataFrame) -> list[str]:
     return [
         f"{silent:.0%} of the entries that {expert.entry.name} changed have no gradient on this text in {expert.dtype}; "
         "more samples or --dtype float32 or bfloat16 may help"
-    ]
-
-
-def _unskilled(expert: Subject, at_base: Sequence[float], at_expert: Sequence[float]) -> list[str]:
-    """A doubt where both were taken and the expert is no better on its own text than the base."""
-    before, after = (sum(losses) / max(1, len(losses)) for losses in (at_base, at_expert))
-    if not at_base or not at_expert or after < before:
-        return []
-    return [
-        f"{expert.entry.name} is no better on its own text than the base (loss {after:.4f}, base {before:.4f}), so its "
-        "gradients say little of its skill; is it the text of its task (calibration in the pair config)?"
     ]

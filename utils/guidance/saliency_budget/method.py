@@ -22,6 +22,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES, DeltaMethod
 
 TENSORS = "saliency_budget_tensors.csv"
@@ -71,6 +72,7 @@ METHOD = GuidanceMethod(
     tables=(TENSORS, HISTOGRAM),
     expert_file=vector_file,
     measure_flags=(
+        ACCEPT_FLAG,
         MethodFlag(
             "gradient_at",
             "the weights at which gradients are taken: the base's, each expert's, or both, added up",

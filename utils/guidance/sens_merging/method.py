@@ -12,6 +12,7 @@ implementation).
 
 from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
 
 SENSITIVITY = "sens_merging_sensitivity.csv"
 DISTANCES = "sens_merging_distances.csv"
@@ -33,6 +34,7 @@ METHOD = GuidanceMethod(
     tasks="one for each expert, then one for the distances between them",
     merge_method="task_arithmetic",
     tables=(SENSITIVITY, DISTANCES, TENSORS, LOSSES, OUTSIDE),
+    measure_flags=(ACCEPT_FLAG,),
     decide_flags=(
         MethodFlag(
             "temperature",

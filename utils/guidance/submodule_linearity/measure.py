@@ -9,6 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.own_text import accepted_doubts, gains_by_way_forward
 from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
 from utils.guidance.submodule_linearity.gram import require_token_axis
 from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
@@ -75,6 +76,7 @@ def measure(job: MeasureJob) -> Measured:
     compared = [job.base, *job.experts]
     for subject in compared:
         require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
+    gains = gains_by_way_forward(job)
     own = job.of(*compared)
     piece = Piece(NAME, _compared, (own,), len(job.base.decoder.blocks), NAME, types=(Compared, PartChanges))
     (found,) = job.run([piece])
@@ -89,7 +91,7 @@ def measure(job: MeasureJob) -> Measured:
         MISSED_TABLE: [(layer, level, types[one], value) for (layer, level, one), value in found.missed.items()],
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
-    return Measured(files, warnings=tuple(_warnings(job, found)))
+    return Measured(files, warnings=(*accepted_doubts(gains), *_warnings(job, found)))
 
 
 def _require_token_axes(base: Subject) -> None:

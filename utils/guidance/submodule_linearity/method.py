@@ -14,6 +14,7 @@ level's weights do on samples they have not seen; `decide.py` solves.
 
 from utils.flags import number
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
 
 NAME = "submodule_linearity"
 GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED = (
@@ -34,6 +35,7 @@ METHOD = GuidanceMethod(
     merge_method="task_arithmetic",
     tables=(GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED),
     measure_flags=(
+        ACCEPT_FLAG,
         MethodFlag(
             "nonlinearity",
             "also measure how non-linear each part and the whole model are, and which level fits each block best",

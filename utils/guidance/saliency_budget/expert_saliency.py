@@ -64,7 +64,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
 
     refuse_short(job.text(expert, expert).encoded)
     alone = [
-        None if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert)
+        () if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert)
         for number, (subject, wanted) in enumerate(zip((base, expert), at, strict=True))
     ]
     for number, losses in enumerate(alone):

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.commands_here import run_here
+from tests.commands_here import done_here, run_here
 from tests.refusals import refusal_code
 from tests.tiny_evaluations import plain_losses, save_evaluated_pair, task_file, write_rows
 from tests.tiny_merges import merge_here, recipe, write_recipe
@@ -81,7 +81,7 @@ def test_from_recipes_to_a_page(run, pair, run_command_line):
         assert len(task["rows"]["test"]) == 8 and not set(task["rows"]["test"]) & set(task["rows"]["validation"])
     following = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", " "))
     assert following[0] == sys.executable and following[1].endswith("utils/merger.py")
-    assert following[2::2] == ["--output_path", "--merge_config"] and (pair / following[5]).is_file()
+    assert following[2:7:2] == ["--output_path", "--merge_config", "--evaluation"] and (pair / following[5]).is_file()
     found = read_evaluation(out)  # what a model card takes from here
     recipe_file = read_recipe(pair / "out" / "recipes" / "first.yaml")
     assert found.candidate_of(Path("renamed.yaml"), recipe_file.sha256) == "first"
@@ -110,6 +110,27 @@ def test_a_written_model_stands_beside_its_recipe_with_the_same_figures(run, pai
         assert scores["first", task, "loss"] == scores["merged", task, "loss"]
     assert "control" not in set(table(pair, "out/written")["role"])
     assert set(table(pair, "out/written")["against"].dropna()) == {"merged"}
+
+
+def test_the_printed_line_merges_the_winner_whoever_is_the_reference(run, pair, tmp_path):
+    """Beside it a recipe that is called like a control."""
+    worse = write_recipe(tmp_path / "task arithmetic 0.35.yaml", recipe(pair, parameters={"lambda": 9.0}))
+    best = {}
+    for reference in (None, "base"):
+        out = f"out/against {reference}/evaluation"
+        done = run(worse, *(["--against", reference] if reference else []), out=out)
+        assert done.returncode == 0, done.stderr
+        assert "task arithmetic 0.35 (2)" in set(table(pair, out)["candidate"])
+        manifest = json.loads((pair / out / "manifest.json").read_text())
+        best[manifest["best_on_validation"]] = (pair / out / "best_uniform.yaml").read_bytes()
+        if reference is None:
+            assert manifest["reference"] in best and manifest["reference_is"] == "the best uniform merge"
+    assert len(best) == 1 and (pair / "out/against None/evaluation/best_uniform.yaml").read_bytes() in best.values()
+    assert (manifest["reference"], manifest["reference_is"]) == ("base", "")
+    words = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", " "))[2:]
+    done_here("utils/merger.py", *words, cwd=pair)
+    merged = pair / words[words.index("--output_path") + 1]
+    assert f"**{next(iter(best))}**" in (merged / "README.md").read_text() and (merged / "report.html").is_file()
 
 
 def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):

@@ -62,10 +62,12 @@ def test_a_recipe_is_known_by_its_content(folder):
 
 
 def test_the_recipes_that_a_search_wrote(folder):
-    record(folder, best_on_validation=None, best={"ours": {}}, files={"best.yaml": "aa", "best_uniform.yaml": "bb"})
+    written = [{"name": "ours", "recipe_sha256": "aa"}, {"name": "plain", "recipe_sha256": "bb"}]
+    record(folder, candidates=written, reference_is="the best uniform merge")
     found = read_evaluation(folder)
-    assert found.candidate_of(Path("best.yaml"), "aa") == "ours"
+    assert found.candidate_of(Path("best_stock.yaml"), "aa") == "ours"
     assert found.candidate_of(Path("best_uniform.yaml"), "bb") == "plain"
+    assert found.reference_is == "the best uniform merge"
 
 
 def test_rows_of_a_data_set_of_the_hub_stand_in_the_cards_metadata(folder):

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.commands_here import done_here, refused_here
-from tests.reports.document import read
+from tests.reports.document import Element, read
 from tests.tiny_evaluations import write_scores
 from tests.tiny_merges import recipe, write_recipe
 
@@ -46,6 +46,31 @@ def test_card_and_page_hold_the_figures_and_the_licenses(copies):
     assert "report.html" in json.loads((copies / "merged" / "manifest.json").read_text())["files"]
     for path in (copies / "merged").iterdir():
         assert os.fsencode(copies) not in path.read_bytes(), path.name
+
+
+def merged_page(folder: Path, name: str, **manifest) -> Element:
+    """The page of a merge by the evaluated recipe `name`, with this in the evaluation's manifest."""
+    (folder / "evaluation/manifest.json").write_text(json.dumps(manifest))
+    (folder / "ours.yaml").rename(folder / f"{name}.yaml")
+    words = ["--output_path", "merged", "--merge_config", f"{name}.yaml", "--device", "cpu"]
+    done_here("utils/merger.py", *words, "--report", "--evaluation", "evaluation", cwd=folder)
+    return read((folder / "merged/report.html").read_text())
+
+
+def test_a_reference_is_called_what_the_evaluation_called_it_and_the_winner_is_its_winner(copies):
+    document = merged_page(copies, "ours", best_on_validation="plain", reference_is="the best uniform merge")
+    head = document.one("header").text
+    assert "ours is better than plain, the best uniform merge" in head
+    assert "The best on validation rows was plain." in head
+    rows = [row.text for row in document.all("tr") if row.attributes.get("class") == "winner"]
+    assert rows and all("plain" in row for row in rows)
+    assert any("merged here" in row.text for row in document.all("tr"))
+
+
+def test_a_reference_that_is_merged_is_not_said_to_be_the_best(copies):
+    head = merged_page(copies, "plain", best_on_validation="ours").one("header").text
+    assert "Nothing is better" not in head and "plain is the reference: it keeps 40.0%" in head
+    assert "The best on validation rows was ours." in head
 
 
 def test_a_page_without_figures_says_so(copies):

@@ -11,7 +11,8 @@ def standings(ours: Estimate, difference: Estimate | None, p: float | None = Non
 
 
 def test_better():
-    found = judge("ours", "plain", standings(Estimate(0.56), Estimate(0.21, 0.172, 0.248)))
+    apart = standings(Estimate(0.56), Estimate(0.21, 0.172, 0.248))
+    found = judge("ours", "plain", apart, "the best uniform merge")
     assert found.outcome is Outcome.BETTER
     assert found.sentence == (
         "ours is better than plain, the best uniform merge: it keeps 56.0% of the experts' gain over the base, "
@@ -20,7 +21,7 @@ def test_better():
 
 
 def test_a_reference_may_be_its_name_alone():
-    found = judge("ours", "plain", standings(Estimate(0.56), Estimate(0.21, 0.172, 0.248)), reference_is="")
+    found = judge("ours", "plain", standings(Estimate(0.56), Estimate(0.21, 0.172, 0.248)))
     assert found.sentence.startswith("ours is better than plain: it keeps 56.0%")
 
 
@@ -46,6 +47,11 @@ def test_worse_than_the_base_is_said():
 def test_the_reference_itself_may_be_the_best():
     found = judge("plain", "plain", standings(Estimate(0.1), None))
     assert found.sentence.startswith("Nothing is better than plain") and "35.0%" in found.sentence
+
+
+def test_a_reference_that_was_not_chosen_is_not_said_to_be_the_best():
+    found = judge("plain", "plain", standings(Estimate(0.1), None), "the best uniform merge", recommended=False)
+    assert found.sentence.startswith("plain is the reference, the best uniform merge: it keeps 35.0%")
 
 
 def test_nothing_to_compare_with_gives_no_outcome():

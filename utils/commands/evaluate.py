@@ -92,7 +92,10 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
     asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
     for one in asked:
         refuse_other_models(one, options.config)
-    return distinct_names(asked, {entry.type for entry in options.config.model_info})
+    taken = [entry.type for entry in options.config.model_info]
+    if options.controls:
+        taken += [one.name for kind in uniform_controls(options.config, "float32").values() for one in kind]
+    return distinct_names(asked, taken)
 
 
 def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str | None:
@@ -170,7 +173,7 @@ def _evaluate(
     dtype = scorer.inputs[base].float_dtype
     grid = uniform_controls(scorer.config, dtype) if options.controls else {}
     learned = [task for task in scorer.tasks if task.measures_gain]
-    chosen, merits = [], {}
+    chosen, merits, best_uniform = [], {}, None
     contenders = [*candidates, *(one for kind in grid.values() for one in kind)]
     if contenders:
         rows = {task.name: task.part(VALIDATION) for task in learned}
@@ -179,14 +182,15 @@ def _evaluate(
         losses = task_losses(table, learned, base, experts)
         merits = {one.name: merit(losses, one.name) for one in contenders}
         chosen = [max(kind, key=lambda one: merits[one.name]) for kind in grid.values()]
+        best_uniform = max(chosen, key=lambda one: merits[one.name], default=None)
     everybody = (*pair, *chosen, *candidates)
     rows = {task.name: task.part(TEST) for task in scorer.tasks}
     with _progress(options, scorers, "scoring test rows"):
         table, more = score_placed(scorers, store, everybody, rows)
     losses = task_losses(table, scorer.tasks, base, experts)
     reference, reference_is = against, ""
-    if against is None and chosen:
-        reference, reference_is = max(chosen, key=lambda one: merits[one.name]).name, "the best uniform merge"
+    if best_uniform is not None and against in (None, best_uniform.name):
+        reference, reference_is = best_uniform.name, "the best uniform merge"
     ranked = [one.name for one in (*candidates, *chosen)]
     winner = max(ranked, key=lambda name: merits[name], default=None)
     figures = all_figures(losses, reference, [one.name for one in candidates], GENERAL)
@@ -197,6 +201,7 @@ def _evaluate(
         reference,
         reference_is,
         winner,
+        best_uniform,
         max(scored, more),
         time.perf_counter() - start,
     )

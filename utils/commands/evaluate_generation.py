@@ -65,7 +65,7 @@ def generate(
 def _speakers(evaluated: Evaluated) -> set[str]:
     """Who answers prompts: base, experts, whom differences are taken against, the best uniform merge and the winner."""
     names = {one.name for one in evaluated.candidates if one.role in ("base", "expert")}
-    best = evaluated.best_control()
+    best = evaluated.best_uniform
     return names | {evaluated.winner or "", evaluated.reference or "", best.name if best else ""}
 
 

@@ -43,9 +43,8 @@ def publish_evaluation(
     }
     if generated.accuracy is not None:
         files[ACCURACY] = _parquet(generated.accuracy)
-    best = evaluated.best_control()
-    if best is not None:
-        files[UNIFORM] = recipe_bytes(best.recipe)
+    if evaluated.best_uniform is not None:
+        files[UNIFORM] = recipe_bytes(evaluated.best_uniform.recipe)
     files = with_manifest(files, request)
     publish_files(options.out_dir, files, overwrite=True)
     print(f"\n{printed_table(scorer, evaluated)}\n")
@@ -79,6 +78,7 @@ def _request(options: EvaluateOptions, scorer: Scorer, evaluated: Evaluated) -> 
         "versions": versions(),
         "settings": scorer.settings.record(),
         "reference": evaluated.reference,
+        "reference_is": evaluated.reference_is,
         "best_on_validation": evaluated.winner,
         "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
         "candidates": [
@@ -102,10 +102,12 @@ def _parquet(table: pd.DataFrame) -> bytes:
 
 
 def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
-    """The command that merges the winner, where that is a recipe: a file that was given, or the best uniform merge."""
+    """The command that merges the winner, with its figures on the card, where that is a recipe: a file that was given, or
+    the best uniform merge."""
     winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
     if winner is None or winner.recipe is None:
         return ""
     source = winner.source or options.out_dir / UNIFORM
     folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
-    return next_command("utils/merger.py", {"output_path": folder, "merge_config": source})
+    flags = {"output_path": folder, "merge_config": source, "evaluation": options.out_dir, "report": True}
+    return next_command("utils/merger.py", flags)

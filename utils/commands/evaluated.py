@@ -25,8 +25,8 @@ class Generated:
 class Evaluated:
     """What came out: everybody in the order of the table, figures by name, losses on test rows, and who is who.
 
-    `reference` is whom differences are taken against (None: nobody), `winner` the best on validation rows, `reference_is`
-    what the reference is, in words.
+    `reference` is whom differences are taken against (None: nobody), `reference_is` what the reference is, in words.
+    `winner` and `best_uniform` are the best of all, and of the uniform merges, on validation rows.
     """
 
     candidates: tuple[Candidate, ...]
@@ -35,10 +35,6 @@ class Evaluated:
     reference: str | None
     reference_is: str
     winner: str | None
+    best_uniform: Candidate | None
     scored: int
     seconds: float
-
-    def best_control(self) -> Candidate | None:
-        """The uniform merge that differences are taken against, or the first one in the table; None without any."""
-        controls = [one for one in self.candidates if one.role == "control"]
-        return next((one for one in controls if one.name == self.reference), controls[0] if controls else None)

@@ -7,7 +7,7 @@ text = evaluation_section(found.page, name)                 # utils.reports.card
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from utils.publishing.manifest import MANIFEST
 from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Score, Standing, TaskScores
 
 SCORES = "scores.csv"
-_BEST, _BEST_UNIFORM = "best.yaml", "best_uniform.yaml"  # what a search writes
 _LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING = "loss", "perplexity", "gain_kept", "worst_gain_kept", "forgetting"
 _ALL = "all tasks"
 _NOTE = (
@@ -31,10 +30,14 @@ Rows = dict[tuple[str, str, str], dict[str, str]]  # (candidate, task, measure) 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores in a folder as the values that a page shows, and the candidates by the SHA-256 of their recipe file."""
+    """The scores in a folder as the values that a page shows, and the candidates by the SHA-256 of their recipe file.
+
+    `reference_is` is what the page's reference is, in words; empty where its name says it.
+    """
 
     page: Page
     recipes: Mapping[str, str]
+    reference_is: str = ""
 
     def candidate_of(self, recipe: Path, sha256: str) -> str:
         """The candidate that a recipe file is: the one of its content; where no contents were recorded, of its name.
@@ -70,7 +73,9 @@ def read_evaluation(folder: Path) -> Evaluation:
         rows = {(line["candidate"], line["task"], line["measure"]): line for line in lines}
         roles = {line["candidate"]: Role(line["role"]) for line in lines}
         page = _page(folder, rows, roles, manifest)
-        return Evaluation(page, dict(_recipes(manifest, page)))
+        candidates = manifest.get("candidates", [])
+        recipes = {one["recipe_sha256"]: one["name"] for one in candidates if one.get("recipe_sha256")}
+        return Evaluation(page, recipes, str(manifest.get("reference_is") or ""))
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: there is no {SCORES}, so this is no folder of utils/evaluator.py or utils/searcher.py",
@@ -85,10 +90,15 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation says of one recipe: the page of it all, and which candidate the recipe is."""
+    """What an evaluation says of one recipe: all that it says, and which candidate the recipe is."""
 
-    page: Page
+    evaluation: Evaluation
     name: str
+
+    @property
+    def page(self) -> Page:
+        """The evaluation's own page."""
+        return self.evaluation.page
 
 
 def read_measured(folder: Path | None, recipe: MergeRecipe) -> Measured | None:
@@ -100,23 +110,12 @@ def read_measured(folder: Path | None, recipe: MergeRecipe) -> Measured | None:
     if folder is None:
         return None
     found = read_evaluation(folder)
-    return Measured(found.page, found.candidate_of(recipe.path, recipe.sha256))
-
-
-def _recipes(manifest: Mapping[str, Any], page: Page) -> Iterator[tuple[str, str]]:
-    """Recipe files by their hash: those that were given to an evaluation, and those that a search wrote."""
-    for one in manifest.get("candidates", []):
-        if one.get("recipe_sha256"):
-            yield one["recipe_sha256"], one["name"]
-    files = manifest.get("files", {}) if "best" in manifest else {}
-    for name, candidate in ((_BEST, page.winner), (_BEST_UNIFORM, page.reference)):
-        if candidate and name in files:
-            yield files[name], candidate
+    return Measured(found, found.candidate_of(recipe.path, recipe.sha256))
 
 
 def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping[str, Any]) -> Page:
     against = next((line["against"] for line in rows.values() if line["against"]), "")
-    named = manifest.get("best_on_validation") or next(iter(manifest.get("best") or {}), "")
+    named = manifest.get("best_on_validation")
     tested = {one["name"]: len(one["rows"]["test"]) for one in manifest.get("tasks", [])}
     hub = {one["name"]: HubDataset(**one["hub"]) for one in manifest.get("tasks", []) if one.get("hub")}
     tasks = dict.fromkeys(task for _, task, measure in rows if measure == _LOSS)

@@ -12,7 +12,7 @@ from utils.merging.model_card import CardAddition
 from utils.merging.planning import PlannedMerge
 from utils.reports.card_table import evaluation_section, inputs_section, model_index
 from utils.reports.page import render
-from utils.reports.values import Run
+from utils.reports.values import Contender, Run, Verdict
 from utils.reports.verdict import judge
 from utils.runtime import peak_host_bytes, versions
 
@@ -43,21 +43,38 @@ def report_html(ready: PlannedMerge, measured: Measured | None, seconds: float) 
     if measured is None:
         return render(page)
     scored = measured.page
-    verdict = page.verdict
-    if any(one.contender == measured.name and one.gain.known for one in scored.standings):
-        verdict = judge(measured.name, scored.reference, scored.standings)
     return render(
         dataclasses.replace(
             page,
-            verdict=verdict,
-            contenders=scored.contenders,
+            verdict=_verdict(measured) or page.verdict,
+            contenders=_marked(measured),
             reference=scored.reference,
-            winner=measured.name,
+            winner=scored.winner,
             tasks=scored.tasks,
             standings=scored.standings,
             notes=scored.notes,
         )
     )
+
+
+def _verdict(measured: Measured) -> Verdict | None:
+    """The verdict on what was merged, and who came first where that is another; None where it has no figures."""
+    scored, name = measured.page, measured.name
+    if not any(one.contender == name and one.gain.known for one in scored.standings):
+        return None
+    first = scored.winner in ("", name)
+    found = judge(
+        name, scored.reference, scored.standings, measured.evaluation.reference_is, recommended=scored.winner == name
+    )
+    said = () if first else (f"The best on validation rows was {scored.winner}.",)
+    return dataclasses.replace(found, details=(*said, *found.details))
+
+
+def _marked(measured: Measured) -> tuple[Contender, ...]:
+    """All contenders, what was merged first, so that it is not among the rows that are folded away."""
+    merged = [one for one in measured.page.contenders if one.name == measured.name]
+    others = [one for one in measured.page.contenders if one.name != measured.name]
+    return (*(dataclasses.replace(one, note="merged here") for one in merged), *others)
 
 
 def _published(word: str) -> str:

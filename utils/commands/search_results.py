@@ -1,6 +1,7 @@
 """What a search ends with: the winners scored on test rows, their recipes, tables, the page, the next command."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
     if ready.options.samples and not here:
         warnings.append("held-out prompts are not answered: this machine, which would do it, has no GPU")
     warnings += [f"the search ended early: {stopped}"] if stopped else []
-    request = _request(ready, evaluated, winners, names, stopped)
+    request = _request(ready, evaluated, winners, names, stopped, recipes)
     page = _page(ready, evaluated, request, warnings, following, winners, names, generated)
     files: dict[str, bytes | Path] = {
         **recipes,
@@ -122,6 +123,7 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
         reference=reference,
         reference_is="the best uniform merge",
         winner=names[winners.best.digest],
+        best_uniform=next((one for one in chosen if one.name == reference), None),
         scored=len(chosen),
         seconds=time.perf_counter() - ready.start,
     )
@@ -201,17 +203,24 @@ def _beside(
 
 
 def _next(ready: Prepared) -> str:
-    """The command that merges the best recipe."""
+    """The command that merges the best recipe, with the search's figures on its card."""
     folder = ready.options.out_dir
     target = folder.resolve().parent / "merged_models" / folder.resolve().name
-    return next_command("utils/merger.py", {"output_path": from_here(target), "merge_config": folder / BEST})
+    flags = {"output_path": from_here(target), "merge_config": folder / BEST, "evaluation": folder, "report": True}
+    return next_command("utils/merger.py", flags)
 
 
 def _request(
-    ready: Prepared, evaluated: Evaluated, winners: Winners, names: Mapping[str, str], stopped: str
+    ready: Prepared,
+    evaluated: Evaluated,
+    winners: Winners,
+    names: Mapping[str, str],
+    stopped: str,
+    recipes: Mapping[str, bytes | Path],
 ) -> dict[str, Any]:
     """What was searched, how, and what came first: the manifest without the files."""
     options, scorer = ready.options, ready.scorer
+    uniform = winners.uniform[0] if winners.uniform else None
     return {
         "command": COMMAND,
         "versions": versions(),
@@ -228,6 +237,13 @@ def _request(
         "measurements": {name: one.sha256 for name, one in ready.measured.items()},
         "stopped": stopped,
         "reference": evaluated.reference,
+        "reference_is": evaluated.reference_is,
+        "best_on_validation": evaluated.winner,
+        "candidates": [
+            {"name": names[one.digest], "recipe_sha256": hashlib.sha256(recipes[file]).hexdigest()}
+            for file, one in ((BEST, winners.best), (BEST_STOCK, winners.stock), (BEST_UNIFORM, uniform))
+            if file in recipes and (file != BEST_STOCK or ready.maker.make(one.point).stock)  # else not what was scored
+        ],
         "best": {names[one.digest]: {"trial": one.number, **one.point.plain()} for one in winners.all},
         "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
         "tasks": [task.record() for task in scorer.tasks],

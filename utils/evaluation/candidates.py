@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,13 @@ def _is_recipe(path: Path) -> bool:
 
 
 def distinct_names(candidates: Sequence[Candidate], taken: Collection[str] = ()) -> list[Candidate]:
-    """The candidates, with a number behind names that several have, or that are taken already."""
-    seen = dict.fromkeys(taken, 1)
-    found = []
+    """The candidates, with the next free number behind names that several have, or that are taken already."""
+    used, found = set(taken), []
     for one in candidates:
-        seen[one.name] = count = seen.get(one.name, 0) + 1
-        found.append(one if count == 1 else replace(one, name=f"{one.name} ({count})"))
+        numbered = (f"{one.name} ({number})" for number in count(2))
+        name = next(name for name in chain([one.name], numbered) if name not in used)
+        used.add(name)
+        found.append(one if name == one.name else replace(one, name=name))
     return found
 
 

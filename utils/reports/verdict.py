@@ -8,7 +8,12 @@ from utils.reports.values import Estimate, Outcome, Standing, Verdict, is_known
 
 
 def judge(
-    winner: str, reference: str, standings: Sequence[Standing], reference_is: str = "the best uniform merge"
+    winner: str,
+    reference: str,
+    standings: Sequence[Standing],
+    reference_is: str = "",
+    *,
+    recommended: bool = True,
 ) -> Verdict:
     """The verdict on one contender.
 
@@ -17,6 +22,7 @@ def judge(
         reference: what it is compared with; may be the same, if nothing is better, or empty, if there is nothing.
         standings: with both among them; the winner's `difference` is against the reference.
         reference_is: what the reference is, in words; empty where its name says it.
+        recommended: whether it is what validation rows chose; of a reference that is not, nothing more is said.
 
     Raises:
         ValueError: the winner has no standing.
@@ -31,6 +37,9 @@ def judge(
     keeps = f"keeps {percent(ours.gain.value)} of the experts' gain over the base"
     if ours.gain.value < 0:
         keeps = f"is worse than the base, by {percent(-ours.gain.value)} of the experts' gain"
+    if winner == reference and not recommended:
+        what = ", ".join(filter(None, ["the reference", reference_is]))
+        return Verdict(f"{winner} is {what}: it {keeps}.", None, _details(ours))
     if winner == reference:
         return Verdict(f"Nothing is better than {named}: it {keeps}.", Outcome.UNCLEAR, _details(ours))
     if reference not in found or ours.difference is None or not ours.difference.known:

@@ -4,6 +4,7 @@ python -m pytest tests/merging/test_adapter.py
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,25 @@ def test_peft_answers_like_the_folded_model(family, pair):
     torch.testing.assert_close(loaded, expected, rtol=0, atol=2e-2 * float((expected - before).abs().max()))
     assert json.loads((ADAPTER / "manifest.json").read_text())["command"] == "utils/merger.py"
     assert "library_name: peft" in (ADAPTER / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "copies"), [("llama", 2), ("gemma3", 2)])  # two tables; one that is tied
+def test_embeddings_may_stay_the_bases_by_the_line_that_is_printed(family, copies, pair, capsys):
+    pair(family)
+    path = recipe_file(form="low_rank")
+    merge(MergeSettings(ADAPTER, path, device="cpu", adapter=True))
+    said = capsys.readouterr().out
+    assert ("tied ones twice" in said) == (family == "gemma3")
+    found = load_file(ADAPTER / "adapter_model.safetensors")
+    assert sum("embed_tokens" in name or "lm_head" in name for name in found) == copies
+    (line,) = re.findall(r"^  (factor: .*)$", said, re.M)
+    recipe = read_here(path)
+    for model in recipe["models"][1:]:
+        model["parameters"] |= yaml.safe_load(line)
+    Path("kept.yaml").write_text(yaml.safe_dump(recipe))
+    merge(MergeSettings(Path("kept"), Path("kept.yaml"), device="cpu", quiet=True, adapter=True))
+    less = load_file("kept/adapter_model.safetensors")
+    assert {*found} - {*less} == {name for name in found if "embed_tokens" in name or "lm_head" in name}
 
 
 def test_factors_are_the_recipes_change_and_have_its_ranks(pair):

@@ -118,7 +118,7 @@ def _write_adapter(ready: "PlannedMerge", stage: Path) -> Iterable[str]:
     """Merge, and write what changes about the base. Returns lines about it."""
     from utils.merging.adapter import write_adapter
 
-    report = write_adapter(ready, stage)
+    report = write_adapter(ready, stage, lambda line: _say([line], ready.settings))
     ready.check_unchanged()
     return [report]
 

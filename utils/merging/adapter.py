@@ -9,7 +9,8 @@ The merge is computed in float32, tensor by tensor, so that its changes have the
 16 bits no sum of base and change has. Factors are those of the truncated SVD, float32.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from utils.models.decoder import is_experts, is_linear, is_transposed
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.publishing.manifest import to_json
+from utils.runtime import gigabytes
 
 _PREFIX = "base_model.model."  # before a parameter's name in an adapter's file
 _ROUNDING = 2e-7  # of float32, in units of the merged tensor's norm
@@ -88,12 +90,13 @@ class _Adapter:
             self.tensors |= {f"{_PREFIX}{module}.{name}": value.clone() for name, value in own.items()}
 
 
-def write_adapter(ready: PlannedMerge, folder: Path) -> str:
+def write_adapter(ready: PlannedMerge, folder: Path, say: Callable[[str], None]) -> str:
     """Merge, tensor by tensor, and write `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         ready: the merge of a recipe in float32 (`recipe_file.in_float32`).
         folder: where to write.
+        say: takes a line before the merge: what embeddings may take.
 
     Returns:
         A line about what was written.
@@ -107,6 +110,8 @@ def write_adapter(ready: PlannedMerge, folder: Path) -> str:
     stored, experts = layout.direct, _expert_tensors(model, layout)
     parameters = {header.name: name for name, header in stored.items()}
     ends = [name for name, one in model.named_modules() if one in _ends(model)]
+    if whole := [one for one in ends if f"{one}.weight" in stored]:
+        say(_said_of_ends([stored[f"{one}.weight"] for one in whole], len(ends) // len(whole), dtype.itemsize))
     found, layers = _Adapter(), {name: one for name, one in model.named_modules() if is_linear(one)}
     work = prepare(ready)
     for name, before, after in _tensors(ready, work, parameters, experts):
@@ -127,6 +132,16 @@ def write_adapter(ready: PlannedMerge, folder: Path) -> str:
     return (
         f"adapter: {len(found.ranks)} layers of rank {ranks[0]} to {ranks[-1]}, {len(found.whole)} modules whole; "
         f"{sum(one.numel() for one in found.tensors.values()) / 1e6:,.1f} M numbers"
+    )
+
+
+def _said_of_ends(headers: Sequence[TensorHeader], times: int, itemsize: int) -> str:
+    taken = gigabytes(times * itemsize * sum(math.prod(one.shape) for one in headers))
+    twice = ", tied ones twice, as peft loads them" if times > 1 else ""
+    factors = ", ".join([*(f"{{filter: {one.name}, value: 0}}" for one in headers), "{value: 1}"])
+    return (
+        f"adapter: embeddings and head are kept whole where the recipe changes them, {taken}{twice}; to leave them as the base "
+        f"has them, give each expert of a gram_mean recipe this parameter:\n  factor: [{factors}]"
     )
 
 

@@ -133,6 +133,20 @@ def test_the_printed_line_merges_the_winner_whoever_is_the_reference(run, pair, 
     assert f"**{next(iter(best))}**" in (merged / "README.md").read_text() and (merged / "report.html").is_file()
 
 
+def test_a_recipe_of_another_pair_is_left_out_where_it_was_only_found(run, pair, tmp_path):
+    (pair / "out/mixed/recipes").mkdir(parents=True)
+    shutil.copytree(pair / "code", tmp_path / "stranger")
+    theirs = recipe(pair)
+    theirs["models"][1]["model"] = str(tmp_path / "stranger")
+    for name, data in (("theirs", theirs), ("ours", recipe(pair))):
+        write_recipe(pair / f"out/mixed/recipes/{name}.yaml", data)
+    done = run("--no-controls", out="out/mixed/evaluation")
+    assert done.returncode == 0, done.stderr
+    assert "out/mixed/recipes/theirs.yaml is left out: " in done.stderr
+    assert set(table(pair, "out/mixed/evaluation")["candidate"]) == {"base", "code", "math", "ours"}
+    assert refusal_code(run("out/mixed/recipes/theirs.yaml", out="out/bad")) == "candidate-other-models"
+
+
 def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
     whole = run(out="out/whole")
     assert whole.returncode == 0

@@ -3,6 +3,7 @@
 python -m pytest tests/evaluation/test_scoring.py
 """
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -229,6 +230,30 @@ def test_the_rows_asked_for_in_their_order(made):
         ["code", "math", 1],
         ["code", "code", 7],
     ]
+
+
+def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tmp_path):
+    folder = save_evaluated_pair(tmp_path)
+    rows = [{"question": "long " * (1 if n % 3 else 20) + str(n), "answer": f"yes {n}"} for n in range(40)]
+    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = evaluation_rows(read_pair_config(folder / "pair.yaml"), validation=6, test=12)
+    scoring = scorer(folder)
+    code, math_task = scoring.tasks
+    short = {
+        part: [n for n in tasks[0].part(part) if len(tasks[0].rows[n].prompt) < 40] for part in ("validation", "test")
+    }
+    assert [len(code.part(part)) for part in short] == [len(numbers) for numbers in short.values()] and short["test"]
+    assert [row.place for row in code.rows] == [tasks[0].rows[n].place for part in short.values() for n in part]
+    assert math_task == tasks[1] and code.digest != tasks[0].digest
+    (said,) = scoring.warnings
+    left = {part: len(tasks[0].part(part)) - len(numbers) for part, numbers in short.items()}
+    assert f"{left['validation']} of 6 validation rows and {left['test']} of 12 test rows" in said
+    table = scoring.score(models_of_pair(scoring.config)[:1], rows_of(scoring))
+    assert (table["tokens"] > 0).all() and len(table) == len(short["test"]) + 12
+    longer = {**pair_keys(folder)["evaluation"]["code"], "text": "long " * 20 + "{question} {answer}"}
+    write_config(folder, pair_keys(folder) | {"evaluation": {"code": longer | {"answer": "{answer}"}}})
+    with refused("evaluation-nothing-scored"):
+        scorer(folder)
 
 
 def test_names_in_a_recipe_begin_at_its_folder(made, monkeypatch, tmp_path):

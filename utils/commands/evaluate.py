@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluate_options import EvaluateOptions, refuse_out_dir
+from utils.commands.next_command import from_here
 from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import (
@@ -45,7 +46,7 @@ def evaluate(options: EvaluateOptions) -> None:
     prepare_folder(options.out_dir, "--out_dir")
     mended = repair_folder(options.out_dir)
     warn([mended] if mended else [])
-    candidates = _candidates(options)
+    candidates, left_out = _candidates(options)
     refuse_out_dir(options)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
@@ -68,7 +69,7 @@ def evaluate(options: EvaluateOptions) -> None:
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
     against = _reference(options, candidates)
-    warnings = _check(scorer, candidates)
+    warnings = _check(scorer, candidates, left_out)
     forget_handed_on()
     _say_choices(scorer, candidates, say)
     store = LossStore(options.out_dir / LOSSES)
@@ -87,15 +88,26 @@ def evaluate(options: EvaluateOptions) -> None:
         publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
 
 
-def _candidates(options: EvaluateOptions) -> list[Candidate]:
-    """What was asked for on the command line; without that, the recipes beside the output folder."""
-    asked = [read_candidate(text) for text in options.candidates] or found_recipes(options.out_dir.resolve().parent)
-    for one in asked:
+def _candidates(options: EvaluateOptions) -> tuple[list[Candidate], list[str]]:
+    """What was asked for on the command line; without that, the recipes beside the output folder that are of this pair,
+    and a note for each that is of another."""
+    asked, left_out = [], []
+    for one in map(read_candidate, options.candidates):
         refuse_other_models(one, options.config)
+        asked.append(one)
+    for one in [] if options.candidates else found_recipes(options.out_dir.resolve().parent):
+        try:
+            refuse_other_models(one, options.config)
+        except UserError as error:
+            if not set(error.codes) <= {"candidate-other-models", "candidate-other-base"}:
+                raise
+            left_out.append(f"{from_here(one.source)} is left out: {error}")
+        else:
+            asked.append(one)
     taken = [entry.type for entry in options.config.model_info]
     if options.controls:
         taken += [one.name for kind in uniform_controls(options.config, "float32").values() for one in kind]
-    return distinct_names(asked, taken)
+    return distinct_names(asked, taken), left_out
 
 
 def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str | None:
@@ -113,12 +125,14 @@ def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str
     return name
 
 
-def _check(scorer: "Scorer", candidates: Sequence[Candidate]) -> list[str]:
-    """Everything that can be refused of candidates before weights are read; warnings are printed and handed on."""
+def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str]) -> list[str]:
+    """Everything that can be refused of candidates before weights are read; warnings, and the notes on what was left out
+    before, are printed and handed on."""
     from utils.models.relative_change import strangers
 
     config = scorer.config
-    found = strangers(scorer.inputs, config.base.type, [entry.type for entry in config.experts])
+    found = [*left_out, *scorer.warnings]
+    found += strangers(scorer.inputs, config.base.type, [entry.type for entry in config.experts])
     for one in candidates:
         found += [f"{one.name}: {warning}" for warning in scorer.check(one)]
     if not candidates:

@@ -94,6 +94,7 @@ def prepare_search(
     ways = ways_to_try(config.search, list(measured))
     space = Space(config.search, ways, tuple(one.type for one in experts), len(maker.blocks.filters))
     tried = knowns(space, maker, _knowns_share(options.trials)) if first is None else list(first)
+    notes += scorer.warnings
     notes += strangers(scorer.inputs, config.base.type, [one.type for one in experts])
     warn([note for note in notes if note not in warned])
     store = LossStore(options.out_dir / LOSSES)

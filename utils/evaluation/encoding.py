@@ -1,11 +1,11 @@
 """Rows of a task as token ids, and which of the tokens the loss counts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.errors import UserError, brief
-from utils.evaluation.tasks import Row, Task
+from utils.evaluation.tasks import LEAST_ROWS, TEST, VALIDATION, Row, Task
 from utils.pair.batches import MicroBatch
 
 _CHARACTERS_PER_TOKEN = 1024  # no tokenizer's tokens are this long on average
@@ -50,6 +50,42 @@ def encode_task(task: Task, tokenizer: Any, where: str) -> list[EncodedRow]:
             "evaluation-nothing-scored",
         )
     return encoded
+
+
+def without_cut_rows(task: Task, encodings: Sequence[Sequence[EncodedRow]]) -> tuple[Task, str]:
+    """A task with the rows alone that have a token to score in all of some tokenizers: the answer of the others begins
+    behind `seqlen` tokens, and they would count for nothing.
+
+    Args:
+        task: the task.
+        encodings: what `encode_task` gave of it, for each tokenizer.
+
+    Returns:
+        The task, and a warning that counts what was left out; empty where nothing was.
+
+    Raises:
+        UserError: a part of the task is left with fewer than two rows, which is too few to resample.
+    """
+    kept = [row for row, *found in zip(task.rows, *encodings, strict=True) if all(one.tokens for one in found)]
+    if len(kept) == len(task.rows):
+        return task, ""
+    left = replace(task, rows=tuple(kept))
+    counts = []
+    for part in (VALIDATION, TEST):
+        before, after = len(task.part(part)), len(left.part(part))
+        if after < min(before, LEAST_ROWS):
+            raise UserError(
+                f"task {task.name}: {after} of {before} {part} rows have a token to score within seqlen ({task.seqlen}); "
+                f"raise evaluation.{task.name}.seqlen",
+                "evaluation-nothing-scored",
+            )
+        counts.append(f"{before - after} of {before} {part} rows")
+    warning = (
+        f"task {task.name}: {' and '.join(counts)} have no token to score within seqlen ({task.seqlen}) and are left out; "
+        f"raise evaluation.{task.name}.seqlen"
+    )
+    said = f"; {len(task.rows) - len(kept)} without a token to score within {task.seqlen} left out"
+    return replace(left, summary=task.summary + said), warning
 
 
 def scored_batches(

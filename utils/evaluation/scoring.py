@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
-from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches
+from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches, without_cut_rows
 from utils.evaluation.entries import Preparing, ReadyCandidate, refuse_little_disk
 from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, share_passes
 from utils.evaluation.score_settings import ScoreSettings
@@ -41,9 +41,11 @@ _SHARE = 0.5  # of the free memory, for hidden states
 class Scorer:
     """Scores candidates of one pair; knows the tasks' rows in every tokenizer it has met.
 
+    Rows without a token to score in some tokenizer of the pair are left out of `tasks`; `warnings` say how many.
+
     Args:
         config: the pair; recipes must merge its models.
-        tasks: what to score on; rows are known by their numbers there.
+        tasks: what to score on; rows are known by their numbers there, when the scorer is made.
         settings: how to compute.
         say: takes sentences about what is done (a model that is written, how many candidates go side by side).
         on_step: told how many of how many steps (blocks of passes) are done.
@@ -69,6 +71,11 @@ class Scorer:
         }
         for checkpoint in self.inputs.values():
             self.encoded(checkpoint.folder, checkpoint.name)
+        cut = [without_cut_rows(task, [rows[task.name] for _, rows in self._encoded.values()]) for task in self.tasks]
+        self.tasks = [task for task, _ in cut]
+        self.warnings = [warning for _, warning in cut if warning]
+        if self.warnings:
+            self._encoded.clear()  # the rows have other numbers now
 
     def check(self, candidate: Candidate) -> list[str]:
         """Refuse what can be refused of a candidate before weights are read.

@@ -21,7 +21,7 @@ from utils.pair.source import CalibrationSource
 VALIDATION, TEST = "validation", "test"
 GENERAL = "general"
 _VALIDATION_SPLITS = ("validation", "valid", "dev")
-_LEAST = 2  # rows of a part: with one there is nothing to resample
+LEAST_ROWS = 2  # rows of a part: with one there is nothing to resample
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def _task(
                 rows.append(row)
         chosen[part] = rows
     for part, rows in chosen.items():
-        if len(rows) < _LEAST:
+        if len(rows) < LEAST_ROWS:
             left, remedy = "", f"give evaluation.{name} another text"
             if dropped:  # else calibration took none of them
                 left, remedy = " that calibration did not see", f"lower nsamples ({config.nsamples}), or {remedy}"
             raise UserError(
-                f"task {name}: {source.path} has {len(rows)} {part} rows{left}, at least {_LEAST} are needed; {remedy}",
+                f"task {name}: {source.path} has {len(rows)} {part} rows{left}, at least {LEAST_ROWS} are needed; {remedy}",
                 "evaluation-no-rows",
             )
     experts = tuple(entry.type for entry in config.experts if name in (entry.type, *_shared_names(config, entry.type)))

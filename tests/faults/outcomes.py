@@ -6,7 +6,9 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,8 +130,13 @@ def _content(path: Path) -> Any:
         rows = list(csv.DictReader(path.read_text().splitlines()))
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     if path.name == "study.db":
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as study:
-            return study.execute("pragma integrity_check").fetchall()
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # a copy, in which SQLite undoes half a transaction, which is left as it is
+            for file in path.parent.glob("study.db*"):
+                shutil.copy(file, folder)
+            with contextlib.closing(sqlite3.connect(Path(folder, path.name))) as study:
+                return study.execute("pragma integrity_check").fetchall()
     return path.read_bytes()
 
 

@@ -213,15 +213,16 @@ def wrong_with(done: dict[str, Any], folder: Path, usual: int) -> str:
     if done["peak_kb"] > usual + KILOBYTES:
         return f"{done['peak_kb']} KB, usually {usual}"
     left = [path.relative_to(folder).as_posix() for path in sorted((folder / "out").rglob("*")) if path.is_file()]
-    if done["code"] == 2 and (more := [name for name in left if name not in BYSTANDERS and not _is_interim(name)]):
+    if done["code"] == 2 and (more := [one for one in left if one not in BYSTANDERS and not _is_interim(one, text)]):
         return f"refused, but wrote {more[:3]}"
     if any((folder / name).read_text() != content for name, content in BYSTANDERS.items()):
         return "the bystander's files are others"
     return ""
 
 
-def _is_interim(name: str) -> bool:
-    return any(part in INTERIM for part in name.split("/"))
+def _is_interim(name: str, said: str) -> bool:
+    """Finished work that the same line goes on from: a loss, or what a message says stays in a hidden folder."""
+    return any(part in INTERIM or (part.startswith(".") and part in said) for part in name.split("/"))
 
 
 def _meet(server: Server, folder: Path, one: Input, usual: int) -> str:

@@ -20,6 +20,7 @@ from tests.tiny_pairs import CALIBRATION, contents, edit_json, sample_ids, save_
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.guidance.gram_mean import rounds as gram_rounds
 from utils.models.checkpoints import open_checkpoint
+from utils.publishing.kept import kept_work
 
 NAMES = ("code", "math")
 FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
@@ -380,9 +381,10 @@ def test_an_expert_whose_losses_are_not_finite_is_refused(pair):
     config = yaml.safe_load(Path("pair.yaml").read_text())
     models = [one | {"name": "./broken"} if one["type"] == "math" else one for one in config["model_info"]]
     write_config(folder, {**config, "model_info": models, "target_model_names": {"math": "./broken", "code": "./code"}})
-    with refused("measured-not-finite"):
+    with refused("measured-not-finite") as caught:
         measure("other")
-    assert not Path("other").exists()
+    assert [path.name for path in kept_work(caught.value).folder.iterdir()] == ["code"]
+    assert [path.name for path in Path("other").iterdir()] == [".measuring.part"]
 
 
 def test_too_little_text_says_how_many_tokens_are_needed(pair, capsys):

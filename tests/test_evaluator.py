@@ -5,6 +5,7 @@ python -m pytest tests/test_evaluator.py
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -147,6 +148,24 @@ def test_a_recipe_of_another_pair_is_left_out_where_it_was_only_found(run, pair,
     assert refusal_code(run("out/mixed/recipes/theirs.yaml", out="out/bad")) == "candidate-other-models"
 
 
+def test_against_takes_a_found_recipe_by_its_path_and_any_control(run, pair):
+    """Two searches lie beside each other: what both call best is told apart by their folders."""
+    for folder, scale in (("search", 0.3), ("pareto", 0.6)):
+        (pair / "out/searches" / folder).mkdir(parents=True)
+        own = recipe(pair, "task_arithmetic", parameters={"lambda": scale})
+        write_recipe(pair / f"out/searches/{folder}/best.yaml", own)
+    done = run("--against", "out/searches/search/best.yaml", out="out/searches/evaluation")
+    assert done.returncode == 0, done.stderr
+    scores = table(pair, "out/searches/evaluation")
+    assert {"search/best", "pareto/best"} <= set(scores["candidate"])
+    assert set(scores["against"].dropna()) == {"search/best"}
+    assert "candidate search/best: recipe, task_arithmetic, out/searches/search/best.yaml" in done.stdout
+    for control in ("task arithmetic 1", "TIES density 0.2, 1"):
+        done = run("--against", control, out="out/searches/evaluation")
+        assert done.returncode == 0, done.stderr
+        assert set(table(pair, "out/searches/evaluation")["against"].dropna()) == {control}
+
+
 def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
     whole = run(out="out/whole")
     assert whole.returncode == 0
@@ -275,7 +294,14 @@ def test_answers_stand_on_the_page_and_are_given_once(run, pair):
 
 def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
-    keys = read_keys(pair) | {"evaluation": {"arithmetic": {"lm_eval": [str(task_file(tmp_path))]}}}
+    files = [str(task_file(tmp_path)), str(tmp_path / "tiny_perplexity.yaml")]
+    settings = yaml.safe_load(Path(files[0]).read_text()) | {
+        "task": "tiny_perplexity",
+        "metric_list": [{"metric": "perplexity"}],
+    }
+    settings |= {"output_type": "loglikelihood", "doc_to_target": "{{choices[label]}}", "doc_to_choice": None}
+    write_recipe(Path(files[1]), settings)
+    keys = read_keys(pair) | {"evaluation": {"arithmetic": {"lm_eval": files}}}
     done = run("out/recipes/first.yaml", "--no-controls", config=write_config(tmp_path, keys), out="out/lm_eval")
     assert done.returncode == 0, done.stderr
     losses = table(pair, "out/lm_eval").query("measure == 'loss'")
@@ -284,6 +310,15 @@ def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path):
     samples = pd.read_parquet(pair / "out/lm_eval/lm_eval_samples.parquet").query("metric == 'acc'")
     assert scores.set_index("candidate")["value"].to_dict() == samples.groupby("candidate")["value"].mean().to_dict()
     assert len(scores) == 4 and "tiny_choice acc: first" in done.stdout
+    samples = pd.read_parquet(pair / "out/lm_eval/lm_eval_samples.parquet").query("metric == 'perplexity'")
+    scores = table(pair, "out/lm_eval").query("measure == 'perplexity' and task == 'tiny_perplexity'")
+    expected = (-samples.groupby("candidate")["value"].mean()).map(math.exp).to_dict()
+    assert scores.set_index("candidate")["value"].to_dict() == pytest.approx(expected) and len(expected) == 4
+    assert "tiny_perplexity perplexity (lower is better): first" in done.stdout
+    page = read_evaluation(pair / "out/lm_eval").page
+    assert {one.name: one.higher_is_better for one in page.tasks if one.name.startswith("tiny")} == {
+        "tiny_choice": True, "tiny_perplexity": False,
+    }  # fmt: skip
     unsafe = task_file(tmp_path, "tiny_unsafe", "unsafe_code: true")
     keys["evaluation"]["arithmetic"]["lm_eval"] = [str(unsafe)]
     refused = run(config=write_config(tmp_path, keys), out="out/bad")

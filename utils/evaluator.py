@@ -42,7 +42,7 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
     parser.add_argument("candidates", nargs="*", metavar="CANDIDATE", help="a recipe, a model folder or a hub id")
     parser.flag("config", "pair config: the YAML that names the models and the text", type=path, required=True)
     parser.flag("out_dir", "folder to write the scores into; made if needed", type=path, required=True)
-    parser.flag("against", "whom differences are taken against: a candidate, base, an expert [default: best uniform]")
+    parser.flag("against", "reference of differences: a candidate, base, an expert, a control [default: best uniform]")
     parser.switch("controls", "score uniform task arithmetic and uniform TIES, too", default=True)
     parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("test_rows", "rows a task that figures are taken of", type=whole_number(2, 10**6), default=128)

@@ -52,6 +52,12 @@ def test_the_card_of_a_merge_by_an_evaluated_recipe(folder):
     assert "**ours**" in text and "+13.0 points (+10.0 to +16.0) better" in text
 
 
+def test_figures_of_lm_eval_have_their_own_direction_and_unit(folder):
+    record(folder, lm_eval=[{"task": "gsm8k", "measure": "exact_match", "higher_is_better": False, "share": True}])
+    _, gsm8k = read_evaluation(folder).page.tasks
+    assert (gsm8k.higher_is_better, gsm8k.percent) == (False, True)
+
+
 def test_a_recipe_is_known_by_its_content(folder):
     record(folder, candidates=[{"name": "base"}, {"name": "ours", "recipe_sha256": "aa"}])
     found = read_evaluation(folder)

@@ -13,7 +13,7 @@ import pytest
 from tests.commands_here import run_here
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
-from tests.tiny_evaluations import pair_keys, save_evaluated_pair
+from tests.tiny_evaluations import pair_keys, save_evaluated_pair, task_file
 from tests.tiny_merges import recipe, write_recipe
 from tests.tiny_pairs import write_config
 from utils.evaluation.accuracy.pass_at_k import pass_at_1, pass_at_k, passes
@@ -186,6 +186,31 @@ def test_the_whole_way_offline(data):
     found = scores[scores["measure"].str.contains("exact_match|pass_at_1")]
     assert set(found["candidate"]) == {"base", "code", "math", "merged"} and len(found) == 4 * (2 + 1 + 1)
     assert found["value"].between(0, 1).all()
+
+
+def test_the_digest_of_a_task_holds_its_documents_what_it_includes_and_its_functions(data, monkeypatch):
+    from utils.evaluation.lm_eval_scores import find_tasks
+
+    (data / "text.py").write_text("from sibling import asked\n\n\ndef text(doc):\n    return asked(doc)\n")
+    (data / "sibling.py").write_text("def asked(doc):\n    return doc['question']\n")
+    monkeypatch.syspath_prepend(data)
+    task = task_file(data)
+    task.write_text(task.read_text().replace('doc_to_text: "{{question}}"', "doc_to_text: !function text.text"))
+    (data / "whole.yaml").write_text(f"include: {task.name}\ntask: whole\n")
+
+    def digest():
+        return find_tasks([str(data / "whole.yaml")], confirmed=False).digest
+
+    seen = [digest()]
+    assert digest() == seen[0]
+    for path, old, new in (
+        (data / "rows.jsonl", "is 3 even", "is 13 even"),
+        (task, "metric: acc", "metric: acc_norm"),
+        (data / "sibling.py", "doc['question']", "doc['question'] + ' '"),
+    ):
+        path.write_text(path.read_text().replace(old, new))
+        seen.append(digest())
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_task_file_that_is_none(tmp_path):

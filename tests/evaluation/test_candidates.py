@@ -17,9 +17,12 @@ def test_names_are_distinct_whatever_files_are_called(names, taken):
     found = distinct_names(candidates, taken)
     assert [one.model for one in found] == [one.model for one in candidates]
     assert len({one.name for one in found} | taken) == len(found) + len(taken)
-    assert all(one.name.startswith(name) for one, name in zip(found, names, strict=True))
+    assert all(name in one.name for one, name in zip(found, names, strict=True))
 
 
-def test_what_is_free_keeps_its_name():
-    found = distinct_names([Candidate(name, model="m") for name in ("a", "a", "b")])
-    assert [one.name for one in found] == ["a", "a (2)", "b"]
+def test_what_is_free_keeps_its_name_and_equal_names_get_their_folders():
+    places = ("./one/a", "./two/a", "./two/b", "./two/a", "hub/c", "hub/c")
+    found = distinct_names(
+        [Candidate(place.removeprefix("./one/").removeprefix("./two/"), model=place) for place in places]
+    )
+    assert [one.name for one in found] == ["one/a", "two/a", "b", "two/a (2)", "hub/c", "hub/c (2)"]

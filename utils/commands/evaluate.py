@@ -1,9 +1,11 @@
 """The evaluator's one job: candidates scored on held-out rows, their figures, a table, a verdict and a page."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluate_options import EvaluateOptions, refuse_out_dir
@@ -105,8 +107,7 @@ def _candidates(options: EvaluateOptions) -> tuple[list[Candidate], list[str]]:
         else:
             asked.append(one)
     taken = [entry.type for entry in options.config.model_info]
-    if options.controls:
-        taken += [one.name for kind in uniform_controls(options.config, "float32").values() for one in kind]
+    taken += [one.name for kind in _controls(options).values() for one in kind]
     return distinct_names(asked, taken), left_out
 
 
@@ -114,15 +115,23 @@ def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str
     """The name in the table of what --against names; None for the best uniform merge."""
     if options.against is None:
         return None
-    known = [entry.type for entry in options.config.model_info] + [one.name for one in candidates]
+    controls = [one.name for kind in _controls(options).values() for one in kind]
+    known = [*(entry.type for entry in options.config.model_info), *(one.name for one in candidates), *controls]
     typed = dict(zip(options.candidates, (one.name for one in candidates), strict=False))
-    name = typed.get(options.against, options.against)
+    path = Path(os.path.expanduser(options.against)).resolve()
+    files = {one.source.resolve(): one.name for one in candidates if one.source is not None}
+    name = typed.get(options.against) or files.get(path, options.against)
     if name not in known:
         raise UserError(
-            f"--against {options.against} is in no row of the table; give one of {', '.join(known)}",
+            f"--against {options.against} is in no row of the table; give a candidate's file, or one of {', '.join(known)}",
             "evaluate-against-unknown",
         )
     return name
+
+
+def _controls(options: EvaluateOptions, out_dtype: str = "float32") -> dict[str, list[Candidate]]:
+    """The uniform merges that are scored, too, by kind; their names do not depend on the dtype."""
+    return uniform_controls(options.config, out_dtype) if options.controls else {}
 
 
 def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str]) -> list[str]:
@@ -154,7 +163,7 @@ def _refuse_little_disk(
     test = {task.name: task.part(TEST) for task in scorer.tasks}
     validation = {task.name: task.part(VALIDATION) for task in scorer.tasks if task.measures_gain}
     dtype = scorer.inputs[scorer.config.base.type].float_dtype
-    grid = uniform_controls(scorer.config, dtype) if options.controls else {}
+    grid = _controls(options, dtype)
     controls = [kind[0] for kind in grid.values()]
     left = [*unscored(scorer, store, candidates, test), *unscored(scorer, store, controls, validation)]
     scorer.refuse_little_disk(left)
@@ -165,7 +174,11 @@ def _say_choices(scorer: "Scorer", candidates: Sequence[Candidate], say: Callabl
         whose = f" (text of {' and '.join(task.experts)})" if task.experts else ""
         say(f"task {task.name}{whose}: {task.summary}")
     for one in candidates:
-        what = f"recipe, {one.recipe['merge_method']}" if one.recipe is not None else f"model {one.model}"
+        what = (
+            f"model {one.model}"
+            if one.recipe is None
+            else f"recipe, {one.recipe['merge_method']}, {from_here(one.source)}"
+        )
         say(f"candidate {one.name}: {what}")
 
 
@@ -185,7 +198,7 @@ def _evaluate(
     pair = models_of_pair(scorer.config)
     base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
     dtype = scorer.inputs[base].float_dtype
-    grid = uniform_controls(scorer.config, dtype) if options.controls else {}
+    grid = _controls(options, dtype)
     learned = [task for task in scorer.tasks if task.measures_gain]
     chosen, merits, best_uniform = [], {}, None
     contenders = [*candidates, *(one for kind in grid.values() for one in kind)]
@@ -197,6 +210,7 @@ def _evaluate(
         merits = {one.name: merit(losses, one.name) for one in contenders}
         chosen = [max(kind, key=lambda one: merits[one.name]) for kind in grid.values()]
         best_uniform = max(chosen, key=lambda one: merits[one.name], default=None)
+        chosen += [one for kind in grid.values() for one in kind if one.name == against and one not in chosen]
     everybody = (*pair, *chosen, *candidates)
     rows = {task.name: task.part(TEST) for task in scorer.tasks}
     with _progress(options, scorers, "scoring test rows"):

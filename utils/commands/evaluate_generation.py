@@ -8,7 +8,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
 from utils.evaluation.answers import expected, greedy_answers, prompts_of, shown
 from utils.evaluation.candidates import Candidate
-from utils.evaluation.lm_eval_scores import COLUMNS, AccuracyTasks
+from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, AccuracyTasks
 from utils.evaluation.lm_eval_scores import accuracy as run_tasks
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
@@ -57,9 +57,16 @@ def generate(
     ]
     return Generated(
         tuple(each for each in together if each[3]),
-        pd.concat(tables, ignore_index=True) if tables else None,
+        _together(tables),
         tuple(warnings),
     )
+
+
+def _together(found: Sequence[Accuracy]) -> Accuracy | None:
+    if not found:
+        return None
+    samples, figures = ([getattr(one, name) for one in found] for name in ("samples", "figures"))
+    return Accuracy(pd.concat(samples, ignore_index=True), pd.concat(figures, ignore_index=True))
 
 
 def _speakers(evaluated: Evaluated) -> set[str]:
@@ -89,7 +96,10 @@ def _work(
             if kept_tasks is None:
                 say(f"{one.name} does {', '.join(accuracy.names)}")
                 table = run_tasks(one.name, whole, accuracy)
-                kept_tasks = {"rows": table[list(COLUMNS[1:])].values.tolist()}
+                kept_tasks = {
+                    "rows": table.samples[list(COLUMNS[1:])].values.tolist(),
+                    "figures": table.figures[list(FIGURES[1:])].values.tolist(),
+                }
                 store.keep_record(task_key, {"candidate": one.name, **kept_tasks})
             if kept_answers is None:
                 say(f"{one.name} answers {len(rows)} prompts")
@@ -97,8 +107,9 @@ def _work(
                 store.keep_record(answer_key, {"candidate": one.name, **kept_answers})
     if not accuracy:
         return None, kept_answers.get("answers", [])
-    table = pd.DataFrame([(one.name, *row) for row in kept_tasks["rows"]], columns=list(COLUMNS))
-    return table, kept_answers.get("answers", [])
+    samples = pd.DataFrame([(one.name, *row) for row in kept_tasks["rows"]], columns=list(COLUMNS))
+    figures = pd.DataFrame([(one.name, *row) for row in kept_tasks["figures"]], columns=list(FIGURES))
+    return Accuracy(samples, figures), kept_answers.get("answers", [])
 
 
 def _refuse_too_large(scorer: Scorer, one: Candidate) -> None:

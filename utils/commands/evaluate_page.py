@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.commands.evaluate_tables import accuracy_cells
+from utils.commands.evaluate_accuracy import accuracy_scores
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.report_recipe import planned_recipe
 from utils.evaluation.scoring import Scorer
@@ -53,7 +53,7 @@ def evaluation_page(
         winner=evaluated.winner or "",
         tasks=(
             *(_task_scores(scorer, evaluated, task) for task in scorer.tasks),
-            *_accuracy_scores(evaluated, generated),
+            *accuracy_scores(evaluated, generated),
         ),
         standings=standings,
         recipe=_recipe(scorer, evaluated),
@@ -67,20 +67,6 @@ def evaluation_page(
 
 def _sample(task: str, prompt: str, expected: str, answers: Mapping[str, str]) -> Sample:
     return Sample(prompt, tuple(Answer(name, text) for name, text in answers.items()), task, expected)
-
-
-def _accuracy_scores(evaluated: Evaluated, generated: Generated) -> Iterator[TaskScores]:
-    """One task for each task and metric of lm-eval's."""
-    found: dict[tuple[str, str], list[Score]] = {}
-    for one in evaluated.candidates:
-        for cells in accuracy_cells(one.name, evaluated, generated):
-            difference = Estimate(cells["difference"]) if "difference" in cells else None
-            score = Score(one.name, Estimate(cells["value"]), difference, cells.get("p"))
-            found.setdefault((cells["task"], cells["measure"]), []).append(score)
-    for (task, measure), scores in found.items():
-        shares = all(0 <= score.value.value <= 1 for score in scores)
-        note = "By lm-eval; p values are those of the exact McNemar test, paired by document and prompt."
-        yield TaskScores(task, measure, True, tuple(scores), percent=shares, note=note)
 
 
 def _rank(gain: float) -> float:

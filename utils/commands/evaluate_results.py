@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from utils.commands.evaluate_accuracy import accuracy_record, printed_accuracy
 from utils.commands.evaluate_options import ACCURACY, COMMAND, REPORT, SAMPLES, SCORES, EvaluateOptions
 from utils.commands.evaluate_page import evaluation_page
-from utils.commands.evaluate_tables import printed_accuracy, printed_table, samples_table, scores_table
+from utils.commands.evaluate_tables import printed_table, samples_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import next_command
 from utils.evaluation.candidates import UNIFORM, Candidate
@@ -34,7 +35,7 @@ def publish_evaluation(
 ) -> None:
     """Publish all files, the manifest last; print the table, the verdict and the next command."""
     following = _next(options, evaluated)
-    request = _request(options, scorer, evaluated)
+    request = _request(options, scorer, evaluated) | {"lm_eval": accuracy_record(generated.accuracy)}
     page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
     files = {
         SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
@@ -42,7 +43,7 @@ def publish_evaluation(
         REPORT: render(page).encode(),
     }
     if generated.accuracy is not None:
-        files[ACCURACY] = _parquet(generated.accuracy)
+        files[ACCURACY] = _parquet(generated.accuracy.samples)
     if evaluated.best_uniform is not None:
         files[UNIFORM] = recipe_bytes(evaluated.best_uniform.recipe)
     files = with_manifest(files, request)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from utils.commands.evaluate_accuracy import accuracy_cells
 from utils.commands.evaluated import Evaluated, Generated
-from utils.evaluation.lm_eval_scores import compare, means
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import Interval
 
@@ -49,37 +49,6 @@ def _cells(value: Interval, difference: Interval | None) -> dict[str, Any]:
         found |= {"difference": difference.value, "difference_low": difference.low, "difference_high": difference.high}
         found |= {"p": difference.p}
     return found
-
-
-def accuracy_cells(name: str, evaluated: Evaluated, generated: Generated) -> Iterator[dict[str, Any]]:
-    """One candidate's mean of each metric of lm-eval's tasks, with its difference to the reference and McNemar's p."""
-    table = generated.accuracy
-    if table is None:
-        return
-
-    found = means(table)
-    p_values = compare(table, name, evaluated.reference) if evaluated.reference not in (None, name) else {}
-    for (candidate, task, metric, filtered), (value, _) in found.items():
-        if candidate != name:
-            continue
-        cells = {"task": task, "measure": metric if filtered == "none" else f"{metric}, {filtered}", "value": value}
-        other = found.get((evaluated.reference, task, metric, filtered))
-        if other is not None and evaluated.reference != name:
-            cells |= {"difference": value - other[0], "p": p_values.get((task, metric, filtered), math.nan)}
-        yield cells
-
-
-def printed_accuracy(evaluated: Evaluated, generated: Generated) -> str:
-    """The metrics of lm-eval's tasks for the screen: a line for each task, metric and candidate."""
-    lines = []
-    for one in evaluated.candidates:
-        for cells in accuracy_cells(one.name, evaluated, generated):
-            against = ""
-            if math.isfinite(cells.get("difference", math.nan)):
-                against = f"  {100 * cells['difference']:+.1f} points against {evaluated.reference}"
-                against += f" (exact McNemar p {cells['p']:.4f})" if math.isfinite(cells["p"]) else ""
-            lines.append(f"{cells['task']} {cells['measure']}: {one.name} {cells['value']:.4f}{against}")
-    return "\n".join(sorted(lines))
 
 
 def samples_table(scorer: Scorer, evaluated: Evaluated) -> pd.DataFrame:

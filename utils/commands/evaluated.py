@@ -7,17 +7,18 @@ import pandas as pd
 
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.figures import CandidateFigures
+from utils.evaluation.lm_eval_scores import Accuracy
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What whole models were needed for: answers to prompts, and per-sample results of lm-eval's tasks.
+    """What whole models were needed for: answers to prompts, and results of lm-eval's tasks.
 
     `answers` are (task, prompt, expected, answer by candidate). `warnings` say what was left out, and why.
     """
 
     answers: tuple[tuple[str, str, str, Mapping[str, str]], ...] = ()
-    accuracy: pd.DataFrame | None = None
+    accuracy: Accuracy | None = None
     warnings: tuple[str, ...] = ()
 
 

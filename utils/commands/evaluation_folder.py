@@ -120,7 +120,9 @@ def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping
     hub = {one["name"]: HubDataset(**one["hub"]) for one in manifest.get("tasks", []) if one.get("hub")}
     tasks = dict.fromkeys(task for _, task, measure in rows if measure == _LOSS)
     known = (_LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING)
-    others = dict.fromkeys((task, measure) for _, task, measure in rows if measure not in known)
+    described = {(one["task"], one["measure"]): one for one in manifest.get("lm_eval", [])}
+    shown = [(task, measure) for _, task, measure in rows]
+    others = dict.fromkeys(key for key in shown if key in described or key[1] not in known)
     scored = [
         TaskScores(
             task,
@@ -132,7 +134,12 @@ def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping
         )
         for task in tasks
     ]
-    scored += [TaskScores(task, measure, True, _scores(rows, roles, task, measure)) for task, measure in others]
+    for task, measure in others:
+        own = described.get((task, measure), {})
+        scores = _scores(rows, roles, task, measure)
+        scored.append(
+            TaskScores(task, measure, own.get("higher_is_better", True), scores, percent=own.get("share", False))
+        )
     return Page(
         title=folder.resolve().name,
         contenders=tuple(Contender(name, role) for name, role in roles.items()),

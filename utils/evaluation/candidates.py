@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -62,12 +63,21 @@ class Candidate:
         """
         assert self.recipe is not None
         data = copy.deepcopy(dict(self.recipe))
+        file = f"{Path(self.name).name}.yaml"  # without the folder in a name, which names in it would be looked for in
         if self.folder is not None:
-            beside = MergeRecipe(self.folder / f"{self.name}.yaml", "", data)
+            beside = MergeRecipe(self.folder / file, "", data)
             for holder, key, name in _names(data):
                 holder[key] = beside.locate(name)
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        return checked_recipe(Path(f"{self.name}.yaml"), text, data)
+        return checked_recipe(Path(file), text, data)
+
+    @property
+    def name_with_folder(self) -> str:
+        """`folder/name` for what lies on this disk, else the name."""
+        if self.source is None and not is_local(self.model or ""):
+            return self.name
+        place = self.source or Path(os.path.expanduser(self.model))
+        return f"{place.resolve().parent.name}/{self.name}"
 
     @property
     def digest(self) -> str:
@@ -125,11 +135,14 @@ def _is_recipe(path: Path) -> bool:
 
 
 def distinct_names(candidates: Sequence[Candidate], taken: Collection[str] = ()) -> list[Candidate]:
-    """The candidates, with the next free number behind names that several have, or that are taken already."""
+    """The candidates; where several have a name, with that of the folder before it, and with the next free number behind
+    what is taken even so."""
     used, found = set(taken), []
+    often = Counter(one.name for one in candidates)
     for one in candidates:
-        numbered = (f"{one.name} ({number})" for number in count(2))
-        name = next(name for name in chain([one.name], numbered) if name not in used)
+        own = one.name if often[one.name] == 1 else one.name_with_folder
+        numbered = (f"{own} ({number})" for number in count(2))
+        name = next(name for name in chain([own], numbered) if name not in used)
         used.add(name)
         found.append(one if name == one.name else replace(one, name=name))
     return found

@@ -4,8 +4,8 @@ Per-sample results are kept, so that candidates are compared question by questio
 cache is not used: its key leaves the model out.
 """
 
-import hashlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,25 +17,38 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError, brief
+from utils.evaluation.lm_eval_digest import task_digest
 from utils.evaluation.statistics import mcnemar_exact
 from utils.evaluation.whole_models import WholeModel
+from utils.publishing.manifest import sha256_of
 
 OLDEST = (0, 4, 13)
 INSTALL = "pip install -r requirements-eval.txt"
 COLUMNS = ("candidate", "task", "metric", "filter", "doc", "prompt", "value")
+FIGURES = ("candidate", "task", "metric", "filter", "value", "higher_is_better", "share")
 
 
 @dataclass(frozen=True)
 class AccuracyTasks:
     """The tasks of lm-eval's that were asked for, and those among them that run code.
 
-    `digest` is the SHA-256 of what decides their results beside the model: lm-eval's version, names, YAML files.
+    `digest` is the SHA-256 of what decides their results beside the model (`task_digest`).
     """
 
     names: tuple[str, ...]
     manager: Any
     unsafe: tuple[str, ...]
     digest: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What candidates come to on lm-eval's tasks: the numbers of every sample (`COLUMNS`) and the tasks' figures
+    (`FIGURES`), each put together from the samples as its task says; `share` where that is the mean of numbers from 0 to 1.
+    """
+
+    samples: pd.DataFrame
+    figures: pd.DataFrame
 
 
 def require_lm_eval() -> None:
@@ -61,12 +74,10 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
     from lm_eval.tasks import TaskManager
 
     names, folders = [], []
-    digest = hashlib.sha256(metadata.version("lm_eval").encode())
     for text in dict.fromkeys(asked):
         path = Path(os.path.expanduser(text))
         if path.suffix in (".yaml", ".yml"):
             names.append(_task_name(path))
-            digest.update(path.read_bytes())
             folders.append(str(path.resolve().parent))
         else:
             names.append(text)
@@ -82,6 +93,7 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
             )
         try:
             loaded = manager.load(names)["tasks"]
+            digest = sha256_of([metadata.version("lm_eval"), names, [task_digest(task) for task in loaded.values()]])
         except Exception as error:  # data sets, the hub, YAML tags and task code fail in ways of their own
             raise UserError(
                 f"lm-eval cannot load {', '.join(names)}: {brief(error)}. Its own tasks fetch their data from the hub: load "
@@ -96,8 +108,7 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
             "--confirm_run_unsafe_code if that is meant, best in a container",
             "lm-eval-unsafe-code",
         )
-    digest.update(repr(names).encode())
-    return AccuracyTasks(tuple(names), manager, unsafe, digest.hexdigest())
+    return AccuracyTasks(tuple(names), manager, unsafe, digest)
 
 
 def _task_name(path: Path) -> str:
@@ -121,8 +132,8 @@ def _task_name(path: Path) -> str:
 
 def accuracy(
     name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int = 8, limit: int | None = None
-) -> pd.DataFrame:
-    """One candidate's per-sample results: `candidate, task, metric, filter, doc, prompt, value`.
+) -> Accuracy:
+    """One candidate's results.
 
     `doc` and `prompt` are lm-eval's hashes of the document and of the prompt. Seeds are lm-eval's own defaults.
 
@@ -154,7 +165,22 @@ def accuracy(
         for metric in sample["metrics"]
         if isinstance(sample[metric], (bool, int, float))
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    samples = pd.DataFrame(rows, columns=list(COLUMNS))
+    return Accuracy(samples, pd.DataFrame(_figures(name, found, samples), columns=list(FIGURES)))
+
+
+def _figures(name: str, found: Mapping[str, Any], samples: pd.DataFrame) -> Iterator[tuple]:
+    """The figures of every task that samples were logged of, as lm-eval put them together."""
+    values = {key: part["value"] for key, part in samples.groupby(["task", "metric", "filter"], sort=False)}
+    for task in found["samples"]:
+        for key, value in found["results"][task].items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, (bool, int, float)):
+                continue
+            own = values.get((task, metric, filtered))
+            share = own is not None and own.between(0, 1).all() and math.isclose(own.mean(), value, abs_tol=1e-9)
+            higher = found["higher_is_better"].get(task, {}).get(metric, True)
+            yield name, task, metric, filtered, float(value), bool(higher), bool(share)
 
 
 def compare(table: pd.DataFrame, name: str, other: str) -> dict[tuple[str, str, str], float]:
@@ -173,12 +199,6 @@ def compare(table: pd.DataFrame, name: str, other: str) -> dict[tuple[str, str, 
             first, second = both[:, 0], both[:, 1]
             found[key] = mcnemar_exact(int((first > second).sum()), int((second > first).sum()))
     return found
-
-
-def means(table: pd.DataFrame) -> Mapping[tuple[str, str, str, str], tuple[float, int]]:
-    """Mean and number of samples by candidate, task, metric and filter."""
-    groups = table.groupby(["candidate", "task", "metric", "filter"], sort=False)["value"]
-    return {key: (float(values.mean()), len(values)) for key, values in groups}
 
 
 @contextmanager

@@ -159,6 +159,7 @@ def test_against_takes_a_found_recipe_by_its_path_and_any_control(run, pair):
     scores = table(pair, "out/searches/evaluation")
     assert {"search/best", "pareto/best"} <= set(scores["candidate"])
     assert set(scores["against"].dropna()) == {"search/best"}
+    assert "task_arithmetic recipe, pareto/best.yaml" in (pair / "out/searches/evaluation/report.html").read_text()
     assert "candidate search/best: recipe, task_arithmetic, out/searches/search/best.yaml" in done.stdout
     for control in ("task arithmetic 1", "TIES density 0.2, 1"):
         done = run("--against", control, out="out/searches/evaluation")

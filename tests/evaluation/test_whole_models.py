@@ -80,7 +80,7 @@ def test_mcnemar_pairs_by_document_and_prompt():
 
 def test_accuracy_of_a_recipe_is_that_of_the_written_model(pair, preparing, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
-    from utils.evaluation.lm_eval_scores import accuracy, compare, find_tasks, means
+    from utils.evaluation.lm_eval_scores import accuracy, compare, find_tasks
 
     tasks = find_tasks([str(task_file(tmp_path))], confirmed=False)
     data = recipe(pair)
@@ -89,11 +89,12 @@ def test_accuracy_of_a_recipe_is_that_of_the_written_model(pair, preparing, tmp_
     for one in candidates:
         with whole_model(one, preparing) as whole:
             tables.append(accuracy(one.name, whole, tasks))
-    table = pd.concat(tables)
-    assert tables[0]["value"].tolist() == tables[1]["value"].tolist()
-    found = means(table)
-    assert found["recipe", "tiny_choice", "acc", "none"] == (pytest.approx(tables[0]["value"].mean()), 10)
-    assert compare(table, "recipe", "written") == {("tiny_choice", "acc", "none"): 1.0}
+    mine, other = (one.samples["value"].tolist() for one in tables)
+    assert mine == other and len(mine) == 10
+    (figures,) = tables[0].figures.itertuples(index=False, name=None)
+    assert figures == ("recipe", "tiny_choice", "acc", "none", pytest.approx(sum(mine) / 10), True, True)
+    both = pd.concat([one.samples for one in tables])
+    assert compare(both, "recipe", "written") == {("tiny_choice", "acc", "none"): 1.0}
 
 
 def test_tasks_that_run_code_or_have_no_data_are_refused_before_a_model_is_loaded(tmp_path):

@@ -75,7 +75,8 @@ def _rank(gain: float) -> float:
 
 def _note(one: Any) -> str:
     if one.recipe is not None:
-        return f"{one.recipe['merge_method']} recipe"
+        place = f", {one.source.resolve().parent.name}/{one.source.name}" if one.source else ""
+        return f"{one.recipe['merge_method']} recipe{place}"
     return "model" if one.role == "candidate" else str(one.model)
 
 

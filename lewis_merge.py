@@ -77,7 +77,9 @@ def main() -> None:
     )
     parser.switch("plot", "also draw each expert's densities or weights as a heatmap (PNG)")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
-    parser.switch("accept_edited", "take tables that differ from what their manifest.json recorded: you edited them")
+    parser.switch(
+        "accept_edited", "take tables and models that differ from what the manifest.json recorded: you edited them"
+    )
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
     declare_flags(parser, "decide")
     flags = parser.parse()

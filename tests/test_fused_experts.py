@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
 from tests.tiny_mixtures import save_mixtures, weights
 from utils.merging.planning import plan_recipe
@@ -76,3 +77,23 @@ def test_stacked_experts_count_in_what_is_planned(mixtures, out_dtype):
     largest = max(value.numel() for value in written.values() if value.ndim == 3)
     inputs = 3 * 4 * largest  # float32 stacks of three models, which no file holds
     assert memory_estimate(planned.plan, planned.division, planned.settings) > inputs
+
+
+def test_values_of_stacked_experts_are_checked_and_counted(mixtures):
+    """The class alone knows their shapes; a method that would stop at their numbers is refused before weights are read."""
+
+    def with_density(method, density):
+        data = recipe(mixtures, method, dtype="float32")
+        for entry in data["models"][1:]:
+            conditions = [{"filter": "experts", "value": density}, {"value": 1.0}]
+            entry["parameters"] = {"weight": 0.5, "density": conditions}
+        return data
+
+    with refused("recipe-bad-value"):
+        merge_here(mixtures, with_density("della", 0.9), "della", fused_experts=True)
+    output = merge_here(mixtures, with_density("ties", 0.2), "sparse", fused_experts=True)
+    numbers = {name: value.numel() for name, value in weights(output).items()}
+    inside = [name for name in numbers if "experts" in name]
+    mean = 1 - 0.8 * sum(numbers[name] for name in inside) / sum(numbers.values())
+    card = (output / "README.md").read_text()
+    assert inside and f"| `code` | {mean:.3f} | 0.200 | 1.000 | {len(inside)} of {len(numbers)} |" in card

@@ -105,6 +105,7 @@ def test_a_method_of_this_project_s_gives_way_to_mergekit_s(dense, flags, monkey
     shares = [one["parameters"]["weight"][-1]["value"] for one in data["models"][1:]]
     assert sum(shares) == pytest.approx(1)
     assert f"{data['merge_method']} in place of gram_mean" in said
+    assert ("--no-fast_selection gives the same bits" in said) == bool(flags)
     # changes of models in bfloat16 tie in magnitude, where mergekit's sort keeps any
     assert_same_tensors(*run_both(dense, portable, monkeypatch, fast_selection=False))
 

@@ -12,6 +12,9 @@ import yaml
 
 from tests.commands_here import done_here, refused_here
 from tests.tiny_mixtures import save_mixtures, weights
+from tests.tiny_recipes import decide_here, measure_here
+from utils.commands.merge import merge
+from utils.merging.settings import MergeSettings
 
 ROUTERS = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)]
 
@@ -146,6 +149,22 @@ def test_a_weight_that_is_divided_by_itself_is_refused(measured):
     )
     refused_here("flag-no-effect", "lewis_merge.py", *flags, cwd=measured)
     refused_here("flag-invalid", "lewis_merge.py", *flags[:-1], "half", cwd=measured)
+
+
+def test_routers_change_alike_in_the_recipes_beside_a_guided_one_that_averages(tmp_path, monkeypatch):
+    """A factor of changes that are averaged is half that weight for each of two experts."""
+    save_mixtures(tmp_path, num_hidden_layers=1)
+    monkeypatch.chdir(tmp_path)
+    measure_here("gram_mean")
+    base, code, math = (weights(Path(name))[ROUTERS[0]] for name in ("base", "code", "math"))
+    wanted = base + 0.25 * (code - base) + 0.25 * (math - base)
+    _, *beside = decide_here("gram_mean", control="uniform", portable=True, router=0.5, dtype="float32")
+    for number, path in enumerate(beside):
+        fused = "portable" in path.name
+        output = Path(f"merged{number}")
+        merge(MergeSettings(output, path, device="cpu", quiet=True, fused_experts=fused))
+        assert torch.allclose(weights(output)[ROUTERS[0]], wanted, rtol=0, atol=1e-6), path
+    assert len(beside) == 2
 
 
 def test_stock_mergekit_reads_the_same_filters(measured):

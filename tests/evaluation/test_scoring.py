@@ -294,6 +294,13 @@ def test_a_recipe_file_finds_what_lies_beside_it_from_anywhere(made, tmp_path, m
         read_candidate(str(path))
 
 
+def test_a_measurements_record_of_a_start_is_no_recipe(tmp_path):
+    """`tuned` keeps what it started from beside its tables, with a merge method but no models."""
+    (tmp_path / "dfs_tuned").mkdir()
+    (tmp_path / "dfs_tuned" / "tuned_start.yaml").write_text("merge_method: task_arithmetic\nweights: {code: 1.0}\n")
+    assert found_recipes(tmp_path) == []
+
+
 def test_words_of_the_tokenizers_keys_are_no_folders_beside_the_recipe(tmp_path, monkeypatch):
     data = recipe(Path(), tokenizer_source="base", models=[{"model": "base"}, {"model": "code"}], base_model="base")
     data["tokenizer"] = {"source": "union", "tokens": {"a": {"source": "base"}}}

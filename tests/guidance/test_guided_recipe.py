@@ -9,18 +9,20 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from tests.refusals import refused
 from tests.tiny_pairs import CALIBRATION, contents, save_pair, write_config
 from tests.tiny_recipes import decide_here, measure_here, own_defaults
-from utils.guidance.guided_recipe import control_recipe, guided_recipe
+from utils.guidance.guided_recipe import control_recipe, guided_recipe, weight_filters
 from utils.guidance.measured_pair import open_measured
 from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.guidance.recipe_files import recipe_files
 from utils.pair.config import read_pair_config
+from utils.recipes.routers import RouterChoice
 
 GUIDANCE = tuple(guidance_methods())
 
@@ -173,3 +175,12 @@ def test_a_plot_draws_what_there_is_of_a_mean(pair):
 def test_what_needs_no_measurement_is_refused_without_one(name, asked, code, pair):
     with refused(code):
         settle(read_pair_config("pair.yaml"), options_of(name, **asked))
+
+
+def test_a_name_that_is_tied_to_another_has_its_weight_beside():
+    """A head that the merge writes since one expert has one, where the base's is the embeddings."""
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    table = pd.DataFrame({"tensor": [names[0], names[2]], "weight": [0.5, 0.25]})
+    filters = weight_filters(table, RouterChoice(), names, "here", {names[1]: names[0]})
+    assert filters.keys() == set(names)
+    assert weight_filters(table, RouterChoice(), [names[0], names[2]], "here").keys() == {names[0], names[2]}

@@ -9,9 +9,9 @@ import yaml
 
 from tests.refusals import refused
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
-from utils.models.checkpoints import open_checkpoint
 from utils.models.headers import header_hash
 from utils.pair.config import read_pair_config
+from utils.recipes.naming import LocalModels
 
 
 @pytest.fixture
@@ -75,14 +75,22 @@ def test_a_manifest_without_models_is_a_warning(config, options):
     assert "cannot be checked" in compare_with_manifest(config, config.experts, {"options": options})[0]
 
 
-def test_checkpoints_saved_anew_are_a_warning(golden):
-    checkpoint = open_checkpoint(str(golden / "models" / "base"))
-    local = {"base": checkpoint}
-    same = {"models": [{"type": "base", "header_sha256": header_hash(checkpoint.tensors.values())}]}
-    assert changed_checkpoints(same, local) == []
-    same["models"][0]["header_sha256"] = "0"
-    assert "saved anew" in changed_checkpoints(same, local)[0]
-    assert changed_checkpoints({"models": "?"}, local) == [] == changed_checkpoints(None, local)
+def test_other_weights_are_refused_and_without_a_sample_of_them_headers_are_compared(config, golden, monkeypatch):
+    monkeypatch.chdir(golden)
+    models = LocalModels(config.base, config.experts[:1])
+    same = [{"type": name, "sample_sha256": sample} for name, sample in models.samples.items()]
+    assert changed_checkpoints({"models": same}, models, accepted=False) == []
+    same[1]["sample_sha256"] = "0"
+    with refused("measured-other-weights") as caught:
+        changed_checkpoints({"models": same}, models, accepted=False)
+    assert "models/math" in str(caught.value) and "models/base" not in str(caught.value)
+    assert len(changed_checkpoints({"models": same}, models, accepted=True)) == 1
+    old = {"models": [{"type": "base", "header_sha256": header_hash(models.stored["base"].tensors.values())}]}
+    assert changed_checkpoints(old, models, accepted=False) == []
+    old["models"][0]["header_sha256"] = "0"
+    assert "saved anew" in changed_checkpoints(old, models, accepted=False)[0]
+    assert changed_checkpoints({"models": "?"}, models, accepted=False) == []
+    assert changed_checkpoints(None, models, accepted=False) == []
 
 
 def test_the_golden_config_is_the_one_meant(golden):

@@ -153,6 +153,8 @@ def test_a_mixture_is_refused_for_its_experts(tmp_path, monkeypatch):
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"models": experts}))
     with refused("adapter-of-mixture", "experts.0."):
         write(Path("recipe.yaml"))
+    with refused("adapter-of-mixture"):  # before weights are read
+        write(Path("recipe.yaml"), dry_run=True)
     assert not ADAPTER.exists()
 
 

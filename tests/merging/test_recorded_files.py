@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here, refused_here, run_here
 from tests.refusals import refusal_code, refused
@@ -91,6 +91,27 @@ def test_a_later_measurement_is_refused_until_the_recipe_is_made_again(pair):
     measure_here("gram_mean", "dfs_gram_mean", accept_useless_text=True, overwrite=True)
     refused_here("saliency-other-file", *command_3(path))
     decide_here("gram_mean", "dfs_gram_mean", "out_gram_mean", overwrite=True)
+    done_here(*command_3(path))
+
+
+def test_a_model_that_was_trained_on_is_refused_by_commands_2_and_3(pair):
+    """Saved with other numbers in the same layout; a copy of the measured one is welcome."""
+    path, kept = recipe_of("gram_mean"), Path("kept")
+    shutil.copytree("code", kept)  # later times, the same content
+    shutil.rmtree("code")
+    shutil.copytree(kept, "code", copy_function=shutil.copyfile)
+    done_here(*command_3(path, "copied"))
+    tensors = load_file("code/model.safetensors")
+    save_file(
+        {name: 1.5 * value for name, value in tensors.items()}, "code/model.safetensors", metadata={"format": "pt"}
+    )
+    said = refused_here("recipe-other-weights", *command_3(path))
+    assert "./code" in said and "./math" not in said
+    with refused("recipe-other-weights"):
+        read_candidate(str(path))
+    with refused("measured-other-weights"):
+        decide_here("gram_mean", "dfs_gram_mean", "out_gram_mean", overwrite=True, accept_edited=False)
+    decide_here("gram_mean", "dfs_gram_mean", "out_gram_mean", overwrite=True, accept_edited=True)
     done_here(*command_3(path))
 
 

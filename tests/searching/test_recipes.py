@@ -162,4 +162,7 @@ def test_stock_mergekit_has_a_recipe_of_a_mixture_whose_experts_are_stored_apart
     loaded = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict() for place in places]
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).state_dict()
     for name, value in loaded[0].items():
-        assert torch.equal(loaded[1][name], value) and not torch.equal(value, base[name]), name
+        assert torch.equal(loaded[1][name], value), name
+        assert torch.equal(value, base[name]) == (".mlp.gate." in name), (
+            name
+        )  # the base's routers, as guided recipes have

@@ -177,7 +177,8 @@ def say_portable(options: DecideOptions, portable: Portable) -> None:
     recipe, model = options.out_dir / portable.name, _model_folder(options, portable.name)
     print(f"with stock mergekit ({portable.said}):")
     print(f"  mergekit-yaml {shlex.quote(str(recipe))} {shlex.quote(str(model))}")
-    print("or the same bits with this project's checks:")
+    by_rank = " (--no-fast_selection gives the same bits)" if portable.keeps else ", to the same bits"
+    print(f"or with this project's checks{by_rank}:")
     flags = {"merge_config": recipe, "output_path": model, "fused_experts": portable.fused}
     print(next_command("utils/merger.py", {**flags, "trust_remote_code": options.trust_remote_code}))
 

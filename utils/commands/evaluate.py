@@ -28,6 +28,8 @@ from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
 from utils.publishing.files import repair_folder
 from utils.publishing.target import locked_folder, prepare_folder
+from utils.recipes.naming import LocalModels
+from utils.recipes.routers import usual_routers
 from utils.runtime import peak_gpu_memory, quiet_libraries, versions_line
 
 if TYPE_CHECKING:
@@ -74,13 +76,14 @@ def evaluate(options: EvaluateOptions) -> None:
     warnings = _check(scorer, candidates, left_out)
     forget_handed_on()
     _say_choices(scorer, candidates, say)
+    controls = _controls(scorer, say) if options.controls else {}
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         store.sweep()
         sweep_written(options.out_dir)
-        _refuse_little_disk(options, scorer, candidates, store)
+        _refuse_little_disk(scorer, candidates, controls, store)
         start = time.perf_counter()
-        evaluated = _evaluate(options, scorers, candidates, against, store)
+        evaluated = _evaluate(options, scorers, candidates, controls, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
         say(
             f"scored {evaluated.scored} new candidates in {time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
@@ -107,7 +110,7 @@ def _candidates(options: EvaluateOptions) -> tuple[list[Candidate], list[str]]:
         else:
             asked.append(one)
     taken = [entry.type for entry in options.config.model_info]
-    taken += [one.name for kind in _controls(options).values() for one in kind]
+    taken += _control_names(options)
     return distinct_names(asked, taken), left_out
 
 
@@ -115,8 +118,8 @@ def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str
     """The name in the table of what --against names; None for the best uniform merge."""
     if options.against is None:
         return None
-    controls = [one.name for kind in _controls(options).values() for one in kind]
-    known = [*(entry.type for entry in options.config.model_info), *(one.name for one in candidates), *controls]
+    known = [entry.type for entry in options.config.model_info] + [one.name for one in candidates]
+    known += _control_names(options)
     typed = dict(zip(options.candidates, (one.name for one in candidates), strict=False))
     path = Path(os.path.expanduser(options.against)).resolve()
     files = {one.source.resolve(): one.name for one in candidates if one.source is not None}
@@ -129,9 +132,10 @@ def _reference(options: EvaluateOptions, candidates: Sequence[Candidate]) -> str
     return name
 
 
-def _controls(options: EvaluateOptions, out_dtype: str = "float32") -> dict[str, list[Candidate]]:
-    """The uniform merges that are scored, too, by kind; their names do not depend on the dtype."""
-    return uniform_controls(options.config, out_dtype) if options.controls else {}
+def _control_names(options: EvaluateOptions) -> list[str]:
+    """What the uniform merges are called that are scored, too; their recipes' dtype and routers do not matter to that."""
+    grid = uniform_controls(options.config, "float32") if options.controls else {}
+    return [one.name for kind in grid.values() for one in kind]
 
 
 def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str]) -> list[str]:
@@ -153,8 +157,17 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence
     return found
 
 
+def _controls(scorer: "Scorer", say: Callable[[str], None]) -> dict[str, list[Candidate]]:
+    """The uniform merges to compare with, by kind; of mixtures with the routers that guided recipes have."""
+    config, trust = scorer.config, scorer.settings.merge.trust_remote_code
+    routers = usual_routers(LocalModels(config.base, config.experts, trust_remote_code=trust))
+    if routers.said:
+        say(f"routers of the uniform merges: {routers.said}")
+    return uniform_controls(config, scorer.inputs[config.base.type].float_dtype, routers)
+
+
 def _refuse_little_disk(
-    options: EvaluateOptions, scorer: "Scorer", candidates: Sequence[Candidate], store: "LossStore"
+    scorer: "Scorer", candidates: Sequence[Candidate], grid: dict[str, list[Candidate]], store: "LossStore"
 ) -> None:
     """Refuse before anything is scored what is still to be scored, has to be written for that and has no room; of each
     kind one control stands for all."""
@@ -162,8 +175,6 @@ def _refuse_little_disk(
 
     test = {task.name: task.part(TEST) for task in scorer.tasks}
     validation = {task.name: task.part(VALIDATION) for task in scorer.tasks if task.measures_gain}
-    dtype = scorer.inputs[scorer.config.base.type].float_dtype
-    grid = _controls(options, dtype)
     controls = [kind[0] for kind in grid.values()]
     left = [*unscored(scorer, store, candidates, test), *unscored(scorer, store, controls, validation)]
     scorer.refuse_little_disk(left)
@@ -186,6 +197,7 @@ def _evaluate(
     options: EvaluateOptions,
     scorers: "Sequence[Scorer]",
     candidates: Sequence[Candidate],
+    grid: dict[str, list[Candidate]],
     against: str | None,
     store: "LossStore",
 ) -> "Evaluated":
@@ -197,8 +209,6 @@ def _evaluate(
     start, scored, scorer = time.perf_counter(), 0, scorers[0]
     pair = models_of_pair(scorer.config)
     base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
-    dtype = scorer.inputs[base].float_dtype
-    grid = _controls(options, dtype)
     learned = [task for task in scorer.tasks if task.measures_gain]
     chosen, merits, best_uniform = [], {}, None
     contenders = [*candidates, *(one for kind in grid.values() for one in kind)]

@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.models.checkpoints import weight_file_record
+from utils.models.content_sample import content_sample
 from utils.pair.calibration import with_defaults
 from utils.pair.source import CalibrationSource
 from utils.pair.tokens import token_digest
@@ -37,6 +38,7 @@ def measure_request(options: MeasureOptions, job: MeasureJob, samples: Samples) 
             {
                 "type": subject.entry.type,
                 **weight_file_record(subject.checkpoint),
+                "sample_sha256": content_sample(subject.checkpoint),
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "tokens": sum(text.tokens for text in subject.texts.values()),
                 "token_sha256": token_digest([ids for text in subject.texts.values() for ids in text.encoded]),

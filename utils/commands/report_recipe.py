@@ -43,13 +43,13 @@ def planned_recipe(planned: PlannedMerge, called: Mapping[Path, str] = MappingPr
         if len({value for _, value in tensors}) == 1:
             facts.append((f"{name}, {label}", _shown(tensors[0][1])))
             continue
-        heatmap = layer_heatmap(label, name, ((tensor.name, tensor.shape, value) for tensor, value in tensors))
+        heatmap = layer_heatmap(label, name, ((tensor.name, tensor.merged_shape, value) for tensor, value in tensors))
         if heatmap is not None:
             heatmaps.append(heatmap)
         facts += [
             (f"{name}, {label}, {tensor.name.removesuffix(_WEIGHT)}", _shown(value))
             for tensor, value in tensors
-            if _LAYER.search(tensor.name) is None and len(tensor.shape or ()) > 1
+            if _LAYER.search(tensor.name) is None and len(tensor.merged_shape or ()) > 1
         ]
     facts += [(f"vectors, {name}", file.label) for file in planned.saliency for name in file.tensors]
     return Recipe(tuple(facts), tuple(heatmaps), shown_recipe(planned))

@@ -207,6 +207,8 @@ def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> Non
     for name, one in ready.measured.items():
         say(f"measured: {name}, {one.folder}")
     say(f"space: {len(space.ways)} ways to merge ({'; '.join(way.label for way in space.ways)})")
+    if said := ready.maker.routers.said:
+        say(f"routers of unguided recipes: {said}")
     free = [f"weights of {len(space.weighed)} experts" if space.weighed else ""]
     free += [f"{space.depth_groups} groups of blocks" if space.depth_groups else ""]
     beside = " and ".join(text for text in free if text)

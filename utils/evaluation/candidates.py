@@ -22,11 +22,11 @@ from utils.merging.recipe_file import (
     model_names,
     read_recipe,
 )
-from utils.models.checkpoints import is_local
+from utils.models.checkpoints import is_local, open_without_download
 from utils.models.low_rank import adapter_name
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
-from utils.recipes.recipe_manifest import refuse_changed_files
+from utils.recipes.recipe_manifest import read_recipe_manifest, refuse_changed_files, refuse_other_weights
 from utils.safe_yaml import read_yaml_mapping
 
 UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
@@ -90,8 +90,8 @@ def read_candidate(text: str) -> Candidate:
     """A candidate as somebody names it on the command line: a recipe file, a model folder, or a hub id.
 
     Raises:
-        UserError: a file that is no recipe, or that names what is here and beside it, or files of vectors that are not
-            those it was made of; a folder that is not there.
+        UserError: a file that is no recipe, or that names what is here and beside it, or files of vectors or weights that are
+            not those it was made of; a folder that is not there.
     """
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
@@ -124,14 +124,18 @@ def _of_file(path: Path) -> Candidate:
     for _, _, name in _names(data):
         recipe.locate(name)  # refuses names that lead to two things
     refuse_changed_files(path, {name: Path(recipe.locate(name)) for _, _, name in _names(data, keys=FILE_KEYS)})
+    record, _ = read_recipe_manifest(path, recipe.sha256)
+    opened = {name: open_without_download(recipe.locate(name)) for name in model_names(data)} if record else {}
+    refuse_other_weights(path, record, {name: one for name, one in opened.items() if one is not None})
     return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.absolute().parent)
 
 
 def _is_recipe(path: Path) -> bool:
     try:
-        return "merge_method" in read_yaml_mapping(path, "YAML file")
+        data = read_yaml_mapping(path, "YAML file")
     except UserError:
         return False
+    return "merge_method" in data and any(key in data for key in INPUT_KEYS)
 
 
 def distinct_names(candidates: Sequence[Candidate], taken: Collection[str] = ()) -> list[Candidate]:

@@ -9,6 +9,7 @@ their bytes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -175,7 +176,9 @@ def without_vectors(measured: MeasuredPair, made: GuidedRecipe) -> RecipeSetting
     if settings.method.whole:  # a mean of deltas
         parameters = {name: value for name, value in parameters.items() if name == "lambda"} | {"normalize": False}
         parameters |= {method.extra: 0.0} if method.extra else {}
-        plain = replace(plain, weight=1 / len(choices.experts), expert_weights={})
+        share = 1 / len(choices.experts)
+        routers = replace(settings.routers, weight=settings.routers.weight * share)  # a factor becomes a weight
+        plain = replace(plain, weight=share, expert_weights={}, routers=routers)
     return replace(plain, method=method, parameters=parameters)
 
 
@@ -210,7 +213,13 @@ def _naming_weights(measured: MeasuredPair, made: GuidedRecipe, plain: RecipeSet
     return replace(naming, group_filters=weight_filters(table, plain.routers, names, where))
 
 
-def weight_filters(table: pd.DataFrame, routers: RouterChoice, names: Sequence[str], where: str) -> dict[str, str]:
+def weight_filters(
+    table: pd.DataFrame,
+    routers: RouterChoice,
+    names: Sequence[str],
+    where: str,
+    tied: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """Filters for the tensors of a table, routers aside, that share those whose weights are alike in every expert.
 
     Args:
@@ -218,11 +227,13 @@ def weight_filters(table: pd.DataFrame, routers: RouterChoice, names: Sequence[s
         routers: those that have filters of their own, before all others.
         names: every name that filters will be matched on.
         where: the models, for a message.
+        tied: other names that take the weights of tensors, with theirs.
 
     Raises:
         UserError: no filters can tell the tensors apart.
     """
     without = set(routers.tensors)
     by_tensor = {tensor: tuple(map(float, own["weight"])) for tensor, own in table.groupby("tensor", sort=False)}
+    by_tensor |= {other: by_tensor[tensor] for other, tensor in tied.items()}
     groups = {tensor: weights for tensor, weights in by_tensor.items() if tensor not in without}
     return group_filters(groups, [name for name in names if name not in without], where)

@@ -53,11 +53,11 @@ def open_measured(
         method: the guidance method.
         folder: the dataframe folder.
         trust_remote_code: let a checkpoint's config load code from its folder.
-        accept_edited: take files that differ from what the folder's manifest recorded.
+        accept_edited: take files and weights that differ from what the folder's manifest recorded.
 
     Raises:
         UserError: no such folder; another method, another base or other experts were measured; files that were edited
-            since; a local model is malformed.
+            since; weights of a local model are others; one is malformed.
     """
     manifest = read_manifest(folder) if folder.is_dir() else None
     check_folder(folder, manifest, method.name)
@@ -72,7 +72,7 @@ def open_measured(
     warnings += compare_with_manifest(config, experts, manifest)
     warnings += refuse_edited(folder, manifest, (*method.files(config), ROUTING), accepted=accept_edited)
     models = LocalModels(config.base, experts, trust_remote_code=trust_remote_code)
-    warnings += changed_checkpoints(manifest, models.stored)
+    warnings += changed_checkpoints(manifest, models, accepted=accept_edited)
     sha256 = None if manifest is None else file_sha256(folder / MANIFEST)
     return MeasuredPair(config, folder, manifest, sha256, models, tuple(warnings))
 

@@ -16,25 +16,26 @@ from utils.errors import UserError
 from utils.guidance.guided_recipe import GuidedRecipe, recipe_file_name, weight_filters, without_vectors
 from utils.guidance.measured_pair import MeasuredPair
 from utils.recipes.filters import exact_filters
-from utils.recipes.group_filters import group_filters
 from utils.recipes.naming import Naming
-from utils.recipes.recipe import RecipeSettings, recipe
-from utils.recipes.routers import RouterChoice
+from utils.recipes.recipe import recipe
+from utils.recipes.recipe_manifest import PORTABLE
+from utils.recipes.routers import in_stock_mergekit
 from utils.recipes.stock import StockNames, stock_names
 
-KIND = "portable"
 _WHERE = "stock mergekit"
 
 
 @dataclass(frozen=True)
 class Portable:
-    """The recipe: file name, content, a clause that says what is in it, and whether command 3 needs --fused_experts."""
+    """The recipe: file name, content, a clause that says what is in it, whether command 3 needs --fused_experts for stock
+    mergekit's names, and whether its method keeps a share of each change, which magnitudes that are equal leave open."""
 
     name: str
     data: Mapping[str, Any]
     said: str
     fused: bool
-    kind: str = KIND
+    keeps: bool
+    kind: str = PORTABLE
 
 
 def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
@@ -57,8 +58,9 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
         plain = replace(plain, expert_weights=shares, as_weights=settings.as_factors)
         if settings.as_factors:
             table = table.assign(weight=table["weight"] * table["model"].map(shares))
-    routers = _routers(settings, plain, stock)
+    routers = in_stock_mergekit(plain.routers, stock)
     plain = replace(plain, routers=routers)
+    tied = {other: stock.by_own[name] for other, name in naming.tied.items() if other in stock.tensors}
     dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
     proof, before = exact_filters(dense, stock.tensors, _WHERE)
     found = Naming(
@@ -67,18 +69,19 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
         params={},
         coverage=None,
         evidence="",
-        group_filters=weight_filters(table, routers, stock.tensors, _WHERE) if plain.as_weights else None,
+        group_filters=weight_filters(table, routers, stock.tensors, _WHERE, tied) if plain.as_weights else None,
+        tied=tied,
         before=before,
     )
     fused = any(name != other for name, other in stock.by_own.items())
+    stacked = len(set(stock.by_own.values())) < len(stock.by_own)
     said = f"{len(set(stock.by_own.values()))} tensors as stock mergekit has them" + (
-        f", each with the mean of its experts' numbers ({len(stock.by_own)} in the guided recipe)" if fused else ""
+        f", each with the mean of its experts' numbers ({len(stock.by_own)} in the guided recipe)" if stacked else ""
     )
     if plain.method is not settings.method:
         said += f"; {plain.method.name} in place of {settings.method.name}"
-    return Portable(
-        recipe_file_name(measured.config, made.choices, made.decision, KIND), recipe(table, found, plain), said, fused
-    )
+    name = recipe_file_name(measured.config, made.choices, made.decision, PORTABLE)
+    return Portable(name, recipe(table, found, plain), said, fused, bool(plain.method.keeps))
 
 
 def _averaged(table: pd.DataFrame, naming: Naming, stock: StockNames) -> pd.DataFrame:
@@ -98,13 +101,3 @@ def _averaged(table: pd.DataFrame, naming: Naming, stock: StockNames) -> pd.Data
         first = own.iloc[0]
         rows.append((model, tensor, first["layer"], first["component"], density, weight, int(params.sum())))
     return pd.DataFrame(rows, columns=[*table.columns[:-1], "params"])
-
-
-def _routers(settings: RecipeSettings, plain: RecipeSettings, stock: StockNames) -> RouterChoice:
-    """The same choice by stock's names; a factor of changes that are averaged becomes a weight."""
-    names = tuple(dict.fromkeys(stock.by_own[name] for name in settings.routers.tensors))
-    if not names:
-        return settings.routers
-    filters = group_filters(dict.fromkeys(names, ""), stock.tensors, _WHERE)
-    share = plain.weight if plain.method is not settings.method else 1.0
-    return RouterChoice(names, tuple(dict.fromkeys(filters.values())), settings.routers.weight * share)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import Problem, raise_collected
-from utils.models.checkpoints import Checkpoint, is_local
+from utils.models.checkpoints import is_local
 from utils.models.headers import header_hash
 from utils.pair.config import ModelEntry, PairConfig
+from utils.recipes.naming import LocalModels
 
 _MODEL_OPTIONS = ("model_info", "base_model_type")
 
@@ -65,17 +66,41 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def changed_checkpoints(manifest: Mapping[str, Any] | None, local: Mapping[str, Checkpoint]) -> list[str]:
-    """Sentences about local checkpoints (by type) whose weight files are not those that were measured."""
-    models = (manifest or {}).get("models")
-    entries = models if isinstance(models, list) else []
+def changed_checkpoints(manifest: Mapping[str, Any] | None, models: LocalModels, *, accepted: bool) -> list[str]:
+    """Refuse models on this machine whose weights are not those that were measured.
+
+    Args:
+        manifest: what the measurement says of itself.
+        models: the models that lie here.
+        accepted: take other weights, with a warning.
+
+    Returns:
+        Sentences about models whose weights are others, or (in an old manifest) were saved anew.
+
+    Raises:
+        UserError: weights are others, and that is not accepted; all models in one message.
+    """
+    listed = (manifest or {}).get("models")
+    entries = listed if isinstance(listed, list) else []
     recorded = {entry.get("type"): entry for entry in entries if isinstance(entry, dict)}
-    return [
-        f"the weight files of {checkpoint.name} were saved anew since they were measured; measure again if they changed"
-        for model_type, checkpoint in local.items()
-        if (digest := recorded.get(model_type, {}).get("header_sha256"))
-        and digest != header_hash(checkpoint.tensors.values())
-    ]
+    warnings, problems = [], []
+    for model_type, checkpoint in models.stored.items():
+        before = recorded.get(model_type, {})
+        if sample := before.get("sample_sha256"):
+            if sample != models.samples[model_type]:
+                text = f"the weights of {checkpoint.name} ({model_type!r}) are not those that were measured"
+                problems.append(Problem(text, "measured-other-weights"))
+        elif before.get("header_sha256", digest := header_hash(checkpoint.stored.values())) != digest:
+            name = checkpoint.name
+            warnings.append(
+                f"the weight files of {name} were saved anew since they were measured; measure again if they changed"
+            )
+    if accepted:
+        return [*warnings, *(f"{problem.text}: they are merged by the numbers of others" for problem in problems)]
+    raise_collected(
+        problems, "measure again (lewis_importance.py --overwrite), or take the numbers as they are (--accept_edited)"
+    )
+    return warnings
 
 
 def _same_model(entry: ModelEntry, found: Mapping[str, Any]) -> bool:

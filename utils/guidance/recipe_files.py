@@ -1,13 +1,14 @@
 """The files of a recipe: the vectors it names, its YAML, and the manifest that says what it was made of."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from utils.guidance.guided_recipe import Control, GuidedRecipe
-from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
-from utils.recipes.recipe import recipe_bytes
+from utils.recipes.recipe import plain_name, recipe_bytes
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
 from utils.recipes.saliency_vectors import open_vectors
 from utils.runtime import versions
@@ -63,9 +64,22 @@ def measurement_record(config: PairConfig, measured: MeasuredPair | None) -> dic
         "measure_options": manifest.get("guidance_options"),
         "options": _pair_options(config),
         "samples": manifest.get("samples"),
-        "measurement": {"sha256": measured.sha256, "versions": manifest.get("versions")} if manifest else None,
+        "measurement": _measurement(measured, manifest) if measured and manifest else None,
         "versions": versions(),
     }
+
+
+def _measurement(measured: MeasuredPair, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Which measurement it was, and of which weights: of models by their names in the recipe, as they are here or were."""
+    config, listed = measured.config, manifest.get("models")
+    recorded = {one.get("type"): one for one in listed if isinstance(one, dict)} if isinstance(listed, list) else {}
+    models = []
+    for entry in (config.base, *experts_to_merge(config)):
+        before = recorded.get(entry.type, {})
+        sample = measured.models.samples.get(entry.type) or before.get("sample_sha256")
+        if before and sample:
+            models.append({"model": plain_name(entry), "adapter": "adapter" in before, "sample_sha256": sample})
+    return {"sha256": measured.sha256, "versions": manifest.get("versions"), "models": models}
 
 
 def _pair_options(config: PairConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ The merge is computed in float32, tensor by tensor, so that its changes have the
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,15 @@ def write_adapter(ready: PlannedMerge, folder: Path, say: Callable[[str], None])
     Raises:
         UserError: the merge changes what no adapter can hold, or linear layers by more than a low rank.
     """
+    fitting = _fitting(ready)
+    model, stored = fitting.model, fitting.stored
     base, dtype = ready.plan.inputs.donor.checkpoint, getattr(torch, ready.plan.inputs.donor.checkpoint.float_dtype)
-    model = build_skeleton(base, torch.float32, ready.settings.trust_remote_code)
-    layout = stored_layout(model, base)
-    stored, experts = layout.direct, _expert_tensors(model, layout)
-    parameters = {header.name: name for name, header in stored.items()}
     ends = [name for name, one in model.named_modules() if one in _ends(model)]
     if whole := [one for one in ends if f"{one}.weight" in stored]:
         say(_said_of_ends([stored[f"{one}.weight"] for one in whole], len(ends) // len(whole), dtype.itemsize))
     found, layers = _Adapter(), {name: one for name, one in model.named_modules() if is_linear(one)}
     work = prepare(ready)
-    for name, before, after in _tensors(ready, work, parameters, experts):
+    for name, before, after in _tensors(work, fitting.names, fitting.headers):
         (module, _, own), changes = name.rpartition("."), not torch.equal(before, after)
         if module not in layers or module in ends:
             found.add_whole(module, own, after.to(dtype), changes)
@@ -145,11 +143,32 @@ def _said_of_ends(headers: Sequence[TensorHeader], times: int, itemsize: int) ->
     )
 
 
-def _tensors(
-    ready: PlannedMerge, work: MergeWork, parameters: Mapping[str, str], experts: Container[str]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name in the model, base and merge of every tensor of floating point, float32."""
-    reference = ready.plan.inputs.config.base_model
+@dataclass(frozen=True)
+class _Fitting:
+    """What an adapter of a merge is about: the base's class, its stored tensors by parameter, and of the merge's tensors, by
+    their names there, what the base stores and the parameter that this is."""
+
+    model: nn.Module
+    stored: Mapping[str, TensorHeader]
+    headers: Mapping[str, TensorHeader]
+    names: Mapping[str, str]
+
+
+def check_adapter_fits(ready: PlannedMerge) -> None:
+    """Refuse, by headers alone, a merge that changes what no adapter can hold.
+
+    Raises:
+        UserError: experts of a mixture, or tensors that the model has otherwise than they are stored.
+    """
+    _fitting(ready)
+
+
+def _fitting(ready: PlannedMerge) -> _Fitting:
+    base, reference = ready.plan.inputs.donor.checkpoint, ready.plan.inputs.config.base_model
+    model = build_skeleton(base, torch.float32, ready.settings.trust_remote_code)
+    layout = stored_layout(model, base)
+    experts = _expert_tensors(model, layout)
+    parameters = {header.name: name for name, header in layout.direct.items()}
     headers: dict[str, TensorHeader] = {}
     for tensor in ready.plan.tensors:
         header = tensor.sources.get(reference)
@@ -166,13 +185,20 @@ def _tensors(
                 "adapter-unfit",
             )
         headers[tensor.name] = header
+    return _Fitting(model, layout.direct, headers, {name: parameters[header.name] for name, header in headers.items()})
+
+
+def _tensors(
+    work: MergeWork, names: Mapping[str, str], headers: Mapping[str, TensorHeader]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name in the model, base and merge of every tensor of floating point, float32."""
     weights = StreamedWeights(StoredLayout(headers, (), (), ()), torch.device("cpu"), torch.float32)
     try:
-        for name, header in headers.items():
+        for name in headers:
             after = merged_tensors([work], [name])[0].get(name)
             if after is None or not after.is_floating_point():
                 continue
-            yield parameters[header.name], weights.fetch([name])[name], after.cpu().float()
+            yield names[name], weights.fetch([name])[name], after.cpu().float()
     finally:
         weights.close()
 

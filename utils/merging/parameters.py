@@ -107,7 +107,7 @@ def _idle_filters(plan: MergePlan) -> Iterator[Problem]:
 def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str, Any]:
     """A model's own parameters for one tensor, resolved; empty for the base and for models that lack the tensor."""
     task = tensor.task
-    if reference not in tensor.sources or reference not in dict(task.input_parameters.items()):
+    if reference not in tensor.stored_dtypes or reference not in dict(task.input_parameters.items()):
         return {}
     return task.input_parameters[reference]
 
@@ -115,7 +115,7 @@ def input_values(tensor: OutputTensor, reference: ModelReference) -> Mapping[str
 def _bad_values(plan: MergePlan) -> Iterator[Problem]:
     for tensor in plan.tensors:
         for model in plan.inputs.models:
-            for text in _bad_numbers(input_values(tensor, model.reference), tensor.shape):
+            for text in _bad_numbers(input_values(tensor, model.reference), tensor.merged_shape):
                 yield Problem(f"{model.label}, {tensor.name}: {text}", "recipe-bad-value")
 
 

@@ -68,10 +68,14 @@ class OutputTensor:
         return math.prod(self.shape) * _TORCH_BYTES[self.dtype]
 
     @property
+    def merged_shape(self) -> tuple[int, ...] | None:
+        """The shape that is merged: of what transformers puts together, the class's; None if unknown."""
+        return self.shape if self.assembled is None else self.assembled.shape
+
+    @property
     def params(self) -> int:
         """Number of entries, 0 if unknown."""
-        shape = self.shape if self.assembled is None else self.assembled.shape
-        return math.prod(shape) if shape is not None else 0
+        return math.prod(self.merged_shape) if self.merged_shape is not None else 0
 
     @property
     def stored_dtypes(self) -> Mapping[ModelReference, str]:

@@ -28,7 +28,7 @@ from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import plan_vocabulary
 from utils.models.architecture import plan_architecture
 from utils.models.planned_tensors import DEFINITION
-from utils.recipes.recipe_manifest import RecipeManifest, read_recipe_manifest
+from utils.recipes.recipe_manifest import RecipeManifest, read_recipe_manifest, refuse_other_weights
 from utils.runtime import device_name, gigabytes, versions
 
 
@@ -110,6 +110,8 @@ def plan_models(
         say(line)
     opened(inputs)
     origin, doubt = read_recipe_manifest(recipe.path, recipe.sha256)
+    named = {one.label: one.checkpoint for one in inputs.models} | {one.name: one for one in checkpoints}
+    refuse_other_weights(recipe.path, origin, named)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
     warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
     plan = _plan(inputs, method, settings, device)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from utils.merging.adapter import check_adapter_fits
 from utils.merging.inputs import FoundModels, MergeInputs
 from utils.merging.loading import check_donor_loads
 from utils.merging.output_folder import OutputFolder, check_apart, check_space
@@ -45,7 +46,9 @@ def preflight(
     donor = planned.plan.inputs.donor.checkpoint.folder
     tagged = planned.plan.architecture.info.tagalong_files or []
     check_copied(donor, [*copied_names(donor), *tagged])
-    if not settings.adapter:
+    if settings.adapter:
+        check_adapter_fits(planned)
+    else:
         check_donor_loads(planned.plan, settings.trust_remote_code)
     short = _check_space(planned, output, say)
     return replace(planned, warnings=(*planned.warnings, *_no_fine_tunes(planned.plan.inputs), *short))

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.recipes.recipe_manifest import RecipeManifest
+from utils.recipes.recipe_manifest import PORTABLE, RecipeManifest
 
 
 def publishable(origin: RecipeManifest) -> RecipeManifest:
@@ -17,7 +17,7 @@ def publishable(origin: RecipeManifest) -> RecipeManifest:
 def origin_lines(origin: RecipeManifest) -> Iterator[str]:
     """What a model card says about it: guidance with its options, and the text that was measured on."""
     what = f"Guidance `{origin.guidance}`"
-    if origin.control == "portable":
+    if origin.control == PORTABLE:
         what = f"For stock mergekit, means of what guidance `{origin.guidance}` gives"
     elif origin.control is not None:
         what = f"An unguided control (`{origin.control}`) beside guidance `{origin.guidance}`"

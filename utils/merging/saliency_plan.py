@@ -89,8 +89,8 @@ def bind_saliency(
             text = values.get(SALIENCY)
             if not text:
                 continue
-            header = tensor.sources[model.reference]
-            if header.dtype not in FLOAT_DTYPES or not method.reads_vectors(values, len(header.shape)):
+            dtype, shape = tensor.stored_dtypes[model.reference], _shape(tensor, model)
+            if dtype not in FLOAT_DTYPES or not method.reads_vectors(values, len(shape)):
                 keys[model.reference] = _NO_VECTORS
                 continue
             try:
@@ -142,7 +142,8 @@ def _checked_key(
             f"{model.label}, {weight.name}: its vocabulary is aligned, which no vectors follow; {_WITHOUT_VECTORS}",
             "saliency-vocabulary",
         )
-    stored = tensor.sources[model.reference].name  # of a head that is tied in this model: the embedding's
+    header = tensor.sources.get(model.reference)  # of a head that is tied in this model: the embedding's
+    stored = weight.name if header is None else header.name
     planned = {weight.name, plan.architecture.spellings.get(stored, stored)}
     spellings = (name for name, own in plan.architecture.spellings.items() if own in planned)
     found = vectors.of_these(dict.fromkeys((weight.name, stored, *spellings)))
@@ -163,6 +164,11 @@ def _checked_key(
         raise UserError(f"{model.label}: {vectors.path}: {misfit}; were they measured on this model?", "grams-misfit")
     vectors.vectors(found[0])
     return VectorKey(vectors.path, found[0])
+
+
+def _shape(tensor: OutputTensor, model: MergeInput) -> tuple[int, ...]:
+    header = tensor.sources.get(model.reference)
+    return (tensor.merged_shape or ()) if header is None else header.shape
 
 
 def _tied(tensor: OutputTensor, keys: Mapping[ModelReference, VectorKey | str]) -> OutputTensor:

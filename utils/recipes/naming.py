@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import Problem, raise_collected
 from utils.models.architecture import plan_architecture
 from utils.models.checkpoints import Checkpoint, open_without_download
+from utils.models.content_sample import content_sample
 from utils.models.planned_tensors import DEFINITION
 from utils.pair.config import ModelEntry
 from utils.recipes import filters
@@ -86,6 +87,11 @@ class LocalModels:
         opened = {entry.type: open_without_download(entry.name, entry.revision) for entry in (base, *experts)}
         self.base_type, self.trust_remote_code = base.type, trust_remote_code
         self.stored = {key: checkpoint for key, checkpoint in opened.items() if checkpoint is not None}
+
+    @cached_property
+    def samples(self) -> dict[str, str]:
+        """By type, the hash of a sample of the weights as the files hold them."""
+        return {key: content_sample(checkpoint) for key, checkpoint in self.stored.items()}
 
     @cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:

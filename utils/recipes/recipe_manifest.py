@@ -13,7 +13,7 @@
 | `merge_method`, `mean_density`, `lambda`, `dtype`, `out_dtype` | what else the recipe was asked for |
 | `options` | the pair config's settings, `global_parameters` and `target_model_names` among them |
 | `samples` | texts and their rows, as the measurement's manifest has them |
-| `measurement` | `sha256` of the measurement's manifest, and its `versions`; null for bare tables |
+| `measurement` | `sha256` of the measurement's manifest, its `versions`, and `sample_sha256` of the `models` (`content_sample`); null for bare tables |
 | `versions` | of the libraries that command 2 ran with |
 | `search` | only beside a recipe that a search found: which trial of how many, and on which rows it was chosen |
 """
@@ -29,8 +29,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from utils.bounded_files import read_json
 from utils.errors import Problem, UserError, raise_collected
+from utils.models.checkpoints import Checkpoint
+from utils.models.content_sample import content_sample
 from utils.recipes.saliency_vectors import open_vectors
 
+PORTABLE = "portable"  # the kind of recipe that stock mergekit runs in a guided one's place
 COMMAND, SEARCHER = "lewis_merge", "utils/searcher.py"
 SUFFIX = ".manifest.json"
 
@@ -149,6 +152,38 @@ def refuse_other_files(recipe: Path, found: Mapping[str, tuple[Path, str]], reco
             )
             for name, (path, sha256) in found.items()
             if recorded.get(name, sha256) != sha256
+        ),
+        f"merge recipe {recipe}",
+    )
+
+
+def refuse_other_weights(recipe: Path, record: RecipeManifest | None, models: Mapping[str, Checkpoint]) -> None:
+    """Refuse models whose weights are not those that a guided recipe was made for.
+
+    Args:
+        recipe: the recipe file.
+        record: its manifest; None without one, when nothing is known.
+        models: the models by their names in the recipe; one that the manifest lacks is not looked at.
+
+    Raises:
+        UserError: weights are others; all models in one message.
+    """
+    if record is None or record.control not in (None, PORTABLE):
+        return
+    listed = (record.measurement or {}).get("models")
+    entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list | tuple) else []
+    raise_collected(
+        (
+            Problem(
+                f"the weights of {name} are not those that the recipe was made for; measure again and make the recipe again, "
+                f"or, to merge by the numbers of the former ones, remove {manifest_name(recipe.name)}",
+                "recipe-other-weights",
+            )
+            for name, checkpoint in models.items()
+            for one in entries
+            if one.get("model") == name
+            and one.get("adapter") == (checkpoint.adapter is not None)
+            and one.get("sample_sha256") != content_sample(checkpoint)
         ),
         f"merge recipe {recipe}",
     )

@@ -14,8 +14,9 @@ from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
 from utils.recipes.global_parameters import normalizes
 from utils.recipes.group_filters import group_filters
-from utils.recipes.method_rules import DeltaMethod
+from utils.recipes.method_rules import TASK_ARITHMETIC, DeltaMethod
 from utils.recipes.naming import LocalModels, Naming
+from utils.recipes.stock import StockNames
 
 if TYPE_CHECKING:
     from utils.recipes.naming import WrittenTensors
@@ -109,6 +110,36 @@ def choose_routers(
     else:
         said = f"{'changes' if method.averages else 'weight'} times {weight:g}, {len(names)} tensors"
     return RouterChoice(names, tuple(dict.fromkeys(filters.values())), weight, said)
+
+
+def usual_routers(models: LocalModels, method: DeltaMethod = TASK_ARITHMETIC) -> RouterChoice:
+    """What guided recipes do with routers unless they are asked, for an unguided recipe to be compared with them.
+
+    Where routers cannot be told from other parts, guided recipes are made with --router merge, and so is this one.
+
+    Raises:
+        UserError: the models cannot be merged.
+    """
+    from utils.models.routers import routers_of
+
+    base = models.stored.get(models.base_type)
+    try:
+        if base is None or not routers_of(base, models.trust_remote_code):
+            return RouterChoice()
+        return choose_routers(None, models, (), method, {})
+    except UserError as error:
+        if error.code != "router-unknown":
+            raise
+        return RouterChoice(said=f"merged like everything else ({error})")
+
+
+def in_stock_mergekit(routers: RouterChoice, stock: StockNames) -> RouterChoice:
+    """The same choice by stock mergekit's names."""
+    names = tuple(dict.fromkeys(stock.by_own[name] for name in routers.tensors))
+    if not names:
+        return routers
+    filters = group_filters(dict.fromkeys(names, ""), stock.tensors, "stock mergekit")
+    return replace(routers, tensors=names, filters=tuple(dict.fromkeys(filters.values())))
 
 
 def share_routers(written: "WrittenTensors", names: Sequence[str], checkpoints: Mapping[str, Checkpoint]) -> bool:

@@ -22,6 +22,7 @@ from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, WEIGHT_METHODS, extra_value
 from utils.recipes.naming import LocalModels, Naming
 from utils.recipes.recipe import RecipeSettings, recipe, renamed_files
+from utils.recipes.routers import RouterChoice, in_stock_mergekit, usual_routers
 from utils.recipes.stock import StockNames, models_against_stock, stock_names
 from utils.searching.factors import Blocks, by_depth, lines_factors, spread, weighed
 from utils.searching.points import DENSITY, LAMBDA, LINES, Point, Way
@@ -67,6 +68,15 @@ class RecipeMaker:
     _written: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def routers(self) -> RouterChoice:
+        """What unguided recipes do with a mixture's routers: what guided ones do.
+
+        Raises:
+            UserError: the models cannot be merged.
+        """
+        return usual_routers(self.models)
+
+    @cached_property
     def blocks(self) -> Blocks:
         """The decoder blocks as filters see them.
 
@@ -90,6 +100,7 @@ class RecipeMaker:
         except UserError:  # it cannot merge these models, or would lose tensors of theirs
             return None
         maker = replace(self)
+        maker.routers = in_stock_mergekit(self.routers, stock)
         if point.guidance == LINES or point.depth:
             maker.blocks = find_blocks(self.models, stock)
         here = "utils/merger.py"
@@ -186,6 +197,7 @@ class RecipeMaker:
             lambda_=point.numbers[LAMBDA],
             dtype=_DTYPE,
             out_dtype=self.out_dtype,
+            routers=self.routers,
         )
         data = recipe(_no_rows(), Naming({}, {}, {}, None, ""), settings)
         if rule.keeps:

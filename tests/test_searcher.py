@@ -176,6 +176,24 @@ def test_held_out_prompts_are_answered_on_the_page_unless_that_is_not_wanted(pai
     assert contents(pair / "out/search/losses") == before
 
 
+def test_rows_whose_answer_is_cut_off_are_in_no_round(pair, capsys):
+    evaluation = {}
+    for name in ("code", "math"):
+        lines = [json.loads(line)["text"].split() for line in (pair / f"{name}.jsonl").read_text().splitlines()]
+        rows = [{"question": " ".join(words[:3]), "answer": " ".join(words[3:])} for words in lines]
+        (pair / f"{name}_asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = {"path": f"{name}_asked.jsonl", "text": "{question} {answer}", "seqlen": 16}
+        evaluation[name] = text | {"answer": "{answer}"}
+    settings(pair, search=UNGUIDED, evaluation=evaluation)
+    search_pair(options(pair, trials=4))
+    manifest = json.loads((pair / "out/search/manifest.json").read_text())
+    said = capsys.readouterr().err
+    for task in manifest["tasks"]:
+        left = {part: len(rows) for part, rows in task["rows"].items()}
+        assert left["test"] < 16 and f"task {task['name']}: {16 - left['validation']} of 16 validation rows" in said
+    assert manifest["best_on_validation"] in manifest["best"]
+
+
 @pytest.mark.slow
 def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     settings(pair, search=UNGUIDED)

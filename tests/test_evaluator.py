@@ -99,7 +99,7 @@ def test_from_recipes_to_a_page(run, pair, run_command_line):
     assert more.returncode == 0, more.stderr
     grown = contents(out / "losses")
     assert before.items() <= grown.items()
-    assert "scored 1 new candidates" in more.stdout or len(grown) == len(before)
+    assert "scored 1 models and merges anew" in more.stdout or len(grown) == len(before)
 
 
 def test_a_written_model_stands_beside_its_recipe_with_the_same_figures(run, pair, tmp_path):

@@ -246,6 +246,13 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
     assert not list((pair / "out/search").glob("best_stock.[ym]*"))
     assert (pair / "out/search/best_stock_mine.txt").read_text() == "changed since"
     assert len(pd.read_csv(pair / "out/search/trials.csv")) == 16
+    best = pair / "out/search/best.yaml"
+    own = best.read_text()
+    best.write_text("# mine\n" + own)
+    with refused("search-edited-result"):
+        search_pair(options(pair, trials=20))
+    assert best.read_text() == "# mine\n" + own
+    best.write_text(own)
     before = contents(pair / "out/search")
     with refused("search-other-study"):
         search_pair(options(pair, objective="worst"))
@@ -372,6 +379,24 @@ def test_a_front_over_the_tasks(pair):
     search_pair(options(pair, pareto=True, trials=16))
     manifest = json.loads((pair / "out/search/manifest.json").read_text())
     assert manifest["options"]["pareto"] and len(manifest["best"]) >= 2
+
+
+def test_the_verdict_is_on_what_the_search_was_asked_for(pair):
+    """Weighted gains: the table has them, as the tasks' own gains say, and the page judges by them."""
+    weights = {"code": 3, "math": 1}
+    settings(pair, search={**UNGUIDED, "objective_weights": weights})
+    search_pair(options(pair, objective="weighted", trials=8))
+    table = pd.read_csv(pair / "out/search/scores.csv")
+    gains = table[(table.measure == "gain_kept") & (table.task != "all tasks")].pivot(
+        index="candidate", columns="task", values="value"
+    )
+    said = table[table.measure == "objective"].set_index("candidate")
+    expected = (3 * gains.code + gains.math) / 4
+    assert said.value.to_dict() == pytest.approx(expected.to_dict())
+    compared = said[said.difference.notna()]
+    assert not compared.empty and compared[["difference_low", "difference_high", "p"]].notna().all(axis=None)
+    page = (pair / "out/search/report.html").read_text()
+    assert "weighted gain kept, validation rows" in page and "the tasks&#39; weighted gain" in page
 
 
 def test_each_device_scores_its_share(pair, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.evaluation.figures import all_figures
 from utils.evaluation.statistics import (
     TaskLosses,
     holm,
@@ -62,6 +63,34 @@ def test_intervals_are_those_of_a_bootstrap_row_by_row():
     assert ours.low < ours.value < ours.high and ours.p < 0.01
     swapped = found.mean_gain("two", "one")
     assert (swapped.low, swapped.high) == pytest.approx((-ours.high, -ours.low))
+
+
+def test_the_least_share_is_drawn_task_by_task():
+    found = resample({"a": losses(40, 1), "b": losses(25, 2)}, draws=500)
+    draws = np.minimum(found.gains["a"], found.gains["b"])
+    shares = [np.minimum(found.tasks["a"].gain()[place], found.tasks["b"].gain()[place]) for place in (2, 3)]
+    alone, apart = found.worst_gain("one"), found.worst_gain("one", "two")
+    assert alone.value == pytest.approx(shares[0])
+    assert (alone.low, alone.high) == pytest.approx(np.quantile(draws[2], [0.025, 0.975]))
+    assert apart.value == pytest.approx(shares[0] - shares[1])
+    assert (apart.low, apart.high) == pytest.approx(np.quantile(draws[2] - draws[3], [0.025, 0.975]))
+
+
+def test_every_comparison_with_the_reference_is_corrected_for_several_candidates():
+    tasks = {"a": losses(12, 1), "b": losses(9, 2)}
+    drawn = resample(tasks, draws=300)
+    whole = all_figures(tasks, "base", ["one", "two"], None, drawn, lambda gains: gains[0])
+    found = {one.name: one for one in whole}
+    for task in tasks:
+        for key, raw in (("loss_difference", drawn.loss), ("gain_difference", drawn.gain)):
+            p_values = holm([raw(task, name, "base").p for name in ("one", "two")])
+            assert [getattr(found[name].tasks[task], key).p for name in ("one", "two")] == p_values
+    for key, raw in (("difference", drawn.mean_gain), ("worst_difference", drawn.worst_gain)):
+        assert [getattr(found[name], key).p for name in ("one", "two")] == holm(
+            [raw(name, "base").p for name in ("one", "two")]
+        )
+    assert found["one"].chosen_by.value == pytest.approx(tasks["a"].gain()[2])
+    assert found["base"].difference is None
 
 
 def test_pairing_takes_the_noise_that_all_share_out():

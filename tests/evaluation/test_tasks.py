@@ -79,6 +79,13 @@ def test_without_evaluation_every_experts_text_is_a_task(tmp_path):
     assert shared.experts == ("code", "math")
 
 
+@pytest.mark.parametrize("name", ["general", "all tasks"])
+def test_names_that_tables_have_for_something_else_are_refused(tmp_path, name):
+    evaluation = {name: {"path": str(tmp_path / "code.jsonl"), "text": TEXT}}
+    with refused("evaluation-reserved-name"):
+        evaluation_rows(pair(tmp_path, evaluation=evaluation))
+
+
 def test_another_split_where_there_is_one(tmp_path, monkeypatch):
     """Splits of a hub data set stand in for those that a network would give."""
     rows = {

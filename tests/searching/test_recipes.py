@@ -15,7 +15,7 @@ from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
-from utils.searching.knowns import knowns
+from utils.searching.knowns import knowns, left_out
 from utils.searching.measurements import find_measurements
 from utils.searching.points import Point
 from utils.searching.recipes import RecipeMaker
@@ -112,6 +112,14 @@ def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
     listed = knowns(space, maker, 99)
     assert knowns(space, maker, 5) == listed[:5] and len({known.point.merge_method for known in listed[:5]}) > 1
     assert len({known.name for known in listed}) == len(listed)
+    guided = [known.point.guidance for known in listed if known.point.guidance != "uniform"]
+    leading = list(dict.fromkeys(guided))
+    assert guided[: len(leading)] == leading and leading[-1] == "lines"  # one way of each first
+    own = next(known.point for known in listed if known.point.guidance == "saliency_budget")
+    assert own.merge_method == "guided_mean"
+    assert left_out(space, listed) == []
+    some = knowns(space, maker, 6)
+    assert len(left_out(space, some)) == sum(way.guidance != "uniform" for way in space.ways) - 2
     assert len({maker.make(known.point).digest for known in listed}) == len(listed)
     ties = {tuple(one.point.numbers[key] for key in ("density", "lambda")) for one in listed
             if one.point.merge_method == "ties" and one.point.uniform}  # fmt: skip

@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> None:
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
     against = _reference(options, candidates)
-    warnings = _check(scorer, candidates, left_out)
+    warnings = _check(scorer, candidates, left_out, options.controls)
     forget_handed_on()
     _say_choices(scorer, candidates, say)
     controls = _controls(scorer, say) if options.controls else {}
@@ -86,7 +86,7 @@ def evaluate(options: EvaluateOptions) -> None:
         evaluated = _evaluate(options, scorers, candidates, controls, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
         say(
-            f"scored {evaluated.scored} new candidates in {time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
+            f"scored {evaluated.scored} models and merges anew (pair and uniform merges included) in {time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
             f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
         generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
@@ -138,9 +138,9 @@ def _control_names(options: EvaluateOptions) -> list[str]:
     return [one.name for kind in grid.values() for one in kind]
 
 
-def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str]) -> list[str]:
+def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str], controls: bool) -> list[str]:
     """Everything that can be refused of candidates before weights are read; warnings, and the notes on what was left out
-    before, are printed and handed on."""
+    before, are printed and handed on. `controls`: whether uniform merges are scored, too."""
     from utils.models.relative_change import strangers
 
     config = scorer.config
@@ -150,7 +150,8 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence
         found += [f"{one.name}: {warning}" for warning in scorer.check(one)]
     if not candidates:
         found.append(
-            "no candidate was given and no recipe lies beside --out_dir: only the pair and uniform merges are scored"
+            "no candidate was given and no recipe lies beside --out_dir: only the pair is scored"
+            + (", and uniform merges" if controls else "")
         )
     found = list(dict.fromkeys(found))
     warn(found)
@@ -231,7 +232,8 @@ def _evaluate(
         reference, reference_is = best_uniform.name, "the best uniform merge"
     ranked = [one.name for one in (*candidates, *chosen)]
     winner = max(ranked, key=lambda name: merits[name], default=None)
-    figures = all_figures(losses, reference, [one.name for one in candidates], GENERAL)
+    compared = tuple(one.name for one in candidates)
+    figures = all_figures(losses, reference, compared, GENERAL)
     return Evaluated(
         everybody,
         {one.name: one for one in figures},
@@ -242,6 +244,7 @@ def _evaluate(
         best_uniform,
         max(scored, more),
         time.perf_counter() - start,
+        compared=compared,
     )
 
 

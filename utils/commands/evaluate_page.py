@@ -94,12 +94,12 @@ def _standing(evaluated: Evaluated, name: str) -> Standing:
     figures = evaluated.figures[name]
     return Standing(
         name,
-        _estimate(figures.gain),
-        _estimate(figures.difference) if figures.difference else None,
+        estimate(figures.gain),
+        estimate(figures.difference) if figures.difference else None,
         figures.p,
-        figures.worst if math.isfinite(figures.worst) else None,
+        figures.worst.value if math.isfinite(figures.worst.value) else None,
         figures.worst_task,
-        _estimate(figures.forgetting) if figures.forgetting else None,
+        estimate(figures.forgetting) if figures.forgetting else None,
     )
 
 
@@ -108,15 +108,16 @@ def _task_scores(scorer: Scorer, evaluated: Evaluated, task: Any) -> TaskScores:
     for one in evaluated.candidates:
         found = evaluated.figures[one.name].tasks[task.name]
         gain = found.gain.value if math.isfinite(found.gain.value) else None
-        difference = _estimate(found.loss_difference) if found.loss_difference else None
+        difference = estimate(found.loss_difference) if found.loss_difference else None
         p = found.loss_difference.p if found.loss_difference else None
         perplexity = found.perplexity if math.isfinite(found.perplexity) else None
-        scores.append(Score(one.name, _estimate(found.loss), difference, p, gain, perplexity))
+        scores.append(Score(one.name, estimate(found.loss), difference, p, gain, perplexity))
     measure = "loss, nats per token"
     return TaskScores(task.name, measure, False, tuple(scores), len(task.part("test")), note=task.summary)
 
 
-def _estimate(interval: Interval) -> Estimate:
+def estimate(interval: Interval) -> Estimate:
+    """An interval as the page takes it: what is not finite is not known."""
     known = [value if math.isfinite(value) else None for value in (interval.value, interval.low, interval.high)]
     return Estimate(*known)
 
@@ -139,9 +140,10 @@ def _notes(scorer: Scorer, evaluated: Evaluated) -> Iterator[str]:
         f"Intervals are 95% paired bootstrap intervals over rows ({DRAWS} resamples, the same for everybody): they hold "
         "the noise of the text, so what other rows of this kind would give, not that of training the experts again."
     )
-    several = [one for one in evaluated.candidates if one.role == "candidate"]
-    if len(several) > 1 and evaluated.reference:
-        yield f"p values of the mean gain are corrected for {len(several)} candidates (Holm)."
+    p_values = [evaluated.figures[name].p for name in evaluated.compared]
+    several = sum(p is not None and math.isfinite(p) for p in p_values)
+    if several > 1:
+        yield f"p values are corrected for {several} candidates (Holm), each measure of each task by itself."
     controls = [one for one in evaluated.candidates if one.role == "control"]
     if controls:
         yield (

@@ -10,15 +10,16 @@ from utils.commands.evaluate_accuracy import accuracy_cells
 from utils.commands.evaluated import Evaluated, Generated
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import Interval
-
-MEAN = "all tasks"
+from utils.evaluation.tasks import ALL_TASKS, GENERAL
 
 
 def scores_table(evaluated: Evaluated, generated: Generated) -> pd.DataFrame:
     """One row for each candidate, task and measure, with its 95 % interval and its difference to the reference.
 
     Measures: `loss` (nats per token), `perplexity`, `gain_kept` (share; of `all tasks`: the mean), `worst_gain_kept`,
-    `forgetting` (nats per token above the base), and the metrics of lm-eval's tasks. `p` of the mean gain is Holm-corrected over the candidates.
+    `objective` (what a search for another figure than the mean has chosen by),
+    `forgetting` (nats per token above the base), and the metrics of lm-eval's tasks. `p` is Holm-corrected over the candidates,
+    but for lm-eval's metrics. A perplexity's difference is that of the losses, as a factor: `loss` has it in nats.
     """
     rows = []
     for one in evaluated.candidates:
@@ -26,15 +27,20 @@ def scores_table(evaluated: Evaluated, generated: Generated) -> pd.DataFrame:
         start = {"candidate": one.name, "role": one.role}
         for task, found in figures.tasks.items():
             rows.append(start | {"task": task, "measure": "loss"} | _cells(found.loss, found.loss_difference))
-            rows.append(start | {"task": task, "measure": "perplexity", "value": found.perplexity})
+            ends = {key: math.exp(value) for key, value in _cells(found.loss, None).items()}
+            rows.append(start | {"task": task, "measure": "perplexity"} | ends)
             if math.isfinite(found.gain.value):
                 cells = _cells(found.gain, found.gain_difference)
                 rows.append(start | {"task": task, "measure": "gain_kept"} | cells)
-        mean = _cells(figures.gain, figures.difference) | {"p": figures.p}
-        rows.append(start | {"task": MEAN, "measure": "gain_kept"} | mean)
-        rows.append(start | {"task": figures.worst_task, "measure": "worst_gain_kept", "value": figures.worst})
+        rows.append(start | {"task": ALL_TASKS, "measure": "gain_kept"} | _cells(figures.gain, figures.difference))
+        worst = _cells(figures.worst, figures.worst_difference)
+        rows.append(start | {"task": figures.worst_task, "measure": "worst_gain_kept"} | worst)
+        if figures.chosen_by is not None:
+            chosen_by = _cells(figures.chosen_by, figures.chosen_by_difference)
+            rows.append(start | {"task": ALL_TASKS, "measure": "objective"} | chosen_by)
         if figures.forgetting is not None:
-            rows.append(start | {"task": "general", "measure": "forgetting"} | _cells(figures.forgetting, None))
+            forgetting = _cells(figures.forgetting, figures.forgetting_difference)
+            rows.append(start | {"task": GENERAL, "measure": "forgetting"} | forgetting)
         rows += [start | cells for cells in accuracy_cells(one.name, evaluated, generated)]
     columns = ["candidate", "role", "task", "measure", "value", "low", "high"]
     columns += ["difference", "difference_low", "difference_high", "p"]

@@ -27,7 +27,8 @@ class Evaluated:
     """What came out: everybody in the order of the table, figures by name, losses on test rows, and who is who.
 
     `reference` is whom differences are taken against (None: nobody), `reference_is` what the reference is, in words.
-    `winner` and `best_uniform` are the best of all, and of the uniform merges, on validation rows.
+    `winner` and `best_uniform` are the best of all, and of the uniform merges, on validation rows. `compared` are those whose
+    p-values are corrected for being several.
     """
 
     candidates: tuple[Candidate, ...]
@@ -39,3 +40,4 @@ class Evaluated:
     best_uniform: Candidate | None
     scored: int
     seconds: float
+    compared: tuple[str, ...] = ()

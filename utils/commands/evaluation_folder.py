@@ -19,6 +19,7 @@ from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Sc
 
 SCORES = "scores.csv"
 _LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING = "loss", "perplexity", "gain_kept", "worst_gain_kept", "forgetting"
+_OBJECTIVE = "objective"
 _ALL = "all tasks"
 _NOTE = (
     "Intervals are 95% intervals over rows of text, paired: they hold the noise of the text, not that of training the "
@@ -119,7 +120,7 @@ def _page(folder: Path, rows: Rows, roles: Mapping[str, Role], manifest: Mapping
     tested = {one["name"]: len(one["rows"]["test"]) for one in manifest.get("tasks", [])}
     hub = {one["name"]: HubDataset(**one["hub"]) for one in manifest.get("tasks", []) if one.get("hub")}
     tasks = dict.fromkeys(task for _, task, measure in rows if measure == _LOSS)
-    known = (_LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING)
+    known = (_LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING, _OBJECTIVE)
     described = {(one["task"], one["measure"]): one for one in manifest.get("lm_eval", [])}
     shown = [(task, measure) for _, task, measure in rows]
     others = dict.fromkeys(key for key in shown if key in described or key[1] not in known)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
+from utils.commands.search_folder import refuse_edited
 from utils.commands.search_options import FILES, LOSSES, SearchOptions
 from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
 from utils.guidance.measured_pair import experts_to_merge
-from utils.guidance.method import guidance_methods
+from utils.guidance.method import default_options, guidance_methods
 from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files
@@ -53,6 +54,7 @@ def search_pair(options: SearchOptions) -> None:
         options.ray.refuse_devices(options.device, options.devices)
     if not (options.out_dir / STORAGE).exists():
         refuse_existing(options.out_dir, [*FILES, LOSSES])
+    refuse_edited(options.out_dir)
     refuse_missing(options.config, [text.source for text in task_texts(options.config).values() if text.source])
     quiet_libraries()
     trial = None if options.trust_remote_code else ModelTrial(small_files(options.config))
@@ -112,7 +114,7 @@ def _measure_missing(options: SearchOptions) -> set[str]:
                 MeasureOptions(
                     config=config,
                     method=method,
-                    method_options={flag.name: flag.default for flag in method.measure_flags},
+                    method_options=default_options(method, "measure", experts),
                     out_dir=options.out_dir / FOLDER / name,
                     device=options.device,
                     devices=options.devices,

@@ -36,3 +36,8 @@ class SearchOptions(ScoringOptions):
     max_hours: float | None = None
     max_disk: int | None = None
     ray: RayFlags | None = None
+
+    @property
+    def figure(self) -> str:
+        """What is made as large as can be, in words."""
+        return {"mean": "mean gain kept", "worst": "least gain kept", "weighted": "weighted gain kept"}[self.objective]

@@ -1,12 +1,13 @@
 """A search as the plain values that `utils/reports` shows: its history, what mattered, the front, the winner's recipe."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from utils.commands.evaluate_page import model_types
+from utils.commands.evaluate_page import estimate, model_types
 from utils.commands.evaluated import Evaluated
 from utils.commands.report_recipe import planned_recipe
 from utils.commands.search_setup import Prepared
@@ -14,7 +15,9 @@ from utils.evaluation.candidates import Candidate
 from utils.merging.planning import plan_recipe
 from utils.reports.values import Front, FrontPoint, History, Importance, Page, Recipe, Role, Trial, TrialState
 from utils.reports.values import Verdict as PageVerdict
+from utils.reports.verdict import judge
 from utils.searching.points import Point
+from utils.searching.study import Finished
 from utils.searching.winners import Winners
 
 
@@ -28,7 +31,7 @@ def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winne
     )
     return dataclasses.replace(
         page,
-        verdict=_verdict(page, evaluated, winners, names),
+        verdict=_verdict(page, ready, evaluated, winners, names),
         recipe=_recipe(page, ready, winners),
         history=_history(ready, winners, names),
         importance=Importance("PED-ANOVA, all trials with a value", tuple(importance.items())) if importance else None,
@@ -37,23 +40,48 @@ def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winne
     )
 
 
-def _verdict(page: Page, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]) -> PageVerdict | None:
-    """The evaluator's verdict, and whether the winner is ahead of every uniform merge, the nearest one named."""
-    if page.verdict is None:
+def _by_objective(page: Page, ready: Prepared, evaluated: Evaluated) -> PageVerdict:
+    """The verdict on the figure that the search made as large as it could, where that is not the mean."""
+    standings = []
+    for one in page.standings:
+        figures = evaluated.figures[one.contender]
+        difference = figures.chosen_by_difference
+        standings.append(
+            dataclasses.replace(
+                one,
+                gain=estimate(figures.chosen_by),
+                difference=estimate(difference) if difference else None,
+                p=difference.p if difference else None,
+            )
+        )
+    gain = "the gain of the task where it keeps least" if ready.objective.worst else "the tasks' weighted gain"
+    return judge(evaluated.winner, evaluated.reference or "", standings, evaluated.reference_is, gain=gain)
+
+
+def _verdict(
+    page: Page, ready: Prepared, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]
+) -> PageVerdict | None:
+    """The evaluator's verdict by the search's objective, and whether the winner is ahead of every uniform merge, the
+    nearest one named."""
+    if page.verdict is None or evaluated.winner is None:
         return None
+    of_gain = {name: (one.chosen_by or one.gain).value for name, one in evaluated.figures.items()}
+    if any(one.chosen_by for one in evaluated.figures.values()):
+        page = dataclasses.replace(page, verdict=_by_objective(page, ready, evaluated))
     if winners.best.point.uniform:
         if winners.other is None:
             return page.verdict
         other = names[winners.other.digest]
         said = f"The best other recipe on validation rows is {other}"
-        difference = evaluated.figures[other].difference
+        figures = evaluated.figures[other]
+        difference = figures.chosen_by_difference or figures.difference
         if difference is not None and math.isfinite(difference.value):
             value, low, high = (100 * one for one in (difference.value, difference.low, difference.high))
             said += f", on test rows {value:+.1f} points from it (95% interval {low:+.1f} to {high:+.1f})"
         said += "."
         return dataclasses.replace(page.verdict, details=(said, *page.verdict.details))
-    own = evaluated.figures[names[winners.best.digest]].gain.value
-    others = {names[one.digest]: evaluated.figures[names[one.digest]].gain.value for one in winners.uniform}
+    own = of_gain[names[winners.best.digest]]
+    others = {names[one.digest]: of_gain[names[one.digest]] for one in winners.uniform}
     if len(others) < 2:
         return page.verdict
     nearest = max(others, key=lambda name: others[name])
@@ -95,9 +123,8 @@ def _history(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> His
         what = own.get("known") or (Point.read(own["point"]).sentence() if "point" in own else "")
         trials.append(Trial(place, value, state, what, seen, "known" in own))
     uniform = winners.uniform[0] if winners.uniform else None
-    figure = {True: "least gain kept", False: "mean gain kept"}[objective.worst]
     return History(
-        objective=f"{figure}, validation rows",
+        objective=f"{ready.options.figure}, validation rows",
         trials=tuple(trials),
         percent=True,
         reference=float(objective.figure(np.array(list(uniform.gains.values())))) if uniform else None,
@@ -106,20 +133,16 @@ def _history(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> His
 
 
 def _fronts(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> tuple[Front, ...]:
-    """What the first two tasks cost each other, all trials with a value; the front itself where it was asked for."""
-    tasks = ready.objective.tasks
-    if len(tasks) < 2:
-        return ()
+    """What every two tasks cost each other, all trials with a value; the front itself where it was asked for."""
     best = {one.digest for one in (winners.front or (winners.best,))}
-    points = tuple(
-        FrontPoint(
-            one.known or f"trial {one.number}",
-            one.gains[tasks[0]],
-            one.gains[tasks[1]],
-            one.digest in best,
-            Role.CONTROL if one.point.uniform else Role.CANDIDATE,
-            names.get(one.digest, "") if one.digest in best else "",
-        )
-        for one in ready.study.finished()
+    return tuple(
+        Front(first, second, tuple(_front_point(one, first, second, best, names) for one in ready.study.finished()))
+        for first, second in itertools.combinations(ready.objective.tasks, 2)
     )
-    return (Front(tasks[0], tasks[1], points),)
+
+
+def _front_point(one: Finished, first: str, second: str, best: Collection[str], names: Mapping[str, str]) -> FrontPoint:
+    leads = one.digest in best
+    role = Role.CONTROL if one.point.uniform else Role.CANDIDATE
+    label = names.get(one.digest, "") if leads else ""
+    return FrontPoint(one.known or f"trial {one.number}", one.gains[first], one.gains[second], leads, role, label)

@@ -7,29 +7,32 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from utils.bounded_files import read_json
 from utils.commands.evaluate_generation import generate
 from utils.commands.evaluate_page import evaluation_page
 from utils.commands.evaluate_tables import printed_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
+from utils.commands.search_folder import written_by_a_search
 from utils.commands.search_options import BEST, BEST_STOCK, BEST_UNIFORM, COMMAND, REPORT, SCORES, TRIALS
 from utils.commands.search_page import add_search
 from utils.commands.search_setup import Prepared
 from utils.errors import UserError
 from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.figures import all_figures, task_losses
+from utils.evaluation.statistics import Figure, TaskLosses
 from utils.evaluation.tasks import GENERAL, TEST
 from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
+from utils.publishing.manifest import file_sha256, with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.reports.page import render
 from utils.reports.values import Page
 from utils.runtime import versions
+from utils.searching.objective import Objective
 from utils.searching.records import recipe_record
 from utils.searching.study import Finished
 from utils.searching.winners import Winners, choose, trials_table
@@ -114,8 +117,9 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
     base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
     losses = task_losses(table, scorer.tasks, base, experts)
     reference = names[winners.uniform[0].digest] if winners.uniform else None
-    tried = [one.name for one in chosen if one.name != reference]
-    figures = all_figures(losses, reference, tried, GENERAL)
+    tried = tuple(one.name for one in chosen if one.name != reference)
+    chosen_by = None if ready.options.objective == "mean" else _figure_of_gains(ready.objective, losses)
+    figures = all_figures(losses, reference, tried, GENERAL, chosen_by=chosen_by)
     return Evaluated(
         candidates=(*pair, *chosen),
         figures={one.name: one for one in figures},
@@ -126,7 +130,16 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
         best_uniform=next((one for one in chosen if one.name == reference), None),
         scored=len(chosen),
         seconds=time.perf_counter() - ready.start,
+        compared=tried,
     )
+
+
+def _figure_of_gains(objective: Objective, losses: Mapping[str, TaskLosses]) -> Figure:
+    """The search's own figure of the gains of the tasks that have one on test rows, their weights adding up to 1."""
+    kind = "worst" if objective.worst else "weighted"
+    weights = dict(zip(objective.tasks, objective.weights, strict=True))
+    own = Objective.of(kind, [name for name, one in losses.items() if one.has_gain], weights)
+    return lambda gains: own.figure(np.moveaxis(gains, 0, -1))
 
 
 def _candidate(ready: Prepared, one: Finished, name: str) -> Candidate:
@@ -164,12 +177,7 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
 def _outdated(folder: Path, files: Collection[str]) -> list[Path]:
     """The files of this search's earlier result that have no successor in `files` and would pass for a part of it: a best
     stock recipe where the best one is stock now, say. What somebody has changed since is not among them."""
-    try:
-        earlier = read_json(folder / MANIFEST, MANIFEST)
-    except UserError:
-        return []
-    before = earlier.get("files") if earlier.get("command") == COMMAND else None
-    gone = {folder / Path(name).name: digest for name, digest in (before or {}).items() if name not in files}
+    gone = {folder / name: digest for name, digest in written_by_a_search(folder).items() if name not in files}
     return [path for path, digest in gone.items() if path.is_file() and file_sha256(path) == digest]
 
 

@@ -22,7 +22,7 @@ from utils.models.relative_change import strangers
 from utils.publishing.files import repair_folder
 from utils.recipes.naming import LocalModels
 from utils.runtime import available_bytes, gigabytes
-from utils.searching.knowns import Known, knowns
+from utils.searching.knowns import Known, knowns, left_out
 from utils.searching.losses import Entrant, Losses
 from utils.searching.measurements import find_measurements, identity
 from utils.searching.objective import Objective, gain_scales
@@ -106,7 +106,7 @@ def prepare_search(
         _identity(options, scorer, space, objective, measured),
         sampler=options.sampler,
         seed=options.seed,
-        tasks=[f"gain kept on {task}" for task in objective.tasks] if options.pareto else [_figure_name(options)],
+        tasks=[f"gain kept on {task}" for task in objective.tasks] if options.pareto else [options.figure],
     )
     with ExitStack() as failing:  # what is refused now leaves the storage in its one file
         failing.callback(study.close)
@@ -120,7 +120,7 @@ def prepare_search(
             options, scorer, store, measured, maker, space, objective, yardstick, losses, study, search,
             [*notes, *doubts], start, memory, scoring.written, scoring.writing_at_once,
         )  # fmt: skip
-        _say_choices(ready, len(tried), say)
+        _say_choices(ready, tried, say)
         warn(doubts)
         failing.pop_all()
         return ready
@@ -131,8 +131,9 @@ def _knowns_share(trials: int) -> int:
     return max(3, 3 * trials // 4)
 
 
-def _figure_name(options: SearchOptions) -> str:
-    return {"mean": "mean gain kept", "worst": "least gain kept", "weighted": "weighted gain kept"}[options.objective]
+def trials_for(knowns: int) -> int:
+    """The fewest trials of which the knowns may be so many."""
+    return -(-4 * knowns // 3)
 
 
 def _identity(
@@ -200,7 +201,7 @@ def memory_line(ready: Prepared) -> str:
     )
 
 
-def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> None:
+def _say_choices(ready: Prepared, tried: Sequence[Known], say: Callable[[str], None]) -> None:
     options, space = ready.options, ready.space
     for task in ready.scorer.tasks:
         say(f"task {task.name}: {task.summary}")
@@ -214,7 +215,7 @@ def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> Non
     beside = " and ".join(text for text in free if text)
     if beside:
         say(f"beside their numbers: {beside}")
-    goal = "a Pareto front over the tasks" if options.pareto else _figure_name(options)
+    goal = "a Pareto front over the tasks" if options.pareto else options.figure
     say(f"objective: {goal}; sampler {ready.study.sampler} (seed {options.seed}), {options.batch} at a time")
     if memory := memory_line(ready):
         say(memory)
@@ -222,6 +223,11 @@ def _say_choices(ready: Prepared, tried: int, say: Callable[[str], None]) -> Non
         say(f"disk: each recipe's model is written first, {gigabytes(ready.written)} at a time in {options.out_dir}")
     done = sum(trial.state.is_finished() for trial in ready.study.trials)
     say(
-        f"trials: {options.trials}, of which {tried} are what a careful user tries by hand"
+        f"trials: {options.trials}, of which {len(tried)} are what a careful user tries by hand"
         + (f"; {done} are done" if done else "")
     )
+    if missing := left_out(space, tried):
+        say(
+            f"not among these, since there are so few trials, but left to the sampler: {'; '.join(missing)} (with --trials "
+            f"{trials_for(len(tried) + len(missing))} in a new folder each is tried at its defaults)"
+        )

@@ -1,12 +1,14 @@
 """From tables of row losses to figures: who is best on validation rows, and what the test rows say of everybody."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from utils.evaluation.statistics import Interval, Resampled, TaskLosses, holm, resample
+from utils.evaluation.statistics import Figure, Interval, Resampled, TaskLosses, holm, resample
 from utils.evaluation.tasks import Task
 
 
@@ -32,18 +34,27 @@ class TaskFigures:
 class CandidateFigures:
     """What one candidate comes to over all tasks.
 
-    `gain` is the mean share over tasks, `difference` that less the reference's with `p` Holm-corrected, `worst` the
-    least share and its task. `forgetting` is the loss on a text of no expert's kind less the base's, where there is one.
+    `gain` is the mean share over tasks, `worst` the least share and its task, `forgetting` the loss on a text of no expert's
+    kind less the base's, where there is one; each `difference` is that less the reference's. `chosen_by` is what candidates
+    were chosen by where that is another figure of the shares. p-values are Holm-corrected (`all_figures`).
     """
 
     name: str
     tasks: Mapping[str, TaskFigures]
     gain: Interval
     difference: Interval | None
-    p: float | None
-    worst: float
+    worst: Interval
     worst_task: str
+    worst_difference: Interval | None
     forgetting: Interval | None
+    forgetting_difference: Interval | None
+    chosen_by: Interval | None = None
+    chosen_by_difference: Interval | None = None
+
+    @property
+    def p(self) -> float | None:
+        """Of the mean share's difference."""
+        return self.difference.p if self.difference else None
 
 
 def task_losses(table: pd.DataFrame, tasks: Sequence[Task], base: str, experts: Sequence[str]) -> dict[str, TaskLosses]:
@@ -93,28 +104,52 @@ def all_figures(
     candidates: Sequence[str],
     general: str | None,
     resampled: Resampled | None = None,
+    chosen_by: Figure | None = None,
 ) -> list[CandidateFigures]:
     """The figures of every candidate, base and experts included, in the order of the table.
 
     Args:
         losses: on the test rows.
         against: the reference of all differences; None for no differences.
-        candidates: those whose p-values are corrected for being several.
+        candidates: those whose p-values are corrected for being several, measure by measure and task by task.
         general: the task on which forgetting is measured, if there is one.
         resampled: what `resample(losses)` gave, if it is at hand.
+        chosen_by: what candidates were chosen by, where that is not the mean share: a figure of the shares of
+            `Resampled.measured`.
     """
     drawn = resampled or resample(losses)
     base = next(iter(losses.values())).base
-    found = [_figures(drawn, name, against, base, general) for name in drawn.names]
-    corrected = [one for one in found if one.name in candidates and one.difference is not None]
-    p_values = dict(zip((one.name for one in corrected), holm([one.difference.p for one in corrected]), strict=True))
-    return [
-        CandidateFigures(**{**vars(one), "p": p_values.get(one.name, one.difference.p if one.difference else None)})
-        for one in found
-    ]
+    found = [_figures(drawn, name, against, base, general, chosen_by) for name in drawn.names]
+    places = [place for place, one in enumerate(found) if one.name in candidates]
+    for key in ("difference", "worst_difference", "forgetting_difference", "chosen_by_difference"):
+        corrected = _corrected([getattr(found[place], key) for place in places])
+        found = _with(found, places, [{key: each} for each in corrected])
+    for task in losses:
+        for key in ("loss_difference", "gain_difference"):
+            corrected = _corrected([getattr(found[place].tasks[task], key) for place in places])
+            own = [
+                {"tasks": {**found[place].tasks, task: replace(found[place].tasks[task], **{key: each})}}
+                for place, each in zip(places, corrected, strict=True)
+            ]
+            found = _with(found, places, own)
+    return found
 
 
-def _figures(drawn: Resampled, name: str, against: str | None, base: str, general: str | None) -> CandidateFigures:
+def _corrected(differences: Sequence[Interval | None]) -> list[Interval | None]:
+    p_values = holm([math.nan if each is None else each.p for each in differences])
+    return [each and replace(each, p=p) for each, p in zip(differences, p_values, strict=True)]
+
+
+def _with(
+    figures: Sequence[CandidateFigures], places: Sequence[int], changes: Sequence[Mapping[str, Any]]
+) -> list[CandidateFigures]:
+    by_place = dict(zip(places, changes, strict=True))
+    return [replace(one, **by_place.get(place, {})) for place, one in enumerate(figures)]
+
+
+def _figures(
+    drawn: Resampled, name: str, against: str | None, base: str, general: str | None, chosen_by: Figure | None
+) -> CandidateFigures:
     nothing = Interval(float("nan"), float("nan"), float("nan"))
     other = None if against in (None, name) else against
     tasks = {}
@@ -126,15 +161,18 @@ def _figures(drawn: Resampled, name: str, against: str | None, base: str, genera
             drawn.gain(key, name, other) if other and task.expert else None,
         )
     measured = {key: one.gain.value for key, one in tasks.items() if np.isfinite(one.gain.value)}
-    worst = min(measured, key=lambda key: measured[key], default="")
-    has_gain = any(task.has_gain for task in drawn.tasks.values())
+    other = other if drawn.measured else None
+    forgetting = general in drawn.tasks
     return CandidateFigures(
         name,
         tasks,
-        drawn.mean_gain(name) if has_gain else nothing,
-        drawn.mean_gain(name, other) if other and has_gain else None,
-        None,
-        measured.get(worst, float("nan")),
-        worst,
-        drawn.loss(general, name, base) if general in drawn.tasks and name != base else None,
+        drawn.mean_gain(name),
+        drawn.mean_gain(name, other) if other else None,
+        drawn.worst_gain(name),
+        min(measured, key=lambda key: measured[key], default=""),
+        drawn.worst_gain(name, other) if other else None,
+        drawn.loss(general, name, base) if forgetting and name != base else None,
+        drawn.loss(general, name, against) if forgetting and against not in (None, name) and name != base else None,
+        drawn.over_tasks(chosen_by, name) if chosen_by else None,
+        drawn.over_tasks(chosen_by, name, other) if chosen_by and other else None,
     )

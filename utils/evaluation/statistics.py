@@ -5,11 +5,12 @@ text: other rows of the same kind. They say nothing of other trainings of the ex
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+Figure = Callable[[np.ndarray], np.ndarray]  # of gains [tasks, ...], one number for all tasks [...]
 DRAWS = 10_000
 LEVEL = 0.95
 _AT_ONCE = 2**22  # entries of a matrix of counts
@@ -79,13 +80,28 @@ class Resampled:
     gains: Mapping[str, np.ndarray] = field(repr=False)
     losses: Mapping[str, np.ndarray] = field(repr=False)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The tasks with a gain to keep a share of."""
+        return tuple(key for key, task in self.tasks.items() if task.has_gain)
+
+    def over_tasks(self, figure: "Figure", name: str, against: str | None = None) -> Interval:
+        """A figure of the shares of gain of the tasks `measured`, or how much larger it is than another candidate's.
+
+        `figure` makes one number of gains [tasks, ...], in the order of `measured`: their mean, the least of them.
+        """
+        if not self.measured:
+            return Interval(math.nan, math.nan, math.nan)
+        points = figure(np.stack([self.tasks[key].gain() for key in self.measured]))
+        return self._interval(points, figure(np.stack([self.gains[key] for key in self.measured])), name, against)
+
     def mean_gain(self, name: str, against: str | None = None) -> Interval:
         """The mean share of gain over the tasks that have one, or how much larger it is than another candidate's."""
-        measured = [key for key, task in self.tasks.items() if task.has_gain]
-        if not measured:
-            return Interval(math.nan, math.nan, math.nan)
-        points = np.mean([self.tasks[key].gain() for key in measured], axis=0)
-        return self._interval(points, np.mean([self.gains[key] for key in measured], axis=0), name, against)
+        return self.over_tasks(mean, name, against)
+
+    def worst_gain(self, name: str, against: str | None = None) -> Interval:
+        """The same of the least share."""
+        return self.over_tasks(least, name, against)
 
     def gain(self, task: str, name: str, against: str | None = None) -> Interval:
         """The same of one task."""
@@ -105,6 +121,16 @@ class Resampled:
         difference = draws[place] - draws[other]
         found = interval(points[place] - points[other], difference)
         return Interval(found.value, found.low, found.high, two_sided(difference))
+
+
+def mean(gains: np.ndarray) -> np.ndarray:
+    """The mean over tasks of gains [tasks, ...]."""
+    return gains.mean(axis=0)
+
+
+def least(gains: np.ndarray) -> np.ndarray:
+    """The least of the tasks' gains [tasks, ...]."""
+    return gains.min(axis=0)
 
 
 def resample(tasks: Mapping[str, TaskLosses], draws: int = DRAWS, seed: int = 0) -> Resampled:

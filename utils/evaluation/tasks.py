@@ -20,6 +20,7 @@ from utils.pair.source import CalibrationSource
 
 VALIDATION, TEST = "validation", "test"
 GENERAL = "general"
+ALL_TASKS = "all tasks"  # of figures of all of them
 _VALIDATION_SPLITS = ("validation", "valid", "dev")
 LEAST_ROWS = 2  # rows of a part: with one there is nothing to resample
 
@@ -108,7 +109,11 @@ def evaluation_rows(config: PairConfig, *, validation: int = 64, test: int = 128
 
 def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
     """The text of every task by name: those of `evaluation`, or one for each text experts have where it names none (but
-    tasks of lm-eval's); and `general`."""
+    tasks of lm-eval's); and `general`.
+
+    Raises:
+        UserError: a task has a name that tables have for something else.
+    """
     asked = dict(config.evaluation)
     if not any(text.source for text in asked.values()):
         asked = {}
@@ -116,6 +121,12 @@ def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
             users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
             name = users[0] if len(users) == 1 else "+".join(users)
             asked[name] = text_of_calibration(source)
+    for name in sorted({GENERAL, ALL_TASKS} & asked.keys()):
+        raise UserError(
+            f"evaluation: no task can be named {name!r}, which tables have for something else: give it another name under "
+            "evaluation (an expert's own text is named after the expert until it is named there)",
+            "evaluation-reserved-name",
+        )
     return asked | ({GENERAL: config.general} if config.general else {})
 
 

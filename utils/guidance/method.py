@@ -222,15 +222,20 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     return methods[name]
 
 
+def default_options(method: GuidanceMethod, half: Half, experts: int) -> dict[str, Any]:
+    """The defaults of a method's own flags, for so many experts that are merged with each other: of `best` where several are."""
+    own = {flag.name: flag.default for flag in method.flags(half)}
+    leading = _BEST_OF_SEVERAL if experts > 1 and method.name == _BEST else {}
+    return own | {name: value for name, value in leading.items() if name in own}
+
+
 def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace, config: "PairConfig") -> dict[str, Any]:
     """The values of a method's own flags, defaults filled in: for `best` those that lead for so many experts.
 
     Raises:
         UserError: a flag of another method was given, which would do nothing.
     """
-    own = {flag.name: flag.default for flag in method.flags(half)}
-    if _is_best(given, config) and len(config.target_model_names) > 1:
-        own |= {name: value for name, value in _BEST_OF_SEVERAL.items() if name in own}
+    own = default_options(method, half, len(config.target_model_names) if _is_best(given, config) else 1)
     for other in guidance_methods().values():
         for flag in other.flags(half):
             value = getattr(given, flag.name)

@@ -14,6 +14,7 @@ def judge(
     reference_is: str = "",
     *,
     recommended: bool = True,
+    gain: str = "the experts' gain over the base",
 ) -> Verdict:
     """The verdict on one contender.
 
@@ -23,6 +24,7 @@ def judge(
         standings: with both among them; the winner's `difference` is against the reference.
         reference_is: what the reference is, in words; empty where its name says it.
         recommended: whether it is what validation rows chose; of a reference that is not, nothing more is said.
+        gain: what the standings' `gain` is a share of.
 
     Raises:
         ValueError: the winner has no standing.
@@ -34,14 +36,18 @@ def judge(
     if not ours.gain.known:
         return Verdict(f"{winner} could not be scored.", None)
     named = ", ".join(filter(None, [reference, reference_is]))
-    keeps = f"keeps {percent(ours.gain.value)} of the experts' gain over the base"
+    keeps = f"keeps {percent(ours.gain.value)} of {gain}"
     if ours.gain.value < 0:
-        keeps = f"is worse than the base, by {percent(-ours.gain.value)} of the experts' gain"
+        keeps = f"is worse than the base, by {percent(-ours.gain.value)} of {gain}"
     if winner == reference and not recommended:
         what = ", ".join(filter(None, ["the reference", reference_is]))
         return Verdict(f"{winner} is {what}: it {keeps}.", None, _details(ours))
     if winner == reference:
-        return Verdict(f"Nothing is better than {named}: it {keeps}.", Outcome.UNCLEAR, _details(ours))
+        return Verdict(
+            f"On validation rows nothing was better than {named}: on test rows it {keeps}.",
+            Outcome.UNCLEAR,
+            _details(ours),
+        )
     if reference not in found or ours.difference is None or not ours.difference.known:
         return Verdict(f"{winner} {keeps}.", None, _details(ours))
     outcome = outcome_of(ours.difference, ours.p, higher_is_better=True)

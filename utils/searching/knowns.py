@@ -1,10 +1,12 @@
 """What a careful user tries by hand, tried before the search chooses anything: its winner is never worse on these rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.evaluation.controls import SCALES, TIES_SETTINGS
+from utils.guidance.method import guidance_methods
 from utils.recipes.method_rules import TASK_ARITHMETIC
-from utils.searching.points import DENSITY, LAMBDA, LINES, UNIFORM, Point
+from utils.searching.points import DENSITY, LAMBDA, LINES, UNIFORM, Point, Way
 from utils.searching.recipes import RecipeMaker
 from utils.searching.space import Space
 
@@ -22,8 +24,9 @@ class Known:
 
 def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
     """Uniform task arithmetic at several lambdas (1 / experts first), uniform TIES, LiNeS, each guided way of the space at
-    its defaults; the most telling first, `most` at most. The uniform ones are tried whatever the space holds: they are
-    what a winner is compared with, at the evaluator's settings, so that both compare with as good a uniform merge."""
+    its defaults; the most telling first (of each guidance one way, then LiNeS), `most` at most. The uniform ones are tried
+    whatever the space holds: they are what a winner is compared with, at the evaluator's settings, so that both compare
+    with as good a uniform merge."""
     share = round(1 / max(1, len(space.experts)), 3)
     arithmetic = [
         Known(f"uniform task arithmetic, lambda {value:g}", Point(TASK_ARITHMETIC.name, UNIFORM, {LAMBDA: value}))
@@ -42,7 +45,23 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
         if space.blocks > 1
     ]
     first = [*arithmetic[:2], ties[0], arithmetic[2]]
-    left = max(0, most - len(first))
-    guided = [way for way in space.ways if way.guided][:left]
-    defaults = [Known(f"{way.label} at its defaults", maker.default(way)) for way in guided]
-    return [*first, *defaults, *lines[:1], ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
+    guided = sorted((way for way in space.ways if way.guided), key=_preferred)
+    leading: dict[str, Way] = {}
+    for way in guided:
+        leading.setdefault(way.guidance, way)
+    others = [way for way in guided if way not in leading.values()]
+    told = [*first, *leading.values(), *lines[:1], *others, ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
+    return [Known(f"{one.label} at its defaults", maker.default(one)) if isinstance(one, Way) else one for one in told]
+
+
+def left_out(space: Space, tried: Sequence[Known]) -> list[str]:
+    """The guided ways of a space, and LiNeS, that none of the knowns takes, as people call them."""
+    there = {(known.point.merge_method, known.point.guidance) for known in tried}
+    asked = [way for way in space.ways if way.guidance != UNIFORM]
+    return [way.label for way in asked if (way.merge_method, way.guidance) not in there]
+
+
+def _preferred(way: Way) -> bool:
+    """Sorts a guidance's ways: first the one by a merge method that only this guidance has, or by its default."""
+    method = guidance_methods()[way.guidance]
+    return way.merge_method not in (method.own_merge_methods or (method.merge_method,))

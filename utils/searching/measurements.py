@@ -20,7 +20,8 @@ def find_measurements(
 
     Args:
         config: the pair.
-        named: folders the user named; None: what the search measured itself, and the folders beside `out_dir`.
+        named: folders the user named; None: what the search measured itself, the folders beside `out_dir`, and what
+            searches beside it measured.
         out_dir: the search's folder.
         trust_remote_code: let a checkpoint's config load code from its folder.
 
@@ -65,7 +66,11 @@ def identity(measured: Mapping[str, MeasuredPair]) -> dict[str, str]:
 def _folders(named: Sequence[str] | None, out_dir: Path) -> list[Path]:
     if named is not None:
         return [Path(name).expanduser() for name in named]
-    places = [out_dir / FOLDER, out_dir.resolve().parent]
+    beside = out_dir.resolve().parent
+    others = (
+        [path / FOLDER for path in sorted(beside.iterdir()) if path != out_dir.resolve()] if beside.is_dir() else []
+    )
+    places = [out_dir / FOLDER, beside, *others]
     return [
         path for place in places if place.is_dir() for path in sorted(place.iterdir()) if (path / MANIFEST).is_file()
     ]

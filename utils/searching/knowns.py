@@ -50,8 +50,8 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
     for way in guided:
         leading.setdefault(way.guidance, way)
     others = [way for way in guided if way not in leading.values()]
-    told = [*first, *leading.values(), *lines[:1], *others, ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
-    return [Known(f"{one.label} at its defaults", maker.default(one)) if isinstance(one, Way) else one for one in told]
+    ordered = [*first, *leading.values(), *lines[:1], *others, ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
+    return [Known(f"{one.label} at its defaults", maker.default(one)) if isinstance(one, Way) else one for one in ordered]
 
 
 def left_out(space: Space, tried: Sequence[Known]) -> list[str]:

@@ -51,7 +51,9 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
         leading.setdefault(way.guidance, way)
     others = [way for way in guided if way not in leading.values()]
     ordered = [*first, *leading.values(), *lines[:1], *others, ties[1], *arithmetic[3:], *lines[1:], *ties[2:]][:most]
-    return [Known(f"{one.label} at its defaults", maker.default(one)) if isinstance(one, Way) else one for one in ordered]
+    return [
+        Known(f"{one.label} at its defaults", maker.default(one)) if isinstance(one, Way) else one for one in ordered
+    ]
 
 
 def left_out(space: Space, tried: Sequence[Known]) -> list[str]:

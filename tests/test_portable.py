@@ -1,6 +1,7 @@
 """--portable: the recipe that stock mergekit runs, run by it, has the bits of command 3's."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from tests.commands_here import done_here, refused_here
 from tests.tiny_merges import assert_same_tensors, merge_stock, tensors
 from tests.tiny_mixtures import save_mixtures, save_stacked, weights
 from tests.tiny_pairs import save_pair
+from utils.evaluation.candidates import read_candidate
+from utils.evaluation.entries import Preparing
+from utils.merging.settings import MergeSettings
 
 DECIDE = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "recipes", "--dtype", "float32")
 
@@ -83,8 +87,12 @@ def test_stacked_experts(stacked, apart, monkeypatch):
     assert set(weights(stock)) == set(weights(stacked / "base"))
     _, same, _ = made(apart, "--merge_method", "ties")
     assert yaml.safe_load(same.read_text()) == yaml.safe_load(portable.read_text())
-    # without --fused_experts a filter for a stack acts on each expert
-    done_here("utils/merger.py", "--merge_config", portable, "--output_path", "each", "--device", "cpu", cwd=stacked)
+    command = ("utils/merger.py", "--merge_config", portable, "--device", "cpu", "--output_path")
+    assert "merged stacked (--fused_experts)" in done_here(*command, "as_recorded", cwd=stacked).stdout
+    assert_same_tensors(stacked / "as_recorded", stock)
+    # without the flag or the manifest a filter for a stack acts on each expert
+    portable.with_name(f"{portable.stem}.manifest.json").unlink()
+    done_here(*command, "each", cwd=stacked)
     assert not torch.equal(*(tensors(one)["model.layers.0.mlp.experts.down_proj"] for one in (stacked / "each", stock)))
 
 
@@ -118,3 +126,16 @@ def test_refused_where_there_is_nothing_to_gain_or_stock_loses_tensors(tmp_path)
     folder = save_mixtures(tmp_path / "deepseek", "deepseek_v3")
     done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
     refused_here("recipe-not-portable", "lewis_merge.py", *DECIDE, "--portable", cwd=folder)
+
+
+def test_it_is_scored_as_it_is_merged(apart, stacked, monkeypatch):
+    """Each way of storing experts: the planned merge of the candidate has the tensors of stock mergekit's model."""
+    for folder in (apart, stacked):
+        _, portable, _ = made(folder, "--merge_method", "ties", "--gamma", "0.35")
+        monkeypatch.chdir(folder)
+        candidate = read_candidate(str(portable))
+        assert candidate.fused_experts
+        settings = MergeSettings(Path("unwritten"), Path("recipe"), device="cpu", quiet=True)
+        planned = Preparing(torch.device("cpu"), "auto", settings).plan(candidate)
+        stock = {tensor.name for tensor in planned.plan.tensors if "experts" in tensor.name}
+        assert planned.settings.fused_experts and len(stock) == 4  # two stacks in each of two layers

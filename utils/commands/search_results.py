@@ -169,7 +169,9 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
         data = {**made.data, "models": models}
         files[name] = recipe_bytes(data, made.note)
         measured, search = ready.measured.get(one.point.guidance), _search_record(ready)
-        record = recipe_record(ready.options.config, measured, one, (name, files[name]), data, vectors, search)
+        record = recipe_record(
+            ready.options.config, measured, one, (name, files[name]), data, vectors, search, made.fused
+        )
         files[manifest_name(name)] = record.as_bytes()
     return files
 

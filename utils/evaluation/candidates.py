@@ -40,7 +40,7 @@ class Candidate:
 
     `folder` is where a recipe's relative names (models, files of vectors) begin; None for the current folder, which is
     what command 3 takes. `role` is `candidate`, or `base`, `expert` or `control` for those that the command adds. `source`
-    is the file that a recipe was read from, if it was.
+    is the file that a recipe was read from, if it was. `fused_experts` as for command 3, if that file's manifest has it.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Candidate:
     revision: str | None = None
     role: str = "candidate"
     source: Path | None = None
+    fused_experts: bool = False
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.model is None):
@@ -83,7 +84,7 @@ class Candidate:
     def digest(self) -> str:
         """SHA-256 of what decides the candidate's weights beside the inputs' own: recipe and folder, or model."""
         parts = [self.recipe, str(self.folder) if self.folder else None, self.model, self.revision]
-        return sha256_of(parts)
+        return sha256_of([*parts, "fused_experts"] if self.fused_experts else parts)
 
 
 def read_candidate(text: str) -> Candidate:
@@ -127,7 +128,13 @@ def _of_file(path: Path) -> Candidate:
     record, _ = read_recipe_manifest(path, recipe.sha256)
     opened = {name: open_without_download(recipe.locate(name)) for name in model_names(data)} if record else {}
     refuse_other_weights(path, record, {name: one for name, one in opened.items() if one is not None})
-    return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.absolute().parent)
+    return Candidate(
+        path.stem,
+        recipe=recipe.data,
+        source=path,
+        folder=path.absolute().parent,
+        fused_experts=record is not None and record.fused_experts,
+    )
 
 
 def _is_recipe(path: Path) -> bool:

@@ -123,7 +123,7 @@ class Preparing:
 
     def _small_files(self, candidate: Candidate, planned: PlannedMerge) -> Path:
         """A folder with all that command 3 would write but the weights; recipes of one form share it."""
-        form = json.dumps(_without_parameters(candidate.merge_recipe().data), sort_keys=True)
+        form = json.dumps([_without_parameters(candidate.merge_recipe().data), candidate.fused_experts], sort_keys=True)
         if form not in self._described:
             folder = tempfile.mkdtemp()
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -140,7 +140,8 @@ class Preparing:
         if candidate.digest not in self._planned:
             while len(self._planned) >= _MOST_PLANS:
                 self._planned.pop(next(iter(self._planned)))
-            self._planned[candidate.digest] = plan_recipe(self.settings, candidate.merge_recipe(), lambda line: None)
+            settings = replace(self.settings, fused_experts=candidate.fused_experts)
+            self._planned[candidate.digest] = plan_recipe(settings, candidate.merge_recipe(), lambda line: None)
         return self._planned[candidate.digest]
 
     @contextmanager

@@ -43,6 +43,7 @@ def recipe_files(
         lambda_=data["parameters"].get("lambda"),
         dtype=data["dtype"],
         out_dtype=data.get("out_dtype"),
+        fused_experts=isinstance(control, Portable) and control.fused,
         **measurement_record(measured.config, measured),
     )
     return {**vectors, name: content, manifest_name(name): record.as_bytes()}
@@ -51,10 +52,14 @@ def recipe_files(
 def _note(made: GuidedRecipe, beside: Control | Portable | None) -> str:
     """What the first line of a recipe says of stock mergekit; "" where nothing is special."""
     if isinstance(beside, Portable):
-        here = "utils/merger.py --fused_experts" if beside.fused else "utils/merger.py"
-        return f"for stock mergekit-yaml, and {here}; {beside.said}; the guided recipe: {made.name}"
+        return f"for stock mergekit-yaml, and {_here(beside)}; {beside.said}; the guided recipe: {made.name}"
     only_here = made.only_here if beside is None else beside.only_here
     return f"for utils/merger.py alone: {only_here}" if only_here else ""
+
+
+def _here(portable: Portable) -> str:
+    """What merges it here; the flag is for a copy without its manifest, which says so, too."""
+    return "utils/merger.py --fused_experts" if portable.fused else "utils/merger.py"
 
 
 def measurement_record(config: PairConfig, measured: MeasuredPair | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Only configs, headers and tokenizers are looked at. A plan is what `utils/mergin
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import plan_vocabulary
 from utils.models.architecture import plan_architecture
 from utils.models.planned_tensors import DEFINITION
-from utils.recipes.recipe_manifest import RecipeManifest, read_recipe_manifest, refuse_other_weights
+from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest, refuse_other_weights
 from utils.runtime import device_name, gigabytes, versions
 
 
@@ -98,6 +98,10 @@ def plan_models(
         UserError: anything the user can mend; see the functions this calls.
     """
     checked, recipe = found.recipe, found.recipe.file
+    origin, doubt = read_recipe_manifest(recipe.path, recipe.sha256)
+    if origin and origin.fused_experts and not settings.fused_experts:
+        settings = replace(settings, fused_experts=True)
+        say(f"experts of a mixture are merged stacked (--fused_experts), as {manifest_name(recipe.path.name)} has it")
     register_methods()
     method = merge_method(checked.method.name)
     device, why = choose_merge_device(settings, method)
@@ -109,7 +113,6 @@ def plan_models(
     for line in _input_lines(inputs):
         say(line)
     opened(inputs)
-    origin, doubt = read_recipe_manifest(recipe.path, recipe.sha256)
     named = {one.label: one.checkpoint for one in inputs.models} | {one.name: one for one in checkpoints}
     refuse_other_weights(recipe.path, origin, named)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]

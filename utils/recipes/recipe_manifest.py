@@ -15,6 +15,7 @@
 | `samples` | texts and their rows, as the measurement's manifest has them |
 | `measurement` | `sha256` of the measurement's manifest, its `versions`, and `sample_sha256` of the `models` (`content_sample`); null for bare tables |
 | `versions` | of the libraries that command 2 ran with |
+| `fused_experts` | whether its filters are for stacked experts, as stock mergekit has them: command 3 merges it so |
 | `search` | only beside a recipe that a search found: which trial of how many, and on which rows it was chosen |
 """
 
@@ -57,6 +58,7 @@ class RecipeManifest:
     samples: Any
     measurement: Mapping[str, Any] | None
     versions: Mapping[str, str]
+    fused_experts: bool = False
     search: Mapping[str, Any] | None = None
 
     def as_data(self) -> dict[str, Any]:
@@ -101,10 +103,12 @@ def read_recipe_manifest(recipe: Path, sha256: str) -> tuple[RecipeManifest | No
     own = {key.rstrip("_"): key for key in RecipeManifest.__dataclass_fields__ if key != "search"}
     own = {COMMAND: own, SEARCHER: {**own, "search": "search"}}.get(str(data.get("command")))
     where = f"{path} is not a manifest as lewis_merge.py and utils/searcher.py write it"
-    if own is None or set(own) - set(data):
+    if own is None or set(own) - set(data) - {"fused_experts"}:  # which older ones lack
         raise UserError(f"{where}; {_REMEDY}", "recipe-manifest-malformed")
     try:
-        found = TypeAdapter(RecipeManifest).validate_python({field: data[key] for key, field in own.items()})
+        found = TypeAdapter(RecipeManifest).validate_python(
+            {field: data[key] for key, field in own.items() if key in data}
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(step).rstrip("_") for step in first["loc"])

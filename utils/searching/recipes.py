@@ -34,12 +34,13 @@ _DTYPE = "float32"
 @dataclass(frozen=True)
 class Made:
     """A recipe: `data` as the scorer takes it, files of vectors being named by their whole paths (`vectors`); `stock` if
-    any mergekit runs it, not this project's command 3 alone; `note` is what its first line is to say."""
+    any mergekit runs it, not this project's command 3 alone; `note` is what its first line is to say; `fused` if its filters are for stacked experts."""
 
     data: Mapping[str, Any]
     stock: bool
     vectors: tuple[Path, ...] = ()
     note: str = ""
+    fused: bool = False
 
     @property
     def digest(self) -> str:
@@ -104,11 +105,12 @@ class RecipeMaker:
         if point.guidance == LINES or point.depth:
             maker.blocks = find_blocks(self.models, stock)
         here = "utils/merger.py"
-        if any(name != other for name, other in stock.by_own.items()):
+        fused = any(name != other for name, other in stock.by_own.items())
+        if fused:
             here += (
                 " --fused_experts, which cut each stack of experts as one; what was scored cuts each expert on its own"
             )
-        return replace(maker.make(point), stock=True, note=f"for stock mergekit-yaml, and {here}")
+        return replace(maker.make(point), stock=True, note=f"for stock mergekit-yaml, and {here}", fused=fused)
 
     def make(self, point: Point) -> Made:
         """The recipe of a point.

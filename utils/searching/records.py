@@ -22,6 +22,7 @@ def recipe_record(
     data: Mapping[str, Any],
     vectors: Mapping[str, Path],
     search: Mapping[str, Any],
+    fused_experts: bool = False,
 ) -> RecipeManifest:
     """The manifest of a winner's recipe.
 
@@ -33,6 +34,7 @@ def recipe_record(
         data: the recipe.
         vectors: the files of vectors, by the names that it has for them.
         search: what else is known of the search.
+        fused_experts: whether its filters are for stacked experts.
     """
     point, (name, content) = one.point, written
     numbers = {key: value for key, value in point.numbers.items() if key not in (LAMBDA, DENSITY)}
@@ -49,5 +51,6 @@ def recipe_record(
         dtype=data["dtype"],
         out_dtype=data.get("out_dtype"),
         **measurement_record(config, measured),
+        fused_experts=fused_experts,
         search={"trial": one.number, **search, **factors},
     )

@@ -111,4 +111,4 @@ def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
     source = winner.source or options.out_dir / UNIFORM
     folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
     flags = {"output_path": folder, "merge_config": source, "evaluation": options.out_dir, "report": True}
-    return next_command("utils/merger.py", flags)
+    return next_command("utils/merger.py", {**flags, "trust_remote_code": options.trust_remote_code})

@@ -217,7 +217,7 @@ def _next(ready: Prepared) -> str:
     folder = ready.options.out_dir
     target = folder.resolve().parent / "merged_models" / folder.resolve().name
     flags = {"output_path": from_here(target), "merge_config": folder / BEST, "evaluation": folder, "report": True}
-    return next_command("utils/merger.py", flags)
+    return next_command("utils/merger.py", {**flags, "trust_remote_code": ready.options.trust_remote_code})
 
 
 def _request(

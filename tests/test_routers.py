@@ -96,7 +96,7 @@ def test_guidances_that_run_the_experts_agree_on_their_routers(measured, guidanc
 
 def test_a_guidance_that_runs_the_base_alone_says_so(measured):
     asked = ("--config", "pair.yaml", "--out_dir", "dfs_linear", "--guidance", "submodule_linearity")
-    done_here("lewis_importance.py", *asked, "--no-nonlinearity", cwd=measured)
+    done_here("lewis_importance.py", *asked, "--no-nonlinearity", "--accept_useless_text", cwd=measured)
     assert not (measured / "dfs_linear" / "routing.csv").exists()
     arguments = ("--delta_dfs_in_dir", "dfs_linear", "--config_file", "pair.yaml", "--out_dir", "linear")
     asked = ("--guidance", "submodule_linearity", "--merge_method", "task_arithmetic")

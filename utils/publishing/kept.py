@@ -25,8 +25,8 @@ class KeptWork:
     def __str__(self) -> str:
         """A sentence without its end. That room is taken there is worth knowing where the disk is full."""
         return (
-            f"what is finished stays in {self.folder}, where it takes {gigabytes(self.nbytes)}: the same line goes on from "
-            f"it unless an input changes, {self.anew}"
+            f"what is finished stays in {self.folder}, where it takes {gigabytes(self.nbytes)}: once what stopped it "
+            f"is mended, the same line goes on from it unless an input changes, {self.anew}"
         )
 
 

@@ -204,7 +204,7 @@ def test_without_a_list_of_what_is_finished_nothing_of_it_is_used(tmp_path):
     ("left", "of_use"), [({PROGRESS: b"1", "a": b"1"}, True), ({PROGRESS: b"1"}, False), ({"a": b"1"}, True)]
 )
 def test_whatever_stops_it_leaves_what_is_finished_and_of_use(tmp_path, kind, left, of_use):
-    stays, where = PROGRESS in left and of_use, {"key": KEY, "is_of_use": lambda: of_use}
+    stays, where = PROGRESS in left and of_use, {"key": KEY, "is_of_use": lambda error: of_use and type(error) is kind}
     with (
         pytest.raises(kind) as caught,
         staged_folder(tmp_path / "out" / "model", **where) as folder,

@@ -5,9 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from tests.refusals import refused
-from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest
+from tests.tiny_checkpoints import save_tiny
+from utils.merging.recipe_check import Name
+from utils.models.checkpoints import open_checkpoint
+from utils.models.content_sample import content_sample
+from utils.pair.config import ModelEntry
+from utils.recipes.named_model import NamedModel, named_model
+from utils.recipes.recipe import model_key
+from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest, refuse_other_weights
 
 MANIFEST = RecipeManifest(
     recipe={"name": "a_merge_config.yaml", "sha256": "12"},
@@ -95,3 +103,40 @@ def test_values_of_another_kind_are_named(recipe, key, value):
     with refused("recipe-manifest-malformed") as caught:
         read_recipe_manifest(recipe, "12")
     assert f"write it: {key}" in str(caught.value)
+
+
+def test_two_revisions_of_one_repository_are_two_models(tmp_path):
+    """A base and an expert may be steps of one training; each is compared with what was recorded of it, if it is here."""
+    names = [named_model(ModelEntry("org/m", one, one)) for one in ("step1", "step2", "step3")]
+    here = [open_checkpoint(str(save_tiny("llama", tmp_path / one, seed=seed))) for seed, one in enumerate("ab")]
+    models = [
+        {"model": one.path, "revision": one.revision, "adapter": None, "sample_sha256": content_sample(checkpoint)}
+        for one, checkpoint in zip(names, [*here, here[0]], strict=True)
+    ]
+    record = dataclasses.replace(MANIFEST, measurement={"models": models})
+    found = dict(zip(names, [*here, None], strict=True))
+    (line,) = refuse_other_weights(tmp_path / "recipe.yaml", record, found)
+    assert "org/m@step3" in line
+    with refused("recipe-other-weights") as caught:
+        refuse_other_weights(tmp_path / "recipe.yaml", record, {names[0]: here[1], names[1]: here[1]})
+    assert "org/m@step1" in str(caught.value) and "org/m@step2" not in str(caught.value)
+
+
+def test_a_model_that_its_adapter_was_merged_into_is_not_compared(tmp_path):
+    name = named_model(ModelEntry("org/m+org/a", "x", "v1"))
+    assert name == NamedModel("org/m", "v1", "org/a")
+    merged = open_checkpoint(str(save_tiny("llama", tmp_path / "merged")))
+    models = [{"model": "org/m", "revision": "v1", "adapter": "org/a", "sample_sha256": "0"}]
+    (line,) = refuse_other_weights(
+        tmp_path / "recipe.yaml", dataclasses.replace(MANIFEST, measurement={"models": models}), {name: merged}
+    )
+    assert "org/m@v1+org/a" in line
+
+
+@pytest.mark.parametrize("name", ["org/m", "org/m+org/a", "~/m", "./m+~/a"])
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_commands_2_and_3_know_a_model_by_the_same_name(name, revision):
+    revision = None if name[0] in "~." else revision
+    entry = ModelEntry(name, "x", revision)
+    (found,) = TypeAdapter(list[Name]).validate_python([model_key(entry)])
+    assert found.recorded == named_model(entry)

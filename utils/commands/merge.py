@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.commands.evaluation_folder import read_measured
-from utils.errors import warn
+from utils.errors import UserError, warn
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
 from utils.merging.pieces.finished import FinishedTensors
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge
 
 REPORT = "report.html"
+_FINAL = ("merge-not-finite", "merge-result-wrong", "merge-result-unloadable")  # the same merge ends so every time
 _LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
 
 
@@ -86,7 +87,7 @@ def merge(settings: MergeSettings) -> None:
         is_there=partial(_is_there, output, request),
         say=lambda line: _say([line], settings),
         last=True,
-        is_of_use=ready.can_be_merged_again,
+        is_of_use=lambda error: not _is_final(error) and ready.can_be_merged_again(),
     ) as stage:
         if stage is None:
             _say_there(settings)
@@ -121,6 +122,11 @@ def _write_adapter(ready: "PlannedMerge", stage: Path) -> Iterable[str]:
     report = write_adapter(ready, stage, lambda line: _say([line], ready.settings))
     ready.check_unchanged()
     return [report]
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether what has stopped the merge lies in its numbers or in its result, so that to go on would end there again."""
+    return isinstance(error, UserError) and any(code in _FINAL for code in error.codes)
 
 
 def _is_there(output: OutputFolder, request: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.merging.recipe_check import ModelName, check_recipe
 from utils.merging.recipe_file import (
     FILE_KEYS,
     INPUT_KEYS,
@@ -22,7 +23,7 @@ from utils.merging.recipe_file import (
     model_names,
     read_recipe,
 )
-from utils.models.checkpoints import is_local, open_without_download
+from utils.models.checkpoints import Checkpoint, is_local, open_without_download
 from utils.models.low_rank import adapter_name
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
@@ -126,8 +127,8 @@ def _of_file(path: Path) -> Candidate:
         recipe.locate(name)  # refuses names that lead to two things
     refuse_changed_files(path, {name: Path(recipe.locate(name)) for _, _, name in _names(data, keys=FILE_KEYS)})
     record, _ = read_recipe_manifest(path, recipe.sha256)
-    opened = {name: open_without_download(recipe.locate(name)) for name in model_names(data)} if record else {}
-    refuse_other_weights(path, record, {name: one for name, one in opened.items() if one is not None})
+    models = check_recipe(recipe).models if record else ()
+    refuse_other_weights(path, record, {one.recorded: _opened(recipe, one) for one in models})
     return Candidate(
         path.stem,
         recipe=recipe.data,
@@ -135,6 +136,16 @@ def _of_file(path: Path) -> Candidate:
         folder=path.absolute().parent,
         fused_experts=record is not None and record.fused_experts,
     )
+
+
+def _opened(recipe: MergeRecipe, name: ModelName) -> Checkpoint | None:
+    """A model that a recipe names, if it is on this machine."""
+    place = recipe.locate(name.model.path)
+    if name.lora is None:
+        return open_without_download(place, name.model.revision)
+    if name.lora.revision or "+" in place:
+        return None
+    return open_without_download(f"{place}+{recipe.locate(name.lora.path)}", name.model.revision)
 
 
 def _is_recipe(path: Path) -> bool:

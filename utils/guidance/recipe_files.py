@@ -8,7 +8,8 @@ from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
-from utils.recipes.recipe import plain_name, recipe_bytes
+from utils.recipes.named_model import named_model
+from utils.recipes.recipe import recipe_bytes
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
 from utils.recipes.saliency_vectors import open_vectors
 from utils.runtime import versions
@@ -83,7 +84,9 @@ def _measurement(measured: MeasuredPair, manifest: Mapping[str, Any]) -> dict[st
         before = recorded.get(entry.type, {})
         sample = measured.models.samples.get(entry.type) or before.get("sample_sha256")
         if before and sample:
-            models.append({"model": plain_name(entry), "adapter": "adapter" in before, "sample_sha256": sample})
+            name = named_model(entry)
+            record = {"model": name.path, "revision": name.revision, "adapter": name.adapter}
+            models.append({**record, "sample_sha256": sample})
     return {"sha256": measured.sha256, "versions": manifest.get("versions"), "models": models}
 
 

@@ -38,12 +38,14 @@ class MergeInput:
     """One model of a merge: how mergekit refers to it, the open checkpoint, and a name fit to be published.
 
     The checkpoint's own `name` is what the user wrote. `label` is the same, but the last part alone of an absolute
-    path. `hub_ids` are the repositories it comes from: none, the model, or the model and its adapter.
+    path. `name` is what the recipe and its manifest have. `hub_ids` are the repositories it comes from: none, the model, or
+    the model and its adapter.
     """
 
     reference: "ModelReference"
     checkpoint: Checkpoint
     label: str
+    name: ModelName
     hub_ids: tuple[str, ...] = ()
 
 
@@ -114,7 +116,8 @@ def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:
         local = model_reference(checkpoint)
         if checkpoint.adapter is not None:
             local = local.model_copy(update={"lora": local.model.model_copy(update={"path": str(checkpoint.adapter)})})
-        inputs.setdefault(local, MergeInput(local, checkpoint, published_name(name), tuple(_hub_ids(recipe, name))))
+        own = MergeInput(local, checkpoint, published_name(name), name, tuple(_hub_ids(recipe, name)))
+        inputs.setdefault(local, own)
     config = configuration(recipe, places)
     return MergeInputs(config, tuple(inputs[reference] for reference in config.referenced_models()))
 

@@ -113,8 +113,8 @@ def plan_models(
     for line in _input_lines(inputs):
         say(line)
     opened(inputs)
-    named = {one.label: one.checkpoint for one in inputs.models} | {one.name: one for one in checkpoints}
-    refuse_other_weights(recipe.path, origin, named)
+    for line in refuse_other_weights(recipe.path, origin, {one.name.recorded: one.checkpoint for one in inputs.models}):
+        say(line)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
     warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
     plan = _plan(inputs, method, settings, device)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError, Validatio
 from utils.errors import Problem
 from utils.merging.known_methods import METHODS, KnownMethod, reader, setting_problems
 from utils.merging.recipe_file import KEYWORDS, MergeRecipe
+from utils.recipes.named_model import NamedModel
 from utils.validation import Mistakes, checked, nearest, read_checked, refuse, show
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -62,6 +63,11 @@ class ModelName:
 
     def __str__(self) -> str:
         return f"{self.model}+{self.lora}" if self.lora else str(self.model)
+
+    @property
+    def recorded(self) -> NamedModel:
+        """What the recipe's manifest knows it by."""
+        return NamedModel(self.model.path, self.model.revision, str(self.lora) if self.lora else None)
 
 
 Name = Annotated[ModelName, BeforeValidator(partial(_split, mark="+", first="model", second="lora"))]

@@ -42,7 +42,7 @@ def staged_folder(
     is_there: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
     last: bool = False,
-    is_of_use: Callable[[], bool] = lambda: True,
+    is_of_use: Callable[[BaseException], bool] = lambda error: True,
 ) -> Iterator[Path | None]:
     """Yield a sibling of `target`; when the block ends well, it becomes `target`.
 
@@ -58,7 +58,7 @@ def staged_folder(
         is_there: whether `target` holds by now what the key names, asked once this run has the folder to itself.
         say: takes a line where another run of the same key is waited for.
         last: whether the command has succeeded with this.
-        is_of_use: whether the same run could still go on with what is finished, asked once something has stopped it.
+        is_of_use: whether the same run could still go on with what is finished, asked with what has stopped it.
 
     Yields:
         The folder; None if `is_there`, and nothing is published then.
@@ -87,7 +87,7 @@ def working_folder(
     key: str | None = None,
     is_there: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
-    is_of_use: Callable[[], bool] = lambda: True,
+    is_of_use: Callable[[BaseException], bool] = lambda error: True,
 ) -> Iterator[Path | None]:
     """The folder of `staged_folder` alone: it is removed in the end, unless it was moved or what stopped it left `PROGRESS`."""
     target = Path(os.path.realpath(target))  # a link to a folder stays, the folder it names is replaced
@@ -104,7 +104,7 @@ def working_folder(
             try:
                 yield stage
             except BaseException as error:
-                if (stage / PROGRESS).is_file() and is_of_use():
+                if (stage / PROGRESS).is_file() and is_of_use(error):
                     note_kept(error, stage)
                 else:
                     remove_tree(stage)

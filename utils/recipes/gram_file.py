@@ -73,6 +73,7 @@ class GramFileWriter:
         """Take back everything that was written."""
         self._entries.clear()
         self._shared.clear()
+        self._digests.clear()
         self._end = 0
         self._file.truncate(8 + self._reserved)
         self._file.seek(0, os.SEEK_END)

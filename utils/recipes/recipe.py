@@ -127,13 +127,6 @@ def model_key(entry: ModelEntry) -> str | dict[str, Any]:
     return _with_adapter(_own_key(parts.model, entry.revision), _own_key(parts.adapter, None))
 
 
-def plain_name(entry: ModelEntry) -> str:
-    """The path or hub id that a recipe names a model by, without its revision; `model+adapter` for one with an adapter."""
-    parts = adapter_name(entry.name)
-    names = [entry.name] if parts is None else [parts.model, parts.adapter]
-    return "+".join(str(Path(one).expanduser()) if one.startswith("~") else one for one in names)
-
-
 def _own_key(name: str, revision: str | None) -> str | dict[str, Any]:
     name = str(Path(name).expanduser()) if name.startswith("~") and is_local(name) else name
     if "+" in name or "@" in name:

@@ -13,7 +13,7 @@
 | `merge_method`, `mean_density`, `lambda`, `dtype`, `out_dtype` | what else the recipe was asked for |
 | `options` | the pair config's settings, `global_parameters` and `target_model_names` among them |
 | `samples` | texts and their rows, as the measurement's manifest has them |
-| `measurement` | `sha256` of the measurement's manifest, its `versions`, and `sample_sha256` of the `models` (`content_sample`); null for bare tables |
+| `measurement` | `sha256` of the measurement's manifest, its `versions`, and `sample_sha256` (`content_sample`) of the `models`, each by path, `revision` and `adapter` as the recipe names it; null for bare tables |
 | `versions` | of the libraries that command 2 ran with |
 | `fused_experts` | whether its filters are for stacked experts, as stock mergekit has them: command 3 merges it so |
 | `search` | only beside a recipe that a search found: which trial of how many, and on which rows it was chosen |
@@ -32,6 +32,7 @@ from utils.bounded_files import read_json
 from utils.errors import Problem, UserError, raise_collected
 from utils.models.checkpoints import Checkpoint
 from utils.models.content_sample import content_sample
+from utils.recipes.named_model import NamedModel
 from utils.recipes.saliency_vectors import open_vectors
 
 PORTABLE = "portable"  # the kind of recipe that stock mergekit runs in a guided one's place
@@ -161,36 +162,54 @@ def refuse_other_files(recipe: Path, found: Mapping[str, tuple[Path, str]], reco
     )
 
 
-def refuse_other_weights(recipe: Path, record: RecipeManifest | None, models: Mapping[str, Checkpoint]) -> None:
+def refuse_other_weights(
+    recipe: Path, record: RecipeManifest | None, models: Mapping[NamedModel, Checkpoint | None]
+) -> list[str]:
     """Refuse models whose weights are not those that a guided recipe was made for.
 
     Args:
         recipe: the recipe file.
         record: its manifest; None without one, when nothing is known.
-        models: the models by their names in the recipe; one that the manifest lacks is not looked at.
+        models: the models as the recipe names them; None for one whose weights are not here. One that the manifest lacks is
+            not looked at, and neither is one with an adapter whose changes are among its own weights by now.
+
+    Returns:
+        A sentence for each model of the manifest that was not compared.
 
     Raises:
         UserError: weights are others; all models in one message.
     """
     if record is None or record.control not in (None, PORTABLE):
-        return
+        return []
     listed = (record.measurement or {}).get("models")
     entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list | tuple) else []
+    recorded = {_named(one): one.get("sample_sha256") for one in entries}
+    open_ones = {name: one for name, one in models.items() if one is not None}
+    found = {
+        name: one for name, one in open_ones.items() if name in recorded and bool(name.adapter) == bool(one.adapter)
+    }
     raise_collected(
         (
             Problem(
                 f"the weights of {name} are not those that the recipe was made for; measure again and make the recipe again, "
-                f"or, to merge by the numbers of the former ones, remove {manifest_name(recipe.name)}",
+                "or, to merge by the numbers of the former ones, have command 2 make it again with --overwrite --accept_edited",
                 "recipe-other-weights",
             )
-            for name, checkpoint in models.items()
-            for one in entries
-            if one.get("model") == name
-            and one.get("adapter") == (checkpoint.adapter is not None)
-            and one.get("sample_sha256") != content_sample(checkpoint)
+            for name, checkpoint in found.items()
+            if recorded[name] != content_sample(checkpoint)
         ),
         f"merge recipe {recipe}",
     )
+    return [
+        f"weights of {name}: not compared with those that the recipe was made for"
+        for name in recorded
+        if name not in found
+    ]
+
+
+def _named(entry: Mapping[str, Any]) -> NamedModel:
+    """A model of the manifest; earlier ones have only whether there is an adapter, and match none that has one."""
+    return NamedModel(str(entry.get("model")), entry.get("revision") or None, str(entry.get("adapter") or "") or None)
 
 
 _REMEDY = "make the recipe again with --overwrite, or remove the manifest"

@@ -31,6 +31,8 @@ from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
 from tests.tiny_experts import save_experts
 from tests.tiny_pairs import contents, write_config
+from utils.commands import search_results
+from utils.commands.evaluate_generation import generate
 from utils.commands.search import search_pair
 from utils.commands.search_options import SearchOptions
 from utils.evaluation import entries
@@ -237,11 +239,15 @@ def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     assert {name: value for name, value in after.items() if name.endswith(".json")} == contents(pair / "whole/losses")
 
 
-def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
+def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair, monkeypatch):
     """One folder: extended; then another space, another objective, another pair's weights, a second search at a time."""
     settings(pair, search=UNGUIDED)
     search_pair(options(pair))
     leave_stock(pair / "out/search")
+    search_pair(options(pair, trials=16))
+    assert not list((pair / "out/search").glob("best_stock.[ym]*"))
+    (pair / "out/search/best_stock.yaml").write_text("best_stock.yaml")  # as a kill leaves it just before it is removed
+    edited_meanwhile(pair / "out/search/best.yaml", monkeypatch)
     search_pair(options(pair, trials=16))
     assert not list((pair / "out/search").glob("best_stock.[ym]*"))
     assert (pair / "out/search/best_stock_mine.txt").read_text() == "changed since"
@@ -271,6 +277,22 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair):
     assert {name: value for name, value in contents(pair / "out/search").items() if "study.db" not in name} == {
         name: value for name, value in before.items() if "study.db" not in name
     }
+
+
+def edited_meanwhile(best: Path, monkeypatch) -> None:
+    """A search does not write over a recipe that somebody changes while it runs."""
+    own = best.read_text()
+
+    def edit(*given, **named):
+        best.write_text("# mine")
+        return generate(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_results, "generate", edit)
+        with refused("search-edited-result"):
+            search_pair(options(best.parents[2], trials=16))
+    assert best.read_text() == "# mine"
+    best.write_text(own)
 
 
 def leave_stock(folder: Path) -> None:

@@ -13,6 +13,7 @@ from utils.commands.evaluation_folder import read_evaluation
 from utils.reports.card_table import evaluation_section, model_index
 from utils.reports.page import render
 from utils.reports.values import Estimate, Role
+from utils.reports.verdict import judge
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_the_recipes_that_a_search_wrote(folder):
     assert found.candidate_of(Path("best_stock.yaml"), "aa") == "ours"
     assert found.candidate_of(Path("best_uniform.yaml"), "bb") == "plain"
     assert found.reference_is == "the best uniform merge"
+
+
+def test_a_search_by_another_figure_than_the_mean_is_judged_by_it(folder):
+    """`ours` is ahead in the mean and behind in the task where each keeps least."""
+    rows = (
+        "plain,control,all tasks,objective,0.35,0.3,0.4,,,,,",
+        "ours,candidate,all tasks,objective,0.2,0.1,0.3,plain,-0.15,-0.2,-0.1,0.01",
+    )
+    with open(folder / "scores.csv", "a") as file:
+        file.write("\n".join(rows) + "\n")
+    assert read_evaluation(folder).judged == read_evaluation(folder).page.standings
+    record(folder, options={"objective": "worst"})
+    found = read_evaluation(folder)
+    assert found.page.standings[2].gain.value == 0.53 and "keeps least" in found.gain
+    verdict = judge("ours", "plain", found.judged, gain=found.gain)
+    assert verdict.sentence.startswith("ours is worse than plain: it keeps 20.0%")
 
 
 def test_rows_of_a_data_set_of_the_hub_stand_in_the_cards_metadata(folder):

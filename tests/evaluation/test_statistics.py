@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.evaluation.figures import all_figures
+from utils.evaluation.figures import all_figures, perplexity
 from utils.evaluation.statistics import (
     TaskLosses,
     holm,
@@ -121,6 +121,11 @@ def test_a_candidate_without_losses_has_no_interval():
     found = resample({"a": task}, draws=100)
     assert math.isnan(found.mean_gain("one").value) and math.isnan(found.mean_gain("one", "two").p)
     assert math.isfinite(found.mean_gain("two").low)
+
+
+def test_a_perplexity_that_float64_cannot_hold_is_infinite():
+    assert perplexity(1000.0) == math.inf and math.isnan(perplexity(math.nan))
+    assert perplexity(2.5) == pytest.approx(math.exp(2.5))
 
 
 def test_interval_and_p_of_known_draws():

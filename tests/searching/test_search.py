@@ -7,10 +7,11 @@ import pytest
 pytest.importorskip("optuna")
 
 from tests.refusals import refused
-from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run
+from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run, space
 from utils.searching.knowns import Known
 from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
+from utils.searching.study import SearchStudy
 
 
 def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):
@@ -159,6 +160,17 @@ def test_a_study_of_another_space_is_refused(tmp_path):
     with refused("search-other-study") as caught:
         a_search(tmp_path, Formula(), merge_method=("ties",))
     assert "space" in str(caught.value)
+
+
+def test_a_search_that_did_not_record_its_margin_had_none(tmp_path):
+    def study(**identity) -> SearchStudy:
+        return SearchStudy(tmp_path, space(), {"pair": "simulated", **identity}, sampler="random", seed=0)
+
+    for identity in ({}, {}, {"margin": 0.0}):
+        study(**identity).close()
+    with refused("search-other-study") as caught:
+        study(margin=0.5)
+    assert "margin" in str(caught.value)
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

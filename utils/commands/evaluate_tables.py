@@ -8,6 +8,7 @@ import pandas as pd
 
 from utils.commands.evaluate_accuracy import accuracy_cells
 from utils.commands.evaluated import Evaluated, Generated
+from utils.evaluation.figures import perplexity
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import Interval
 from utils.evaluation.tasks import ALL_TASKS, GENERAL
@@ -27,7 +28,7 @@ def scores_table(evaluated: Evaluated, generated: Generated) -> pd.DataFrame:
         start = {"candidate": one.name, "role": one.role}
         for task, found in figures.tasks.items():
             rows.append(start | {"task": task, "measure": "loss"} | _cells(found.loss, found.loss_difference))
-            ends = {key: math.exp(value) for key, value in _cells(found.loss, None).items()}
+            ends = {key: perplexity(value) for key, value in _cells(found.loss, None).items()}
             rows.append(start | {"task": task, "measure": "perplexity"} | ends)
             if math.isfinite(found.gain.value):
                 cells = _cells(found.gain, found.gain_difference)

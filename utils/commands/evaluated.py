@@ -1,5 +1,6 @@
 """What an evaluation came to, between the work and those that show it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,3 +42,8 @@ class Evaluated:
     scored: int
     seconds: float
     compared: tuple[str, ...] = ()
+
+    @property
+    def by_objective(self) -> bool:
+        """Whether a figure other than the mean, which a search chose by, is known of anybody."""
+        return any(one.chosen_by and math.isfinite(one.chosen_by.value) for one in self.figures.values())

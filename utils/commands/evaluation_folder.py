@@ -6,13 +6,15 @@ text = evaluation_section(found.page, name)                 # utils.reports.card
 """
 
 import csv
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.evaluation.tasks import ALL_TASKS
 from utils.merging.recipe_file import MergeRecipe
 from utils.publishing.manifest import MANIFEST
 from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Score, Standing, TaskScores
@@ -20,7 +22,10 @@ from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Sc
 SCORES = "scores.csv"
 _LOSS, _PERPLEXITY, _GAIN, _WORST, _FORGETTING = "loss", "perplexity", "gain_kept", "worst_gain_kept", "forgetting"
 _OBJECTIVE = "objective"
-_ALL = "all tasks"
+GAIN_OF = {  # what a search by another objective than the mean makes as large as it can
+    "worst": "the gain of the task where it keeps least",
+    "weighted": "the tasks' weighted gain",
+}
 _NOTE = (
     "Intervals are 95% intervals over rows of text, paired: they hold the noise of the text, not that of training the "
     "experts again."
@@ -33,12 +38,15 @@ Rows = dict[tuple[str, str, str], dict[str, str]]  # (candidate, task, measure) 
 class Evaluation:
     """The scores in a folder as the values that a page shows, and the candidates by the SHA-256 of their recipe file.
 
-    `reference_is` is what the page's reference is, in words; empty where its name says it.
+    `reference_is` is what the page's reference is, in words; empty where its name says it. `judged` are the standings that
+    a verdict goes by, with `gain` in words: those of the search's own objective, where that is not the mean.
     """
 
     page: Page
     recipes: Mapping[str, str]
     reference_is: str = ""
+    judged: tuple[Standing, ...] = ()
+    gain: str = ""
 
     def candidate_of(self, recipe: Path, sha256: str) -> str:
         """The candidate that a recipe file is: the one of its content; where no contents were recorded, of its name.
@@ -76,7 +84,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         page = _page(folder, rows, roles, manifest)
         candidates = manifest.get("candidates", [])
         recipes = {one["recipe_sha256"]: one["name"] for one in candidates if one.get("recipe_sha256")}
-        return Evaluation(page, recipes, str(manifest.get("reference_is") or ""))
+        objective = manifest.get("options", {}).get("objective")
+        by_objective = _by_objective(page.standings, rows) if objective in GAIN_OF else ()
+        judged, gain = (by_objective, GAIN_OF[objective]) if by_objective else (page.standings, "")
+        return Evaluation(page, recipes, str(manifest.get("reference_is") or ""), judged, gain)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: there is no {SCORES}, so this is no folder of utils/evaluator.py or utils/searcher.py",
@@ -188,8 +199,20 @@ def _standings(rows: Rows, roles: Mapping[str, Role]) -> list[Standing]:
             _estimate(forgotten[name]) if name in forgotten else None,
         )
         for name in roles
-        if (line := rows.get((name, _ALL, _GAIN))) is not None
+        if (line := rows.get((name, ALL_TASKS, _GAIN))) is not None
     ]
+
+
+def _by_objective(standings: Sequence[Standing], rows: Rows) -> tuple[Standing, ...]:
+    """The standings by what a search chose by; none where nobody's figure is known."""
+    lines = {one.contender: rows.get((one.contender, ALL_TASKS, _OBJECTIVE)) for one in standings}
+    if not any(line and line["value"] for line in lines.values()):
+        return ()
+    return tuple(
+        dataclasses.replace(one, gain=_estimate(line), difference=_difference(line), p=_number(line["p"]))
+        for one in standings
+        if (line := lines[one.contender])
+    )
 
 
 def _estimate(line: Mapping[str, str]) -> Estimate:

@@ -59,12 +59,18 @@ def report_html(ready: PlannedMerge, measured: Measured | None, seconds: float) 
 
 def _verdict(measured: Measured) -> Verdict | None:
     """The verdict on what was merged, and who came first where that is another; None where it has no figures."""
-    scored, name = measured.page, measured.name
-    if not any(one.contender == name and one.gain.known for one in scored.standings):
+    scored, name, evaluation = measured.page, measured.name, measured.evaluation
+    if not any(one.contender == name and one.gain.known for one in evaluation.judged):
         return None
     first = scored.winner in ("", name)
+    named = {"gain": evaluation.gain} if evaluation.gain else {}
     found = judge(
-        name, scored.reference, scored.standings, measured.evaluation.reference_is, recommended=scored.winner == name
+        name,
+        scored.reference,
+        evaluation.judged,
+        evaluation.reference_is,
+        recommended=scored.winner == name,
+        **named,
     )
     said = () if first else (f"The best on validation rows was {scored.winner}.",)
     return dataclasses.replace(found, details=(*said, *found.details))

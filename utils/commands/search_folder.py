@@ -8,15 +8,22 @@ from utils.errors import UserError
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.publishing.target import refuse_existing
 
+OUTDATED = (
+    "outdated"  # key of the manifest: files of the earlier result without a successor, which are removed behind it
+)
+
 
 def written_by_a_search(folder: Path) -> dict[str, str]:
-    """The files that an earlier search published here, with their SHA-256; none without its manifest."""
+    """The files that an earlier search published here, with their SHA-256, and those it was about to remove when it ended;
+    none without its manifest."""
     try:
         earlier = read_json(folder / MANIFEST, MANIFEST)
     except UserError:
         return {}
-    files = earlier.get("files") if earlier.get("command") == COMMAND else None
-    return {Path(name).name: str(digest) for name, digest in (files or {}).items()} if isinstance(files, dict) else {}
+    if earlier.get("command") != COMMAND:
+        return {}
+    parts = [part for key in (OUTDATED, "files") if isinstance(part := earlier.get(key), dict)]
+    return {Path(name).name: str(digest) for part in parts for name, digest in part.items()}
 
 
 def refuse_edited(folder: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from utils.commands.evaluate_page import estimate, model_types
 from utils.commands.evaluated import Evaluated
+from utils.commands.evaluation_folder import GAIN_OF
 from utils.commands.report_recipe import planned_recipe
 from utils.commands.search_setup import Prepared
 from utils.evaluation.candidates import Candidate
@@ -54,7 +55,7 @@ def _by_objective(page: Page, ready: Prepared, evaluated: Evaluated) -> PageVerd
                 p=difference.p if difference else None,
             )
         )
-    gain = "the gain of the task where it keeps least" if ready.objective.worst else "the tasks' weighted gain"
+    gain = GAIN_OF[ready.options.objective]
     return judge(evaluated.winner, evaluated.reference or "", standings, evaluated.reference_is, gain=gain)
 
 
@@ -66,7 +67,7 @@ def _verdict(
     if page.verdict is None or evaluated.winner is None:
         return None
     of_gain = {name: (one.chosen_by or one.gain).value for name, one in evaluated.figures.items()}
-    if any(one.chosen_by for one in evaluated.figures.values()):
+    if evaluated.by_objective:
         page = dataclasses.replace(page, verdict=_by_objective(page, ready, evaluated))
     if winners.best.point.uniform:
         if winners.other is None:
@@ -82,7 +83,7 @@ def _verdict(
         return dataclasses.replace(page.verdict, details=(said, *page.verdict.details))
     own = of_gain[names[winners.best.digest]]
     others = {names[one.digest]: of_gain[names[one.digest]] for one in winners.uniform}
-    if len(others) < 2:
+    if len(others) < 2 or not all(map(math.isfinite, (own, *others.values()))):
         return page.verdict
     nearest = max(others, key=lambda name: others[name])
     ahead = 100 * (own - others[nearest])

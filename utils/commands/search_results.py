@@ -15,7 +15,7 @@ from utils.commands.evaluate_page import evaluation_page
 from utils.commands.evaluate_tables import printed_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
-from utils.commands.search_folder import written_by_a_search
+from utils.commands.search_folder import OUTDATED, refuse_edited, written_by_a_search
 from utils.commands.search_options import BEST, BEST_STOCK, BEST_UNIFORM, COMMAND, REPORT, SCORES, TRIALS
 from utils.commands.search_page import add_search
 from utils.commands.search_setup import Prepared
@@ -26,7 +26,7 @@ from utils.evaluation.statistics import Figure, TaskLosses
 from utils.evaluation.tasks import GENERAL, TEST
 from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
-from utils.publishing.manifest import file_sha256, with_manifest
+from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
 from utils.recipes.recipe_manifest import manifest_name
 from utils.reports.page import render
@@ -71,6 +71,11 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
     if ready.options.samples and not here:
         warnings.append("held-out prompts are not answered: this machine, which would do it, has no GPU")
     warnings += [f"the search ended early: {stopped}"] if stopped else []
+    if ready.options.objective != "mean" and not evaluated.by_objective:
+        warnings.append(
+            f"no task that --objective {ready.options.objective} goes by has a gain to keep on test rows: what the search "
+            "found is judged there by the other tasks' mean, or by losses"
+        )
     request = _request(ready, evaluated, winners, names, stopped, recipes)
     page = _page(ready, evaluated, request, warnings, following, winners, names, generated)
     files: dict[str, bytes | Path] = {
@@ -79,8 +84,10 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
         SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         REPORT: render(page).encode(),
     }
-    files = with_manifest(files, request)
-    outdated = _outdated(ready.options.out_dir, files)
+    refuse_edited(ready.options.out_dir)  # again: hours may have passed
+    outdated = _outdated(ready.options.out_dir, {*files, MANIFEST})
+    gone = {OUTDATED: {path.name: digest for path, digest in outdated.items()}} if outdated else {}
+    files = with_manifest(files, request | gone)
     publish_files(ready.options.out_dir, files, overwrite=True)
     for path in outdated:
         path.unlink(missing_ok=True)
@@ -118,7 +125,7 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
     losses = task_losses(table, scorer.tasks, base, experts)
     reference = names[winners.uniform[0].digest] if winners.uniform else None
     tried = tuple(one.name for one in chosen if one.name != reference)
-    chosen_by = None if ready.options.objective == "mean" else _figure_of_gains(ready.objective, losses)
+    chosen_by = None if ready.options.objective == "mean" else figure_of_gains(ready.objective, losses)
     figures = all_figures(losses, reference, tried, GENERAL, chosen_by=chosen_by)
     return Evaluated(
         candidates=(*pair, *chosen),
@@ -134,11 +141,15 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
     )
 
 
-def _figure_of_gains(objective: Objective, losses: Mapping[str, TaskLosses]) -> Figure:
-    """The search's own figure of the gains of the tasks that have one on test rows, their weights adding up to 1."""
+def figure_of_gains(objective: Objective, losses: Mapping[str, TaskLosses]) -> Figure | None:
+    """The search's own figure of the gains of the tasks that have one on test rows, their weights adding up to 1; None
+    where none of those that the search went by has one."""
     kind = "worst" if objective.worst else "weighted"
     weights = dict(zip(objective.tasks, objective.weights, strict=True))
-    own = Objective.of(kind, [name for name, one in losses.items() if one.has_gain], weights)
+    there = [name for name, one in losses.items() if one.has_gain]
+    if not any(objective.worst or weights.get(name) for name in there):
+        return None
+    own = Objective.of(kind, there, weights)
     return lambda gains: own.figure(np.moveaxis(gains, 0, -1))
 
 
@@ -176,11 +187,11 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
     return files
 
 
-def _outdated(folder: Path, files: Collection[str]) -> list[Path]:
+def _outdated(folder: Path, files: Collection[str]) -> dict[Path, str]:
     """The files of this search's earlier result that have no successor in `files` and would pass for a part of it: a best
-    stock recipe where the best one is stock now, say. What somebody has changed since is not among them."""
+    stock recipe where the best one is stock now, say. What somebody has changed since is not among them. With their SHA-256."""
     gone = {folder / name: digest for name, digest in written_by_a_search(folder).items() if name not in files}
-    return [path for path, digest in gone.items() if path.is_file() and file_sha256(path) == digest]
+    return {path: digest for path, digest in gone.items() if path.is_file() and file_sha256(path) == digest}
 
 
 def _search_record(ready: Prepared) -> dict[str, Any]:

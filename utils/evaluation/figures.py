@@ -27,7 +27,13 @@ class TaskFigures:
     @property
     def perplexity(self) -> float:
         """exp of the loss."""
-        return float(np.exp(self.loss.value))
+        return perplexity(self.loss.value)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where float64 cannot hold it, above some 709."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ Sampler = Literal["auto", "tpe", "gp", "random"]
 _IDENTITY, _POINT, _KNOWN, _BATCH = "identity", "point", "known", "batch"
 _INTERRUPTED, _AGAIN, _PLACE = "interrupted", "again_of", "place"
 _FAILURE, _ROWS, _DIGEST, _GAINS = "failure", "rows", "digest", "gains"
+_BEFORE = {"margin": 0.0}  # what searches went by that did not record it
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: 
     if found is None:
         study.set_user_attr(_IDENTITY, identity)
         return
+    found = {key: value for key, value in _BEFORE.items() if key in identity} | found
     differing = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
     if differing:
         raise UserError(

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+from tests.faulty import full
 from tests.refusals import refused
 from tests.tiny_experts import save_experts
 from tests.tiny_pairs import write_config
 from tests.tiny_recipes import measure_here
+from utils.commands import measure
 from utils.guidance.method import guidance_methods
 
 METHODS = tuple(name for name, method in guidance_methods().items() if method.text_per_task)
@@ -72,3 +74,26 @@ def test_it_can_be_accepted_and_is_said_then(method, swapped, capsys):
     measure_here(method, "dfs", accept_useless_text=True)
     said = capsys.readouterr().err
     assert "code has no sure gain over the base on its own text" in said and "accepted by --accept_useless_text" in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accepting_it_goes_on_with_what_is_finished_and_not_the_other_way_round(method, pair, monkeypatch):
+    """The refusal's own remedy throws nothing away; what was accepted once is refused again without the flag."""
+    settings = yaml.safe_load(Path("pair.yaml").read_text())
+    code = settings["calibration"]["code"]
+    write_config(pair, {**settings, "calibration": {"code": code, "math": code}})
+    with refused("text-without-gain"):
+        measure_here(method, "dfs", accept_useless_text=False)
+    before = [path.name for path in Path("dfs").glob(".measuring.part/*")]
+
+    def publish_in_vain(*given, **more):
+        raise full()
+
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(measure, "publish_files", publish_in_vain)
+        measure_here(method, "dfs", accept_useless_text=True)
+    after = [path.name for path in Path("dfs").glob(".measuring.part/*")]
+    assert len(after) == 1 and before in ([], after)
+    assert before or method not in ("gram_mean", "saliency_budget", "sens_merging")
+    with refused("text-without-gain"):
+        measure_here(method, "dfs", accept_useless_text=False)

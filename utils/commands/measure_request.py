@@ -8,6 +8,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.text_gain import ACCEPT
 from utils.models.checkpoints import weight_file_record
 from utils.models.content_sample import content_sample
 from utils.pair.calibration import with_defaults
@@ -67,11 +68,19 @@ def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
 
 
 def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the bits of the pieces' results depend on beside the request."""
+    """What the bits of the pieces' results depend on, beside the request, and what form those of unfinished ones have.
+
+    They do not depend on whether useless text is accepted, so that accepting it goes on with what is finished; without that,
+    every method refuses what a run that accepted it has left (`refuse_useless_text`).
+    """
     import torch
 
+    from utils.passes.snapshots import STATES
+
     threads = torch.get_num_threads() if workers is None else workers.cpus
-    return {**request, "threads": threads, "batches_a_piece": job.batches_a_piece}
+    options = {name: value for name, value in request["guidance_options"].items() if name != ACCEPT}
+    own = {"guidance_options": options, "states": STATES}
+    return {**request, **own, "threads": threads, "batches_a_piece": job.batches_a_piece}
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

@@ -54,8 +54,14 @@ def gains_by_way_forward(job: MeasureJob) -> dict[str, TextGain]:
     return dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
 
 
-def accepted_doubts(gains: Mapping[str, TextGain]) -> list[str]:
-    """A sentence for each expert whose gain is not sure."""
+def accepted_doubts(job: MeasureJob, gains: Mapping[str, TextGain]) -> list[str]:
+    """A sentence for each expert whose gain is not sure.
+
+    Raises:
+        UserError: there is one, and that was not accepted: a run that accepted it has left its result.
+    """
+    for name, gain in gains.items() if not job.options[ACCEPT] else ():
+        refuse_useless_text(name, gain, ACCEPT)
     return [
         f"{name} has no sure gain over the base on its own text (loss {gain.expert:.4f}, base {gain.base:.4f}), which was "
         f"accepted by --{ACCEPT}"

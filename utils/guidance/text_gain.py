@@ -13,9 +13,11 @@ from utils.guidance.method import MethodFlag
 
 CONFIDENCE = 0.95
 ACCEPT = "accept_useless_text"
+GOES_BY_IT, EQUAL_WEIGHTS = "the merge goes by what was measured all the same", "all experts have equal weights then"
 ACCEPT_FLAG = MethodFlag(
     ACCEPT,
-    "measure experts that gain nothing over the base on their own text, too; all count alike then",
+    "measure experts that gain nothing over the base on their own text, too; gram_mean then gives all of them equal weights, "
+    "other methods go by what was measured",
     switch=True,
     default=False,
 )
@@ -65,8 +67,9 @@ def text_gain(tokens: Sequence[int], base: Sequence[float], expert: Sequence[flo
     return TextGain(*means, gain - half, gain + half, count)
 
 
-def refuse_useless_text(expert: str, found: TextGain, flag: str) -> None:
-    """Raise a `UserError` if an expert is not surely better than the base on its text; `flag` would accept that."""
+def refuse_useless_text(expert: str, found: TextGain, flag: str, then: str = GOES_BY_IT) -> None:
+    """Raise a `UserError` if an expert is not surely better than the base on its text; `flag` would accept that, and `then`
+    says what comes of it, as a clause."""
     if found.is_sure:
         return
     doubt = (
@@ -77,6 +80,6 @@ def refuse_useless_text(expert: str, found: TextGain, flag: str) -> None:
     raise UserError(
         f"{expert}: its loss on its own text is {found.expert:.4f}, the base's {found.base:.4f} (nats per token): {doubt}. "
         "Guidance by text of another task ruins a merge: give the text it was trained for under calibration in the pair "
-        f"config, or more samples (nsamples); --{flag} merges by equal weights all the same",
+        f"config, or more samples (nsamples); --{flag} accepts it, and {then}",
         "text-without-gain",
     )

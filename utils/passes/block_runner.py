@@ -124,7 +124,7 @@ def run_blocks(
             if snapshots is not None and layer + 1 < len(layers):
                 snapshots.offer(layer + 1, [flow.returned for flow in flows], Around(flows), visitor.state)
         if snapshots is not None:
-            snapshots.forget()
+            snapshots.pass_over()
         return [flow.result() for flow in flows]
 
 

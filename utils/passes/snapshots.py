@@ -19,6 +19,9 @@ from torch import Tensor
 
 from utils.errors import warn
 
+STATES = (
+    2  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
+)
 SECONDS = 300.0
 MOST_SHARE = 0.05  # of the time that snapshots may take
 
@@ -57,9 +60,9 @@ class Pauses:
 class Snapshots:
     """The snapshot of one pass; without a path none is made."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Take the file."""
-        self._path, self._stopped = path, False
+    def __init__(self, path: Path | None, *, outlives_pass: bool = False) -> None:
+        """Take the file. `outlives_pass`: until it is forgotten, since what is made of the pass is not whole with its end."""
+        self._path, self._stopped, self._outlives_pass = path, False, outlives_pass
         self._pauses = Pauses()
 
     def load(self) -> Snapshot | None:
@@ -80,8 +83,13 @@ class Snapshots:
                 self._stopped = True
                 warn_without(self._path, error)
 
+    def pass_over(self) -> None:
+        """The pass has ended well."""
+        if not self._outlives_pass:
+            self.forget()
+
     def forget(self) -> None:
-        """The pass is over."""
+        """Nothing is gone on with from here."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 

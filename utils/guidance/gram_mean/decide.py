@@ -8,7 +8,7 @@ from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
 from utils.guidance.gram_mean.method import FORM, LOW_RANK, METHOD, SPARSE, gram_file
 from utils.guidance.gram_mean.tables import read_grams
-from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text
+from utils.guidance.text_gain import ACCEPT, EQUAL_WEIGHTS, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
 from utils.recipes.method_rules import GRAM_MEAN
 from utils.recipes.naming import Naming, Recorded, name_recorded
@@ -78,7 +78,7 @@ def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, f
     options = (job.manifest or {}).get("guidance_options")
     accepted = isinstance(options, dict) and options.get(ACCEPT) is True
     for name in doubtful if not accepted else ():
-        refuse_useless_text(name, gains[name], f"{ACCEPT} (of lewis_importance.py)")
+        refuse_useless_text(name, gains[name], f"{ACCEPT} (of lewis_importance.py)", EQUAL_WEIGHTS)
     pulls = {name: 1.0 if doubtful else 1 / one.gain for name, one in gains.items()}
     total = sum(pulls.values())
     weights = {name: float(f"{pull / total:.{_DIGITS}g}") for name, pull in pulls.items()}

@@ -24,7 +24,7 @@ from utils.guidance.gram_mean.method import LOSSES, ROUNDS, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
-from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
+from utils.guidance.text_gain import ACCEPT, EQUAL_WEIGHTS, TextGain, refuse_useless_text, text_gain
 from utils.models.decoder import weight_matrix
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
@@ -139,6 +139,8 @@ def measure(job: MeasureJob) -> Measured:
             Piece(name, _measure_expert, (job.of(job.base, expert),), blocks, name, types=(ExpertGrams, TextGain))
         )
     found: list[ExpertGrams] = job.run(pieces)
+    for piece, one in zip(pieces, found, strict=True) if not job.options[ACCEPT] else ():
+        refuse_useless_text(piece.name, one.gain, ACCEPT, EQUAL_WEIGHTS)  # what a run that accepted it has left
     files = _files(job, found, 0)
     for number in range(1, job.options[ROUNDS]):
         found = _rounds().measured_again(job, number, files, found)
@@ -188,7 +190,7 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     ):
         gain = text_gain(predicted, *both.losses)
         if not job.options[ACCEPT]:
-            refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT)
+            refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT, EQUAL_WEIGHTS)
         with GramFileWriter(path, names_written(models), begun) as file, said_if_not_finite(expert):
             snapshots.grow("grams", file.sync)
             snapshots.keep("measured", lambda: (tensors, file.state()))

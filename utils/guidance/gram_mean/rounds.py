@@ -200,7 +200,7 @@ def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: 
     """An expert's matrices with the inputs of a merged model; `found` and the file `earlier` are of the round before."""
     assert place.folder is not None
     base, expert, merged = job.subjects
-    models, snapshots = BaseAndExpert(base, expert), Snapshots(place.snapshot)
+    models, snapshots = BaseAndExpert(base, expert), Snapshots(place.snapshot, outlives_pass=True)
     target = place.folder / gram_file(expert.entry.type)
     path = target if place.snapshot is None else place.snapshot.with_suffix(".grams")
     tensors, begun = _begun(snapshots, path)
@@ -221,6 +221,7 @@ def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: 
         file.add_gradients(earlier)
     if path != target:
         os.replace(path, target)
+    snapshots.forget()
     return replace(found, tensors=tensors)
 
 

@@ -85,7 +85,7 @@ def measure(job: MeasureJob) -> Measured:
         own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
         warnings += _doubts(expert, own)
-    warnings += accepted_doubts({name: one.gain for name, one in measured.items()})
+    warnings += accepted_doubts(job, {name: one.gain for name, one in measured.items()})
     routing = tuple(row for one in measured.values() for row in one.routing)
     return Measured(files, tuple(notes), tuple(warnings), routing)
 

@@ -96,7 +96,7 @@ def measure(job: MeasureJob) -> Measured:
     rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
     outside = [row for expert in job.experts for row in _outside_rows(job.base, expert, experts[expert.entry.type])]
     losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
-    doubts = accepted_doubts({name: one.gain for name, one in experts.items()})
+    doubts = accepted_doubts(job, {name: one.gain for name, one in experts.items()})
     forms = {SENSITIVITY_TABLE: rows, DISTANCE_TABLE: distances, TENSOR_TABLE: tensors, LOSS_TABLE: losses}
     forms |= {OUTSIDE_TABLE: outside}
     return Measured(

@@ -91,7 +91,7 @@ def measure(job: MeasureJob) -> Measured:
         MISSED_TABLE: [(layer, level, types[one], value) for (layer, level, one), value in found.missed.items()],
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
-    return Measured(files, warnings=(*accepted_doubts(gains), *_warnings(job, found)))
+    return Measured(files, warnings=(*accepted_doubts(job, gains), *_warnings(job, found)))
 
 
 def _require_token_axes(base: Subject) -> None:

@@ -32,6 +32,7 @@ from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 
 _HELD_OUT = 4  # every so many samples of a task are held out
+_BY_LOSSES = "tasks count by their losses then"
 _FEWEST = 2
 _SEEN = (
     "held out: of these steps alone; where the start was measured on the same text, its files have seen these samples, so what "
@@ -98,6 +99,8 @@ def measure(job: MeasureJob) -> Measured:
     blocks = len(job.base.decoder.blocks) * (2 * len(experts) + 3 * job.options["tune_steps"] + 1)
     types = (Tuned, Descent, Step, TextGain)
     (found,) = job.run([Piece("tuned", _tune, (own, start), blocks, "tuned", types)])
+    for name, gain in found.gains.items() if not job.options[ACCEPT] else ():
+        refuse_useless_text(name, gain, ACCEPT, _BY_LOSSES)  # what a run that accepted it has left
     files = {
         COEFFICIENTS: COEFFICIENT_TABLE.content(found.rows),
         STEPS: STEP_TABLE.content(_step_rows(found.descent, [one.entry.type for one in experts])),
@@ -255,7 +258,7 @@ def _gain(job: MeasureJob, base: Subject, expert: Subject, place: Place) -> Text
             losses.append(model.losses)
     gain = text_gain([len(row) - 1 for row in job.text(expert, expert).encoded], *losses)
     if not job.options[ACCEPT]:
-        refuse_useless_text(f"model {expert.entry.name} ({expert.entry.type})", gain, ACCEPT)
+        refuse_useless_text(f"model {expert.entry.name} ({expert.entry.type})", gain, ACCEPT, _BY_LOSSES)
     return gain
 
 

@@ -15,6 +15,7 @@ from tests.refusals import refusal_code
 from tests.tiny_pairs import save_pair, save_rows, save_tokenizer, write_config
 from utils.commands import measure
 from utils.passes import snapshots
+from utils.recipes.gram_file import GramFileWriter
 from utils.workers import local
 from utils.workers.results import Keeping
 
@@ -172,3 +173,17 @@ def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(tmp_path, monkey
     left = {path.suffix for path in (tmp_path / "out").rglob("code.*")}
     assert {".snapshot", ".grams", ".model0", ".model1"} <= left
     goes_on(tmp_path, line)
+
+
+def test_a_later_rounds_pass_is_kept_until_its_file_is_in_place(tmp_path, monkeypatch):
+    """Behind the pass come gigabytes of gradients of the round before."""
+    save_pair(tmp_path)
+    line = command("gram_mean", "--rounds", "2")
+
+    def stop(file, earlier):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GramFileWriter, "add_gradients", stop)
+        assert run_here(*line, "--out_dir", "out", cwd=tmp_path).returncode == 130
+    assert [path for path in (tmp_path / "out").rglob("*.snapshot") if path.is_file()]

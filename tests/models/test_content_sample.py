@@ -50,3 +50,13 @@ def test_any_tensors_numbers_count(model, number):
     save_file(tensors, file, metadata={"format": "pt"})
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file.stat().st_size == times.st_size and sample(model) != before
+
+
+def test_a_tensor_of_no_bytes_hides_no_other(model):
+    """Of a larger dtype it is stored first, where the first of the others begins."""
+    file = model / "model.safetensors"
+    tensors = {**load_file(file), "zzz": torch.zeros(0, dtype=torch.float32)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    before, name = sample(model), min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    assert sample(model) != before

@@ -14,6 +14,7 @@ from tests.refusals import refusal_code, refused
 from tests.tiny_mixtures import save_mixtures, save_stacked
 from utils.commands import too_large
 from utils.guidance.lewis.visitor import LewisVisitor
+from utils.guidance.method import guidance_methods
 from utils.merging.allocations import LiveBytes
 from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
@@ -123,6 +124,28 @@ def test_what_needs_whole_blocks_is_refused_with_the_numbers(guidance, apart, mo
     done = run_here("lewis_importance.py", *flags, "--dtype", "float32", "--device", "cpu")
     assert refusal_code(done) == "memory-block-too-large"
     assert "--guidance lewis" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "apart", "dtype", "wanted", "unwanted"),
+    [
+        ("lewis", 30, 12, torch.float32, ["one at a time", "--dtype bfloat16"], ["needs a block whole", "--guidance"]),
+        ("lewis", 30, 30, torch.bfloat16, [], ["--dtype", "--guidance", "one at a time"]),
+        ("gram_mean", 18, 8, torch.float32, ["--guidance lewis", "--dtype bfloat16", "gram_mean needs"], []),
+        ("gram_mean", 18, 8, torch.bfloat16, ["--guidance lewis (which"], ["--dtype"]),
+        ("gram_mean", 30, 12, torch.float32, [], ["--guidance lewis", "--dtype"]),
+        ("submodule_linearity", 8, 8, torch.bfloat16, ["--guidance lewis"], ["--dtype", "(which"]),
+        ("submodule_linearity", 30, 30, torch.float32, [], ["--dtype", "--guidance"]),
+    ],
+)
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_only_what_would_do_is_advised(name, whole, apart, dtype, wanted, unwanted, is_gpu):
+    """Of ten bytes that are free."""
+    needs, method = too_large.BlockNeeds(whole, apart, dtype, 10, is_gpu), guidance_methods()[name]
+    assert needs.of(method) > needs.free
+    said = f"{needs.why(method)}; use {needs.remedies(method)}"
+    assert all(one in said for one in wanted) and not any(one in said for one in unwanted)
+    assert ("--device cpu" in said) == is_gpu and said.endswith("a machine with more memory")
 
 
 def test_command_1_measures_in_parts_what_it_measures_whole(apart, monkeypatch, tmp_path):

@@ -1,5 +1,9 @@
 """A model of which not even one block fits into memory, refused before anything is computed."""
 
+from dataclasses import dataclass
+
+import torch
+
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import GuidanceMethod
@@ -18,20 +22,53 @@ def refuse_too_large(job: MeasureJob, method: GuidanceMethod) -> None:
     free = available_bytes(device)
     for subject in job.subjects:
         whole, apart, _ = parts_bytes(subject.decoder, subject.layout)
-        needed = apart if method.experts_in_parts else whole
-        if needed <= free:
+        needs = BlockNeeds(whole, apart, subject.dtype, free, is_gpu=device.type != "cpu")
+        if needs.of(method) <= free:
             continue
-        where = "" if device.type == "cpu" else ", --device cpu"
-        why = f"--guidance {method.name} needs a block whole"
-        if apart <= free:
-            remedy = (
-                f"--guidance lewis (which takes the experts of a block one at a time){where}, or a machine with more"
-            )
-        else:
-            remedy = f"--dtype bfloat16{where}, or a machine with more"
         raise UserError(
-            f"model {subject.entry.name}: its largest block and what lies outside its blocks are {gigabytes(needed)} in "
-            f"{str(subject.dtype).removeprefix('torch.')}, and {device_name(device)} has {gigabytes(free)} free; {why}; use "
-            f"{remedy}",
+            f"model {subject.entry.name}: its largest block and what lies outside its blocks are {gigabytes(needs.of(method))} "
+            f"in {str(needs.dtype_of(method)).removeprefix('torch.')}, and {device_name(device)} has {gigabytes(free)} free"
+            f"{needs.why(method)}; use {needs.remedies(method)}",
             "memory-block-too-large",
         )
+
+
+@dataclass(frozen=True)
+class BlockNeeds:
+    """What lies outside a model's blocks with the largest one, `whole` or with its experts `apart`: bytes in `dtype`; and
+    what is `free`."""
+
+    whole: int
+    apart: int
+    dtype: torch.dtype
+    free: int
+    is_gpu: bool
+
+    def dtype_of(self, method: GuidanceMethod) -> torch.dtype:
+        """What the method computes in."""
+        return torch.float32 if method.in_float32 else self.dtype
+
+    def of(self, method: GuidanceMethod) -> int:
+        """The bytes that the method needs at least."""
+        needed = self.apart if method.experts_in_parts else self.whole
+        return needed * self.dtype_of(method).itemsize // self.dtype.itemsize
+
+    def why(self, method: GuidanceMethod) -> str:
+        """What makes it so much, as a clause; "" where nothing is to be said."""
+        if self.apart == self.whole:
+            return ""
+        if method.experts_in_parts:
+            return ", even with the experts of a block one at a time"
+        return f"; --guidance {method.name} needs a block whole"
+
+    def remedies(self, method: GuidanceMethod) -> str:
+        """What would do, as far as the numbers say."""
+        found = []
+        if not method.in_float32 and self.of(method) * torch.bfloat16.itemsize // self.dtype.itemsize <= self.free:
+            found.append("--dtype bfloat16")
+        if not method.experts_in_parts and self.apart <= self.free:
+            how = " (which takes the experts of a block one at a time)" if self.apart < self.whole else ""
+            found.append(f"--guidance lewis{how}")
+        if self.is_gpu:
+            found.append("--device cpu")
+        return ", or ".join([*found, "a machine with more memory"])

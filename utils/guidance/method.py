@@ -75,6 +75,7 @@ class GuidanceMethod:
         measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
             a `UserError` if it cannot.
         experts_in_parts: whether the experts of a block that does not fit into memory can come one at a time.
+        in_float32: whether it computes in float32 whatever `--dtype` says.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
 
@@ -100,6 +101,7 @@ class GuidanceMethod:
     tasks: str = ""
     searched: bool = True
     experts_in_parts: bool = False
+    in_float32: bool = False
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""

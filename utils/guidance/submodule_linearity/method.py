@@ -34,6 +34,7 @@ METHOD = GuidanceMethod(
     tasks="one in all: every expert's change of a part is compared with every other's, token by token",
     merge_method="task_arithmetic",
     tables=(GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED),
+    in_float32=True,
     measure_flags=(
         ACCEPT_FLAG,
         MethodFlag(

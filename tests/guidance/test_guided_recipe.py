@@ -128,6 +128,10 @@ def test_the_manifest_says_what_the_recipe_was_made_of(pair):
     assert found["measurement"] == {
         "sha256": hashlib.sha256(source).hexdigest(),
         "versions": measurement["versions"],
+        "models": [
+            {"model": f"./{one['type']}", "revision": None, "adapter": None, "sample_sha256": one["sample_sha256"]}
+            for one in measurement["models"]
+        ],
     }
     assert "torch" in found["versions"]
 

@@ -17,10 +17,20 @@ from tests.tiny_evaluations import pair_keys, save_evaluated_pair, task_file
 from tests.tiny_merges import recipe, write_recipe
 from tests.tiny_pairs import write_config
 from utils.evaluation.accuracy.pass_at_k import pass_at_1, pass_at_k, passes
+from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, joined
 
 TASKS = ROOT / "utils/evaluation/accuracy"
 TESTS = "assert double(3) == 6\nassert double(0) == 0"
 RIGHT, WRONG = "def double(x):\n    return x + x", "def double(x):\n    return x * x"
+
+
+def test_a_metric_has_one_unit_for_all_candidates():
+    """One candidate's numbers happen to lie between 0 and 1."""
+    samples = pd.DataFrame([], columns=list(COLUMNS))
+    rows = [("a", "t", "m", "none", 0.5, True, True), ("b", "t", "m", "none", 7.0, True, False)]
+    rows += [(name, "t", "acc", "none", 0.5, True, True) for name in "ab"]
+    found = [Accuracy(samples, pd.DataFrame([r for r in rows if r[0] == n], columns=list(FIGURES))) for n in "ab"]
+    assert joined(found).figures["share"].tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,29 @@ def maker(pair) -> RecipeMaker:
     )
 
 
+def test_another_searchs_measurements_change_nothing_once_there_is_a_study(pair, tmp_path):
+    """Without a study they are found; with one, what it began with is, wherever that lies."""
+    import shutil
+
+    from utils.searching.measurements import identity
+    from utils.searching.study import SearchStudy
+
+    config, out = read_pair_config(pair / "pair.yaml"), tmp_path / "search"
+    out.mkdir()
+    (tmp_path / "other").mkdir()
+
+    def found() -> dict[str, str]:
+        return identity(find_measurements(config, None, out, trust_remote_code=False)[0])
+
+    shutil.copytree(pair / "out/lewis", tmp_path / "other/measurements/lewis")
+    began = found()
+    assert list(began) == ["lewis"]
+    space = Space(config.search, ways_to_try(config.search, []), ("code", "math"), 1)
+    SearchStudy(out, space, {"measurements": began}, sampler="random", seed=0).close()
+    shutil.copytree(pair / "out/sens_merging", tmp_path / "other/measurements/sens_merging")
+    assert found() == began
+
+
 def test_factors_of_experts_and_depth_are_those_of_the_merge(pair, maker):
     """Uniform task arithmetic with all factors: base + lambda * sum of factor * factor of the block * delta."""
     import torch

@@ -11,7 +11,7 @@ from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, 
 from utils.searching.knowns import Known
 from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
-from utils.searching.study import SearchStudy
+from utils.searching.study import SearchStudy, stored_measurements
 
 
 def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):
@@ -155,6 +155,14 @@ def test_more_trials_extend_a_search(tmp_path):
     assert outcome(search) == outcome(whole)
 
 
+def test_knowns_that_were_too_many_are_tried_when_a_search_is_extended(tmp_path):
+    run(a_search(tmp_path, Formula(), knowns=KNOWNS[:1]), 4)
+    search = a_search(tmp_path, Formula())
+    run(search, 8)
+    tried = {one.known for one in search.study.finished() if one.known}
+    assert tried == {known.name for known in KNOWNS} and len(search.study.trials) == 8
+
+
 def test_a_study_of_another_space_is_refused(tmp_path):
     run(a_search(tmp_path, Formula()), 4)
     with refused("search-other-study") as caught:
@@ -171,6 +179,13 @@ def test_a_search_that_did_not_record_its_margin_had_none(tmp_path):
     with refused("search-other-study") as caught:
         study(margin=0.5)
     assert "margin" in str(caught.value)
+
+
+def test_what_a_study_began_with_is_read_back(tmp_path):
+    assert stored_measurements(tmp_path) is None
+    there = {"lewis": "aa"}
+    SearchStudy(tmp_path, space(), {"measurements": there}, sampler="random", seed=0).close()
+    assert stored_measurements(tmp_path) == there and [path.name for path in tmp_path.iterdir()] == ["study.db"]
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

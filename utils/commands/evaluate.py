@@ -14,6 +14,7 @@ from utils.commands.scorers import make_scorers, scoring_devices
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import (
     Candidate,
+    checked_against_record,
     distinct_names,
     found_recipes,
     models_of_pair,
@@ -86,7 +87,8 @@ def evaluate(options: EvaluateOptions) -> None:
         evaluated = _evaluate(options, scorers, candidates, controls, against, store)
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
         say(
-            f"scored {evaluated.scored} models and merges anew (pair and uniform merges included) in {time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
+            f"scored {evaluated.scored} models and merges anew (pair and uniform merges included) in "
+            f"{time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
             f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
         generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
@@ -108,7 +110,7 @@ def _candidates(options: EvaluateOptions) -> tuple[list[Candidate], list[str]]:
                 raise
             left_out.append(f"{from_here(one.source)} is left out: {error}")
         else:
-            asked.append(one)
+            asked.append(checked_against_record(one))
     taken = [entry.type for entry in options.config.model_info]
     taken += _control_names(options)
     return distinct_names(asked, taken), left_out

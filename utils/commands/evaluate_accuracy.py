@@ -61,8 +61,8 @@ def accuracy_scores(evaluated: Evaluated, generated: Generated) -> Iterator[Task
             )
             for cells in own
         ]
-        share = all(cells["share"] for cells in own)
-        yield TaskScores(task, measure, own[0]["higher_is_better"], tuple(scores), percent=share, note=_NOTE)
+        first = own[0]
+        yield TaskScores(task, measure, first["higher_is_better"], tuple(scores), percent=first["share"], note=_NOTE)
 
 
 def accuracy_record(accuracy: Accuracy | None) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def accuracy_record(accuracy: Accuracy | None) -> list[dict[str, Any]]:
     if accuracy is None:
         return []
     keys = ["task", "metric", "filter"]
-    groups = accuracy.figures.groupby(keys, sort=False).agg({"higher_is_better": "first", "share": "all"})
+    groups = accuracy.figures.groupby(keys, sort=False).agg({"higher_is_better": "first", "share": "first"})
     return [
         {"task": task, "measure": _measure(metric, filtered), "higher_is_better": bool(higher), "share": bool(share)}
         for (task, metric, filtered), higher, share in groups.itertuples(name=None)

@@ -8,7 +8,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
 from utils.evaluation.answers import expected, greedy_answers, prompts_of, shown
 from utils.evaluation.candidates import Candidate
-from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, AccuracyTasks
+from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, AccuracyTasks, joined
 from utils.evaluation.lm_eval_scores import accuracy as run_tasks
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
@@ -57,16 +57,9 @@ def generate(
     ]
     return Generated(
         tuple(each for each in together if each[3]),
-        _together(tables),
+        joined(tables) if tables else None,
         tuple(warnings),
     )
-
-
-def _together(found: Sequence[Accuracy]) -> Accuracy | None:
-    if not found:
-        return None
-    samples, figures = ([getattr(one, name) for one in found] for name in ("samples", "figures"))
-    return Accuracy(pd.concat(samples, ignore_index=True), pd.concat(figures, ignore_index=True))
 
 
 def _speakers(evaluated: Evaluated) -> set[str]:

@@ -229,5 +229,5 @@ def _say_choices(ready: Prepared, tried: Sequence[Known], say: Callable[[str], N
     if missing := left_out(space, tried):
         say(
             f"not among these, since there are so few trials, but left to the sampler: {'; '.join(missing)} (with --trials "
-            f"{trials_for(len(tried) + len(missing))} in a new folder each is tried at its defaults)"
+            f"{trials_for(len(tried) + len(missing))} each is tried at its defaults)"
         )

@@ -97,7 +97,7 @@ def read_candidate(text: str) -> Candidate:
     """
     path = Path(os.path.expanduser(text))
     if path.suffix in _SUFFIXES or path.is_file():
-        return _of_file(path)
+        return checked_against_record(_of_file(path))
     if adapter_name(text) is None and is_local(text) and not path.is_dir():
         raise UserError(
             f"candidate {text}: no such folder or file (looked in {Path.cwd()}); give a recipe (.yaml), a model folder "
@@ -109,7 +109,8 @@ def read_candidate(text: str) -> Candidate:
 
 def found_recipes(folder: Path) -> list[Candidate]:
     """The recipes (`*.yaml`) in a folder and in the folders in it, in name order; other YAML files are passed over, and
-    so are the uniform merges that evaluations write.
+    so are the uniform merges that evaluations write. Whether files are those that a recipe was made of is not looked at:
+    it may be another pair's (`checked_against_record`).
 
     Raises:
         UserError: a recipe with errors in it.
@@ -122,20 +123,27 @@ def found_recipes(folder: Path) -> list[Candidate]:
 def _of_file(path: Path) -> Candidate:
     """The candidate of a recipe file, whose names may begin beside it."""
     recipe = read_recipe(path)
-    data = copy.deepcopy(dict(recipe.data))
-    for _, _, name in _names(data):
+    for _, _, name in _names(copy.deepcopy(dict(recipe.data))):
         recipe.locate(name)  # refuses names that lead to two things
+    return Candidate(path.stem, recipe=recipe.data, source=path, folder=path.absolute().parent)
+
+
+def checked_against_record(candidate: Candidate) -> Candidate:
+    """The candidate with what the manifest beside its recipe file says, if it has one.
+
+    Raises:
+        UserError: files of vectors or weights are not those that the recipe was made of, or the manifest is another's.
+    """
+    path = candidate.source
+    if path is None or candidate.recipe is None:
+        return candidate
+    recipe = read_recipe(path)
+    data = copy.deepcopy(dict(recipe.data))
     refuse_changed_files(path, {name: Path(recipe.locate(name)) for _, _, name in _names(data, keys=FILE_KEYS)})
     record, _ = read_recipe_manifest(path, recipe.sha256)
     models = check_recipe(recipe).models if record else ()
     refuse_other_weights(path, record, {one.recorded: _opened(recipe, one) for one in models})
-    return Candidate(
-        path.stem,
-        recipe=recipe.data,
-        source=path,
-        folder=path.absolute().parent,
-        fused_experts=record is not None and record.fused_experts,
-    )
+    return replace(candidate, fused_experts=record is not None and record.fused_experts)
 
 
 def _opened(recipe: MergeRecipe, name: ModelName) -> Checkpoint | None:

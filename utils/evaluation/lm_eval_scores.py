@@ -183,6 +183,16 @@ def _figures(name: str, found: Mapping[str, Any], samples: pd.DataFrame) -> Iter
             yield name, task, metric, filtered, float(value), bool(higher), bool(share)
 
 
+def joined(found: Sequence[Accuracy]) -> Accuracy:
+    """Several candidates' results as one; a metric's figures are shares if they are of all candidates, so that they have one
+    unit."""
+    samples, figures = (
+        pd.concat([getattr(one, name) for one in found], ignore_index=True) for name in ("samples", "figures")
+    )
+    share = figures.groupby(["task", "metric", "filter"])["share"].transform("all")
+    return Accuracy(samples, figures.assign(share=share))
+
+
 def compare(table: pd.DataFrame, name: str, other: str) -> dict[tuple[str, str, str], float]:
     """Exact McNemar p-values between two candidates by task, metric and filter, for metrics that are right or wrong.
 

@@ -1,4 +1,4 @@
-"""What a careful user tries by hand, tried before the search chooses anything: its winner is never worse on these rows."""
+"""What a careful user tries by hand, tried before the search chooses anything: all of it races with what is chosen later."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """The dataframe folders a search can use: those it is told of, or those that lie beside its own folder."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.method import DEFAULT, guidance_methods
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import MANIFEST
+from utils.searching.study import stored_measurements
 
 FOLDER = "measurements"  # in a search's folder: what it measured itself
 
@@ -21,7 +23,7 @@ def find_measurements(
     Args:
         config: the pair.
         named: folders the user named; None: what the search measured itself, the folders beside `out_dir`, and what
-            searches beside it measured.
+            searches beside it measured; of the latter two only what its study began with, once there is one.
         out_dir: the search's folder.
         trust_remote_code: let a checkpoint's config load code from its folder.
 
@@ -33,13 +35,19 @@ def find_measurements(
     """
     found: dict[str, MeasuredPair] = {}
     notes: list[str] = []
+    began = stored_measurements(out_dir) if named is None else None
     for folder in _folders(named, out_dir):
         try:
             guidance = _guidance(folder, is_named=named is not None)
             if guidance is None:
                 continue
             method = guidance_methods()[guidance]
+            others = began is not None and folder.parent != out_dir / FOLDER
+            if others and guidance not in began:
+                continue
             measured = open_measured(config, method, folder, trust_remote_code=trust_remote_code)
+            if others and identity({guidance: measured})[guidance] != began[guidance]:
+                continue
         except UserError as error:
             if named is not None:
                 raise
@@ -67,13 +75,17 @@ def _folders(named: Sequence[str] | None, out_dir: Path) -> list[Path]:
     if named is not None:
         return [Path(name).expanduser() for name in named]
     beside = out_dir.resolve().parent
-    others = (
-        [path / FOLDER for path in sorted(beside.iterdir()) if path != out_dir.resolve()] if beside.is_dir() else []
-    )
+    others = [path / FOLDER for path in _inside(beside) if path != out_dir.resolve()]
     places = [out_dir / FOLDER, beside, *others]
-    return [
-        path for place in places if place.is_dir() for path in sorted(place.iterdir()) if (path / MANIFEST).is_file()
-    ]
+    return [path for place in places for path in _inside(place) if os.path.isfile(path / MANIFEST)]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, in name order; nothing if it is none, or is somebody's who lets nobody look."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def _guidance(folder: Path, *, is_named: bool) -> str | None:

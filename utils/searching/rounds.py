@@ -81,8 +81,9 @@ class Round:
 class Search:
     """All that a search holds while it runs.
 
-    `margin` is by how much of a figure a candidate has to be better than the leader to stay. `check` raises `UserError` for a recipe that cannot be merged, before weights are read. `on_round` is called after every
-    round; `may_score` before each that has to score, with its candidates and how many losses: it raises to end the search.
+    `margin` is by how much of a figure a candidate has to be better than the leader to stay. `check` raises `UserError` for a
+    recipe that cannot be merged, before weights are read. `on_round` is called after every round; `may_score` before each
+    that has to score, with its candidates and how many losses: it raises to end the search.
     """
 
     study: SearchStudy

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.searching.knowns import Known
 from utils.searching.points import Point
 from utils.searching.space import Space
-from utils.searching.storage import open_storage, require_optuna, storage_guarded, without_warnings
+from utils.searching.storage import STORAGE, open_storage, require_optuna, storage_guarded, without_warnings
 
 if TYPE_CHECKING:
     import optuna
@@ -240,6 +240,26 @@ class SearchStudy:
         study = self.storage.get_study_id_from_name(STUDY)
         trial = self.storage.get_trial_id_from_study_id_trial_number(study, number)
         self.storage.set_trial_user_attr(trial, key, value)
+
+
+def stored_measurements(folder: Path) -> dict[str, str] | None:
+    """What the measurements that a folder's study began with are told apart by, by guidance; None without a study.
+
+    Raises:
+        UserError: Optuna is not installed, or the file is no study.
+    """
+    if not (folder / STORAGE).exists():
+        return None
+    optuna = require_optuna()
+    with without_warnings(), storage_guarded(folder):
+        storage = open_storage(folder)
+        try:
+            found = optuna.load_study(study_name=STUDY, storage=storage).user_attrs.get(_IDENTITY)
+        except KeyError:  # a kill came before the study was made
+            return None
+        finally:
+            storage.engine.dispose()
+    return None if found is None else found.get("measurements", {})
 
 
 def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a careful user tries by hand, tried before the search chooses anything: all of it races with what is chosen later."""
+"""What a careful user tries by hand, tried before the search chooses anything: what comes later races the best of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -75,7 +75,8 @@ def test_a_measurement_that_an_error_ends_goes_on(tmp_path, monkeypatch, method,
         said = run_here(*line, "--out_dir", "out", cwd=tmp_path).stderr
     (kept,) = (tmp_path / "out" / ".measuring.part").iterdir()
     assert re.search(
-        rf"what is finished stays in \S*{kept.name}, where it takes [0-9.]+ [MG]B: the same line goes on", said
+        rf"what is finished stays in \S*{kept.name}, where it takes [0-9.]+ [MG]B: once what stopped it is mended, the same line goes on",
+        said,
     )
     left = {path.name for path in kept.iterdir()}
     assert not any(name.startswith(".") or name.endswith(".writing") for name in left)

@@ -219,7 +219,9 @@ def test_the_tensor_that_is_not_finite_is_named(copies, name, value):
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
-def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error, expected, text):
+def test_running_out_while_writing_publishes_nothing_and_the_next_run_goes_on(
+    copies, monkeypatch, error, expected, text
+):
     write, written = os.pwrite, []
 
     def fail_later(*arguments):
@@ -232,8 +234,11 @@ def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error, ex
     with pytest.raises(expected, match=text):
         merge_here(copies, recipe(copies))
     assert not (copies / "merged").exists()
-    assert text is None or not list(copies.glob(".merged*"))  # what an interrupt leaves, the next run goes on with
     assert not any(thread.is_alive() for thread in set(written) - {threading.main_thread()})
+    (kept,) = copies.glob(".merged*")
+    monkeypatch.undo()
+    merge_here(copies, recipe(copies))
+    assert (copies / "merged" / "config.json").exists() and not kept.exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

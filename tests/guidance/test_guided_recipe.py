@@ -125,8 +125,6 @@ def test_the_manifest_says_what_the_recipe_was_made_of(pair):
     assert found["measure_options"] == measurement["guidance_options"]
     assert (found["merge_method"], found["lambda"], found["control"]) == ("guided_ties", 0.5, None)
     assert found["samples"] == measurement["samples"] and found["options"]["nsamples"] == 4
-    models = found["measurement"].pop("models")
-    assert [one["sample_sha256"] for one in models] == [one["sample_sha256"] for one in measurement["models"]]
     assert found["measurement"] == {
         "sha256": hashlib.sha256(source).hexdigest(),
         "versions": measurement["versions"],

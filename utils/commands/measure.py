@@ -19,7 +19,6 @@ from utils.commands.measure_request import (
     refuse_changed,
 )
 from utils.commands.ray_flags import connected
-from utils.commands.too_large import refuse_too_large
 from utils.errors import UserError, warn
 from utils.guidance.folder import read_manifest
 from utils.guidance.measure_job import ROUTING, MeasureJob
@@ -120,6 +119,8 @@ def _measure(
     )
     method.check(job)
     if workers is None:
+        from utils.commands.too_large import refuse_too_large
+
         refuse_too_large(job, method)
     request = measure_request(options, job, samples)
     with contextlib.ExitStack() as stack:

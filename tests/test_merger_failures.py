@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -295,8 +296,10 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, sha
 
     def interrupt(*arguments):
         calls.append(1)
-        if len(calls) == 15:  # of some 30: the main thread learns of it a little later
+        if len(calls) == 15:  # of some 30
             signal.raise_signal(signal.SIGINT)
+        if len(calls) > 15:
+            time.sleep(0.05)  # the main thread learns of it a little later
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", interrupt)

@@ -171,9 +171,10 @@ def _claimed(target: Path, key: str, say: Callable[[str], None]) -> Iterator[Pat
     stage = _stage(target, key)
     waiting = False
     while True:
-        stage.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # not `exist_ok`, which looks again, when it may have been published
+            stage.mkdir()
         try:
-            descriptor = os.open(stage, os.O_RDONLY)
+            descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # published or swept in this moment
             continue
         try:

@@ -75,35 +75,33 @@ def test_a_table_of_routers_that_was_edited_is_refused(measured, tmp_path):
     refused_here("dataframes-edited", "lewis_merge.py", *arguments, cwd=here)
 
 
-@pytest.mark.parametrize("guidance", ["sens_merging", "gram_mean", "saliency_budget"])
-def test_guidances_that_run_the_experts_agree_on_their_routers(measured, guidance):
-    more = {"saliency_budget": ["--gradient_at", "expert"]}.get(guidance, [])
-    asked = (
-        "--config",
-        "pair.yaml",
-        "--out_dir",
-        f"dfs_{guidance}",
-        "--guidance",
-        guidance,
-        "--accept_useless_text",
-        *more,
-    )
+@pytest.mark.parametrize(
+    ("guidance", "more"),
+    [
+        ("sens_merging", ()),
+        ("gram_mean", ()),
+        ("saliency_budget", ("--gradient_at", "expert")),
+        ("saliency_budget", ("--gradient_at", "base")),
+        ("submodule_linearity", ("--no-nonlinearity",)),
+    ],
+)
+def test_all_guidances_agree_on_their_routers(measured, guidance, more):
+    out = f"dfs_{guidance}{''.join(more[1:])}"
+    asked = ("--config", "pair.yaml", "--out_dir", out, "--guidance", guidance, "--accept_useless_text", *more)
     said = done_here("lewis_importance.py", *asked, cwd=measured).stdout
-    ours, theirs = (pd.read_csv(measured / name / "routing.csv") for name in ("dfs", f"dfs_{guidance}"))
+    ours, theirs = (pd.read_csv(measured / name / "routing.csv") for name in ("dfs", out))
     assert theirs.equals(ours)
     assert "math: " in said and "of its tokens keep their 2 experts" in said
 
 
-def test_a_guidance_that_runs_the_base_alone_says_so(measured):
-    asked = ("--config", "pair.yaml", "--out_dir", "dfs_linear", "--guidance", "submodule_linearity")
-    done_here("lewis_importance.py", *asked, "--no-nonlinearity", "--accept_useless_text", cwd=measured)
-    assert not (measured / "dfs_linear" / "routing.csv").exists()
-    arguments = ("--delta_dfs_in_dir", "dfs_linear", "--config_file", "pair.yaml", "--out_dir", "linear")
-    asked = ("--guidance", "submodule_linearity", "--merge_method", "task_arithmetic")
-    assert (
-        "is not measured by guidance submodule_linearity"
-        in done_here("lewis_merge.py", *arguments, *asked, cwd=measured).stdout
-    )
+def test_a_folder_without_the_table_is_said_to_lack_it(measured, tmp_path):
+    here = shutil.copytree(measured, tmp_path / "copy")
+    manifest = json.loads((here / "dfs" / "manifest.json").read_text())
+    del manifest["files"]["routing.csv"]
+    (here / "dfs" / "manifest.json").write_text(json.dumps(manifest))
+    (here / "dfs" / "routing.csv").unlink()
+    _, said = merged(here, "lacking")
+    assert "with the base's router was not measured" in said
 
 
 def test_the_base_s_router_is_the_default(measured):

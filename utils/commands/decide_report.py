@@ -57,7 +57,7 @@ def say_choices(
         print(f"note:     merge with utils/merger.py: {made.only_here}")
     if settings.routers.said:
         print(f"routers:  {settings.routers.said}")
-        for line in _routing(routing, [entry.type for entry in settings.experts], asked.method.name):
+        for line in _routing(routing, [entry.type for entry in settings.experts]):
             print(f"{'':<9} {line}")
     if settings.dtype != DTYPE:
         print(f"merged:   in {settings.dtype}")
@@ -65,11 +65,12 @@ def say_choices(
         print(f"written:  in {settings.out_dtype}")
 
 
-def _routing(routing: pd.DataFrame | None, experts: Sequence[str], guidance: str) -> list[str]:
+def _routing(routing: pd.DataFrame | None, experts: Sequence[str]) -> list[str]:
     """Lines about what the base's router would do with each expert's tokens."""
     if routing is None:
         return [
-            f"how many tokens would keep their experts with the base's router is not measured by guidance {guidance}"
+            "how many tokens would keep their experts with the base's router was not measured (an earlier version, or tables "
+            "of another program); lewis_importance.py measures it"
         ]
     return routing_lines(routing[routing["model"].isin(experts)])
 

@@ -5,21 +5,32 @@ that of a way forward alone (`forward_losses`), which takes about a quarter of w
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.routing import compared_routers, routing_rows
 from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
 from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Bystander, run_blocks
+from utils.passes.block_runner import Bystander, Visitor, run_blocks
 from utils.passes.gradient_refusals import refuse_short
 from utils.passes.language_head import fetch_head, language_head
+from utils.passes.routing import VisitorWithRouters
 from utils.passes.subjects import Subject
 from utils.workers.piece import Piece, Place
 
 _PIECE = "+gain"  # behind an expert's type, which holds no +
 _LOGITS_AT_ONCE = 2**23
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """What an expert gains on its own text, and rows of the table of routers, none of models that are no mixtures."""
+
+    gain: TextGain
+    routing: tuple[tuple, ...]
 
 
 def gain_on_own_text(job: MeasureJob, expert: Subject, base: Sequence[float], own: Sequence[float]) -> TextGain:
@@ -34,8 +45,10 @@ def gain_on_own_text(job: MeasureJob, expert: Subject, base: Sequence[float], ow
     return gain
 
 
-def gains_by_way_forward(job: MeasureJob) -> dict[str, TextGain]:
+def gains_by_way_forward(job: MeasureJob) -> dict[str, OwnText]:
     """What every expert gains, by type, from a way forward of it and of the base; a piece of work for each.
+
+    The expert's routers are compared with the base's on its way.
 
     Raises:
         UserError: as `gain_on_own_text`.
@@ -43,11 +56,11 @@ def gains_by_way_forward(job: MeasureJob) -> dict[str, TextGain]:
     pieces = [
         Piece(
             f"{expert.entry.type}{_PIECE}",
-            _gain,
+            on_own_text,
             (job.of(job.base, expert),),
             2 * len(expert.decoder.blocks),
             expert.entry.type,
-            types=(TextGain,),
+            types=(OwnText, TextGain),
         )
         for expert in job.experts
     ]
@@ -70,16 +83,25 @@ def accepted_doubts(job: MeasureJob, gains: Mapping[str, TextGain]) -> list[str]
     ]
 
 
-def _gain(place: Place, job: MeasureJob) -> TextGain:
+def on_own_text(place: Place, job: MeasureJob) -> OwnText:
+    """What an expert gains, from a way forward of the base and of the expert; the job is of these two.
+
+    Raises:
+        UserError: as `gain_on_own_text`.
+    """
     base, expert = job.subjects
-    losses = [forward_losses(place, job, subject, expert) for subject in (base, expert)]
-    return gain_on_own_text(job, expert, *losses)
+    before = forward_losses(place, job, base, expert)
+    with compared_routers(job, expert, base, place.device) as routers:
+        losses = forward_losses(place, job, expert, expert, VisitorWithRouters(Bystander(), routers))
+        return OwnText(gain_on_own_text(job, expert, before, losses), tuple(routing_rows(expert.entry.type, routers)))
 
 
 @torch.inference_mode()
-def forward_losses(place: Place, job: MeasureJob, subject: Subject, expert: Subject) -> tuple[float, ...]:
+def forward_losses(
+    place: Place, job: MeasureJob, subject: Subject, expert: Subject, visitor: Visitor | None = None
+) -> tuple[float, ...]:
     """The mean loss of each sample of an expert's text at a model: nats per predicted token, float32 from the logits on; 0
-    of one without a next token.
+    of one without a next token. `visitor` is what observes the blocks on the way.
 
     Memory: that of `run_blocks`, then the head and a piece of the logits.
 
@@ -92,7 +114,7 @@ def forward_losses(place: Place, job: MeasureJob, subject: Subject, expert: Subj
         refuse_short(samples)
     batches = [MicroBatch.of([ids]) for ids in samples]  # one each: no pads, and the samples' order
     weights = job.open_weights(subject, device)
-    finals = run_blocks(decoder, weights, batches, Bystander(), device, on_block=place.on_step)
+    finals = run_blocks(decoder, weights, batches, visitor or Bystander(), device, on_block=place.on_step)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.model.get_input_embeddings().weight.shape[0])
     with language_head(decoder, fetch_head(decoder, job.open_weights(subject, device)), device) as to_logits:
         for ids, final in zip(samples, finals, strict=True):

@@ -16,8 +16,10 @@ from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.guidance.text_gain import TextGain
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.block_gradients import Observing, nothing
+from utils.passes.block_runner import Bystander
 from utils.passes.gradient_refusals import refuse_short
 from utils.passes.gradient_snapshots import GradientSnapshots
+from utils.passes.routing import VisitorWithRouters
 from utils.passes.subjects import Subject, component_names, stored_as
 from utils.passes.tensor_store import Stored
 from utils.workers.piece import Place
@@ -26,7 +28,7 @@ from utils.workers.piece import Place
 @dataclass(frozen=True)
 class ExpertMeasurement:
     """Rows of the table of tensors, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows
-    of the table of routers, if gradients were taken at the expert; what it gains.
+    of the table of routers; what it gains.
 
     `bins` are by tensor the numbers of the bins that are not empty (int32) and their counts (int64): hundreds a tensor, of
     which a row of Python numbers each would take as much memory as the weights.
@@ -63,12 +65,6 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
     )
 
     refuse_short(job.text(expert, expert).encoded)
-    alone = [
-        () if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert)
-        for number, (subject, wanted) in enumerate(zip((base, expert), at, strict=True))
-    ]
-    for number, losses in enumerate(alone):
-        snapshots.keep(f"losses{number}", lambda losses=losses: losses)
 
     def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
         samples = job.text(subject, expert).encoded if is_wanted else None
@@ -81,6 +77,13 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         compared_routers(job, expert, base, place.device) as routers,
     ):
         keep_routing(snapshots, routers, place.device)
+        watching = (None, VisitorWithRouters(Bystander(), routers))
+        alone = [
+            () if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert, visitor)
+            for number, (subject, wanted, visitor) in enumerate(zip((base, expert), at, watching, strict=True))
+        ]
+        for number, losses in enumerate(alone):
+            snapshots.keep(f"losses{number}", lambda losses=losses: losses)
         with squares_pass(
             side(base, at[0]),
             side(expert, at[1], routers.attached),

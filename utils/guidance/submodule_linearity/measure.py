@@ -76,7 +76,7 @@ def measure(job: MeasureJob) -> Measured:
     compared = [job.base, *job.experts]
     for subject in compared:
         require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
-    gains = gains_by_way_forward(job)
+    on_text = gains_by_way_forward(job)
     own = job.of(*compared)
     piece = Piece(NAME, _compared, (own,), len(job.base.decoder.blocks), NAME, types=(Compared, PartChanges))
     (found,) = job.run([piece])
@@ -91,7 +91,9 @@ def measure(job: MeasureJob) -> Measured:
         MISSED_TABLE: [(layer, level, types[one], value) for (layer, level, one), value in found.missed.items()],
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
-    return Measured(files, warnings=(*accepted_doubts(job, gains), *_warnings(job, found)))
+    doubts = accepted_doubts(job, {name: one.gain for name, one in on_text.items()})
+    routing = tuple(row for one in on_text.values() for row in one.routing)
+    return Measured(files, warnings=(*doubts, *_warnings(job, found)), routing=routing)
 
 
 def _require_token_axes(base: Subject) -> None:

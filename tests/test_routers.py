@@ -26,22 +26,29 @@ def measured(tmp_path_factory) -> Path:
     return folder
 
 
-def test_experts_with_few_tokens_are_counted_in_the_report(measured):
-    norms = pd.read_csv(measured / "dfs" / "norms.csv")
-    down = norms[
-        (norms["model"] == "math")
-        & norms["component"].str.contains("experts")
-        & norms["component"].str.endswith("down_proj")
-    ]
-    few, none = (down["tokens"] < 1000).sum(), (down["tokens"] == 0).sum()
-    asked = ("--config", "pair.yaml", "--out_dir", "dfs_few", "--expert_tokens", "1000")
-    said = done_here("lewis_importance.py", *asked, cwd=measured).stdout
-    assert (
-        f"math: {few} of {len(down)} experts of its mixtures were given fewer than 1000 tokens of the text ({none} none)"
-        in said
-    )
-    assert len(down) == 16
-    asked = ("--config", "pair.yaml", "--out_dir", "dfs_all", "--expert_tokens", "0")
+@pytest.mark.parametrize("guidance", ["lewis", "saliency_budget"])
+def test_experts_with_few_tokens_are_counted_in_both_reports(measured, guidance):
+    own = ("--accept_useless_text",) if guidance == "saliency_budget" else ()
+    asked = ("--config", "pair.yaml", "--guidance", guidance, *own)
+    out = f"dfs_few_{guidance}"
+    said = done_here("lewis_importance.py", *asked, "--out_dir", out, "--expert_tokens", "1000", cwd=measured).stdout
+    table = pd.read_csv(measured / out / "expert_tokens.csv")
+    assert table.columns.tolist() == ["model", "layer", "experts", "expert", "tokens"]
+    assert (table["experts"] == "mlp.experts").all() and len(table) == 2 * 4 * 4
+    routing = pd.read_csv(measured / out / "routing.csv").set_index(["model", "layer"])
+    for place, counted in table.groupby(["model", "layer"])["tokens"].sum().items():  # each token has two experts
+        assert counted == 2 * routing.loc[place, "tokens"]
+    own = table[table["model"] == "math"]["tokens"]
+    line = f"math: {(own < 1000).sum()} of {len(own)} experts of its mixtures were given fewer than 1000 tokens of the text"
+    assert f"\n{line} ({(own == 0).sum()} none) and are taken towards" in said
+    recipe = ("--delta_dfs_in_dir", out, "--config_file", "pair.yaml", "--out_dir", f"few_{guidance}")
+    decided = done_here("lewis_merge.py", *recipe, "--guidance", guidance, "--merge_method", "ties", cwd=measured)
+    assert f"\nexperts:  {line}" in decided.stdout
+    if guidance == "lewis":
+        norms = pd.read_csv(measured / out / "norms.csv")
+        down = norms[(norms["model"] == "math") & norms["component"].str.match(r".*experts.*down_proj$")]
+        assert sorted(down["tokens"]) == sorted(own)
+    asked = (*asked, "--out_dir", f"dfs_all_{guidance}", "--expert_tokens", "0")
     assert "were given fewer than" not in done_here("lewis_importance.py", *asked, cwd=measured).stdout
 
 

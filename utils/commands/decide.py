@@ -45,6 +45,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
 
     # pandas and what is built on it, once nothing simpler can be wrong
     from utils.commands import decide_report as report
+    from utils.guidance.expert_tokens import read_tokens
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
     from utils.guidance.portable_recipe import portable_recipe
     from utils.guidance.recipe_files import recipe_files
@@ -52,7 +53,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     from utils.models.relative_change import strangers
 
     types = [one.type for one in options.config.experts]
-    routing = read_routing(measured.folder, measured.manifest, types)
+    routing, tokens = (read(measured.folder, measured.manifest, types) for read in (read_routing, read_tokens))
     made = guided_recipe(measured, choices, folder=options.out_dir)
     control = None if options.control is None else control_recipe(measured, made, options.control)
     portable = portable_recipe(measured, made) if options.portable else None
@@ -64,7 +65,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
         files |= {f"{made.stem}_{end}": content for end, content in report.pictures(made).items()}
     check_file_names(list(files), options.config.path)
     if not options.quiet:
-        report.say_choices(options, measured, made, routing)
+        report.say_choices(options, measured, made, routing, tokens)
     far = strangers(measured.models.checkpoints, options.config.base.type, [one.type for one in choices.experts])
     control_warnings = control.warnings if control else ()
     warn([*([mended] if mended else []), *measured.warnings, *far, *made.warnings, *control_warnings])

@@ -9,6 +9,7 @@ import pandas as pd
 
 from utils.commands.next_command import next_command
 from utils.commands.options import DecideOptions
+from utils.guidance.expert_tokens import few_tokens_lines, read_fewest
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.portable_recipe import Portable
@@ -24,9 +25,13 @@ _PER_LINE = 6
 
 
 def say_choices(
-    options: DecideOptions, measured: MeasuredPair, made: GuidedRecipe, routing: pd.DataFrame | None
+    options: DecideOptions,
+    measured: MeasuredPair,
+    made: GuidedRecipe,
+    routing: pd.DataFrame | None,
+    tokens: pd.DataFrame | None,
 ) -> None:
-    """Print what the recipe is made from, and how; `routing` is the table of routers, if there is one."""
+    """Print what the recipe is made from, and how; the tables of routers and of experts' tokens, if there are such."""
     settings, decision, asked = made.settings, made.decision, made.choices.options
     given, method = options.config.global_parameters, settings.method
     print(versions_line("mergekit", "transformers", "pandas"))
@@ -39,6 +44,10 @@ def say_choices(
         print(f"{'':<9} {line}")
     if few := asked.method.few_samples(_options(measured.manifest).get("nsamples")):
         print(f"note:     {few}")
+    if tokens is not None:
+        fewest, merged = read_fewest(measured.manifest), [entry.type for entry in settings.experts]
+        for line in few_tokens_lines(tokens[tokens["model"].isin(merged)], fewest):
+            print(f"experts:  {line}")
     print(f"method:   {method.name}, {_what_it_does(given, settings)}")
     idle = set(given) - set(settings.parameters) if method.own else set()
     if idle:

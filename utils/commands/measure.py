@@ -20,8 +20,9 @@ from utils.commands.measure_request import (
 )
 from utils.commands.ray_flags import connected
 from utils.errors import UserError, warn
+from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.folder import read_manifest
-from utils.guidance.measure_job import ROUTING, MeasureJob
+from utils.guidance.measure_job import ROUTING, TOKENS, MeasureJob
 from utils.guidance.method import GuidanceMethod
 from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples
@@ -69,7 +70,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True, warned: set[str
     """
     config, method = options.config, options.method
     method.check_experts(config, len(config.experts))
-    names = [*method.files(config), ROUTING, MANIFEST]
+    names = [*method.files(config), ROUTING, TOKENS, MANIFEST]
     prepare_folder(options.out_dir, "--out_dir")
     mended = repair_folder(options.out_dir)
     warn([mended] if mended else [])
@@ -154,12 +155,16 @@ def _measure(
         measured = method.measure(replace(job, workspace=workspace))
         refuse_changed(subjects, request)
         say(f"measured in {time.perf_counter() - start:.2f} s{peak_gpu_memory(devices if workers is None else [])}")
-        from utils.guidance.routing import routing_files, routing_lines  # pandas comes with it
+        from utils.guidance.expert_tokens import few_tokens_lines, token_files  # pandas comes with it
+        from utils.guidance.routing import routing_files, routing_lines
 
-        for note in (*measured.notes, *routing_lines(measured.routing)):
+        few = few_tokens_lines(measured.expert_tokens, fewest_tokens(job.options))
+        for note in (*measured.notes, *few, *routing_lines(measured.routing)):
             say(note)
         warn(measured.warnings)
-        files = with_manifest({**measured.files, **routing_files(measured.routing)}, request)
+        files = with_manifest(
+            {**measured.files, **routing_files(measured.routing), **token_files(measured.expert_tokens)}, request
+        )
         publish_files(options.out_dir, files, overwrite=options.overwrite, last=alone)
     if not alone:
         say(f"wrote {options.out_dir}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 ROUTING = "routing.csv"  # what any guidance may measure of a mixture (`utils/guidance/routing.py`)
+TOKENS = "expert_tokens.csv"  # and this (`utils/guidance/expert_tokens.py`)
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class Measured:
     """What a *measure* half returns: the content of its files by name, what to print, and what to warn of.
 
     A file too large for memory is one that a piece wrote, as a path in the job's `workspace`. `routing` are rows of the
-    table of routers, none of models that are no mixtures.
+    table of routers, `expert_tokens` of that of experts' tokens, none of models that are no mixtures.
     """
 
     files: Mapping[str, bytes | Path]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     routing: tuple[tuple, ...] = ()
+    expert_tokens: tuple[tuple, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.models.decoder import Component
 from utils.pair.batches import MicroBatch
 from utils.passes.experts_in_parts import origin
+from utils.passes.routed_tokens import take_towards_mean
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm"}
 
@@ -46,8 +47,7 @@ class StackSums:
         Args:
             stack: the matrices.
             divisor: what the sums are divided by.
-            fewest: an expert with n tokens below this many has n / fewest of its own moments and the rest of the mean of
-                all experts of its layer.
+            fewest: an expert with fewer tokens is taken towards the mean of its layer (`take_towards_mean`).
         """
         return stack.float().square_().mul_(self._spread(divisor, fewest))
 
@@ -57,10 +57,7 @@ class StackSums:
             yield stack[expert].float().square_().mul_(spread)
 
     def _spread(self, divisor: float, fewest: int) -> torch.Tensor:
-        moments = self.squares / divisor
-        if fewest:
-            own = (self.tokens / fewest).clamp(max=1)[:, None]
-            moments = own * moments + (1 - own) * moments.mean(dim=0)
+        moments = take_towards_mean(self.squares / divisor, self.tokens, fewest)
         return (moments[:, None, :] if self.inputs_last else moments[:, :, None]).float()
 
 

@@ -259,6 +259,7 @@ def test_the_three_commands(pair):
     assert "--guidance saliency_budget --merge_method guided_mean" in ended.stdout.replace("\\\n    ", "")
     assert json.loads((folder / "dfs/manifest.json").read_text())["guidance_options"] == {
         "accept_useless_text": True,
+        "expert_tokens": 32,
         "gradient_at": "both",
         "saliency_power": 0.5,
     }

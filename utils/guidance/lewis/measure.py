@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 
 from utils.errors import UserError
+from utils.guidance.expert_tokens import token_rows
+from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.lewis.deltas import delta_table
-from utils.guidance.lewis.few_tokens import few_tokens_note
-from utils.guidance.lewis.method import EXPERT_TOKENS
 from utils.guidance.lewis.noise import (
     SAMPLES,
     is_rounded,
@@ -46,7 +46,7 @@ def choices(job: MeasureJob) -> list[str]:
     if config.sparsity_ratio:
         lines.append(f"pruning while measuring: {config.sparsity_ratio:g} of each row, by the Wanda metric")
     if _has_experts(job):
-        fewest = job.options.get("expert_tokens", EXPERT_TOKENS)
+        fewest = fewest_tokens(job.options)
         lines.append(
             "experts: each on the tokens routed to it, weighted by its gate, divided by all tokens"
             + (f"; below {fewest} tokens (--expert_tokens) taken towards the mean of its layer" if fewest else "")
@@ -139,7 +139,7 @@ def measure(job: MeasureJob) -> Measured:
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows, routing, trials, notes = [], [], {}, []
+    rows, routing, tokens, trials, notes = [], [], [], {}, []
     for one, own in zip(measured, pieces, strict=True):
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
@@ -148,9 +148,8 @@ def measure(job: MeasureJob) -> Measured:
         else:
             rows += _rows(one, found[0]["norms"], found[0]["stacks"])
             routing += found[0]["routing"]
-            fewest = job.options.get("expert_tokens", EXPERT_TOKENS)
-            note = few_tokens_note(one.subject.entry.type, found[0]["stacks"], fewest)
-            notes += [note] if note else []
+            if one.subject.entry != config.base:
+                tokens += _token_rows(one.subject, found[0]["stacks"])
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
@@ -174,8 +173,21 @@ def measure(job: MeasureJob) -> Measured:
             warnings += noise_warnings(entry.type, noise[entry.type])
     table = [(name, *place, value) for name, one in noise.items() for place, value in one.items()]
     return Measured(
-        {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)}, tuple(notes), tuple(warnings), tuple(routing)
+        {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)},
+        tuple(notes),
+        tuple(warnings),
+        tuple(routing),
+        tuple(tokens),
     )
+
+
+def _token_rows(subject: Subject, stacks: Mapping[tuple[int, str], StackNorms]) -> Iterator[tuple]:
+    """Rows of the table of experts' tokens; each mixture's from one of its stacks, all of which are given the same."""
+    paths = {part.name: part.path for part in subject.decoder.components if part.is_stacked}
+    counted = {(layer, paths[name]): one.tokens for (layer, name), one in stacks.items() if name in paths}
+    for (layer, path), tokens in counted.items():
+        if tokens is not None:
+            yield from token_rows(subject.entry.type, layer, path, tokens.tolist())
 
 
 def _refuse_added_rows(base: Subject) -> None:

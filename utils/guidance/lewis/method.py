@@ -8,14 +8,14 @@
 `measure.py` turns models into norms and norms into delta tables, `decide.py` turns delta tables into densities.
 """
 
-from utils.flags import number, whole_number
+from utils.flags import number
+from utils.guidance.few_tokens import EXPERT_TOKENS_FLAG
 from utils.guidance.method import GuidanceMethod, MethodFlag
 
 NORMS = "norms.csv"
 NOISE = "lewis_noise.csv"
 DELTA_SUFFIX = "_delta.csv"
 BOUNDS = ("minmax", "clip")
-EXPERT_TOKENS = 32
 
 
 def delta_file(model_type: str) -> str:
@@ -31,14 +31,7 @@ METHOD = GuidanceMethod(
     merge_method="ties",
     tables=(NORMS, NOISE),
     expert_file=delta_file,
-    measure_flags=(
-        MethodFlag(
-            "expert_tokens",
-            "an expert of a mixture with fewer tokens of the text than this is taken towards the mean of its layer; 0: never",
-            type=whole_number(0, 2**20),
-            default=EXPERT_TOKENS,
-        ),
-    ),
+    measure_flags=(EXPERT_TOKENS_FLAG,),
     decide_flags=(
         MethodFlag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3),
         MethodFlag(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from utils.guidance.lewis.method import EXPERT_TOKENS
+from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.lewis.noise import Norms, RoundingTrial, VisitorWithTrial, is_rounded, trial_batch
 from utils.guidance.lewis.ranges import RangeVisitor
 from utils.guidance.lewis.visitor import LewisVisitor
@@ -29,7 +29,7 @@ def measured_norms(place: Place, job: MeasureJob, divisor: int, base: Subject | 
         job.config.sparsity_ratio,
         subject.layout,
         passing_over=job.config.components is None,
-        fewest_tokens=job.options.get("expert_tokens", EXPERT_TOKENS),
+        fewest_tokens=fewest_tokens(job.options),
     )
     routing: list[tuple] = []
     if base is None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.guidance.expert_tokens import token_rows
+from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.own_text import forward_losses, gain_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
@@ -28,7 +30,7 @@ from utils.workers.piece import Place
 @dataclass(frozen=True)
 class ExpertMeasurement:
     """Rows of the table of tensors, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows
-    of the table of routers; what it gains.
+    of the tables of routers and of experts' tokens; what it gains.
 
     `bins` are by tensor the numbers of the bins that are not empty (int32) and their counts (int64): hundreds a tensor, of
     which a row of Python numbers each would take as much memory as the weights.
@@ -39,6 +41,7 @@ class ExpertMeasurement:
     vectors: Mapping[str, tuple[Tensor, ...]]
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     routing: list[tuple]
+    expert_tokens: list[tuple]
     gain: TextGain
 
 
@@ -92,6 +95,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
             base.layout.split,
             place.folder,
             snapshots,
+            fewest_tokens(job.options),
         ) as both:
             known = [taken or own for taken, own in zip(both.losses, alone, strict=True)]
             gain = gain_on_own_text(job, expert, *known)
@@ -107,11 +111,12 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
                 waiting[part.tensor] = [store.put(one) for one in (*axes, full.int(), histogram.counts[full])]
             vectors = _other_vectors(both.others, base, expert)
             losses = both.losses
+            tokens = [row for place, own in sorted(both.tokens.items()) for row in token_rows(name, *place, own)]
         snapshots.forget()
         found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
     vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
     bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
-    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), gain)
+    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), tokens, gain)
 
 
 def _other_vectors(

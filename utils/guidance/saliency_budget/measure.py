@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from utils.guidance.csv_files import csv_bytes
+from utils.guidance.few_tokens import EXPERT_TOKENS, fewest_tokens
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import accepted_doubts
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
@@ -24,11 +25,16 @@ def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     parts = job.base.decoder.components
     point = {"base": "at the base", "expert": "at each expert", "both": "at the base and at each expert, added up"}
-    return [
+    lines = [
         f"components: {', '.join(part.name for part in parts)} "
         f"({'as configured' if job.config.components else 'every linear part of a block'}); vectors of every parameter",
         f"gradients: {point[job.options['gradient_at']]}, sample by sample, block by block",
     ]
+    if any(part.is_stacked for part in parts) and (fewest := fewest_tokens(job.options)):
+        lines.append(
+            f"experts: by the tokens routed to each; below {fewest} (--{EXPERT_TOKENS}) taken towards the mean of its layer"
+        )
+    return lines
 
 
 def memory(job: MeasureJob) -> int:
@@ -87,7 +93,8 @@ def measure(job: MeasureJob) -> Measured:
         warnings += _doubts(expert, own)
     warnings += accepted_doubts(job, {name: one.gain for name, one in measured.items()})
     routing = tuple(row for one in measured.values() for row in one.routing)
-    return Measured(files, tuple(notes), tuple(warnings), routing)
+    tokens = tuple(row for one in measured.values() for row in one.expert_tokens)
+    return Measured(files, tuple(notes), tuple(warnings), routing, tokens)
 
 
 def _note(model: str, tensors: pd.DataFrame, losses: Sequence[tuple[float, ...]]) -> str:

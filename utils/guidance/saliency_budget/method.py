@@ -21,6 +21,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.flags import number
+from utils.guidance.few_tokens import EXPERT_TOKENS_FLAG
 from utils.guidance.method import GuidanceMethod, MethodFlag
 from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GUIDED_MEAN, GUIDED_TIES, DeltaMethod
@@ -73,6 +74,7 @@ METHOD = GuidanceMethod(
     expert_file=vector_file,
     measure_flags=(
         ACCEPT_FLAG,
+        EXPERT_TOKENS_FLAG,
         MethodFlag(
             "gradient_at",
             "the weights at which gradients are taken: the base's, each expert's, or both, added up",

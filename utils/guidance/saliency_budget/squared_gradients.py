@@ -5,6 +5,8 @@
 a diagonal empirical Fisher information, per sample, at the base's weights, at the expert's, or the sum of both. Models
 whose gradients are taken go back in lock-step; a model whose gradients are not taken only has its blocks fetched.
 
+Of a mixture's experts, F of those that few tokens came to is taken towards the mean of their layer.
+
 F is held whole for the linear parts of one block. Of every other parameter, embeddings and head included, only what a
 vector per axis needs is summed up, so that F of a vocabulary is never in memory.
 """
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
-from utils.passes.block_gradients import BlockDone, Observing, backward_pass, nothing
+from utils.passes.block_gradients import BlockDone, Observing, backward_pass, nothing, together
 from utils.passes.block_runner import BlocksInTurn
 from utils.passes.gradient_snapshots import GradientSnapshots
+from utils.passes.routed_tokens import RoutedTokens, take_towards_mean
 from utils.passes.squared_gradients import SquaredGradients
 
 OnBlock = Callable[[int], None]
@@ -63,12 +66,34 @@ class SquaresPass:
     `losses` are each sample's (nats per token), by side, () where no gradients are taken. `parts` is computed as it is
     iterated; tensors are in memory until the next one is asked for. Once it has ended, `others` has the vectors that
     stand for F of every other parameter of one or two axes, in the blocks and outside, by its name in the model: tied
-    parameters have one name, the first one. float64 on the CPU.
+    parameters have one name, the first one. float64 on the CPU. `tokens` are by layer and path of a module of experts how
+    many tokens each of them had, on average of the sides with gradients; None where that is not seen.
     """
 
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     parts: Iterator[ComponentSquares]
     others: Mapping[str, tuple[Tensor, ...]]
+    tokens: Mapping[tuple[int, str], list[float | None]]
+
+
+@dataclass
+class _Routed:
+    """The tokens that experts had: `counts` of the block that is on its way back, `found` of those that are done."""
+
+    counts: RoutedTokens
+    sides: int
+    fewest: int
+    found: dict[tuple[int, str], list[float | None]]
+
+    def weigh(self, layer: int, component: Component, squares: Tensor) -> None:
+        """Take the squares of a stack's experts with few tokens towards the mean."""
+        counts = self.counts.of(component)
+        if counts is None:
+            self.found[layer, component.path] = [None] * len(squares)
+            return
+        tokens = counts.double() / self.sides
+        self.found[layer, component.path] = tokens.tolist()
+        take_towards_mean(squares, tokens, self.fewest)
 
 
 @contextmanager
@@ -80,6 +105,7 @@ def squares_pass(
     split: Split = lambda name, value: {name: value},
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
+    fewest_tokens: int = 0,
 ) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
@@ -94,6 +120,7 @@ def squares_pass(
         split: how parameters are stored; by default each as it is.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when all parts of one have been taken.
+        fewest_tokens: an expert of a mixture with fewer is taken towards the mean of its layer (`take_towards_mean`).
 
     Raises:
         UserError: as `backward_pass`.
@@ -113,16 +140,20 @@ def squares_pass(
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     others: dict[str, tuple[Tensor, ...]] = snapshots.found("others") or {}
     snapshots.keep("others", lambda: others)
+    tokens = {(layer, path): own for layer, path, own in snapshots.found("tokens") or ()}
+    snapshots.keep("tokens", lambda: [(*place, own) for place, own in tokens.items()])
+    sides_back = sum(side.samples is not None for side in (base, expert))
+    routed = _Routed(RoutedTokens(base.decoder.components), sides_back, fewest_tokens, tokens)
     passed = snapshots.found(_PASSED)
     back = len(base.decoder.blocks) if passed is None else passed
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_side(name, side, observer, device, on_block, folder, snapshots, back))
+            stack.enter_context(_side(name, side, observer, routed.counts, device, on_block, folder, snapshots, back))
             for name, side in (("base", base), ("expert", expert))
         ]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, others, split, snapshots, back)
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, routed, others, split, snapshots, back)
         stack.enter_context(closing(parts))
-        yield SquaresPass((sides[0][0], sides[1][0]), parts, others)
+        yield SquaresPass((sides[0][0], sides[1][0]), parts, others, tokens)
 
 
 _Blocks = Iterator[BlockDone]
@@ -134,6 +165,7 @@ def _side(
     name: str,
     side: Side,
     observer: SquaredGradients,
+    counts: RoutedTokens,
     device: torch.device,
     on_block: OnBlock,
     folder: Path | None,
@@ -152,7 +184,7 @@ def _side(
             device,
             outside=True,
             on_block=on_block,
-            observing=side.observing,
+            observing=together(side.observing, counts.attached),
             folder=folder,
             **kept,
         ) as passed:
@@ -178,6 +210,7 @@ def _parts(
     decoder: Decoder,
     sides: Sequence[_Blocks],
     observer: SquaredGradients,
+    routed: _Routed,
     others: dict[str, tuple[Tensor, ...]],
     split: Split,
     snapshots: GradientSnapshots,
@@ -189,15 +222,18 @@ def _parts(
         ours, theirs = (next(blocks).parameters for blocks in sides)
         for component in decoder.components_of(layer):
             name = decoder.weight_name(layer, component)
-            squares, weights, others_weights = (
-                split(name, value) for value in (observer.take(name, ours[name]), ours[name], theirs[name])
-            )
+            sums = observer.take(name, ours[name])
+            if component.is_stacked:
+                routed.weigh(layer, component, sums)
+            squares, weights, others_weights = (split(name, value) for value in (sums, ours[name], theirs[name]))
+            del sums
             for tensor in list(squares):
                 yield ComponentSquares(
                     layer, component, tensor, weights[tensor], others_weights[tensor], squares.pop(tensor)
                 )
             del squares, weights, others_weights
         others |= _outlines(ours | theirs, observer)
+        routed.counts.forget()
         back = layer
         if layer:
             snapshots.offer()

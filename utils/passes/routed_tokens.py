@@ -1,0 +1,113 @@
+"""How many tokens each expert of a mixture is given, and where what was measured on few of them is taken.
+
+An expert's few tokens say little about it: a sum over them has the pattern of those tokens. With n of them, below a number
+`fewest`, it is taken towards the mean of all experts of its layer:
+
+    n / fewest of its own, and the rest of the mean
+
+so that one that no token came to has the mean, and nothing jumps where n passes `fewest`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.models.decoder import Component
+
+
+def take_towards_mean(values: Tensor, tokens: Tensor, fewest: int) -> Tensor:
+    """Take what was summed up of experts with few tokens towards the mean of all, in place.
+
+    Args:
+        values: [experts, ...], any floating-point dtype.
+        tokens: [experts], how many each had.
+        fewest: the number below which one is taken there; 0 leaves all as they are.
+
+    Returns:
+        The values.
+    """
+    if fewest:
+        own = (tokens / fewest).clamp(max=1)
+        mean = values.mean(dim=0)
+        for value, share in zip(values, own.to(values.dtype), strict=True):
+            value.mul_(share).add_(mean * (1 - share))
+    return values
+
+
+def count_tokens(arguments: Sequence[Any], experts: int) -> Tensor | None:
+    """How many rows each expert has of those that a module of experts is called with; int64 [experts], None if that is not seen.
+
+    Args:
+        arguments: of the call. They tell it in one of three ways: numbers of experts [tokens, chosen]; how many of the rows,
+            which lie in the order of the experts, are of each; every token for every expert, zero where it is not its own.
+        experts: how many there are; higher numbers stand for what has no matrices.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    whole = [value for value in tensors if not value.is_floating_point() and value.dtype != torch.bool]
+    numbers = next((value for value in whole if value.ndim == 2), None)
+    if numbers is not None:
+        places = numbers.reshape(-1).clamp(max=experts)
+        return places.new_zeros(experts + 1).index_add_(0, places, torch.ones_like(places))[:experts]
+    rows = next((value for value in tensors if value.is_floating_point()), None)
+    if rows is None:
+        return None
+    flat = rows.reshape(-1, rows.shape[-1])
+    sizes = next((value for value in whole if value.shape == (experts,)), None)
+    if sizes is None:
+        listed = next(
+            (value for value in arguments if isinstance(value, (list, tuple)) and len(value) == experts), None
+        )
+        if listed is not None and all(isinstance(one, int) for one in listed) and sum(listed) == len(flat):
+            sizes = torch.tensor(listed, device=rows.device)
+    if sizes is not None:
+        return sizes.long()
+    if len(flat) % experts or (rows.ndim == 3 and rows.shape[0] != experts):
+        return None
+    return (flat.reshape(experts, -1, flat.shape[1]) != 0).any(dim=2).sum(dim=1)
+
+
+class RoutedTokens:
+    """Counts the tokens of each expert of one block after the other; several models that are watched are added up.
+
+    Inputs must hold no pads.
+
+    Args:
+        components: of the blocks; those that are stacks of experts' matrices are watched.
+    """
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self._parameters = {one.path: one.parameter for one in components if one.is_stacked}
+        self._counts: dict[str, Tensor | None] = {}
+
+    @contextmanager
+    def attached(self, layer: int, block: nn.Module) -> Iterator[None]:
+        """Watch a block (an `Observing`); what was counted stays until it is forgotten."""
+        modules, handles = dict(block.named_modules()), []
+        for path in self._parameters:
+            if path in modules:
+                handles.append(modules[path].register_forward_pre_hook(self._hook(path), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, component: Component) -> Tensor | None:
+        """The tokens [experts], int64, of a stack's experts since the last time they were forgotten; None if not seen."""
+        return self._counts.get(component.path)
+
+    def forget(self) -> None:
+        """Begin at zero, for another block."""
+        self._counts = {}
+
+    def _hook(self, path: str):
+        def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            experts = len(getattr(module, self._parameters[path]))
+            found = count_tokens([*args, *kwargs.values()], experts)
+            before = self._counts.get(path, 0)
+            self._counts[path] = None if found is None or before is None else before + found
+
+        return take

@@ -22,7 +22,7 @@ EXPERTS = 4
 
 
 @given(st.lists(st.lists(st.integers(0, EXPERTS), min_size=2, max_size=2, unique=True), max_size=9))
-def test_the_ways_of_telling_them_agree(chosen):
+def test_all_ways_count_alike(chosen):
     """Number 4 is an expert without matrices."""
     wanted = [sum(expert in row for row in chosen) for expert in range(EXPERTS)]
     states = torch.rand(len(chosen), 3) + 0.1
@@ -38,7 +38,7 @@ def test_the_ways_of_telling_them_agree(chosen):
     assert count_tokens([in_order, torch.tensor(wanted)], EXPERTS).tolist() == wanted
 
 
-def test_what_tells_nothing_is_not_counted():
+def test_calls_without_numbers_are_not_counted():
     assert count_tokens([torch.rand(7, 3)], EXPERTS) is None
     assert count_tokens([torch.rand(2, 5, 3)], EXPERTS) is None
     assert count_tokens([], EXPERTS) is None

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from tests.tiny_checkpoints import VOCABULARY
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import Decoder, find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton
 

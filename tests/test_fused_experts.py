@@ -10,7 +10,7 @@ from utils.merging.planning import plan_recipe
 from utils.merging.recipe_file import read_recipe
 from utils.merging.resources import memory_estimate
 from utils.merging.settings import MergeSettings
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import build_skeleton
 

@@ -67,7 +67,8 @@ def _write_norms(work, golden, **manifest):
     """Add what command 1 records beside the delta tables: norms.csv and a manifest."""
     config = yaml.safe_load((work / "pair.yaml").read_text())
     from utils.guidance.csv_files import csv_bytes
-    from utils.models.checkpoints import open_checkpoint, weight_file_record
+    from utils.models.checkpoints import weight_file_record
+    from utils.models.opening import open_checkpoint
     from utils.pair.config import read_pair_config
 
     rows, models = [], []
@@ -194,7 +195,7 @@ def _densities(path, expert=1):
 
 def _mean(work, path, expert=1):
     """The mean density over parameters, from the recipe and the checkpoint alone."""
-    from utils.models.checkpoints import open_checkpoint
+    from utils.models.opening import open_checkpoint
 
     tensors = open_checkpoint(str(work / "models" / "base")).tensors
     parameters = yaml.safe_load(path.read_text())["models"][expert]["parameters"]

@@ -16,9 +16,9 @@ from utils.merging.planning import plan_recipe
 from utils.merging.recipe_file import read_recipe
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
-from utils.models.checkpoints import open_checkpoint
 from utils.models.experts_apart import with_experts_apart
 from utils.models.headers import read_headers
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import build_skeleton
 

@@ -14,20 +14,10 @@ from tests.architectures.sweep import read_rows
 from tests.commands_here import done_here, refused_here
 from tests.tiny_mixtures import weights
 from tests.tiny_pairs import save_tokenizer, write_config
+from tests.tiny_towers import text_model
 
 ROWS = {row.label: row for row in read_rows()}
 TOWERS = {"llava:image-text": "llama", "mistral3:image-text": "mistral"}
-
-
-def text_model(model):
-    """The language tower of a model as one that predicts tokens, with the same numbers."""
-    from transformers import AutoModelForCausalLM
-
-    model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings
-    text = AutoModelForCausalLM.from_config(model.config.text_config, dtype=torch.float32)
-    text.model.load_state_dict(model.model.language_model.state_dict())
-    text.lm_head.load_state_dict(model.lm_head.state_dict())
-    return text.eval()
 
 
 def tower_name(name):

@@ -218,8 +218,8 @@ def _compare_norms(folder: Path, row: Row) -> None:
 
 def _plain_norms(folder: Path) -> dict[str, float]:
     """Norms by stored name, from the whole model and hooks."""
-    from utils.models.checkpoints import open_checkpoint
     from utils.models.experts_apart import with_experts_apart
+    from utils.models.opening import open_checkpoint
     from utils.models.stored_layout import stored_layout
 
     model = _model(folder)

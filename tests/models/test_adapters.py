@@ -47,7 +47,7 @@ def test_changed_while_read_equals_a_folder_with_these_numbers(copies, method):
     """By this project's own pieces (ties) and by mergekit's executor (dare_ties)."""
     from safetensors.torch import save_file
 
-    from utils.models.checkpoints import open_checkpoint
+    from utils.models.opening import open_checkpoint
     from utils.models.tensor_files import TensorFiles
 
     both = f"{copies / 'base'}+{copies / 'adapter'}"

@@ -9,7 +9,7 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, LAYERS, save_tiny
 from tests.tiny_mixtures import save_mixtures
 from utils.models.architecture import plan_architecture
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.planned_tensors import ADJUSTED, DEFINITION, INFERENCE, STORED
 
 

@@ -21,12 +21,11 @@ from utils.models.checkpoints import (
     find_small_files,
     hub_commit,
     is_local,
-    open_checkpoint,
-    open_without_download,
     read_model_config,
     weight_file_record,
 )
 from utils.models.headers import DTYPE_BYTES, INDEX, SINGLE, file_headers, header_hash, read_headers
+from utils.models.opening import open_checkpoint, open_without_download
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 TABLE = {

@@ -10,8 +10,9 @@ from transformers import AutoConfig
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, OTHERS, save_any
-from utils.models.checkpoints import open_checkpoint, read_model_config
+from utils.models.checkpoints import read_model_config
 from utils.models.config_check import check_config, check_layers
+from utils.models.opening import open_checkpoint
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoints import save_tiny
-from utils.models.checkpoints import open_checkpoint
 from utils.models.content_sample import content_sample
+from utils.models.opening import open_checkpoint
 from utils.models.shard_files import INDEX
 from utils.publishing.manifest import to_json
 

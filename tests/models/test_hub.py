@@ -19,9 +19,9 @@ from huggingface_hub.utils import filter_repo_objects
 from tests.conftest import ROOT
 from tests.refusals import refused
 from tests.tiny_checkpoints import resave, save_tiny
-from utils.models.checkpoints import open_checkpoint
 from utils.models.headers import INDEX
 from utils.models.hub import download
+from utils.models.opening import open_checkpoint
 
 
 def answer(kind: type, status: int):

@@ -8,8 +8,8 @@ import pytest
 from tests.architectures.shrinking import tiny_model
 from tests.architectures.sweep import read_rows
 from tests.refusals import refused
-from utils.models.checkpoints import open_checkpoint
 from utils.models.language_tower import as_whole_model
+from utils.models.opening import open_checkpoint
 
 NOT_OF_A_TOWER = ("model_type", "architectures", "rope_scaling", "rope_parameters", "dtype", "tie_word_embeddings")
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tests.refusals import refused
 from tests.tiny_adapters import in_float32, save_adapter, save_merged
 from tests.tiny_checkpoints import resave, save_tiny
-from utils.models.checkpoints import find_small_files, open_checkpoint, open_without_download
+from utils.models.checkpoints import find_small_files
+from utils.models.opening import open_checkpoint, open_without_download
 from utils.models.tensor_files import TensorFiles, stored_dtype
 
 KINDS = {

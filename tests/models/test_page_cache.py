@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.models.checkpoints import Checkpoint, open_checkpoint
+from utils.models.checkpoints import Checkpoint
 from utils.models.headers import TensorHeader
+from utils.models.opening import open_checkpoint
 from utils.models.page_cache import first_bytes, read_ahead
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 
 FP8 = torch.float8_e4m3fn
 

@@ -13,7 +13,7 @@ from tests.commands_here import done_here
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_merges import recipe, write_recipe
 from tests.tiny_pairs import save_pair
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.relative_change import no_fine_tune, relative_changes, strangers
 from utils.models.tensor_files import TensorFiles
 

@@ -11,8 +11,8 @@ from tests.architectures.shrinking import Row, tiny_model
 from tests.architectures.sweep import read_rows
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_mixtures import save_mixtures
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_blocks, is_experts
+from utils.models.opening import open_checkpoint
 from utils.models.routers import router_parameters, routers_of
 
 ROWS = {row.label: row for row in read_rows()}

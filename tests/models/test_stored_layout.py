@@ -9,7 +9,7 @@ import torch
 from tests.architectures.shrinking import tiny_model
 from tests.architectures.sweep import read_rows
 from tests.tiny_mixtures import weights
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights
 

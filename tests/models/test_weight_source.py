@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import StoredLayout
 from utils.models.weight_source import StreamedWeights
 

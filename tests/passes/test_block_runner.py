@@ -10,8 +10,8 @@ from tests.plain_gradients import token_lists
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, save_tiny
 from utils.guidance.lewis.visitor import LewisVisitor
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder, weight_matrix
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import MicroBatch, micro_batches

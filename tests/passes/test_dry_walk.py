@@ -9,8 +9,8 @@ import torch
 from tests.architectures.shrinking import tiny_model
 from tests.architectures.sweep import read_rows
 from tests.refusals import refused
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.weight_source import build_skeleton
 from utils.passes.dry_walk import dry_walk
 

@@ -16,8 +16,8 @@ from utils.commands import too_large
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.guidance.method import guidance_methods
 from utils.merging.allocations import LiveBytes
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches

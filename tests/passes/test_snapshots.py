@@ -11,8 +11,8 @@ import torch
 from tests.plain_gradients import token_lists
 from tests.tiny_checkpoints import LAYERS, save_any
 from utils.guidance.lewis.visitor import LewisVisitor
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches

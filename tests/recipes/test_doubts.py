@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.tiny_checkpoints import save_tiny
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.pair.config import ModelEntry
 from utils.recipes.coefficients import COLUMNS
 from utils.recipes.doubts import cancelled_weights, doubts

@@ -11,7 +11,7 @@ from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
 from utils.errors import UserError
 from utils.guidance.lewis.naming import found_names
 from utils.models.architecture import plan_architecture
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.recipes.filters import (
     NamedTensor,
     as_planned,

@@ -8,7 +8,7 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, save_tiny
 from utils.errors import UserError
 from utils.models.architecture import plan_architecture
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.recipes.group_filters import group_filters
 
 

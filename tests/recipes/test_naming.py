@@ -11,7 +11,7 @@ import torch
 from mergekit.config import InputModelDefinition, evaluate_setting
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.models.planned_tensors import ArchitecturePlan, PlannedTensor
 from utils.pair.config import ModelEntry
 from utils.recipes.coefficients import COLUMNS

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from tests.refusals import refused
 from tests.tiny_checkpoints import save_tiny
 from utils.merging.recipe_check import Name
-from utils.models.checkpoints import open_checkpoint
 from utils.models.content_sample import content_sample
+from utils.models.opening import open_checkpoint
 from utils.pair.config import ModelEntry
 from utils.recipes.named_model import NamedModel, named_model
 from utils.recipes.recipe import model_key

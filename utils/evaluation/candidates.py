@@ -23,8 +23,9 @@ from utils.merging.recipe_file import (
     model_names,
     read_recipe,
 )
-from utils.models.checkpoints import Checkpoint, is_local, open_without_download
+from utils.models.checkpoints import Checkpoint, is_local
 from utils.models.low_rank import adapter_name
+from utils.models.opening import open_without_download
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
 from utils.recipes.recipe_manifest import read_recipe_manifest, refuse_changed_files, refuse_other_weights

@@ -23,9 +23,10 @@ from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
 from utils.merging.stacked_outputs import written_tensors
 from utils.merging.vocabulary_rows import embedding_rows
-from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config
+from utils.models.checkpoints import Checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
 from utils.models.headers import FLOAT_DTYPES, TensorHeader
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.tokenizer import load_tokenizer
 from utils.models.weight_source import StreamedWeights, WeightSource, build_skeleton

@@ -26,7 +26,8 @@ from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights, models_at_once
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
-from utils.models.checkpoints import Checkpoint, open_checkpoint, read_model_config, weight_file_record
+from utils.models.checkpoints import Checkpoint, read_model_config, weight_file_record
+from utils.models.opening import open_checkpoint
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
 from utils.passes.preparation import check_tokens, pad_token

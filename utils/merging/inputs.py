@@ -16,8 +16,9 @@ from utils.errors import Problem, UserError, raise_collected
 from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
 from utils.merging.settings import MergeSettings
 from utils.models.adapters import changed_checkpoint, check_adapter, merged_folder, refuse_adapter
-from utils.models.checkpoints import Checkpoint, find_small_files, is_local, open_checkpoint, read_model_config
+from utils.models.checkpoints import Checkpoint, find_small_files, is_local, read_model_config
 from utils.models.mergekit_inputs import model_reference
+from utils.models.opening import open_checkpoint
 
 if TYPE_CHECKING:
     from utils.mergekit_api import ModelReference

@@ -7,14 +7,14 @@ name. Here the cache entry is complete or absent, and its name holds a hash of t
 import hashlib
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.models.adapted import adapted
 from utils.models.checkpoints import Checkpoint, is_local, local_folder
 from utils.models.headers import header_hash
 from utils.models.hub import download
-from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name, with_adapter
+from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.tokenizer_files import copy_tokenizer
 from utils.publishing.manifest import file_sha256
@@ -43,8 +43,7 @@ def changed_checkpoint(model: Checkpoint, adapter: str, revision: str | None, sh
     Raises:
         UserError: the adapter lacks its files, is of another kind, or does not fit the model.
     """
-    folder = _adapter_files(adapter, revision)
-    return replace(model, name=shown, tensors=with_adapter(model.tensors, folder, shown), adapter=folder)
+    return adapted(model, _adapter_files(adapter, revision), shown)
 
 
 def refuse_adapter(place: str, shown: str) -> None:

@@ -1,31 +1,22 @@
 """A model on disk: its folder, config and tensor headers. No weights enter memory here.
 
 A model is a local folder or a hub id. Hub ids are fetched in two steps, the small files of every model first, so that
-a mistake in one of them shows before gigabytes have moved. Only safetensors weights are read: pickled ones can run
-code.
+a mistake in one of them shows before gigabytes have moved; `utils/models/opening.py` is the second.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
-from utils.models.config_check import check_config, check_layers
-from utils.models.headers import (
-    FLOAT_DTYPES,
-    TensorHeader,
-    header_hash,
-    read_headers,
-    refuse_other_formats,
-    weight_files,
-)
+from utils.models.config_check import check_config
+from utils.models.headers import FLOAT_DTYPES, TensorHeader, header_hash, refuse_other_formats
 from utils.models.hub import download
-from utils.models.low_rank import CONFIG, WEIGHTS, AdapterName, adapter_name, with_adapter
-from utils.models.quantized import refuse_quantized
+from utils.models.low_rank import adapter_name
 from utils.models.small_files import SMALL_FILES, check_small_files
 from utils.models.stacks import Stack
 
@@ -96,61 +87,6 @@ def is_local(name: str) -> bool:
     """Whether `name` means a folder on this machine rather than a hub id."""
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
     return looks_local or os.path.exists(name)
-
-
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """Open a local folder or hub id, weights included (a hub id is downloaded or found in the cache).
-
-    `model+adapter`, or the folder of an adapter, is the model with the adapter's changes; `revision` is the model's.
-
-    Raises:
-        UserError: as `find_small_files` and `read_headers`; its weights are quantized; an adapter does not fit.
-    """
-    parts = adapter_name(name)
-    if parts is not None:
-        adapter = _adapter_folder(parts, fetch=True)
-        return _changed(open_checkpoint(parts.model, revision), adapter, name)
-    folder = find_small_files(name, revision)
-    config = read_model_config(folder, name)
-    if not is_local(name):
-        folder = download(name, revision, [*SMALL_FILES, *weight_files(folder, name)])
-    headers = read_headers(folder, name)
-    refuse_quantized(headers.values(), name)
-    check_layers(config, len(headers), name)
-    return Checkpoint(name, revision, folder, config, headers)
-
-
-def open_without_download(name: str, revision: str | None = None) -> Checkpoint | None:
-    """Open a model that already lies on this machine, weights included; None if it does not. Nothing is fetched.
-
-    Raises:
-        UserError: a local folder exists but is malformed, as in `open_checkpoint`.
-    """
-    parts = adapter_name(name)
-    if parts is not None:
-        model, adapter = open_without_download(parts.model, revision), _adapter_folder(parts, fetch=False)
-        return None if model is None or adapter is None else _changed(model, adapter, name)
-    if is_local(name):
-        return open_checkpoint(name, revision) if Path(name).expanduser().exists() else None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True)).resolve()
-        return Checkpoint(name, revision, folder, read_model_config(folder, name), read_headers(folder, name))
-    except (HFValidationError, LocalEntryNotFoundError, OSError, UserError):
-        return None  # not in the hub cache, or only in part: the next download completes it
-
-
-def _changed(model: Checkpoint, adapter: Path, name: str) -> Checkpoint:
-    return replace(model, name=name, tensors=with_adapter(model.tensors, adapter, name), adapter=adapter)
-
-
-def _adapter_folder(parts: AdapterName, *, fetch: bool) -> Path | None:
-    """Where an adapter lies; None if it is to be fetched first, and may not be."""
-    if is_local(parts.adapter):
-        return local_folder(parts.adapter)
-    return download(parts.adapter, None, [CONFIG, WEIGHTS]) if fetch else None
 
 
 def find_small_files(name: str, revision: str | None = None) -> Path:

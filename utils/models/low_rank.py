@@ -9,7 +9,7 @@ that are anything else are refused.
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,19 @@ def adapter_name(name: str) -> AdapterName | None:
     return AdapterName(model, adapter)
 
 
-def with_adapter(tensors: Mapping[str, TensorHeader], adapter: Path, name: str) -> dict[str, TensorHeader]:
+def with_adapter(
+    tensors: Mapping[str, TensorHeader],
+    adapter: Path,
+    name: str,
+    stored_name: Callable[[str], str | None] = lambda own: None,
+) -> dict[str, TensorHeader]:
     """The tensors of a model with an adapter's changes.
 
     Args:
         tensors: the model's, by name.
         adapter: the adapter's folder.
         name: what to call both in messages.
+        stored_name: finds which tensor a name of the adapter's means that is none of the model's, None where none.
 
     Raises:
         UserError: a file is missing or malformed; the adapter is of another kind, or does not fit the model.
@@ -102,13 +108,13 @@ def with_adapter(tensors: Mapping[str, TensorHeader], adapter: Path, name: str) 
                 f"LoRA adapter {name}: {header.name} is of an unknown kind; {_MERGE}", "adapter-unsupported"
             )
         else:
-            target = _target(path.replace(".base_layer.", "."), tensors, name)
+            target = _target(path.replace(".base_layer.", "."), tensors, name, stored_name)
             _require(header.shape == target.shape, name, header, target)
             changed[target.name] = replace(header, name=target.name)
     if not parts and changed == dict(tensors):
         raise UserError(f"LoRA adapter {name}: {WEIGHTS} holds nothing", "adapter-unfit")
     for path, own in parts.items():
-        target = _target(f"{path}.weight", tensors, name)
+        target = _target(f"{path}.weight", tensors, name, stored_name)
         if not {"down", "up"} <= own.keys():
             raise UserError(f"LoRA adapter {name}: {path} has only one of its two matrices", "adapter-unfit")
         whole = changed[target.name]  # which may be the adapter's own
@@ -158,13 +164,19 @@ def _by_pattern(patterns: Any, path: str, usual: Any, name: str) -> Any:
     return usual
 
 
-def _target(path: str, tensors: Mapping[str, TensorHeader], name: str) -> TensorHeader:
+def _target(
+    path: str, tensors: Mapping[str, TensorHeader], name: str, stored_name: Callable[[str], str | None]
+) -> TensorHeader:
     """The stored tensor that an adapter means; bare bodies are stored without the first part of a name, or with it."""
     for candidate in (path, path.partition(".")[2], f"model.{path}"):
         if candidate in tensors:
             return tensors[candidate]
+    other = stored_name(path)
+    if other is not None:
+        return tensors[other]
     raise UserError(
-        f"LoRA adapter {name} changes {path}, which the model does not store under that name; {_MERGE}", "adapter-unfit"
+        f"LoRA adapter {name} changes {path}, which the model does not store as a tensor of its own; {_MERGE}",
+        "adapter-unfit",
     )
 
 

@@ -7,7 +7,7 @@ read when its turn comes, and so that what was measured of a parameter can be to
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -224,9 +224,7 @@ def stored_layout(model: nn.Module, checkpoint: Checkpoint) -> StoredLayout:
     Raises:
         UserError: a tensor's shape is not what config.json makes of the model.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     direct: dict[str, TensorHeader] = {}
@@ -252,6 +250,24 @@ def stored_layout(model: nn.Module, checkpoint: Checkpoint) -> StoredLayout:
     layout = StoredLayout(direct, converted, tuple(_missing(model, state, made)), tuple(unread))
     _check_shapes(layout, state, checkpoint)
     return layout
+
+
+def parameter_finder(model: nn.Module) -> Callable[[str], str | None]:
+    """A function from a stored tensor's name to the parameter or buffer that it would be as it is; None where it is none, or
+    a part of one."""
+    (renamings, converters), state = _rules(model), model.state_dict()
+
+    def find(stored: str) -> str | None:
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        return name if pattern is None and name in state else None
+
+    return find
+
+
+def _rules(model: nn.Module) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _conversion(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.models.checkpoints import Checkpoint, find_small_files, open_checkpoint, read_model_config
+from utils.models.checkpoints import Checkpoint, find_small_files, read_model_config
 from utils.models.headers import FLOAT_DTYPES
+from utils.models.opening import open_checkpoint
 from utils.models.tokenizer import forget_handed_on, load_tokenizer, tokenizer_digest
 from utils.pair.config import ModelEntry, PairConfig
 from utils.pair.sample_text import Sample

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import Problem, raise_collected
 from utils.models.architecture import plan_architecture
-from utils.models.checkpoints import Checkpoint, open_without_download
+from utils.models.checkpoints import Checkpoint
 from utils.models.content_sample import content_sample
+from utils.models.opening import open_without_download
 from utils.models.planned_tensors import DEFINITION
 from utils.pair.config import ModelEntry
 from utils.recipes import filters

@@ -10,7 +10,7 @@ from tests.tiny_checkpoints import LAYERS, save_tiny
 from utils.guidance.lewis.naming import assumed_names, found_names, measured_names, name_tensors
 from utils.guidance.lewis.tables import NORM_TABLE
 from utils.models.architecture import plan_architecture
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.recipes.filters import NamedTensor, planned_tensors
 
 

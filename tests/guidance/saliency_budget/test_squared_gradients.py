@@ -6,8 +6,8 @@ import torch
 from tests.plain_gradients import CPU, plain_squares
 from tests.tiny_checkpoints import LAYERS, VOCABULARY, save_tiny
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.passes.squared_gradients import SquaredGradients

@@ -14,8 +14,8 @@ from utils.guidance.submodule_linearity.nonlinearity import GRID
 from utils.guidance.submodule_linearity.outside_changes import ComparedModel
 from utils.guidance.submodule_linearity.parts import require_comparable
 from utils.guidance.submodule_linearity.weights import merging_weights, misfit
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches

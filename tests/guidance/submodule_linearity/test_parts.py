@@ -14,8 +14,8 @@ from utils.guidance.submodule_linearity.parts import (
     outside_submodules,
     require_same_parameters,
 )
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.weight_source import build_skeleton
 
 

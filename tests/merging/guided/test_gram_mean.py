@@ -19,7 +19,7 @@ from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import CALIBRATION, contents, edit_json, sample_ids, save_tokenizer, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.guidance.gram_mean import rounds as gram_rounds
-from utils.models.checkpoints import open_checkpoint
+from utils.models.opening import open_checkpoint
 from utils.publishing.kept import kept_work
 
 NAMES = ("code", "math")

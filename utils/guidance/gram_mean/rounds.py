@@ -36,8 +36,8 @@ from utils.merging.resources import memory_estimate
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
-from utils.models.checkpoints import open_checkpoint
 from utils.models.experts_apart import with_experts_apart
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.passes.snapshots import Snapshots
 from utils.passes.subjects import Subject

@@ -16,7 +16,7 @@ from utils.runtime import choose_device
 # bytes to move for a parameter it would have to move 3 GB a second to keep up with 8 threads.
 ENOUGH_THREADS = 8
 
-_ALLOCATED = 12 * 2**20  # bytes that freed buffers leave in allocators where tensors are merged in pieces (measured)
+_ALLOCATED = 10 * 2**20  # bytes that freed buffers leave in allocators where tensors are merged in pieces (measured)
 
 
 def choose_merge_device(settings: MergeSettings, method: MergeMethod) -> tuple[torch.device, str]:

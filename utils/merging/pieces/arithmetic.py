@@ -158,6 +158,8 @@ def average(tensors: Sequence[Tensor], rule: Average, scratch: Scratch) -> Tenso
     entries, dtype = tensors[0].numel(), tensors[0].dtype
     total = scratch.take("sum", entries, torch.float32).zero_()
     for tensor, weight in zip(tensors, rule.rounded_weights.split(1), strict=True):
+        if tensor.dtype != torch.float32:  # else torch widens it into memory of its own, piece after piece
+            tensor = scratch.take("term", entries, torch.float32).copy_(tensor)
         total.addcmul_(tensor, weight)
     if rule.normalize:
         total.div_(rule.rounded_weights.sum(dim=0, keepdim=True))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.commands_here import done_here
 from tests.tiny_merges import merge_here, recipe, write_recipe
@@ -191,3 +192,35 @@ def test_every_guidance_sees_the_same_experts(apart, stacked, guidance):
     assert set(found) == set(wanted)
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6)
+
+
+def test_biases_of_stacked_experts_have_vectors_of_their_own(tmp_path):
+    """One stack [experts, width] in the checkpoint, merged by the mean of each expert's own squared gradients."""
+    folder = save_mixtures(tmp_path, "gpt_oss", num_hidden_layers=2)
+    asked = ("--guidance", "saliency_budget")
+    more = ("--config", "pair.yaml", "--out_dir", "dfs", "--accept_useless_text")
+    done_here("lewis_importance.py", *asked, *more, cwd=folder)
+    decide = ("--delta_dfs_in_dir", "dfs", "--config_file", "pair.yaml", "--out_dir", "recipes")
+    done_here("lewis_merge.py", *decide, *asked, "--merge_method", "guided_mean", "--dtype", "float32", cwd=folder)
+    (made,) = (folder / "recipes").glob("*.yaml")
+    done_here("utils/merger.py", "--merge_config", made, "--output_path", "merged", "--device", "cpu", cwd=folder)
+    name, vectors = "model.layers.1.mlp.experts.down_proj", {}
+    for model in ("code", "math"):
+        vectors |= {(model, key): one.double() for key, one in weights_of(made, model).items()}
+    before, after = weights(folder / "base"), weights(folder / "merged")
+    for expert in range(4):
+        shares = [vectors[model, f"{name}.{expert}.bias"] for model in ("code", "math")]
+        shares = [(one / one.mean()).sqrt() if one.any() else one for one in shares]
+        floor = 0.1 * sum(one.mean() for one in shares) / 2
+        changes = [
+            (weights(folder / model)[f"{name}_bias"] - before[f"{name}_bias"])[expert] for model in ("code", "math")
+        ]
+        wanted = sum(s * c.double() for s, c in zip(shares, changes, strict=True)) / (sum(shares) + floor)
+        found = (after[f"{name}_bias"] - before[f"{name}_bias"])[expert].double()
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def weights_of(recipe_path, model):
+    """The vectors of an expert that lie beside a recipe, of parameters with one axis."""
+    file = recipe_path.with_name(f"{recipe_path.stem}_{model}_saliency.safetensors")
+    return {key.removesuffix(".axis0"): value for key, value in load_file(file).items()}

@@ -1,5 +1,8 @@
 """One architecture through the commands: measured by every guidance, decided, merged, loaded again, and compared.
 
+What command 2 can write beside a guidance's usual recipe (controls, portable recipes, masks, levels) is written, and planned by
+command 3. gram_mean takes two rounds, as `--guidance best` does.
+
 What is compared with is computed in other ways: LEWIS norms with hooks on the whole model that transformers loads,
 experts token by token in float64; merges with the formula on loaded state dicts.
 """
@@ -34,9 +37,19 @@ GUIDANCE = {
     "sens_merging": ("--accept_useless_text",),
     "submodule_linearity": ("--accept_useless_text",),
     "saliency_budget": ("--accept_useless_text",),
-    "gram_mean": ("--accept_useless_text",),
+    "gram_mean": ("--accept_useless_text", "--rounds", "2"),
+    "tuned": ("--accept_useless_text", "--tune_steps", "1"),
 }
-STEPS = ("merge", *GUIDANCE)
+RECIPES = "recipes"
+STEPS = ("merge", *GUIDANCE, RECIPES)
+_USUAL = {"saliency_budget": ("--merge_method", "guided_mean")}  # what command 1 names for several experts
+_RECIPES = (
+    ("lewis", "--merge_method", "ties", "--apply_lewis_to_weights", "--control", "lines"),
+    ("lewis", "--merge_method", "ties", "--portable"),
+    ("saliency_budget", "--merge_method", "ties", "--mask", "saliency", "--control", "uniform"),
+    ("gram_mean", "--mean_density", "0.5"),
+)
+_NOT_PORTABLE = ("flag-no-effect:", "recipe-not-portable:")  # what stock mergekit runs anyway, or cannot
 SHARES = {"code": 0.5, "math": 0.3}
 _TEXTS = ("What is one and two?", "It is three.", "Name a color that is warm, please.", "Red is one, so is orange.")
 NORM_ERROR, MERGE_ERROR = 1e-5, 1e-6
@@ -77,9 +90,10 @@ def sweep(row: Row, folder: Path, steps: Collection[str] = STEPS) -> Outcome:
             if measured == "ok" and guidance == "lewis":
                 measured = _step(lambda: _compare_norms(folder, row))
             if measured == "ok":
-                measured = _step(lambda guidance=guidance: _decide_and_merge(folder, guidance))
-                measured = measured.replace("refused: ", "refused late: ", 1)
+                measured = _late(_step(lambda guidance=guidance: _decide_and_merge(folder, guidance)))
             outcome.steps[guidance] = measured
+        if RECIPES in steps:
+            outcome.steps[RECIPES] = _late(_step(lambda: _plan_recipes(folder)))
     outcome.steps = {step: said.replace(str(folder), ".") for step, said in outcome.steps.items()}
     return outcome
 
@@ -142,6 +156,10 @@ def run(script: str, *arguments: object) -> str:
     return out.getvalue()
 
 
+def _late(said: str) -> str:
+    return said.replace("refused: ", "refused late: ", 1)
+
+
 def _merge(recipe: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     run("utils.merger", "--merge_config", recipe, "--output_path", folder, "--device", "cpu", "--quiet")
@@ -195,12 +213,36 @@ def _measure(guidance: str, flags: tuple[str, ...]) -> None:
 
 def _decide_and_merge(folder: Path, guidance: str) -> None:
     arguments = ("--delta_dfs_in_dir", f"dfs_{guidance}", "--config_file", "pair.yaml", "--out_dir", f"out_{guidance}")
-    run("lewis_merge", *arguments, "--guidance", guidance, "--quiet")
+    run("lewis_merge", *arguments, "--guidance", guidance, "--quiet", *_USUAL.get(guidance, ()))
     (recipe,) = (folder / f"out_{guidance}").glob("*.yaml")
     _merge(recipe, folder / "merged")
     assert set(_stored(folder / "merged")) == set(_stored(folder / "base")), "names are not those of the base"
     for name, value in _loaded(folder / "merged").items():
         assert not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite"
+
+
+def _plan_recipes(folder: Path) -> None:
+    """Write the other recipes of what was measured, and have command 3 plan each."""
+    for number, (guidance, *flags) in enumerate(_RECIPES):
+        if not (folder / f"dfs_{guidance}").is_dir():
+            continue  # refused
+        arguments = (
+            "--delta_dfs_in_dir",
+            f"dfs_{guidance}",
+            "--config_file",
+            "pair.yaml",
+            "--out_dir",
+            f"more_{number}",
+        )
+        try:
+            run("lewis_merge", *arguments, "--guidance", guidance, "--quiet", *flags)
+            for recipe in (folder / f"more_{number}").glob("*.yaml"):
+                run(
+                    "utils.merger", "--merge_config", recipe, "--output_path", "planned", "--device", "cpu", "--dry_run"
+                )
+        except _Refused as refusal:
+            if "--portable" not in flags or not str(refusal).startswith(_NOT_PORTABLE):
+                raise _Refused(f"{refusal} ({guidance} {' '.join(flags)})") from refusal
 
 
 def _compare_norms(folder: Path, row: Row) -> None:

@@ -6,8 +6,8 @@ python -m tests.architectures.table --rows mixtral:causal     these alone
 python -m tests.architectures.table --not_ok --rows mixtral:causal      of these the steps alone that were not right
 python -m tests.architectures.table --render                  the page alone, of what was recorded
 
-A row takes 5 to 10 s of a core that is free (fewer waits where TMPDIR lies in memory), all of them half an hour; typed
-again, a run that was cut goes on.
+A row takes 8 to 16 s of a core that is free (fewer waits where TMPDIR lies in memory), all of them three quarters of an
+hour; typed again, a run that was cut goes on.
 """
 
 import argparse
@@ -86,10 +86,12 @@ def page(outcomes: Mapping[str, Any]) -> str:
         "# Architectures",
         "",
         "What each class of transformers' mappings for text and for image and text does in the three commands, shrunken to a",
-        "tiny random model: `merge` is command 3 with a uniform recipe, the other columns are command 1, 2 and 3 with that",
-        "guidance. ✓: it went through, norms equal those of hooks on the whole model to 1e-5 (experts token by token in",
-        "float64), the merge equals the formula, nothing is missing or unexpected on reload. Otherwise a number: the reason",
-        "below. This page is written by `python -m tests.architectures.table`.",
+        "tiny random model: `merge` is command 3 with a uniform recipe, the columns of guidances are command 1, 2 and 3 with",
+        "each (`saliency_budget` by `guided_mean`, `gram_mean` with two rounds as `best` takes them, `tuned` by one step), `recipes`",
+        "is what command 2 can write beside (controls, portable recipes, masks, densities), planned by command 3. ✓: it went",
+        "through, norms equal those of hooks on the whole model to 1e-5 (experts token by token in float64), the merge equals",
+        "the formula, nothing is missing or unexpected on reload. Empty: not run yet. Otherwise a number: the reason below.",
+        "This page is written by `python -m tests.architectures.table`.",
         "",
         f"{len(outcomes)} of the {len(read_rows())} rows have been run, {same} of them with the same sources: "
         f"{totals['ok']} go through everything, {totals['refused']} are refused in some step, most before anything is computed, "
@@ -107,8 +109,8 @@ def page(outcomes: Mapping[str, Any]) -> str:
 
 
 def _cell(value: str, reasons: dict[str, int]) -> str:
-    if value == "ok":
-        return "✓"
+    if value in ("ok", ""):  # a step that was added after the row was run
+        return "✓" if value else ""
     return str(reasons.setdefault(value.replace("|", "\\|"), len(reasons) + 1))
 
 

@@ -1,7 +1,7 @@
 """The sweep of architectures against its record, and the record against transformers' own mappings.
 
 python -m pytest tests/architectures                              the record, and one small row
-python -m pytest -m slow tests/architectures -n 2                 every row (a quarter of an hour on two free cores)
+python -m pytest -m slow tests/architectures -n 2                 every row (half an hour on two free cores)
 
 A row that has passed is not run again while no source of this project and no version has changed, so that a run that was
 cut goes on where it stood. A row fails where a step is worse than it was recorded, or wrong; after a change for the better,
@@ -26,11 +26,11 @@ def recorded():
     return json.loads(RECORD.read_text())
 
 
-def test_every_row_is_recorded_with_every_step():
+def test_every_row_is_recorded():
     known, here = recorded(), {row.label for row in all_rows()}
     assert list(known) == sorted(ROWS)
     for label, one in known.items():
-        assert set(one["steps"]) == set(STEPS), label
+        assert {"merge", "lewis"} <= set(one["steps"]) <= set(STEPS), label
         if label in here:  # an older version of transformers has fewer
             assert one["architecture"] == ROWS[label].architecture
 
@@ -73,6 +73,13 @@ def test_one_row_of_each_group_is_measured_and_merged(label, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_row_is_recorded_with_every_step():
+    """Steps that were added since are recorded by another run of the table."""
+    lacking = {label: sorted(set(STEPS) - set(one["steps"])) for label, one in recorded().items()}
+    assert not any(lacking.values()), lacking
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ROWS)
 def test_a_row_is_what_was_recorded_or_better(label, tmp_path, request):
     key, now = f"architectures/{label.replace(':', '-')}", state(ROWS[label])
@@ -83,7 +90,7 @@ def test_a_row_is_what_was_recorded_or_better(label, tmp_path, request):
     worse = {
         step: value
         for step, value in steps.items()
-        if severity(value) > REFUSED or severity(value) > severity(before[step])
+        if severity(value) > REFUSED or severity(value) > severity(before.get(step, "ok"))
     }
     assert worse == {}
     if request.config.cache is not None:

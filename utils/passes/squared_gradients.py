@@ -4,12 +4,20 @@ Whole for the parameters asked for; of all others only what a vector per axis ne
 memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from utils.passes.axis_sums import AxisSums
+
+Split = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""A tensor of a parameter's shape in the pieces that a checkpoint stores, by their names, or as it is, by the parameter's."""
+
+
+def as_it_is(name: str, value: Tensor) -> Mapping[str, Tensor]:
+    """The split of parameters that are stored as they are."""
+    return {name: value}
 
 
 class SquaredGradients:
@@ -18,10 +26,11 @@ class SquaredGradients:
     Args:
         whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
         outlined: those of which sums over axes are enough (`utils/passes/axis_sums.py`), in `outlines` until taken.
+        pieces: how the outlined ones are stored; each piece has sums of its own.
     """
 
-    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset()) -> None:
-        self.whole, self.outlined = whole, outlined
+    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset(), pieces: Split = as_it_is) -> None:
+        self.whole, self.outlined, self.pieces = whole, outlined, pieces
         self.sums: dict[str, Tensor] = {}
         self.outlines: dict[str, AxisSums] = {}
 
@@ -32,9 +41,10 @@ class SquaredGradients:
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         """Add one sample's gradient of one parameter."""
         if name not in self.whole:
-            if name not in self.outlines:
-                self.outlines[name] = AxisSums(gradient.shape, gradient.device)
-            self.outlines[name].add_squares(gradient)
+            for piece, part in self.pieces(name, gradient).items():
+                if piece not in self.outlines:
+                    self.outlines[piece] = AxisSums(part.shape, part.device)
+                self.outlines[piece].add_squares(part)
             return
         exact = gradient.float()
         if name in self.sums:
@@ -50,7 +60,10 @@ class SquaredGradients:
         found = self.sums.pop(name, None)
         return torch.zeros_like(like, dtype=torch.float32) if found is None else found
 
-    def take_factors(self, name: str, like: Tensor) -> tuple[Tensor, ...]:
-        """The vectors of an outlined parameter, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
-        found = self.outlines.pop(name, None)
-        return (AxisSums(like.shape, torch.device("cpu")) if found is None else found).factors()
+    def take_factors(self, name: str, like: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """The vectors of an outlined parameter's pieces, as `AxisSums.factors`; zeros if no sample's loss depends on it."""
+        found = {}
+        for piece, part in self.pieces(name, like).items():
+            sums = self.outlines.pop(piece, None)
+            found[piece] = (AxisSums(part.shape, torch.device("cpu")) if sums is None else sums).factors()
+        return found

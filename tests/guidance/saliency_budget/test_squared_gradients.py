@@ -108,6 +108,22 @@ def test_half_precision_gradients_are_squared_in_float32():
     observer = SquaredGradients(frozenset(), frozenset({"w", "v"}))
     assert observer.wants("w") and not observer.wants("x")
     observer.gradient("w", torch.zeros(2), gradient, 0)
-    (found,) = observer.take_factors("w", torch.zeros(2))
+    ((found,),) = observer.take_factors("w", torch.zeros(2)).values()
     assert torch.equal(found, gradient.float().double() ** 2 // 2**-149 * 2**-149)  # float32's square
-    assert [axis.tolist() for axis in observer.take_factors("v", torch.zeros(2, 1))] == [[0, 0], [0]]
+    assert [axis.tolist() for axis in observer.take_factors("v", torch.zeros(2, 1))["v"]] == [[0, 0], [0]]
+
+
+def test_a_parameter_in_pieces_has_vectors_for_each():
+    def rows(name, value):
+        return {f"{name}.{place}": row for place, row in enumerate(value)}
+
+    observer = SquaredGradients(frozenset(), frozenset({"biases"}), rows)
+    gradients = [torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[4.0, 0.0], [1.0, 1.0]])]
+    for sample, gradient in enumerate(gradients):
+        observer.gradient("biases", gradient, gradient, sample)
+    found = observer.take_factors("biases", torch.zeros(3, 2))
+    assert {name: axis.tolist() for name, (axis,) in found.items()} == {
+        "biases.0": [17, 4],
+        "biases.1": [1, 10],
+        "biases.2": [0, 0],
+    }

@@ -1,6 +1,6 @@
 """Base and expert back through their blocks in lock-step, on the expert's text: Gram matrices and squared gradients."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,9 @@ from utils.passes.block_gradients import BlockDone, backward_pass, together
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.input_grams import InputGrams
 from utils.passes.row_grams import RowGrams
-from utils.passes.squared_gradients import SquaredGradients
+from utils.passes.squared_gradients import Split, SquaredGradients, as_it_is
 
 _PASSED = "passed"  # the part of snapshots that has the number of blocks that come next
-
-Split = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,14 @@ class _Gradients:
     """What is kept of the gradients of the models, which have the same names (a `GradientObserver`)."""
 
     def __init__(self, names: frozenset[str], embeddings: frozenset[str], split: Split) -> None:
-        self.squares, self.rows, self.split = SquaredGradients(frozenset(), names), RowGrams(embeddings), split
+        self.squares, self.rows = SquaredGradients(frozenset(), names, split), RowGrams(embeddings)
 
     def wants(self, name: str) -> bool:
         return self.squares.wants(name)
 
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         self.rows.add(name, gradient)
-        for piece, part in self.split(name, gradient).items():
-            self.squares.gradient(piece, parameter, part, sample)
+        self.squares.gradient(name, parameter, gradient, sample)
 
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Sums stay until they are taken."""
@@ -68,7 +65,7 @@ def joint_pass(
     device: torch.device,
     on_block: OnBlock,
     *,
-    split: Split = lambda name, value: {name: value},
+    split: Split = as_it_is,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
 ) -> Iterator[JointPass]:
@@ -150,8 +147,7 @@ def _parts(
         axes, rows = {}, {}
         for name, value in parameters.items():
             if value.is_floating_point() and name in observer.squares.outlined:
-                for piece, part in observer.split(name, value).items():
-                    axes[piece] = observer.squares.take_factors(piece, part)
+                axes |= observer.squares.take_factors(name, value)
             if (gram := observer.rows.take(name)) is not None:
                 rows[name] = gram
         del parameters, value

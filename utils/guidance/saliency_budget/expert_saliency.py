@@ -96,6 +96,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
             place.folder,
             snapshots,
             fewest_tokens(job.options),
+            base.layout.pieces,
         ) as both:
             known = [taken or own for taken, own in zip(both.losses, alone, strict=True)]
             gain = gain_on_own_text(job, expert, *known)
@@ -122,14 +123,18 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
 def _other_vectors(
     others: Mapping[str, tuple[Tensor, ...]], base: Subject, expert: Subject
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Vectors of parameters that are not measured, by the names they are stored under."""
+    """Vectors of parameters that are not measured, or of pieces of them, by the names they are stored under."""
     vectors = {}
     for parameter, axes in others.items():
-        layout, own = stored_as((base, expert), parameter)
-        tensor, *pieces = layout.stored_names(own)
+        if parameter in base.checkpoint.tensors:
+            tensor, is_whole = parameter, True
+        else:
+            layout, own = stored_as((base, expert), parameter)
+            tensor, *pieces = layout.stored_names(own)
+            is_whole = not pieces and not layout.is_part(own)
         if not all(bool(axis.isfinite().all()) for axis in axes):
             raise _not_finite(tensor, base, expert)
-        if not pieces and not layout.is_part(own):
+        if is_whole:
             vectors[tensor] = axes
     return vectors
 

@@ -25,7 +25,7 @@ from utils.passes.block_gradients import BlockDone, Observing, backward_pass, no
 from utils.passes.block_runner import BlocksInTurn
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.routed_tokens import RoutedTokens, take_towards_mean
-from utils.passes.squared_gradients import SquaredGradients
+from utils.passes.squared_gradients import Split, SquaredGradients, as_it_is
 
 OnBlock = Callable[[int], None]
 
@@ -41,10 +41,6 @@ class Side:
     weights: WeightSource
     samples: Sequence[Sequence[int]] | None
     observing: Observing = nothing
-
-
-Split = Callable[[str, Tensor], Mapping[str, Tensor]]
-"""A tensor of a parameter's shape as the base's checkpoint stores it: whole or in pieces, by stored names."""
 
 
 @dataclass
@@ -65,8 +61,8 @@ class SquaresPass:
 
     `losses` are each sample's (nats per token), by side, () where no gradients are taken. `parts` is computed as it is
     iterated; tensors are in memory until the next one is asked for. Once it has ended, `others` has the vectors that
-    stand for F of every other parameter of one or two axes, in the blocks and outside, by its name in the model: tied
-    parameters have one name, the first one. float64 on the CPU. `tokens` are by layer and path of a module of experts how
+    stand for F of every other parameter of one or two axes, in the blocks and outside, by its name in the model, and of one
+    in pieces by theirs: tied parameters have one name, the first one. float64 on the CPU. `tokens` are by layer and path of a module of experts how
     many tokens each of them had, on average of the sides with gradients; None where that is not seen.
     """
 
@@ -102,10 +98,11 @@ def squares_pass(
     expert: Side,
     device: torch.device,
     on_block: OnBlock,
-    split: Split = lambda name, value: {name: value},
+    split: Split = as_it_is,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     fewest_tokens: int = 0,
+    pieces: Split = as_it_is,
 ) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
@@ -117,10 +114,11 @@ def squares_pass(
         base, expert: models of one architecture; decoders that no other thread uses meanwhile.
         device: where to compute.
         on_block: called twice per block and side with gradients.
-        split: how parameters are stored; by default each as it is.
+        split: how the linear parts are stored, by stored names; by default each as it is.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when all parts of one have been taken.
         fewest_tokens: an expert of a mixture with fewer is taken towards the mean of its layer (`take_towards_mean`).
+        pieces: how other parameters are stored; each piece has vectors of its own.
 
     Raises:
         UserError: as `backward_pass`.
@@ -136,7 +134,12 @@ def squares_pass(
         for side in (base, expert)
         for name, value in side.decoder.model.named_parameters(remove_duplicate=False)
     ]
-    observer = SquaredGradients(whole, frozenset(name for name, value in named if value.dim() <= 2) - whole)
+    small = {
+        name
+        for name, value in named
+        if name not in whole and all(part.dim() <= 2 for part in pieces(name, value).values())
+    }
+    observer = SquaredGradients(whole, frozenset(small), pieces)
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     others: dict[str, tuple[Tensor, ...]] = snapshots.found("others") or {}
     snapshots.keep("others", lambda: others)
@@ -246,5 +249,8 @@ def _parts(
 
 def _outlines(parameters: Mapping[str, Tensor], observer: SquaredGradients) -> dict[str, tuple[Tensor, ...]]:
     """The vectors of those parameters that are outlined."""
-    wanted = {name: value for name, value in parameters.items() if name in observer.outlined}
-    return {name: observer.take_factors(name, value) for name, value in wanted.items() if value.is_floating_point()}
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for name, value in parameters.items():
+        if name in observer.outlined and value.is_floating_point():
+            found |= observer.take_factors(name, value)
+    return found

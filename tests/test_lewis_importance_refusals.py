@@ -82,7 +82,7 @@ def test_a_disk_too_small_for_what_measuring_puts_there(refused, full_disk, monk
 
 @pytest.mark.parametrize("more", [(), ("--restart",)])
 def test_what_a_killed_run_has_left_counts_as_free(pair, full_disk, more):
-    left = pair / "out/deltas/.measuring.part/00/code"
+    left = pair / "out/deltas/.measuring.part" / ("0" * 20) / "code"
     left.mkdir(parents=True)
     (left / "states").write_bytes(bytes(2**22))
     measure(*more)

@@ -12,7 +12,7 @@ from tests.refusals import refused
 from tests.tiny_checkpoints import block_prefix, save_tiny
 from tests.tiny_pairs import contents, save_tokenizer
 from utils.publishing.kept import kept_work
-from utils.publishing.staging import PROGRESS
+from utils.publishing.siblings import PROGRESS
 
 _LARGE = 10**6  # entries: ties of larger tensors are left alone, which only takes time
 NAMES = ("base", "code", "math")

@@ -27,6 +27,7 @@ from utils.evaluation.tasks import evaluation_rows
 from utils.evaluation.weights import CandidateWeights
 from utils.merging.settings import MergeSettings
 from utils.pair.config import read_pair_config
+from utils.publishing.siblings import stage_of
 from utils.recipes.saliency_vectors import vector_file_bytes
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3_tied")
@@ -359,11 +360,13 @@ def test_what_a_killed_run_was_writing_is_swept(tmp_path):
 
 
 def test_a_model_that_a_killed_run_had_written_is_swept(tmp_path):
-    (tmp_path / ".model.x1.part").mkdir()
-    (tmp_path / ".model.x1.part/model.safetensors").touch()
-    (tmp_path / "mine.part").mkdir()
+    (tmp_path / ".scored.ab_cd123.part").mkdir()
+    (tmp_path / ".scored.ab_cd123.part/model.safetensors").touch()
+    others = ["mine.part", ".scored.mine.part", ".model.ab_cd123.part", stage_of(tmp_path / "model", "0" * 12).name]
+    for name in others:  # the last one is a merge that may be at work beside the scores
+        (tmp_path / name).mkdir()
     sweep_written(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_losses_on_file_are_of_one_number_of_threads(made, tmp_path):

@@ -5,13 +5,14 @@ python -m pytest tests/publishing/test_disk.py
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from tests.faulty import Failing, full
 from tests.tiny_pairs import fill
 from utils.publishing.disk import remove_tree
-from utils.publishing.staging import sweep
+from utils.publishing.siblings import stage_of, sweep
 
 FILES = {"a": b"1", "sub/b": b"2"}
 
@@ -26,7 +27,7 @@ def test_what_an_error_stops_is_tried_once_more(tmp_path, monkeypatch, capsys, c
 
 
 def test_a_warning_names_what_cannot_be_removed(tmp_path, monkeypatch, capsys):
-    stage = fill(tmp_path / ".model.0123456789ab.part", FILES)
+    stage = fill(tmp_path / stage_of(Path("model"), "0123456789ab").name, FILES)
     monkeypatch.setattr(os, "rmdir", Failing(os.rmdir, 1, full(errno.EIO), forever=True))
     assert not remove_tree(stage)
     assert capsys.readouterr().err.startswith(f"warning: {stage} is of no use any more")

@@ -23,15 +23,8 @@ from utils.errors import UserError
 from utils.publishing import staging
 from utils.publishing.exchange import exchange
 from utils.publishing.kept import kept_work
-from utils.publishing.staging import (
-    PROGRESS,
-    foreign_entries,
-    put_back,
-    refuse_parallel_run,
-    staged_folder,
-    stamp,
-    sweep,
-)
+from utils.publishing.siblings import PROGRESS, put_back, refuse_parallel_run, stage_of, sweep
+from utils.publishing.staging import foreign_entries, staged_folder, stamp
 
 NEW = {"a.csv": b"new a", "b.csv": b"new b" * 1000, "manifest.json": b"{}"}
 
@@ -163,22 +156,61 @@ def test_what_appears_in_the_last_moment_is_kept(tmp_path, monkeypatch):
 # --- what killed runs have left ---------------------------------------------------------------------------------------
 
 KEY = "0123456789ab"
+PART = stage_of(Path("model"), KEY).name
+OLD = PART.replace(".part", ".old")
 
 
 def test_dead_stages_are_swept_in_one_line_and_others_stay(tmp_path):
-    for name in (".model.ab_cd123.part", f".model.{KEY}.part", ".model.x.y.part", ".model2.ab_cd123.part"):
+    dead = stage_of(tmp_path / "model", "f" * 12)
+    others = [stage_of(tmp_path / "model2", KEY).name, ".model.x.y.part", PART]
+    for name in (dead.name, *others):
         fill(tmp_path, {f"{name}/x": b"x"})
-    assert sweep(tmp_path / "model", KEY) == f"removed what a killed run has left: {tmp_path / '.model.ab_cd123.part'}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f".model.{KEY}.part",
-        ".model.x.y.part",
-        ".model2.ab_cd123.part",
-    ]
+    assert sweep(tmp_path / "model", KEY) == f"removed what a killed run has left: {dead}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
     assert KEY in sweep(tmp_path / "model") and sweep(tmp_path / "model") == ""
 
 
+@pytest.mark.parametrize("end", ["part", "old"])
+@pytest.mark.parametrize("name", ["20261126", "202611261230", "backup_of_1", KEY, "0" * 20])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_others_have_called_alike_stays(tmp_path, name, end, there):
+    fill(tmp_path, {f".model.{name}.{end}/thesis.txt": b"mine", **({"model/x": b"old"} if there else {})})
+    before = contents(tmp_path)
+    assert put_back(tmp_path / "model") == sweep(tmp_path / "model") == ""
+    refuse_parallel_run(tmp_path / "model")
+    assert contents(tmp_path) == before
+
+
+def test_what_an_earlier_version_had_finished_is_swept(tmp_path):
+    left = fill(tmp_path / f".model.{KEY}.part", {PROGRESS: b"1"})
+    assert str(left) in sweep(tmp_path / "model") and not left.exists()
+
+
+@pytest.mark.parametrize("begin", ["x" * 64, "x" * 130, "模型" * 30])
+def test_long_names_that_begin_alike_have_folders_of_their_own(tmp_path, begin):
+    one, two = tmp_path / f"{begin}-one", tmp_path / f"{begin}-two"
+    left = fill(stage_of(two, KEY), {PROGRESS: b"1"})
+    assert sweep(one) == "" and left.exists()
+    with staged_folder(two, key=KEY), staged_folder(one, key=KEY):
+        refuse_parallel_run(one, KEY)
+    assert {path.name for path in tmp_path.iterdir()} == {one.name, two.name}
+    fill(left.with_suffix(".old"), {"x": b"old"})
+    two.rename(tmp_path / "away"), one.rename(tmp_path / "too")
+    assert put_back(one) == "" and put_back(two)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_link_in_the_place_of_the_work_is_refused(tmp_path, kind):
+    fill(tmp_path, {"scratch/x": b"mine"})
+    (tmp_path / PART).symlink_to("scratch") if kind == "link" else (tmp_path / PART).write_bytes(b"mine")
+    before = contents(tmp_path)
+    with refused("out-in-the-way"), staged_folder(tmp_path / "model", key=KEY):
+        pass
+    assert contents(tmp_path) == before and sweep(tmp_path / "model") == ""
+
+
 def test_a_target_that_was_moved_away_is_put_back(tmp_path):
-    fill(tmp_path, {f".model.{KEY}.old/x": b"old", f".model.{KEY}.part/x": b"new"})
+    fill(tmp_path, {f"{OLD}/x": b"old", f"{PART}/x": b"new"})
     assert sweep(tmp_path / "model") == ""  # nothing goes while the target is missing
     assert "what was there is back" in put_back(tmp_path / "model")
     assert (tmp_path / "model" / "x").read_bytes() == b"old"
@@ -187,14 +219,14 @@ def test_a_target_that_was_moved_away_is_put_back(tmp_path):
 
 
 def test_a_dead_run_of_the_same_key_is_gone_on_with(tmp_path):
-    fill(tmp_path, {f".model.{KEY}.part/{PROGRESS}": b"1", f".model.{KEY}.part/a": b"half"})
+    fill(tmp_path, {f"{PART}/{PROGRESS}": b"1", f"{PART}/a": b"half"})
     with staged_folder(tmp_path / "model", key=KEY) as folder:
         assert (folder / "a").read_bytes() == b"half"
     assert contents(tmp_path / "model") == {"a": b"half"}
 
 
 def test_without_a_list_of_what_is_finished_nothing_of_it_is_used(tmp_path):
-    fill(tmp_path, {f".model.{KEY}.part/a": b"half", f".model.{KEY}.part/sub/b": b"half"})
+    fill(tmp_path, {f"{PART}/a": b"half", f"{PART}/sub/b": b"half"})
     with staged_folder(tmp_path / "model", key=KEY) as folder:
         assert contents(folder) == {}
 
@@ -211,9 +243,9 @@ def test_whatever_stops_it_leaves_what_is_finished_and_of_use(tmp_path, kind, le
     ):
         fill(folder, left)
         raise kind
-    assert (tmp_path / "out" / f".model.{KEY}.part").exists() == stays == (tmp_path / "out").exists()
+    assert (tmp_path / "out" / PART).exists() == stays == (tmp_path / "out").exists()
     assert (kept_work(caught.value) is not None) == stays
-    assert not stays or str(tmp_path / "out" / f".model.{KEY}.part") in str(kept_work(caught.value))
+    assert not stays or str(tmp_path / "out" / PART) in str(kept_work(caught.value))
 
 
 def test_a_swap_that_is_refused_keeps_what_is_finished(tmp_path, either_way):

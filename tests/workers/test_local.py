@@ -8,7 +8,7 @@ import torch
 
 from tests.faulty import Failing, full
 from tests.refusals import refused
-from tests.tiny_pairs import fill
+from tests.tiny_pairs import contents, fill
 from tests.workers.pieces import Doubled, double, doubling, leave_snapshots, refuse
 from utils.publishing.kept import kept_work
 from utils.workers.local import LocalWorkers
@@ -114,6 +114,28 @@ def test_a_work_folder_of_another_request_is_begun_anew(tmp_path):
         raise KeyboardInterrupt
     with work_folder(parent, {"rows": 2}, keep=True) as other:
         assert [path.name for path in parent.iterdir()] == [other.name] != [folder_name({"rows": 1})]
+
+
+@pytest.mark.parametrize("at", ["", "mine", folder_name({"rows": 1})])
+def test_a_link_where_work_is_done_is_refused(tmp_path, at):
+    """What is removed there would be somebody's files."""
+    fill(tmp_path, {"scratch/other/data.txt": b"mine"})
+    (tmp_path / ".work" / at).parent.mkdir(exist_ok=True)
+    (tmp_path / ".work" / at).symlink_to(tmp_path / "scratch")
+    before = contents(tmp_path)
+    with refused("out-in-the-way"), work_folder(tmp_path / ".work", {"rows": 1}, keep=True):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_not_named_like_results_stays(tmp_path, capsys, keep):
+    parent = tmp_path / ".work"
+    fill(parent, {"other/data.txt": b"mine", f"{folder_name({'rows': 2})}/result": b"ours"})
+    with work_folder(parent, {"rows": 1}, keep=keep):
+        pass
+    assert contents(parent) == {"other": None, "other/data.txt": b"mine"}
+    assert f"{parent} holds other" in capsys.readouterr().err
 
 
 def test_a_work_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):

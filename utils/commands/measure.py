@@ -30,7 +30,7 @@ from utils.pair.config import PairConfig
 from utils.pair.presence import refuse_missing, small_files
 from utils.passes.preparation import Precision, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
-from utils.publishing.disk import bytes_on_disk, free_bytes, remove_tree
+from utils.publishing.disk import bytes_on_disk, free_bytes
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.kept import RESTART
 from utils.publishing.manifest import MANIFEST, with_manifest
@@ -44,7 +44,7 @@ from utils.runtime import (
     versions_line,
 )
 from utils.workers.results import finished_and_begun
-from utils.workers.work_folder import folder_name, work_folder
+from utils.workers.work_folder import folder_name, refuse_in_the_way, remove_work, work_folder
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def _measure(
         stack.enter_context(locked_folder(options.out_dir, is_same=same, say=say))
         if not options.overwrite:
             if already_there(options.out_dir, request):
-                remove_tree(place)  # of a run that was killed once all was published
+                remove_work(place)  # of a run that was killed once all was published
                 (print if alone else say)(f"{options.out_dir} already holds exactly this measurement; nothing to do")
                 if alone:
                     report.say_next(options)
@@ -145,7 +145,7 @@ def _measure(
         warn(doubts)
         start = time.perf_counter()
         if options.restart:
-            remove_tree(place)
+            remove_work(place)
         elif place.is_dir():
             say(_left_over(place, pieces_of))
         of_use, anew = partial(not_changed, subjects, request), RESTART if alone else f"removing {place} begins again"
@@ -229,6 +229,7 @@ def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
                 f"--out_dir {options.out_dir} is the folder of model {entry.name}; choose another folder",
                 "out-dir-is-model",
             )
+    refuse_in_the_way(options.out_dir / WORK)
     again = options.overwrite
     if not again:  # files of the very same measurement are kept; whether they are is known once the models are read
         manifest = read_manifest(options.out_dir) or {}

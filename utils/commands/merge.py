@@ -22,7 +22,8 @@ from utils.models.headers import INDEX
 from utils.models.model_trial import ModelTrial
 from utils.models.page_cache import AHEAD, read_ahead
 from utils.publishing.manifest import MANIFEST
-from utils.publishing.staging import PROGRESS, put_back, staged_folder, stamp, sweep
+from utils.publishing.siblings import PROGRESS, put_back, sweep
+from utils.publishing.staging import staged_folder, stamp
 from utils.runtime import available_host_bytes, devices_used, gigabytes, import_libraries, peak_gpu_memory
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def merge(settings: MergeSettings) -> None:
     measured = read_measured(settings.evaluation, recipe)
     check_apart(settings.output_path, recipe.local_folders())
     restored = "" if settings.dry_run else put_back(settings.output_path)
+    warn([restored] if restored else ())  # at once: what is refused next may be what is back
     output = check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)
     found = find_models(check_recipe(recipe))
     if not settings.dry_run:
@@ -63,7 +65,6 @@ def merge(settings: MergeSettings) -> None:
         trial.check()
     ready = preflight(settings, found, output, lambda line: _say([line], settings))
     warn(ready.warnings)
-    warn([restored] if restored else ())
     request = request_hash(ready)
     if output.request and output.request != request:
         raise refuse_existing_merge(settings.output_path)

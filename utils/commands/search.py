@@ -18,7 +18,7 @@ from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files
 from utils.progress_bar import progress_bar
-from utils.publishing.disk import remove_empty, remove_tree
+from utils.publishing.disk import remove_empty
 from utils.publishing.files import repair_folder
 from utils.publishing.kept import kept_work
 from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
@@ -26,7 +26,7 @@ from utils.runtime import quiet_libraries, versions_line
 from utils.searching.measurements import FOLDER, find_measurements
 from utils.searching.points import UNGUIDED
 from utils.searching.storage import STORAGE, require_optuna, storage_guarded
-from utils.workers.work_folder import work_folder
+from utils.workers.work_folder import remove_work, work_folder
 
 if TYPE_CHECKING:
     from utils.commands.search_setup import Prepared
@@ -130,7 +130,7 @@ def _measure_missing(options: SearchOptions) -> set[str]:
             if asked:
                 raise
             if kept := kept_work(error):  # nobody goes on with what is left out
-                remove_tree(kept.folder.parent)
+                remove_work(kept.folder.parent)
                 remove_empty([options.out_dir / FOLDER / name, options.out_dir / FOLDER])
             warn([f"guidance {name} is left out: {error} [{error.code}]"])
     return warned

@@ -1,6 +1,7 @@
 """Candidates made ready to be scored: their skeletons and where their tensors come from. No weights are read here."""
 
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -34,14 +35,21 @@ from utils.publishing.disk import free_bytes, remove_tree
 from utils.runtime import computing_dtype, gigabytes
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
-_WRITTEN = ".model."  # begins the name of a folder that a model is written into for a while
+_WRITTEN, _END = (
+    ".scored.",
+    ".part",
+)  # around 8 characters of `tempfile`: a folder that a model is written into for a while
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
 
 def sweep_written(beside: Path) -> None:
     """Remove models that a killed run had written for a while; the caller has the folder to itself."""
-    for folder in beside.glob(f"{_WRITTEN}*.part"):
-        remove_tree(folder)
+    for folder in beside.iterdir():
+        if (
+            re.fullmatch(f"{re.escape(_WRITTEN)}[a-z0-9_]{{8}}{re.escape(_END)}", folder.name)
+            and not folder.is_symlink()
+        ):
+            remove_tree(folder)
 
 
 def refuse_little_disk(needed: int, beside: Path | None) -> None:
@@ -153,7 +161,7 @@ class Preparing:
             UserError: the disk has no room for it; anything that command 3 would raise.
         """
         refuse_little_disk(planned.plan.nbytes, beside)  # again: others write, too
-        with tempfile.TemporaryDirectory(prefix=_WRITTEN, suffix=".part", dir=beside) as text:
+        with tempfile.TemporaryDirectory(prefix=_WRITTEN, suffix=_END, dir=beside) as text:
             folder = Path(text)
             run_merge(planned, folder)
             write_small_files(planned, folder)

@@ -9,7 +9,8 @@ from utils.errors import UserError
 from utils.merging.result_files import deviations, read_result_manifest
 from utils.publishing.disk import free_bytes
 from utils.publishing.manifest import MANIFEST
-from utils.publishing.staging import Stamp, dead_bytes, stamp
+from utils.publishing.siblings import dead_bytes
+from utils.publishing.staging import Stamp, stamp
 from utils.publishing.target import prepare_folder
 from utils.runtime import gigabytes
 

@@ -12,7 +12,7 @@ from typing import Any
 from utils.bounded_files import read_json
 from utils.errors import UserError
 from utils.publishing.manifest import MANIFEST, file_sha256
-from utils.publishing.staging import PROGRESS
+from utils.publishing.siblings import PROGRESS
 
 COMMAND = "utils/merger.py"  # what a manifest of ours says; other commands write manifests, too
 _SMALL = 64 * 2**20  # bytes up to which a file is read even if its size and time are as recorded

@@ -1,29 +1,30 @@
 """A folder made beside its place and published in one step; what killed runs have left is taken up or swept.
 
-While a run works, `.NAME.KEY.part` beside the target is its own: a lock on it ends with the process, even by a kill. The
-key says what is being made. A run that makes the same takes a dead run's folder over, with what is finished in it, or
-waits for the living one; a run that makes something else is refused while one lives and sweeps what is dead.
+While a run works, a hidden folder beside the target is its own (`utils/publishing/siblings.py`): a lock on it ends with the
+process, even by a kill. Its key says what is being made. A run that makes the same takes a dead run's folder over, with what
+is finished in it, or waits for the living one; a run that makes something else is refused while one lives and sweeps what is
+dead.
 
 A target that exists changes places with the new folder in one step where the system can do that (`utils/publishing/exchange.py`).
-Elsewhere it is first moved to `.NAME.KEY.old`, so that there is a moment without a target: the next run puts it back.
+Elsewhere it is first moved to a hidden name, so that there is a moment without a target: the next run puts it back.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.publishing.disk import bytes_on_disk, remove_empty, remove_tree, sync_folder, sync_published, write_through
+from utils.publishing.disk import remove_empty, remove_tree, sync_folder, sync_published, write_through
 from utils.publishing.exchange import exchange
 from utils.publishing.kept import note_kept
+from utils.publishing.siblings import PROGRESS, refuse_parallel_run, stage_of
 from utils.signals import finish, signals_held
 
-PROGRESS = ".progress"  # a file in a stage that says what is finished there; without it nothing in a dead stage is used
 Stamp = tuple[int, int]  # bytes and time of change in nanoseconds
 
 
@@ -115,39 +116,6 @@ def working_folder(
         raise
 
 
-def refuse_parallel_run(target: Path, key: str | None = None) -> None:
-    """Raise a `UserError` if another run is making this folder, unless with the same key."""
-    own = None if key is None else _stage(target, key)
-    if any(_is_held(folder) for folder in _siblings(target, "part") if folder != own):
-        raise UserError(f"{target} is being written by another run; wait for it or choose another folder", "out-in-use")
-
-
-def put_back(target: Path) -> str:
-    """Undo half an exchange of a killed run; a sentence if there was one."""
-    target = Path(os.path.realpath(target))
-    for retired in _siblings(target, "old"):
-        if not os.path.lexists(target) and not _is_held(retired):
-            os.rename(retired, target)
-            return f"a run was killed while it replaced {target}: what was there is back"
-    return ""
-
-
-def sweep(target: Path, key: str | None = None) -> str:
-    """Remove what dead runs have left beside a target, but for that of the same key; a sentence if there was something."""
-    target = Path(os.path.realpath(target))
-    own = None if key is None else _stage(target, key)
-    dead = [folder for folder in _siblings(target, "part", "old") if folder != own and not _is_held(folder)]
-    if not dead or (any(folder.suffix == ".old" for folder in dead) and not os.path.lexists(target)):
-        return ""
-    removed = [str(folder) for folder in dead if remove_tree(folder)]
-    return f"removed what a killed run has left: {', '.join(removed)}" if removed else ""
-
-
-def dead_bytes(target: Path) -> int:
-    """What dead runs have left beside a target, in bytes of its disk."""
-    return sum(bytes_on_disk(folder) for folder in _siblings(target, "part", "old") if not _is_held(folder))
-
-
 def foreign_entries(folder: Path, known: Mapping[str, Stamp]) -> list[str]:
     """Relative paths below a folder that are not in `known`, were written since, or are folders that hold nothing known."""
     if not folder.exists():
@@ -168,15 +136,20 @@ def foreign_entries(folder: Path, known: Mapping[str, Stamp]) -> list[str]:
 @contextlib.contextmanager
 def _claimed(target: Path, key: str, say: Callable[[str], None]) -> Iterator[Path]:
     """This run's own folder for a key, locked; waits for another run that has it."""
-    stage = _stage(target, key)
+    stage = stage_of(target, key)
     waiting = False
     while True:
         with contextlib.suppress(FileExistsError):  # not `exist_ok`, which looks again, when it may have been published
             stage.mkdir()
         try:
-            descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # published or swept in this moment
             continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            text = f"{stage} is in the way: it is a file or a link, where {target} is to be made. Move it"
+            raise UserError(text, "out-in-the-way") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,31 +254,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _stage(target: Path, key: str) -> Path:
-    target = Path(os.path.realpath(target))
-    return target.with_name(f".{target.name[:64]}.{key[:12]}.part")
-
-
-def _siblings(target: Path, *kinds: str) -> list[Path]:
-    """The folders of runs beside a target; the keys of earlier versions were random names."""
-    target = Path(os.path.realpath(target))
-    if not target.parent.is_dir():
-        return []
-    form = re.compile(re.escape(f".{target.name[:64]}.") + rf"[a-z0-9_]{{8,12}}\.({'|'.join(kinds)})")
-    return sorted(path for path in target.parent.iterdir() if form.fullmatch(path.name) and path.is_dir())
-
-
-def _is_held(folder: Path) -> bool:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

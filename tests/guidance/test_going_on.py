@@ -61,9 +61,9 @@ def stopped(folder, monkeypatch, line, stop_at):
     [
         ("lewis", (), 2),  # blocks: in the first model, in the second
         ("lewis", (), 4),
-        ("sens_merging", (), 5),
-        ("saliency_budget", ("--gradient_at", "both"), 13),
-        ("gram_mean", (), 7),
+        ("sens_merging", (), 12),
+        ("saliency_budget", ("--gradient_at", "both"), 21),
+        ("gram_mean", (), 14),
     ],
 )
 def test_a_measurement_that_an_error_ends_goes_on(tmp_path, monkeypatch, method, words, at):
@@ -130,13 +130,16 @@ def goes_on(folder, line):
     [
         ("lewis", ("--dtype", "bfloat16"), 2),  # of 2 steps for each model and text
         ("lewis", ("--dtype", "bfloat16"), 4),
-        ("saliency_budget", ("--gradient_at", "both"), 7),  # of 8 steps for each expert
-        ("saliency_budget", ("--gradient_at", "expert"), 4),  # 2 of the base
-        ("gram_mean", (), 2),  # of 8 steps, too
+        ("saliency_budget", ("--gradient_at", "both"), 14),  # of 8 steps for each expert, behind 4 for its gain
+        ("saliency_budget", ("--gradient_at", "expert"), 4),  # 2 of the base, on the expert's way there
+        ("saliency_budget", ("--gradient_at", "expert"), 11),
+        ("gram_mean", (), 2),  # of 4 for each expert's gain, then 8
         ("gram_mean", (), 7),
-        ("gram_mean", ("--rounds", "2"), 18),  # of 16 and 4 in all
-        ("sens_merging", (), 5),  # 2 of the base, on the expert's way there
-        ("sens_merging", (), 8),
+        ("gram_mean", (), 14),
+        ("gram_mean", ("--rounds", "2"), 26),  # of 8, 16 and 4 in all
+        ("sens_merging", (), 4),  # of 4 for each expert's gain, 2 of the base, then 6
+        ("sens_merging", (), 12),
+        ("sens_merging", (), 13),
         ("submodule_linearity", (), 10),  # of 2 steps, behind 4 for each expert's gain
         ("submodule_linearity", ("--no-nonlinearity",), 10),
     ],
@@ -163,10 +166,12 @@ def test_rounding_is_gone_on_with_behind_a_block_without_a_component(tmp_path, m
 def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(tmp_path, monkeypatch):
     """The disk takes minutes to hold the matrices of a large model; a kill then costs no more than at another time."""
     save_pair(tmp_path)
-    line = command("gram_mean")
+    line, keep = command("gram_mean"), Keeping.keep
 
     def stop(keeping, value):
-        raise KeyboardInterrupt
+        if keeping.piece.name == "code":
+            raise KeyboardInterrupt
+        keep(keeping, value)
 
     with monkeypatch.context() as patched:
         patched.setattr(Keeping, "keep", stop)

@@ -17,9 +17,12 @@ from tests.tiny_experts import save_experts
 from tests.tiny_pairs import write_config
 from tests.tiny_recipes import measure_here
 from utils.commands import measure
+from utils.guidance import own_text
 from utils.guidance.method import guidance_methods
+from utils.passes.sample_pass import SamplePass
 
-METHODS = tuple(name for name, method in guidance_methods().items() if method.text_per_task)
+METHODS = tuple(guidance_methods())
+THERE_AND_BACK = ("gram_mean", "saliency_budget", "sens_merging")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,6 @@ def plain_losses(model, texts):
     return sum(losses) / sum(row.shape[1] - 1 for row in ids)
 
 
-def test_they_are_all_but_lewis():
-    assert {*guidance_methods()} - {*METHODS} == {"lewis"}
-
-
 CASES = [(name, {}) for name in METHODS] + [("saliency_budget", {"gradient_at": point}) for point in ("base", "expert")]
 
 
@@ -58,7 +57,10 @@ CASES = [(name, {}) for name in METHODS] + [("saliency_budget", {"gradient_at": 
 def test_the_text_of_another_expert_is_refused_with_both_losses(method, more, swapped):
     with refused("text-without-gain") as caught:
         measure_here(method, "dfs", accept_useless_text=False, **more)
-    assert not Path("dfs").exists() or not list(Path("dfs").iterdir())
+    assert {path.name for path in Path("dfs").iterdir()} == {".measuring.part"}
+    results = {path.name for path in Path("dfs").glob(".measuring.part/*/*/")}
+    assert results == {"code+gain", "math+gain"} or method == "lewis"  # no expert is measured before all are asked
+    assert all(f"({name}): its loss on its own text" in str(caught.value) for name in ("code", "math"))
     said = re.search(r"code.*?loss on its own text is (\S+), the base's (\S+) \(", str(caught.value))
     rows = [json.loads(line)["text"] for line in Path("math.jsonl").read_text().splitlines()]
     measure_here("lewis", "lewis")
@@ -69,7 +71,7 @@ def test_the_text_of_another_expert_is_refused_with_both_losses(method, more, sw
     assert [float(one) for one in said.groups()] == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("method", ["saliency_budget", "sens_merging", "submodule_linearity"])
+@pytest.mark.parametrize("method", METHODS)
 def test_it_can_be_accepted_and_is_said_then(method, swapped, capsys):
     measure_here(method, "dfs", accept_useless_text=True)
     said = capsys.readouterr().err
@@ -77,11 +79,8 @@ def test_it_can_be_accepted_and_is_said_then(method, swapped, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_accepting_it_goes_on_with_what_is_finished_and_not_the_other_way_round(method, pair, monkeypatch):
+def test_accepting_it_goes_on_with_what_is_finished_and_not_the_other_way_round(method, swapped, monkeypatch):
     """The refusal's own remedy throws nothing away; what was accepted once is refused again without the flag."""
-    settings = yaml.safe_load(Path("pair.yaml").read_text())
-    code = settings["calibration"]["code"]
-    write_config(pair, {**settings, "calibration": {"code": code, "math": code}})
     with refused("text-without-gain"):
         measure_here(method, "dfs", accept_useless_text=False)
     before = [path.name for path in Path("dfs").glob(".measuring.part/*")]
@@ -93,7 +92,59 @@ def test_accepting_it_goes_on_with_what_is_finished_and_not_the_other_way_round(
         patched.setattr(measure, "publish_files", publish_in_vain)
         measure_here(method, "dfs", accept_useless_text=True)
     after = [path.name for path in Path("dfs").glob(".measuring.part/*")]
-    assert len(after) == 1 and before in ([], after)
-    assert before or method not in ("gram_mean", "saliency_budget", "sens_merging")
+    assert len(after) == 1 and before == after
     with refused("text-without-gain"):
         measure_here(method, "dfs", accept_useless_text=False)
+
+
+@pytest.fixture
+def ways_forward(monkeypatch):
+    """Counts a sample's ways through a block that are computed on the way there."""
+    counted, forward = [], SamplePass.forward
+
+    def counting(self, layer):
+        counted.append(layer)
+        return forward(self, layer)
+
+    monkeypatch.setattr(SamplePass, "forward", counting)
+    return counted
+
+
+@pytest.mark.parametrize("method", THERE_AND_BACK)
+def test_the_way_there_is_computed_once_unless_it_does_not_fit_on_the_disk(
+    method, pair, ways_forward, monkeypatch, capsys
+):
+    measure_here(method, "once")
+    once, both = len(ways_forward), sorted(path.name for path in Path("once").iterdir())
+    assert once and "computed once more" not in capsys.readouterr().out
+    monkeypatch.setattr(own_text, "free_bytes", lambda folder: (0, folder))
+    measure_here(method, "twice")
+    assert len(ways_forward) == once + 2 * once
+    assert "computed once more" in capsys.readouterr().out
+    for name in both:
+        assert name == "manifest.json" or Path("once", name).read_bytes() == Path("twice", name).read_bytes()
+
+
+def test_lewis_asks_only_where_text_is_an_experts_own(pair, swapped, capsys):
+    settings = yaml.safe_load(Path("pair.yaml").read_text())
+    code = settings["calibration"]["code"]
+    without = {key: value for key, value in settings.items() if key != "calibration"} | {"dataset": code}
+    for name, config in (("shared", settings | {"calibration": {"code": code, "math": code}}), ("set", without)):
+        write_config(pair, config)
+        measure_here("lewis", name, accept_useless_text=False)
+        assert "own text" not in capsys.readouterr().err
+    write_config(pair, settings | {"parity": "reference"})
+    measure_here("lewis", "parity", accept_useless_text=False)
+    assert "is not asked: pads are attended" in capsys.readouterr().out
+    write_config(pair, settings | {"sparsity_ratio": 0.5})
+    with refused("text-without-gain"):
+        measure_here("lewis", "pruned", accept_useless_text=False)
+
+
+def test_what_lewis_measures_has_the_bits_of_a_pass_that_does_not_ask(pair, monkeypatch):
+    measure_here("lewis", "asked")
+    monkeypatch.setattr("utils.guidance.lewis.measure.is_scored", lambda *given: False)
+    monkeypatch.setattr("utils.guidance.lewis.measure.gains_of_passes", lambda *given: {})
+    measure_here("lewis", "plain")
+    for path in Path("plain").glob("*.csv"):
+        assert path.read_bytes() == Path("asked", path.name).read_bytes()

@@ -1,126 +1,166 @@
-"""Whether experts are better than the base on their own text, asked the same way by every guidance that measures on such text.
+"""Whether experts are better than the base on their own text, asked of all of them before anything else is measured.
 
-A method whose passes give a loss takes it from there, as soon as the way forward has ended; a loss that they do not give is
-that of a way forward alone (`forward_losses`), which takes about a quarter of what a way there and back takes.
+A method that takes models there and back asks after the way there, which the measuring goes on from: its hidden states wait
+on disk meanwhile, and nothing is computed twice (where they do not all fit, the ways there are computed again, and that is
+said). For others it is a way forward alone (`both_forward`), about a quarter of what a way there and back takes. Every useless
+expert is named at once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch.nn.functional import cross_entropy
-
+from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.routing import compared_routers, routing_rows
-from utils.guidance.text_gain import ACCEPT, TextGain, refuse_useless_text, text_gain
-from utils.pair.batches import MicroBatch
-from utils.passes.block_runner import Bystander, Visitor, run_blocks
+from utils.guidance.text_gain import ACCEPT, GOES_BY_IT, TextGain, refuse_useless_text, text_gain
+from utils.models.weight_source import WeightSource
+from utils.passes.block_runner import Bystander, Visitor
 from utils.passes.gradient_refusals import refuse_short
-from utils.passes.language_head import fetch_head, language_head
 from utils.passes.routing import VisitorWithRouters
+from utils.passes.sample_losses import sample_losses
 from utils.passes.subjects import Subject
+from utils.publishing.disk import bytes_on_disk, free_bytes
+from utils.runtime import gigabytes
 from utils.workers.piece import Piece, Place
 
-_PIECE = "+gain"  # behind an expert's type, which holds no +
-_LOGITS_AT_ONCE = 2**23
+Losses = tuple[float, ...]
+"""The mean loss of each sample of a text, nats per predicted token."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The losses of base and expert on the expert's text; and rows of the table of routers, where the way has them."""
+
+    base: Losses
+    expert: Losses
+    routing: tuple[tuple, ...] = ()
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """What an expert gains on its own text, and rows of the table of routers, none of models that are no mixtures."""
+    """What experts gain on their own text, by type, and all rows of the table of routers that asking gave."""
 
-    gain: TextGain
-    routing: tuple[tuple, ...]
+    gains: Mapping[str, TextGain]
+    routing: tuple[tuple, ...] = ()
 
 
-def gain_on_own_text(job: MeasureJob, expert: Subject, base: Sequence[float], own: Sequence[float]) -> TextGain:
-    """What an expert gains, from the losses of base and expert by sample of its text.
+Ask = Callable[[Place, MeasureJob], Answer]
+"""Given where, and a job of base and expert alone. What it leaves in the place's snapshot is found in that of the piece that
+has the expert's type as its name."""
+
+_PIECE = "+gain"  # behind an expert's type, which holds no +
+
+
+def gains_on_own_text(
+    job: MeasureJob,
+    experts: Sequence[Subject],
+    ask: Ask,
+    *,
+    then: str = GOES_BY_IT,
+    left: int = 0,
+    least: int = 0,
+) -> OwnText:
+    """What every expert gains; a piece of work for each, with two steps a block.
+
+    Args:
+        job: the whole job.
+        experts: those to ask.
+        ask: gives the losses.
+        then: what comes of useless experts that are accepted, as a clause.
+        left: bytes that `ask` leaves on disk for what goes on with it, of all experts; nothing is left where `least` bytes,
+            which the rest of the measuring needs, do not fit beside them.
 
     Raises:
-        UserError: it is not surely better than the base, and that was not accepted.
+        UserError: experts that are not surely better than the base, and that was not accepted.
     """
-    gain = text_gain([len(ids) - 1 for ids in job.text(expert, expert).encoded], base, own)
-    if not job.options[ACCEPT]:
-        refuse_useless_text(f"model {expert.entry.name} ({expert.entry.type})", gain, ACCEPT)
-    return gain
-
-
-def gains_by_way_forward(job: MeasureJob) -> dict[str, OwnText]:
-    """What every expert gains, by type, from a way forward of it and of the base; a piece of work for each.
-
-    The expert's routers are compared with the base's on its way.
-
-    Raises:
-        UserError: as `gain_on_own_text`.
-    """
+    keeps = _fits(job, left + least)
     pieces = [
         Piece(
             f"{expert.entry.type}{_PIECE}",
-            on_own_text,
-            (job.of(job.base, expert),),
+            _asked,
+            (job.of(job.base, expert), ask, keeps),
             2 * len(expert.decoder.blocks),
             expert.entry.type,
-            types=(OwnText, TextGain),
+            types=(Answer,),
         )
-        for expert in job.experts
+        for expert in experts
     ]
-    return dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
+    return own_text_of(job, dict(zip((expert.entry.type for expert in experts), job.run(pieces), strict=True)), then)
 
 
-def accepted_doubts(job: MeasureJob, gains: Mapping[str, TextGain]) -> list[str]:
-    """A sentence for each expert whose gain is not sure.
+def own_text_of(job: MeasureJob, answers: Mapping[str, Answer], then: str = GOES_BY_IT) -> OwnText:
+    """What experts gain, from answers by type. Raises as `gains_on_own_text`: a run that accepted useless text may have left them."""
+    gains, named = {}, {}
+    for expert in job.experts:
+        if own := answers.get(name := expert.entry.type):
+            if not all(map(math.isfinite, (*own.base, *own.expert))):
+                raise UserError(
+                    f"model {expert.entry.name}: its loss on its own text, or the base's there, is not finite in "
+                    f"{expert.dtype}; check the checkpoints, or use --dtype float32 or bfloat16",
+                    "measured-not-finite",
+                )
+            tokens = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
+            gains[name] = named[f"model {expert.entry.name} ({name})"] = text_gain(tokens, own.base, own.expert)
+    if named and not job.options[ACCEPT]:
+        refuse_useless_text(named, ACCEPT, then)
+    return OwnText(gains, tuple(row for own in answers.values() for row in own.routing))
 
-    Raises:
-        UserError: there is one, and that was not accepted: a run that accepted it has left its result.
-    """
-    for name, gain in gains.items() if not job.options[ACCEPT] else ():
-        refuse_useless_text(name, gain, ACCEPT)
+
+def accepted_doubts(gains: Mapping[str, TextGain], then: str = GOES_BY_IT) -> list[str]:
+    """A sentence for each expert whose gain is not sure, which was accepted; `then` as in `gains_on_own_text`."""
     return [
         f"{name} has no sure gain over the base on its own text (loss {gain.expert:.4f}, base {gain.base:.4f}), which was "
-        f"accepted by --{ACCEPT}"
+        f"accepted by --{ACCEPT}: {then}"
         for name, gain in gains.items()
         if not gain.is_sure
     ]
 
 
-def on_own_text(place: Place, job: MeasureJob) -> OwnText:
-    """What an expert gains, from a way forward of the base and of the expert; the job is of these two.
+def both_forward(place: Place, job: MeasureJob) -> Answer:
+    """The losses of base and expert by a way forward of each (an `Ask`)."""
+    return Answer(forward_losses(place, job, *job.subjects), *expert_forward(place, job))
 
-    Raises:
-        UserError: as `gain_on_own_text`.
-    """
+
+def expert_forward(place: Place, job: MeasureJob) -> tuple[Losses, tuple[tuple, ...]]:
+    """The losses of an expert by a way forward, and rows of the table of routers, which are compared with the base's on it."""
     base, expert = job.subjects
-    before = forward_losses(place, job, base, expert)
     with compared_routers(job, expert, base, place.device) as routers:
         losses = forward_losses(place, job, expert, expert, VisitorWithRouters(Bystander(), routers))
-        return OwnText(gain_on_own_text(job, expert, before, losses), tuple(routing_rows(expert.entry.type, routers)))
+        return losses, tuple(routing_rows(expert.entry.type, routers))
 
 
-@torch.inference_mode()
+def _fits(job: MeasureJob, needed: int) -> bool:
+    """Whether there is room for what the ways there leave."""
+    if job.workspace is None:
+        return False
+    free = free_bytes(job.workspace)[0] + bytes_on_disk(job.workspace)
+    if free < needed and not job.quiet:
+        print(
+            f"the ways forward of all experts would leave {gigabytes(needed - free)} more than there is room for, so they "
+            "are computed once more when each expert is measured"
+        )
+    return free >= needed
+
+
+def _asked(place: Place, job: MeasureJob, ask: Ask, keeps: bool) -> Answer:
+    own = place.before(job.subjects[1].entry.type)
+    return ask(own if keeps else replace(own, snapshot=None), job)
+
+
 def forward_losses(
     place: Place, job: MeasureJob, subject: Subject, expert: Subject, visitor: Visitor | None = None
-) -> tuple[float, ...]:
-    """The mean loss of each sample of an expert's text at a model: nats per predicted token, float32 from the logits on; 0
-    of one without a next token. `visitor` is what observes the blocks on the way.
-
-    Memory: that of `run_blocks`, then the head and a piece of the logits.
+) -> Losses:
+    """The loss of each sample of an expert's text at a model, by a way forward alone; `visitor` observes the blocks on it.
 
     Raises:
-        UserError: no sample has a next token; as `run_blocks`.
+        UserError: no sample has a next token; as `sample_losses`.
     """
-    decoder, device, found = subject.decoder, place.device, []
     samples = job.text(subject, expert).encoded
     if max(map(len, samples)) < 2:
         refuse_short(samples)
-    batches = [MicroBatch.of([ids]) for ids in samples]  # one each: no pads, and the samples' order
-    weights = job.open_weights(subject, device)
-    finals = run_blocks(decoder, weights, batches, visitor or Bystander(), device, on_block=place.on_step)
-    at_once = max(1, _LOGITS_AT_ONCE // decoder.model.get_input_embeddings().weight.shape[0])
-    with language_head(decoder, fetch_head(decoder, job.open_weights(subject, device)), device) as to_logits:
-        for ids, final in zip(samples, finals, strict=True):
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            targets = torch.tensor(ids[1:], device=device)
-            for states, own in zip(final[0, :-1].split(at_once), targets.split(at_once), strict=True):
-                total += cross_entropy(to_logits(states).float(), own, reduction="sum")
-            found.append(float(total) / max(1, len(targets)))
-    return tuple(found)
+
+    def weights() -> WeightSource:
+        return job.open_weights(subject, place.device)
+
+    return sample_losses(subject.decoder, weights, samples, place.device, place.on_step, visitor)

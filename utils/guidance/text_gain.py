@@ -5,7 +5,7 @@ be seen before anything is merged.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.errors import UserError
@@ -67,19 +67,23 @@ def text_gain(tokens: Sequence[int], base: Sequence[float], expert: Sequence[flo
     return TextGain(*means, gain - half, gain + half, count)
 
 
-def refuse_useless_text(expert: str, found: TextGain, flag: str, then: str = GOES_BY_IT) -> None:
-    """Raise a `UserError` if an expert is not surely better than the base on its text; `flag` would accept that, and `then`
-    says what comes of it, as a clause."""
-    if found.is_sure:
-        return
-    doubt = (
+def refuse_useless_text(found: Mapping[str, TextGain], flag: str, then: str = GOES_BY_IT) -> None:
+    """Raise one `UserError` over all experts, by name, that are not surely better than the base on their text; `flag` would
+    accept that, and `then` says what comes of it, as a clause."""
+    useless = [f"{name}: {_doubt(gain)}" for name, gain in found.items() if not gain.is_sure]
+    if useless:
+        raise UserError(
+            f"{'; '.join(useless)}. Guidance by text of another task ruins a merge: give each expert the text it was trained "
+            "for under calibration in the pair config, or more samples (nsamples); "
+            f"--{flag} accepts it, and {then}",
+            "text-without-gain",
+        )
+
+
+def _doubt(found: TextGain) -> str:
+    said = (
         "it is no better there than the base"
         if found.gain <= 0
         else f"which the {found.samples} samples do not prove (95 % interval of the gain {found.low:.4f} to {found.high:.4f})"
     )
-    raise UserError(
-        f"{expert}: its loss on its own text is {found.expert:.4f}, the base's {found.base:.4f} (nats per token): {doubt}. "
-        "Guidance by text of another task ruins a merge: give the text it was trained for under calibration in the pair "
-        f"config, or more samples (nsamples); --{flag} accepts it, and {then}",
-        "text-without-gain",
-    )
+    return f"its loss on its own text is {found.expert:.4f}, the base's {found.base:.4f} (nats per token): {said}"

@@ -38,13 +38,18 @@ class MicroBatch:
         return MicroBatch(self.input_ids.to(device), self.lengths, mask)
 
 
+def sample_order(encoded: Sequence[Sequence[int]]) -> list[int]:
+    """The samples' numbers in the order in which `micro_batches` takes them: long ones first."""
+    return sorted(range(len(encoded)), key=lambda place: len(encoded[place]), reverse=True)
+
+
 def micro_batches(encoded: Sequence[Sequence[int]], tokens_at_once: int, pad_id: int) -> list[MicroBatch]:
     """Group samples of similar length into right-padded micro-batches of at most `tokens_at_once` tokens.
 
     A sample longer than that is a micro-batch of its own. Pads are masked.
     """
     groups: list[list[Sequence[int]]] = []
-    for ids in sorted(encoded, key=len, reverse=True):
+    for ids in (encoded[place] for place in sample_order(encoded)):
         if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens_at_once:
             groups[-1].append(ids)
         else:

@@ -195,11 +195,8 @@ def observe_gradients(
     observing: Observing = nothing,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
-    there: Callable[[tuple[float, ...]], None] = lambda losses: None,
 ) -> tuple[float, ...]:
     """Take one model forward and all the way back; arguments and errors as for `backward_pass`.
-
-    `there` is called with the losses before the way back.
 
     Returns:
         The loss of each sample: mean negative log-likelihood per predicted token, in nats.
@@ -207,7 +204,6 @@ def observe_gradients(
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     places = {"on_block": on_block, "observing": observing, "folder": folder, "snapshots": snapshots}
     with backward_pass(decoder, weights, samples, observer, device, outside=outside, **places) as model:
-        there(model.losses)
         for done in model.blocks:
             if done.between:
                 snapshots.offer()

@@ -74,12 +74,17 @@ class GradientSnapshots:
         self._parts[name] = state
 
     def offer(self) -> None:
-        """Write a snapshot if it is time for one; called where all parts fit together. None after one that failed.
+        """Write a snapshot if it is time for one; called where all parts fit together. Raises as `write`."""
+        if self._pauses.over():
+            self.write()
+
+    def write(self) -> None:
+        """Write a snapshot; called where all parts fit together. None after one that failed.
 
         Raises:
             OSError: tensors that wait in a file alone, or results, cannot reach the disk.
         """
-        if self._path is None or self._stopped or not self._pauses.over():
+        if self._path is None or self._stopped:
             return
         with self._pauses.snapshot():
             parts = {name: state() for name, state in self._parts.items()}

@@ -43,15 +43,19 @@ def require_head(decoder: Decoder, stored: Container[str], where: str) -> None:
     Raises:
         UserError: a parameter outside the body is not stored, nor tied to one that is.
     """
-    tied = tied_names(decoder.model)
-    needed = [name for name, value in _outside_body(decoder).items() if isinstance(value, nn.Parameter)]
-    absent = [name for name in needed if name not in stored and tied.get(name) not in stored]
-    if absent:
+    if absent := absent_of_head(decoder, stored):
         raise UserError(
             f"{where}: its checkpoint holds no {', '.join(absent)}, so it gives neither logits nor a loss; this guidance "
             "needs the whole causal language model: save it with its head",
             "model-no-head",
         )
+
+
+def absent_of_head(decoder: Decoder, stored: Container[str]) -> list[str]:
+    """The names of a head's parameters that a checkpoint lacks; arguments as for `require_head`."""
+    tied = tied_names(decoder.model)
+    needed = [name for name, value in _outside_body(decoder).items() if isinstance(value, nn.Parameter)]
+    return [name for name in needed if name not in stored and tied.get(name) not in stored]
 
 
 def fetch_head(decoder: Decoder, weights: WeightSource) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ write files, is handed to it. What it returns is plain data and tensors on the C
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +34,10 @@ class Place:
     on_step: OnStep
     folder: Path | None = None
     snapshot: Path | None = None
+
+    def before(self, piece: str) -> "Place":
+        """The same for work that another piece goes on with: what outlives a kill is that piece's, until its result is there."""
+        return replace(self, snapshot=self.snapshot and self.snapshot.with_stem(piece))
 
 
 @dataclass(frozen=True)

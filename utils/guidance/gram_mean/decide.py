@@ -77,8 +77,8 @@ def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, f
     doubtful = [name for name, one in gains.items() if not one.is_sure]
     options = (job.manifest or {}).get("guidance_options")
     accepted = isinstance(options, dict) and options.get(ACCEPT) is True
-    for name in doubtful if not accepted else ():
-        refuse_useless_text(name, gains[name], f"{ACCEPT} (of lewis_importance.py)", EQUAL_WEIGHTS)
+    if not accepted:
+        refuse_useless_text(gains, f"{ACCEPT} (of lewis_importance.py)", EQUAL_WEIGHTS)
     pulls = {name: 1.0 if doubtful else 1 / one.gain for name, one in gains.items()}
     total = sum(pulls.values())
     weights = {name: float(f"{pull / total:.{_DIGITS}g}") for name, pull in pulls.items()}

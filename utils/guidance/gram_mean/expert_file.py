@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from utils.errors import UserError
 from utils.guidance.gram_mean.input_pass import SharedInputs, Side
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.text_gain import TextGain
 from utils.models.decoder import Component, is_transposed
 from utils.passes.block_gradients import Observing, nothing
 from utils.passes.subjects import StoredPart, Subject, stored_as
@@ -18,12 +17,11 @@ from utils.workers.piece import Place
 
 @dataclass(frozen=True)
 class ExpertGrams:
-    """What one expert's pass gave beside its file: rows of the two tables and of the one of routers, and its gain."""
+    """What one expert's pass gave beside its file: rows of the two tables and of the one of routers."""
 
     tensors: list[tuple]
     losses: list[tuple]
     routing: list[tuple]
-    gain: TextGain
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from utils.guidance.gram_mean.expert_file import (
@@ -19,12 +18,13 @@ from utils.guidance.gram_mean.expert_file import (
     stored_alone,
     write_inputs,
 )
-from utils.guidance.gram_mean.joint_pass import joint_pass
+from utils.guidance.gram_mean.joint_pass import JointPass, joint_pass
 from utils.guidance.gram_mean.method import LOSSES, ROUNDS, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.own_text import Answer, accepted_doubts, gains_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
-from utils.guidance.text_gain import ACCEPT, EQUAL_WEIGHTS, TextGain, refuse_useless_text, text_gain
+from utils.guidance.text_gain import EQUAL_WEIGHTS
 from utils.models.decoder import weight_matrix
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
@@ -104,10 +104,11 @@ def memory(job: MeasureJob) -> int:
 
 def waiting(job: MeasureJob) -> int:
     """Bytes that wait for the way back of the passes that are made at a time, at most."""
-    return job.experts_at_a_time * max(
-        sum(gradient_memory(one, job.text(one, expert).encoded).waiting for one in (job.base, expert))
-        for expert in job.experts
-    )
+    return job.experts_at_a_time * max(_waiting(job, expert) for expert in job.experts)
+
+
+def _waiting(job: MeasureJob, expert: Subject) -> int:
+    return sum(gradient_memory(one, job.text(one, expert).encoded).waiting for one in (job.base, expert))
 
 
 def on_disk(job: MeasureJob) -> int:
@@ -130,32 +131,24 @@ def _gram_bytes(block: nn.Module) -> int:
 
 def measure(job: MeasureJob) -> Measured:
     """One file of matrices for each expert, and the tables."""
-    pieces = []
+    pieces, left = [], sum(_waiting(job, expert) for expert in job.experts)
     for expert in job.experts:
         for subject in (job.base, expert):
             require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
         name, blocks = expert.entry.type, 4 * len(expert.decoder.blocks)
-        pieces.append(
-            Piece(name, _measure_expert, (job.of(job.base, expert),), blocks, name, types=(ExpertGrams, TextGain))
-        )
+        pieces.append(Piece(name, _measure_expert, (job.of(job.base, expert),), blocks, name, types=(ExpertGrams,)))
+    gains = gains_on_own_text(job, job.experts, _ask, then=EQUAL_WEIGHTS, left=left, least=on_disk(job)).gains
     found: list[ExpertGrams] = job.run(pieces)
-    for piece, one in zip(pieces, found, strict=True) if not job.options[ACCEPT] else ():
-        refuse_useless_text(piece.name, one.gain, ACCEPT, EQUAL_WEIGHTS)  # what a run that accepted it has left
     files = _files(job, found, 0)
     for number in range(1, job.options[ROUNDS]):
         found = _rounds().measured_again(job, number, files, found)
         files = _files(job, found, number)
-    names = [expert.entry.type for expert in job.experts]
     notes = [
-        f"{name}: loss {one.gain.base:.4f} at the base, {one.gain.expert:.4f} at the expert (nats per token on its own "
-        f"text, {one.gain.samples} samples)"
-        for name, one in zip(names, found, strict=True)
+        f"{name}: loss {gain.base:.4f} at the base, {gain.expert:.4f} at the expert (nats per token on its own text, "
+        f"{gain.samples} samples)"
+        for name, gain in gains.items()
     ]
-    doubts = [
-        f"{name} has no sure gain over the base on its own text, which was accepted by --{ACCEPT}"
-        for name, one in zip(names, found, strict=True)
-        if not one.gain.is_sure
-    ]
+    doubts = accepted_doubts(gains, EQUAL_WEIGHTS)
     return Measured(files, tuple(notes), tuple(doubts), tuple(row for one in found for row in one.routing))
 
 
@@ -170,27 +163,34 @@ def _files(job: MeasureJob, found: Sequence[ExpertGrams], number: int) -> dict[s
     }
 
 
+def _ask(place: Place, job: MeasureJob) -> Answer:
+    """The way there of `_measure_expert`."""
+    snapshots = GradientSnapshots(place.snapshot)
+    with _there(place, job, snapshots) as (both, _):
+        snapshots.write()
+        return Answer(*both.losses)
+
+
+@contextlib.contextmanager
+def _there(place: Place, job: MeasureJob, snapshots: GradientSnapshots) -> Iterator[tuple[JointPass, RouterComparison]]:
+    """Base and expert at the end of the way there, with what compares their routers on the way back."""
+    (base, expert), device = job.subjects, place.device
+    with compared_routers(job, expert, base, device) as routers:
+        keep_routing(snapshots, routers, device)
+        sides = [side_of(place, job, base, expert), side_of(place, job, expert, expert, routers.attached)]
+        split = base.layout.pieces
+        with joint_pass(sides, device, place.on_step, split=split, folder=place.folder, snapshots=snapshots) as both:
+            yield both, routers
+
+
 def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
-    models, device = BaseAndExpert(*job.subjects), place.device
+    models = BaseAndExpert(*job.subjects)
     expert, name = models.expert, models.expert.entry.type
     predicted = [len(ids) - 1 for ids in job.text(expert, expert).encoded]
     snapshots = GradientSnapshots(place.snapshot)
     tensors, begun = snapshots.found("measured") or ([], None)
     path = snapshots.growing_file("grams") or place.folder / gram_file(name)
-    with (
-        _kept_routers(job, models, device, snapshots) as routers,
-        joint_pass(
-            [side_of(place, job, models.base, expert), side_of(place, job, expert, expert, routers.attached)],
-            device,
-            place.on_step,
-            split=models.base.layout.pieces,
-            folder=place.folder,
-            snapshots=snapshots,
-        ) as both,
-    ):
-        gain = text_gain(predicted, *both.losses)
-        if not job.options[ACCEPT]:
-            refuse_useless_text(f"model {expert.entry.name} ({name})", gain, ACCEPT, EQUAL_WEIGHTS)
+    with _there(place, job, snapshots) as (both, routers):
         with GramFileWriter(path, names_written(models), begun) as file, said_if_not_finite(expert):
             snapshots.grow("grams", file.sync)
             snapshots.keep("measured", lambda: (tensors, file.state()))
@@ -204,16 +204,7 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
         routing = routing_rows(name, routers)
         snapshots.hand_over("grams", place.folder / gram_file(name))
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
-    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, gain)
-
-
-@contextlib.contextmanager
-def _kept_routers(
-    job: MeasureJob, models: BaseAndExpert, device: torch.device, snapshots: GradientSnapshots
-) -> Iterator[RouterComparison]:
-    with compared_routers(job, models.expert, models.base, device) as routers:
-        keep_routing(snapshots, routers, device)
-        yield routers
+    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing)
 
 
 def _file_bytes(expert: Subject) -> int:

@@ -28,7 +28,6 @@ from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
 from utils.guidance.recipe_choices import RecipeChoices, RecipeOptions, settle
-from utils.guidance.text_gain import TextGain
 from utils.mergekit_api import GatherTensors
 from utils.merging.planning import PlannedMerge, plan_recipe
 from utils.merging.recipe_file import checked_recipe
@@ -193,7 +192,7 @@ def _piece(
     """The piece that takes an expert's inputs at a merged model; all else is as the round before found it."""
     name, blocks = expert.entry.type, len(expert.decoder.blocks)
     arguments = (job.of(job.base, expert, merged), found, files[gram_file(name)])
-    return Piece(piece_name(name, number), _measure_inputs, arguments, blocks, name, types=(ExpertGrams, TextGain))
+    return Piece(piece_name(name, number), _measure_inputs, arguments, blocks, name, types=(ExpertGrams,))
 
 
 def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: Path) -> ExpertGrams:

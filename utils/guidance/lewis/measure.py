@@ -20,15 +20,18 @@ from utils.guidance.lewis.noise import (
     relative_noise,
     trial_batch,
 )
+from utils.guidance.lewis.own_text import asked, gains_before, gains_of_passes, is_scored, not_asked_lines
 from utils.guidance.lewis.ranges import norms_of_ranges
 from utils.guidance.lewis.tables import NOISE_TABLE, TEXT, TOKENS, table_files
 from utils.guidance.lewis.text_pass import measured_norms, range_sums
 from utils.guidance.lewis.visitor import StackNorms
 from utils.guidance.measure_job import Measured, MeasureJob
+from utils.guidance.own_text import accepted_doubts
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.dry_walk import dry_walk
 from utils.passes.experts_in_parts import outside_bytes, parts_bytes
+from utils.passes.sample_losses import head_bytes
 from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, require_own_tensors, snapshot_bytes
 from utils.runtime import available_bytes, gigabytes
 from utils.workers.piece import Piece
@@ -57,7 +60,7 @@ def choices(job: MeasureJob) -> list[str]:
                 "sparsity_ratio: 0 in the pair config",
                 "lewis-sparsity-experts",
             )
-    lines += _parts_lines(job)
+    lines += _parts_lines(job) + not_asked_lines(job)
     if _is_split(job):
         lines.append(
             f"tasks: one for each model, text and {job.batches_a_piece} micro-batches; each one's sums are added in their order"
@@ -77,7 +80,12 @@ def choices(job: MeasureJob) -> list[str]:
 
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak of a model's pass, about."""
-    return max(_memory_of(subject, any(one is subject for one in _in_parts(job))) for subject in job.subjects)
+    in_parts, is_asked, found = _in_parts(job), bool(asked(job)), []
+    for subject in job.subjects:
+        found.append(_memory_of(subject, any(one is subject for one in in_parts)))
+        if is_asked:
+            found.append(snapshot_bytes(subject) // 2 + head_bytes(subject.decoder, subject.dtype.itemsize))
+    return max(found)
 
 
 def _memory_of(subject: Subject, in_parts: bool) -> int:
@@ -127,22 +135,23 @@ def measure(job: MeasureJob) -> Measured:
     """Norms of the base on every text and of each expert on its own."""
     _refuse_added_rows(job.base)
     require_own_tensors(job.base)
-    config = job.config
+    config, gains = job.config, gains_before(job)
     users = {
         source: [one.type for one in config.experts if config.text_of(one.type) == source] for source in config.texts
     }
     measured = [
-        _Text(subject, source, place, types[0])
+        _Text(subject, source, place, types[0], is_scored(job, subject, types))
         for place, (source, types) in enumerate(users.items())
         for subject in job.subjects
         if subject.entry.type in (config.base_model_type, *types)
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows, routing, tokens, trials, notes = [], [], [], {}, []
+    rows, routing, tokens, trials, notes, losses = [], [], [], {}, [], {}
     for one, own in zip(measured, pieces, strict=True):
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
+        losses[one.subject.entry.type, one.label] = [loss for part in found for loss in part["losses"]]
         if _is_split(job):
             rows += _rows(one, norms_of_ranges(one.subject.decoder, found, _divisor(job, one)), {})
         else:
@@ -150,10 +159,11 @@ def measure(job: MeasureJob) -> Measured:
             routing += found[0]["routing"]
             if one.subject.entry != config.base:
                 tokens += _token_rows(one.subject, found[0]["stacks"])
+    gains = gains or gains_of_passes(job, losses)
     norms = pd.DataFrame(rows)
     labels = {name: types[0] for types in users.values() for name in types}
     components = list(dict.fromkeys(norms["component"]))
-    deltas, warnings = {}, []
+    deltas, warnings = {}, accepted_doubts(gains)
     for entry in config.experts:
         own = norms[norms[TEXT] == labels[entry.type]]
         deltas[entry.type] = delta_table(own, entry.type, config.base_model_type, components)
@@ -204,12 +214,14 @@ def _refuse_added_rows(base: Subject) -> None:
 
 @dataclass(frozen=True)
 class _Text:
-    """A model on one of the texts; `place` is the text's number, `label` the first expert that is measured on it."""
+    """A model on one of the texts; `place` is the text's number, `label` the first expert that is measured on it, `is_scored`
+    whether the losses are wanted."""
 
     subject: Subject
     source: CalibrationSource
     place: int
     label: str
+    is_scored: bool
 
 
 def _has_experts(job: MeasureJob) -> bool:
@@ -234,14 +246,14 @@ def _pieces(job: MeasureJob, one: _Text) -> list[Piece]:
     if not _is_split(job):
         own = job.of(replace(subject, texts={one.source: text}))
         base = None if subject.entry == job.config.base else replace(job.base, texts={})
-        arguments = (own, _divisor(job, one), base)
+        arguments = (own, _divisor(job, one), base, one.is_scored)
         return [Piece(f"{label}+{one.place}", measured_norms, arguments, blocks, label, types=(StackNorms,))]
     starts = range(0, len(text.batches), job.batches_a_piece)
     found = []
     for start in starts:
         batches = text.batches[start : start + job.batches_a_piece]
         own = job.of(replace(subject, texts={one.source: EncodedText([], batches)}))
-        found.append(Piece(f"{label}+{one.place}+{start}", range_sums, (own, start == 0), blocks, label))
+        found.append(Piece(f"{label}+{one.place}+{start}", range_sums, (own, start == 0, one.is_scored), blocks, label))
     return found
 
 

@@ -11,6 +11,7 @@
 from utils.flags import number
 from utils.guidance.few_tokens import EXPERT_TOKENS_FLAG
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.text_gain import ACCEPT_FLAG
 
 NORMS = "norms.csv"
 NOISE = "lewis_noise.csv"
@@ -31,7 +32,7 @@ METHOD = GuidanceMethod(
     merge_method="ties",
     tables=(NORMS, NOISE),
     expert_file=delta_file,
-    measure_flags=(EXPERT_TOKENS_FLAG,),
+    measure_flags=(EXPERT_TOKENS_FLAG, ACCEPT_FLAG),
     decide_flags=(
         MethodFlag("gamma", "density of what changed least, 0 to 1", type=number(0, 1), default=0.3),
         MethodFlag(

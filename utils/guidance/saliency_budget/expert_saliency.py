@@ -1,7 +1,9 @@
 """What one expert's pass gives for the saliency budget: rows of its tables, and vectors for every parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +12,17 @@ from utils.errors import UserError
 from utils.guidance.expert_tokens import token_rows
 from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.own_text import forward_losses, gain_on_own_text
+from utils.guidance.own_text import Answer, expert_forward, forward_losses
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
-from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, squares_pass
+from utils.guidance.saliency_budget.method import POINTS
+from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, SquaresPass, squares_pass
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
-from utils.guidance.text_gain import TextGain
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.block_gradients import Observing, nothing
-from utils.passes.block_runner import Bystander
 from utils.passes.gradient_refusals import refuse_short
 from utils.passes.gradient_snapshots import GradientSnapshots
-from utils.passes.routing import VisitorWithRouters
+from utils.passes.routing import RouterComparison
 from utils.passes.subjects import Subject, component_names, stored_as
 from utils.passes.tensor_store import Stored
 from utils.workers.piece import Place
@@ -30,7 +31,7 @@ from utils.workers.piece import Place
 @dataclass(frozen=True)
 class ExpertMeasurement:
     """Rows of the table of tensors, vectors by tensor (`utils/recipes/saliency_vectors.py`), losses at base and expert, rows
-    of the tables of routers and of experts' tokens; what it gains.
+    of the tables of routers, if gradients were taken at the expert, and of experts' tokens.
 
     `bins` are by tensor the numbers of the bins that are not empty (int32) and their counts (int64): hundreds a tensor, of
     which a row of Python numbers each would take as much memory as the weights.
@@ -42,20 +43,56 @@ class ExpertMeasurement:
     losses: tuple[tuple[float, ...], tuple[float, ...]]
     routing: list[tuple]
     expert_tokens: list[tuple]
-    gain: TextGain
 
 
-def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> ExpertMeasurement:
+def ask(place: Place, job: MeasureJob) -> Answer:
+    """The losses of base and expert on the expert's text, from the way there of `measure_saliency`, and from a way forward
+    alone of a model whose gradients are not taken."""
+    (base, expert), (at_base, at_expert) = job.subjects, POINTS[job.options["gradient_at"]]
+    snapshots = GradientSnapshots(place.snapshot)
+    refuse_short(job.text(base, expert).encoded)
+    alone: Any = snapshots.found("alone")
+    if alone is None:
+        alone = (
+            () if at_base else forward_losses(place, job, base, expert),
+            *(((), ()) if at_expert else expert_forward(place, job)),
+        )
+    snapshots.keep("alone", lambda: alone)
+    with _there(place, job, snapshots) as (both, _):
+        snapshots.write()
+        own_base, own_expert, routing = alone
+        return Answer(both.losses[0] or own_base, both.losses[1] or own_expert, routing)
+
+
+@contextmanager
+def _there(
+    place: Place, job: MeasureJob, snapshots: GradientSnapshots
+) -> Iterator[tuple[SquaresPass, RouterComparison]]:
+    """Base and expert at the end of the way there, with what compares their routers on the way back."""
+    (base, expert), (at_base, at_expert) = job.subjects, POINTS[job.options["gradient_at"]]
+
+    def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
+        samples = job.text(subject, expert).encoded if is_wanted else None
+        return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing)
+
+    with compared_routers(job, expert, base, place.device) as routers:
+        keep_routing(snapshots, routers, place.device)
+        sides, split = (side(base, at_base), side(expert, at_expert, routers.attached)), base.layout.split
+        more = fewest_tokens(job.options), base.layout.pieces
+        with squares_pass(*sides, place.device, place.on_step, split, place.folder, snapshots, *more) as both:
+            yield both, routers
+
+
+def measure_saliency(place: Place, job: MeasureJob) -> ExpertMeasurement:
     """Take base and expert back through their blocks on the expert's text.
 
     Args:
         place: where to compute; its `on_step` is called twice per block and model with gradients.
-        job: of base and expert alone, for texts, weights, and the exponent `saliency_power` of F in the saliencies that are
-            counted. Vectors are of F itself.
-        at: whether gradients are taken at the base, and at the expert; F is the sum of both.
+        job: of base and expert alone, for texts, weights, where gradients are taken (`gradient_at`; F is the sum), and the
+            exponent `saliency_power` of F in the saliencies that are counted. Vectors are of F itself.
 
     Raises:
-        UserError: weights or gradients that are not finite; an expert without a sure gain on its text; as `squares_pass`.
+        UserError: weights or gradients that are not finite; as `squares_pass`.
     """
     base, expert = job.subjects
     name, power = expert.entry.type, job.options["saliency_power"]
@@ -66,40 +103,12 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
     snapshots.keep(
         "measured", lambda: (tensors, {name: [one.plain() for one in stored] for name, stored in waiting.items()})
     )
-
-    refuse_short(job.text(expert, expert).encoded)
-
-    def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
-        samples = job.text(subject, expert).encoded if is_wanted else None
-        return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing)
-
     with (
         snapshots.store(
             "tensors", torch.device("cpu"), place.folder
         ) as store,  # small ones pin the memory of large ones
-        compared_routers(job, expert, base, place.device) as routers,
     ):
-        keep_routing(snapshots, routers, place.device)
-        watching = (None, VisitorWithRouters(Bystander(), routers))
-        alone = [
-            () if wanted else snapshots.found(f"losses{number}") or forward_losses(place, job, subject, expert, visitor)
-            for number, (subject, wanted, visitor) in enumerate(zip((base, expert), at, watching, strict=True))
-        ]
-        for number, losses in enumerate(alone):
-            snapshots.keep(f"losses{number}", lambda losses=losses: losses)
-        with squares_pass(
-            side(base, at[0]),
-            side(expert, at[1], routers.attached),
-            place.device,
-            place.on_step,
-            base.layout.split,
-            place.folder,
-            snapshots,
-            fewest_tokens(job.options),
-            base.layout.pieces,
-        ) as both:
-            known = [taken or own for taken, own in zip(both.losses, alone, strict=True)]
-            gain = gain_on_own_text(job, expert, *known)
+        with _there(place, job, snapshots) as (both, routers):
             for part in both.parts:
                 try:
                     histogram = saliency_histogram(part.base, part.expert, part.squares, power)
@@ -117,7 +126,7 @@ def measure_saliency(place: Place, job: MeasureJob, at: tuple[bool, bool]) -> Ex
         found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
     vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
     bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
-    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), tokens, gain)
+    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), tokens)
 
 
 def _other_vectors(

@@ -7,11 +7,10 @@ import pandas as pd
 from utils.guidance.csv_files import csv_bytes
 from utils.guidance.few_tokens import EXPERT_TOKENS, fewest_tokens
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.own_text import accepted_doubts
-from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, measure_saliency
+from utils.guidance.own_text import accepted_doubts, gains_on_own_text
+from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, ask, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
-from utils.guidance.text_gain import TextGain
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, require_own_tensors, snapshot_bytes
@@ -51,10 +50,11 @@ def memory(job: MeasureJob) -> int:
 
 def waiting(job: MeasureJob) -> int:
     """Bytes that wait for the way back of the passes that are made at a time, at most."""
-    return job.experts_at_a_time * max(
-        sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
-        for expert in job.experts
-    )
+    return job.experts_at_a_time * max(_waiting(job, expert) for expert in job.experts)
+
+
+def _waiting(job: MeasureJob, expert: Subject) -> int:
+    return sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
 
 
 def on_disk(job: MeasureJob) -> int:
@@ -72,14 +72,13 @@ def _at(job: MeasureJob, expert: Subject) -> tuple[Subject, ...]:
 def measure(job: MeasureJob) -> Measured:
     """Saliencies of every expert on its own text."""
     require_own_tensors(job.base)
-    at, pieces = POINTS[job.options["gradient_at"]], []
+    pieces, left = [], sum(_waiting(job, expert) for expert in job.experts)
     for expert in job.experts:
         for subject in _at(job, expert):
             require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
-        ways, name = 2 * len(_at(job, expert)) + at.count(False), expert.entry.type
-        blocks = ways * len(expert.decoder.blocks)
-        own = job.of(job.base, expert)
-        pieces.append(Piece(name, measure_saliency, (own, at), blocks, name, types=(ExpertMeasurement, TextGain)))
+        name, blocks = expert.entry.type, 2 * len(_at(job, expert)) * len(expert.decoder.blocks)
+        pieces.append(Piece(name, measure_saliency, (job.of(job.base, expert),), blocks, name, (ExpertMeasurement,)))
+    on_text = gains_on_own_text(job, job.experts, ask, left=left, least=on_disk(job))
     measured = dict(zip((expert.entry.type for expert in job.experts), job.run(pieces), strict=True))
     tensors = TENSOR_TABLE.frame(row for one in measured.values() for row in one.tensors)
     bins = histogram_content({name: one.bins for name, one in measured.items()})
@@ -91,8 +90,8 @@ def measure(job: MeasureJob) -> Measured:
         own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
         warnings += _doubts(expert, own)
-    warnings += accepted_doubts(job, {name: one.gain for name, one in measured.items()})
-    routing = tuple(row for one in measured.values() for row in one.routing)
+    warnings += accepted_doubts(on_text.gains)
+    routing = (*on_text.routing, *(row for one in measured.values() for row in one.routing))
     tokens = tuple(row for one in measured.values() for row in one.expert_tokens)
     return Measured(files, tuple(notes), tuple(warnings), routing, tokens)
 

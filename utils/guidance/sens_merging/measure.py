@@ -1,14 +1,14 @@
 """Sens-Merging, measure half: sensitivities of each expert on its own text, distances between the experts' logits."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.own_text import accepted_doubts, forward_losses, gain_on_own_text
+from utils.guidance.own_text import Answer, accepted_doubts, forward_losses, gains_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers, layer_of
@@ -19,10 +19,9 @@ from utils.guidance.sens_merging.tables import (
     SENSITIVITY_TABLE,
     TENSOR_TABLE,
 )
-from utils.guidance.text_gain import TextGain
 from utils.models.weight_source import tied_names
 from utils.pair.source import CalibrationSource
-from utils.passes.block_gradients import observe_gradients
+from utils.passes.block_gradients import backward_pass, observe_gradients
 from utils.passes.block_runner import Bystander, run_blocks
 from utils.passes.gradient_memory import GradientMemory, gradient_memory
 from utils.passes.gradient_refusals import refuse_short
@@ -39,14 +38,13 @@ _DISTANCES = "+distances"  # a piece's name, which no expert can have
 @dataclass(frozen=True)
 class _Expert:
     """What one expert's passes gave: sensitivities [blocks] and of each parameter outside them, the samples' losses, final
-    hidden states [tokens, hidden] of each text, rows of the table of routers, what it gains."""
+    hidden states [tokens, hidden] of each text, rows of the table of routers."""
 
     sensitivities: list[float]
     outside: Mapping[str, float]
     losses: tuple[float, ...]
     finals: Mapping[CalibrationSource, torch.Tensor]
     routing: list[tuple]
-    gain: TextGain
 
 
 def choices(job: MeasureJob) -> list[str]:
@@ -82,11 +80,13 @@ def measure(job: MeasureJob) -> Measured:
     for expert in job.experts:
         _refuse_what_cannot_be_compared(job, expert)
     tensors = _tensor_rows(job.base)
-    names, types = [expert.entry.type for expert in job.experts], (_Expert, CalibrationSource, TextGain)
+    names, types = [expert.entry.type for expert in job.experts], (_Expert, CalibrationSource)
     pieces = [
-        Piece(name, _passes, (job.of(job.base, expert),), 4 * len(expert.decoder.blocks), name, types)
+        Piece(name, _passes, (job.of(job.base, expert),), 3 * len(expert.decoder.blocks), name, types)
         for name, expert in zip(names, job.experts, strict=True)
     ]
+    left = sum(_needed(job, expert).waiting for expert in job.experts)
+    gains = gains_on_own_text(job, job.experts, _ask, left=left, least=on_disk(job)).gains
     experts: dict[str, _Expert] = dict(zip(names, job.run(pieces), strict=True))
     kept = {name: KeptResult(job.workspace, name, types) for name in names}
     own = job.of(job.base, *job.experts)
@@ -96,7 +96,6 @@ def measure(job: MeasureJob) -> Measured:
     rows = [(name, layer, value) for name, one in experts.items() for layer, value in enumerate(one.sensitivities)]
     outside = [row for expert in job.experts for row in _outside_rows(job.base, expert, experts[expert.entry.type])]
     losses = [(name, len(one.losses), sum(one.losses) / len(one.losses)) for name, one in experts.items()]
-    doubts = accepted_doubts(job, {name: one.gain for name, one in experts.items()})
     forms = {SENSITIVITY_TABLE: rows, DISTANCE_TABLE: distances, TENSOR_TABLE: tensors, LOSS_TABLE: losses}
     forms |= {OUTSIDE_TABLE: outside}
     return Measured(
@@ -108,7 +107,7 @@ def measure(job: MeasureJob) -> Measured:
             ]
             + [f"{row[0]} against {row[1]}: logits {row[2]:.4g} apart on the text of {row[1]}" for row in distances]
         ),
-        warnings=(*doubts, *warnings),
+        warnings=(*accepted_doubts(gains), *warnings),
         routing=tuple(row for one in experts.values() for row in one.routing),
     )
 
@@ -173,28 +172,34 @@ def _outside_rows(base: Subject, expert: Subject, found: _Expert) -> Iterator[tu
             yield expert.entry.type, base.stored_name(name), base.stored_name(other), found.outside[other]
 
 
+def _ask(place: Place, job: MeasureJob) -> Answer:
+    """The base's way forward on an expert's text, and the way there of `_passes`."""
+    base, expert = job.subjects
+    observer, snapshots = SensitivityObserver(expert.decoder, place.device), GradientSnapshots(place.snapshot)
+    refuse_short(job.text(base, expert).encoded)
+    before = snapshots.found("base") or forward_losses(place, job, base, expert)
+    snapshots.keep("base", lambda: before)
+    weights, samples = job.open_weights(expert, place.device), job.text(expert, expert).encoded
+    places = {"on_block": place.on_step, "folder": place.folder, "snapshots": snapshots}
+    with backward_pass(expert.decoder, weights, samples, observer, place.device, outside=True, **places) as model:
+        snapshots.write()
+        return Answer(before, model.losses)
+
+
 def _passes(place: Place, job: MeasureJob) -> _Expert:
-    """The base's way forward on an expert's text, the expert's there and back, then forward on every text."""
+    """An expert's way there and back on its text, then forward on every text."""
     (base, expert), device, on_block = job.subjects, place.device, place.on_step
     decoder, own = expert.decoder, job.text(expert, expert)
     observer, snapshots = SensitivityObserver(decoder, device), GradientSnapshots(place.snapshot)
     if (found := snapshots.found("sums")) is not None:
         observer.restore(found)
     snapshots.keep("sums", observer.state)
-    refuse_short(job.text(base, expert).encoded)
-    before = snapshots.found("base") or forward_losses(place, job, base, expert)
-    snapshots.keep("base", lambda: before)
-    gains: list[TextGain] = []
-
-    def there(losses: Sequence[float]) -> None:
-        gains.append(gain_on_own_text(job, expert, before, losses))
-
     places = {"on_block": on_block, "folder": place.folder, "snapshots": snapshots}
     weights = job.open_weights(expert, device)
     with compared_routers(job, expert, base, device) as routers:
         keep_routing(snapshots, routers, device)
         places["observing"] = routers.attached
-        losses = observe_gradients(decoder, weights, own.encoded, observer, device, outside=True, there=there, **places)
+        losses = observe_gradients(decoder, weights, own.encoded, observer, device, outside=True, **places)
         routing = routing_rows(expert.entry.type, routers)
     outside = {name: float(total) / len(own.encoded) for name, total in observer.outside.items()}
     values = [value / len(own.encoded) for value in observer.sums.tolist()]
@@ -214,7 +219,7 @@ def _passes(place: Place, job: MeasureJob) -> _Expert:
     finals = {
         source: real_tokens([next(found) for _ in text.batches], text.batches) for source, text in expert.texts.items()
     }
-    return _Expert(values, outside, losses, finals, routing, gains[0])
+    return _Expert(values, outside, losses, finals, routing)
 
 
 def _distances(

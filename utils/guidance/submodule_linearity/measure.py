@@ -9,7 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.own_text import accepted_doubts, gains_by_way_forward
+from utils.guidance.own_text import accepted_doubts, both_forward, gains_on_own_text
 from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
 from utils.guidance.submodule_linearity.gram import require_token_axis
 from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
@@ -76,7 +76,7 @@ def measure(job: MeasureJob) -> Measured:
     compared = [job.base, *job.experts]
     for subject in compared:
         require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
-    on_text = gains_by_way_forward(job)
+    on_text = gains_on_own_text(job, job.experts, both_forward)
     own = job.of(*compared)
     piece = Piece(NAME, _compared, (own,), len(job.base.decoder.blocks), NAME, types=(Compared, PartChanges))
     (found,) = job.run([piece])
@@ -91,9 +91,8 @@ def measure(job: MeasureJob) -> Measured:
         MISSED_TABLE: [(layer, level, types[one], value) for (layer, level, one), value in found.missed.items()],
     }
     files = {form.file: form.content(own) for form, own in rows.items()}
-    doubts = accepted_doubts(job, {name: one.gain for name, one in on_text.items()})
-    routing = tuple(row for one in on_text.values() for row in one.routing)
-    return Measured(files, warnings=(*doubts, *_warnings(job, found)), routing=routing)
+    doubts = accepted_doubts(on_text.gains)
+    return Measured(files, warnings=(*doubts, *_warnings(job, found)), routing=on_text.routing)
 
 
 def _require_token_axes(base: Subject) -> None:

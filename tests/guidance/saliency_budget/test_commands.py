@@ -310,9 +310,9 @@ def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair):
 def test_weights_that_are_not_finite_are_refused(pair):
     pair()
     poison(Path("code"), "model.layers.1.mlp.up_proj.weight")
-    with refused("measured-not-finite", "model.layers.1.mlp.up_proj.weight"):
+    with refused("measured-not-finite", "code"):
         measured("base")
-    assert not Path("dfs").exists()
+    assert not Path("dfs/manifest.json").exists()
 
 
 @pytest.mark.parametrize("point", ["both", "base", "expert"])

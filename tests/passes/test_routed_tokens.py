@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.plain_gradients import CPU, plain_squares
 from tests.tiny_mixtures import save_mixtures
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
-from utils.models.checkpoints import open_checkpoint
 from utils.models.decoder import find_decoder
+from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.passes.routed_tokens import count_tokens, take_towards_mean

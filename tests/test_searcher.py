@@ -30,8 +30,9 @@ from tests.commands_here import done_here
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
 from tests.tiny_experts import save_experts
+from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import contents, write_config
-from utils.commands import search_results
+from utils.commands import search, search_results
 from utils.commands.evaluate_generation import generate
 from utils.commands.search import search_pair
 from utils.commands.search_options import SearchOptions
@@ -146,7 +147,7 @@ def test_a_pair_that_cannot_be_scored_leaves_the_storage_in_one_file(pair):
     assert [one.name for one in (pair / "out/search").glob("study.db*")] == ["study.db"]
 
 
-def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, capsys):
+def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, capsys, monkeypatch):
     texts = yaml.safe_load((pair / "pair.yaml").read_text())["calibration"]
     swapped = {"code": texts["math"], "math": texts["code"]}
     own = {"code": texts["code"], "math": texts["math"]}
@@ -157,6 +158,27 @@ def test_a_guidance_that_refuses_the_text_is_left_out_unless_it_was_named(pair, 
     search_pair(options(pair, measure=True, trials=4, out_dir=pair / "out/all"))
     assert "guidance gram_mean is left out" in (said := capsys.readouterr().err) and "[text-without-gain]" in said
     assert (pair / "out/all/best.yaml").exists()
+    monkeypatch.setattr(search, "measure_pair", lambda *given, **named: pytest.fail("measured again"))
+    search_pair(options(pair, measure=True, trials=4, out_dir=pair / "out/all"))
+    assert "guidance gram_mean is left out" in (said := capsys.readouterr().err) and "[text-without-gain]" in said
+
+
+def test_a_mixtures_routers_stand_on_the_page_and_its_stock_recipe_has_figures(tmp_path, monkeypatch):
+    folder = save_mixtures(tmp_path, num_hidden_layers=2)
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"It is {i + i}."} for i in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(folder)
+    settings(
+        folder, search={"guidance": ["uniform"], "merge_method": ["task_arithmetic"], "depth_groups": 1, "weights": 1}
+    )
+    search_pair(options(folder, trials=4, validation_rows=8, test_rows=8, samples=False))
+    out = folder / "out/search"
+    assert "routers of unguided recipes" in (out / "report.html").read_text()
+    stock = hashlib.sha256((out / "best_stock.yaml").read_bytes()).hexdigest()
+    assert stock in {one["recipe_sha256"] for one in json.loads((out / "manifest.json").read_text())["candidates"]}
+    evaluate = ("utils/evaluator.py", "--config", "pair.yaml", "--out_dir", "out/evaluation", "--no-samples")
+    done_here(*evaluate, "--validation_rows", 8, "--test_rows", 8, "out/search/best.yaml", cwd=folder)
+    assert "routers of the uniform merges" in (folder / "out/evaluation/report.html").read_text()
 
 
 def test_held_out_prompts_are_answered_on_the_page_unless_that_is_not_wanted(pair):
@@ -266,6 +288,10 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair, monkeypatch):
     with refused("search-other-study") as caught:
         search_pair(options(pair))
     assert "space" in str(caught.value)
+    settings(pair, search={})
+    with refused("search-other-study") as caught:
+        search_pair(options(pair, measure=True))
+    assert "without --measure" in str(caught.value) and not (pair / "out/search/measurements").exists()
     settings(pair, search=UNGUIDED)
     descriptor = os.open(pair / "out/search", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

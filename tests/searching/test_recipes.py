@@ -15,7 +15,7 @@ from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
-from utils.searching.knowns import knowns, left_out
+from utils.searching.knowns import knowns, untried
 from utils.searching.measurements import find_measurements
 from utils.searching.points import Point
 from utils.searching.recipes import RecipeMaker
@@ -140,9 +140,9 @@ def test_knowns_run_and_uniform_ones_run_in_stock_mergekit(pair, maker):
     assert guided[: len(leading)] == leading and leading[-1] == "lines"  # one way of each first
     own = next(known.point for known in listed if known.point.guidance == "saliency_budget")
     assert own.merge_method == "guided_mean"
-    assert left_out(space, listed) == []
+    assert untried(space, listed) == []
     some = knowns(space, maker, 6)
-    assert len(left_out(space, some)) == sum(way.guidance != "uniform" for way in space.ways) - 2
+    assert len(untried(space, some)) == sum(way.guidance != "uniform" for way in space.ways) - 2
     assert len({maker.make(known.point).digest for known in listed}) == len(listed)
     ties = {tuple(one.point.numbers[key] for key in ("density", "lambda")) for one in listed
             if one.point.merge_method == "ties" and one.point.uniform}  # fmt: skip
@@ -188,7 +188,9 @@ def test_stock_mergekit_has_a_recipe_of_a_mixture_whose_experts_are_stored_apart
     maker = RecipeMaker(config, models, {}, folder / "vectors", "float32")
     point = Point("task_arithmetic", guidance, {"lambda": 0.6}, depth=depth)
     ours, stock = maker.make(point), maker.for_stock(point)
-    assert not ours.stock and stock.stock and "--fused_experts" in stock.note
+    assert not ours.stock and stock.stock and stock.same and "--fused_experts" in stock.note
+    cut = Point("ties", guidance, {"lambda": 0.6, "density": 0.5}, depth=depth)
+    assert not maker.for_stock(cut).same and "what was scored" in maker.for_stock(cut).note
     places = [merge_here(folder, ours.data, "ours"), merge_stock(folder, stock.data)]
     loaded = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict() for place in places]
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).state_dict()

@@ -11,7 +11,7 @@ from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, 
 from utils.searching.knowns import Known
 from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
-from utils.searching.study import SearchStudy, stored_measurements
+from utils.searching.study import Began, SearchStudy, stored_beginning
 
 
 def test_the_search_beats_what_is_known_and_reads_few_rows(tmp_path):
@@ -178,14 +178,17 @@ def test_a_search_that_did_not_record_its_margin_had_none(tmp_path):
         study(**identity).close()
     with refused("search-other-study") as caught:
         study(margin=0.5)
-    assert "margin" in str(caught.value)
+    assert "margin" in str(caught.value) and "--margin 0" in str(caught.value)
 
 
 def test_what_a_study_began_with_is_read_back(tmp_path):
-    assert stored_measurements(tmp_path) is None
-    there = {"lewis": "aa"}
-    SearchStudy(tmp_path, space(), {"measurements": there}, sampler="random", seed=0).close()
-    assert stored_measurements(tmp_path) == there and [path.name for path in tmp_path.iterdir()] == ["study.db"]
+    assert stored_beginning(tmp_path) is None
+    there, why = {"lewis": "aa"}, {"tuned": "guidance tuned is left out"}
+    for left_out in (why, {}):
+        SearchStudy(tmp_path, space(), {"measurements": there}, sampler="random", seed=0, left_out=left_out).close()
+    assert stored_beginning(tmp_path) == Began(there, why) and [path.name for path in tmp_path.iterdir()] == [
+        "study.db"
+    ]
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

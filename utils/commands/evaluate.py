@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> None:
     warnings = _check(scorer, candidates, left_out, options.controls)
     forget_handed_on()
     _say_choices(scorer, candidates, say)
-    controls = _controls(scorer, say) if options.controls else {}
+    controls, routers = _controls(scorer, say) if options.controls else ({}, "")
     store = LossStore(options.out_dir / LOSSES)
     with locked_folder(options.out_dir):
         store.sweep()
@@ -85,6 +86,8 @@ def evaluate(options: EvaluateOptions) -> None:
         _refuse_little_disk(scorer, candidates, controls, store)
         start = time.perf_counter()
         evaluated = _evaluate(options, scorers, candidates, controls, against, store)
+        if routers:
+            evaluated = replace(evaluated, facts=(("routers of the uniform merges", routers),))
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))
         say(
             f"scored {evaluated.scored} models and merges anew (pair and uniform merges included) in "
@@ -160,13 +163,13 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence
     return found
 
 
-def _controls(scorer: "Scorer", say: Callable[[str], None]) -> dict[str, list[Candidate]]:
-    """The uniform merges to compare with, by kind; of mixtures with the routers that guided recipes have."""
+def _controls(scorer: "Scorer", say: Callable[[str], None]) -> tuple[dict[str, list[Candidate]], str]:
+    """The uniform merges to compare with, by kind; of mixtures with the routers that guided recipes have, which is said."""
     config, trust = scorer.config, scorer.settings.merge.trust_remote_code
     routers = usual_routers(LocalModels(config.base, config.experts, trust_remote_code=trust))
     if routers.said:
         say(f"routers of the uniform merges: {routers.said}")
-    return uniform_controls(config, scorer.inputs[config.base.type].float_dtype, routers)
+    return uniform_controls(config, scorer.inputs[config.base.type].float_dtype, routers), routers.said
 
 
 def _refuse_little_disk(

@@ -189,5 +189,9 @@ def _run(scorer: Scorer, evaluated: Evaluated, request: Mapping[str, Any]) -> Ru
         seconds=evaluated.seconds,
         memory=peak_host_bytes(),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        facts=(("dtype", settings["dtype"]), ("tokens at a time", str(settings["batch_tokens"]))),
+        facts=(
+            ("dtype", settings["dtype"]),
+            ("tokens at a time", str(settings["batch_tokens"])),
+            *evaluated.facts,
+        ),
     )

@@ -29,7 +29,7 @@ class Evaluated:
 
     `reference` is whom differences are taken against (None: nobody), `reference_is` what the reference is, in words.
     `winner` and `best_uniform` are the best of all, and of the uniform merges, on validation rows. `compared` are those whose
-    p-values are corrected for being several.
+    p-values are corrected for being several. `facts` are further things that the page says of the run, by label.
     """
 
     candidates: tuple[Candidate, ...]
@@ -42,6 +42,7 @@ class Evaluated:
     scored: int
     seconds: float
     compared: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def by_objective(self) -> bool:

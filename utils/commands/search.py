@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from utils.commands.measure import measure_pair
@@ -26,6 +26,7 @@ from utils.runtime import quiet_libraries, versions_line
 from utils.searching.measurements import FOLDER, find_measurements
 from utils.searching.points import UNGUIDED
 from utils.searching.storage import STORAGE, require_optuna, storage_guarded
+from utils.searching.study import stored_beginning
 from utils.workers.work_folder import remove_work, work_folder
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def search_pair(options: SearchOptions) -> None:
         if trial is not None:
             trial.check()
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
+            missing = _missing_measurements(options) if options.measure else []
             scoring = prepare_scoring(options, say, cluster)  # what is refused there is refused before it is measured
-            warned = _measure_missing(options) if options.measure else set()
-            ready = prepare_search(options, say, scoring, start=start, warned=warned)
+            warned, left_out = _measure(options, missing)
+            ready = prepare_search(options, say, scoring, start=start, warned=warned, left_out=left_out)
             forget_handed_on()
             try:
                 stopped = _run(ready)
@@ -92,23 +94,49 @@ def _cluster(options: SearchOptions, workers: "RayWorkers | None") -> "Iterator[
         yield Cluster(workers, folder)
 
 
-def _measure_missing(options: SearchOptions) -> set[str]:
-    """Measure the pair with every guidance that is asked for (all that can be, without `search.guidance`) and missing.
+def _missing_measurements(options: SearchOptions) -> list[str]:
+    """The guidances that are asked for (all that can be, without `search.guidance`) and have not measured the pair; but for
+    those that the folder's study began without because they could not.
 
-    A guidance that nobody asked for by name and that refuses this pair's models or text is left out, which is said.
-
-    Returns:
-        The warnings that were given.
+    Raises:
+        UserError: the study began without one for another reason, so that it could not use it.
     """
-    config, warned = options.config, set()
+    config = options.config
     there, _ = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
     )
     asked, experts = config.search.guidance, len(experts_to_merge(config))
-    for name, method in guidance_methods().items():
-        wanted = name in asked if asked else method.searched and experts >= method.fewest_experts
-        if name in there or name in UNGUIDED or not wanted:
-            continue
+    missing = [
+        name
+        for name, method in guidance_methods().items()
+        if name not in there
+        and name not in UNGUIDED
+        and (name in asked if asked else method.searched and experts >= method.fewest_experts)
+    ]
+    if (began := stored_beginning(options.out_dir)) is None:
+        return missing
+    if new := [name for name in missing if name not in began.measurements and name not in began.left_out]:
+        raise UserError(
+            f"--measure would measure {', '.join(new)}, which the search in {options.out_dir} began without: its trials could "
+            "not be compared with new ones. Choose another --out_dir, or go on without --measure",
+            "search-other-study",
+        )
+    warn([began.left_out[name] for name in missing if name in began.left_out])
+    return [name for name in missing if name not in began.left_out]
+
+
+def _measure(options: SearchOptions, guidances: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    """Measure the pair with some guidances.
+
+    One that nobody asked for by name and that refuses this pair's models or text is left out, which is said.
+
+    Returns:
+        The warnings that were given; what was said of each guidance that was left out.
+    """
+    config, warned, left_out = options.config, set(), {}
+    experts = len(experts_to_merge(config))
+    for name in guidances:
+        method = guidance_methods()[name]
         try:
             measure_pair(
                 MeasureOptions(
@@ -127,13 +155,14 @@ def _measure_missing(options: SearchOptions) -> set[str]:
                 warned=warned,
             )
         except UserError as error:
-            if asked:
+            if config.search.guidance:
                 raise
             if kept := kept_work(error):  # nobody goes on with what is left out
                 remove_work(kept.folder.parent)
                 remove_empty([options.out_dir / FOLDER / name, options.out_dir / FOLDER])
-            warn([f"guidance {name} is left out: {error} [{error.code}]"])
-    return warned
+            left_out[name] = f"guidance {name} is left out: {error} [{error.code}]"
+            warn([left_out[name]])
+    return warned, left_out
 
 
 def _run(ready: "Prepared") -> str:

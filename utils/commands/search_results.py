@@ -138,6 +138,7 @@ def _on_test_rows(ready: Prepared, winners: Winners, names: Mapping[str, str]) -
         scored=len(chosen),
         seconds=time.perf_counter() - ready.start,
         compared=tried,
+        facts=(("routers of unguided recipes", routers),) if (routers := ready.maker.routers.said) else (),
     )
 
 
@@ -263,7 +264,8 @@ def _request(
         "candidates": [
             {"name": names[one.digest], "recipe_sha256": hashlib.sha256(recipes[file]).hexdigest()}
             for file, one in ((BEST, winners.best), (BEST_STOCK, winners.stock), (BEST_UNIFORM, uniform))
-            if file in recipes and (file != BEST_STOCK or ready.maker.make(one.point).stock)  # else not what was scored
+            if file in recipes
+            and (file != BEST_STOCK or ready.maker.for_stock(one.point).same)  # else not what was scored
         ],
         "best": {names[one.digest]: {"trial": one.number, **one.point.plain()} for one in winners.all},
         "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],

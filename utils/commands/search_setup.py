@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from utils.models.relative_change import strangers
 from utils.publishing.files import repair_folder
 from utils.recipes.naming import LocalModels
 from utils.runtime import available_bytes, gigabytes
-from utils.searching.knowns import Known, knowns, left_out
+from utils.searching.knowns import Known, knowns, untried
 from utils.searching.losses import Entrant, Losses
 from utils.searching.measurements import find_measurements, identity
 from utils.searching.objective import Objective, gain_scales
@@ -67,6 +68,7 @@ def prepare_search(
     first: Sequence[Known] | None = None,
     start: float | None = None,
     warned: Collection[str] = (),
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Prepared:
     """Everything up to the first trial: measurements, space, study, the pair's own losses on validation rows.
 
@@ -77,6 +79,7 @@ def prepare_search(
         first: what to try first; None: the usual (`utils/searching/knowns.py`).
         start: when the command began (`time.perf_counter`), which time limits count from; None: now.
         warned: warnings that were given before, which are not given again.
+        left_out: why guidances could not be measured, which the study notes.
 
     Raises:
         UserError: anything the user can mend.
@@ -107,6 +110,7 @@ def prepare_search(
         sampler=options.sampler,
         seed=options.seed,
         tasks=[f"gain kept on {task}" for task in objective.tasks] if options.pareto else [options.figure],
+        left_out=left_out,
     )
     with ExitStack() as failing:  # what is refused now leaves the storage in its one file
         failing.callback(study.close)
@@ -226,7 +230,7 @@ def _say_choices(ready: Prepared, tried: Sequence[Known], say: Callable[[str], N
         f"trials: {options.trials}, of which {len(tried)} are what a careful user tries by hand"
         + (f"; {done} are done" if done else "")
     )
-    if missing := left_out(space, tried):
+    if missing := untried(space, tried):
         say(
             f"not among these, since there are so few trials, but left to the sampler: {'; '.join(missing)} (with --trials "
             f"{trials_for(len(tried) + len(missing))} each is tried at its defaults)"

@@ -56,7 +56,7 @@ def knowns(space: Space, maker: RecipeMaker, most: int) -> list[Known]:
     ]
 
 
-def left_out(space: Space, tried: Sequence[Known]) -> list[str]:
+def untried(space: Space, tried: Sequence[Known]) -> list[str]:
     """The guided ways of a space, and LiNeS, that none of the knowns takes, as people call them."""
     there = {(known.point.merge_method, known.point.guidance) for known in tried}
     asked = [way for way in space.ways if way.guidance != UNIFORM]

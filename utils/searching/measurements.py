@@ -10,7 +10,7 @@ from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.method import DEFAULT, guidance_methods
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import MANIFEST
-from utils.searching.study import stored_measurements
+from utils.searching.study import stored_beginning
 
 FOLDER = "measurements"  # in a search's folder: what it measured itself
 
@@ -35,7 +35,8 @@ def find_measurements(
     """
     found: dict[str, MeasuredPair] = {}
     notes: list[str] = []
-    began = stored_measurements(out_dir) if named is None else None
+    study = stored_beginning(out_dir) if named is None else None
+    began = None if study is None else study.measurements
     for folder in _folders(named, out_dir):
         try:
             guidance = _guidance(folder, is_named=named is not None)

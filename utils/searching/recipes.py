@@ -34,13 +34,15 @@ _DTYPE = "float32"
 @dataclass(frozen=True)
 class Made:
     """A recipe: `data` as the scorer takes it, files of vectors being named by their whole paths (`vectors`); `stock` if
-    any mergekit runs it, not this project's command 3 alone; `note` is what its first line is to say; `fused` if its filters are for stacked experts."""
+    any mergekit runs it, not this project's command 3 alone; `note` is what its first line is to say; `fused` if its filters
+    are for stacked experts; `same` if it merges to the tensors that its point's own recipe does."""
 
     data: Mapping[str, Any]
     stock: bool
     vectors: tuple[Path, ...] = ()
     note: str = ""
     fused: bool = False
+    same: bool = True
 
     @property
     def digest(self) -> str:
@@ -104,13 +106,12 @@ class RecipeMaker:
         maker.routers = in_stock_mergekit(self.routers, stock)
         if point.guidance == LINES or point.depth:
             maker.blocks = find_blocks(self.models, stock)
-        here = "utils/merger.py"
         fused = any(name != other for name, other in stock.by_own.items())
-        if fused:
-            here += (
-                " --fused_experts, which cut each stack of experts as one; what was scored cuts each expert on its own"
-            )
-        return replace(maker.make(point), stock=True, note=f"for stock mergekit-yaml, and {here}", fused=fused)
+        same = not (fused and point.merge_method in DENSITY_METHODS)
+        note = "for stock mergekit-yaml, and utils/merger.py" + (" --fused_experts" if fused else "")
+        if not same:
+            note += ", which cut each stack of experts as one; what was scored cuts each expert on its own"
+        return replace(maker.make(point), stock=True, note=note, fused=fused, same=same)
 
     def make(self, point: Point) -> Made:
         """The recipe of a point.

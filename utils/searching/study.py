@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.errors import UserError
@@ -29,8 +30,10 @@ Sampler = Literal["auto", "tpe", "gp", "random"]
 
 _IDENTITY, _POINT, _KNOWN, _BATCH = "identity", "point", "known", "batch"
 _INTERRUPTED, _AGAIN, _PLACE = "interrupted", "again_of", "place"
+_LEFT_OUT = "left_out"
 _FAILURE, _ROWS, _DIGEST, _GAINS = "failure", "rows", "digest", "gains"
 _BEFORE = {"margin": 0.0}  # what searches went by that did not record it
+_FLAGS = {"margin": "--margin", "rows of the first round": "--first_rows", "sampler": "--sampler", "seed": "--seed"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class SearchStudy:
         sampler: `auto`, `tpe`, `gp` or `random`.
         seed: of the sampler.
         tasks: more than one for a Pareto front, whose values are the gains on each.
+        left_out: why guidances could not be measured; a study that begins notes it, so that nobody tries again.
 
     Raises:
         UserError: Optuna is not installed, the file is no study, or it is another search's.
@@ -70,11 +74,12 @@ class SearchStudy:
         sampler: Sampler,
         seed: int,
         tasks: Sequence[str] = ("mean",),
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.space, self.seed, self.tasks = space, seed, tuple(tasks)
         self.sampler = sampler if sampler != "auto" else ("gp" if space.continuous() else "tpe")
         self._optuna = require_optuna()
-        self.storage, self.study = self._open(folder, identity)
+        self.storage, self.study = self._open(folder, identity, left_out)
         self._put_back()
 
     @property
@@ -175,7 +180,9 @@ class SearchStudy:
             except (ValueError, RuntimeError):  # parameters that no two trials share, or that never changed
                 return {}
 
-    def _open(self, folder: Path, identity: Mapping[str, Any]) -> "tuple[optuna.storages.BaseStorage, optuna.Study]":
+    def _open(
+        self, folder: Path, identity: Mapping[str, Any], left_out: Mapping[str, str]
+    ) -> "tuple[optuna.storages.BaseStorage, optuna.Study]":
         with without_warnings(), storage_guarded(folder):
             storage = open_storage(folder)
             study = self._optuna.create_study(
@@ -185,7 +192,11 @@ class SearchStudy:
                 directions=["maximize"] * len(self.tasks),
                 load_if_exists=True,
             )
-            _check_identity(study, json.loads(json.dumps(identity)), folder)
+            plain = json.loads(json.dumps(identity))
+            if _IDENTITY not in study.user_attrs:
+                study.set_user_attr(_LEFT_OUT, dict(left_out))
+                study.set_user_attr(_IDENTITY, plain)  # last: without it no study has begun
+            _check_identity(study, plain, folder)
             study.set_metric_names(list(self.tasks))
         return storage, study
 
@@ -242,8 +253,16 @@ class SearchStudy:
         self.storage.set_trial_user_attr(trial, key, value)
 
 
-def stored_measurements(folder: Path) -> dict[str, str] | None:
-    """What the measurements that a folder's study began with are told apart by, by guidance; None without a study.
+@dataclass(frozen=True)
+class Began:
+    """What a study began with: what its measurements are told apart by, by guidance; why others could not be measured."""
+
+    measurements: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+
+def stored_beginning(folder: Path) -> Began | None:
+    """What a folder's study began with; None without a study.
 
     Raises:
         UserError: Optuna is not installed, or the file is no study.
@@ -254,24 +273,22 @@ def stored_measurements(folder: Path) -> dict[str, str] | None:
     with without_warnings(), storage_guarded(folder):
         storage = open_storage(folder)
         try:
-            found = optuna.load_study(study_name=STUDY, storage=storage).user_attrs.get(_IDENTITY)
+            found = optuna.load_study(study_name=STUDY, storage=storage).user_attrs
         except KeyError:  # a kill came before the study was made
             return None
         finally:
             storage.engine.dispose()
-    return None if found is None else found.get("measurements", {})
+    return Began(found[_IDENTITY].get("measurements", {}), found.get(_LEFT_OUT, {})) if _IDENTITY in found else None
 
 
 def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: Path) -> None:
-    found = study.user_attrs.get(_IDENTITY)
-    if found is None:
-        study.set_user_attr(_IDENTITY, identity)
-        return
+    found = study.user_attrs[_IDENTITY]
     found = {key: value for key, value in _BEFORE.items() if key in identity} | found
     differing = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
     if differing:
+        flags = [f" {_FLAGS[key]} {found[key]}" for key in differing if key in _FLAGS and key in found]
         raise UserError(
             f"--out_dir {folder} holds the study of another search (other: {', '.join(differing)}); its trials cannot be "
-            "compared with new ones. Choose another --out_dir, or search as before",
+            f"compared with new ones. Choose another --out_dir, or search as before{' with' if flags else ''}{''.join(flags)}",
             "search-other-study",
         )

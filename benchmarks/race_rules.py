@@ -5,9 +5,9 @@
 A folder of models holds a base, experts named as their text, and nothing else (`benchmarks/quality_models.py` trains such);
 `--data` holds `NAME/test.jsonl` of each text. All of 32 uniform merges (`benchmarks/searching.py`) read all 2 x 64 rows, which
 is kept in `--work`; then races are replayed on each table, the rows drawn in 100 orders, for every rule: rows a task in the
-first round, margin in points of gain kept, objective. `benchmarks/results/race_rules.csv` holds one line a table and rule:
-losses read, candidates a round, how far the winner is behind the best of all rows, and how often a paired test on all rows
-(5 %) sees that.
+first round, margin in points of gain kept, objective, and whether use is made of what base and experts lose on each row
+(`utils/searching/row_means.py`). `benchmarks/results/race_rules.csv` holds one line a table and rule: losses read, candidates a
+round, how far the winner is behind the best of all rows, and how often a paired test on all rows (5 %) sees that.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import yaml
 
 from benchmarks.shapes import ROOT
 from utils.searching import racing
 from utils.searching.objective import Objective
+from utils.searching.row_means import Rows
 
 if TYPE_CHECKING:
     from utils.commands.search_setup import Prepared
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 CANDIDATES, ROWS, ORDERS = 32, 64, 100
 TIED = 0.05  # level of the paired test on all rows
 FIRST_ROWS, MARGINS, OBJECTIVES = (4, 6, 8), (0.0, 0.5, 1.0), ("mean", "worst")
+KNOWN = (True, False)
 RESULTS = ROOT / "benchmarks" / "results" / "race_rules.csv"
 
 
@@ -45,7 +46,7 @@ class Table:
 
     nll: np.ndarray
     base: np.ndarray
-    rows: racing.Rows
+    rows: Rows
     scales: np.ndarray
 
     @classmethod
@@ -56,19 +57,21 @@ class Table:
         return cls(
             losses.table([one.digest for one in made], yardstick.rows),
             losses.table([yardstick.base], yardstick.rows)[0],
-            racing.Rows(task, losses.sizes(yardstick.base, yardstick.rows)),
+            Rows(task, losses.sizes(yardstick.base, yardstick.rows), np.concatenate(list(yardstick.known.values()))),
             yardstick.scales,
         )
 
     def save(self, path: Path) -> None:
         """Write it as .npz."""
-        np.savez(path, nll=self.nll, base=self.base, scales=self.scales, **asdict(self.rows))
+        rows = {name: values for name, values in asdict(self.rows).items() if values is not None}
+        np.savez(path, nll=self.nll, base=self.base, scales=self.scales, **rows)
 
     @classmethod
     def read(cls, path: Path) -> "Table":
         """Read what `save` wrote."""
         with np.load(path) as held:
-            return cls(held["nll"], held["base"], racing.Rows(held["task"], held["tokens"]), held["scales"])
+            rows = Rows(held["task"], held["tokens"], held.get("known"))
+            return cls(held["nll"], held["base"], rows, held["scales"])
 
     @property
     def per_task(self) -> np.ndarray:
@@ -77,8 +80,7 @@ class Table:
 
     def part(self, candidates: np.ndarray, places: np.ndarray) -> "Table":
         """Some candidates on some rows."""
-        rows = racing.Rows(self.rows.task[places], self.rows.tokens[places])
-        return Table(self.nll[np.ix_(candidates, places)], self.base[places], rows, self.scales)
+        return Table(self.nll[np.ix_(candidates, places)], self.base[places], self.rows.part(places), self.scales)
 
     def figure(self, objective: Objective) -> np.ndarray:
         """Each candidate's figure on all rows."""
@@ -99,14 +101,15 @@ class Table:
 class Replayed:
     """One line of the results: what the races of a rule on a table came to, on average over the orders of rows.
 
-    `margin`, `behind` and `most_behind` are in points of gain kept; `rounds` counts candidates that entered a round, which is
-    how often a candidate is merged.
+    `margin`, `behind` and `most_behind` are in points of gain kept; `known` says whether use is made of what base and experts
+    lose; `rounds` counts candidates that entered a round, which is how often a candidate is merged.
     """
 
     table: str
     objective: str
     first_rows: int
     margin: float
+    known: bool
     losses_read: float
     of: int
     rounds: float
@@ -117,37 +120,39 @@ class Replayed:
 
 
 def race(
-    table: Table, order: Sequence[np.ndarray], objective: Objective, first: int, margin: float
+    table: Table, order: Sequence[np.ndarray], objective: Objective, first: int, margin: float, known: bool = True
 ) -> tuple[int, int, int]:
     """A race of all candidates; `order` are the places of each task's rows. Its winner, losses read, merges."""
+    whole = table.rows if known else replace(table.rows, known=None)
     alive, read, merges, before = np.arange(len(table.nll)), 0, 0, 0
     there = tuple(map(len, order))
     for seen in racing.schedule(there, first):
         places = np.concatenate([own[:count] for own, count in zip(order, seen, strict=True)])
         read, merges, before = read + len(alive) * (len(places) - before), merges + len(alive), len(places)
         if tuple(seen) != there:
-            alive = alive[~table.part(alive, places).beaten(objective, there=there, margin=margin)]
+            alive = alive[~table.part(alive, places).beaten(objective, whole=whole, margin=margin)]
     return int(alive[table.figure(objective)[alive].argmax()]), read, merges
 
 
-def replay(name: str, table: Table, kind: str, first: int, margin: float) -> Replayed:
+def replay(name: str, table: Table, kind: str, first: int, margin: float, known: bool = True) -> Replayed:
     """Race in many orders of rows under one rule; `margin` in points."""
     tasks = tuple(map(str, range(len(table.scales))))
     objective, rng = Objective.of(kind, tasks, {}), np.random.default_rng(0)  # the same orders for all rules
     own = [np.flatnonzero(table.rows.task == task) for task in range(len(tasks))]
     figure, found = table.figure(objective), []
     for _ in range(ORDERS):
-        winner, *spent = race(table, [rng.permutation(rows) for rows in own], objective, first, margin / 100)
+        winner, *spent = race(table, [rng.permutation(rows) for rows in own], objective, first, margin / 100, known)
         behind = 100 * float(figure.max() - figure[winner])
         found.append((*spent, behind > 0, behind, table.tied(winner, objective)))
     read, merges, other, behind, tied = (float(one) for one in np.mean(found, axis=0))
     most = max(float(one[3]) for one in found)
-    line = Replayed(name, kind, first, margin, read, table.nll.size, merges, other, behind, most, tied)
+    line = Replayed(name, kind, first, margin, known, read, table.nll.size, merges, other, behind, most, tied)
     return replace(line, **{key: round(value, 4) for key, value in asdict(line).items() if isinstance(value, float)})
 
 
 def make_table(models: Path, data: Path, work: Path) -> Table:
     """All losses of a pair's 32 uniform merges; scored once."""
+    from benchmarks.search_pairs import write_pair
     from benchmarks.searching import points, search_over
     from utils.evaluation.candidates import Candidate
     from utils.searching.losses import Entrant
@@ -157,19 +162,13 @@ def make_table(models: Path, data: Path, work: Path) -> Table:
         return Table.read(kept)
     names = sorted(one.name for one in models.iterdir() if (data / one.name / "test.jsonl").exists())
     texts = {name: {"name": name, "path": str((data / name / "test.jsonl").resolve()), "seqlen": 128} for name in names}
-    config = {
-        "model_info": [{"name": str((models / name).resolve()), "type": name} for name in ("base", *names)],
-        "dataset": texts[names[0]],
-        "calibration": texts,
-        "nsamples": 4,
-        "search": {"guidance": ["uniform"], "depth_groups": 1, "weights": 1},
-    }
     folder = work / models.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "pair.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     known = points(CANDIDATES)
-    _, ready = search_over(folder / "pair.yaml", folder, known, ROWS)
+    _, ready = search_over(
+        write_pair(folder, {name: models / name for name in ("base", *names)}, texts), folder, known, ROWS
+    )
     made = [ready.maker.make(one.point) for one in known]
     entrants = [Entrant(one.digest, Candidate(one.digest[:16], recipe=one.data)) for one in made]
     ready.losses.require(entrants, ready.yardstick.rows)
@@ -182,20 +181,21 @@ def make_table(models: Path, data: Path, work: Path) -> Table:
 
 def lines(tables: dict[str, Table]) -> Iterator[Replayed]:
     """Every rule on every table."""
-    for (name, table), kind, first, margin in product(tables.items(), OBJECTIVES, FIRST_ROWS, MARGINS):
-        yield replay(name, table, kind, first, margin)
+    for (name, table), *rule in product(tables.items(), OBJECTIVES, FIRST_ROWS, MARGINS, KNOWN):
+        yield replay(name, table, *rule)
 
 
 def report(found: Sequence[Replayed]) -> None:
     """Print each rule's mean over the tables."""
-    for kind, first, margin in product(OBJECTIVES, FIRST_ROWS, MARGINS):
-        own = [one for one in found if (one.objective, one.first_rows, one.margin) == (kind, first, margin)]
+    for rule in product(OBJECTIVES, FIRST_ROWS, MARGINS, KNOWN):
+        own = [one for one in found if (one.objective, one.first_rows, one.margin, one.known) == rule]
+        kind, first, margin, known = rule
         read, merges, behind, tied = (
             np.mean([getattr(one, key) for one in own]) for key in ("losses_read", "rounds", "behind", "tied")
         )
         most = max(one.most_behind for one in own)
         print(
-            f"{kind}, {first} rows first, margin {margin}: {read:.0f} of {own[0].of} losses in {merges:.0f} merges; "
+            f"{kind}, {first} rows first, margin {margin}{', by the experts' if known else ''}: {read:.0f} of {own[0].of} losses in {merges:.0f} merges; "
             f"{behind:.3f} points behind, {most:.2f} at most; {100 * tied:.1f} % tied"
         )
 

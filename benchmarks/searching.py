@@ -2,12 +2,14 @@
 
     python3 benchmarks/searching.py --shape llama-365m --candidates 32 --one_by_one 4
     python3 benchmarks/searching.py --shape llama-78m --candidates 32 --rows 32 --one_by_one 0 --seeds 0,1,2,3,4 --read_all
+    python3 benchmarks/searching.py --models output/quality/models/192x8_seed* --data DATA --width 6 --depth 3
 
 The same uniform merges (task arithmetic over lambda, TIES over density and lambda) are tried both ways on the same rows.
 One by one: each candidate is merged into a folder by `mergekit-yaml` in a process of its own, loaded, and reads every row.
 Searched: all race over the rows in passes over the inputs (`utils/searching/rounds.py`); no merged model is written. The
-models are random but for their heads, which know how often each token of their text comes: experts gain, as real ones do,
-and candidates differ.
+models of a `--shape` are random but for their heads, which know how often each token of their text comes. Those of `--models`
+have been trained (folders of `benchmarks/quality_models.py`, one for each seed) and are made as large as wanted without a
+change to what they say (`benchmarks/widened.py`); they read `NAME/test.jsonl` in `--data`, which their training did not.
 
 Kept in `benchmarks/results/searching.csv`: seconds by the clock and of the processors, split into merging (and reading),
 loading and forward passes; peak memory. `--one_by_one` says how many candidates (spread over the list) go the slow way, the
@@ -18,7 +20,6 @@ chosen then, or tied with it. What is measured is not measured again: killed and
 
 import argparse
 import csv
-import json
 import os
 import resource
 import shutil
@@ -36,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from benchmarks.contenders import machine
-from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
+from benchmarks.search_pairs import Case, random_cases, trained_cases
+from benchmarks.shapes import ROOT, SHAPES, parameter_count
 from utils.publishing.files import publish_files
 from utils.searching.knowns import Known
 from utils.searching.points import DENSITY, LAMBDA, UNIFORM, Point
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from utils.evaluation.scoring import Scorer
     from utils.searching.recipes import Made
 
-TASKS = ("one", "two")
 RESULTS = ROOT / "benchmarks" / "results" / "searching.csv"
 SEARCHED, ONE_BY_ONE, AS_STORED, READ_ALL = "searched", "one by one", "one by one, dtype as stored", "all read all rows"
 
@@ -133,54 +134,6 @@ def points(count: int) -> list[Known]:
         density, scale = (0.2, 0.4, 0.6, 0.8)[i % 4], round(0.3 + 0.2 * (i // 4), 3)
         found.append(Point("ties", UNIFORM, {LAMBDA: scale, DENSITY: density}))
     return [Known(point.sentence(), point) for point in found]
-
-
-def make_pair(shape: str, folder: Path, rows: int, seed: int) -> Path:
-    """The models of a shape, heads that know their text's tokens, texts and a pair config; made once per seed."""
-    places = build_pair(shape, folder / "models", None)
-    source = [json.loads(line) for line in next(iter(rows_files(None).values())).read_text().splitlines()]
-    words = [word for row in source for word in str(next(iter(row.values()))).split()]
-    for place, task in enumerate(TASKS):
-        own = words[place :: len(TASKS)]
-        lines = [" ".join(own[(7 * i + j + 31 * seed) % len(own)] for j in range(24)) + f" {i}" for i in range(rows)]
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        _teach_head(places[task], lines[: rows // 2])
-    texts = {
-        task: {"path": str(folder / f"{task}.jsonl"), "text": "{text}", "seqlen": 64, "seed": seed} for task in TASKS
-    }
-    config = {
-        "model_info": [{"name": str(places[name]), "type": name} for name in ("base", *TASKS)],
-        "dataset": texts["one"],
-        "calibration": texts,
-        "nsamples": 4,
-        "search": {"guidance": [UNIFORM], "depth_groups": 1, "weights": 1},
-    }
-    path = folder / "pair.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
-
-
-def _teach_head(place: Path, lines: Sequence[str]) -> None:
-    """Add to the head, along the mean final hidden state, the logarithm of how often each token comes in some text."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if (place / "taught").exists():
-        return
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-    ids = [torch.tensor(tokenizer(line)["input_ids"]) for line in lines]
-    with torch.inference_mode():
-        mean = torch.cat([model.model(input_ids=own[None]).last_hidden_state[0] for own in ids[:16]]).mean(0)
-    width = model.get_output_embeddings().weight.shape[0]
-    counts = torch.bincount(torch.cat(ids), minlength=width).float() + 0.05
-    with torch.no_grad():
-        logs = (counts / counts.sum()).log()
-        model.get_output_embeddings().weight += (logs - logs.mean())[:, None] * mean / mean.square().sum()
-    for file in place.glob("model*"):
-        file.unlink()
-    model.to(torch.bfloat16).save_pretrained(place)
-    (place / "taught").touch()
 
 
 @dataclass
@@ -299,12 +252,12 @@ class Benchmark:
         return f"another winner, {behind:.2f} points behind: {verdict}"
 
 
-def prepared(shape: str, seed: int, candidates: int, rows: int, work: Path) -> Benchmark:
+def prepared(case: Case, candidates: int, rows: int, work: Path) -> Benchmark:
     """The pair built, and a search over it made ready; a race on file is raced again from its losses."""
     (work / "search").mkdir(parents=True, exist_ok=True)
     known = points(candidates)
-    scorer, ready = search_over(make_pair(shape, work, 4 * rows, seed), work / "search", known, rows)
-    return Benchmark(shape, seed, work, known, scorer, ready)
+    scorer, ready = search_over(case.make(work, rows), work / "search", known, rows)
+    return Benchmark(case.shape, case.seed, work, known, scorer, ready)
 
 
 def search_over(pair: Path, folder: Path, known: Sequence[Known], rows: int) -> "tuple[Scorer, Prepared]":
@@ -351,6 +304,12 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=32)
     parser.add_argument("--rows", type=int, default=64, help="validation rows a task")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument(
+        "--models", type=Path, nargs="*", default=[], help="folders of trained pairs, in place of a shape"
+    )
+    parser.add_argument("--data", type=Path, help="a folder with NAME/test.jsonl of each expert's text")
+    parser.add_argument("--width", type=int, default=6, help="times the width of trained pairs")
+    parser.add_argument("--depth", type=int, default=3, help="times their blocks")
     parser.add_argument("--one_by_one", type=int, default=2, help="candidates that are merged, loaded and scored")
     parser.add_argument("--read_all", action="store_true", help="judge the race's winner on all rows of all")
     parser.add_argument("--work", type=Path, default=ROOT / "output" / "bench_search")
@@ -364,12 +323,15 @@ def main() -> None:
 
     quiet_libraries()
     print(f"machine: {machine()}")
-    for seed in map(int, args.seeds.split(",")):
-        work = (args.work / f"{args.shape}_{seed}").resolve()
-        places = (args.shape, 2 * args.rows, seed, SEARCHED, args.candidates, "")
+    cases = random_cases(args.shape, list(map(int, args.seeds.split(","))))
+    if args.models:
+        cases = trained_cases(args.models, args.data, args.width, args.depth)
+    for case in cases:
+        work = (args.work / f"{case.shape.split()[0]}_{case.seed}").resolve()
+        places = (case.shape, 2 * args.rows, case.seed, SEARCHED, args.candidates, "")
         if tuple(map(str, places)) not in read_results():
             shutil.rmtree(work / "search", ignore_errors=True)  # of a race that was killed
-        bench = prepared(args.shape, seed, args.candidates, args.rows, work)
+        bench = prepared(case, args.candidates, args.rows, work)
         bench.race()
         step = max(1, len(bench.known) // max(1, args.one_by_one))
         slow = bench.known[step // 2 :: step][: args.one_by_one]
@@ -382,7 +344,8 @@ def main() -> None:
         if args.read_all and not bench.is_done(READ_ALL):
             bench.read_all()
         bench.ready.study.close()
-    report(args.shape, args.candidates)
+    for shape in dict.fromkeys(case.shape for case in cases):
+        report(shape, args.candidates)
 
 
 if __name__ == "__main__":

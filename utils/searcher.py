@@ -80,7 +80,7 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("measure", "measure the pair with every guidance that is missing, or that search.guidance names")
     parser.flag("validation_rows", "rows a task that recipes are chosen on", type=whole_number(4, 10**6), default=64)
     parser.flag("test_rows", "rows a task that the winner is judged on", type=whole_number(2, 10**6), default=128)
-    parser.flag("first_rows", "rows a task in the first round of a race", type=whole_number(4, 10**6), default=8)
+    parser.flag("first_rows", "rows a task in the first round of a race", type=whole_number(4, 10**6), default=6)
     parser.flag(
         "margin",
         "points of gain kept by which a recipe must be better than the best of a race to stay in it",

@@ -3,8 +3,8 @@
 import numpy as np
 
 from benchmarks.race_rules import Table, race, replay
-from utils.searching import racing
 from utils.searching.objective import Objective
+from utils.searching.row_means import Rows
 
 MEAN = Objective.of("mean", ("a", "b"), {})
 
@@ -12,7 +12,7 @@ MEAN = Objective.of("mean", ("a", "b"), {})
 def table(levels, noise: float = 0.001) -> Table:
     """Candidates of so many nats per token on 32 rows of two tasks, of equal length; the base has 3."""
     rng = np.random.default_rng(0)
-    rows = racing.Rows(np.repeat([0, 1], 32), np.full(64, 10.0))
+    rows = Rows(np.repeat([0, 1], 32), np.full(64, 10.0))
     nll = (np.array(levels, float)[:, None] + rng.normal(0, noise, (len(levels), 64))) * 10
     return Table(nll, np.full(64, 30.0), rows, np.array([1.0, 1.0]))
 

@@ -31,7 +31,7 @@ class SearchOptions(ScoringOptions):
     pareto: bool = False
     seed: int = 0
     measure: bool = False
-    first_rows: int = 8
+    first_rows: int = 6
     margin: float = 0.5
     max_hours: float | None = None
     max_disk: int | None = None

@@ -28,7 +28,7 @@ from utils.searching.losses import Entrant, Losses
 from utils.searching.measurements import find_measurements, identity
 from utils.searching.objective import Objective, gain_scales
 from utils.searching.recipes import VECTORS, RecipeMaker
-from utils.searching.rounds import Search, Yardstick
+from utils.searching.rounds import Search, Yardstick, known_of_rows
 from utils.searching.space import Space
 from utils.searching.study import SearchStudy
 from utils.searching.ways import ways_to_try
@@ -172,7 +172,8 @@ def _yardstick(
     losses.require(pair, rows)
     base = next(one for one in pair if one.candidate.role == "base")
     experts = {one.candidate.name: one.digest for one in pair if one.candidate.role == "expert"}
-    table = {name: losses.table([one.digest for one in pair], {name: own}).sum(axis=1) for name, own in rows.items()}
+    by_row = {name: losses.table([one.digest for one in pair], {name: own}) for name, own in rows.items()}
+    table = {name: own.sum(axis=1) for name, own in by_row.items()}
     if not all(np.isfinite(sums).all() for sums in table.values()):
         raise UserError(
             "the losses of the base or of an expert are not finite on validation rows; check the checkpoints, or give "
@@ -182,17 +183,20 @@ def _yardstick(
     places = {one.digest: place for place, one in enumerate(pair)}
     tokens = {name: losses.sizes(base.digest, {name: own}).sum() for name, own in rows.items()}
     before = np.array([table[name][places[base.digest]] / tokens[name] for name in rows])
-    after = []
+    after, known = [], {}
     for task in (task for task in scorer.tasks if task.measures_gain):
         own = [experts[name] for name in task.experts if name in experts] or list(experts.values())
-        after.append(min(table[task.name][places[digest]] for digest in own) / tokens[task.name])
+        best = min((places[digest] for digest in own), key=lambda place: table[task.name][place])
+        after.append(table[task.name][best] / tokens[task.name])
+        others = [place for digest in experts.values() if (place := places[digest]) != best]
+        known[task.name] = known_of_rows(by_row[task.name], places[base.digest], best, others)
     scales, without = gain_scales(before, np.array(after))
     doubts = [
         f"on {objective.tasks[place]} no expert is better than the base ({after[place]:.4f} and {before[place]:.4f} nats per "
         "token), so that there is no gain to keep: the search goes by the loss there, as a share of the base's"
         for place in without
     ]
-    return Yardstick(rows, base.digest, scales, objective, options.pareto), doubts
+    return Yardstick(rows, base.digest, scales, objective, options.pareto, known), doubts
 
 
 def memory_line(ready: Prepared) -> str:

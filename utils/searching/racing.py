@@ -4,12 +4,13 @@ Candidates read the very same rows, so the test is one of differences row by row
 loss is below the base's (`objective.py`), and a loss per token is a ratio of sums, so that with d_i the difference of two
 candidates' nll on row i, in nats,
 
-    D     = sum_t slope_t / scale_t * d_t,   d_t = sum_i d_i / sum_i tokens_i                   over the rows i of task t
-    var D = sum_t (1 - n_t / N_t) n_t / (n_t - 1) * sum_i ( slope_t / scale_t * (d_i - tokens_i * d_t) / sum_i tokens_i )^2
+    D     = sum_t slope_t / scale_t * d_t,   d_t the mean per token of the d_i over the rows i of task t (`row_means.py`)
+    var D = sum_t (1 - n_t / N_t) n_t / f_t * sum_i ( slope_t / scale_t * what row i moves d_t by )^2
 
-and D / sqrt(var D) is held against Student's t. The n_t rows are drawn without replacement from the N_t of the race, and
-what is asked is who is ahead on all of those: the more of them have been read, the less is open (Cochran, Sampling
-Techniques, 1977, section 2.6). Each candidate is tested at `LEVEL` on its own: that a worse one stays
+and D / sqrt(var D) is held against Student's t, f_t being degrees of freedom. The n_t rows are drawn without replacement from
+the N_t of the race, and what is asked is who is ahead on all of those: the more of them have been read, the less is open
+(Cochran, Sampling Techniques, 1977, section 2.6). The means make use of what the base and the experts lose on every row.
+Each candidate is tested at `LEVEL` on its own: that a worse one stays
 costs rows, that an equal one leaves costs nothing, and what must not leave is the best, which is one. Holm's correction
 over all of them, at twice the level, reads more rows and loses the best more often, being strict with those far
 behind and lenient with the last, which are the nearest. That the leader was chosen by the same rows favors it;
@@ -24,32 +25,20 @@ of rows, and a Pareto front has no single best.)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtr
 
 from utils.searching.objective import Objective
+from utils.searching.row_means import Means, Rows, row_means
 
 LEVEL = 0.01  # lower reads more rows, higher loses the best more often
 _FEWEST_ROWS = 4  # of a task, for a variance worth its name
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows that losses stand for: `task` [rows] is each one's task by position, `tokens` [rows] its size."""
-
-    task: np.ndarray
-    tokens: np.ndarray
-
-    def first(self, count: int) -> "Rows":
-        """The first `count` of them."""
-        return Rows(self.task[:count], self.tokens[:count])
-
-
 def losses(nll: np.ndarray, rows: Rows, tasks: int) -> np.ndarray:
     """Sum over rows per token [candidates, tasks] of negative log-likelihoods [candidates, rows], both float64."""
-    member = _members(rows, tasks)
+    member = np.eye(tasks)[rows.task]
     return (nll @ member) / (rows.tokens @ member)
 
 
@@ -83,7 +72,7 @@ def beaten(
     scales: np.ndarray,
     objective: Objective,
     level: float = LEVEL,
-    there: Sequence[int] | None = None,
+    whole: Rows | None = None,
     margin: float = 0.0,
 ) -> np.ndarray:
     """Which candidates are beyond doubt no better than the best one by more than the margin (bool [candidates]); the best
@@ -96,19 +85,20 @@ def beaten(
         scales: what gains are divided by [tasks].
         objective: what is compared.
         level: the chance that one which is better by the margin is taken for beaten.
-        there: rows of each task that these were drawn from; None for more than can be counted.
+        whole: the rows that these were drawn from; None for more than can be counted.
         margin: how much better counts as no better, as a figure.
     """
-    if len(nll) < 2 or _counts(rows, len(scales)).min() < _FEWEST_ROWS:
+    if len(nll) < 2 or rows.counts(len(scales)).min() < _FEWEST_ROWS:
         return np.zeros(len(nll), bool)
-    kept = gains(nll, rows, base, scales)
-    figure, effect = objective.figure(kept), _effects(nll, rows, base, scales, objective.slopes(kept))
+    means = row_means(base - nll, rows, len(scales), whole)
+    kept = means.value / scales
+    figure, effect = objective.figure(kept), _effects(means, rows, objective.slopes(kept) / scales)
     best = int(figure.argmax())
     ahead = [(figure[best], effect[best])]
     if objective.worst:  # whichever task is the best one's worst, it has to be above the other's worst
-        each = [_effects(nll[[best]], rows, base, scales, way[None])[0] for way in np.eye(len(scales))]
+        each = [_effects(means, rows, way[None] / scales)[best] for way in np.eye(len(scales))]
         ahead = list(zip(kept[best], each, strict=True))
-    chances = [_chances(gain - figure + margin, own - effect, rows, len(scales), there) for gain, own in ahead]
+    chances = [_chances(gain - figure + margin, own - effect, rows, means) for gain, own in ahead]
     chance = np.max(chances, axis=0)
     return (chance <= level) & (np.arange(len(nll)) != best)
 
@@ -119,7 +109,7 @@ def dominated(
     base: np.ndarray,
     scales: np.ndarray,
     level: float = LEVEL,
-    there: Sequence[int] | None = None,
+    whole: Rows | None = None,
     margin: float = 0.0,
 ) -> np.ndarray:
     """Which candidates are beyond doubt on no task better than another one by more than the margin (bool [candidates]);
@@ -130,15 +120,16 @@ def dominated(
     itself beats others, and the larger sum of gains is asked first.
     """
     count, tasks = len(nll), len(scales)
-    if count < 2 or _counts(rows, tasks).min() < _FEWEST_ROWS:
+    if count < 2 or rows.counts(tasks).min() < _FEWEST_ROWS:
         return np.zeros(count, bool)
-    kept = gains(nll, rows, base, scales)
+    means = row_means(base - nll, rows, tasks, whole)
+    kept = means.value / scales
     worst = np.zeros((count, count))
     for task in range(tasks):
-        effect = _effects(nll, rows, base, scales, np.broadcast_to(np.eye(tasks)[task], kept.shape))
+        effect = _effects(means, rows, np.eye(tasks)[[task]] / scales)
         for other in range(count):
             ahead = kept[other, task] - kept[:, task] + margin
-            chance = _chances(ahead, effect[other] - effect, rows, tasks, there, only=task)
+            chance = _chances(ahead, effect[other] - effect, rows, means, only=task)
             worst[other] = np.maximum(worst[other], chance)
     beats = worst <= level / (count - 1)
     staying: list[int] = []
@@ -148,36 +139,18 @@ def dominated(
     return ~np.isin(np.arange(count), staying)
 
 
-def _members(rows: Rows, tasks: int) -> np.ndarray:
-    return np.eye(tasks)[rows.task]
-
-
-def _counts(rows: Rows, tasks: int) -> np.ndarray:
-    return np.bincount(rows.task, minlength=tasks)
-
-
-def _effects(nll: np.ndarray, rows: Rows, base: np.ndarray, scales: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """What each row moves a candidate's figure by, around its mean [candidates, rows]."""
-    ahead = base - nll
-    gain = losses(ahead, rows, len(scales))
-    residual = ahead - gain[:, rows.task] * rows.tokens
-    share = (slopes / scales)[:, rows.task] / (rows.tokens @ _members(rows, len(scales)))[rows.task]
-    return share * residual
+def _effects(means: Means, rows: Rows, slopes: np.ndarray) -> np.ndarray:
+    """What each row moves a candidate's figure by [candidates, rows]; the figure changes with each task's mean by `slopes`
+    [candidates or 1, tasks]."""
+    return slopes[:, rows.task] * means.moved
 
 
 def _chances(
-    difference: np.ndarray,
-    effect: np.ndarray,
-    rows: Rows,
-    tasks: int,
-    there: Sequence[int] | None,
-    only: int | None = None,
+    difference: np.ndarray, effect: np.ndarray, rows: Rows, means: Means, only: int | None = None
 ) -> np.ndarray:
     """One-sided p-values [candidates] of differences that should be above 0, from their rows' effects."""
-    member, counts = _members(rows, tasks), _counts(rows, tasks)
-    unread = 1.0 if there is None else 1 - counts / np.asarray(there)
-    variance = (effect**2 @ member) @ (unread * counts / (counts - 1))
-    freedom = (counts.sum() - tasks) if only is None else counts[only] - 1
+    variance = (effect**2 @ np.eye(len(means.freedom))[rows.task]) @ means.spread
+    freedom = means.freedom.sum() if only is None else means.freedom[only]
     with np.errstate(divide="ignore", invalid="ignore"):
         score = np.where(variance > 0, difference / np.sqrt(variance), np.where(difference > 0, np.inf, 0.0))
     return stdtr(freedom, -score)
@@ -190,6 +163,7 @@ def estimate(
     leader_figures: np.ndarray,
     base: np.ndarray,
     scales: np.ndarray,
+    whole: Rows | None = None,
 ) -> np.ndarray:
     """A beaten candidate's gains [tasks] on all rows, as far as the rows it saw tell: the leader's, less what it fell
     behind on those rows (the leader's gains on all rows as control variate).
@@ -200,6 +174,7 @@ def estimate(
         leader_figures: the leader's gains on all rows [tasks].
         base: the base's on those rows [rows].
         scales: what gains are divided by [tasks].
+        whole: all rows.
     """
-    seen = gains(np.stack([own, leader]), rows, base, scales)
+    seen = row_means(base - np.stack([own, leader]), rows, len(scales), whole).value / scales
     return leader_figures + seen[0] - seen[1]

@@ -5,7 +5,7 @@ was killed half-way is raced again from the losses on file, and comes to what it
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from utils.searching.losses import Entrant, Losses
 from utils.searching.objective import Objective
 from utils.searching.points import Point
 from utils.searching.recipes import Made
+from utils.searching.row_means import Rows
 from utils.searching.study import SearchStudy
 
 
@@ -32,7 +33,8 @@ class Yardstick:
     """What gains are measured with, from all validation rows.
 
     `rows` are the numbers of the rows by task, in the order in which they are read; `base` is the base's digest. `scales`
-    [tasks] is what a task's loss below the base's is divided by.
+    [tasks] is what a task's loss below the base's is divided by. `known` is what is known of each task's rows beside [rows,
+    features], such as how much less the experts lose there than the base.
     """
 
     rows: Mapping[str, Sequence[int]]
@@ -40,11 +42,17 @@ class Yardstick:
     scales: np.ndarray
     objective: Objective
     pareto: bool = False
+    known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def all_rows(self) -> int:
         """How many rows there are."""
         return sum(map(len, self.rows.values()))
+
+    @property
+    def whole(self) -> dict[str, list[int]]:
+        """All rows of each task."""
+        return self.first([len(own) for own in self.rows.values()])
 
     def first(self, seen: Sequence[int]) -> dict[str, list[int]]:
         """The first rows of each task."""
@@ -202,17 +210,17 @@ class Search:
         if not own:
             return set()
         table, read = self.losses.table([*own, *others], rows), self._rows(rows)
-        base, scales, there = self._base(rows), self.yardstick.scales, list(map(len, self.yardstick.rows.values()))
+        base, scales, whole = self._base(rows), self.yardstick.scales, self._rows(self.yardstick.whole)
         if self.yardstick.pareto:
-            lost = racing.dominated(table, read, base, scales, there=there, margin=self.margin)
+            lost = racing.dominated(table, read, base, scales, whole=whole, margin=self.margin)
         else:
             objective = self.yardstick.objective
-            lost = racing.beaten(table, read, base, scales, objective, there=there, margin=self.margin)
+            lost = racing.beaten(table, read, base, scales, objective, whole=whole, margin=self.margin)
         return {digest for digest, is_lost in zip(own, lost, strict=False) if is_lost}
 
     def _settle(self, racers: Sequence[Racer], champions: Sequence[str]) -> None:
         """Gains on all rows: as they are for those that saw them, else by what they fell behind the best one."""
-        rows = self.yardstick.first([len(own) for own in self.yardstick.rows.values()])
+        rows = self.yardstick.whole
         read, scales = self._rows(rows), self.yardstick.scales
         whole = [
             racer
@@ -232,12 +240,14 @@ class Search:
             seen = self.yardstick.first(racer.left)
             own, leader = self.losses.table([racer.entrant.digest, digests[best]], seen)
             some = self._rows(seen)
-            racer.gains = racing.estimate(own, leader, some, kept[best], self._base(seen), scales)
+            racer.gains = racing.estimate(own, leader, some, kept[best], self._base(seen), scales, read)
             assert np.isfinite(racer.gains).all()
 
-    def _rows(self, rows: Mapping[str, Sequence[int]]) -> racing.Rows:
+    def _rows(self, rows: Mapping[str, Sequence[int]]) -> Rows:
+        """The first rows of each task, so many as are given."""
         task = np.repeat(np.arange(len(rows)), [len(own) for own in rows.values()])
-        return racing.Rows(task, self.losses.sizes(self.yardstick.base, rows))
+        known = [self.yardstick.known[name][: len(own)] for name, own in rows.items() if self.yardstick.known]
+        return Rows(task, self.losses.sizes(self.yardstick.base, rows), np.concatenate(known) if known else None)
 
     def _base(self, rows: Mapping[str, Sequence[int]]) -> np.ndarray:
         return self.losses.table([self.yardstick.base], rows)[0]
@@ -250,6 +260,19 @@ class Search:
         values = racer.gains if self.yardstick.pareto else [objective.figure(racer.gains)]
         gains = dict(zip(objective.tasks, map(float, racer.gains), strict=True))
         self.study.tell(trial, list(map(float, values)), gains, racer.saw, self.yardstick.all_rows)
+
+
+def known_of_rows(nll: np.ndarray, base: int, own: int, others: Sequence[int]) -> np.ndarray:
+    """What is known of a task's rows before a race [rows, 1 or 2]: by how much its own expert is below the base, and by how
+    much the others are on average, where there are any.
+
+    Args:
+        nll: negative log-likelihoods of the pair's models [models, rows].
+        base, own, others: their places.
+    """
+    changes = [nll[base] - nll[own]]
+    changes += [nll[base] - nll[list(others)].mean(axis=0)] if others else []
+    return np.stack(changes, axis=1)
 
 
 def _dominated(own: np.ndarray, others: np.ndarray) -> bool:

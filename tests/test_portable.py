@@ -64,6 +64,23 @@ def test_a_mixture_stored_apart(apart, method, monkeypatch):
     assert_same_tensors(*run_both(apart, portable, monkeypatch, fused_experts=True))
 
 
+@pytest.mark.parametrize(
+    ("guidance", "own", "flags", "instead"),
+    [
+        ("saliency_budget", (), ("--merge_method", "guided_mean", "--mean_density", "0.5"), "breadcrumbs"),
+        ("submodule_linearity", ("--no-nonlinearity",), (), "task_arithmetic"),
+    ],
+)
+def test_other_guidances_of_a_mixture_stored_apart(apart, guidance, own, flags, instead, monkeypatch):
+    asked = ("--guidance", guidance, "--accept_useless_text", *own)
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", guidance, *asked, cwd=apart)
+    decide = ("--delta_dfs_in_dir", guidance, "--config_file", "pair.yaml", "--out_dir", f"{guidance}_recipes")
+    done_here("lewis_merge.py", *decide, "--guidance", guidance, "--dtype", "float32", "--portable", *flags, cwd=apart)
+    (portable,) = (apart / f"{guidance}_recipes").glob("*_portable_*.yaml")
+    assert yaml.safe_load(portable.read_text())["merge_method"] == instead
+    assert_same_tensors(*run_both(apart, portable, monkeypatch, fused_experts=True, fast_selection=False))
+
+
 def test_its_numbers_are_the_means_of_the_experts(apart):
     guided, portable, _ = made(apart, "--merge_method", "ties", "--gamma", "0.2")
 

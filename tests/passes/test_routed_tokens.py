@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests.plain_gradients import CPU, plain_squares
 from tests.tiny_mixtures import save_mixtures
+from utils.guidance.gram_mean.input_pass import Side as JointSide
+from utils.guidance.gram_mean.joint_pass import joint_pass
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
 from utils.models.decoder import find_decoder
 from utils.models.opening import open_checkpoint
@@ -70,18 +72,18 @@ def plain_counts(folder):
     return counts
 
 
-def side(folder, samples):
+def opened(folder):
     checkpoint = open_checkpoint(str(folder))
     model = build_skeleton(checkpoint, torch.float32, trust_remote_code=False)
-    decoder, layout = find_decoder(model, None, {}, "test model"), stored_layout(model, checkpoint)
-    return Side(decoder, StreamedWeights(layout, CPU, torch.float32), samples)
+    layout = stored_layout(model, checkpoint)
+    return find_decoder(model, None, {}, "test model"), StreamedWeights(layout, CPU, torch.float32), layout
 
 
 @pytest.mark.parametrize("points", [(True, True), (False, True), (True, False)])
 def test_squares_of_experts_with_few_tokens(points, tmp_path):
     folder = save_mixtures(tmp_path)
     folders, fewest = [folder / "base", folder / "math"], 9
-    sides = [side(one, SAMPLES if at else None) for one, at in zip(folders, points, strict=True)]
+    sides = [Side(*opened(one)[:2], SAMPLES if at else None) for one, at in zip(folders, points, strict=True)]
     oracles = [plain_squares(one, SAMPLES)[1] for one in folders]
     counts = sum(plain_counts(one) for one, at in zip(folders, points, strict=True) if at) / sum(points)
     assert ((counts > 0) & (counts < fewest)).any() and (counts > fewest).any()
@@ -96,4 +98,28 @@ def test_squares_of_experts_with_few_tokens(points, tmp_path):
                 expected = share * expected + (1 - share) * expected.mean(0, keepdim=True)
             torch.testing.assert_close(part.squares, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
     assert checked == 2 * 4
+    assert both.tokens == {(layer, "mlp.experts"): own.tolist() for layer, own in enumerate(counts)}
+
+
+def test_vectors_of_experts_with_few_tokens(tmp_path):
+    """Of a mixture stored apart, each expert's matrices with sums over axes of their own."""
+    folder = save_mixtures(tmp_path)
+    folders, fewest = [folder / "base", folder / "math"], 9
+    opened_both = [opened(one) for one in folders]
+    layout = opened_both[0][2]
+    counts = sum(plain_counts(one) for one in folders) / 2
+    squares = [plain_squares(one, SAMPLES)[1] for one in folders]
+    sides = [JointSide(*one[:2], SAMPLES) for one in opened_both]
+    more = {"split": layout.pieces, "fewest_tokens": fewest, "by_expert": layout.by_expert}
+    with joint_pass(sides, CPU, lambda layer: None, **more) as both:
+        axes = {part.layer: part.axes for part in both.parts}
+    for layer, own in enumerate(counts):
+        whole = sum(one[f"model.layers.{layer}.mlp.experts.gate_up_proj"] for one in squares).double()
+        share = (own / fewest).minimum(torch.ones(()))[:, None, None]
+        whole = share * whole + (1 - share) * whole.mean(0, keepdim=True)
+        for part, matrices in zip(("gate_proj", "up_proj"), whole.chunk(2, dim=1), strict=True):
+            for expert, matrix in enumerate(matrices):
+                rows, columns = axes[layer][f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"]
+                torch.testing.assert_close(rows, matrix.sum(1), rtol=1e-3, atol=1e-9)
+                torch.testing.assert_close(columns, matrix.sum(0) / matrix.sum(), rtol=1e-3, atol=1e-6)
     assert both.tokens == {(layer, "mlp.experts"): own.tolist() for layer, own in enumerate(counts)}

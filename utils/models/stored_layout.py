@@ -198,6 +198,16 @@ class StoredLayout:
         names = {one.name: other.name for one, other in zip(first.sources, own.sources, strict=True)}
         return {names[name]: piece for name, piece in first.revert({parameter: value[None]}).items()}
 
+    def by_expert(self, parameter: str) -> list[tuple[str, ...]]:
+        """The stored pieces of a stack, those of one kind (all gates, all that go up) together in the order of the experts;
+        none where it is stored as it is, or only a part of other tensors."""
+        conversion = self.conversions.get(parameter)
+        groups: dict[str, list[str]] = {}
+        if conversion is not None and len(conversion.targets) == 1:
+            for header, pattern in zip(conversion.sources, conversion.patterns, strict=True):
+                groups.setdefault(pattern, []).append(header.name)
+        return [tuple(names) for names in groups.values()]
+
     def pieces(self, parameter: str, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """`split` of a parameter that is stored in several pieces; another one as it is, by its own name."""
         in_pieces = parameter in self.conversions and self.can_split(parameter)

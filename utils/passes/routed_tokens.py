@@ -8,14 +8,15 @@ An expert's few tokens say little about it: a sum over them has the pattern of t
 so that one that no token came to has the mean, and nothing jumps where n passes `fewest`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.models.decoder import Component
+from utils.models.decoder import Component, Decoder
+from utils.passes.squared_gradients import SquaredGradients
 
 
 def take_towards_mean(values: Tensor, tokens: Tensor, fewest: int) -> Tensor:
@@ -95,9 +96,12 @@ class RoutedTokens:
             for handle in handles:
                 handle.remove()
 
-    def of(self, component: Component) -> Tensor | None:
-        """The tokens [experts], int64, of a stack's experts since the last time they were forgotten; None if not seen."""
-        return self._counts.get(component.path)
+    def __contains__(self, path: object) -> bool:
+        return path in self._parameters
+
+    def of(self, path: str) -> Tensor | None:
+        """The tokens [experts], int64, of a module's experts since the last time they were forgotten; None if not seen."""
+        return self._counts.get(path)
 
     def forget(self) -> None:
         """Begin at zero, for another block."""
@@ -111,3 +115,63 @@ class RoutedTokens:
             self._counts[path] = None if found is None or before is None else before + found
 
         return take
+
+
+ByExpert = Callable[[str], Sequence[Sequence[str]]]
+"""Of a parameter that is a stack, its pieces by name: those of one kind together, in the order of the experts."""
+
+
+class FewTokens:
+    """Takes squared gradients of experts with few tokens towards the mean of their layer, block after block.
+
+    `found` are by layer and module how many tokens its experts had, on average of the models that are watched; None where
+    that is not seen.
+
+    Args:
+        decoder: any of the models.
+        models: how many are watched by `counts`.
+        fewest: the number of tokens below which one is taken there; 0: none is.
+        by_expert: how stacks are stored.
+    """
+
+    def __init__(self, decoder: Decoder, models: int, fewest: int, by_expert: ByExpert = lambda name: ()) -> None:
+        self.counts, self.models, self.fewest, self.by_expert = (
+            RoutedTokens(decoder.components),
+            models,
+            fewest,
+            by_expert,
+        )
+        self._path = decoder.blocks_path
+        self.found: dict[tuple[int, str], list[float | None]] = {}
+
+    def state(self) -> list[tuple]:
+        """What was found, as plain data."""
+        return [(*place, own) for place, own in self.found.items()]
+
+    def restore(self, state: Sequence[Sequence[Any]] | None) -> None:
+        """Take that up again."""
+        self.found |= {(layer, path): own for layer, path, own in state or ()}
+
+    def take(self, layer: int, path: str, squares: Tensor) -> None:
+        """The sums [experts, ...] of a stack, in place."""
+        tokens = self._tokens(layer, path, len(squares))
+        if tokens is not None:
+            take_towards_mean(squares, tokens, self.fewest)
+
+    def take_outlines(self, layer: int, name: str, like: Tensor, squares: SquaredGradients) -> None:
+        """The sums over axes that stand for a parameter, if that is a stack in pieces; `like` has its shape."""
+        path = name.removeprefix(f"{self._path}.{layer}.").rpartition(".")[0]
+        groups = [own for own in self.by_expert(name) if len(own) == len(like)] if path in self.counts else []
+        tokens = self._tokens(layer, path, len(like)) if groups else None
+        for names in groups if tokens is not None else ():
+            sums = squares.outlines_of(name, like, names)
+            for axis in ("rows", "columns"):
+                taken = take_towards_mean(torch.stack([getattr(one, axis) for one in sums]), tokens, self.fewest)
+                for one, value in zip(sums, taken, strict=True):
+                    setattr(one, axis, value)
+
+    def _tokens(self, layer: int, path: str, experts: int) -> Tensor | None:
+        counts = self.counts.of(path)
+        tokens = None if counts is None else counts.double() / self.models
+        self.found[layer, path] = [None] * experts if tokens is None else tokens.tolist()
+        return tokens

@@ -4,7 +4,7 @@ Whole for the parameters asked for; of all others only what a vector per axis ne
 memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,13 @@ class SquaredGradients:
         """The sums of a parameter, which are let go of; zeros if no sample's loss depends on it."""
         found = self.sums.pop(name, None)
         return torch.zeros_like(like, dtype=torch.float32) if found is None else found
+
+    def outlines_of(self, name: str, like: Tensor, pieces: Sequence[str]) -> list[AxisSums]:
+        """The sums of some pieces of an outlined parameter, to be changed in place; zeros for those without a gradient."""
+        shapes = {piece: part.shape for piece, part in self.pieces(name, like).items()}
+        for piece in pieces:
+            self.outlines.setdefault(piece, AxisSums(shapes[piece], like.device))
+        return [self.outlines[piece] for piece in pieces]
 
     def take_factors(self, name: str, like: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """The vectors of an outlined parameter's pieces, as `AxisSums.factors`; zeros if no sample's loss depends on it."""

@@ -13,6 +13,7 @@ from utils.models.decoder import Decoder
 from utils.passes.block_gradients import BlockDone, backward_pass, together
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.input_grams import InputGrams
+from utils.passes.routed_tokens import ByExpert, FewTokens
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import Split, SquaredGradients, as_it_is
 
@@ -36,10 +37,12 @@ class JointPart:
 
 @dataclass(frozen=True)
 class JointPass:
-    """The models on their way back. `losses` are each sample's, by model; `parts` is computed as iterated."""
+    """The models on their way back. `losses` are each sample's, by model; `parts` is computed as iterated. `tokens` are those
+    of experts, as in `FewTokens`, once it has ended."""
 
     losses: tuple[tuple[float, ...], ...]
     parts: Iterator[JointPart]
+    tokens: Mapping[tuple[int, str], list[float | None]]
 
 
 class _Gradients:
@@ -68,6 +71,8 @@ def joint_pass(
     split: Split = as_it_is,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
+    fewest_tokens: int = 0,
+    by_expert: ByExpert = lambda name: (),
 ) -> Iterator[JointPass]:
     """Take models forward on entering, and back block by block as `parts` is iterated.
 
@@ -81,6 +86,7 @@ def joint_pass(
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when the part of one is done with.
+        fewest_tokens, by_expert: squared gradients of experts with fewer tokens are taken towards the mean, as in `FewTokens`.
 
     Raises:
         UserError: as `backward_pass`.
@@ -91,6 +97,9 @@ def joint_pass(
     paths = [[one.path for one in side.decoder.components if not one.is_stacked] for side in sides]
     grams = [InputGrams(own) for own in paths]
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
+    few = FewTokens(sides[0].decoder, len(sides), fewest_tokens, by_expert)
+    few.restore(snapshots.found("tokens"))
+    snapshots.keep("tokens", few.state)
     passed = snapshots.found(_PASSED)
     back = len(sides[0].decoder.blocks) if passed is None else passed
     with ExitStack() as stack:
@@ -104,7 +113,7 @@ def joint_pass(
                     device,
                     outside=True,
                     on_block=on_block,
-                    observing=together(side.observing, gram.attached),
+                    observing=together(side.observing, gram.attached, few.counts.attached),
                     observing_outside=observer.rows.factors.observed,
                     folder=folder,
                     snapshots=snapshots,
@@ -113,9 +122,9 @@ def joint_pass(
             )
             for number, (side, gram) in enumerate(zip(sides, grams, strict=True))
         ]
-        parts = _parts(sides[0].decoder, [one.blocks for one in passes], grams, observer, snapshots, back)
+        parts = _parts(sides[0].decoder, [one.blocks for one in passes], grams, observer, few, snapshots, back)
         stack.callback(parts.close)
-        yield JointPass(tuple(one.losses for one in passes), parts)
+        yield JointPass(tuple(one.losses for one in passes), parts, few.found)
 
 
 def _embeddings(sides: Sequence[Side]) -> frozenset[str]:
@@ -135,6 +144,7 @@ def _parts(
     sides: Sequence[Iterator[BlockDone]],
     grams: Sequence[InputGrams],
     observer: _Gradients,
+    few: FewTokens,
     snapshots: GradientSnapshots,
     back: int,
 ) -> Iterator[JointPart]:
@@ -147,9 +157,12 @@ def _parts(
         axes, rows = {}, {}
         for name, value in parameters.items():
             if value.is_floating_point() and name in observer.squares.outlined:
+                if layer is not None:
+                    few.take_outlines(layer, name, value, observer.squares)
                 axes |= observer.squares.take_factors(name, value)
             if (gram := observer.rows.take(name)) is not None:
                 rows[name] = gram
+        few.counts.forget()
         del parameters, value
         yield JointPart(layer, inputs, axes, rows)
         del inputs, axes, rows

@@ -78,7 +78,7 @@ def _there(
     with compared_routers(job, expert, base, place.device) as routers:
         keep_routing(snapshots, routers, place.device)
         sides, split = (side(base, at_base), side(expert, at_expert, routers.attached)), base.layout.split
-        more = fewest_tokens(job.options), base.layout.pieces
+        more = fewest_tokens(job.options), base.layout.pieces, base.layout.by_expert
         with squares_pass(*sides, place.device, place.on_step, split, place.folder, snapshots, *more) as both:
             yield both, routers
 

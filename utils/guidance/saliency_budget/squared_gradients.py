@@ -24,7 +24,7 @@ from utils.models.weight_source import WeightSource
 from utils.passes.block_gradients import BlockDone, Observing, backward_pass, nothing, together
 from utils.passes.block_runner import BlocksInTurn
 from utils.passes.gradient_snapshots import GradientSnapshots
-from utils.passes.routed_tokens import RoutedTokens, take_towards_mean
+from utils.passes.routed_tokens import ByExpert, FewTokens, RoutedTokens
 from utils.passes.squared_gradients import Split, SquaredGradients, as_it_is
 
 OnBlock = Callable[[int], None]
@@ -72,26 +72,6 @@ class SquaresPass:
     tokens: Mapping[tuple[int, str], list[float | None]]
 
 
-@dataclass
-class _Routed:
-    """The tokens that experts had: `counts` of the block that is on its way back, `found` of those that are done."""
-
-    counts: RoutedTokens
-    sides: int
-    fewest: int
-    found: dict[tuple[int, str], list[float | None]]
-
-    def weigh(self, layer: int, component: Component, squares: Tensor) -> None:
-        """Take the squares of a stack's experts with few tokens towards the mean."""
-        counts = self.counts.of(component)
-        if counts is None:
-            self.found[layer, component.path] = [None] * len(squares)
-            return
-        tokens = counts.double() / self.sides
-        self.found[layer, component.path] = tokens.tolist()
-        take_towards_mean(squares, tokens, self.fewest)
-
-
 @contextmanager
 def squares_pass(
     base: Side,
@@ -103,6 +83,7 @@ def squares_pass(
     snapshots: GradientSnapshots | None = None,
     fewest_tokens: int = 0,
     pieces: Split = as_it_is,
+    by_expert: ByExpert = lambda name: (),
 ) -> Iterator[SquaresPass]:
     """Take base and expert through their blocks, and give each linear part with its squared gradients.
 
@@ -119,6 +100,7 @@ def squares_pass(
         snapshots: as `backward_pass`; offered between two blocks, when all parts of one have been taken.
         fewest_tokens: an expert of a mixture with fewer is taken towards the mean of its layer (`take_towards_mean`).
         pieces: how other parameters are stored; each piece has vectors of its own.
+        by_expert: which of them belong to experts, in order.
 
     Raises:
         UserError: as `backward_pass`.
@@ -143,20 +125,20 @@ def squares_pass(
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     others: dict[str, tuple[Tensor, ...]] = snapshots.found("others") or {}
     snapshots.keep("others", lambda: others)
-    tokens = {(layer, path): own for layer, path, own in snapshots.found("tokens") or ()}
-    snapshots.keep("tokens", lambda: [(*place, own) for place, own in tokens.items()])
-    sides_back = sum(side.samples is not None for side in (base, expert))
-    routed = _Routed(RoutedTokens(base.decoder.components), sides_back, fewest_tokens, tokens)
+    back_again = sum(side.samples is not None for side in (base, expert))
+    few = FewTokens(base.decoder, back_again, fewest_tokens, by_expert)
+    few.restore(snapshots.found("tokens"))
+    snapshots.keep("tokens", few.state)
     passed = snapshots.found(_PASSED)
     back = len(base.decoder.blocks) if passed is None else passed
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_side(name, side, observer, routed.counts, device, on_block, folder, snapshots, back))
+            stack.enter_context(_side(name, side, observer, few.counts, device, on_block, folder, snapshots, back))
             for name, side in (("base", base), ("expert", expert))
         ]
-        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, routed, others, split, snapshots, back)
+        parts = _parts(base.decoder, [blocks for _, blocks in sides], observer, few, others, split, snapshots, back)
         stack.enter_context(closing(parts))
-        yield SquaresPass((sides[0][0], sides[1][0]), parts, others, tokens)
+        yield SquaresPass((sides[0][0], sides[1][0]), parts, others, few.found)
 
 
 _Blocks = Iterator[BlockDone]
@@ -213,7 +195,7 @@ def _parts(
     decoder: Decoder,
     sides: Sequence[_Blocks],
     observer: SquaredGradients,
-    routed: _Routed,
+    few: FewTokens,
     others: dict[str, tuple[Tensor, ...]],
     split: Split,
     snapshots: GradientSnapshots,
@@ -227,7 +209,7 @@ def _parts(
             name = decoder.weight_name(layer, component)
             sums = observer.take(name, ours[name])
             if component.is_stacked:
-                routed.weigh(layer, component, sums)
+                few.take(layer, component.path, sums)
             squares, weights, others_weights = (split(name, value) for value in (sums, ours[name], theirs[name]))
             del sums
             for tensor in list(squares):
@@ -235,8 +217,11 @@ def _parts(
                     layer, component, tensor, weights[tensor], others_weights[tensor], squares.pop(tensor)
                 )
             del squares, weights, others_weights
+        for name, value in ours.items():
+            if name in observer.outlined:
+                few.take_outlines(layer, name, value, observer)
         others |= _outlines(ours | theirs, observer)
-        routed.counts.forget()
+        few.counts.forget()
         back = layer
         if layer:
             snapshots.offer()

@@ -44,9 +44,8 @@ RECIPES = "recipes"
 STEPS = ("merge", *GUIDANCE, RECIPES)
 _USUAL = {"saliency_budget": ("--merge_method", "guided_mean")}  # what command 1 names for several experts
 _RECIPES = (
-    ("lewis", "--merge_method", "ties", "--apply_lewis_to_weights", "--control", "lines"),
-    ("lewis", "--merge_method", "ties", "--portable"),
-    ("saliency_budget", "--merge_method", "ties", "--mask", "saliency", "--control", "uniform"),
+    ("lewis", "--merge_method", "ties", "--apply_lewis_to_weights", "--control", "lines", "--portable"),
+    ("saliency_budget", "--merge_method", "ties", "--mask", "saliency"),
     ("gram_mean", "--mean_density", "0.5"),
 )
 _NOT_PORTABLE = ("flag-no-effect:", "recipe-not-portable:")  # what stock mergekit runs anyway, or cannot
@@ -223,26 +222,24 @@ def _decide_and_merge(folder: Path, guidance: str) -> None:
 
 def _plan_recipes(folder: Path) -> None:
     """Write the other recipes of what was measured, and have command 3 plan each."""
-    for number, (guidance, *flags) in enumerate(_RECIPES):
+    for guidance, *flags in _RECIPES:
         if not (folder / f"dfs_{guidance}").is_dir():
             continue  # refused
-        arguments = (
-            "--delta_dfs_in_dir",
-            f"dfs_{guidance}",
-            "--config_file",
-            "pair.yaml",
-            "--out_dir",
-            f"more_{number}",
-        )
+        out = folder / f"more_{guidance}"
+        arguments = ("--delta_dfs_in_dir", f"dfs_{guidance}", "--config_file", "pair.yaml", "--out_dir", out.name)
         try:
-            run("lewis_merge", *arguments, "--guidance", guidance, "--quiet", *flags)
-            for recipe in (folder / f"more_{number}").glob("*.yaml"):
+            try:
+                run("lewis_merge", *arguments, "--guidance", guidance, "--quiet", *flags)
+            except _Refused as refusal:
+                if "--portable" not in flags or not str(refusal).startswith(_NOT_PORTABLE):
+                    raise
+                run("lewis_merge", *arguments, "--guidance", guidance, "--quiet", *flags[:-1])
+            for recipe in sorted(out.glob("*.yaml")):
                 run(
                     "utils.merger", "--merge_config", recipe, "--output_path", "planned", "--device", "cpu", "--dry_run"
                 )
         except _Refused as refusal:
-            if "--portable" not in flags or not str(refusal).startswith(_NOT_PORTABLE):
-                raise _Refused(f"{refusal} ({guidance} {' '.join(flags)})") from refusal
+            raise _Refused(f"{refusal} ({guidance} {' '.join(flags)})") from refusal
 
 
 def _compare_norms(folder: Path, row: Row) -> None:

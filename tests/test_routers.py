@@ -26,9 +26,9 @@ def measured(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("guidance", ["lewis", "saliency_budget"])
+@pytest.mark.parametrize("guidance", ["lewis", "saliency_budget", "gram_mean"])
 def test_experts_with_few_tokens_are_counted_in_both_reports(measured, guidance):
-    own = ("--accept_useless_text",) if guidance == "saliency_budget" else ()
+    own = () if guidance == "lewis" else ("--accept_useless_text",)
     asked = ("--config", "pair.yaml", "--guidance", guidance, *own)
     out = f"dfs_few_{guidance}"
     said = done_here("lewis_importance.py", *asked, "--out_dir", out, "--expert_tokens", "1000", cwd=measured).stdout
@@ -42,7 +42,7 @@ def test_experts_with_few_tokens_are_counted_in_both_reports(measured, guidance)
     line = f"math: {(own < 1000).sum()} of {len(own)} experts of its mixtures were given fewer than 1000 tokens of the text"
     assert f"\n{line} ({(own == 0).sum()} none) and are taken towards" in said
     recipe = ("--delta_dfs_in_dir", out, "--config_file", "pair.yaml", "--out_dir", f"few_{guidance}")
-    decided = done_here("lewis_merge.py", *recipe, "--guidance", guidance, "--merge_method", "ties", cwd=measured)
+    decided = done_here("lewis_merge.py", *recipe, "--guidance", guidance, cwd=measured)
     assert f"\nexperts:  {line}" in decided.stdout
     if guidance == "lewis":
         norms = pd.read_csv(measured / out / "norms.csv")
@@ -90,6 +90,7 @@ def test_a_table_of_routers_that_was_edited_is_refused(measured, tmp_path):
         ("saliency_budget", ("--gradient_at", "expert")),
         ("saliency_budget", ("--gradient_at", "base")),
         ("submodule_linearity", ("--no-nonlinearity",)),
+        ("tuned", ("--tune_steps", "1")),
     ],
 )
 def test_all_guidances_agree_on_their_routers(measured, guidance, more):

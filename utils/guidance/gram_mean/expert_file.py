@@ -17,11 +17,12 @@ from utils.workers.piece import Place
 
 @dataclass(frozen=True)
 class ExpertGrams:
-    """What one expert's pass gave beside its file: rows of the two tables and of the one of routers."""
+    """What one expert's pass gave beside its file: rows of the two tables and of those of routers and of experts' tokens."""
 
     tensors: list[tuple]
     losses: list[tuple]
     routing: list[tuple]
+    expert_tokens: list[tuple]
 
 
 @dataclass(frozen=True)

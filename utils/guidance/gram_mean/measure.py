@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from utils.guidance.expert_tokens import token_rows
+from utils.guidance.few_tokens import EXPERT_TOKENS, fewest_tokens
 from utils.guidance.gram_mean.expert_file import (
     BaseAndExpert,
     ExpertGrams,
@@ -69,10 +71,12 @@ def choices(job: MeasureJob) -> list[str]:
         f", inputs at base and expert; squared gradients of every parameter, at the base and at each expert",
         f"disk: at most {gigabytes(job.options[ROUNDS] * disk)} an expert for Gram matrices of inputs and gradients",
     ]
+    fewest = fewest_tokens(job.options)
     if stacked := [part.name for part in decoder.components if part.is_stacked]:
         lines.append(
             f"experts of the mixture ({', '.join(stacked)}): no Gram matrices of their inputs; they are merged by the guided "
             "mean, weighed by the squared gradients of each expert's own tokens"
+            + (f"; below {fewest} (--{EXPERT_TOKENS}) taken towards the mean of its layer" if fewest else "")
         )
     if job.options[ROUNDS] > 1:
         lines.append(
@@ -149,7 +153,9 @@ def measure(job: MeasureJob) -> Measured:
         for name, gain in gains.items()
     ]
     doubts = accepted_doubts(gains, EQUAL_WEIGHTS)
-    return Measured(files, tuple(notes), tuple(doubts), tuple(row for one in found for row in one.routing))
+    routing = tuple(row for one in found for row in one.routing)
+    tokens = tuple(row for one in found for row in one.expert_tokens)
+    return Measured(files, tuple(notes), tuple(doubts), routing, tokens)
 
 
 def _files(job: MeasureJob, found: Sequence[ExpertGrams], number: int) -> dict[str, bytes | Path]:
@@ -178,8 +184,16 @@ def _there(place: Place, job: MeasureJob, snapshots: GradientSnapshots) -> Itera
     with compared_routers(job, expert, base, device) as routers:
         keep_routing(snapshots, routers, device)
         sides = [side_of(place, job, base, expert), side_of(place, job, expert, expert, routers.attached)]
-        split = base.layout.pieces
-        with joint_pass(sides, device, place.on_step, split=split, folder=place.folder, snapshots=snapshots) as both:
+        with joint_pass(
+            sides,
+            device,
+            place.on_step,
+            split=base.layout.pieces,
+            folder=place.folder,
+            snapshots=snapshots,
+            fewest_tokens=fewest_tokens(job.options),
+            by_expert=base.layout.by_expert,
+        ) as both:
             yield both, routers
 
 
@@ -202,9 +216,10 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
                 for parameter, gram in part.rows.items():
                     file.add_rows(first_stored_name(models.named, parameter), gram)
         routing = routing_rows(name, routers)
+        counted = [row for at, own in sorted(both.tokens.items()) for row in token_rows(name, *at, own)]
         snapshots.hand_over("grams", place.folder / gram_file(name))
     rows = [(name, row, *values) for row, values in enumerate(zip(predicted, *both.losses, strict=True))]
-    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing)
+    return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, counted)
 
 
 def _file_bytes(expert: Subject) -> int:

@@ -25,6 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.flags import whole_number
+from utils.guidance.few_tokens import EXPERT_TOKENS_FLAG
 from utils.guidance.method import GuidanceMethod, MethodFlag
 from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GRAM_MEAN, DeltaMethod
@@ -57,6 +58,7 @@ METHOD = GuidanceMethod(
     expert_file=gram_file,
     measure_flags=(
         ACCEPT_FLAG,
+        EXPERT_TOKENS_FLAG,
         MethodFlag(
             ROUNDS,
             "how often inputs are taken: those of base and experts, then, again and again, those of what was merged by the "

@@ -88,7 +88,8 @@ def measure(job: MeasureJob) -> Measured:
         refuse_short(job.text(job.base, expert).encoded)
     own = job.of(job.base, *experts)
     plan_parts(start, own.subjects[0], [one.entry for one in experts], settings_of(job, job.devices[0]))
-    gains = gains_on_own_text(job, experts, both_forward, then=_BY_LOSSES).gains
+    on_text = gains_on_own_text(job, experts, both_forward, then=_BY_LOSSES)
+    gains = on_text.gains
     blocks = len(job.base.decoder.blocks) * (3 * job.options["tune_steps"] + 1)
     types = (Tuned, Descent, Step)
     (found,) = job.run([Piece("tuned", tune, (own, start, gains), blocks, "tuned", types)])
@@ -104,7 +105,7 @@ def measure(job: MeasureJob) -> Measured:
     )
     doubts = [] if best else ["no step was better than the start on held-out samples: all coefficients are 1"]
     doubts += accepted_doubts(gains, _BY_LOSSES)
-    return Measured(files, (note,), tuple(doubts))
+    return Measured(files, (note,), tuple(doubts), routing=on_text.routing)
 
 
 def _experts(job: MeasureJob) -> tuple[Subject, ...]:

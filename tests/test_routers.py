@@ -48,8 +48,8 @@ def test_experts_with_few_tokens_are_counted_in_both_reports(measured, guidance)
         norms = pd.read_csv(measured / out / "norms.csv")
         down = norms[(norms["model"] == "math") & norms["component"].str.match(r".*experts.*down_proj$")]
         assert sorted(down["tokens"]) == sorted(own)
-    asked = (*asked, "--out_dir", f"dfs_all_{guidance}", "--expert_tokens", "0")
-    assert "were given fewer than" not in done_here("lewis_importance.py", *asked, cwd=measured).stdout
+        asked = (*asked, "--out_dir", f"dfs_all_{guidance}", "--expert_tokens", "0")
+        assert "were given fewer than" not in done_here("lewis_importance.py", *asked, cwd=measured).stdout
 
 
 def merged(folder: Path, name: str, *flags: object) -> tuple[dict, str]:

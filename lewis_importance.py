@@ -12,6 +12,11 @@ Another method measures into a folder of its own (`--guidance`; each writes `<me
     python3 lewis_importance.py --config configs/demo.yaml --out_dir output/demo/saliency --guidance saliency_budget
 """
 
+if __name__ == "__main__":  # before all that takes time to import
+    from utils.signals import end_on_signals
+
+    end_on_signals()
+
 from utils.errors import run_command
 from utils.flags import FlagParser, path
 from utils.guidance.method import chosen_method, declare_flags, own_options

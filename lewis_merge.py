@@ -14,6 +14,11 @@ recipe for it beside the other. The offline example, with a uniform recipe to co
 Other guidance (`--guidance`, as command 1 measured) makes `<config>_generated_<method>_<guidance>_merge_config.yaml`.
 """
 
+if __name__ == "__main__":  # before all that takes time to import
+    from utils.signals import end_on_signals
+
+    end_on_signals()
+
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
 from utils.guidance.method import chosen_method, declare_flags, own_options, wanted_density

@@ -3,6 +3,7 @@
 python -m pytest tests/test_errors.py
 """
 
+import errno
 import subprocess
 import sys
 
@@ -42,6 +43,24 @@ def end_of(error: BaseException, capsys) -> tuple[int, str]:
 )
 def test_exit_code_and_message(capsys, error, code, message):
     assert end_of(error, capsys) == (code, message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_memory_that_runs_out_is_no_defect(capsys, error):
+    code, said = end_of(error, capsys)
+    assert code == 2 and said.startswith("error: memory ran out; ") and said.endswith("left behind [memory-host]\n")
+
+
+def test_limits_of_the_process_are_said_with_what_lifts_them(capsys):
+    assert "ulimit -n" in end_of(OSError(errno.EMFILE, "Too many open files", "/x"), capsys)[1]
+    assert "ulimit -f" in end_of(OSError(errno.EFBIG, "File too large", "/x"), capsys)[1]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +111,14 @@ from utils.errors import run_command
 def main():
     {body}
 
-run_command(main)
+run_command(main, one_result={one_result})
 """
 
 
-def run(body: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
+def run(body: str, redirect: str = "", one_result: str = "False", **environment: str) -> subprocess.CompletedProcess:
     command = f'"$0" -c "$1" {redirect}'
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command, sys.executable, SCRIPT.format(body=body)],
+        ["bash", "-o", "pipefail", "-c", command, sys.executable, SCRIPT.format(body=body, one_result=one_result)],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
@@ -108,11 +127,19 @@ def run(body: str, redirect: str = "", **environment: str) -> subprocess.Complet
     )
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly():
+REMEDY = "(standard output): let it go to a file, or to a reader that takes all of it"
+
+
+def test_a_reader_that_goes_away_is_said():
     ended = run("[print('x' * 1000) for _ in range(100000)]", "| head -n 1")
     assert ended.stdout == "x" * 1000 + "\n"
-    assert ended.stderr == ""
+    assert ended.stderr == f"error: Broken pipe {REMEDY}; nothing unfinished was left behind [stdout-unwritable]\n"
     assert ended.returncode == 2
+
+
+def test_a_reader_of_everything_that_goes_away_ends_it_all_the_same():
+    ended = run("[print('x' * 1000) for _ in range(100000)]", "2>&1 | head -n 1")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "x" * 1000 + "\n", "")
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-"])
@@ -125,7 +152,31 @@ def test_closed_streams_are_no_failure(redirect):
 def test_a_full_device_behind_stdout_is_said():
     ended = run("print('out')", "> /dev/full")
     assert ended.returncode == 2
-    assert ended.stderr == "error: No space left on device; nothing unfinished was left behind [os-error]\n"
+    left = "nothing unfinished was left behind"
+    assert ended.stderr == f"error: No space left on device {REMEDY}; {left} [stdout-unwritable]\n"
+
+
+@pytest.mark.parametrize("ending", ["raise UserError('the model is odd', 'x')", "raise KeyboardInterrupt"])
+def test_what_waits_for_a_full_stdout_does_not_change_the_ending(ending):
+    ended = run(f"from utils.errors import UserError; print('out'); {ending}", "> /dev/full")
+    assert ended.returncode == (130 if "Keyboard" in ending else 2)
+    assert ended.stderr.count("\n") == 1 and "space" not in ended.stderr
+
+
+PUBLISHED = "from utils.signals import finish; finish(); print('wrote')"
+
+
+@pytest.mark.parametrize(
+    ("then", "redirect", "said"),
+    [
+        ("", "> /dev/full", "No space left on device (standard output)"),
+        ("; raise OSError(5, 'Input/output error', '/x')", "", "Input/output error (/x)"),
+    ],
+)
+def test_the_result_is_there_whatever_fails_after_it(then, redirect, said):
+    ended = run(PUBLISHED + then, redirect, one_result="True")
+    assert ended.returncode == 0
+    assert ended.stderr == f"warning: {said}; the result is complete and in its place\n"
 
 
 def test_a_locale_without_the_character_is_no_failure():

@@ -90,6 +90,25 @@ def test_running_out_while_writing_leaves_nothing(copies, monkeypatch, error):
     )
 
 
+def test_a_disk_that_is_full_for_the_config_is_no_fault_of_the_model(copies, monkeypatch):
+    from transformers import LlamaConfig
+
+    save = Failing(LlamaConfig.save_pretrained, 1, full())
+    monkeypatch.setattr(LlamaConfig, "save_pretrained", lambda config, folder: save(config, folder))
+    with pytest.raises(OSError, match="No space left") as caught:
+        merge_here(copies, recipe(copies), "part")
+    assert Path(caught.value.filename).name == "config.json"
+
+
+def test_values_that_transformers_does_not_write_are_the_models_fault(copies, monkeypatch):
+    from transformers import LlamaConfig
+
+    save = Failing(LlamaConfig.save_pretrained, 1, OSError("this config cannot be saved"))
+    monkeypatch.setattr(LlamaConfig, "save_pretrained", lambda config, folder: save(config, folder))
+    with refused("merge-config-unwritable"):
+        merge_here(copies, recipe(copies), "part")
+
+
 @pytest.mark.parametrize("fast_selection", [True, False])
 @pytest.mark.parametrize("step", ["write_small_files", "describe_result"])
 def test_a_full_disk_after_the_weights_costs_no_weights(copies, monkeypatch, step, fast_selection, capsys):

@@ -4,6 +4,9 @@ python -m pytest tests/test_safe_yaml.py
 """
 
 import builtins
+import functools
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT
 from tests.refusals import refused
 from utils import safe_yaml
+from utils.bounded_files import read_stream
 from utils.errors import UserError
 from utils.safe_yaml import read_text, read_yaml_mapping
 
@@ -258,3 +262,24 @@ def test_fuzz_mutated_config(tmp_path_factory, data):
 @example("? a\n: - b\n")
 def test_fuzz_small_grammar(tmp_path_factory, text):
     read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", text.encode())
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    content = b"a: 1\n" * 50_000  # more than a pipe holds
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    assert read_text(tmp_path / "pipe", "merge recipe") == content.decode()
+    writer.join()
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    waited = functools.partial(read_stream, patience=0.05)
+    monkeypatch.setattr("utils.safe_yaml.read_stream", waited)
+    with refused("file-no-data"):
+        read_text(tmp_path / "pipe", "merge recipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)  # a writer that writes nothing
+    with refused("file-no-data"):
+        read_text(tmp_path / "pipe", "merge recipe")
+    os.close(descriptor)

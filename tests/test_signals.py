@@ -77,3 +77,32 @@ def test_exit_codes(name, published, one):
     else:
         assert ended.returncode == 128 + getattr(signal, name)
         assert (ended.stdout, ended.stderr) == ("", "interrupted; nothing unfinished was left behind\n")
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Stopping:
+    def find_spec(self, name, path=None, target=None):
+        if name == "utils.errors":
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Stopping())
+"""
+COMMANDS = ("lewis_importance.py", "lewis_merge.py", "utils/merger.py", "utils/evaluator.py", "utils/searcher.py")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_while_a_command_is_imported(command, name, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT.format(name=name))
+    ended = subprocess.run(
+        [sys.executable, command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 128 + getattr(signal, name)
+    assert (ended.stdout, ended.stderr) == ("", "interrupted; nothing unfinished was left behind\n")

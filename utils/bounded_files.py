@@ -1,4 +1,4 @@
-"""Small files that somebody else wrote: regular files of bounded size only, so that reading one always ends.
+"""Small files that somebody else wrote: bounded in size, and regular or read with a limit of time, so that reading one always ends.
 
 A pipe in the place of a `config.json` would keep a reader waiting for ever, and a link to an endless device would fill
 the memory.
@@ -8,12 +8,14 @@ import json
 import math
 import os
 import re
+import select
 import stat
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 
+PATIENCE = 20.0  # seconds
 MOST_BYTES = 64 * 2**20  # of a JSON file; the index of a model with 100,000 tensors has 10 MiB
 
 
@@ -31,15 +33,45 @@ def read_bounded(path: Path, what: str, most: int = MOST_BYTES) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{what} is not a regular file; put a copy of the file there", "file-not-regular")
-            content = file.read(most + 1)
+            content = file.read(min(found.st_size, most) + 1)  # as much memory is taken at once
+            if len(content) > found.st_size:  # it grows
+                content += file.read(most + 1 - len(content))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{what} cannot be read: {why}", "file-unreadable") from error
     if len(content) > most:
         raise UserError(f"{what} is larger than {most / 2**20:g} MiB: is it the right file?", "file-too-large")
     return content
+
+
+def read_stream(path: Path, most: int, patience: float = PATIENCE) -> bytes:
+    """What a file or a pipe has to read, up to `most` bytes.
+
+    Args:
+        path: the file; links are followed.
+        most: bytes after which nothing more is read.
+        patience: seconds to wait for each piece of it; a pipe may have no writer, or one that is at work on something else.
+
+    Raises:
+        TimeoutError: nothing came in that time.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        content = b""
+        while len(content) < most:
+            if not waiting.poll(patience * 1000):
+                raise TimeoutError(f"nothing has come out of it for {patience:g} s")
+            piece = file.read(most - len(content))
+            if piece == b"":
+                break
+            content += piece or b""
+        return content
 
 
 def read_json(path: Path, what: str, most: int = MOST_BYTES, *, finite: bool = False) -> dict[str, Any]:

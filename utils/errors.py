@@ -5,21 +5,27 @@ stderr and ends the process with exit code 2, without a traceback unless `--trac
 goes wrong is a defect of this project and keeps its traceback.
 """
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
-from utils.signals import is_finished, unwind_on_signals
+from utils.signals import EXIT_SIGNAL, NOTHING_LEFT, is_finished, unwind_on_signals
 from utils.trial import allow_trials
 
 EXIT_USER_ERROR = 2
-EXIT_SIGNAL = 128  # and the signal's number: 130 Ctrl-C, 143 termination, 129 hang-up
 _MOST_PROBLEMS = 30
 _LONGEST_MESSAGE = 2048  # characters
-_NOTHING_LEFT = "nothing unfinished was left behind"
+_STDOUT = "standard output"
+LIMITS = {
+    errno.EMFILE: "`ulimit -n 4096` allows more",
+    errno.EFBIG: "`ulimit -f unlimited` allows larger ones, on a file system that does",
+}
+_NO_MEMORY = ("can't start new thread", "DefaultCPUAllocator: ")  # in what is raised beside a `MemoryError`
 
 
 class UserError(Exception):
@@ -50,6 +56,12 @@ def brief(error: BaseException, limit: int = 240) -> str:
     """What another library's exception says, on one line of at most `limit` characters; its type if it says nothing."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= limit else words[: limit - 3] + "..."
+
+
+def reason(error: OSError) -> str:
+    """What the system says of an error; of a limit that it sets to the process, with what lifts it."""
+    words = error.strerror or str(error)
+    return f"{words} ({LIMITS[error.errno]})" if error.errno in LIMITS else words
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -91,8 +103,9 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
     `one_result`: this process is for one command, which has succeeded with the one result that it publishes.
 
     Exit codes: 0 done; 2 a `UserError`, a package that is not installed, or an operating-system error such as a full
-    disk; 130 Ctrl-C, 143 termination, 129 hang-up, but 0 once the result is published; a closed stdout (`| head`) ends
-    quietly with 2. What an exception has as `kept` (`utils/publishing/kept.py`) is said in every case.
+    disk or a stdout that cannot be written (`| head`), or memory that ran out; 130 Ctrl-C, 143 termination, 129 hang-up. Once the result is
+    published, it is 0 after a signal or an error of the system, too. What an exception has as `kept`
+    (`utils/publishing/kept.py`) is said in every case.
     """
     unwind_on_signals(one_result=one_result)
     if one_result:
@@ -105,9 +118,10 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
         kept = _kept(error)
         _end(error, f"{error}{'. ' if kept else ''}{kept[:1].upper()}{kept[1:]}", error.code)
     except KeyboardInterrupt as interrupt:
+        _settle(sys.stdout)
         if is_finished():
             return
-        print(f"interrupted; {_kept(interrupt) or _NOTHING_LEFT}", file=sys.stderr)
+        _print(f"interrupted; {_kept(interrupt) or NOTHING_LEFT}")
         sys.exit(EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -115,17 +129,19 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
             _say_kept(error)
             raise
         _end(error, f"{error}; install the requirements: pip install -r requirements.txt", "package-missing")
-    except BrokenPipeError as error:
-        _drop_unwritable_output()
-        _say_kept(error)
-        sys.exit(EXIT_USER_ERROR)
     except OSError as error:
-        _drop_unwritable_output()
-        where = f" ({error.filename})" if error.filename else ""
-        _end(error, f"{error.strerror or error}{where}; {_kept(error) or _NOTHING_LEFT}", "os-error")
-    except Exception as error:  # a defect of this project, with its traceback
-        _say_kept(error)
+        _end_by_the_system(error)
+    except Exception as error:
+        if _is_memory(error):
+            text = "memory ran out; give the process more: batch systems and `ulimit -v` set limits"
+            _end(error, f"{text}; {_kept(error) or NOTHING_LEFT}", "memory-host")
+        _say_kept(error)  # a defect of this project, with its traceback
         raise
+
+
+def _is_memory(error: Exception) -> bool:
+    refused = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError) or refused
 
 
 def _kept(error: BaseException) -> str:
@@ -135,7 +151,27 @@ def _kept(error: BaseException) -> str:
 
 def _say_kept(error: BaseException) -> None:
     if kept := _kept(error):
-        print(kept, file=sys.stderr)
+        _print(kept)
+
+
+def _print(line: str) -> None:
+    """A last word on stderr; where that has no reader any more either, it is not said."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    _settle(sys.stderr)
+
+
+def _end_by_the_system(error: OSError) -> None:
+    """Say what the system refused: to write to stdout, or anything else. Returns if the result is published."""
+    _settle(sys.stdout)
+    what = f"{reason(error)}{f' ({error.filename})' if error.filename else ''}"
+    if is_finished():
+        _print(f"warning: {what}; the result is complete and in its place")
+        return
+    left = _kept(error) or NOTHING_LEFT
+    if error.filename == _STDOUT:
+        _end(error, f"{what}: let it go to a file, or to a reader that takes all of it; {left}", "stdout-unwritable")
+    _end(error, f"{what}; {left}", "os-error")
 
 
 def clipped(message: str, most: int = _LONGEST_MESSAGE) -> str:
@@ -152,26 +188,49 @@ def clipped(message: str, most: int = _LONGEST_MESSAGE) -> str:
 
 
 def _end(error: Exception, message: str, code: str) -> NoReturn:
+    _settle(sys.stdout)
     message = clipped(message)
     if _tracebacks_shown:
-        traceback.print_exception(error)
-    print(f"error: {message} [{code}]" if code else f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    _print(f"error: {message} [{code}]" if code else f"error: {message}")
     sys.exit(EXIT_USER_ERROR)
 
 
 def _tame_streams() -> None:
-    """Let printing never be what fails: no stream where the caller closed it, a locale that lacks a character."""
+    """Let printing fail only where stdout cannot be written, and be named then.
+
+    It does not where the caller closed a stream, or where the locale lacks a character.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open as long as the process)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__ and "write" not in vars(sys.stdout):  # of this very object: its class is not ours
+        sys.stdout.write, sys.stdout.flush = _naming_stdout(sys.stdout.write), _naming_stdout(sys.stdout.flush)
 
 
-def _drop_unwritable_output() -> None:
-    """If stdout's reader went away or its device is full, point it at nothing: the interpreter flushes it once more."""
+def _naming_stdout(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, with stdout named in the errors that it raises, as the system names files in those of others."""
+
+    def named(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            error.filename = _STDOUT
+            raise
+
+    return named
+
+
+def _settle(stream: TextIO) -> None:
+    """If a stream's reader went away or its device is full, point it at nothing.
+
+    The interpreter flushes it once more, and would end with an exit code of its own.
+    """
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -17,6 +17,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: its own folder stands first on the path, the repository has to
     sys.path[0] = str(Path(__file__).parents[1])
 
+if __name__ == "__main__":  # before all that takes time to import
+    from utils.signals import end_on_signals
+
+    end_on_signals()
+
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number
 from utils.runtime import let_waiting_threads_sleep

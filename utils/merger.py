@@ -18,6 +18,11 @@ from pathlib import Path
 if not __package__:  # run as a script: its own folder stands first on the path, the repository has to
     sys.path[0] = str(Path(__file__).parents[1])
 
+if __name__ == "__main__":  # before all that takes time to import
+    from utils.signals import end_on_signals
+
+    end_on_signals()
+
 from utils.commands.verify import verify
 from utils.errors import run_command
 from utils.flags import FlagParser, path, whole_number

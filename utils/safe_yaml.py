@@ -4,13 +4,14 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 
+from utils.bounded_files import read_stream
 from utils.errors import UserError
 
 MAX_BYTES = 8 * 2**20
@@ -21,6 +22,7 @@ MAX_NODES = (
 MAX_DEPTH = 40
 _MOST_VALUES = 10_000
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_TEXT_TAG = "tag:yaml.org,2002:str"
 _SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast, where PyYAML was built with it
 
 
@@ -149,15 +151,23 @@ def read_yaml_mapping(path: Path, what: str, max_bytes: int = MAX_BYTES) -> dict
         UserError: the file is missing, not a file, unreadable, too large, not UTF-8, not YAML, holds tags that would
             run code, duplicate keys or too many aliases, or is not a mapping.
     """
-    text = read_text(path, what, max_bytes)
-    with _named_problems(f"{what} {path}"):
+    return yaml_mapping(read_text(path, what, max_bytes), f"{what} {path}")
+
+
+def yaml_mapping(text: str, where: str) -> dict[Any, Any]:
+    """The one mapping that a YAML text must hold, as `read_yaml_mapping`; `where` begins a message.
+
+    Raises:
+        UserError: it is not YAML, holds tags that would run code, duplicate keys or too many aliases, or is not a mapping.
+    """
+    with _named_problems(where):
         _check_bounds(text)
         data = yaml.load(text, Loader=_StrictLoader)
     if data is None:
-        raise UserError(f"{what} {path} is empty", "yaml-empty")
+        raise UserError(f"{where} is empty", "yaml-empty")
     if not isinstance(data, dict):
         kind = type(data).__name__
-        raise UserError(f"{what} {path} must be a mapping of keys to values, but holds a {kind}", "yaml-no-mapping")
+        raise UserError(f"{where} must be a mapping of keys to values, but holds a {kind}", "yaml-no-mapping")
     return data
 
 
@@ -170,6 +180,29 @@ def yaml_nodes(text: str, where: str) -> yaml.Node | None:
     with _named_problems(where):
         _check_bounds(text)
         return yaml.compose(text, Loader=_Loader)
+
+
+def top_level_text(text: str, keys: Container[str], where: str) -> dict[str, list[str]]:
+    """What some keys of a mapping hold, where that is text or a list of texts; nothing is made of the others.
+
+    Args:
+        text: the YAML of a mapping; of anything else nothing is found. Of a key that stands there twice the last counts.
+        keys: their names.
+        where: begins the message.
+
+    Returns:
+        The texts by key; a text alone as a list of one.
+
+    Raises:
+        UserError: as `yaml_nodes`.
+    """
+    root = yaml_nodes(text, where)
+    found = {}
+    for key, node in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.tag == _TEXT_TAG and key.value in keys:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            found[key.value] = [part.value for part in parts] if all(part.tag == _TEXT_TAG for part in parts) else []
+    return found
 
 
 def holds_several_documents(text: str) -> bool:
@@ -197,12 +230,14 @@ def _named_problems(where: str) -> Iterator[None]:
 
 
 def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
-    """Read a UTF-8 text file (a byte-order mark is dropped) or raise a `UserError` that names it."""
+    """Read a UTF-8 text file (a byte-order mark is dropped) or raise a `UserError` that names it.
+
+    A pipe will do, such as a shell's `<(...)`, as long as its writer does not let it wait (`read_stream`).
+    """
     try:
         if path.is_dir():
             raise UserError(f"{what} {path} is a folder; give the file", "file-is-folder")
-        with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)  # not by the size it claims: devices and pipes claim 0
+        content = read_stream(path, max_bytes + 1)  # not by the size it claims: devices and pipes claim 0
         if len(content) > max_bytes:
             limit = max_bytes >> 20
             raise UserError(f"{what} {path} is larger than {limit} MiB: is it the right file?", "file-too-large")
@@ -213,6 +248,8 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{what} {path} cannot be read: permission denied", "file-unreadable") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start})", "file-not-utf8") from error
+    except TimeoutError as error:
+        raise UserError(f"{what} {path} is a pipe, and {error}; give a file", "file-no-data") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{what} {str(path)!r} cannot be read: {why}", "file-unreadable") from error

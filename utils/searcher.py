@@ -19,6 +19,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: its own folder stands first on the path, the repository has to
     sys.path[0] = str(Path(__file__).parents[1])
 
+if __name__ == "__main__":  # before all that takes time to import
+    from utils.signals import end_on_signals
+
+    end_on_signals()
+
 from utils.commands.ray_flags import RayFlags
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path, whole_number

@@ -1,12 +1,15 @@
 """Ctrl-C, termination and hang-up: they unwind the stack, wait while a result moves into its place, and then mean nothing."""
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_SIGNAL = 128  # and the signal's number: 130 Ctrl-C, 143 termination, 129 hang-up
+NOTHING_LEFT = "nothing unfinished was left behind"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,6 +23,15 @@ class Interrupted(KeyboardInterrupt):
 _one_result = _finished = False
 
 
+def end_on_signals() -> None:
+    """Let every stopping signal end the process at once, with its exit code and a line.
+
+    For the time in which a command's own modules are imported: nothing has been made then, and nothing unwinds the stack.
+    A signal that the caller had set to be ignored stays ignored.
+    """
+    _let_handle(_end)
+
+
 def unwind_on_signals(*, one_result: bool = False) -> None:
     """Let every stopping signal raise `Interrupted`, so that temporary files are removed.
 
@@ -28,9 +40,7 @@ def unwind_on_signals(*, one_result: bool = False) -> None:
     """
     global _one_result, _finished
     _one_result, _finished = one_result, False
-    for signum in STOPPING:
-        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(signum, _interrupt)
+    _let_handle(_interrupt)
 
 
 def finish() -> None:
@@ -63,6 +73,18 @@ def signals_held() -> Iterator[None]:
             signal.signal(signum, handler)
     if held:
         previous[held[0]](held[0], None)
+
+
+def _let_handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for signum in STOPPING:
+        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler, _end):
+            signal.signal(signum, handler)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed
+        os.write(2, f"interrupted; {NOTHING_LEFT}\n".encode())
+    os._exit(EXIT_SIGNAL + signum)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

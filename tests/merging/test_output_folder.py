@@ -43,7 +43,7 @@ def test_new_and_empty_folders_are_fine(tmp_path, monkeypatch):
     [
         (".", "out-current"),
         ("..", "out-current"),
-        ("/", "out-current"),
+        ("/", "out-root"),
         ("file", "out-is-file"),
         ("file/model", "out-is-file"),
         ("dangling", "out-broken-link out-unusable"),
@@ -51,7 +51,10 @@ def test_new_and_empty_folders_are_fine(tmp_path, monkeypatch):
         ("ü" * 200, "out-name-too-long out-unusable"),
         ("model ", "out-name"),
         ("loop/x", "out-unusable out-broken-link"),
-        ("nul\0", "out-unusable"),
+        ("nul\0", "out-name"),
+        ("a\nb", "out-name"),
+        ("z/" * 2500, "out-unusable"),
+        ("caf\udce9", "path-not-utf8"),
     ],
 )
 def test_impossible_places(tmp_path, monkeypatch, path, codes):
@@ -69,6 +72,13 @@ def test_impossible_places(tmp_path, monkeypatch, path, codes):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
     assert_refused(tmp_path / "model", "out-unwritable")
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "model")
+    assert_refused(tmp_path / "model", "out-is-mount")
+    assert check_output(tmp_path / "model" / "inside", overwrite=False).target == tmp_path / "model" / "inside"
 
 
 def test_an_existing_folder_needs_a_writable_parent(tmp_path, monkeypatch):

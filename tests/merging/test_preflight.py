@@ -40,10 +40,22 @@ def test_a_different_shape(copies, no_weights):
     assert_refused(copies, recipe(copies), "merge-shapes", "model.norm.weight has different shapes")
 
 
-def test_a_tensor_that_the_merge_would_lose(copies, capsys, no_weights):
-    edit_tensors(copies / "code", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
-    merge_here(copies, recipe(copies), dry_run=True)
-    assert "model.mtp.weight is stored by code but not by base; the result stores it" in capsys.readouterr().err
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_a_tensor_that_only_an_expert_has_is_left_out(copies, capsys, method):
+    data = recipe(copies, method)
+    expected = merge_here(copies, data, "expected")
+    names = ("model.mtp.weight", "model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.q_proj.bias")
+    edit_tensors(copies / "code", lambda found: found.update({name: torch.ones(3) for name in names}))
+    capsys.readouterr()
+    assert_same_tensors(merge_here(copies, data), expected)
+    assert (
+        "code has tensors that are left out, since the model class reads none of them (3): " in capsys.readouterr().err
+    )
+
+
+def test_a_tensor_that_only_the_base_has_is_kept(copies):
+    edit_tensors(copies / "base", lambda found: found.update({"model.mtp.weight": torch.ones(3)}))
+    assert torch.equal(tensors(merge_here(copies, recipe(copies)))["model.mtp.weight"], torch.ones(3).bfloat16())
 
 
 def test_a_base_that_transformers_itself_does_not_load(tmp_path, no_weights):

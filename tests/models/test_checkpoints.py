@@ -24,7 +24,7 @@ from utils.models.checkpoints import (
     read_model_config,
     weight_file_record,
 )
-from utils.models.headers import DTYPE_BYTES, INDEX, SINGLE, file_headers, header_hash, read_headers
+from utils.models.headers import DTYPE_BYTES, INDEX, MOST_TENSORS, SINGLE, file_headers, header_hash, read_headers
 from utils.models.opening import open_checkpoint, open_without_download
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -266,6 +266,7 @@ FOLDERS = {
     "no dtype": ({SINGLE: packed({"a": {"shape": [1], "data_offsets": [0, 4]}})}, CONFIG, "weights-damaged"),
     "dtype a list": ({SINGLE: packed({"a": {**TABLE["a"], "dtype": []}})}, CONFIG, "weights-damaged"),
     "an entry that is a number": ({SINGLE: packed(b'{"a": 1}', b"")}, CONFIG, "weights-damaged"),
+    "far too many tensors": ({SINGLE: packed(b"{" + b",".join(b'"%d":{}' % number for number in range(MOST_TENSORS + 1)) + b"}", b"")}, CONFIG, "weights-too-many"),
     "a name of half a character": ({SINGLE: packed({"a\ud800": TABLE["a"]})}, CONFIG, "weights-damaged"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Files written piece by piece in any order are those that safetensors writes at once."""
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.faulty import Failing, full
 from tests.refusals import refused
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import as_bytes
@@ -68,13 +70,18 @@ def test_shards_are_filled_in_order_up_to_the_limit(tmp_path):
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    def fail(*_arguments):
-        raise OSError(28, "No space left on device")
-
     with ShardFiles(tmp_path, [TensorSpec("x", "float32", (3,))], 0) as files:
-        monkeypatch.setattr(os, "pwrite", fail)
+        monkeypatch.setattr(os, "pwrite", Failing(os.pwrite, 1, full()))
         with refused("weights-unwritable"):
             files.write("x", 0, as_bytes(torch.ones(3)))
+
+
+def test_a_limit_of_the_process_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    with ShardFiles(tmp_path, [TensorSpec("x", "float32", (3,))], 0) as files:
+        monkeypatch.setattr(os, "pwrite", Failing(os.pwrite, 1, full(errno.EFBIG)))
+        with refused("weights-unwritable") as caught:
+            files.write("x", 0, as_bytes(torch.ones(3)))
+    assert "ulimit -f" in str(caught.value) and "make room" not in str(caught.value)
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):

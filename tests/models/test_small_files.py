@@ -5,6 +5,7 @@ python -m pytest tests/models/test_small_files.py
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_what_is_no_file_is_refused_at_once(folder, name, kind):
         (folder / name).symlink_to("/dev/zero" if kind == "device" else "nowhere")
     with refused("model-no-config" if (name, kind) == ("config.json", "nowhere") else "model-small-file"):
         read_model_config(folder, "m")
+
+
+def test_a_small_file_takes_little_memory(folder):
+    tracemalloc.start()
+    try:
+        read_bounded(folder / "config.json", "config")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_claims_no_size_is_read_whole():
+    assert read_bounded(Path("/proc/self/status"), "status").startswith(b"Name:")
+    with refused("file-too-large"):
+        read_bounded(Path("/proc/self/status"), "status", 100)
 
 
 def test_a_file_that_is_too_large(folder):

@@ -8,6 +8,8 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from tests.refusals import refused
 from utils.errors import UserError
 from utils.pair.rows import READERS, local_rows, looks_like_file
@@ -214,6 +217,56 @@ def test_a_parquet_file_whose_text_is_no_text(tmp_path):
     broken = pyarrow.array([b"caf\xe9", b"fine"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"a": broken}), tmp_path / "x.parquet")
     assert "is not a readable Parquet file" in refusal("text-invalid", tmp_path / "x.parquet")
+
+
+def write_groups(path: Path, rows: int, group: int, text: str) -> list[dict]:
+    """A Parquet file with `group` rows each group, of long texts that are all alike but for the last row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    values = [{"a": text, "m": [{"role": "user", "content": text}], "n": number} for number in range(rows)]
+    values[-1] = {"a": None, "m": [], "n": -1}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path, row_group_size=group)
+    return values
+
+
+@pytest.mark.parametrize("kept", [0, 4000, 2**29])
+def test_rows_of_a_parquet_file_in_groups(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("utils.pair.rows.PARQUET_KEPT_BYTES", kept)
+    values = write_groups(tmp_path / "x.parquet", 10, 4, "word " * 100)
+    rows = local_rows(str(tmp_path / "x.parquet"))
+    assert [rows[number] for number in (3, 9, 0, -1, 4, 8, 5)] == [values[number] for number in (3, 9, 0, -1, 4, 8, 5)]
+    assert list(rows) == values
+    with pytest.raises(IndexError):
+        rows[10]
+
+
+def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 20_000), ["word " * 10_000]
+    )  # a gigabyte written out
+    table = pyarrow.table({"a": text, "n": [*range(19_999), -1]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=5000, store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 2**20
+    script = f"""
+import resource
+from utils.pair.rows import local_rows
+import pyarrow.parquet
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = local_rows({str(tmp_path / "x.parquet")!r})
+assert rows[19_998]["a"].startswith("word word") and rows[19_999]["n"] == -1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) < 200_000, done.stderr  # KiB
+
+
+def test_a_group_of_rows_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.pair.rows.PARQUET_MOST_GROUP_BYTES", 10)
+    assert "row_group_size" in refusal("text-row-group-too-large", write(tmp_path / "x", ".parquet"))
 
 
 def test_a_parquet_file_below_a_folder_with_an_equals_sign_gains_no_column(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faulty import Failing, full
 from tests.tiny_pairs import fill
-from utils.publishing.disk import remove_tree
+from utils.publishing.disk import remove_tree, sync_folder, write_through
 from utils.publishing.siblings import stage_of, sweep
 
 FILES = {"a": b"1", "sub/b": b"2"}
@@ -32,6 +32,17 @@ def test_a_warning_names_what_cannot_be_removed(tmp_path, monkeypatch, capsys):
     assert not remove_tree(stage)
     assert capsys.readouterr().err.startswith(f"warning: {stage} is of no use any more")
     assert sweep(tmp_path / "model") == ""  # says nothing that is not so
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Failing(os.fsync, 1, full(), forever=True))
+    for path, write in (
+        (tmp_path / "a", lambda: write_through(tmp_path / "a", b"x")),
+        (tmp_path, lambda: sync_folder(tmp_path)),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert caught.value.filename == str(path)
 
 
 def test_what_is_not_there_is_no_failure(tmp_path, capsys):

@@ -13,13 +13,19 @@ from tests.refusals import refused
 from tests.tiny_pairs import contents, fill
 from utils.errors import UserError
 from utils.publishing.files import publish_files
-from utils.publishing.target import locked_folder, prepare_folder
+from utils.publishing.target import locked_folder, prepare_folder, refuse_mount_point
 
 NEW = {"a.csv": b"new a", "manifest.json": b"{}"}
 
 
 def test_prepare_folder_accepts_and_makes_nothing(tmp_path):
-    for folder in (tmp_path, tmp_path / "new" / "deep", tmp_path / "with space ", tmp_path / "caf\u00e9" / ".." / "x"):
+    for folder in (
+        tmp_path,
+        tmp_path / "new" / "deep",
+        tmp_path / "with space",
+        tmp_path / "x " / "y",
+        tmp_path / "caf\u00e9" / ".." / "x",
+    ):
         prepare_folder(folder, "--out_dir")
     assert contents(tmp_path) == {}
 
@@ -37,10 +43,17 @@ def test_prepare_folder_refuses(tmp_path):
         tmp_path / ("n" * 256): {"out-unusable", "out-name-too-long"},
         tmp_path / "new" / ("\u00e9" * 128): {"out-unusable", "out-name-too-long"},
         tmp_path / ("a/" * 3000): {"out-unusable"},
+        tmp_path / " x": {"out-name"},
+        tmp_path / "x\u00a0": {"out-name"},
+        tmp_path / "x\ny" / "z": {"out-name"},
+        tmp_path / "\x1b[31m": {"out-name"},
+        tmp_path / "caf\udce9" / "x": {"path-not-utf8"},
+        Path("/x/.."): {"out-root"},
     }.items():
         with pytest.raises(UserError) as caught:
             prepare_folder(folder, "--out_dir")
         assert caught.value.code in codes and str(caught.value).startswith("--out_dir")
+        assert str(caught.value).isprintable()
     assert contents(tmp_path) == before
 
 
@@ -49,6 +62,17 @@ def test_prepare_folder_refuses_a_folder_that_cannot_be_written(tmp_path, monkey
     with refused("out-unwritable") as caught:
         prepare_folder(tmp_path / "x", "--out_dir")
     assert str(caught.value) == f"--out_dir {tmp_path / 'x'}: {tmp_path} is not writable"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="a list of mount points that Linux has")
+def test_mount_points_of_every_kind(tmp_path):
+    listed = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert "/proc" in listed
+    for place in {one for one in listed if "\\" not in one}:  # with parts of a file system that are mounted elsewhere
+        with refused("out-is-mount"):
+            refuse_mount_point(Path(place), "--output_path")
+    refuse_mount_point(tmp_path, "--output_path")
+    refuse_mount_point(tmp_path / "new", "--output_path")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):

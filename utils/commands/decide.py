@@ -1,12 +1,12 @@
 """Command 2's one job: what was measured -> densities or weights -> a recipe that mergekit runs, proven and published."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from utils.bounded_files import read_json
 from utils.commands.options import DecideOptions
-from utils.errors import warn
+from utils.errors import UserError, warn
 from utils.guidance.folder import check_folder, read_manifest
 from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.recipe_choices import RecipeOptions, settle
@@ -125,7 +125,6 @@ def _holds(path: Path, content: bytes) -> bool:
 def _is_manifest(path: Path) -> bool:
     """Whether a file is the manifest of a recipe, rather than a file of the user's that is called like one."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json(path, path.name).get("command") == COMMAND
+    except UserError:
         return False
-    return isinstance(data, dict) and data.get("command") == COMMAND

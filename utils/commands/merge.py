@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from utils.commands.evaluation_folder import read_measured
 from utils.errors import UserError, warn
 from utils.merging.inputs import find_models
-from utils.merging.output_folder import OutputFolder, check_apart, check_output, refuse_existing_merge
+from utils.merging.output_folder import OutputFolder, check_apart, check_output, check_place, refuse_existing_merge
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import in_float32, read_recipe
@@ -47,6 +47,7 @@ def merge(settings: MergeSettings) -> None:
         recipe = in_float32(recipe)
     measured = read_measured(settings.evaluation, recipe)
     check_apart(settings.output_path, recipe.local_folders())
+    check_place(settings.output_path)
     restored = "" if settings.dry_run else put_back(settings.output_path)
     warn([restored] if restored else ())  # at once: what is refused next may be what is back
     output = check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)

@@ -57,7 +57,7 @@ def left_out(plan: MergePlan) -> Iterator[str]:
         names = plan.architecture.dropped.get(model.checkpoint.folder, ())
         if names:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            yield f"{len(names)} tensors of {model.label} are left out, none of which the model class reads: {shown}"
+            yield f"{model.label} has tensors that are left out, since the model class reads none of them ({len(names)}): {shown}"
 
 
 def prove_coverage(plan: MergePlan) -> str:

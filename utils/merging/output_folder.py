@@ -11,7 +11,7 @@ from utils.publishing.disk import free_bytes
 from utils.publishing.manifest import MANIFEST
 from utils.publishing.siblings import dead_bytes
 from utils.publishing.staging import Stamp, stamp
-from utils.publishing.target import prepare_folder
+from utils.publishing.target import check_writable, prepare_folder, refuse_mount_point
 from utils.runtime import gigabytes
 
 FLAG = "--output_path"
@@ -42,8 +42,17 @@ def check_output(path: Path, *, overwrite: bool, recipe: str = "") -> OutputFold
         UserError: it is a file, the current folder or one above it, not writable, or holds files: any without
             `overwrite` but a merge by the same recipe, foreign or edited ones with it.
     """
-    if path.name != path.name.strip():
-        raise UserError(f"{FLAG} {str(path)!r} begins or ends with white space: an error in quoting?", "out-name")
+    target = check_place(path)
+    return _earlier(path, target, overwrite, recipe)
+
+
+def check_place(path: Path) -> Path:
+    """The absolute path of an output folder, free of links, where one can be made there, whatever lies there.
+
+    Raises:
+        UserError: it is a file, the current folder or one above it, a mount point, or not writable.
+    """
+    prepare_folder(path, FLAG)
     try:
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -51,10 +60,10 @@ def check_output(path: Path, *, overwrite: bool, recipe: str = "") -> OutputFold
     here = Path.cwd()
     if target == here or target in here.parents:
         raise UserError(f"{FLAG} {path} is the current folder or one above it; give a folder of its own", "out-current")
-    prepare_folder(target, FLAG)
     if target.exists():
-        prepare_folder(target.parent, FLAG)  # the result is made beside it and renamed
-    return _earlier(path, target, overwrite, recipe)
+        refuse_mount_point(target, FLAG)
+        check_writable(target.parent, FLAG)  # the result is made beside it and renamed
+    return target
 
 
 def refuse_existing_merge(path: Path) -> UserError:

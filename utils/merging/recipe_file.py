@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.safe_yaml import holds_several_documents, read_text, read_yaml_mapping, yaml_nodes
+from utils.safe_yaml import holds_several_documents, read_text, yaml_mapping, yaml_nodes
 
 INPUT_KEYS = ("models", "slices", "modules")
 MODEL_KEYS = ("model", "base_model", "lora", "path", "tokenizer_source", "source")
@@ -93,7 +93,7 @@ def read_recipe(path: Path) -> MergeRecipe:
             "file, or save each document as a recipe of its own",
             "recipe-many-documents",
         )
-    return checked_recipe(path, text, read_yaml_mapping(path, "merge recipe"))
+    return checked_recipe(path, text, yaml_mapping(text, f"merge recipe {path}"))
 
 
 def checked_recipe(path: Path, text: str, data: Mapping[str, Any]) -> MergeRecipe:

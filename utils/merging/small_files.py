@@ -15,6 +15,7 @@ from utils.mergekit_api import set_chat_template, set_config_value
 from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, manifest, runnable_recipe
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
+from utils.publishing.disk import named_in_errors
 from utils.publishing.manifest import MANIFEST, to_json
 from utils.recipes.recipe_manifest import manifest_name
 
@@ -24,14 +25,18 @@ def write_small_files(ready: PlannedMerge, folder: Path) -> None:
 
     Raises:
         UserError: the base's config cannot be written; a file to copy is linked from elsewhere.
+        OSError: the disk is full, and so on.
     """
     plan, donor = ready.plan, ready.plan.inputs.donor.checkpoint.folder
     if plan.vocabulary.size is not None:
         key = plan.architecture.info.vocab_size_config_key or "vocab_size"
         set_config_value(plan.config, key, plan.vocabulary.size)
     try:
-        plan.config.save_pretrained(folder)
+        with named_in_errors(folder / "config.json"):
+            plan.config.save_pretrained(folder)
     except Exception as error:  # transformers checks some values only when they are written
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk is full, and so on; transformers raises others of that kind, which have no number
         name = plan.inputs.donor.checkpoint.name
         text = f"model {name}: transformers does not write its config.json again: {brief(error)}"
         raise UserError(text, "merge-config-unwritable") from error
@@ -51,17 +56,24 @@ def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | Non
         added: what else the card says.
         request: the hash of everything that the result depends on.
     """
-    if ready.settings.write_model_card:
-        (folder / CARD).write_text(card_text(ready, added), encoding="utf-8")
     recipe = runnable_recipe(ready).encode()
-    (folder / RECIPE).write_bytes(recipe)
+    files = {RECIPE: recipe}
+    if ready.settings.write_model_card:
+        files[CARD] = card_text(ready, added).encode()
     if ready.origin:  # beside the published recipe, as command 2 left it beside the one that ran
         its = {"name": RECIPE, "sha256": hashlib.sha256(recipe).hexdigest()}
-        (folder / manifest_name(RECIPE)).write_bytes(replace(ready.origin, recipe=its).as_bytes())
+        files[manifest_name(RECIPE)] = replace(ready.origin, recipe=its).as_bytes()
+    for name, content in files.items():
+        _write(folder / name, content)
     described = manifest(ready, folder, request)
     content = to_json(described)
-    (folder / MANIFEST).write_bytes(content)
+    _write(folder / MANIFEST, content)
     return sum(described["bytes"].values()) + len(content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with named_in_errors(path):
+        path.write_bytes(content)
 
 
 def _write_tokenizer(ready: PlannedMerge, donor: Path, folder: Path) -> None:
@@ -73,6 +85,7 @@ def _write_tokenizer(ready: PlannedMerge, donor: Path, folder: Path) -> None:
     tokenizer = info.tokenizer if info else AutoTokenizer.from_pretrained(donor, trust_remote_code=trust)
     if config.chat_template:
         set_chat_template(tokenizer, config, trust_remote_code=trust)
-    tokenizer.save_pretrained(folder)
+    with named_in_errors(folder):
+        tokenizer.save_pretrained(folder)
     if not config.chat_template:
         copy_chat_template(donor, folder)

@@ -19,6 +19,7 @@ from utils.models.hub import download
 from utils.models.low_rank import adapter_name
 from utils.models.small_files import SMALL_FILES, check_small_files
 from utils.models.stacks import Stack
+from utils.named_paths import check_path
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Checkpoint:
 
 def is_local(name: str) -> bool:
     """Whether `name` means a folder on this machine rather than a hub id."""
-    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name.isascii()
     return looks_local or os.path.exists(name)
 
 
@@ -107,8 +108,9 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     """The absolute path of a model folder on this machine.
 
     Raises:
-        UserError: it is not there, or is no folder.
+        UserError: it is not there, is no folder, or lies where libraries cannot open it (`check_path`).
     """
+    check_path(name, f"model folder {name}")
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         state = "is a broken symbolic link" if os.path.islink(path) else f"does not exist (looked in {Path.cwd()})"
@@ -119,7 +121,9 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     if revision:
         text = f"model {name} is a local folder, which has no revision {revision!r}; remove the key"
         raise UserError(text, "model-revision")
-    return path.resolve()
+    folder = path.resolve()
+    check_path(folder, f"model folder {name}")
+    return folder
 
 
 def read_model_config(folder: Path, name: str) -> dict[str, Any]:

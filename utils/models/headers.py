@@ -16,6 +16,7 @@ from utils.errors import UserError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 2**20
+MOST_TENSORS = 300_000  # of a file; the largest mixtures have half as many in all their files
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -182,7 +183,7 @@ def file_headers(file: Path, name: str) -> list[TensorHeader]:
     """The tensors of a safetensors file of model `name`, from its header alone.
 
     Raises:
-        UserError: no such file, or it is truncated or malformed.
+        UserError: no such file, or it is truncated, malformed, or names more tensors than any model has.
     """
     where = f"model {name}: {file.name}"
     if not os.path.isfile(file):
@@ -198,6 +199,8 @@ def file_headers(file: Path, name: str) -> list[TensorHeader]:
             text = f"{where} is truncated or not a safetensors file (header of {length} bytes)"
             raise UserError(text, "weights-truncated")
         raw = stream.read(length)
+    if raw.count(b"{") > MOST_TENSORS:  # each is an object of its own
+        raise UserError(f"{where} names more than {MOST_TENSORS} tensors: is it the right file?", "weights-too-many")
     try:
         table = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = table.pop("__metadata__", None)

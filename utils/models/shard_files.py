@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
-from utils.errors import UserError
+from utils.errors import LIMITS, UserError, reason
 from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
 
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
@@ -157,5 +157,5 @@ def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
 
 
 def _failure(error: OSError) -> UserError:
-    text = f"writing the weights failed: {error.strerror}; make room, or choose another --output_path"
-    return UserError(text, "weights-unwritable")
+    remedy = "" if error.errno in LIMITS else "; make room, or choose another --output_path"
+    return UserError(f"writing the weights failed: {reason(error)}{remedy}", "weights-unwritable")

@@ -171,7 +171,7 @@ def stored_tensors(models: Sequence[ModelOnDisk]) -> list[StoredTensor] | None:
         shared = [table[other, 0] for table in tables for other in others if (other, 0) in table]
         shared = tuple(dict.fromkeys(name for name in shared if name not in spelled))
         found.append(StoredTensor(spelled[0], spelled[1:], shared, axes.get(place[0]), None not in names))
-    for name in dict.fromkeys(name for one in models for name in _numbers(one)):
+    for name in _numbers(base):  # what only another one has belongs to nothing, and to merge it there is no base
         found.append(StoredTensor(name, (), (), None, all(name in one.checkpoint.tensors for one in models)))
     return found
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.models.headers import LowRank, TensorHeader
 
 _STORED = {
@@ -67,7 +67,7 @@ class TensorFiles:
                 try:
                     self._files[path] = os.open(path, os.O_RDONLY)
                 except OSError as error:
-                    raise UserError(f"{path} cannot be read: {error.strerror}", "weights-unreadable") from error
+                    raise UserError(f"{path} cannot be read: {reason(error)}", "weights-unreadable") from error
             return self._files[path]
 
     def __exit__(
@@ -93,7 +93,7 @@ class TensorFiles:
             try:
                 count = os.preadv(self._file(header.file), [left], offset)
             except OSError as error:
-                raise UserError(f"{header.file} cannot be read: {error.strerror}", "weights-unreadable") from error
+                raise UserError(f"{header.file} cannot be read: {reason(error)}", "weights-unreadable") from error
             if not count:
                 text = f"{header.file} ends within {header.name}: it was changed while it was read"
                 raise UserError(text, "weights-changed")

@@ -58,7 +58,9 @@ def choose_samples(source: CalibrationSource, nsamples: int) -> list[Sample]:
             f"dataset {source.path} has {len(rows)} rows, but nsamples is {nsamples}; lower nsamples",
             "text-too-few-rows",
         )
-    return [make_sample(row, rows[row], source) for row in row_order(source, len(rows))[:nsamples]]
+    chosen = row_order(source, len(rows))[:nsamples]
+    values = {row: rows[row] for row in sorted(chosen)}  # in the order in which a large file is read
+    return [make_sample(row, values[row], source) for row in chosen]
 
 
 def open_rows(source: CalibrationSource) -> Rows:

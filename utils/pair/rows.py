@@ -1,19 +1,26 @@
 """Rows of a local data file: JSON lines, JSON, CSV, Parquet or plain text.
 
-Every line of a file is checked; only chosen rows are kept in memory for the line formats.
+Every line of a file is checked; only chosen rows are kept in memory for the line formats, and half a
+gibibyte of Parquet.
 """
 
+import bisect
+import contextlib
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, brief
+from utils.named_paths import check_path
 
 Rows = Sequence[Mapping[str, Any]]
+PARQUET_KEPT_BYTES = 2**29  # of a Parquet file's rows in memory
+PARQUET_MOST_GROUP_BYTES = 2**31
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -32,8 +39,9 @@ def data_file(path: str) -> Path:
     """The local file that a `dataset.path` names, of a kind that can be read.
 
     Raises:
-        UserError: it is missing, a folder, or of an unknown kind.
+        UserError: it is missing, a folder, or of an unknown kind; or the locale cannot name it.
     """
+    check_path(path, f"dataset.path {path}")
     file = Path(os.path.expanduser(path))
     if not os.path.exists(file):
         if "://" in path:
@@ -165,33 +173,84 @@ def _csv(file: Path) -> Rows:
 
 
 def _parquet(file: Path) -> Rows:
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(file) as opened:
-            table = opened.read()
-        table.validate(full=True)
-    except Exception as error:  # pyarrow raises errors of many kinds for a file that is damaged or not Parquet
-        raise UserError(
-            f"dataset.path {file} is not a readable Parquet file: {brief(error)}", "text-invalid"
-        ) from error
-    names = table.column_names
-    if len(set(names)) < len(names):
-        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice")
-    return _Table(table)
+    return _ParquetRows(file)
 
 
-class _Table(Sequence):
-    """Rows of a pyarrow table as plain Python values, nulls as None."""
+class _ParquetRows(Sequence):
+    """Rows of a Parquet file as plain Python values, nulls as None.
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    It is read, and checked, group by group of rows. What fits into `PARQUET_KEPT_BYTES` stays in memory, other groups are read
+    again when one of their rows is asked for. Text that the file writes once for many rows is not written out.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.kept: dict[int, Any] = {}  # tables by the number of their group
+        self.last: tuple[int, Any] = (-1, None)  # of those that are not kept
+        with self._named(), self._opened() as opened:
+            names = opened.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise UserError(
+                    f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice"
+                )
+            groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
+            self.ends = list(itertools.accumulate(group.num_rows for group in groups))
+            held = 0
+            for number, group in enumerate(groups):
+                self._refuse_large(number, group.total_byte_size)
+                table = opened.read_row_group(number)
+                table.validate(full=True)
+                if table.num_rows != group.num_rows:
+                    raise ValueError(f"row group {number} has {table.num_rows} rows, not {group.num_rows}")
+                held += table.nbytes
+                if held <= PARQUET_KEPT_BYTES:
+                    self.kept[number] = table
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self.ends, index)
+        before = self.ends[number - 1] if number else 0
+        return self._group(number).slice(index - before, 1).to_pylist()[0]
+
+    def _group(self, number: int) -> Any:
+        if number in self.kept:
+            return self.kept[number]
+        if self.last[0] != number:
+            with self._named(), self._opened() as opened:
+                self.last = number, opened.read_row_group(number)
+        return self.last[1]
+
+    def _opened(self) -> Any:
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(self.file) as opened:
+            columns = [opened.schema.column(number) for number in range(len(opened.schema))]
+        return ParquetFile(
+            self.file, read_dictionary=[one.path for one in columns if one.physical_type == "BYTE_ARRAY"]
+        )
+
+    def _refuse_large(self, number: int, size: int) -> None:
+        if size > PARQUET_MOST_GROUP_BYTES:
+            raise UserError(
+                f"dataset.path {self.file}: row group {number} takes {size / 2**30:.1f} GiB unpacked, more than "
+                f"{PARQUET_MOST_GROUP_BYTES / 2**30:g}; write the file again with smaller ones (pandas: "
+                "to_parquet(path, row_group_size=10000))",
+                "text-row-group-too-large",
+            )
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow raises errors of many kinds for a file that is damaged or not Parquet
+            raise UserError(
+                f"dataset.path {self.file} is not a readable Parquet file: {brief(error)}", "text-invalid"
+            ) from error
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import UserError, warn
@@ -24,9 +25,20 @@ def bytes_on_disk(folder: Path) -> int:
     return 512 * sum({(one.st_dev, one.st_ino): one.st_blocks for one in found}.values())
 
 
+@contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Let an error of the system name what could not be written; the system does not where the file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_through(path: Path, content: bytes | None) -> None:
     """Write a file, or take it as it is, and have it reach the disk."""
-    with open(path, "r+b" if content is None else "wb") as file:
+    with named_in_errors(path), open(path, "r+b" if content is None else "wb") as file:
         if content is not None:
             file.write(content)
         file.flush()
@@ -37,7 +49,8 @@ def sync_folder(folder: Path) -> None:
     """Have the names in a folder reach the disk, where its file system can say so; the files are complete either way."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_in_errors(folder):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise

@@ -3,18 +3,42 @@
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.named_paths import check_path
 from utils.publishing.disk import remove_empty
 
 _MOMENT = 0.1  # seconds
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def prepare_folder(folder: Path, flag: str) -> None:
+    """Check that `folder` can be meant, and exists as a writable folder or can be made; nothing is created.
+
+    Raises:
+        UserError: its name begins or ends with white space or holds control characters; it is the root of all folders; it
+            cannot be named in UTF-8; as `check_writable`.
+    """
+    if folder.name != folder.name.strip() or _CONTROL.search(str(folder)):
+        raise UserError(
+            f"{flag} {str(folder)!r}: a name that begins or ends with white space or holds control characters is refused: "
+            "an error in quoting?",
+            "out-name",
+        )
+    whole = Path(os.path.realpath(folder))
+    if whole == whole.parent:
+        raise UserError(f"{flag} {folder} is the root of all folders; give a folder of its own", "out-root")
+    check_path(whole, flag)
+    check_writable(folder, flag)
+
+
+def check_writable(folder: Path, flag: str) -> None:
     """Check that `folder` exists as a writable folder or can be made; nothing is created.
 
     Raises:
@@ -54,6 +78,25 @@ def refuse_existing(folder: Path, names: Mapping[str, Any] | list[str], *, overw
         raise UserError(
             f"{folder} already holds {', '.join(present)}: give --overwrite to replace, or another folder", "out-exists"
         )
+
+
+def refuse_mount_point(folder: Path, flag: str) -> None:
+    """Raise a `UserError` if another file system begins at a folder that is to be replaced: nothing can be renamed there."""
+    if os.path.ismount(folder) or str(folder) in _mount_points():
+        raise UserError(
+            f"{flag} {folder} is a mount point, which no finished folder can be renamed to; give a folder inside it",
+            "out-is-mount",
+        )
+
+
+def _mount_points() -> set[str]:
+    """Where file systems and parts of them (`mount --bind`) are mounted, as far as this system lists them (Linux)."""
+    try:
+        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return set()
+    octal = re.compile(r"\\([0-7]{3})")  # white space and backslashes
+    return {octal.sub(lambda found: chr(int(found[1], 8)), line.split(" ")[4]) for line in lines}
 
 
 @contextlib.contextmanager

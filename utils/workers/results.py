@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.publishing.disk import remove_tree, sync_folder
+from utils.publishing.disk import named_in_errors, remove_tree, sync_folder
 from utils.workers.piece import Piece
 
 _RESULT = "result.pt"
@@ -105,7 +105,7 @@ class Keeping:
         import torch
 
         files = sorted(path.name for path in self.stage.iterdir())
-        with open(self.stage / _RESULT, "wb") as file:
+        with named_in_errors(self.stage / _RESULT), open(self.stage / _RESULT, "wb") as file:
             torch.save({"value": value, "files": files}, file)
         for name in (_RESULT, *files):
             with open(self.stage / name, "rb") as file:

@@ -266,7 +266,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_a_group_of_rows_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.pair.rows.PARQUET_MOST_GROUP_BYTES", 10)
-    assert "row_group_size" in refusal("text-row-group-too-large", write(tmp_path / "x", ".parquet"))
+    assert "row_group_size" in refusal("text-row-group-too-large", write(tmp_path, ".parquet"))
 
 
 def test_a_parquet_file_below_a_folder_with_an_equals_sign_gains_no_column(tmp_path):

@@ -35,14 +35,15 @@ def test_a_warning_names_what_cannot_be_removed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_said_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", Failing(os.fsync, 1, full(), forever=True))
     for path, write in (
         (tmp_path / "a", lambda: write_through(tmp_path / "a", b"x")),
         (tmp_path, lambda: sync_folder(tmp_path)),
     ):
+        monkeypatch.setattr(os, "fsync", Failing(os.fsync, 1, full()))
         with pytest.raises(OSError, match="No space left") as caught:
             write()
         assert caught.value.filename == str(path)
+        monkeypatch.undo()
 
 
 def test_what_is_not_there_is_no_failure(tmp_path, capsys):

@@ -5,6 +5,7 @@ python -m pytest tests/test_trial.py
 
 import ctypes
 import os
+import resource
 import signal
 import time
 
@@ -45,6 +46,15 @@ def test_a_loop_ends_with_its_time(monkeypatch):
 def test_a_wait_ends_too(monkeypatch):
     monkeypatch.setattr(trial, "WALL_SECONDS", 0.2)
     assert Trial(lambda begin: time.sleep(60)).failure() == "starting took more than 0.2 s"
+
+
+def test_what_does_not_come_back_whole_does_not_come_back():
+    def work(begin):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return b"x" * 100_000
+
+    one = Trial(work)
+    assert (one.failure(), one.made) == ("", b"")
 
 
 def test_a_kill_is_said():

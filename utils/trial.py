@@ -134,6 +134,16 @@ def _limit(what: int, most: int) -> None:
     resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
+def _hand_back(made: bytes, results: int) -> None:
+    """Write all of it or nothing: a limit to the size of files (`ulimit -f`) counts for files without a name, too."""
+    left = memoryview(made)
+    try:
+        while left:
+            left = left[os.write(results, left) :]
+    except OSError:
+        os.ftruncate(results, 0)
+
+
 def _be_the_fork(work: Callable[[Begin], bytes | None], writer: int, results: int | None) -> None:
     code = 0
     try:
@@ -157,8 +167,7 @@ def _be_the_fork(work: Callable[[Begin], bytes | None], writer: int, results: in
         begin("starting")
         made = work(begin)
         if made and results is not None:
-            with open(results, "wb") as file:
-                file.write(made)
+            _hand_back(made, results)
     except MemoryError:
         code = _NO_MEMORY
     except BaseException as error:

@@ -5,14 +5,20 @@ python -m pytest tests/passes/test_experts_in_parts.py
 
 import contextlib
 
+import pandas as pd
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file
 
+from tests.architectures.shrinking import save_changed, tiny_model
+from tests.architectures.sweep import read_rows
 from tests.commands_here import run_here
 from tests.plain_gradients import token_lists
 from tests.refusals import refusal_code, refused
 from tests.tiny_mixtures import save_mixtures, save_stacked
-from utils.commands import too_large
+from tests.tiny_pairs import save_rows, save_tokenizer, write_config
+from utils.commands import block_memory
 from utils.guidance.lewis.visitor import LewisVisitor
 from utils.guidance.method import guidance_methods
 from utils.merging.allocations import LiveBytes
@@ -21,7 +27,7 @@ from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
 from utils.pair.batches import micro_batches
-from utils.passes import block_runner
+from utils.passes.block_gradients import observe_gradients
 from utils.passes.block_runner import run_blocks
 from utils.passes.experts_in_parts import experts_in_parts, parts_bytes, stack_names
 
@@ -40,30 +46,32 @@ def stacked(apart, tmp_path_factory):
     return save_stacked(apart, tmp_path_factory.mktemp("stacked"))
 
 
-def opened(folder):
+def opened(folder, apart=False):
     checkpoint = open_checkpoint(str(folder))
     model = build_skeleton(checkpoint, torch.float32, trust_remote_code=False)
     layout = stored_layout(model, checkpoint)
-    return find_decoder(model, None, {}, "test model"), layout, StreamedWeights(layout, CPU, torch.float32)
+    return (
+        find_decoder(model, None, {}, "test model"),
+        layout,
+        StreamedWeights(layout, CPU, torch.float32, experts_apart=apart),
+    )
 
 
-def measured(folder, counting=contextlib.nullcontext):
-    decoder, layout, weights = opened(folder)
+def measured(folder, apart, counting=contextlib.nullcontext):
+    decoder, layout, weights = opened(folder, apart)
     batches = micro_batches(ENCODED, 64, pad_id=0)
     tokens = sum(map(len, ENCODED))
     visitor = LewisVisitor(decoder, tokens, tokens, 0.0, layout, fewest_tokens=8)
-    parts_bytes(decoder, layout)  # what is found out on the meta device is known by now, and is not counted
     with counting() as counted:
         finals = run_blocks(decoder, weights, batches, visitor, CPU)
     return finals, visitor, counted
 
 
 @pytest.mark.parametrize("stored", ["apart", "stacked"])
-def test_numbers_are_those_of_whole_blocks(stored, request, monkeypatch):
+def test_numbers_are_those_of_whole_blocks(stored, request):
     folder = request.getfixturevalue(stored) / "base"
-    finals, whole, _ = measured(folder)
-    monkeypatch.setattr(block_runner, "available_bytes", lambda device: 0)
-    in_parts, apart, _ = measured(folder)
+    finals, whole, _ = measured(folder, False)
+    in_parts, apart, _ = measured(folder, True)
     for one, other in zip(finals, in_parts, strict=True):
         assert torch.equal(one, other)
     assert apart.norms == whole.norms and list(apart.stacks) == list(whole.stacks)
@@ -78,15 +86,13 @@ def test_numbers_are_those_of_whole_blocks(stored, request, monkeypatch):
 
 
 @pytest.mark.parametrize("stored", ["apart", "stacked"])
-def test_what_is_alive_is_far_less_than_a_block(stored, request, monkeypatch):
+def test_what_is_alive_is_far_less_than_a_block(stored, request):
     folder = request.getfixturevalue(stored) / "base"
     decoder, layout, _ = opened(folder)
     whole, without_experts, matrix = parts_bytes(decoder, layout)
     experts = whole - without_experts
-    monkeypatch.setattr(block_runner, "available_bytes", lambda device: 2**40)
-    *_, usual = measured(folder, LiveBytes)
-    monkeypatch.setattr(block_runner, "available_bytes", lambda device: 0)
-    *_, counted = measured(folder, LiveBytes)
+    *_, usual = measured(folder, False, LiveBytes)
+    *_, counted = measured(folder, True, LiveBytes)
     assert usual.peak > experts  # the count sees them
     assert counted.peak < usual.peak - experts + 8 * matrix
 
@@ -114,12 +120,12 @@ def test_an_architecture_that_takes_all_experts_at_once_is_refused(apart):
         torch.bmm(stack, stack.transpose(1, 2))
 
 
-@pytest.mark.parametrize("guidance", ["sens_merging", "saliency_budget", "submodule_linearity", "gram_mean", "tuned"])
+@pytest.mark.parametrize("guidance", ["saliency_budget", "submodule_linearity", "tuned"])
 def test_what_needs_whole_blocks_is_refused_with_the_numbers(guidance, apart, monkeypatch, tmp_path):
     decoder, layout, _ = opened(apart / "base")
     whole, without_experts, _ = parts_bytes(decoder, layout)
     monkeypatch.chdir(apart)
-    monkeypatch.setattr(too_large, "available_bytes", lambda device: (whole + without_experts) // 2)
+    monkeypatch.setattr(block_memory, "available_bytes", lambda device: (whole + without_experts) // 2)
     flags = ["--config", "pair.yaml", "--out_dir", str(tmp_path / "out"), "--guidance", guidance]
     done = run_here("lewis_importance.py", *flags, "--dtype", "float32", "--device", "cpu")
     assert refusal_code(done) == "memory-block-too-large"
@@ -131,9 +137,9 @@ def test_what_needs_whole_blocks_is_refused_with_the_numbers(guidance, apart, mo
     [
         ("lewis", 30, 12, torch.float32, ["one at a time", "--dtype bfloat16"], ["needs a block whole", "--guidance"]),
         ("lewis", 30, 30, torch.bfloat16, [], ["--dtype", "--guidance", "one at a time"]),
-        ("gram_mean", 18, 8, torch.float32, ["--guidance lewis", "--dtype bfloat16", "gram_mean needs"], []),
-        ("gram_mean", 18, 8, torch.bfloat16, ["--guidance lewis (which"], ["--dtype"]),
-        ("gram_mean", 30, 12, torch.float32, [], ["--guidance lewis", "--dtype"]),
+        ("tuned", 18, 8, torch.float32, ["--guidance lewis", "--dtype bfloat16", "tuned needs"], []),
+        ("tuned", 18, 8, torch.bfloat16, ["--guidance lewis (which"], ["--dtype"]),
+        ("tuned", 30, 12, torch.float32, [], ["--guidance lewis", "--dtype"]),
         ("submodule_linearity", 8, 8, torch.bfloat16, ["--guidance lewis"], ["--dtype", "(which"]),
         ("submodule_linearity", 30, 30, torch.float32, [], ["--dtype", "--guidance"]),
     ],
@@ -141,20 +147,114 @@ def test_what_needs_whole_blocks_is_refused_with_the_numbers(guidance, apart, mo
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_only_what_would_do_is_advised(name, whole, apart, dtype, wanted, unwanted, is_gpu):
     """Of ten bytes that are free."""
-    needs, method = too_large.BlockNeeds(whole, apart, dtype, 10, is_gpu), guidance_methods()[name]
+    needs, method = block_memory.BlockNeeds(whole, apart, dtype, 10, is_gpu), guidance_methods()[name]
     assert needs.of(method) > needs.free
     said = f"{needs.why(method)}; use {needs.remedies(method)}"
     assert all(one in said for one in wanted) and not any(one in said for one in unwanted)
     assert ("--device cpu" in said) == is_gpu and said.endswith("a machine with more memory")
 
 
-def test_command_1_measures_in_parts_what_it_measures_whole(apart, monkeypatch, tmp_path):
+GUIDANCES = ("lewis", "sens_merging", "gram_mean")
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_command_1_measures_in_parts_what_it_measures_whole(guidance, apart, monkeypatch, tmp_path):
+    """Also with gradients, block by block on the way back."""
     monkeypatch.chdir(apart)
-    tables = []
-    for name in ("whole", "parts"):
-        flags = ["--config", "pair.yaml", "--out_dir", str(tmp_path / name), "--dtype", "bfloat16"]
-        done = run_here("lewis_importance.py", *flags, "--device", "cpu")
+    decoder, layout, _ = opened(apart / "base")
+    whole, without_experts, _ = parts_bytes(decoder, layout)
+    tables, flags = [], ["--config", "pair.yaml", "--guidance", guidance, "--dtype", "float32", "--device", "cpu"]
+    flags += [] if guidance == "lewis" else ["--accept_useless_text"]
+    for name, free in (("whole", 2**40), ("parts", (whole + without_experts) // 2)):
+        monkeypatch.setattr(block_memory, "available_bytes", lambda device, free=free: free)
+        done = run_here("lewis_importance.py", *flags, "--out_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
-        tables.append((tmp_path / name / "norms.csv").read_text())
-        monkeypatch.setattr(block_runner, "available_bytes", lambda device: 0)
-    assert tables[0] == tables[1]
+        assert ("one at a time" in done.stdout) == (name == "parts")
+        tables.append({file.name: file for file in (tmp_path / name).iterdir() if file.name != "manifest.json"})
+    assert tables[0].keys() == tables[1].keys()
+    for name, file in tables[0].items():
+        if file.suffix == ".csv":
+            one, other = (pd.read_csv(each[name]) for each in tables)
+            assert_frame_equal(one, other, check_exact=False, rtol=1e-6, atol=1e-12)
+        elif file.suffix == ".safetensors":
+            one, other = (load_file(each[name]) for each in tables)
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-12, msg=key)
+
+
+def gradients(folder, apart, counting=contextlib.nullcontext):
+    """Losses, the sensitivity of each parameter and expert's matrix, and what was alive."""
+    decoder, _, weights = opened(folder, apart)
+    observer = Observed()
+    with counting() as counted:
+        losses = observe_gradients(decoder, weights, ENCODED[:2], observer, CPU)
+    return losses, observer.found, counted
+
+
+class Observed:
+    """The sum over samples of |parameter * gradient|, of each expert of a stack by itself."""
+
+    def __init__(self):
+        self.found = {}
+
+    def wants(self, name):
+        return True
+
+    def gradient(self, name, parameter, gradient, sample):
+        rows = [(name, parameter, gradient)]
+        if gradient.ndim == 3:
+            rows = [((name, expert), parameter[expert], gradient[expert]) for expert in range(len(gradient))]
+        for key, *both in rows:
+            self.add(key, *both)
+
+    def expert_gradient(self, name, expert, matrix, gradient, sample):
+        assert matrix.shape == gradient.shape
+        self.add((name, expert), matrix, gradient)
+
+    def add(self, key, parameter, gradient):
+        self.found[key] = self.found.get(key, 0) + float((parameter * gradient).abs().sum(dtype=torch.float64))
+
+    def finish(self, layer, parameters):
+        pass
+
+
+@pytest.mark.parametrize("stored", ["apart", "stacked"])
+def test_gradients_are_those_of_whole_blocks_with_far_less_alive(stored, request):
+    folder = request.getfixturevalue(stored) / "base"
+    decoder, layout, _ = opened(folder)
+    whole, without_experts, matrix = parts_bytes(decoder, layout)
+    losses, wanted, usual = gradients(folder, False, LiveBytes)
+    found_losses, found, counted = gradients(folder, True, LiveBytes)
+    assert found_losses == losses
+    for key, value in wanted.items():
+        assert found.get(key, 0.0) == pytest.approx(value, rel=1e-6), key
+    assert found.keys() <= wanted.keys()
+    assert usual.peak > whole - without_experts  # the count sees them
+    assert counted.peak < usual.peak - (whole - without_experts) + 8 * matrix
+
+
+def test_an_architecture_that_takes_all_experts_at_once_is_refused_before_measuring(tmp_path, monkeypatch):
+    """Llama 4 multiplies all its experts in one product."""
+    monkeypatch.chdir(save_llama4(tmp_path))
+    decoder, layout, _ = opened(tmp_path / "base")
+    whole, without_experts, _ = parts_bytes(decoder, layout)
+    monkeypatch.setattr(block_memory, "available_bytes", lambda device: (whole + without_experts) // 2)
+    for guidance in ("lewis", "saliency_budget"):
+        flags = ["--config", "pair.yaml", "--out_dir", "out", "--guidance", guidance, "--dtype", "float32"]
+        done = run_here("lewis_importance.py", *flags, "--device", "cpu")
+        assert refusal_code(done) == "memory-block-too-large"
+        assert "all experts of a block at once" in done.stderr and "--guidance lewis" not in done.stderr
+
+
+def save_llama4(folder):
+    """A pair of tiny Llama 4 text models."""
+    model = tiny_model({row.label: row for row in read_rows()}["llama4_text:causal"])
+    model.save_pretrained(folder / "base")
+    save_changed(model, folder / "code", 1)
+    for name in ("base", "code"):
+        save_tokenizer(folder / name, size=90)
+    save_rows(folder)
+    models = [{"name": f"./{name}", "type": name} for name in ("base", "code")]
+    write_config(folder, {"model_info": models})
+    return folder

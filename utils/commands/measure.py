@@ -120,9 +120,11 @@ def _measure(
     )
     method.check(job)
     if workers is None:
-        from utils.commands.too_large import refuse_too_large
+        from utils.commands.block_memory import parts_lines, placed_in_memory
 
-        refuse_too_large(job, method)
+        job = placed_in_memory(job, method)
+        for line in parts_lines(job):
+            detail(line)
     request = measure_request(options, job, samples)
     with contextlib.ExitStack() as stack:
         place, pieces_of = options.out_dir / WORK, pieces_request(job, workers, request)

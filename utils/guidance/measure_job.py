@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from utils.pair.config import ModelEntry, PairConfig
 from utils.passes.subjects import EncodedText, Subject
 from utils.progress_bar import progress_bar
+from utils.runtime import available_bytes
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece, Workers
 
@@ -89,8 +90,12 @@ class MeasureJob:
     def open_weights(self, subject: Subject, device: "torch.device") -> "WeightSource":
         """A source of a model's weights on a device; close it in the end (`run_blocks` does)."""
         from utils.models.weight_source import StreamedWeights
+        from utils.passes.experts_in_parts import do_not_fit
 
-        return StreamedWeights(subject.layout, device, subject.dtype)
+        apart = subject.experts_apart
+        if apart is None:
+            apart = do_not_fit(subject.decoder, subject.layout, available_bytes(device))
+        return StreamedWeights(subject.layout, device, subject.dtype, experts_apart=apart)
 
     def of(self, *subjects: Subject) -> "MeasureJob":
         """This job as a piece of it needs it: these subjects, with skeletons that nobody else uses; nothing of where it runs.

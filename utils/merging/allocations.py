@@ -47,7 +47,9 @@ class LiveBytes(TorchDispatchMode):
         return found
 
     def _know(self, tensor: Tensor, size: int) -> None:
-        """Count memory if it is new."""
+        """Count memory if it is new; tensors on the meta device have none."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._counted:

@@ -80,8 +80,11 @@ class StreamedWeights:
     copies overlap computation (`utils/models/pinned_copies.py`).
     """
 
-    def __init__(self, layout: StoredLayout, device: torch.device, dtype: torch.dtype) -> None:
-        self.layout, self.device, self.dtype = layout, device, dtype
+    def __init__(
+        self, layout: StoredLayout, device: torch.device, dtype: torch.dtype, *, experts_apart: bool = False
+    ) -> None:
+        """Read what `layout` says; with `experts_apart` the experts of blocks are to be fetched one at a time."""
+        self.layout, self.device, self.dtype, self.experts_apart = layout, device, dtype, experts_apart
         self.files = ExitStack()
         self.inputs: TensorFiles | None = None
         self.copies: PinnedCopies | None = None

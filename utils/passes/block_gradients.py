@@ -6,7 +6,7 @@ again, differentiated, and each parameter's gradient goes to an observer the mom
 its pass, so that its gradients are its own, exactly, for every kind of parameter.
 
 Memory: what lies outside the blocks (the language-model head included), two blocks of weights (this one and the next,
-which is being fetched), the activations and parameter gradients of one sample in one block, the logits of one sample,
+which is being fetched; without their experts where these come one at a time), the activations and parameter gradients of one sample in one block, the logits of one sample,
 and three hidden states of each sample (where it enters the blocks, where it stands, and a gradient). The checkpoints,
 samples x blocks x tokens x hidden size in the model's dtype, wait on disk, or on the host where a GPU computes
 (`checkpoint_bytes`). Models with a sliding window add one mask of tokens x tokens per sample.
@@ -48,6 +48,14 @@ class GradientObserver(Protocol):
         Called at most once for a parameter and a sample; not at all where the sample's loss does not depend on the
         parameter (an expert no token was routed to): the gradient is zero then. The gradient is the observer's to
         keep or change; the parameter may be a read-only page of a file. Gradients are not recorded in here.
+        """
+
+    def expert_gradient(
+        self, name: str, expert: int, matrix: torch.Tensor, gradient: torch.Tensor, sample: int
+    ) -> None:
+        """The same of one expert's matrix in a stack of this name, where experts are fetched one at a time.
+
+        Then `parameters` of `finish` has the stack on the meta device.
         """
 
     def finish(self, layer: int | None, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -227,7 +235,7 @@ def _forward(
         for ids in samples:
             way.passes.append(SamplePass(decoder.model, ids, device, store))
         for layer in range(len(decoder.blocks)):
-            with turn.next_block() if layer >= known else nullcontext():
+            with _next_block(turn) if layer >= known else nullcontext():
                 for place, sample in enumerate(way.passes):
                     if layer >= known:
                         sample.forward(layer)
@@ -247,6 +255,12 @@ def _forward(
                 "measured-not-finite",
             )
     return losses
+
+
+@contextmanager
+def _next_block(turn: BlocksInTurn) -> Iterator[None]:
+    with turn.next_block(), turn.experts():
+        yield
 
 
 def _backward(
@@ -269,7 +283,7 @@ def _backward(
             _require_wanted(parameters, observer)
             with observing(layer, block):
                 for place, sample in enumerate(way.passes):
-                    with handed_over(parameters, _addressed(observer, place)):
+                    with handed_over(parameters, _addressed(observer, place)), _experts(turn, observer, place):
                         sample.backward(layer, keep_output=bool(wanted))
             way.back = layer
             yield from _finished(layer, parameters, observer)
@@ -286,6 +300,17 @@ def _backward(
 
 def _addressed(observer: GradientObserver, sample: int) -> Callable[[str, torch.Tensor, torch.Tensor], None]:
     return lambda name, parameter, gradient: observer.gradient(name, parameter, gradient, sample)
+
+
+@contextmanager
+def _experts(turn: BlocksInTurn, observer: GradientObserver, sample: int) -> Iterator[None]:
+    """Fetch the present block's experts one at a time, where they are apart, and hand their gradients over."""
+    with turn.experts() as experts:
+        if experts is None:
+            yield
+            return
+        with experts.handing_over(lambda *found: observer.expert_gradient(*found, sample)):
+            yield
 
 
 def _finished(

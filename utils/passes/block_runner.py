@@ -18,7 +18,7 @@ from torch import nn
 from utils.models.decoder import Decoder
 from utils.models.weight_source import WeightSource, placed, tensor_names, tied_names
 from utils.pair.batches import MicroBatch
-from utils.passes.experts_in_parts import block_bytes, experts_in_parts, stack_names
+from utils.passes.experts_in_parts import ExpertMatrices, block_bytes, experts_in_parts, stack_names
 from utils.passes.flows import Flow, stops
 from utils.passes.snapshots import Snapshot, Snapshots, digests
 from utils.runtime import available_bytes
@@ -116,9 +116,9 @@ def run_blocks(
         first = _begun(decoder, batches, visitor, device, flows, snapshots)
         for layer in range(first):
             on_block(layer)
-        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers[first:], device, in_parts=True))
+        turn = stack.enter_context(BlocksInTurn(decoder, weights, layers[first:], device))
         for layer in layers[first:]:
-            with turn.next_block() as block:
+            with turn.next_block() as block, turn.experts():
                 _through_block(layer, block, flows, visitor)
             on_block(layer)
             if snapshots is not None and layer + 1 < len(layers):
@@ -211,23 +211,15 @@ class BlocksInTurn:
     """Puts one block's weights into the model after the other, in a given order, and fetches the next one meanwhile.
 
     No more than two blocks are in fast memory: the present one and the one being fetched. Where the next one does not fit
-    beside the present one and whatever else is there by then, it is fetched once the present one has gone. With `in_parts`,
-    where even then it does not fit, its experts stay where they are and are fetched as they are asked for
+    beside the present one and whatever else is there by then, it is fetched once the present one has gone. Where the weights'
+    `experts_apart` says so, experts stay where they are and are fetched as they are asked for, within `experts`
     (`utils/passes/experts_in_parts.py`).
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        weights: WeightSource,
-        order: Sequence[int],
-        device: torch.device,
-        *,
-        in_parts: bool = False,
-    ) -> None:
+    def __init__(self, decoder: Decoder, weights: WeightSource, order: Sequence[int], device: torch.device) -> None:
         self.decoder, self.weights, self.order, self.device = decoder, weights, list(order), device
-        self.place, self.in_parts = 0, in_parts
-        self._apart: dict[int, tuple[str, ...]] = {}  # by block, the stacks whose experts are fetched on their own
+        self.place = 0
+        self._stacks: dict[int, tuple[str, ...]] = {}
 
     def __enter__(self) -> "BlocksInTurn":
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
@@ -256,26 +248,36 @@ class BlocksInTurn:
         block = self.decoder.blocks[layer]
         with placed(block, f"{self.decoder.blocks_path}.{layer}", tensors, self.device):
             del tensors
-            with self._experts(layer):
-                yield block
+            yield block
 
     def _begin(self) -> Future:
         """Begin to fetch the block whose turn it is, all of it or without its experts."""
-        layer, names = self.order[self.place], self._names(self.place)
-        if self.in_parts and not self._fits(layer):
-            self._apart[layer] = stack_names(self.decoder, layer, self.weights.layout)
-        return self.fetcher.submit(self.weights.fetch, [one for one in names if one not in self._apart.get(layer, ())])
+        return self.fetcher.submit(self.weights.fetch, self._names(self.place))
 
-    def _experts(self, layer: int) -> contextlib.AbstractContextManager[None]:
-        if not self._apart.get(layer):
+    def experts(self) -> contextlib.AbstractContextManager[ExpertMatrices | None]:
+        """For as long as the context lasts, the present block's experts come as they are asked for, where they are apart.
+
+        Contexts of several models are to be left in the reverse order.
+        """
+        layer = self.order[self.place - 1]
+        if not self._apart(layer):
             return contextlib.nullcontext()
-        return experts_in_parts(self.decoder, layer, self._apart[layer], self.weights.fetch_expert)
+        return experts_in_parts(self.decoder, layer, self._apart(layer), self.weights.fetch_expert)
+
+    def _apart(self, layer: int) -> tuple[str, ...]:
+        """The stacks of a block whose experts are fetched on their own."""
+        if not self.weights.experts_apart:
+            return ()
+        if layer not in self._stacks:
+            self._stacks[layer] = stack_names(self.decoder, layer, self.weights.layout)
+        return self._stacks[layer]
 
     def _fits(self, layer: int) -> bool:
-        return block_bytes(self.decoder, layer) <= available_bytes(self.device)
+        return block_bytes(self.decoder, layer, self._apart(layer)) <= available_bytes(self.device)
 
     def _names(self, place: int) -> list[str]:
-        return _names_in_block(self.decoder, self.order[place])
+        layer = self.order[place]
+        return [name for name in _names_in_block(self.decoder, layer) if name not in self._apart(layer)]
 
 
 def _marker(device: torch.device) -> torch.cuda.Event | None:

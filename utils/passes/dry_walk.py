@@ -17,7 +17,7 @@ from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import block_tensor_names
-from utils.passes.flows import Flow, stops
+from utils.passes.flows import Arrival, Flow, stops
 
 _TOKENS = 5
 _CPU = torch.device("cpu")
@@ -50,13 +50,19 @@ class DryWalk:
         return self.states[1] - self.tokens if is_plain else 0
 
 
-def dry_walk(decoder: Decoder, ids: Sequence[int], where: str) -> DryWalk:
+def dry_walk(
+    decoder: Decoder,
+    ids: Sequence[int],
+    where: str,
+    at_block: Callable[[int, Arrival], None] = lambda layer, call: None,
+) -> DryWalk:
     """Take a text of some tokens, twice, through a model whose parameters are on the meta device.
 
     Args:
         decoder: the model.
         ids: token ids; the first few are used.
         where: what to call the model in messages.
+        at_block: is given each block's number and the call that the model is about to make to it; more than once, perhaps.
 
     Returns:
         What was seen; as far as it came, where a model cannot go on with what stands in for its blocks' outputs.
@@ -84,7 +90,7 @@ def dry_walk(decoder: Decoder, ids: Sequence[int], where: str) -> DryWalk:
     for returned in _RETURNS:
         seen = DryWalk(*batch.input_ids.shape)
         try:
-            _walk(decoder, batch, returned, seen, where)
+            _walk(decoder, batch, returned, seen, where, at_block)
         except UserError as error:
             refusal = refusal or error
         except MemoryError:
@@ -99,7 +105,12 @@ def dry_walk(decoder: Decoder, ids: Sequence[int], where: str) -> DryWalk:
 
 
 def _walk(
-    decoder: Decoder, batch: MicroBatch, returned: Callable[[torch.Tensor], Any], seen: DryWalk, where: str
+    decoder: Decoder,
+    batch: MicroBatch,
+    returned: Callable[[torch.Tensor], Any],
+    seen: DryWalk,
+    where: str,
+    at_block: Callable[[int, Arrival], None],
 ) -> None:
     with _watched(decoder, seen), _flow(decoder, decoder.body, batch) as flow:
         flow.advance()
@@ -109,6 +120,7 @@ def _walk(
             flow.expect(layer)
             states = next(one for one in (*call.args, *call.kwargs.values()) if torch.is_tensor(one))
             seen.states = seen.states or tuple(states.shape)
+            at_block(layer, call)
             flow.advance_with(returned(states))
         _refuse_other_order(None, None if flow.arrival is None else flow.arrival.layer, where)
         flow.result()

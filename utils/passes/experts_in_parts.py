@@ -2,15 +2,21 @@
 
 Their stacked parameters stay on the meta device. The loop of an experts module takes `stack[expert]`, and that slice is
 read then and let go of after its product; so one matrix of one expert is there at a time, and each is read once for every
-micro-batch. Nothing else is assumed about an architecture: one that takes its stacks in another way is refused.
+micro-batch. Where a graph is recorded it keeps no matrix: what a way back needs of it is read again, and each expert's
+gradient is handed over by itself. Nothing else is assumed about an architecture: one that takes its stacks in another way
+is refused.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from utils.errors import UserError
@@ -19,6 +25,8 @@ from utils.models.stored_layout import StoredLayout
 
 _HARMLESS = ("__get__", "size", "dim", "numel", "stride", "__len__")  # what only asks about a stack
 FetchExpert = Callable[[str, int], Tensor]
+TakeGradient = Callable[[str, int, Tensor, Tensor], None]
+"""Takes a stack's name, an expert's number, that expert's matrix and the gradient of its loss by it."""
 
 
 def stack_names(decoder: Decoder, layer: int, layout: StoredLayout) -> tuple[str, ...]:
@@ -62,8 +70,16 @@ def parts_bytes(decoder: Decoder, layout: StoredLayout) -> tuple[int, int, int]:
     return outside + whole, outside + apart, matrix
 
 
+def do_not_fit(decoder: Decoder, layout: StoredLayout, free: int) -> bool:
+    """Whether a model's largest block does not fit beside what lies outside the blocks into so many bytes, but for experts."""
+    whole, apart, _ = parts_bytes(decoder, layout)
+    return apart < whole and whole > free
+
+
 @contextlib.contextmanager
-def experts_in_parts(decoder: Decoder, layer: int, names: Sequence[str], fetch: FetchExpert) -> Iterator[None]:
+def experts_in_parts(
+    decoder: Decoder, layer: int, names: Sequence[str], fetch: FetchExpert
+) -> Iterator["ExpertMatrices"]:
     """While the context lasts, `stack[expert]` of a block's stacks of these names is that expert's matrix, fetched.
 
     The experts run one after the other meanwhile.
@@ -77,9 +93,10 @@ def experts_in_parts(decoder: Decoder, layer: int, names: Sequence[str], fetch: 
     before = [getattr(config, "_experts_implementation", None) for config in configs]
     for config in configs:
         config._experts_implementation = "eager"
+    matrices = ExpertMatrices(stacks, fetch)
     try:
-        with _Slices(stacks, fetch):
-            yield
+        with matrices, saved_tensors_hooks(matrices.pack, matrices.unpack):
+            yield matrices
     finally:
         for config, value in zip(configs, before, strict=True):
             config._experts_implementation = value
@@ -90,12 +107,49 @@ def origin(matrix: Tensor) -> tuple[Tensor, int] | None:
     return getattr(matrix, "_expert_of", None)
 
 
-class _Slices(TorchFunctionMode):
-    """Fetches what is asked of stacks, given by identity with their names."""
+@dataclass(frozen=True)
+class _Place:
+    """Which matrix a storage holds, as long as it lives."""
+
+    storage: StorageWeakRef
+    name: str
+    expert: int
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A view of an expert's matrix that a graph has kept."""
+
+    name: str
+    expert: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ExpertMatrices(TorchFunctionMode):
+    """Fetches what is asked of stacks, given by identity with their names; for a way back, fetches it again."""
 
     def __init__(self, stacks: Mapping[int, tuple[nn.Parameter, str]], fetch: FetchExpert) -> None:
         super().__init__()
         self.stacks, self.fetch = stacks, fetch
+        self._alive: dict[int, _Place] = {}
+        self._again: tuple[str, int, Tensor] | None = None  # the matrix that a way back has read last
+        self._take: TakeGradient | None = None
+        self._taken: set[tuple[str, int]] = set()
+
+    @contextlib.contextmanager
+    def handing_over(self, take: TakeGradient) -> Iterator[None]:
+        """Hand over the gradients of the experts' matrices that one way back comes to, of stacks that require a gradient.
+
+        Raises:
+            UserError: one is come to twice, so that what is handed over would be a part of its gradient.
+        """
+        self._take, self._taken = take, set()
+        try:
+            yield
+        finally:
+            self._take, self._again = None, None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for value in args:
@@ -103,10 +157,7 @@ class _Slices(TorchFunctionMode):
                 continue
             stack, name = self.stacks[id(value)]
             if func is Tensor.__getitem__ and value is args[0] and _is_one(args[1]):
-                expert = int(args[1])
-                matrix = self.fetch(name, expert)
-                matrix._expert_of = (stack, expert)
-                return matrix
+                return self._matrix(stack, name, int(args[1]))
             if func is Tensor.detach:  # as a list of a module's state does
                 return stack
             if getattr(func, "__name__", "") not in _HARMLESS:
@@ -116,6 +167,64 @@ class _Slices(TorchFunctionMode):
                     "experts-not-in-parts",
                 )
         return func(*args, **(kwargs or {}))
+
+    def _matrix(self, stack: nn.Parameter, name: str, expert: int) -> Tensor:
+        if torch.is_grad_enabled() and stack.requires_grad:
+            matrix = _Fetched.apply(stack, self, name, expert)
+        else:
+            matrix = self.fetch(name, expert)
+        storage = matrix.untyped_storage()
+        self._alive = {key: one for key, one in self._alive.items() if not one.storage.expired()}
+        self._alive[storage._cdata] = _Place(StorageWeakRef(storage), name, expert)
+        matrix._expert_of = (stack, expert)
+        return matrix
+
+    def pack(self, value: Tensor) -> Tensor | _Packed:
+        """What a graph keeps of a tensor: of an expert's matrix its place alone."""
+        place = self._alive.get(value.untyped_storage()._cdata)
+        if place is None or place.storage.expired():
+            return value
+        return _Packed(place.name, place.expert, value.size(), value.stride(), value.storage_offset())
+
+    def unpack(self, kept: Tensor | _Packed) -> Tensor:
+        """The tensor that a graph has kept."""
+        if isinstance(kept, Tensor):
+            return kept
+        return self._read_again(kept.name, kept.expert).as_strided(kept.size, kept.stride, kept.offset)
+
+    def _read_again(self, name: str, expert: int) -> Tensor:
+        if self._again is None or self._again[:2] != (name, expert):
+            self._again = None  # before the next is there
+            self._again = (name, expert, self.fetch(name, expert))
+        return self._again[2]
+
+    def hand_over(self, name: str, expert: int, gradient: Tensor) -> None:
+        """Give an expert's gradient to whoever takes them."""
+        if self._take is None:
+            return
+        if (name, expert) in self._taken:
+            raise UserError(
+                f"{name} does not fit into memory, and this architecture takes expert {expert} of it twice; use --device cpu, "
+                "or a machine with more",
+                "experts-not-in-parts",
+            )
+        self._taken.add((name, expert))
+        with torch.no_grad():
+            self._take(name, expert, self._read_again(name, expert), gradient)
+
+
+class _Fetched(torch.autograd.Function):
+    """An expert's matrix, whose gradient is handed over."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, stack: nn.Parameter, matrices: ExpertMatrices, name: str, expert: int) -> Tensor:
+        ctx.matrices, ctx.place = matrices, (name, expert)
+        return matrices.fetch(name, expert)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[None, None, None, None]:
+        ctx.matrices.hand_over(*ctx.place, gradient)
+        return None, None, None, None
 
 
 def _is_one(index: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, largest_block
 
 if TYPE_CHECKING:
     import torch
@@ -35,20 +35,21 @@ class GradientMemory:
 def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> GradientMemory:
     """Of a model in the dtype it is computed in, and the token ids of each sample."""
     decoder, size = subject.decoder, subject.dtype.itemsize
-    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
+    block = largest_block(subject)
     inside = {id(value) for value in decoder.blocks.parameters()}
     around = [value for value in decoder.model.parameters() if id(value) not in inside]
     tokens, longest = sum(map(len, samples)), max(map(len, samples))
     hidden = decoder.model.config.get_text_config(decoder=True).hidden_size
-    largest = max(value.numel() for value in decoder.blocks.parameters())
+    one = [value[0] if subject.experts_apart and value.dim() > 2 else value for value in decoder.blocks.parameters()]
+    largest = max(value.numel() for value in one)
     logits = longest * decoder.model.get_input_embeddings().weight.shape[0] * (size + 12)
     widest = size * max(value.numel() for value in around)
     return GradientMemory(
-        held=size * (sum(value.numel() for value in around) + 2 * max(blocks) + 2 * tokens * hidden),
+        held=size * (sum(value.numel() for value in around) + 2 * block + 2 * tokens * hidden),
         block=size * largest + max(_kept(block, longest, size) for block in decoder.blocks),
         logits=logits,
-        outside=logits + widest - 2 * size * max(blocks),
-        waiting=size * tokens * hidden * len(blocks),
+        outside=logits + widest - 2 * size * block,
+        waiting=size * tokens * hidden * len(decoder.blocks),
     )
 
 

@@ -22,6 +22,8 @@ def handed_over(parameters: Mapping[str, nn.Parameter], hand_over: HandOver) -> 
     def hook(name: str) -> Callable[[nn.Parameter], None]:
         def take(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
+            if gradient is None:  # of a stack whose experts each handed over their own
+                return
             with torch.no_grad():
                 hand_over(name, parameter.detach(), gradient)
 

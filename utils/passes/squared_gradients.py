@@ -20,6 +20,15 @@ def as_it_is(name: str, value: Tensor) -> Mapping[str, Tensor]:
     return {name: value}
 
 
+SplitExpert = Callable[[str, int, Tensor], Mapping[str, Tensor]]
+"""The same of one expert's matrix of a stack."""
+
+
+def expert_as_it_is(name: str, expert: int, value: Tensor) -> Mapping[str, Tensor]:
+    """The split of matrices that are stored as they are."""
+    return {f"{name}.{expert}": value}
+
+
 class SquaredGradients:
     """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
 
@@ -27,10 +36,17 @@ class SquaredGradients:
         whole: the parameters of which every entry is summed up; the sums are in `sums`, on the device, until taken.
         outlined: those of which sums over axes are enough (`utils/passes/axis_sums.py`), in `outlines` until taken.
         pieces: how the outlined ones are stored; each piece has sums of its own.
+        expert_pieces: the same of experts that are fetched one at a time.
     """
 
-    def __init__(self, whole: frozenset[str], outlined: frozenset[str] = frozenset(), pieces: Split = as_it_is) -> None:
-        self.whole, self.outlined, self.pieces = whole, outlined, pieces
+    def __init__(
+        self,
+        whole: frozenset[str],
+        outlined: frozenset[str] = frozenset(),
+        pieces: Split = as_it_is,
+        expert_pieces: SplitExpert = expert_as_it_is,
+    ) -> None:
+        self.whole, self.outlined, self.pieces, self.expert_pieces = whole, outlined, pieces, expert_pieces
         self.sums: dict[str, Tensor] = {}
         self.outlines: dict[str, AxisSums] = {}
 
@@ -41,16 +57,23 @@ class SquaredGradients:
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         """Add one sample's gradient of one parameter."""
         if name not in self.whole:
-            for piece, part in self.pieces(name, gradient).items():
-                if piece not in self.outlines:
-                    self.outlines[piece] = AxisSums(part.shape, part.device)
-                self.outlines[piece].add_squares(part)
+            self._outline(self.pieces(name, gradient))
             return
         exact = gradient.float()
         if name in self.sums:
             self.sums[name].addcmul_(exact, exact)
         else:
             self.sums[name] = exact * exact
+
+    def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
+        """Add one sample's gradient of one expert's matrix of an outlined stack."""
+        self._outline(self.expert_pieces(name, expert, gradient))
+
+    def _outline(self, pieces: Mapping[str, Tensor]) -> None:
+        for piece, part in pieces.items():
+            if piece not in self.outlines:
+                self.outlines[piece] = AxisSums(part.shape, part.device)
+            self.outlines[piece].add_squares(part)
 
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Sums stay until they are taken."""
@@ -63,8 +86,12 @@ class SquaredGradients:
     def outlines_of(self, name: str, like: Tensor, pieces: Sequence[str]) -> list[AxisSums]:
         """The sums of some pieces of an outlined parameter, to be changed in place; zeros for those without a gradient."""
         shapes = {piece: part.shape for piece, part in self.pieces(name, like).items()}
+        device = like.device
+        if like.is_meta:  # a stack whose experts were fetched one at a time
+            there = [self.outlines[piece].rows.device for piece in pieces if piece in self.outlines]
+            device = there[0] if there else torch.device("cpu")
         for piece in pieces:
-            self.outlines.setdefault(piece, AxisSums(shapes[piece], like.device))
+            self.outlines.setdefault(piece, AxisSums(shapes[piece], device))
         return [self.outlines[piece] for piece in pieces]
 
     def take_factors(self, name: str, like: Tensor) -> dict[str, tuple[Tensor, ...]]:

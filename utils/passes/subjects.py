@@ -45,7 +45,8 @@ class Subject:
 
     `layout` says which stored tensors the model's are made of. `texts` holds every text of the pair config in the model's
     tokens. Pickled, it takes no modules along: skeleton and layout are made again from the checkpoint's folder, which has
-    to be there.
+    to be there. `experts_apart` says whether the experts of its blocks are fetched one at a time, since no block fits into
+    memory (`utils/passes/experts_in_parts.py`); None: not decided, which whoever opens the weights then does.
     """
 
     entry: ModelEntry
@@ -55,6 +56,7 @@ class Subject:
     dtype: "torch.dtype"
     texts: Mapping[CalibrationSource, EncodedText]
     trust_remote_code: bool = False
+    experts_apart: bool | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("decoder", "layout")}
@@ -144,14 +146,33 @@ def first_stored_name(subjects: "Sequence[Subject]", parameter: str) -> str:
 
 def memory_estimate(subject: Subject) -> int:
     """Bytes: what lies outside the blocks, two blocks, all hidden states, one micro-batch's widest activations."""
+    decoder, size = subject.decoder, subject.dtype.itemsize
+    blocks = sum(value.numel() for value in decoder.blocks.parameters())
+    body = sum(value.numel() for value in decoder.body.parameters()) - blocks
+    return size * (body + 2 * largest_block(subject)) + activation_estimate(subject)
+
+
+def largest_block(subject: Subject) -> int:
+    """Entries that are there of the largest block at a time; where experts come one at a time two of their matrices, all else."""
+    from utils.passes.experts_in_parts import stack_names
+
+    decoder, found = subject.decoder, []
+    for layer, block in enumerate(decoder.blocks):
+        stacks = stack_names(decoder, layer, subject.layout) if subject.experts_apart else ()
+        own = {f"{decoder.blocks_path}.{layer}.{name}": value for name, value in block.named_parameters()}
+        matrix = max((own[name][0].numel() for name in stacks), default=0)
+        found.append(2 * matrix + sum(value.numel() for name, value in own.items() if name not in stacks))
+    return max(found)
+
+
+def activation_estimate(subject: Subject) -> int:
+    """Bytes of all hidden states and one micro-batch's widest activations."""
     model, decoder, size = subject.decoder.model, subject.decoder, subject.dtype.itemsize
-    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
-    body = sum(value.numel() for value in decoder.body.parameters()) - sum(blocks)
     hidden = model.config.get_text_config(decoder=True).hidden_size
     widest = max(max(value.shape[-2:]) for value in decoder.blocks.parameters() if value.ndim > 1)
     slots = [[batch.input_ids.numel() for batch in text.batches] for text in subject.texts.values()]
     activations = max(map(max, slots)) * (widest * (3 * size + 4) + 4 * hidden * size)
-    return size * (body + 2 * max(blocks) + max(map(sum, slots)) * hidden) + activations
+    return size * max(map(sum, slots)) * hidden + activations
 
 
 def snapshot_bytes(subject: Subject) -> int:

@@ -15,7 +15,7 @@ from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.input_grams import InputGrams
 from utils.passes.routed_tokens import ByExpert, FewTokens
 from utils.passes.row_grams import RowGrams
-from utils.passes.squared_gradients import Split, SquaredGradients, as_it_is
+from utils.passes.squared_gradients import Split, SplitExpert, SquaredGradients, as_it_is, expert_as_it_is
 
 _PASSED = "passed"  # the part of snapshots that has the number of blocks that come next
 
@@ -48,8 +48,11 @@ class JointPass:
 class _Gradients:
     """What is kept of the gradients of the models, which have the same names (a `GradientObserver`)."""
 
-    def __init__(self, names: frozenset[str], embeddings: frozenset[str], split: Split) -> None:
-        self.squares, self.rows = SquaredGradients(frozenset(), names, split), RowGrams(embeddings)
+    def __init__(
+        self, names: frozenset[str], embeddings: frozenset[str], split: Split, split_expert: SplitExpert
+    ) -> None:
+        self.squares = SquaredGradients(frozenset(), names, split, split_expert)
+        self.rows = RowGrams(embeddings)
 
     def wants(self, name: str) -> bool:
         return self.squares.wants(name)
@@ -57,6 +60,9 @@ class _Gradients:
     def gradient(self, name: str, parameter: Tensor, gradient: Tensor, sample: int) -> None:
         self.rows.add(name, gradient)
         self.squares.gradient(name, parameter, gradient, sample)
+
+    def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
+        self.squares.expert_gradient(name, expert, matrix, gradient, sample)
 
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Sums stay until they are taken."""
@@ -69,6 +75,7 @@ def joint_pass(
     on_block: OnBlock,
     *,
     split: Split = as_it_is,
+    split_expert: SplitExpert = expert_as_it_is,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     fewest_tokens: int = 0,
@@ -84,6 +91,7 @@ def joint_pass(
         device: where to compute.
         on_block: called twice per block and side.
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
+        split_expert: the same of one expert's matrix of a stack, where experts are fetched one at a time.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when the part of one is done with.
         fewest_tokens, by_expert: squared gradients of experts with fewer tokens are taken towards the mean, as in `FewTokens`.
@@ -93,7 +101,7 @@ def joint_pass(
     """
     named = [pair for side in sides for pair in side.decoder.model.named_parameters(remove_duplicate=False)]
     whole = (name for name, value in named if all(part.dim() <= 2 for part in split(name, value).values()))
-    observer = _Gradients(frozenset(whole), _embeddings(sides), split)
+    observer = _Gradients(frozenset(whole), _embeddings(sides), split, split_expert)
     paths = [[one.path for one in side.decoder.components if not one.is_stacked] for side in sides]
     grams = [InputGrams(own) for own in paths]
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots

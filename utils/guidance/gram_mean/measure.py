@@ -189,6 +189,7 @@ def _there(place: Place, job: MeasureJob, snapshots: GradientSnapshots) -> Itera
             device,
             place.on_step,
             split=base.layout.pieces,
+            split_expert=base.layout.split_expert,
             folder=place.folder,
             snapshots=snapshots,
             fewest_tokens=fewest_tokens(job.options),

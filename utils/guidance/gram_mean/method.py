@@ -81,4 +81,5 @@ METHOD = GuidanceMethod(
     density_alone=0.1,  # the sparse refit leads there (benchmarks/quality.py)
     text_per_task=True,
     config_keys=("components",),
+    experts_in_parts=True,
 )

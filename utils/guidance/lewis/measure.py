@@ -30,10 +30,8 @@ from utils.guidance.own_text import accepted_doubts
 from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.dry_walk import dry_walk
-from utils.passes.experts_in_parts import outside_bytes, parts_bytes
 from utils.passes.sample_losses import head_bytes
 from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, require_own_tensors, snapshot_bytes
-from utils.runtime import available_bytes, gigabytes
 from utils.workers.piece import Piece
 
 
@@ -60,7 +58,7 @@ def choices(job: MeasureJob) -> list[str]:
                 "sparsity_ratio: 0 in the pair config",
                 "lewis-sparsity-experts",
             )
-    lines += _parts_lines(job) + not_asked_lines(job)
+    lines += not_asked_lines(job)
     if _is_split(job):
         lines.append(
             f"tasks: one for each model, text and {job.batches_a_piece} micro-batches; each one's sums are added in their order"
@@ -70,7 +68,9 @@ def choices(job: MeasureJob) -> list[str]:
             "tasks: one for each model and text, since pruning needs all samples at every block, and blocks that differ and "
             "experts are measured in one go"
         )
-    if any(is_rounded(subject.dtype) for subject in job.subjects) and not _in_parts(job):
+    if any(subject.experts_apart for subject in job.subjects):
+        lines.append("rounding: not tried, since it needs blocks whole")
+    elif any(is_rounded(subject.dtype) for subject in job.subjects):
         lines.append(
             f"rounding: {SAMPLES} samples of each text go through the blocks in float32, too, which says how much of each "
             "delta is rounding"
@@ -80,41 +80,11 @@ def choices(job: MeasureJob) -> list[str]:
 
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak of a model's pass, about."""
-    in_parts, is_asked, found = _in_parts(job), bool(asked(job)), []
-    for subject in job.subjects:
-        found.append(_memory_of(subject, any(one is subject for one in in_parts)))
-        if is_asked:
+    found = list(map(memory_estimate, job.subjects))
+    if asked(job):
+        for subject in job.subjects:
             found.append(snapshot_bytes(subject) // 2 + head_bytes(subject.decoder, subject.dtype.itemsize))
     return max(found)
-
-
-def _memory_of(subject: Subject, in_parts: bool) -> int:
-    if not in_parts:
-        return memory_estimate(subject)
-    whole, apart, matrix = parts_bytes(subject.decoder, subject.layout)
-    blocks = whole - outside_bytes(subject.decoder)
-    as_float32 = matrix * 4 // subject.dtype.itemsize
-    return memory_estimate(subject) - 2 * blocks + apart - outside_bytes(subject.decoder) + 2 * matrix + as_float32
-
-
-def _in_parts(job: MeasureJob) -> list[Subject]:
-    """The models of whose blocks not even one fits, with what lies outside them; the experts of mixtures come in parts then."""
-    if job.workers is not None:
-        return []  # each task sees for itself
-    free, found = available_bytes(job.devices[0]), []
-    for subject in job.subjects:
-        whole, apart, _ = parts_bytes(subject.decoder, subject.layout)
-        if apart < whole and whole > free:
-            found.append(subject)
-    return found
-
-
-def _parts_lines(job: MeasureJob) -> list[str]:
-    return [
-        f"{one.entry.type}: a block does not fit into {gigabytes(available_bytes(job.devices[0]))}, so the matrices of its "
-        "experts are fetched one at a time, once for every micro-batch; how much of each delta is rounding is not tried"
-        for one in _in_parts(job)
-    ]
 
 
 def on_disk(job: MeasureJob) -> int:

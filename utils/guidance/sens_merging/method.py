@@ -67,4 +67,5 @@ METHOD = GuidanceMethod(
     text_per_task=True,
     config_keys=("components",),
     authors_samples=100,
+    experts_in_parts=True,
 )

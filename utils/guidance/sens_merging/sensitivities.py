@@ -41,6 +41,12 @@ class SensitivityObserver:
             else:
                 self.outside[name] = self.outside.get(name, 0) + size
 
+    def expert_gradient(
+        self, name: str, expert: int, matrix: torch.Tensor, gradient: torch.Tensor, sample: int
+    ) -> None:
+        """Add one sample's gradient of one expert's matrix: its products are a part of the stack's."""
+        self.gradient(name, matrix, gradient, sample)
+
     def state(self) -> Any:
         """The sums so far, as plain data and tensors."""
         return self.sums, self.outside

@@ -136,7 +136,7 @@ class SummedWeights:
         self, base: WeightSource, parts: Parts, coefficients: Mapping[str, Mapping[str, float]], device: torch.device
     ) -> None:
         """Sum up `base`, a source in the dtype to compute in, and the parts by `coefficients` of type and parameter."""
-        self.base, self.coefficients = base, coefficients
+        self.base, self.coefficients, self.experts_apart = base, coefficients, False
         self.parts = {
             type_: StreamedWeights(_layout(own), device, torch.float32) for type_, own in parts.headers.items()
         }

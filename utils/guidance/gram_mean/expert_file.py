@@ -5,11 +5,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from utils.errors import UserError
-from utils.guidance.gram_mean.input_pass import SharedInputs, Side
+from utils.guidance.gram_mean.input_pass import BlockInputs, Side
 from utils.guidance.measure_job import MeasureJob
 from utils.models.decoder import Component, is_transposed
+from utils.models.stored_layout import StoredLayout
 from utils.passes.block_gradients import Observing, nothing
+from utils.passes.expert_grams import StackGrams
 from utils.passes.subjects import StoredPart, Subject, stored_as
 from utils.recipes.gram_file import GramFileWriter
 from utils.workers.piece import Place
@@ -82,11 +86,13 @@ def names_written(models: BaseAndExpert) -> set[str]:
 
 
 def write_inputs(
-    file: GramFileWriter, layer: int | None, inputs: Sequence[SharedInputs], models: BaseAndExpert
+    file: GramFileWriter, layer: int | None, inputs: BlockInputs, models: BaseAndExpert
 ) -> Iterator[tuple]:
     """Write a block's Gram matrices of inputs; rows of the table of tensors."""
     base = models.base
-    for shared in inputs:
+    for component, grams in inputs.stacks.items():
+        yield from _write_stack(file, layer, component, grams, models)
+    for shared in inputs.shared:
         stored = [part for component in shared.components for part in _with_the_same_inputs(base, layer, component)]
         if not stored:
             continue
@@ -105,3 +111,52 @@ def _with_the_same_inputs(base: Subject, layer: int, component: Component) -> li
     if base.layout.is_part(name) or not base.layout.can_split(name):
         return []
     return base.parts(layer, component)
+
+
+def _write_stack(
+    file: GramFileWriter, layer: int, component: Component, grams: StackGrams, models: BaseAndExpert
+) -> Iterator[tuple]:
+    """Write each expert's matrix; nothing where it is not stored in matrices of its own whose inputs are the stack's."""
+    base, expert_type = models.base, models.expert.entry.type
+    name = base.decoder.weight_name(layer, component)
+    _, *shape = base.decoder.model.get_parameter(name).shape
+    axes = input_axes(base.layout, name, shape, inputs_last=grams.inputs_last)
+    if not axes:
+        return
+    names = {part.tensor: part.name for part in base.parts(layer, component)}
+    for number, (gram, tokens) in enumerate(zip(grams.total, grams.tokens.tolist(), strict=True)):
+        headers = base.layout.expert_headers(name, number)
+        for axis in dict.fromkeys(axes):
+            first, *others = (one.name for one, own in zip(headers, axes, strict=True) if own == axis)
+            file.add_inputs(first, axis, gram, others)
+        for one in headers:
+            yield expert_type, layer, names[one.name], one.name, math.prod(one.shape), len(gram), tokens
+
+
+def input_axes(layout: StoredLayout, parameter: str, shape: Sequence[int], *, inputs_last: bool) -> list[int]:
+    """The axis that the inputs run along, of each stored tensor of an expert's matrix in a stack; none if not of all.
+
+    Args:
+        layout: of the checkpoint.
+        parameter: the stack.
+        shape: of one expert's matrix in it.
+        inputs_last: whether that is [out, in], else [in, out].
+    """
+    if parameter not in layout.conversions or not layout.can_take_expert(parameter):
+        return []
+    channels = torch.arange(shape[1] if inputs_last else shape[0], dtype=torch.float32)
+    matrix = (channels if inputs_last else channels[:, None]).expand(*shape)
+    pieces = layout.split_expert(parameter, 0, matrix.contiguous())
+    found = []
+    for header in layout.expert_headers(parameter, 0):
+        piece = pieces[header.name]
+        axis = next((axis for axis in (1, 0) if _runs_along(piece, axis, channels)), None)
+        if axis is None:
+            return []
+        found.append(axis)
+    return found
+
+
+def _runs_along(piece: torch.Tensor, axis: int, channels: torch.Tensor) -> bool:
+    wanted = channels if axis else channels[:, None]
+    return piece.dim() == 2 and piece.shape[axis] == len(channels) and bool((piece == wanted).all())

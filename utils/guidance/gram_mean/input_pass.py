@@ -12,8 +12,9 @@ from utils.errors import UserError
 from utils.models.decoder import Component, Decoder
 from utils.models.weight_source import WeightSource
 from utils.pair.batches import MicroBatch
-from utils.passes.block_gradients import Observing, nothing
+from utils.passes.block_gradients import Observing, nothing, together
 from utils.passes.block_runner import run_blocks
+from utils.passes.expert_grams import ExpertGrams, StackGrams, summed_up
 from utils.passes.input_grams import InputGram, InputGrams
 from utils.passes.snapshots import Snapshots
 
@@ -34,8 +35,8 @@ class Side:
 class SharedInputs:
     """The inputs that some components of a block share.
 
-    `gram` [n, n], float32 on the device: mean of x x' over the tokens, added up over the models. `tokens` is how many
-    there were, the least of any model.
+    `gram` [n, n], float32 on the device: sum of x x' over the tokens that came, divided by all tokens of the text, added up
+    over the models. `tokens` is how many came, the least of any model.
     """
 
     components: tuple[Component, ...]
@@ -43,7 +44,15 @@ class SharedInputs:
     tokens: int
 
 
-OnInputs = Callable[[int, tuple[SharedInputs, ...]], None]
+@dataclass(frozen=True)
+class BlockInputs:
+    """All inputs of one block: of linear layers, and of each expert of its mixtures, summed up over the models."""
+
+    shared: tuple[SharedInputs, ...] = ()
+    stacks: Mapping[Component, StackGrams] = field(default_factory=dict)
+
+
+OnInputs = Callable[[int, BlockInputs], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,13 @@ class Kept:
 
 
 def input_pass(
-    side: Side, device: torch.device, on_block: OnBlock, on_inputs: OnInputs, kept: Kept | None = None
+    side: Side,
+    device: torch.device,
+    on_block: OnBlock,
+    on_inputs: OnInputs,
+    kept: Kept | None = None,
+    *,
+    with_stacks: bool = True,
 ) -> None:
     """Take a model forward, and hand over each block's inputs. Closes the weight source.
 
@@ -68,9 +83,11 @@ def input_pass(
         on_inputs: takes the layer and its inputs, block after block, from the first one on or, where a run was stopped and the
             way is `kept`, from the one at which that stood.
         kept: for a run after a kill.
+        with_stacks: whether the inputs of stacked experts are taken, too.
     """
     batches = [MicroBatch.of([ids]) for ids in side.samples]  # one sample each: no pads
-    visitor = _Inputs(side.decoder, on_inputs, kept.state if kept else lambda: None)
+    taker = InputTaker([side], with_stacks=with_stacks)
+    visitor = _Inputs(taker, on_inputs, kept.state if kept else lambda: None)
     snapshots = kept.snapshots if kept else None
     run_blocks(side.decoder, side.weights, batches, visitor, device, on_block=on_block, snapshots=snapshots)
 
@@ -80,13 +97,12 @@ class _Inputs:
 
     rewrites = False
 
-    def __init__(self, decoder: Decoder, on_inputs: OnInputs, state: Callable[[], Any]) -> None:
-        self.by_path = {component.path: component for component in decoder.components if not component.is_stacked}
-        self.grams, self.on_inputs = InputGrams(list(self.by_path)), on_inputs
-        self.state = state
+    def __init__(self, taker: "InputTaker", on_inputs: OnInputs, state: Callable[[], Any]) -> None:
+        self.taker, self.on_inputs, self.state = taker, on_inputs, state
 
     def observing(self, layer: int, block: nn.Module) -> AbstractContextManager[None]:
-        return self.grams.attached(layer, block)
+        (observing,) = self.taker.observing
+        return observing(layer, block)
 
     def restore(self, state: Any, device: torch.device) -> None:
         """Whoever takes the inputs has what was made of them."""
@@ -95,13 +111,47 @@ class _Inputs:
         """Nothing to note: every token is real."""
 
     def finish(self, layer: int, block: nn.Module) -> None:
-        self.on_inputs(layer, shared_inputs(layer, [self.grams.take()], self.by_path))
+        self.on_inputs(layer, self.taker.take(layer))
+
+
+class InputTaker:
+    """Sums up the inputs of one block of several models at a time.
+
+    `observing` attaches to a block of each model, in their order; `take` gives what came since.
+
+    Args:
+        sides: models of one architecture.
+        with_stacks: whether the inputs of stacked experts are taken, too.
+    """
+
+    def __init__(self, sides: Sequence[Side], *, with_stacks: bool) -> None:
+        self._by_path = {one.path: one for one in sides[0].decoder.components if not one.is_stacked}
+        self._linear = [
+            InputGrams([one.path for one in side.decoder.components if not one.is_stacked]) for side in sides
+        ]
+        self._stacks = [ExpertGrams(side.decoder) for side in sides] if with_stacks else []
+        self._texts = [sum(map(len, side.samples)) for side in sides]
+        stacks = [one.attached for one in self._stacks] or [nothing] * len(sides)
+        pairs = zip(self._linear, stacks, strict=True)
+        self.observing: list[Observing] = [together(linear.attached, stack) for linear, stack in pairs]
+
+    def take(self, layer: int) -> BlockInputs:
+        """The inputs of a block, which are let go of. Raises as `shared_inputs`."""
+        shared = shared_inputs(layer, [one.take() for one in self._linear], self._by_path, self._texts)
+        stacks = summed_up([one.take() for one in self._stacks], self._texts) if self._stacks else {}
+        return BlockInputs(shared, stacks)
 
 
 def shared_inputs(
-    layer: int, models: Sequence[Sequence[InputGram]], by_path: Mapping[str, Component]
+    layer: int, models: Sequence[Sequence[InputGram]], by_path: Mapping[str, Component], texts: Sequence[int]
 ) -> tuple[SharedInputs, ...]:
     """The inputs of one block, summed up over models; the sums of the first are used up.
+
+    Args:
+        layer: its number.
+        models: what was summed up in each.
+        by_path: the components.
+        texts: tokens of the text, in each model's; the sums are divided by them.
 
     Raises:
         UserError: the layers of one model share other inputs than those of another.
@@ -114,9 +164,9 @@ def shared_inputs(
     found = []
     for shared in zip(*models, strict=True):
         first, *others = shared
-        gram = first.total.div_(max(1, first.tokens))
-        for one in others:
-            gram.add_(one.total, alpha=1 / max(1, one.tokens))
+        gram = first.total.div_(texts[0])
+        for one, text in zip(others, texts[1:], strict=True):
+            gram.add_(one.total, alpha=1 / text)
         components = tuple(by_path[path] for path in first.paths)
         found.append(SharedInputs(components, gram, min(one.tokens for one in shared)))
     return tuple(found)

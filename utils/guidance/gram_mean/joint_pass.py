@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.guidance.gram_mean.input_pass import OnBlock, SharedInputs, Side, shared_inputs
+from utils.guidance.gram_mean.input_pass import BlockInputs, InputTaker, OnBlock, Side
 from utils.models.decoder import Decoder
 from utils.passes.block_gradients import BlockDone, backward_pass, together
 from utils.passes.gradient_snapshots import GradientSnapshots
-from utils.passes.input_grams import InputGrams
 from utils.passes.routed_tokens import ByExpert, FewTokens
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import Split, SplitExpert, SquaredGradients, as_it_is, expert_as_it_is
@@ -30,7 +29,7 @@ class JointPart:
     """
 
     layer: int | None
-    inputs: tuple[SharedInputs, ...]
+    inputs: BlockInputs
     axes: Mapping[str, tuple[Tensor, ...]]
     rows: Mapping[str, Tensor]
 
@@ -76,6 +75,7 @@ def joint_pass(
     *,
     split: Split = as_it_is,
     split_expert: SplitExpert = expert_as_it_is,
+    with_stacks: bool = True,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     fewest_tokens: int = 0,
@@ -92,6 +92,7 @@ def joint_pass(
         on_block: called twice per block and side.
         split: parameters that are stored in pieces (a mixture's experts), as these by stored names; others as they are.
         split_expert: the same of one expert's matrix of a stack, where experts are fetched one at a time.
+        with_stacks: whether the inputs of stacked experts are taken, too.
         folder: where hidden states wait, as `backward_pass`.
         snapshots: as `backward_pass`; offered between two blocks, when the part of one is done with.
         fewest_tokens, by_expert: squared gradients of experts with fewer tokens are taken towards the mean, as in `FewTokens`.
@@ -102,8 +103,7 @@ def joint_pass(
     named = [pair for side in sides for pair in side.decoder.model.named_parameters(remove_duplicate=False)]
     whole = (name for name, value in named if all(part.dim() <= 2 for part in split(name, value).values()))
     observer = _Gradients(frozenset(whole), _embeddings(sides), split, split_expert)
-    paths = [[one.path for one in side.decoder.components if not one.is_stacked] for side in sides]
-    grams = [InputGrams(own) for own in paths]
+    inputs = InputTaker(sides, with_stacks=with_stacks)
     snapshots = GradientSnapshots(None) if snapshots is None else snapshots
     few = FewTokens(sides[0].decoder, len(sides), fewest_tokens, by_expert)
     few.restore(snapshots.found("tokens"))
@@ -121,16 +121,16 @@ def joint_pass(
                     device,
                     outside=True,
                     on_block=on_block,
-                    observing=together(side.observing, gram.attached, few.counts.attached),
+                    observing=together(side.observing, attached, few.counts.attached),
                     observing_outside=observer.rows.factors.observed,
                     folder=folder,
                     snapshots=snapshots,
                     name=f"model{number}",
                 )
             )
-            for number, (side, gram) in enumerate(zip(sides, grams, strict=True))
+            for number, (side, attached) in enumerate(zip(sides, inputs.observing, strict=True))
         ]
-        parts = _parts(sides[0].decoder, [one.blocks for one in passes], grams, observer, few, snapshots, back)
+        parts = _parts(sides[0].decoder, [one.blocks for one in passes], inputs, observer, few, snapshots, back)
         stack.callback(parts.close)
         yield JointPass(tuple(one.losses for one in passes), parts, few.found)
 
@@ -150,18 +150,17 @@ def _embeddings(sides: Sequence[Side]) -> frozenset[str]:
 def _parts(
     decoder: Decoder,
     sides: Sequence[Iterator[BlockDone]],
-    grams: Sequence[InputGrams],
+    taker: InputTaker,
     observer: _Gradients,
     few: FewTokens,
     snapshots: GradientSnapshots,
     back: int,
 ) -> Iterator[JointPart]:
     """`back` is how many blocks the way back has before it."""
-    by_path = {component.path: component for component in decoder.components if not component.is_stacked}
     snapshots.keep(_PASSED, lambda: back)
     for layer in [*reversed(range(back)), None]:
         parameters = {name: value for blocks in sides for name, value in next(blocks).parameters.items()}
-        inputs = () if layer is None else shared_inputs(layer, [one.take() for one in grams], by_path)
+        inputs = BlockInputs() if layer is None else taker.take(layer)
         axes, rows = {}, {}
         for name, value in parameters.items():
             if value.is_floating_point() and name in observer.squares.outlined:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from utils.errors import UserError
 from utils.guidance.expert_tokens import token_rows
 from utils.guidance.few_tokens import EXPERT_TOKENS, fewest_tokens
 from utils.guidance.gram_mean.expert_file import (
@@ -21,27 +22,36 @@ from utils.guidance.gram_mean.expert_file import (
     write_inputs,
 )
 from utils.guidance.gram_mean.joint_pass import JointPass, joint_pass
-from utils.guidance.gram_mean.method import LOSSES, ROUNDS, TENSORS, gram_file
+from utils.guidance.gram_mean.method import EXPERT_INPUTS, LOSSES, ROUNDS, TENSORS, gram_file
 from utils.guidance.gram_mean.tables import LOSS_TABLE, TENSOR_TABLE
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import Answer, accepted_doubts, gains_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.text_gain import EQUAL_WEIGHTS
 from utils.models.decoder import weight_matrix
+from utils.passes.expert_grams import stack_bytes
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import require_head
 from utils.passes.routing import RouterComparison
 from utils.passes.subjects import Subject, first_stored_name, snapshot_bytes
 from utils.recipes.gram_file import GramFileWriter
-from utils.runtime import gigabytes
+from utils.runtime import available_bytes, device_name, gigabytes
 from utils.workers.piece import Piece, Place
 
 
 def check(job: MeasureJob) -> None:
-    """Refuse rounds that no merge lies between. Raises a `UserError`."""
+    """Refuse rounds that no merge lies between, and experts whose matrices of one block do not fit. Raises a `UserError`."""
     if job.options[ROUNDS] > 1:
         _rounds().check(job)
+    needed = 2 * _largest_stacks(job)
+    if needed and job.workers is None and needed > (free := available_bytes(job.devices[0])):
+        raise UserError(
+            f"model {job.base.entry.name}: the Gram matrices of the inputs of a block's experts take {gigabytes(needed)} at base "
+            f"and expert, and {device_name(job.devices[0])} has {gigabytes(free)} free; give --no-{EXPERT_INPUTS}, which has "
+            "the experts merged by the guided mean, or use --device cpu or a machine with more",
+            "measure-experts-too-large",
+        )
 
 
 def depends_on(job: MeasureJob) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def choices(job: MeasureJob) -> list[str]:
         for part in decoder.components_of(layer)
         if not part.is_stacked
     }
-    disk = max(_file_bytes(expert) for expert in job.experts)
+    disk = max(_file_bytes(job, expert) for expert in job.experts)
     lines = [
         f"components: {', '.join(widths)} ({'as configured' if job.config.components else 'every linear part of a block'})"
         f", inputs at base and expert; squared gradients of every parameter, at the base and at each expert",
@@ -73,10 +83,9 @@ def choices(job: MeasureJob) -> list[str]:
     ]
     fewest = fewest_tokens(job.options)
     if stacked := [part.name for part in decoder.components if part.is_stacked]:
+        few = f"; below {fewest} (--{EXPERT_TOKENS}) taken towards the mean of its layer" if fewest else ""
         lines.append(
-            f"experts of the mixture ({', '.join(stacked)}): no Gram matrices of their inputs; they are merged by the guided "
-            "mean, weighed by the squared gradients of each expert's own tokens"
-            + (f"; below {fewest} (--{EXPERT_TOKENS}) taken towards the mean of its layer" if fewest else "")
+            f"experts of the mixture ({', '.join(stacked)}): {_of_experts(job)}; squared gradients of each{few}"
         )
     if job.options[ROUNDS] > 1:
         lines.append(
@@ -95,13 +104,33 @@ def choices(job: MeasureJob) -> list[str]:
     return lines
 
 
+def _of_experts(job: MeasureJob) -> str:
+    if not job.options[EXPERT_INPUTS]:
+        return (
+            "no Gram matrices of their inputs; they are merged by the guided mean, weighed by the squared gradients of each "
+            "expert's own tokens"
+        )
+    disk = sum(stack_bytes(job.base.decoder, layer)[1] for layer in range(len(job.base.decoder.blocks)))
+    return (
+        f"inputs of the tokens routed to each; of the disk about {gigabytes(disk)} are theirs, of memory "
+        f"{gigabytes(2 * _largest_stacks(job))} (--no-{EXPERT_INPUTS} leaves them out and merges experts by the guided mean)"
+    )
+
+
+def _largest_stacks(job: MeasureJob) -> int:
+    """Bytes of the Gram matrices of one block's experts, of one model."""
+    decoder = job.base.decoder
+    wanted = job.options[EXPERT_INPUTS]
+    return max(stack_bytes(decoder, layer)[0] for layer in range(len(decoder.blocks))) if wanted else 0
+
+
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak, about: of an expert's pass with both models and one block's Gram matrices of both, or
     of the merge between two rounds."""
     found = [_rounds().merging_bytes(job)] if job.options[ROUNDS] > 1 else []
     for expert in job.experts:
         base, own = (gradient_memory(one, job.text(one, expert).encoded) for one in (job.base, expert))
-        grams = max(_gram_bytes(block) for block in job.base.decoder.blocks)
+        grams = max(_gram_bytes(block) for block in job.base.decoder.blocks) + _largest_stacks(job)
         found.append(base.held + own.peak(2 * grams))
     return max(found)
 
@@ -124,7 +153,12 @@ def on_disk(job: MeasureJob) -> int:
     """
     snapshot, count = max(snapshot_bytes(subject) for subject in job.subjects), job.options[ROUNDS]
     merged = job.base.checkpoint.total_bytes if count > 1 else 0
-    return count * sum(map(_file_bytes, job.experts)) + waiting(job) + job.experts_at_a_time * 2 * snapshot + merged
+    return (
+        count * sum(_file_bytes(job, expert) for expert in job.experts)
+        + waiting(job)
+        + job.experts_at_a_time * 2 * snapshot
+        + merged
+    )
 
 
 def _gram_bytes(block: nn.Module) -> int:
@@ -190,6 +224,7 @@ def _there(place: Place, job: MeasureJob, snapshots: GradientSnapshots) -> Itera
             place.on_step,
             split=base.layout.pieces,
             split_expert=base.layout.split_expert,
+            with_stacks=job.options[EXPERT_INPUTS],
             folder=place.folder,
             snapshots=snapshots,
             fewest_tokens=fewest_tokens(job.options),
@@ -223,7 +258,7 @@ def _measure_expert(place: Place, job: MeasureJob) -> ExpertGrams:
     return ExpertGrams(sorted(tensors, key=lambda row: row[1]), rows, routing, counted)
 
 
-def _file_bytes(expert: Subject) -> int:
+def _file_bytes(job: MeasureJob, expert: Subject) -> int:
     """Most bytes of the matrices of an expert: those of layers that share their inputs are counted for each."""
     decoder, total = expert.decoder, 0
     for layer, block in enumerate(decoder.blocks):
@@ -231,5 +266,6 @@ def _file_bytes(expert: Subject) -> int:
             if not component.is_stacked:
                 width = weight_matrix(block.get_submodule(component.path)).shape[1]
                 total += 2 * width * (width + 1)
+        total += stack_bytes(decoder, layer)[1] if job.options[EXPERT_INPUTS] else 0
     width = decoder.model.get_input_embeddings().weight.shape[1]
     return total + 4 * width * (width + 1)

@@ -17,7 +17,9 @@ recipe names the file where it lies; command 3 has one layer's matrices in memor
 a ridge above its rounding (float16: 1e-3 of the diagonal), in which the directions that tell the experts apart drown.
 
 With fewer tokens than a layer has channels C_t is singular: directions that no text has inputs in are the guided mean's,
-by the ridge. The experts of a mixture that are one stack in memory have no C_t and are the guided mean's, too. Below 15 samples the rows of embeddings are, too: then it is as good.
+by the ridge. The experts of a mixture each have the C_t of the tokens routed to them, summed up and divided by all tokens of the
+text, so that a text counts for an expert as much as it uses it. Below 15 samples the rows of embeddings are the guided mean's,
+too: then it is as good.
 """
 
 from collections.abc import Mapping
@@ -33,6 +35,7 @@ from utils.recipes.method_rules import GRAM_MEAN, DeltaMethod
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
 ROUNDS = "rounds"  # flags
+EXPERT_INPUTS = "expert_inputs"
 FORM = "form"
 FORMS = SPARSE, LOW_RANK = "sparse", "low_rank"
 
@@ -65,6 +68,13 @@ METHOD = GuidanceMethod(
             "round before, which lies in --out_dir meanwhile",
             type=whole_number(1),
             default=1,
+        ),
+        MethodFlag(
+            EXPERT_INPUTS,
+            "take the inputs of each expert of a mixture, too, of the tokens routed to it: matrices of as many numbers as half "
+            "its own; without, experts are merged by the guided mean",
+            switch=True,
+            default=True,
         ),
     ),
     decide_flags=(

@@ -22,8 +22,8 @@ from utils.guidance.gram_mean.expert_file import (
     side_of,
     write_inputs,
 )
-from utils.guidance.gram_mean.input_pass import Kept, SharedInputs, input_pass
-from utils.guidance.gram_mean.method import FORM, METHOD, ROUNDS, SPARSE, gram_file
+from utils.guidance.gram_mean.input_pass import BlockInputs, Kept, input_pass
+from utils.guidance.gram_mean.method import EXPERT_INPUTS, FORM, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
@@ -205,7 +205,7 @@ def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: 
     tensors, begun = _begun(snapshots, path)
     with GramFileWriter(path, names_written(models), begun) as file, said_if_not_finite(expert):
 
-        def on_inputs(layer: int, inputs: tuple[SharedInputs, ...]) -> None:
+        def on_inputs(layer: int, inputs: BlockInputs) -> None:
             if layer == 0 and tensors:  # what a run that was stopped has left cannot be gone on with
                 tensors.clear()
                 file.begin_anew()
@@ -216,7 +216,8 @@ def _measure_inputs(place: Place, job: MeasureJob, found: ExpertGrams, earlier: 
             return list(tensors), file.state()
 
         side = side_of(place, job, merged, expert)
-        input_pass(side, place.device, place.on_step, on_inputs, Kept(snapshots, state))
+        with_stacks, kept = job.options[EXPERT_INPUTS], Kept(snapshots, state)
+        input_pass(side, place.device, place.on_step, on_inputs, kept, with_stacks=with_stacks)
         file.add_gradients(earlier)
     if path != target:
         os.replace(path, target)

@@ -186,10 +186,29 @@ def measure(job: MeasureJob) -> Measured:
         f"{gain.samples} samples)"
         for name, gain in gains.items()
     ]
-    doubts = accepted_doubts(gains, EQUAL_WEIGHTS)
+    doubts = [*accepted_doubts(gains, EQUAL_WEIGHTS), *_without_inputs(job, found)]
     routing = tuple(row for one in found for row in one.routing)
     tokens = tuple(row for one in found for row in one.expert_tokens)
     return Measured(files, tuple(notes), tuple(doubts), routing, tokens)
+
+
+def _without_inputs(job: MeasureJob, found: Sequence[ExpertGrams]) -> list[str]:
+    """A sentence if matrices of experts have no inputs that were asked for."""
+    decoder, measured = job.base.decoder, {row[3] for one in found for row in one.tensors}
+    names = [
+        part.tensor
+        for layer in range(len(decoder.blocks))
+        for component in decoder.components_of(layer)
+        if component.is_stacked and job.options[EXPERT_INPUTS]
+        for part in job.base.parts(layer, component)
+        if part.tensor not in measured
+    ]
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors of experts, {names[0]} the first, have no Gram matrices of inputs: this architecture does not "
+        "compute experts one after the other, or stores them in another form; they are merged by the guided mean"
+    ]
 
 
 def _files(job: MeasureJob, found: Sequence[ExpertGrams], number: int) -> dict[str, bytes | Path]:

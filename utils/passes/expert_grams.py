@@ -65,6 +65,7 @@ class ExpertGrams:
             own.total.baddbmm_(rows.mT, rows)
             own.tokens += (rows != 0).any(dim=2).sum(dim=1)
             return
+        rows = rows.reshape(-1, rows.shape[-1])
         own.total[given.expert].addmm_(rows.t(), rows)
         own.tokens[given.expert] += len(rows)
 

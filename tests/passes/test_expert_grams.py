@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.passes.test_expert_inputs import DOWN, EXPERTS, INNER, UP, WIDTH, Experts
-from utils.passes.expert_grams import ExpertGrams, stack_bytes, summed_up
+from utils.passes.expert_grams import ExpertInputGrams, stack_bytes, summed_up
 
 TOKENS = 5
 
@@ -23,7 +23,7 @@ def watched(seed, transposed):
     block = nn.ModuleDict({"experts": Experts(transposed)})
     hidden, gates = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, 2)
     chosen = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(TOKENS)])
-    grams = ExpertGrams(SimpleNamespace(components_of=lambda layer: (UP, DOWN)))
+    grams = ExpertInputGrams(SimpleNamespace(components_of=lambda layer: (UP, DOWN)))
     with grams.attached(0, block):
         block["experts"](hidden, chosen, gates)
     return block["experts"], hidden, chosen, grams.take()

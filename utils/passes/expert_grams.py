@@ -26,7 +26,7 @@ class StackGrams:
     inputs_last: bool
 
 
-class ExpertGrams:
+class ExpertInputGrams:
     """Sums x x' over the tokens that each expert of a block is given, in float32. Inputs must hold no pads.
 
     Experts that run in a way that cannot be watched have none.

@@ -14,7 +14,7 @@ from utils.models.weight_source import WeightSource
 from utils.pair.batches import MicroBatch
 from utils.passes.block_gradients import Observing, nothing, together
 from utils.passes.block_runner import run_blocks
-from utils.passes.expert_grams import ExpertGrams, StackGrams, summed_up
+from utils.passes.expert_grams import ExpertInputGrams, StackGrams, summed_up
 from utils.passes.input_grams import InputGram, InputGrams
 from utils.passes.snapshots import Snapshots
 
@@ -129,7 +129,7 @@ class InputTaker:
         self._linear = [
             InputGrams([one.path for one in side.decoder.components if not one.is_stacked]) for side in sides
         ]
-        self._stacks = [ExpertGrams(side.decoder) for side in sides] if with_stacks else []
+        self._stacks = [ExpertInputGrams(side.decoder) for side in sides] if with_stacks else []
         self._texts = [sum(map(len, side.samples)) for side in sides]
         stacks = [one.attached for one in self._stacks] or [nothing] * len(sides)
         pairs = zip(self._linear, stacks, strict=True)

@@ -48,7 +48,8 @@ class ExpertInputGrams:
             if one not in self._found and products.idle_experts(one):
                 module = block.get_submodule(one.path)
                 stack, last = getattr(module, one.parameter), _expects_inputs_last(module)
-                self._found[one] = _nothing(stack, stack.shape[2 if last else 1], inputs_last=last)
+                width = stack.shape[2 if last else 1]
+                self._found[one] = _nothing(len(stack), width, products.device, inputs_last=last)
 
     def take(self) -> dict[Component, StackGrams]:
         """What was summed up; it is let go of."""
@@ -60,7 +61,8 @@ class ExpertInputGrams:
         rows = given.rows.float()
         own = self._found.get(component)
         if own is None:
-            own = self._found[component] = _nothing(stack, rows.shape[-1], inputs_last=given.inputs_last)
+            last = given.inputs_last
+            own = self._found[component] = _nothing(len(stack), rows.shape[-1], rows.device, inputs_last=last)
         if given.expert is None:
             own.total.baddbmm_(rows.mT, rows)
             own.tokens += (rows != 0).any(dim=2).sum(dim=1)
@@ -75,10 +77,9 @@ def _expects_inputs_last(module: nn.Module) -> bool:
     return not getattr(module, "is_transposed", False)
 
 
-def _nothing(stack: Tensor, width: int, *, inputs_last: bool) -> StackGrams:
-    experts = stack.shape[0]
-    total = torch.zeros(experts, width, width, dtype=torch.float32, device=stack.device)
-    return StackGrams(total, torch.zeros(experts, dtype=torch.int64, device=stack.device), inputs_last)
+def _nothing(experts: int, width: int, device: torch.device, *, inputs_last: bool) -> StackGrams:
+    total = torch.zeros(experts, width, width, dtype=torch.float32, device=device)
+    return StackGrams(total, torch.zeros(experts, dtype=torch.int64, device=device), inputs_last)
 
 
 def stack_bytes(decoder: Decoder, layer: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.passes.test_expert_inputs import DOWN, EXPERTS, INNER, UP, WIDTH, Experts
+from tests.tiny_stacks import DOWN, EXPERTS, INNER, UP, WIDTH, Experts
 from utils.passes.expert_grams import ExpertInputGrams, stack_bytes, summed_up
 
 TOKENS = 5

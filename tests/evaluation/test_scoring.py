@@ -18,6 +18,7 @@ from tests.tiny_evaluations import by_name, pair_keys, plain_losses, save_evalua
 from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
 from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import CHATML, save_tokenizer, write_config
+from utils.evaluation import pass_memory
 from utils.evaluation.candidates import Candidate, found_recipes, models_of_pair, read_candidate
 from utils.evaluation.entries import Preparing, sweep_written
 from utils.evaluation.score_settings import ScoreSettings
@@ -26,6 +27,7 @@ from utils.evaluation.store import LossStore, score_new
 from utils.evaluation.tasks import evaluation_rows
 from utils.evaluation.weights import CandidateWeights
 from utils.merging.settings import MergeSettings
+from utils.models.tensor_files import TensorFiles
 from utils.pair.config import read_pair_config
 from utils.publishing.siblings import stage_of
 from utils.recipes.saliency_vectors import vector_file_bytes
@@ -187,6 +189,16 @@ def test_a_model_that_has_to_be_written_needs_space_on_the_disk(made, tmp_path, 
     with refused("disk-full"):
         scoring.score([candidate], rows_of(scoring))
     assert not list(tmp_path.glob(".model.*"))
+
+
+def test_a_block_that_does_not_fit_is_refused_before_weights_are_read(made, monkeypatch):
+    folder = made()
+    uniform = Candidate("uniform", recipe=recipe(folder, "ties", dtype="float32"))
+    monkeypatch.setattr(pass_memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(TensorFiles, "read", None)
+    for one in (uniform, Candidate("model", model=str(folder / "code"))):
+        with refused("memory-block-too-large", "a machine with more memory"):
+            scorer(folder, dtype="float32").check(one)
 
 
 def with_another_tokenizer(folder: Path) -> Path:

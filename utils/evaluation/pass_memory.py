@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from utils.errors import UserError
 from utils.evaluation.encoding import ScoredBatch
 from utils.evaluation.row_losses import logits_bytes
 from utils.models.decoder import Decoder
 from utils.passes.block_runner import block_tensor_names, body_names
 from utils.passes.language_head import head_names
-from utils.runtime import gigabytes
+from utils.runtime import available_bytes, device_name, gigabytes
 
 _KEPT = 2  # hidden states of a batch between blocks: the block's, and the embeddings that the body's forward began with
 _ALIVE = 4  # tensors of the hidden width while a block computes, beside those of its widest layer
@@ -73,6 +74,25 @@ class Rider:
     @property
     def _config(self) -> object:
         return self.decoder.model.config.get_text_config(decoder=True)
+
+
+def refuse_too_large(decoder: Decoder, dtype: torch.dtype, device: torch.device, where: str) -> None:
+    """Refuse a model of which a block does not fit into the memory that is free: each is made whole, with all its experts.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    entries = max(sum(value.numel() for value in block.parameters()) for block in decoder.blocks)
+    needed, free = entries * dtype.itemsize, available_bytes(device)
+    if needed > free:
+        half = "--dtype bfloat16, or " if entries * torch.bfloat16.itemsize <= free and dtype.itemsize > 2 else ""
+        cpu = "" if device.type == "cpu" else "--device cpu, or "
+        raise UserError(
+            f"{where}: its largest block takes {gigabytes(needed)} in {str(dtype).removeprefix('torch.')}, and "
+            f"{device_name(device)} has {gigabytes(free)} free; a block of each candidate is made whole to be scored, with all "
+            f"its experts; use {half}{cpu}a machine with more memory",
+            "memory-block-too-large",
+        )
 
 
 def tensor_bytes(model: nn.Module, names: Sequence[str]) -> int:

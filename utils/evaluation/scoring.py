@@ -19,7 +19,7 @@ import pandas as pd
 from utils.evaluation.candidates import Candidate, models_of_pair, refuse_other_models, vector_files
 from utils.evaluation.encoding import EncodedRow, ScoredBatch, encode_task, scored_batches, without_cut_rows
 from utils.evaluation.entries import Preparing, ReadyCandidate, refuse_little_disk
-from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, share_passes
+from utils.evaluation.pass_memory import Rider, pass_bytes, passes_line, refuse_too_large, share_passes
 from utils.evaluation.score_settings import ScoreSettings
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
@@ -288,6 +288,7 @@ class Scorer:
         ids = [row.ids for rows in encoded.values() for row in rows]
         where = f"candidate {one.candidate.name}"
         check_tokens(one.decoder.model, max(map(len, ids)), max(map(max, ids)), where)
+        refuse_too_large(one.decoder, one.dtype, self.settings.device, where)
 
 
 def _weights(checkpoint: Checkpoint) -> list[Any]:

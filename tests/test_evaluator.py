@@ -197,6 +197,9 @@ def test_two_devices_give_the_same_figures(run, pair):
 def test_files_of_somebody_else_are_kept(run, pair):
     out = pair / "out" / "theirs"
     out.mkdir()
+    (out / "manifest.json").write_text('{"command": "utils/merger.py", "files": {}}')
+    assert refusal_code(run("--overwrite", "--no-controls", out="out/theirs")) == "out-not-ours"
+    (out / "manifest.json").unlink()
     (out / "scores.csv").write_text("mine")
     assert refusal_code(run(out="out/theirs")) == "out-exists"
     assert contents(out) == {"scores.csv": b"mine"}

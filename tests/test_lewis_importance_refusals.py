@@ -100,6 +100,14 @@ def test_something_that_is_no_file_in_the_way(pair, refused):
         assert "norms.csv" in refused("out-in-the-way", *ARGUMENTS, *more)
 
 
+@pytest.mark.parametrize("manifest", [{"name": "my web app"}, {"command": "utils/merger.py", "files": {}}])
+def test_the_manifest_of_others_is_never_replaced(pair, refused, manifest):
+    (pair / "out/deltas").mkdir(parents=True)
+    (pair / "out/deltas/manifest.json").write_text(json.dumps(manifest))
+    for more in ((), ("--overwrite",)):
+        assert "choose another folder" in refused("out-not-ours", *ARGUMENTS, *more)
+
+
 def test_a_manifest_that_is_broken(pair, refused):
     (pair / "out/deltas").mkdir(parents=True)
     (pair / "out/deltas/manifest.json").write_text("{")

@@ -25,6 +25,7 @@ from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, m
 from tests.tiny_pairs import contents, edit_json
 from utils.merging.plan import forget_inputs
 from utils.publishing.kept import kept_work
+from utils.publishing.siblings import PROGRESS
 
 # --- what goes wrong while it merges ----------------------------------------------------------------------------------
 
@@ -261,6 +262,28 @@ def test_a_finished_merge_is_not_made_again(copies, capsys):
     assert_refused(copies, recipe(copies), "out-exists")
 
 
+@pytest.mark.parametrize("change", ["config", "gone", "cut", "added"])
+def test_a_finished_merge_that_was_changed_is_not_called_finished(copies, change):
+    target = merge_here(copies, recipe(copies))
+    whole = contents(target)
+    if change == "config":
+        (target / "config.json").write_text("{}")
+    elif change == "gone":
+        (target / "model.safetensors").unlink()
+    elif change == "cut":
+        os.truncate(target / "model.safetensors", 100)
+    else:
+        (target / "notes.txt").write_text("mine")
+    for more in ({}, {"restart": True}, {"dry_run": True}):
+        assert_refused(copies, recipe(copies), "out-changed", "--overwrite", **more)
+    if change != "gone":
+        assert_refused(copies, recipe(copies), "out-foreign-files", overwrite=True)
+        for name in {name for name in contents(target) if contents(target)[name] != whole.get(name)}:
+            (target / name).unlink()  # as the message says
+    merge_here(copies, recipe(copies), overwrite=True)
+    assert set(contents(target)) == set(whole) and contents(target)["config.json"] == whole["config.json"]
+
+
 def assert_same_model(part: Path, whole: Path) -> None:
     """The same files with the same bytes; a card and a manifest have names and times in them."""
     ours, theirs = contents(part), contents(whole)
@@ -351,3 +374,52 @@ def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
         assert "resumed" not in printed.out and "removed what a killed run has left" in printed.err
         assert not list(copies.glob(".*"))
         shutil.rmtree(copies / "part")
+
+
+def not_json(stage: Path) -> None:
+    with open(stage / PROGRESS, "ab") as file:
+        file.write(b"hello\n")
+
+
+def not_text(stage: Path) -> None:
+    with open(stage / PROGRESS, "ab") as file:
+        file.write(b"\xff\xfe\n")
+
+
+def no_name(stage: Path) -> None:
+    with open(stage / PROGRESS, "ab") as file:
+        file.write(b"[1]\n")
+
+
+def gone(stage: Path) -> None:
+    sorted(stage.glob("*.safetensors"))[-1].unlink()
+
+
+def cut(stage: Path) -> None:
+    os.truncate(sorted(stage.glob("*.safetensors"))[0], 3000)
+
+
+def linked(stage: Path) -> None:
+    """A copy of the very same bytes, elsewhere."""
+    file = sorted(stage.glob("*.safetensors"))[0]
+    shutil.copy(file, stage.parent / "mine")
+    file.unlink()
+    file.symlink_to(stage.parent / "mine")
+
+
+@pytest.mark.parametrize("fast_selection", [True, False])
+@pytest.mark.parametrize("damage", [not_json, not_text, no_name, gone, cut, linked])
+def test_finished_work_that_is_damaged_is_made_again(copies, monkeypatch, capsys, damage, fast_selection):
+    from utils.merging import small_files as result_files
+
+    how = {"out_shard_size": 20_000, "fast_selection": fast_selection}
+    whole = merge_here(copies, recipe(copies), "whole", **how)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as caught:
+        patched.setattr(result_files, "write_small_files", Failing(None, 1, full()))
+        merge_here(copies, recipe(copies), "part", **how)
+    damage(kept_work(caught.value).folder)
+    mine = (copies / "mine").read_bytes() if damage is linked else None
+    part = merge_here(copies, recipe(copies), "part", **how)
+    assert capsys.readouterr().err.count("is not as it was left") == 1
+    assert_same_model(part, whole)
+    assert not list(copies.glob(".*")) and (mine is None or (copies / "mine").read_bytes() == mine)

@@ -139,12 +139,28 @@ def test_deviations_are_each_named(tmp_path):
     (target / "c").unlink()
     (target / "c").symlink_to("b")
     (target / "d").write_text("d")
-    assert deviations(target, manifest, every_byte=True) == [
+    assert [one.text for one in deviations(target, manifest, every_byte=True)] == [
         "a is missing",
         "b has other content",
         "c is no plain file",
         "d is not of the merge",
     ]
+
+
+@pytest.mark.parametrize("name", ["../mine", "/etc/passwd", ".", "sub/../a", "x" * 300, "nul\0", ""])
+def test_a_recorded_name_never_leads_out_of_the_folder(tmp_path, name):
+    target = published(tmp_path / "model", "a")
+    (tmp_path / "mine").write_text("a")
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["a"]  # what is right of the file there
+    (found,) = deviations(target, manifest, every_byte=True)
+    assert "no name of a file" in found.text and not found.is_missing
+
+
+def test_a_file_that_is_missing_keeps_nobody_from_replacing_the_rest(tmp_path):
+    target = published(tmp_path / "model", "a", "b")
+    (target / "a").unlink()
+    assert list(check_output(target, overwrite=True).replaceable) == ["b", "manifest.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "utils/merger.py"}', "{", '{"files": {"a": 1}}'])

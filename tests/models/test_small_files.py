@@ -12,6 +12,7 @@ import pytest
 
 from tests.refusals import refused
 from tests.tiny_merges import assert_refused, merge_here, recipe, save_models
+from tests.tiny_pairs import save_tokenizer
 from utils.bounded_files import read_bounded, read_json
 from utils.models.checkpoints import read_model_config
 from utils.models.small_files import check_copied, check_small_files
@@ -161,3 +162,18 @@ def test_a_merge_refuses_a_linked_file_before_any_work(tmp_path):
     assert_refused(tmp_path, data, "model-link-outside", "generation_config.json", dry_run=True)
     (tmp_path / "base" / "generation_config.json").unlink()
     merge_here(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"chat_template": "auto"}, {"tokenizer_source": "CODE"}, {"tokenizer_source": "union"}]
+)
+def test_a_linked_template_of_an_expert_is_refused_where_it_may_be_written(tmp_path, keys):
+    """mergekit writes the template of whichever model it takes the tokenizer from."""
+    save_models(tmp_path, names=("base", "code"))
+    save_tokenizer(tmp_path / "code", bos=False)  # another one than the base's: else the recipe's block is skipped
+    data = recipe(tmp_path, experts=("code",))
+    keys = {key: str(tmp_path / "code") if value == "CODE" else value for key, value in keys.items()}
+    (tmp_path / "secret.txt").write_text("SECRET {{ messages }}")
+    (tmp_path / "code" / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "code" / "chat_template.jinja").symlink_to(tmp_path / "secret.txt")
+    assert_refused(tmp_path, data | keys, "model-link-outside", "code/chat_template.jinja", dry_run=True)

@@ -1,12 +1,13 @@
 """What the evaluator was asked to do, and the files it writes."""
 
-import json
 from dataclasses import dataclass
 
+from utils.bounded_files import read_json
 from utils.commands.scorers import ScoringOptions
+from utils.errors import UserError
 from utils.evaluation.candidates import UNIFORM
 from utils.publishing.manifest import MANIFEST, file_sha256
-from utils.publishing.target import refuse_existing
+from utils.publishing.target import refuse_existing, refuse_others_manifest
 
 COMMAND = "utils/evaluator.py"
 SCORES, SAMPLES = "scores.csv", "samples.parquet"
@@ -29,10 +30,11 @@ class EvaluateOptions(ScoringOptions):
 
 def refuse_out_dir(options: EvaluateOptions) -> None:
     """Refuse a folder of files that are not an earlier evaluation's, or that somebody has changed since."""
+    refuse_others_manifest(options.out_dir, lambda manifest: manifest.get("command") == COMMAND)
     try:
-        earlier = json.loads((options.out_dir / MANIFEST).read_text(encoding="utf-8"))
-        files = earlier["files"] if earlier["command"] == COMMAND else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        files = read_json(options.out_dir / MANIFEST, MANIFEST)["files"]
+        files = files if isinstance(files, dict) else {}
+    except (UserError, KeyError):
         files = {}
     ours = all(file_sha256(options.out_dir / name) == digest for name, digest in files.items() if
                (options.out_dir / name).is_file())  # fmt: skip

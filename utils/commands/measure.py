@@ -21,7 +21,7 @@ from utils.commands.measure_request import (
 from utils.commands.ray_flags import connected
 from utils.errors import UserError, warn
 from utils.guidance.few_tokens import fewest_tokens
-from utils.guidance.folder import read_manifest
+from utils.guidance.folder import is_measurement, read_manifest
 from utils.guidance.measure_job import ROUTING, TOKENS, MeasureJob
 from utils.guidance.method import GuidanceMethod
 from utils.models.model_trial import ModelTrial
@@ -34,7 +34,7 @@ from utils.publishing.disk import bytes_on_disk, free_bytes
 from utils.publishing.files import publish_files, repair_folder
 from utils.publishing.kept import RESTART
 from utils.publishing.manifest import MANIFEST, with_manifest
-from utils.publishing.target import locked_folder, prepare_folder, refuse_existing
+from utils.publishing.target import locked_folder, prepare_folder, refuse_existing, refuse_others_manifest
 from utils.runtime import (
     available_bytes,
     choose_devices,
@@ -133,7 +133,10 @@ def _measure(
         if not options.overwrite:
             if already_there(options.out_dir, request):
                 remove_work(place)  # of a run that was killed once all was published
-                (print if alone else say)(f"{options.out_dir} already holds exactly this measurement; nothing to do")
+                again = " (--overwrite makes it again)" if alone else ""
+                (print if alone else say)(
+                    f"{options.out_dir} already holds exactly this measurement; nothing to do" + again
+                )
                 if alone:
                     report.say_next(options)
                 return
@@ -232,6 +235,7 @@ def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
                 "out-dir-is-model",
             )
     refuse_in_the_way(options.out_dir / WORK)
+    refuse_others_manifest(options.out_dir, is_measurement)
     again = options.overwrite
     if not again:  # files of the very same measurement are kept; whether they are is known once the models are read
         manifest = read_manifest(options.out_dir) or {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
-from utils.guidance.folder import read_manifest
+from utils.guidance.folder import COMMAND, read_manifest
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.text_gain import ACCEPT
 from utils.models.checkpoints import weight_file_record
@@ -27,7 +27,7 @@ def measure_request(options: MeasureOptions, job: MeasureJob, samples: Samples) 
     """Everything the result depends on, as the manifest records it."""
     texts = [_text_record(source, [sample.row for sample in chosen]) for source, chosen in samples.items()]
     return {
-        "command": "lewis_importance",
+        "command": COMMAND,
         "guidance": options.method.name,
         "guidance_options": dict(options.method_options),
         "versions": versions(),

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from utils.commands.evaluation_folder import read_measured
 from utils.errors import UserError, warn
 from utils.merging.inputs import find_models
-from utils.merging.output_folder import OutputFolder, check_apart, check_output, check_place, refuse_existing_merge
+from utils.merging.output_folder import (
+    OutputFolder,
+    check_apart,
+    check_output,
+    check_place,
+    refuse_changed_merge,
+    refuse_existing_merge,
+)
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.recipe_check import check_recipe
 from utils.merging.recipe_file import in_float32, read_recipe
@@ -69,6 +76,8 @@ def merge(settings: MergeSettings) -> None:
     request = request_hash(ready)
     if output.request and output.request != request:
         raise refuse_existing_merge(settings.output_path)
+    if output.request:
+        refuse_changed_merge(settings.output_path)
     if settings.dry_run:
         print("dry run: everything was checked, nothing was written")
         return
@@ -150,7 +159,7 @@ def _clear(stage: Path, resumed: bool) -> None:
 
 
 def _say_there(settings: MergeSettings) -> None:
-    print(f"{settings.output_path} already holds exactly this merge; nothing to do")
+    print(f"{settings.output_path} already holds exactly this merge; nothing to do (--overwrite makes it again)")
 
 
 def _set_up_libraries(settings: MergeSettings) -> None:

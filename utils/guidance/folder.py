@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.validation import read_checked
 
+COMMAND = "lewis_importance"  # what a manifest of ours says
 _AGAIN = "measure again with --overwrite"
 _read = partial(dataclass, config=ConfigDict(extra="ignore"))
 
@@ -63,11 +64,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         data = read_json(path, str(path), finite=True)
     except UserError as error:
         raise UserError(f"{error}; {_AGAIN}", "manifest-unreadable") from error
-    command = data.get("command", "lewis_importance")
-    if not isinstance(command, str) or command == "lewis_importance":  # another command's is for its reader to see
+    if not isinstance(data.get("command", ""), str) or is_measurement(
+        data
+    ):  # another command's is for its reader to see
         heading = f"{path} is not as lewis_importance.py writes it; {_AGAIN}"
         read_checked(_Manifest, data, heading, "manifest")
     return data
+
+
+def is_measurement(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of a measurement, of this version or of one that did not write down its command."""
+    return manifest.get("command", COMMAND if "models" in manifest else "") == COMMAND
 
 
 def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str) -> None:

@@ -1,12 +1,12 @@
 """Where a merged model may be written: never over an input, never over files that an earlier merge did not write."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.merging.result_files import deviations, read_result_manifest
+from utils.merging.result_files import Deviation, deviations, read_result_manifest
 from utils.publishing.disk import free_bytes
 from utils.publishing.manifest import MANIFEST
 from utils.publishing.siblings import dead_bytes
@@ -73,6 +73,21 @@ def refuse_existing_merge(path: Path) -> UserError:
     )
 
 
+def refuse_changed_merge(path: Path) -> None:
+    """Raise a `UserError` if the merge in a folder is not as its manifest recorded it; of large files sizes and times tell."""
+    manifest = read_result_manifest(path)
+    changed = deviations(path, manifest, every_byte=False) if manifest else []
+    if not changed:
+        return
+    missing = all(one.is_missing for one in changed)
+    first = "" if missing else "move away, or remove, the files that were changed or added, and "
+    raise UserError(
+        f"{FLAG} {path} held exactly this merge, but was changed since: {_listed(changed)}. To have it made again {first}give "
+        "--overwrite; or give another folder",
+        "out-changed",
+    )
+
+
 def check_apart(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     """Check that the output folder is no input, holds none and lies in none.
 
@@ -116,6 +131,10 @@ def check_space(output: OutputFolder, needed: int) -> int:
     return free
 
 
+def _listed(changed: Sequence[Deviation]) -> str:
+    return "; ".join(one.text for one in changed[:5]) + (" ..." if len(changed) > 5 else "")
+
+
 def _earlier(path: Path, target: Path, overwrite: bool, recipe: str) -> OutputFolder:
     if not target.exists() or not any(target.iterdir()):
         return OutputFolder(target)
@@ -131,10 +150,10 @@ def _earlier(path: Path, target: Path, overwrite: bool, recipe: str) -> OutputFo
         if not recipe or not isinstance(merged, dict) or merged.get("sha256") != recipe or not isinstance(request, str):
             raise refuse_existing_merge(path)
         return OutputFolder(target, request=request)
-    if changed := deviations(target, manifest, every_byte=False):
+    if changed := [one for one in deviations(target, manifest, every_byte=False) if not one.is_missing]:
         raise UserError(
-            f"{FLAG} {path}: {'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}. Nothing there is touched; "
-            "move what is yours away, or give another folder",
+            f"{FLAG} {path}: {_listed(changed)}. Nothing there is touched; move that away, or remove it if it is of no use, or "
+            "give another folder",
             "out-foreign-files",
         )
     names = [name for name in (*manifest["files"], MANIFEST) if (target / name).is_file()]

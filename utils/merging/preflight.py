@@ -46,6 +46,9 @@ def preflight(
     donor = planned.plan.inputs.donor.checkpoint.folder
     tagged = planned.plan.architecture.info.tagalong_files or []
     check_copied(donor, [*copied_names(donor), *tagged])
+    if planned.plan.vocabulary.task is not None or planned.plan.inputs.config.chat_template == "auto":
+        for model in planned.plan.inputs.models:  # mergekit may write any model's tokenizer and chat template
+            check_copied(model.checkpoint.folder, copied_names(model.checkpoint.folder))
     if settings.adapter:
         check_adapter_fits(planned)
     else:

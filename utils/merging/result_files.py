@@ -4,10 +4,11 @@ The manifest holds under `files` the SHA-256 of every file but itself, under `by
 was written.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
@@ -17,6 +18,7 @@ from utils.publishing.siblings import PROGRESS
 COMMAND = "utils/merger.py"  # what a manifest of ours says; other commands write manifests, too
 _SMALL = 64 * 2**20  # bytes up to which a file is read even if its size and time are as recorded
 _READERS = 4
+_LONGEST_NAME = 255  # bytes
 
 
 def read_result_manifest(folder: Path) -> dict[str, Any] | None:
@@ -46,8 +48,15 @@ def file_record(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def deviations(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) -> list[str]:
-    """What in a merged folder is not as its manifest recorded it, as clauses that begin with the file's name.
+class Deviation(NamedTuple):
+    """What about a file of a merged folder is not as recorded, as a clause that begins with its name."""
+
+    text: str
+    is_missing: bool = False
+
+
+def deviations(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) -> list[Deviation]:
+    """What in a merged folder is not as its manifest recorded it.
 
     Args:
         folder: the folder.
@@ -60,10 +69,26 @@ def deviations(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) -
         return sorted([*filter(None, found), *_unrecorded(folder, recorded)])
 
 
-def _deviation(folder: Path, manifest: Mapping[str, Any], name: str, every_byte: bool) -> str:
-    path, digest = folder / name, manifest["files"][name]
+def _deviation(folder: Path, manifest: Mapping[str, Any], name: str, every_byte: bool) -> Deviation | None:
+    if not _is_inside(name):  # somebody has put it into the manifest: it leads to a file of theirs, or nowhere
+        return Deviation(f"{name[:80]!r} in {MANIFEST} is no name of a file below the folder")
+    if not os.path.lexists(folder / name):
+        return Deviation(f"{name} is missing", is_missing=True)
+    text = _difference(folder / name, manifest, name, every_byte)
+    return Deviation(text) if text else None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a recorded name is a plain path below the folder."""
+    path = PurePosixPath(name)
+    short = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
+    return name == str(path) != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name and short
+
+
+def _difference(path: Path, manifest: Mapping[str, Any], name: str, every_byte: bool) -> str:
+    digest = manifest["files"][name]
     if not path.is_file() or path.is_symlink():
-        return f"{name} is missing" if not path.exists() else f"{name} is no plain file"
+        return f"{name} is no plain file"
     found = path.stat()
     if isinstance(digest, int):  # by an earlier version, which recorded sizes
         return "" if found.st_size == digest else f"{name} has another size"
@@ -80,10 +105,10 @@ def _recorded(manifest: Mapping[str, Any], key: str, name: str) -> Any:
     return table.get(name) if isinstance(table, dict) else None
 
 
-def _unrecorded(folder: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
+def _unrecorded(folder: Path, recorded: Mapping[str, Any]) -> Iterator[Deviation]:
     holding = {parent.as_posix() for name in recorded for parent in Path(name).parents}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         is_folder = path.is_dir() and not path.is_symlink()
         if name not in (holding if is_folder else {*recorded, MANIFEST}):
-            yield f"{name} is not of the merge"
+            yield Deviation(f"{name} is not of the merge")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import set_seed
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.mergekit_api import (
     Executor,
     FinalizeModel,
@@ -30,11 +30,12 @@ from utils.merging.fast_sparsifiers import selecting_exactly
 from utils.merging.method_memory import AT_ONCE
 from utils.merging.pieces.arithmetic import is_finite, not_finite
 from utils.merging.pieces.finished import FinishedTensors
-from utils.merging.pieces.run import run_directly
+from utils.merging.pieces.run import misfit, run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
 from utils.merging.stacked_outputs import Stacking, written_tensors
+from utils.models.headers import INDEX, read_headers
 from utils.progress_bar import progress_bar
 from utils.runtime import gigabytes, give_back_what_is_freed
 
@@ -98,6 +99,14 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
     plan, settings, division = planned.plan, planned.settings, planned.division
     finished, tensors = finished or FinishedTensors(None, ""), written_tensors(plan)
     forget_inputs(plan.options, plan.inputs)
+    if finished.names and (damage := _damage(planned, folder)):
+        finished.forget(damage)
+        for path in (folder / INDEX, *folder.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+    if finished.damage:
+        warn(
+            [f"what a run that was stopped had finished is not as it was left ({finished.damage}): all is merged again"]
+        )
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
@@ -117,6 +126,22 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
             shown = partial(_show, progress, {}, len(tensors))
             run_directly(plan, division, folder, settings.out_shard_size, torch.get_num_threads(), shown, finished)
     forget_inputs(plan.options, plan.inputs)
+
+
+def _damage(planned: PlannedMerge, folder: Path) -> str:
+    """What of the weights that an earlier run has finished is not as it was left, as a clause; "" if nothing is."""
+    if planned.division.direct:
+        return misfit(planned.plan, folder, planned.settings.out_shard_size)
+    if links := [path.name for path in folder.glob("*.safetensors") if path.is_symlink()]:
+        return f"{links[0]} is no plain file"
+    try:
+        there = read_headers(folder, "what was finished")
+    except UserError:
+        return "its weight files are cut or missing"
+    absent = [
+        tensor.name for tensor in written_tensors(planned.plan) if tensor.name not in there and not tensor.optional
+    ]
+    return f"{absent[0]} is missing" if absent else ""
 
 
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:

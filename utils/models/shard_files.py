@@ -8,6 +8,7 @@ write, down to the byte.
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -51,7 +52,7 @@ class ShardFiles:
             folder: where they go.
             tensors: everything that will be written, in the order in which files are filled.
             shard_bytes: most bytes of tensors in a file with more than one of them; 0 for one file.
-            begun: the files are there already, laid out in the very same way; what was written stays.
+            begun: the files are there already, laid out in the very same way (`misfit` is ""); what was written stays.
         """
         self._folder, self._begun = folder, begun
         self._shards = _shards(tensors, shard_bytes)
@@ -61,6 +62,20 @@ class ShardFiles:
         self._places: dict[str, tuple[int, int]] = {}  # tensor: which file, offset of its first byte
         self._files: list[int] = []
         self._open = ExitStack()
+
+    def misfit(self) -> str:
+        """What of the files that are there already is not as it was left, as a clause; "" if nothing is."""
+        for name, shard in zip(self._names, self._shards, strict=True):
+            size = len(_header(shard)[0]) + sum(spec.nbytes for spec in shard)
+            try:
+                found = os.lstat(self._folder / name)
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name} is no plain file"
+            if found.st_size != size:
+                return f"{name} has {found.st_size} bytes, not {size}"
+        return ""
 
     def __enter__(self) -> "ShardFiles":
         """Create the files with their headers and, if there are several, the index."""
@@ -72,17 +87,13 @@ class ShardFiles:
                 descriptor = os.open(self._folder / name, os.O_RDWR | new, 0o666)
                 self._open.callback(os.close, descriptor)
                 self._files.append(descriptor)
-                size = len(header) + sum(spec.nbytes for spec in shard)
-                if self._begun and os.fstat(descriptor).st_size != size:
-                    text = f"{self._folder / name} is not as it was left; give --restart to begin again"
-                    raise UserError(text, "weights-changed")
-                os.ftruncate(descriptor, size)
+                os.ftruncate(descriptor, len(header) + sum(spec.nbytes for spec in shard))
                 _write(descriptor, header, 0)
             if len(self._shards) > 1:
                 (self._folder / INDEX).write_text(self._index(), encoding="utf-8")
-        except (OSError, UserError) as error:
+        except OSError as error:
             self._open.close()
-            raise (_failure(error) if isinstance(error, OSError) else error) from error
+            raise _failure(error) from error
         return self
 
     def __exit__(

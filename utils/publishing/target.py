@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.bounded_files import read_json
 from utils.errors import UserError
 from utils.named_paths import check_path
 from utils.publishing.disk import remove_empty
+from utils.publishing.manifest import MANIFEST
 
 _MOMENT = 0.1  # seconds
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -97,6 +99,19 @@ def _mount_points() -> set[str]:
         return set()
     octal = re.compile(r"\\([0-7]{3})")  # white space and backslashes
     return {octal.sub(lambda found: chr(int(found[1], 8)), line.split(" ")[4]) for line in lines}
+
+
+def refuse_others_manifest(folder: Path, is_ours: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Raise a `UserError` if `folder` has a manifest that another command or another project wrote: without it, whoever wrote
+    it does not know its own files any more. One that cannot be read is not looked at.
+    """
+    path = folder / MANIFEST
+    try:
+        data = read_json(path, MANIFEST) if path.is_file() else None
+    except UserError:
+        return
+    if data is not None and not is_ours(data):
+        raise UserError(f"{path} is of another command, or of nobody here: choose another folder", "out-not-ours")
 
 
 @contextlib.contextmanager

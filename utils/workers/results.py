@@ -60,6 +60,8 @@ def find_result(folder: Path, piece: Piece) -> Found | None:
 def _find(place: Path, types: Sequence[type]) -> Found | None:
     import torch
 
+    if not (place / _RESULT).is_file():  # a pipe would keep whoever opens it waiting
+        return None
     try:
         with torch.serialization.safe_globals(list(types)):
             data = torch.load(place / _RESULT, map_location="cpu", mmap=True, weights_only=True)

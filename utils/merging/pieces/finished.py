@@ -22,9 +22,17 @@ class FinishedTensors:
     """The list of one folder; without a path nothing is kept."""
 
     def __init__(self, path: Path | None, request: str) -> None:
-        """Read the list that is there, if it is of the same request."""
-        self._path, self._request = path, request
-        self.names: frozenset[str] = frozenset(self._read())
+        """Read the list that is there, if it is of the same request. `damage` says what is wrong with it, as a clause."""
+        self._path, self._request, self.damage = path, request, ""
+        try:
+            self.names: frozenset[str] = frozenset(self._read())
+        except (ValueError, TypeError):  # no UTF-8, no JSON, no text: not what was written here
+            self.forget(f"{path.name} is damaged")
+
+    def forget(self, damage: str) -> None:
+        """Take nothing for finished, since what lies there is not as it was left; the caller removes the weights."""
+        self.names, self.damage = frozenset(), damage
+        self._path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def kept_up(self, specs: Sequence[TensorSpec], sync: Callable[[], None]) -> Iterator[Callable[[str, int], None]]:
@@ -104,4 +112,7 @@ class FinishedTensors:
             os.truncate(self._path, len(whole))
         request, *names = whole.decode().splitlines() or [""]
         if request == json.dumps(self._request):
-            yield from map(json.loads, names)
+            for name in map(json.loads, names):
+                if not isinstance(name, str):
+                    raise TypeError(f"{name!r} is no name")
+                yield name

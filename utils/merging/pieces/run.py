@@ -18,7 +18,7 @@ from utils.merging.pieces.tensor import Output, TensorMerge, inputs_of
 from utils.merging.pieces.tensor_cuts import shared_cuts
 from utils.merging.pieces.work_line import WorkLine
 from utils.merging.plan import MergePlan
-from utils.merging.stacked_outputs import StackedOutput, written_tensors
+from utils.merging.stacked_outputs import StackedOutput, WrittenTensor, written_tensors
 from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.tensor_files import TensorFiles, as_bytes
 from utils.selection import one_torch_thread
@@ -52,9 +52,8 @@ def run_directly(
         UserError: a merged tensor is not finite, an input changed, or writing failed.
     """
     finished = finished or FinishedTensors(None, "")
-    # the order in which mergekit finishes, and so fills files (but for recipes that use an input tensor twice)
-    in_order = sorted(written_tensors(plan), key=lambda tensor: tensor.merged[0].task.group_label() or "")
-    specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in in_order]
+    in_order = _in_order(plan)
+    specs = _specs(in_order)
     place = {one.name: number for number, one in enumerate(one for tensor in in_order for one in tensor.merged)}
     begun = bool(finished.names)
     with ShardFiles(folder, specs, shard_bytes, begun=begun) as output, finished.kept_up(specs, output.sync) as note:
@@ -74,6 +73,20 @@ def run_directly(
         direct = [tensor for tensor in division.direct if stacked.name_of(tensor.name) not in finished.names]
         direct.sort(key=lambda tensor: place[tensor.name])
         merge_directly([(tensor, stacked) for tensor in direct], threads, note_and_report)
+
+
+def misfit(plan: MergePlan, folder: Path, shard_bytes: int) -> str:
+    """What of the weight files that `run_directly` would go on with is not as it was left, as a clause; "" if nothing is."""
+    return ShardFiles(folder, _specs(_in_order(plan)), shard_bytes).misfit()
+
+
+def _in_order(plan: MergePlan) -> list[WrittenTensor]:
+    """The order in which mergekit finishes, and so fills files (but for recipes that use an input tensor twice)."""
+    return sorted(written_tensors(plan), key=lambda tensor: tensor.merged[0].task.group_label() or "")
+
+
+def _specs(tensors: Sequence[WrittenTensor]) -> list[TensorSpec]:
+    return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def merge_directly(

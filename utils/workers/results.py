@@ -110,7 +110,7 @@ class Keeping:
         with named_in_errors(self.stage / _RESULT), open(self.stage / _RESULT, "wb") as file:
             torch.save({"value": value, "files": files}, file)
         for name in (_RESULT, *files):
-            with open(self.stage / name, "rb") as file:
+            with named_in_errors(self.stage / name), open(self.stage / name, "rb") as file:
                 os.fsync(file.fileno())
         target = self.folder / self.piece.name
         try:

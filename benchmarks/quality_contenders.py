@@ -15,6 +15,7 @@ import yaml
 from benchmarks.quality_pairs import Pair, measured, recipe_of
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
+START = "tuned_start"  # in a pair's folder: what coefficients were tuned from
 UNIFORM_ONE = "uniform"
 UNIFORM_TWO = "uniform task arithmetic"
 CONTROLS = {"one expert": UNIFORM_ONE, "two experts": UNIFORM_TWO, "three experts": UNIFORM_TWO}
@@ -93,7 +94,7 @@ def tuned(start: Variant | None) -> Variant:
 
 def _kept(recipe: Path) -> Path:
     """A copy that the next recipe of that name does not replace, as deep: it names its vectors from where it lies."""
-    copy = recipe.parent.with_name("tuned_start") / recipe.name
+    copy = recipe.parent.with_name(START) / recipe.name
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(recipe.read_bytes())
     return copy

@@ -96,11 +96,11 @@ def test_best_takes_what_leads_for_so_many_experts(pair, in_config):
 def test_a_flag_of_two_methods_belongs_to_both(pair):
     parser = FlagParser()
     declare_flags(parser, "measure")
-    given, config = parser.parse_args(["--accept_useless_text"]), read_pair_config(pair / "pair.yaml")
-    for name in ("gram_mean", "tuned", "saliency_budget", "sens_merging", "submodule_linearity"):
-        assert own_options(guidance_methods()[name], "measure", given, config)["accept_useless_text"] is True
+    given, config = parser.parse_args(["--expert_tokens", "8"]), read_pair_config(pair / "pair.yaml")
+    for name in ("lewis", "gram_mean", "saliency_budget"):
+        assert own_options(guidance_methods()[name], "measure", given, config)["expert_tokens"] == 8
     with refused("flag-no-effect"):
-        own_options(guidance_methods()["lewis"], "measure", given, config)
+        own_options(guidance_methods()["sens_merging"], "measure", given, config)
 
 
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):
@@ -108,7 +108,7 @@ def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measur
     write_config(pair, {"dataset": CODE})
     measure(out="code_alone")
     write_config(pair, {"calibration": {"math": MATH, "code": CODE}})
-    ended = measure(out="both")
+    ended = measure("--accept_useless_text", out="both")
     assert "text for math: 4 samples" in ended.stdout and "text for code: 4 samples" in ended.stdout
     for name in ("math", "code"):
         assert (pair / f"both/{name}_delta.csv").read_bytes() == (pair / f"{name}_alone/{name}_delta.csv").read_bytes()
@@ -124,8 +124,8 @@ def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measur
 
 def test_texts_measured_side_by_side_give_the_same_bytes(pair, measure):
     write_config(pair, {"calibration": {"math": MATH, "code": CODE}})
-    measure(out="one")
-    measure("--devices", "cpu,cpu,cpu", out="many")
+    measure("--accept_useless_text", out="one")
+    measure("--accept_useless_text", "--devices", "cpu,cpu,cpu", out="many")
     for name in ("math_delta.csv", "code_delta.csv"):
         one, many = (pd.read_csv(pair / folder / name) for folder in ("one", "many"))
         assert np.allclose(one, many, rtol=1e-3, atol=1e-6)  # other numbers of threads round otherwise

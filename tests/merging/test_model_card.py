@@ -104,10 +104,11 @@ def test_mean_density_is_weighted_by_parameters(copies):
 
 def test_hub_models_are_named_in_the_metadata(copies, monkeypatch):
     """A hub id is found in the cache; here the cache is a folder that the download would have filled."""
-    from utils.models import checkpoints
+    from utils.models import checkpoints, opening
 
     hub = {"org/base": copies / "base", "org/code": copies / "code"}
-    monkeypatch.setattr(checkpoints, "download", lambda name, revision, patterns: hub[name])
+    for module in (checkpoints, opening):
+        monkeypatch.setattr(module, "download", lambda name, revision, patterns: hub[name])
     data = {
         "models": [{"model": "org/base"}, {"model": "org/code@v2", "parameters": {"weight": 1}}],
         "merge_method": "task_arithmetic",

@@ -17,6 +17,7 @@ from utils.guidance.text_gain import ACCEPT, GOES_BY_IT, TextGain, refuse_useles
 from utils.models.weight_source import WeightSource
 from utils.passes.block_runner import Bystander, Visitor
 from utils.passes.gradient_refusals import refuse_short
+from utils.passes.language_head import absent_of_head
 from utils.passes.routing import VisitorWithRouters
 from utils.passes.sample_losses import sample_losses
 from utils.passes.subjects import Subject
@@ -39,10 +40,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class OwnText:
-    """What experts gain on their own text, by type, and all rows of the table of routers that asking gave."""
+    """What experts gain on their own text, by type, and all rows of the table of routers that asking gave.
+
+    `not_asked` holds a sentence for each expert that could not be asked.
+    """
 
     gains: Mapping[str, TextGain]
     routing: tuple[tuple, ...] = ()
+    not_asked: tuple[str, ...] = ()
 
 
 Ask = Callable[[Place, MeasureJob], Answer]
@@ -65,7 +70,7 @@ def gains_on_own_text(
 
     Args:
         job: the whole job.
-        experts: those to ask.
+        experts: those to ask; not asked is one where it or the base lacks a head, without which there is no loss.
         ask: gives the losses.
         then: what comes of useless experts that are accepted, as a clause.
         left: bytes that `ask` leaves on disk for what goes on with it, of all experts; nothing is left where `least` bytes,
@@ -75,6 +80,8 @@ def gains_on_own_text(
         UserError: experts that are not surely better than the base, and that was not accepted.
     """
     keeps = _fits(job, left + least)
+    headless = {expert.entry.type: why for expert in experts if (why := without_head(job, expert))}
+    experts = [expert for expert in experts if expert.entry.type not in headless]
     pieces = [
         Piece(
             f"{expert.entry.type}{_PIECE}",
@@ -86,7 +93,21 @@ def gains_on_own_text(
         )
         for expert in experts
     ]
-    return own_text_of(job, dict(zip((expert.entry.type for expert in experts), job.run(pieces), strict=True)), then)
+    found = own_text_of(job, dict(zip((expert.entry.type for expert in experts), job.run(pieces), strict=True)), then)
+    return replace(found, not_asked=tuple(not_asked_line(*one) for one in headless.items()))
+
+
+def without_head(job: MeasureJob, expert: Subject) -> str:
+    """Why there is no loss of the base or of an expert, as a clause; "" if both have a head."""
+    for subject in (job.base, expert):
+        if absent := absent_of_head(subject.decoder, subject.layout):
+            return f"the checkpoint of {subject.entry.name} has no {', '.join(absent)}"
+    return ""
+
+
+def not_asked_line(name: str, why: str) -> str:
+    """A sentence about an expert that is not asked, and why, a clause."""
+    return f"{name}: whether it is better than the base on its text is not asked: {why}"
 
 
 def own_text_of(job: MeasureJob, answers: Mapping[str, Answer], then: str = GOES_BY_IT) -> OwnText:

@@ -298,13 +298,14 @@ def test_refusals(pair):
         decided()
 
 
-def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair):
+def test_a_base_without_a_head_is_refused_where_gradients_need_it(pair, capsys):
     pair()
     drop_head(Path("base"))
     with refused("model-no-head"):
         measured("base")
     assert not Path("dfs").exists()
     measured("expert")  # which needs the base's blocks only
+    assert "not asked: the checkpoint of" in "".join(capsys.readouterr())
 
 
 def test_weights_that_are_not_finite_are_refused(pair):

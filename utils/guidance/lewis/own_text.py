@@ -7,10 +7,9 @@ pruned while they are measured their losses are not the models', so that a way f
 from collections.abc import Mapping, Sequence
 
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.own_text import Answer, both_forward, gains_on_own_text, own_text_of
+from utils.guidance.own_text import Answer, both_forward, gains_on_own_text, not_asked_line, own_text_of, without_head
 from utils.guidance.text_gain import TextGain
 from utils.pair.batches import sample_order
-from utils.passes.language_head import absent_of_head
 from utils.passes.subjects import Subject
 
 
@@ -22,7 +21,7 @@ def asked(job: MeasureJob) -> tuple[Subject, ...]:
 def not_asked_lines(job: MeasureJob) -> list[str]:
     """A sentence for each expert with text of its own that cannot be asked."""
     found = [(expert.entry.type, _in_the_way(job, expert)) for expert in _with_own_text(job)]
-    return [f"{name}: whether it is better than the base on its text is not asked: {why}" for name, why in found if why]
+    return [not_asked_line(name, why) for name, why in found if why]
 
 
 def gains_before(job: MeasureJob) -> Mapping[str, TextGain]:
@@ -71,9 +70,7 @@ def _in_the_way(job: MeasureJob, expert: Subject) -> str:
     """Why an expert cannot be asked, as a clause; "" if it can."""
     if job.config.parity:
         return "pads are attended with parity: reference"
-    for subject in (job.base, expert):
-        if absent := absent_of_head(subject.decoder, subject.layout):
-            return f"the checkpoint of {subject.entry.name} has no {', '.join(absent)}"
-        if max(map(len, job.text(subject, expert).encoded)) < 2:
-            return "no sample has a next token"
-    return ""
+    if why := without_head(job, expert):
+        return why
+    is_short = any(max(map(len, job.text(one, expert).encoded)) < 2 for one in (job.base, expert))
+    return "no sample has a next token" if is_short else ""

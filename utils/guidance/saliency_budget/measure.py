@@ -90,7 +90,7 @@ def measure(job: MeasureJob) -> Measured:
         own = tensors[tensors["model"] == name]
         notes.append(_note(name, own, measured[name].losses))
         warnings += _doubts(expert, own)
-    warnings += accepted_doubts(on_text.gains)
+    warnings += [*on_text.not_asked, *accepted_doubts(on_text.gains)]
     routing = (*on_text.routing, *(row for one in measured.values() for row in one.routing))
     tokens = tuple(row for one in measured.values() for row in one.expert_tokens)
     return Measured(files, tuple(notes), tuple(warnings), routing, tokens)

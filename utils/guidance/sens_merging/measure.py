@@ -86,7 +86,7 @@ def measure(job: MeasureJob) -> Measured:
         for name, expert in zip(names, job.experts, strict=True)
     ]
     left = sum(_needed(job, expert).waiting for expert in job.experts)
-    gains = gains_on_own_text(job, job.experts, _ask, left=left, least=on_disk(job)).gains
+    on_text = gains_on_own_text(job, job.experts, _ask, left=left, least=on_disk(job))
     experts: dict[str, _Expert] = dict(zip(names, job.run(pieces), strict=True))
     kept = {name: KeptResult(job.workspace, name, types) for name in names}
     own = job.of(job.base, *job.experts)
@@ -107,7 +107,7 @@ def measure(job: MeasureJob) -> Measured:
             ]
             + [f"{row[0]} against {row[1]}: logits {row[2]:.4g} apart on the text of {row[1]}" for row in distances]
         ),
-        warnings=(*accepted_doubts(gains), *warnings),
+        warnings=(*on_text.not_asked, *accepted_doubts(on_text.gains), *warnings),
         routing=tuple(row for one in experts.values() for row in one.routing),
     )
 

@@ -101,6 +101,16 @@ def test_a_disk_that_is_full_for_the_config_is_no_fault_of_the_model(copies, mon
     assert Path(caught.value.filename).name == "config.json"
 
 
+def test_memory_that_runs_out_in_the_check_is_no_fault_of_the_result(copies, monkeypatch):
+    from utils.merging import result_check
+
+    report = Failing(result_check.loading_report, 1, RuntimeError("can't start new thread"))
+    monkeypatch.setattr(result_check, "loading_report", report)
+    with pytest.raises(RuntimeError, match="can't start new thread") as caught:
+        merge_here(copies, recipe(copies), "part")
+    assert kept_work(caught.value)
+
+
 def test_values_that_transformers_does_not_write_are_the_models_fault(copies, monkeypatch):
     from transformers import LlamaConfig
 

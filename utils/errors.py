@@ -132,14 +132,15 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
     except OSError as error:
         _end_by_the_system(error)
     except Exception as error:
-        if _is_memory(error):
+        if is_memory(error):
             text = "memory ran out; give the process more: batch systems and `ulimit -v` set limits"
             _end(error, f"{text}; {_kept(error) or NOTHING_LEFT}", "memory-host")
         _say_kept(error)  # a defect of this project, with its traceback
         raise
 
 
-def _is_memory(error: Exception) -> bool:
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out on the host, or the room for threads."""
     refused = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     return isinstance(error, MemoryError) or refused
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoConfig
 
-from utils.errors import UserError, brief
+from utils.errors import UserError, brief, is_memory
 from utils.mergekit_api import get_auto_cls
 from utils.merging.plan import MergePlan
 from utils.models.mergekit_inputs import quiet_mergekit
@@ -58,6 +58,8 @@ def check_donor_loads(plan: MergePlan, trust_remote_code: bool) -> None:
     try:
         missing = loading_report(donor.folder, trust_remote_code).missing
     except Exception as error:  # of any kind; the check of the result would meet it again
+        if is_memory(error):
+            raise
         raise UserError(
             f"model {donor.name}: transformers cannot load it as {donor.architecture}, nor what is merged into it: "
             f"{brief(error)}",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from utils.errors import Problem, UserError, raise_collected
+from utils.errors import Problem, UserError, is_memory, raise_collected
 from utils.merging.loading import loading_report
 from utils.merging.plan import MergePlan
 from utils.merging.settings import MergeSettings
@@ -68,7 +68,9 @@ def _tensor_problems(plan: MergePlan, headers: dict[str, TensorHeader]) -> Itera
 def _loading_problems(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     try:
         found = loading_report(folder, trust_remote_code)
-    except Exception as error:  # whatever it is, the result does not load
+    except Exception as error:  # whatever else it is, the result does not load
+        if is_memory(error):
+            raise
         raise _does_not_load("transformers cannot load it", error) from error
     for names, what in (
         (found.missing, "are missing for the model class"),
@@ -101,7 +103,7 @@ def _vocabulary(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except BaseException as error:  # tokenizers raise anything
-        if not is_failure(error):
+        if not is_failure(error) or is_memory(error):
             raise
         raise _does_not_load("its tokenizer cannot be loaded", error) from error
     rows = {

@@ -124,6 +124,7 @@ def measure_saliency(place: Place, job: MeasureJob) -> ExpertMeasurement:
             tokens = [row for place, own in sorted(both.tokens.items()) for row in token_rows(name, *place, own)]
         snapshots.forget()
         found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
+    vectors |= _buffer_vectors(base)
     vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
     bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
     return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), tokens)
@@ -146,6 +147,18 @@ def _other_vectors(
         if is_whole:
             vectors[tensor] = axes
     return vectors
+
+
+def _buffer_vectors(base: Subject) -> dict[str, tuple[Tensor, ...]]:
+    """Vectors of what a checkpoint has beside parameters (scales of a block, say), by stored name: without gradients all
+    entries count alike."""
+    found = {}
+    for name, value in base.decoder.model.named_buffers():
+        if name in base.layout and value.is_floating_point() and value.dim() <= 2:
+            found[base.layout.stored_names(name)[0]] = tuple(
+                torch.ones(length, dtype=torch.float64) for length in tuple(value.shape) or (1,)
+            )
+    return found
 
 
 def _not_finite(tensor: str, base: Subject, expert: Subject) -> UserError:

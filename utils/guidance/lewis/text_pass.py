@@ -55,7 +55,8 @@ def range_sums(place: Place, job: MeasureJob, first: bool, scored: bool) -> dict
     (subject,) = job.subjects
     (text,) = subject.texts.values()
     visitor = RangeVisitor(subject.decoder, text.tokens, squares=first)
-    return {**visitor.result(), **_run(place, job, subject, text, visitor, tried=first, scored=scored)}
+    passed = _run(place, job, subject, text, visitor, tried=first, scored=scored)
+    return {**visitor.result(), **passed}
 
 
 def _run(

@@ -63,13 +63,20 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
     tied = {other: stock.by_own[name] for other, name in naming.tied.items() if other in stock.tensors}
     dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
     proof, before = exact_filters(dense, stock.tensors, _WHERE)
+    try:
+        weighed = weight_filters(table, routers, stock.tensors, _WHERE, tied) if plain.as_weights else None
+    except UserError as error:  # a stack's name is the beginning of its biases' name
+        raise UserError(
+            f"--portable: stock mergekit cannot have these weights: {error}; merge with utils/merger.py, without --portable",
+            "recipe-not-portable",
+        ) from error
     found = Naming(
         names={},
         filters=proof,
         params={},
         coverage=None,
         evidence="",
-        group_filters=weight_filters(table, routers, stock.tensors, _WHERE, tied) if plain.as_weights else None,
+        group_filters=weighed,
         tied=tied,
         before=before,
     )

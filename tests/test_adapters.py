@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.commands_here import done_here
-from tests.tiny_adapters import in_float32, save_adapter, save_merged
+from tests.tiny_adapters import in_float32, measured_and_merged, save_adapter, save_merged
 from tests.tiny_merges import tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
 from utils.evaluation.candidates import read_candidate, refuse_other_models
@@ -47,19 +47,9 @@ def test_measured_decided_and_merged_as_what_peft_merges(pair, guidance):
     tables, merged = {}, {}
     before = contents(pair / "base")
     for name in ("merged", "pair"):
-        out, config = f"{name}_{guidance}", f"{name}_{guidance}.yaml"
-        settings = yaml.safe_load((pair / f"{name}_.yaml").read_text())
-        if guidance == "gram_mean":  # which else solves for what short texts hardly say, where roundings grow
-            settings["global_parameters"] = {"ridge": 0.1}
-        (pair / config).write_text(yaml.safe_dump(settings))
-        flags = ("--guidance", guidance, *FLAGS.get(guidance, ()))
-        done_here("lewis_importance.py", "--config", config, "--out_dir", out, *flags, cwd=pair)
-        tables[name] = {file.name: pd.read_csv(file) for file in sorted((pair / out).glob("*.csv"))}
-        decide = ("--delta_dfs_in_dir", out, "--config_file", config, "--out_dir", f"{out}_r", "--guidance", guidance)
-        done_here("lewis_merge.py", *decide, "--dtype", "float32", cwd=pair)
-        (made,) = (pair / f"{out}_r").glob("*.yaml")
-        done_here("utils/merger.py", "--merge_config", made, "--output_path", f"{out}_m", "--device", "cpu", cwd=pair)
-        merged[name] = tensors(pair / f"{out}_m")
+        config = f"{name}_{guidance}.yaml"
+        shutil.copy(pair / f"{name}_.yaml", pair / config)
+        tables[name], merged[name] = measured_and_merged(pair, config, guidance, FLAGS.get(guidance, ()))
     assert contents(pair / "base") == before
     for file, wanted in tables["merged"].items():
         for column in wanted.select_dtypes("number"):

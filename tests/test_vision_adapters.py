@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from tests.architectures.shrinking import save_changed, tiny_model
 from tests.architectures.sweep import read_rows
 from tests.commands_here import done_here
-from tests.tiny_adapters import save_adapter, save_merged
+from tests.tiny_adapters import measured_and_merged, save_adapter, save_merged
 from tests.tiny_merges import tensors
 from tests.tiny_pairs import save_rows, save_tokenizer, write_config
 from utils.guidance.method import guidance_methods
@@ -46,21 +45,12 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("guidance", METHODS)
 def test_measured_decided_and_merged_as_what_peft_merges(pair, guidance):
     tables, merged = {}, {}
+    useless = () if guidance == "lewis" else ("--accept_useless_text",)
     for name in ("merged", "both"):
-        out, config = f"{name}_{guidance}", f"{name}_{guidance}.yaml"
-        settings = yaml.safe_load((pair / f"{name}.yaml").read_text())
-        if guidance == "gram_mean":  # which else solves for what short texts hardly say, where roundings grow
-            settings["global_parameters"] = {"ridge": 0.1}
-        (pair / config).write_text(yaml.safe_dump(settings))
-        useless = () if guidance == "lewis" else ("--accept_useless_text",)
-        flags = ("--guidance", guidance, *useless, *FEW.get(guidance, ()))
-        done_here("lewis_importance.py", "--config", config, "--out_dir", out, *flags, cwd=pair)
-        tables[name] = {file.name: pd.read_csv(file) for file in sorted((pair / out).glob("*.csv"))}
-        decide = ("--delta_dfs_in_dir", out, "--config_file", config, "--out_dir", f"{out}_r", "--guidance", guidance)
-        done_here("lewis_merge.py", *decide, "--dtype", "float32", cwd=pair)
-        (made,) = (pair / f"{out}_r").glob("*.yaml")
-        done_here("utils/merger.py", "--merge_config", made, "--output_path", f"{out}_m", "--device", "cpu", cwd=pair)
-        merged[name] = tensors(pair / f"{out}_m")
+        config = f"{name}_{guidance}.yaml"
+        shutil.copy(pair / f"{name}.yaml", pair / config)
+        flags = (*useless, *FEW.get(guidance, ()))
+        tables[name], merged[name] = measured_and_merged(pair, config, guidance, flags)
     for file, wanted in tables["merged"].items():
         for column in wanted.select_dtypes("number"):
             np.testing.assert_allclose(tables["both"][file][column], wanted[column], rtol=2e-3, atol=1e-6)

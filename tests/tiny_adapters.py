@@ -2,8 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 
 def in_float32(folder: Path) -> Path:
@@ -61,3 +66,33 @@ def rename_in_adapter(adapter: Path, folder: Path, before: str, after: str) -> P
     renamed = {name.replace(start, f"base_model.model.{after}", 1): value for name, value in stored.items()}
     save_file(renamed, file, {"format": "pt"})
     return folder
+
+
+def measured_and_merged(
+    folder: Path, config: str, guidance: str, flags: Sequence[str]
+) -> "tuple[dict[str, pd.DataFrame], dict[str, torch.Tensor]]":
+    """The tables of command 1 by file name, and the tensors of what commands 2 and 3 make of them.
+
+    Args:
+        folder: where `config`, a pair config, lies, and the results go.
+        config: its file name.
+        guidance: the method.
+        flags: further ones of command 1.
+    """
+    import pandas as pd
+    import yaml
+
+    from tests.commands_here import done_here
+    from tests.tiny_merges import tensors
+
+    if guidance == "gram_mean":  # which else solves for what short texts hardly say, where roundings grow
+        settings = yaml.safe_load((folder / config).read_text())
+        (folder / config).write_text(yaml.safe_dump(settings | {"global_parameters": {"ridge": 0.1}}))
+    out = f"{Path(config).stem}_{guidance}"
+    done_here("lewis_importance.py", "--config", config, "--out_dir", out, "--guidance", guidance, *flags, cwd=folder)
+    tables = {file.name: pd.read_csv(file) for file in sorted((folder / out).glob("*.csv"))}
+    decide = ("--delta_dfs_in_dir", out, "--config_file", config, "--out_dir", f"{out}_r", "--guidance", guidance)
+    done_here("lewis_merge.py", *decide, "--dtype", "float32", cwd=folder)
+    (made,) = (folder / f"{out}_r").glob("*.yaml")
+    done_here("utils/merger.py", "--merge_config", made, "--output_path", f"{out}_m", "--device", "cpu", cwd=folder)
+    return tables, tensors(folder / f"{out}_m")

@@ -35,20 +35,15 @@ from utils.publishing.disk import free_bytes, remove_tree
 from utils.runtime import computing_dtype, gigabytes
 
 _MOST_PLANS = 128  # kept, each of about a megabyte
-_WRITTEN, _END = (
-    ".scored.",
-    ".part",
-)  # around 8 characters of `tempfile`: a folder that a model is written into for a while
+_WRITTEN, _END = ".scored.", ".part"  # around 8 characters of `tempfile`: a folder that a model is written into
+_HIDDEN = re.compile(f"{re.escape(_WRITTEN)}[a-z0-9_]{{8}}{re.escape(_END)}")
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
 
 def sweep_written(beside: Path) -> None:
     """Remove models that a killed run had written for a while; the caller has the folder to itself."""
     for folder in beside.iterdir():
-        if (
-            re.fullmatch(f"{re.escape(_WRITTEN)}[a-z0-9_]{{8}}{re.escape(_END)}", folder.name)
-            and not folder.is_symlink()
-        ):
+        if _HIDDEN.fullmatch(folder.name) and not folder.is_symlink():
             remove_tree(folder)
 
 

@@ -12,7 +12,7 @@ What is wrong with single cells, and rows that are there twice, is found here; w
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -112,6 +112,16 @@ def read_tables(folder: Path, formats: Sequence[TableFormat], experts: Collectio
         problems += found
     raise_collected(problems, f"dataframe folder {folder}")
     return tables
+
+
+def read_listed(
+    folder: Path, manifest: Mapping[str, Any] | None, form: TableFormat, experts: Collection[str]
+) -> pd.DataFrame | None:
+    """A table that only some measurements have; None where the folder's manifest does not list it. Raises as `read_tables`."""
+    if form.file not in (manifest or {}).get("files", {}):
+        return None
+    (table,) = read_tables(folder, [form], experts)
+    return table
 
 
 def _read(folder: Path, form: TableFormat, experts: Collection[str]) -> tuple[pd.DataFrame, list[Problem]]:

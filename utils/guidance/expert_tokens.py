@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError
-from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
+from utils.guidance.columns import TableFormat, expert, number, read_listed, text, whole
 from utils.guidance.few_tokens import EXPERT_TOKENS, fewest_tokens
 from utils.guidance.measure_job import TOKENS
 
@@ -40,10 +40,7 @@ def read_tokens(folder: Path, manifest: Mapping[str, Any] | None, experts: Seque
     Raises:
         UserError: as `read_tables`.
     """
-    if TOKENS not in (manifest or {}).get("files", {}):
-        return None
-    (table,) = read_tables(folder, [_TABLE], experts)
-    return table
+    return read_listed(folder, manifest, _TABLE, experts)
 
 
 def read_fewest(manifest: Mapping[str, Any] | None) -> int:

@@ -64,9 +64,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         data = read_json(path, str(path), finite=True)
     except UserError as error:
         raise UserError(f"{error}; {_AGAIN}", "manifest-unreadable") from error
-    if not isinstance(data.get("command", ""), str) or is_measurement(
-        data
-    ):  # another command's is for its reader to see
+    # another command's is for its reader to see
+    if not isinstance(data.get("command", ""), str) or is_measurement(data):
         heading = f"{path} is not as lewis_importance.py writes it; {_AGAIN}"
         read_checked(_Manifest, data, heading, "manifest")
     return data

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
+from utils.guidance.columns import TableFormat, expert, number, read_listed, text, whole
 from utils.guidance.measure_job import ROUTING, MeasureJob
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.routing import RouterComparison
@@ -68,10 +68,7 @@ def read_routing(folder: Path, manifest: Mapping[str, Any] | None, experts: Sequ
     Raises:
         UserError: as `read_tables`.
     """
-    if ROUTING not in (manifest or {}).get("files", {}):
-        return None
-    (table,) = read_tables(folder, [_TABLE], experts)
-    return table
+    return read_listed(folder, manifest, _TABLE, experts)
 
 
 def routing_lines(rows: Rows | pd.DataFrame) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality_contenders import START, Variant, guided, second_round, tuned
+from benchmarks.quality_contenders import START, Variant, guided, in_rounds, tuned
 from benchmarks.quality_pairs import Pair
 from utils.commands.merge import merge
 from utils.guidance.method import guidance_methods
@@ -50,7 +50,7 @@ def repeated(task: str) -> dict[str, Repeated]:
         own = {"mean_density": 0.1, **flags}
         return Repeated("gram_mean", guided("gram_mean", task, **own), decide=own, alone=task)
 
-    start = second_round(**{"lambda": 1.0})
+    start = in_rounds(2, **{"lambda": 1.0})
     return {
         "lewis": plainly("lewis", mean_density=0.2),
         "sens_merging": plainly("sens_merging", **{"lambda": 0.3}),

@@ -25,13 +25,13 @@ NAMES = {1: ONE, 2: TWO, 3: THREE}
 FIRST = (
     UNIFORM_TWO,
     "gram mean, second round",
-    "gram mean",
     "Fisher average",
+    "gram mean, second round, tuned",
+    "gram mean",
     CEILING,
     "saliency mean",
     "RegMean++ with guided rest",
     "RegMean with guided rest",
-    "gram mean, second round, tuned",
     "tuned coefficients",
 )
 

@@ -6,7 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from benchmarks.quality_contenders import UNIFORM_TWO, Variant, guided, plain, second_round
+from benchmarks.quality_contenders import UNIFORM_TWO, Variant, guided, in_rounds, plain, tuned
 from benchmarks.quality_models import Trained, Training, precision_of
 from benchmarks.quality_peer_models import peers_of_two
 from benchmarks.quality_texts import TaskTexts, Texts, TextSizes, row_key
@@ -25,7 +25,9 @@ def three_experts() -> dict[str, list[Variant]]:
         UNIFORM_TWO: [plain("task_arithmetic", weight=weight) for weight in (0.1, 0.2, 0.3, 0.4)],
         "saliency mean": [guided("saliency_budget", merge_method="guided_mean")],
         "gram mean": [guided("gram_mean")],
-        "gram mean, second round": [second_round(**{"lambda": 1.0})],
+        "gram mean, second round": [in_rounds(2, **{"lambda": 1.0})],
+        "gram mean, second round, tuned": [tuned(in_rounds(2, **{"lambda": 1.0}))],
+        "gram mean, third round": [in_rounds(3, **{"lambda": 1.0})],
         **{name: peers_of_two()[name] for name in ("Fisher average", "RegMean with guided rest")},
     }
 

@@ -79,6 +79,15 @@ def test_without_evaluation_every_experts_text_is_a_task(tmp_path):
     assert shared.experts == ("code", "math")
 
 
+def test_an_expert_that_is_not_merged_has_no_task_unless_it_is_asked_for(tmp_path):
+    merged = {"target_model_names": {"math": str(tmp_path / "math")}}
+    (task,) = evaluation_rows(pair(tmp_path, evaluation={}, **merged))
+    assert (task.name, task.experts) == ("math", ("math",))
+    (task,) = evaluation_rows(pair(tmp_path, evaluation={}, calibration={}, **merged))
+    assert (task.name, task.experts) == ("math", ("math",))
+    assert [task.experts for task in evaluation_rows(pair(tmp_path, **merged))] == [("code",), ("math",)]
+
+
 @pytest.mark.parametrize("name", ["general", "all tasks"])
 def test_names_that_tables_have_for_something_else_are_refused(tmp_path, name):
     evaluation = {name: {"path": str(tmp_path / "code.jsonl"), "text": TEXT}}

@@ -11,7 +11,6 @@ from tests.tiny_experts import save_experts
 from tests.tiny_merges import merge_here, merge_stock, tensors
 from tests.tiny_mixtures import save_mixtures
 from utils.evaluation.controls import TIES_SETTINGS
-from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
@@ -46,7 +45,7 @@ def maker(pair) -> RecipeMaker:
     measured, _ = find_measurements(config, None, Path("out/search"), trust_remote_code=False)
     assert list(measured) == list(guidance_methods())
     return RecipeMaker(
-        config, LocalModels(config.base, experts_to_merge(config)), measured, pair / "vectors", "bfloat16"
+        config, LocalModels(config.base, config.experts_to_merge), measured, pair / "vectors", "bfloat16"
     )
 
 
@@ -184,7 +183,7 @@ def test_stock_mergekit_has_a_recipe_of_a_mixture_whose_experts_are_stored_apart
     folder = save_mixtures(tmp_path)
     monkeypatch.chdir(folder)
     config = read_pair_config(folder / "pair.yaml")
-    models = LocalModels(config.base, experts_to_merge(config))
+    models = LocalModels(config.base, config.experts_to_merge)
     maker = RecipeMaker(config, models, {}, folder / "vectors", "float32")
     point = Point("task_arithmetic", guidance, {"lambda": 0.6}, depth=depth)
     ours, stock = maker.make(point), maker.for_stock(point)

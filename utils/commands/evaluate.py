@@ -166,7 +166,7 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence
 def _controls(scorer: "Scorer", say: Callable[[str], None]) -> tuple[dict[str, list[Candidate]], str]:
     """The uniform merges to compare with, by kind; of mixtures with the routers that guided recipes have, which is said."""
     config, trust = scorer.config, scorer.settings.merge.trust_remote_code
-    routers = usual_routers(LocalModels(config.base, config.experts, trust_remote_code=trust))
+    routers = usual_routers(LocalModels(config.base, config.experts_to_merge, trust_remote_code=trust))
     if routers.said:
         say(f"routers of the uniform merges: {routers.said}")
     return uniform_controls(config, scorer.inputs[config.base.type].float_dtype, routers), routers.said

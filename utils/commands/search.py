@@ -12,7 +12,6 @@ from utils.commands.search_folder import refuse_edited
 from utils.commands.search_options import FILES, LOSSES, SearchOptions
 from utils.errors import UserError, warn
 from utils.evaluation.tasks import task_texts
-from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import default_options, guidance_methods
 from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
@@ -105,7 +104,7 @@ def _missing_measurements(options: SearchOptions) -> list[str]:
     there, _ = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
     )
-    asked, experts = config.search.guidance, len(experts_to_merge(config))
+    asked, experts = config.search.guidance, len(config.experts_to_merge)
     missing = [
         name
         for name, method in guidance_methods().items()
@@ -134,7 +133,7 @@ def _measure(options: SearchOptions, guidances: Sequence[str]) -> tuple[set[str]
         The warnings that were given; what was said of each guidance that was left out.
     """
     config, warned, left_out = options.config, set(), {}
-    experts = len(experts_to_merge(config))
+    experts = len(config.experts_to_merge)
     for name in guidances:
         method = guidance_methods()[name]
         try:

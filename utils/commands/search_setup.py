@@ -17,7 +17,7 @@ from utils.evaluation.placing import score_placed
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
 from utils.evaluation.tasks import VALIDATION
-from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.guidance.measured_pair import MeasuredPair
 from utils.models.checkpoints import weight_file_record
 from utils.models.relative_change import strangers
 from utils.publishing.files import repair_folder
@@ -89,7 +89,7 @@ def prepare_search(
     measured, notes = find_measurements(
         config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
     )
-    experts = experts_to_merge(config)
+    experts = config.experts_to_merge
     models = LocalModels(config.base, experts, trust_remote_code=options.trust_remote_code)
     dtype = scorer.inputs[config.base.type].float_dtype
     repair_folder(options.out_dir / VECTORS)

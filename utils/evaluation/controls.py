@@ -19,7 +19,7 @@ _ALIKE = RouterChoice()  # routers are merged like everything else, or there are
 
 
 def uniform_controls(config: PairConfig, out_dtype: str, routers: RouterChoice = _ALIKE) -> dict[str, list[Candidate]]:
-    """The uniform merges of a pair at every setting, by kind.
+    """The uniform merges of a pair's experts to merge at every setting, by kind.
 
     Args:
         config: the pair.
@@ -63,7 +63,7 @@ def _recipe(
     of_routers = [{"filter": text, "value": routers.weight} for text in routers.filters]
     experts = [
         {"model": model_key(one), "parameters": {"weight": [*of_routers, {"value": 1.0}] if of_routers else 1.0, **own}}
-        for one in config.experts
+        for one in config.experts_to_merge
     ]
     return {
         "models": [{"model": model_key(config.base)}, *experts],

@@ -108,8 +108,8 @@ def evaluation_rows(config: PairConfig, *, validation: int = 64, test: int = 128
 
 
 def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
-    """The text of every task by name: those of `evaluation`, or one for each text experts have where it names none (but
-    tasks of lm-eval's); and `general`.
+    """The text of every task by name: those of `evaluation`, or one for each text of experts to merge where it names
+    none (but tasks of lm-eval's); and `general`.
 
     Raises:
         UserError: a task has a name that tables have for something else.
@@ -117,10 +117,8 @@ def task_texts(config: PairConfig) -> dict[str, EvaluationText]:
     asked = dict(config.evaluation)
     if not any(text.source for text in asked.values()):
         asked = {}
-        for source in config.texts:
-            users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
-            name = users[0] if len(users) == 1 else "+".join(users)
-            asked[name] = text_of_calibration(source)
+        for source, users in _users_of_texts(config).items():
+            asked["+".join(users)] = text_of_calibration(source)
     for name in sorted({GENERAL, ALL_TASKS} & asked.keys()):
         raise UserError(
             f"evaluation: no task can be named {name!r}, which tables have for something else: give it another name under "
@@ -193,7 +191,8 @@ def _task(
                 f"task {name}: {source.path} has {len(rows)} {part} rows{left}, at least {LEAST_ROWS} are needed; {remedy}",
                 "evaluation-no-rows",
             )
-    experts = tuple(entry.type for entry in config.experts if name in (entry.type, *_shared_names(config, entry.type)))
+    shared = {"+".join(users): tuple(users) for users in _users_of_texts(config).values()}
+    experts = shared.get(name) or tuple(entry.type for entry in config.experts if entry.type == name)
     shown = {part: f"{len(rows)} {part} rows of {parts[part].source.shown}" for part, rows in chosen.items()}
     splits = {part: f" ({place.source.split})" if place.source.split else "" for part, place in parts.items()}
     summary = " and ".join(shown[part] + splits[part] for part in (VALIDATION, TEST))
@@ -220,10 +219,12 @@ def _wanted(parts: "Mapping[str, _Part]", validation: int, test: int) -> dict[st
     return {VALIDATION: validation, TEST: test}
 
 
-def _shared_names(config: PairConfig, expert: str) -> list[str]:
-    source = config.text_of(expert)
-    users = [entry.type for entry in config.experts if config.text_of(entry.type) == source]
-    return ["+".join(users)] if len(users) > 1 else []
+def _users_of_texts(config: PairConfig) -> dict[CalibrationSource, list[str]]:
+    """Each text of the experts to merge, and the types of those whose it is."""
+    found: dict[CalibrationSource, list[str]] = {}
+    for entry in config.experts_to_merge:
+        found.setdefault(config.text_of(entry.type), []).append(entry.type)
+    return found
 
 
 def _parts(source: CalibrationSource, split_given: bool, config: PairConfig) -> dict[str, _Part]:

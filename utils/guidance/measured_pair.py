@@ -10,7 +10,7 @@ from utils.guidance.folder import check_folder, read_manifest, refuse_edited
 from utils.guidance.measure_job import ROUTING
 from utils.guidance.method import GuidanceMethod
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
-from utils.pair.config import ModelEntry, PairConfig
+from utils.pair.config import PairConfig
 from utils.publishing.files import half_published
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.recipes.naming import LocalModels
@@ -30,12 +30,6 @@ class MeasuredPair:
     sha256: str | None
     models: LocalModels
     warnings: tuple[str, ...]
-
-
-def experts_to_merge(config: PairConfig) -> tuple[ModelEntry, ...]:
-    """The experts to merge, in the order of `target_model_names`."""
-    by_type = {entry.type: entry for entry in config.experts}
-    return tuple(by_type[name] for name in config.target_model_names)
 
 
 def open_measured(
@@ -67,7 +61,7 @@ def open_measured(
             "of two measurements may lie side by side; type that command again, which puts the others in their places",
             "dataframes-half-published",
         )
-    experts = experts_to_merge(config)
+    experts = config.experts_to_merge
     warnings = [] if manifest else [_NO_MANIFEST.format(folder=folder)]
     warnings += compare_with_manifest(config, experts, manifest)
     warnings += refuse_edited(folder, manifest, (*method.files(config), ROUTING), accepted=accept_edited)

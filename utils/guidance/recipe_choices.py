@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.errors import UserError
-from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.method import GuidanceMethod
 from utils.pair.config import ModelEntry, PairConfig
 from utils.recipes.global_parameters import check_global_parameters, known_parameters
@@ -68,7 +67,7 @@ def settle(config: PairConfig, options: RecipeOptions) -> RecipeChoices:
             "flag-no-effect",
         )
     rule = method.merge_rule(asked, options.method_options)
-    experts = experts_to_merge(config)
+    experts = config.experts_to_merge
     method.check_experts(config, len(experts))
     parameters = _parameters(config, method, rule)
     check_global_parameters(rule, parameters, f"pair config {config.path}")

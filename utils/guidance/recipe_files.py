@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.guidance.guided_recipe import Control, GuidedRecipe
-from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
 from utils.recipes.named_model import named_model
@@ -80,7 +80,7 @@ def _measurement(measured: MeasuredPair, manifest: Mapping[str, Any]) -> dict[st
     config, listed = measured.config, manifest.get("models")
     recorded = {one.get("type"): one for one in listed if isinstance(one, dict)} if isinstance(listed, list) else {}
     models = []
-    for entry in (config.base, *experts_to_merge(config)):
+    for entry in (config.base, *config.experts_to_merge):
         before = recorded.get(entry.type, {})
         sample = measured.models.samples.get(entry.type) or before.get("sample_sha256")
         if before and sample:

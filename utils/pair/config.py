@@ -236,6 +236,12 @@ class PairConfig(PairSettings):
         """Every model but the base, in the order of `model_info`."""
         return tuple(entry for entry in self.model_info if entry.type != self.base_model_type)
 
+    @property
+    def experts_to_merge(self) -> tuple[ModelEntry, ...]:
+        """The experts that are merged, in the order of `target_model_names`."""
+        by_type = {entry.type: entry for entry in self.experts}
+        return tuple(by_type[name] for name in self.target_model_names)
+
     def text_of(self, expert: str) -> CalibrationSource:
         """The calibration text of an expert, by type."""
         return self.calibration.get(expert, self.dataset)

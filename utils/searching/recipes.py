@@ -11,7 +11,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.guided_recipe import GuidedRecipe, guided_recipe
-from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import guidance_methods
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
@@ -126,7 +126,7 @@ class RecipeMaker:
         if point.guidance == LINES:
             data = by_depth(data, lines_factors(len(self.blocks.filters)), self.blocks)
         if point.weights:
-            experts = [entry.type for entry in experts_to_merge(self.config)]
+            experts = [entry.type for entry in self.config.experts_to_merge]
             data = weighed(data, [point.weights[name] for name in experts])
         if point.depth:
             data = by_depth(data, spread(point.depth, len(self.blocks.filters)), self.blocks)
@@ -195,7 +195,7 @@ class RecipeMaker:
         settings = RecipeSettings(
             method=replace(rule, extra=""),
             base=self.config.base,
-            experts=experts_to_merge(self.config),
+            experts=self.config.experts_to_merge,
             parameters=parameters,
             lambda_=point.numbers[LAMBDA],
             dtype=_DTYPE,

@@ -26,7 +26,7 @@ from utils.guidance.gram_mean.input_pass import BlockInputs, Kept, input_pass
 from utils.guidance.gram_mean.method import EXPERT_INPUTS, FORM, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.measured_pair import MeasuredPair, experts_to_merge
+from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.recipe_choices import RecipeChoices, RecipeOptions, settle
 from utils.mergekit_api import GatherTensors
 from utils.merging.planning import PlannedMerge, plan_recipe
@@ -56,7 +56,7 @@ def check(job: MeasureJob) -> None:
     Raises:
         UserError: one expert, which is merged as it is; what commands 2 and 3 would say of the pair.
     """
-    if len(experts_to_merge(job.config)) < 2:
+    if len(job.config.experts_to_merge) < 2:
         raise UserError(
             f"--{ROUNDS} {job.options[ROUNDS]} takes the inputs of a merge, and one expert alone is merged as it is; give "
             f"--{ROUNDS} 1",
@@ -73,7 +73,7 @@ def check(job: MeasureJob) -> None:
 
 def depends_on(job: MeasureJob) -> dict[str, Any]:
     """What the merges between rounds are decided by beside what is measured, as plain data."""
-    experts = [entry.type for entry in experts_to_merge(job.config)]
+    experts = [entry.type for entry in job.config.experts_to_merge]
     return {"between_rounds": {"parameters": dict(_choices(job).parameters), "experts": experts}}
 
 
@@ -134,7 +134,7 @@ def _merged_subject(job: MeasureJob, number: int, files: Mapping[str, bytes | Pa
 def _decided(job: MeasureJob, measured: Path, merged: Path) -> PlannedMerge:
     """The merge that commands 2 and 3 make of a measurement."""
     config = job.config
-    models = LocalModels(config.base, experts_to_merge(config), trust_remote_code=job.trust_remote_code)
+    models = LocalModels(config.base, config.experts_to_merge, trust_remote_code=job.trust_remote_code)
     manifest = {"guidance_options": dict(job.options)}
     made = guided_recipe(MeasuredPair(config, measured, manifest, None, models, ()), _choices(job))
     return _planned(job, made.data, measured / made.name, merged)

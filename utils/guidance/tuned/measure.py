@@ -5,7 +5,6 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
-from utils.guidance.measured_pair import experts_to_merge
 from utils.guidance.own_text import accepted_doubts, both_forward, gains_on_own_text
 from utils.guidance.tuned.descent import Descent, Step
 from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
@@ -109,7 +108,7 @@ def measure(job: MeasureJob) -> Measured:
 
 
 def _experts(job: MeasureJob) -> tuple[Subject, ...]:
-    return tuple(job.subject(entry) for entry in experts_to_merge(job.config))
+    return tuple(job.subject(entry) for entry in job.config.experts_to_merge)
 
 
 def _start(job: MeasureJob) -> Start:

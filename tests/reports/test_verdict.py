@@ -44,6 +44,15 @@ def test_worse_than_the_base_is_said():
     assert "below the base" in found.details[0] and "code" in found.details[0]
 
 
+def test_better_and_yet_worse_than_the_base():
+    found = judge("ours", "plain", standings(Estimate(-0.12), Estimate(0.1, 0.05, 0.15)))
+    assert found.outcome is Outcome.BETTER
+    assert found.sentence == (
+        "ours is better than plain: it keeps 10.0 points more (95% interval +5.0 to +15.0), and yet is worse than the base, by "
+        "12.0% of the experts' gain over the base."
+    )
+
+
 def test_the_reference_itself_may_be_the_best():
     found = judge("plain", "plain", standings(Estimate(0.1), None))
     assert found.sentence.startswith("On validation rows nothing was better than plain") and "35.0%" in found.sentence

@@ -1,16 +1,19 @@
 """Points become recipes: as command 2 writes them, as stock mergekit merges them, tensor by tensor as the formula says."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.commands_here import done_here
+from tests.refusals import refused
 from tests.tiny_experts import save_experts
-from tests.tiny_merges import merge_here, merge_stock, tensors
+from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
 from tests.tiny_mixtures import save_mixtures
 from utils.evaluation.controls import TIES_SETTINGS
+from utils.evaluation.tasks import evaluation_rows
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
@@ -70,6 +73,18 @@ def test_another_searchs_measurements_change_nothing_once_there_is_a_study(pair,
     SearchStudy(out, space, {"measurements": began}, sampler="random", seed=0).close()
     shutil.copytree(pair / "out/sens_merging", tmp_path / "other/measurements/sens_merging")
     assert found() == began
+
+
+def test_what_was_measured_on_rows_of_a_task_is_left_out(pair):
+    """As where nsamples was larger then; a folder that was named is refused."""
+    config = read_pair_config(pair / "pair.yaml")
+    tasks = evaluation_rows(replace(config, nsamples=2))
+    asked = {"trust_remote_code": False, "tasks": tasks}
+    measured, notes = find_measurements(config, None, Path("out/search"), **asked)
+    assert not measured and all("is left out: measurement" in note for note in notes)
+    with refused("evaluation-rows-measured"):
+        find_measurements(config, ["out/lewis"], Path("out/search"), **asked)
+    assert find_measurements(config, ["out/lewis"], Path("out/search"), trust_remote_code=False)[0]
 
 
 def test_factors_of_experts_and_depth_are_those_of_the_merge(pair, maker):
@@ -198,3 +213,28 @@ def test_stock_mergekit_has_a_recipe_of_a_mixture_whose_experts_are_stored_apart
         assert torch.equal(value, base[name]) == (".mlp.gate." in name), (
             name
         )  # the base's routers, as guided recipes have
+
+
+def test_stock_mergekit_has_the_means_of_what_guides_a_mixtures_experts(tmp_path, monkeypatch):
+    """It merges to the bits of command 3 with stacked experts."""
+    folder = save_mixtures(tmp_path, num_hidden_layers=2)
+    monkeypatch.chdir(folder)
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "out/lewis", cwd=folder)
+    config = read_pair_config(folder / "pair.yaml")
+    measured, _ = find_measurements(config, None, Path("out/search"), trust_remote_code=False)
+    models = LocalModels(config.base, config.experts_to_merge)
+    maker = RecipeMaker(config, models, measured, folder / "vectors", "float32")
+    factors = {"weights": {"code": 1.2, "math": 0.8}, "depth": (0.8, 1.2)}
+    point = Point("ties", "lewis", {"lambda": 0.6, "gamma": 0.2, "epsilon": 0.8}, **factors)
+    stock = maker.for_stock(point)
+    assert stock.stock and stock.fused and not stock.same and "the mean of what guides" in stock.note
+    assert len(stock.data["models"][1]["parameters"]["density"]) < len(
+        maker.make(point).data["models"][1]["parameters"]["density"]
+    )
+    own = merge_here(folder, stock.data, "own", fused_experts=True)
+    assert_same_tensors(own, merge_stock(folder, stock.data))
+
+
+def test_why_there_is_no_recipe_for_stock_mergekit(maker):
+    point = Point("guided_mean", "saliency_budget", {"lambda": 1.0, "power": 0.5, "floor": 0.1})
+    assert maker.for_stock(point) == "mergekit-yaml does not know guided_mean, which is this project's"

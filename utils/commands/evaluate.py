@@ -23,6 +23,7 @@ from utils.evaluation.candidates import (
     refuse_other_models,
 )
 from utils.evaluation.controls import uniform_controls
+from utils.evaluation.seen_rows import doubt_chosen_rows, refuse_measured_rows
 from utils.evaluation.tasks import GENERAL, TEST, VALIDATION, task_texts
 from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
@@ -75,6 +76,9 @@ def evaluate(options: EvaluateOptions) -> None:
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
     against = _reference(options, candidates)
+    if not options.candidates:
+        candidates, seen = _without_measured(scorer, candidates)
+        left_out = [*left_out, *seen]
     warnings = _check(scorer, candidates, left_out, options.controls)
     forget_handed_on()
     _say_choices(scorer, candidates, say)
@@ -143,6 +147,19 @@ def _control_names(options: EvaluateOptions) -> list[str]:
     return [one.name for kind in grid.values() for one in kind]
 
 
+def _without_measured(scorer: "Scorer", candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
+    """The candidates that were not measured on rows they would be scored on, and a note for each other one."""
+    taken, left_out = [], []
+    for one in candidates:
+        try:
+            refuse_measured_rows(scorer.tasks, one.record and one.record.samples, "it")
+        except UserError as error:
+            left_out.append(f"{from_here(one.source)} is left out: {error}")
+        else:
+            taken.append(one)
+    return taken, left_out
+
+
 def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence[str], controls: bool) -> list[str]:
     """Everything that can be refused of candidates before weights are read; warnings, and the notes on what was left out
     before, are printed and handed on. `controls`: whether uniform merges are scored, too."""
@@ -152,6 +169,9 @@ def _check(scorer: "Scorer", candidates: Sequence[Candidate], left_out: Sequence
     found = [*left_out, *scorer.warnings]
     found += strangers(scorer.inputs, config.base.type, [entry.type for entry in config.experts])
     for one in candidates:
+        if one.record is not None:
+            refuse_measured_rows(scorer.tasks, one.record.samples, f"recipe {one.name}")
+            found += doubt_chosen_rows(scorer.tasks, one.record.search, f"recipe {one.name}")
         found += [f"{one.name}: {warning}" for warning in scorer.check(one)]
     if not candidates:
         found.append(

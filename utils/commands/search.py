@@ -11,7 +11,7 @@ from utils.commands.ray_flags import connected
 from utils.commands.search_folder import refuse_edited
 from utils.commands.search_options import FILES, LOSSES, SearchOptions
 from utils.errors import UserError, warn
-from utils.evaluation.tasks import task_texts
+from utils.evaluation.tasks import Task, task_texts
 from utils.guidance.method import default_options, guidance_methods
 from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
@@ -69,8 +69,8 @@ def search_pair(options: SearchOptions) -> None:
         if trial is not None:
             trial.check()
         with _cluster(options, workers) as cluster, storage_guarded(options.out_dir):
-            missing = _missing_measurements(options) if options.measure else []
             scoring = prepare_scoring(options, say, cluster)  # what is refused there is refused before it is measured
+            missing = _missing_measurements(options, scoring.scorers[0].tasks) if options.measure else []
             warned, left_out = _measure(options, missing)
             ready = prepare_search(options, say, scoring, start=start, warned=warned, left_out=left_out)
             forget_handed_on()
@@ -93,7 +93,7 @@ def _cluster(options: SearchOptions, workers: "RayWorkers | None") -> "Iterator[
         yield Cluster(workers, folder)
 
 
-def _missing_measurements(options: SearchOptions) -> list[str]:
+def _missing_measurements(options: SearchOptions, tasks: Sequence[Task]) -> list[str]:
     """The guidances that are asked for (all that can be, without `search.guidance`) and have not measured the pair; but for
     those that the folder's study began without because they could not.
 
@@ -102,7 +102,7 @@ def _missing_measurements(options: SearchOptions) -> list[str]:
     """
     config = options.config
     there, _ = find_measurements(
-        config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
+        config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code, tasks=tasks
     )
     asked, experts = config.search.guidance, len(config.experts_to_merge)
     missing = [

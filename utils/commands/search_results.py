@@ -164,7 +164,7 @@ def _recipes(ready: Prepared, winners: Winners) -> dict[str, bytes | Path]:
     wanted = {BEST: (winners.best, best := ready.maker.make(winners.best.point))}
     if winners.stock.digest != winners.best.digest or not best.stock:
         stock = ready.maker.for_stock(winners.stock.point)
-        if stock is not None:
+        if not isinstance(stock, str):
             wanted[BEST_STOCK] = winners.stock, stock
     if winners.uniform:
         wanted[BEST_UNIFORM] = winners.uniform[0], ready.maker.make(winners.uniform[0].point)
@@ -285,5 +285,7 @@ def _page(
 ) -> Page:
     """The evaluator's page of the winners, with the search on it."""
     page = evaluation_page(ready.scorer, evaluated, request, warnings, following, generated)
-    page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}")
+    stock = ready.maker.for_stock(winners.stock.point)
+    notes = [f"There is no recipe for stock mergekit: {stock}."] if isinstance(stock, str) else []
+    page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}", notes=(*page.notes, *notes))
     return add_search(page, ready, evaluated, winners, names)

@@ -87,7 +87,11 @@ def prepare_search(
     start = time.perf_counter() if start is None else start
     config, scorer, objective, cluster = options.config, scoring.scorers[0], scoring.objective, scoring.cluster
     measured, notes = find_measurements(
-        config, config.search.measurements, options.out_dir, trust_remote_code=options.trust_remote_code
+        config,
+        config.search.measurements,
+        options.out_dir,
+        trust_remote_code=options.trust_remote_code,
+        tasks=scorer.tasks,
     )
     experts = config.experts_to_merge
     models = LocalModels(config.base, experts, trust_remote_code=options.trust_remote_code)

@@ -28,7 +28,12 @@ from utils.models.low_rank import adapter_name
 from utils.models.opening import open_without_download
 from utils.pair.config import PairConfig
 from utils.publishing.manifest import sha256_of
-from utils.recipes.recipe_manifest import read_recipe_manifest, refuse_changed_files, refuse_other_weights
+from utils.recipes.recipe_manifest import (
+    RecipeManifest,
+    read_recipe_manifest,
+    refuse_changed_files,
+    refuse_other_weights,
+)
 from utils.safe_yaml import read_yaml_mapping
 
 UNIFORM = "best_uniform.yaml"  # the file that an evaluation writes the best uniform merge's recipe to
@@ -42,7 +47,8 @@ class Candidate:
 
     `folder` is where a recipe's relative names (models, files of vectors) begin; None for the current folder, which is
     what command 3 takes. `role` is `candidate`, or `base`, `expert` or `control` for those that the command adds. `source`
-    is the file that a recipe was read from, if it was. `fused_experts` as for command 3, if that file's manifest has it.
+    is the file that a recipe was read from, if it was. `record` is what the manifest beside that file says,
+    `fused_experts` as for command 3, if that says so.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Candidate:
     role: str = "candidate"
     source: Path | None = None
     fused_experts: bool = False
+    record: RecipeManifest | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.model is None):
@@ -144,7 +151,7 @@ def checked_against_record(candidate: Candidate) -> Candidate:
     record, _ = read_recipe_manifest(path, recipe.sha256)
     models = check_recipe(recipe).models if record else ()
     refuse_other_weights(path, record, {one.recorded: _opened(recipe, one) for one in models})
-    return replace(candidate, fused_experts=record is not None and record.fused_experts)
+    return candidate if record is None else replace(candidate, fused_experts=record.fused_experts, record=record)
 
 
 def _opened(recipe: MergeRecipe, name: ModelName) -> Checkpoint | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from utils.errors import UserError
+from utils.evaluation.seen_rows import TEST, VALIDATION, Origin, calibration_rows, origin_of
 from utils.models.checkpoints import is_local
 from utils.pair.calibration import choose_samples, open_rows, row_order, with_defaults
 from utils.pair.config import PairConfig
@@ -18,7 +19,6 @@ from utils.pair.rows import Rows, looks_like_file
 from utils.pair.sample_text import Sample, make_sample, render, template_columns
 from utils.pair.source import CalibrationSource
 
-VALIDATION, TEST = "validation", "test"
 GENERAL = "general"
 ALL_TASKS = "all tasks"  # of figures of all of them
 _VALIDATION_SPLITS = ("validation", "valid", "dev")
@@ -29,7 +29,8 @@ LEAST_ROWS = 2  # rows of a part: with one there is nothing to resample
 class Row:
     """One row of a task: `prompt` is context, `answer` is what the loss counts; or chat messages, the last one counted.
 
-    `place` says where it comes from (`test:17`), `part` whether it is for `validation` or `test`.
+    `place` says where it comes from (`test:17`), `part` whether it is for `validation` or `test`; `origin` is its text, and
+    `number` the row there.
     """
 
     part: str
@@ -37,6 +38,8 @@ class Row:
     prompt: str
     answer: str
     messages: tuple[Mapping[str, Any], ...] | None = field(default=None, repr=False)
+    origin: Origin | None = field(default=None, repr=False)
+    number: int | None = None
 
     @property
     def digest(self) -> str:
@@ -241,12 +244,7 @@ def _parts(source: CalibrationSource, split_given: bool, config: PairConfig) -> 
 
 def _open(source: CalibrationSource, config: PairConfig) -> _Part:
     rows = open_rows(source)
-    used = {
-        number
-        for each in map(with_defaults, config.texts)
-        if (each.path, each.subset, each.split) == (source.path, source.subset, source.split)
-        for number in row_order(each, len(rows))[: config.nsamples]
-    }
+    used = calibration_rows(config, source, len(rows))
     return _Part(source, rows, [number for number in row_order(source, len(rows)) if number not in used])
 
 
@@ -262,7 +260,9 @@ def _split_names(source: CalibrationSource) -> list[str]:
 def _read_row(part: _Part, number: int, name: str, answer: str | None, task: str) -> Row:
     values = part.rows[number]
     sample = make_sample(number, values, part.source)
-    return _row(sample, name, f"{part.where}:{number}", answer_template(part.source, answer, task), values)
+    row = _row(sample, name, f"{part.where}:{number}", answer_template(part.source, answer, task), values)
+    source = part.source
+    return replace(row, origin=origin_of(source.path, source.subset, source.split), number=number)
 
 
 def answer_template(source: CalibrationSource, answer: str | None, task: str) -> tuple[str, bool] | None:

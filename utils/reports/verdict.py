@@ -51,14 +51,19 @@ def judge(
     if reference not in found or ours.difference is None or not ours.difference.known:
         return Verdict(f"{winner} {keeps}.", None, _details(ours))
     outcome = outcome_of(ours.difference, ours.p, higher_is_better=True)
-    start = {
-        Outcome.BETTER: f"{winner} is better than {named}: it {keeps}",
-        Outcome.WORSE: f"{winner} is worse than {named}: it {keeps}",
-        Outcome.UNCLEAR: f"No difference seen between {winner} and {named}: {winner} {keeps}",
-        None: f"{winner} {keeps}",
-    }[outcome]
     than = "" if outcome else f" than {reference}"  # which stands at the beginning already, else
-    return Verdict(f"{start}, {_apart(ours.difference, than)}.", outcome, _details(ours))
+    apart = _apart(ours.difference, than)
+    keeps = f"{keeps}, {apart}"
+    if ours.gain.value < 0:
+        below = "and yet is" if outcome is Outcome.BETTER else "and is"
+        keeps = f"keeps {apart}, {below} worse than the base, by {percent(-ours.gain.value)} of {gain}"
+    start = {
+        Outcome.BETTER: f"{winner} is better than {named}: it ",
+        Outcome.WORSE: f"{winner} is worse than {named}: it ",
+        Outcome.UNCLEAR: f"No difference seen between {winner} and {named}: {winner} ",
+        None: f"{winner} ",
+    }[outcome]
+    return Verdict(f"{start}{keeps}.", outcome, _details(ours))
 
 
 def _apart(difference: Estimate, than: str) -> str:

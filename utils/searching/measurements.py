@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.evaluation.seen_rows import refuse_measured_rows
+from utils.evaluation.tasks import Task
 from utils.guidance.folder import read_manifest
 from utils.guidance.measured_pair import MeasuredPair, open_measured
 from utils.guidance.method import DEFAULT, guidance_methods
@@ -16,7 +18,12 @@ FOLDER = "measurements"  # in a search's folder: what it measured itself
 
 
 def find_measurements(
-    config: PairConfig, named: Sequence[str] | None, out_dir: Path, *, trust_remote_code: bool
+    config: PairConfig,
+    named: Sequence[str] | None,
+    out_dir: Path,
+    *,
+    trust_remote_code: bool,
+    tasks: Sequence[Task] = (),
 ) -> tuple[dict[str, MeasuredPair], list[str]]:
     """Open the measurements of a pair, one by guidance method.
 
@@ -26,12 +33,14 @@ def find_measurements(
             searches beside it measured; of the latter two only what its study began with, once there is one.
         out_dir: the search's folder.
         trust_remote_code: let a checkpoint's config load code from its folder.
+        tasks: what recipes are scored on; what was measured on rows of these cannot be used.
 
     Returns:
         The measurements by guidance, in the order of the methods; sentences about what was left out or does not match.
 
     Raises:
-        UserError: a named folder is missing or of another pair, or two named ones are of one guidance.
+        UserError: a named folder is missing, of another pair or measured on rows of a task, or two named ones are of one
+            guidance.
     """
     found: dict[str, MeasuredPair] = {}
     notes: list[str] = []
@@ -49,6 +58,7 @@ def find_measurements(
             measured = open_measured(config, method, folder, trust_remote_code=trust_remote_code)
             if others and identity({guidance: measured})[guidance] != began[guidance]:
                 continue
+            refuse_measured_rows(tasks, (measured.manifest or {}).get("samples"), f"measurement {folder}")
         except UserError as error:
             if named is not None:
                 raise

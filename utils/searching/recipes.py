@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.guidance.guided_recipe import GuidedRecipe, guided_recipe
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import guidance_methods
+from utils.guidance.portable_recipe import portable_recipe
 from utils.guidance.recipe_choices import RecipeOptions, settle
 from utils.pair.config import PairConfig
 from utils.publishing.files import publish_files
@@ -88,30 +89,44 @@ class RecipeMaker:
         """
         return find_blocks(self.models)
 
-    def for_stock(self, point: Point) -> Made | None:
-        """The recipe that stock mergekit runs for a point: its own, or of an unguided one the same by stock mergekit's names,
-        where those are others than here (it stacks a mixture's experts); None where there is none.
+    def for_stock(self, point: Point) -> Made | str:
+        """The recipe that stock mergekit runs for a point: its own, or one by stock mergekit's names, where those are others
+        than here (it stacks a mixture's experts); else a clause that says why there is none.
+
+        An unguided one is the same by other names, unless its method keeps a share of each tensor; of what guides each
+        expert by itself stock mergekit can have the means (`utils/guidance/portable_recipe.py`).
 
         Raises:
             UserError: as `make`.
         """
         made = self.make(point)
-        if made.stock or point.guidance in self.measured or point.merge_method in OWN_METHODS:
-            return made if made.stock else None
+        if made.stock:
+            return made
+        if point.merge_method in OWN_METHODS:
+            return f"mergekit-yaml does not know {point.merge_method}, which is this project's"
         try:
             stock = stock_names(self.models)
-        except UserError:  # it cannot merge these models, or would lose tensors of theirs
-            return None
-        maker = replace(self)
-        maker.routers = in_stock_mergekit(self.routers, stock)
-        if point.guidance == LINES or point.depth:
-            maker.blocks = find_blocks(self.models, stock)
+            maker = replace(self)
+            maker.routers = in_stock_mergekit(self.routers, stock)
+            if point.guidance == LINES or point.depth:
+                maker.blocks = find_blocks(self.models, stock)
+            data = maker._portable(point) if point.guidance in self.measured else maker.make(point).data
+        except UserError:  # it cannot merge these models, would lose tensors of theirs, or have some by no filter
+            return models_against_stock(self.models.written)
         fused = any(name != other for name, other in stock.by_own.items())
-        same = not (fused and point.merge_method in DENSITY_METHODS)
+        guided = point.guidance in self.measured
+        same = not guided and not (fused and point.merge_method in DENSITY_METHODS)
         note = "for stock mergekit-yaml, and utils/merger.py" + (" --fused_experts" if fused else "")
-        if not same:
+        if guided:
+            note += ", with the mean of what guides the experts of a stack; what was scored guides each on its own"
+        elif not same:
             note += ", which cut each stack of experts as one; what was scored cuts each expert on its own"
-        return replace(maker.make(point), stock=True, note=note, fused=fused, same=same)
+        return Made(data, True, note=note, fused=fused, same=same)
+
+    def _portable(self, point: Point) -> dict[str, Any]:
+        """A guided point's recipe with one number for each tensor that stock mergekit has."""
+        made = portable_recipe(self.measured[point.guidance], self._decided(point))
+        return self._with_factors(dict(made.data), point)
 
     def make(self, point: Point) -> Made:
         """The recipe of a point.
@@ -123,6 +138,12 @@ class RecipeMaker:
             data, vectors = self._guided(point)
         else:
             data, vectors = self._unguided(point), ()
+        data = self._with_factors(data, point)
+        stock = data["merge_method"] not in OWN_METHODS and not models_against_stock(self.models.written)
+        return Made(data, stock, vectors)
+
+    def _with_factors(self, data: dict[str, Any], point: Point) -> dict[str, Any]:
+        """A recipe with the factors that a point has for experts and depth."""
         if point.guidance == LINES:
             data = by_depth(data, lines_factors(len(self.blocks.filters)), self.blocks)
         if point.weights:
@@ -130,8 +151,7 @@ class RecipeMaker:
             data = weighed(data, [point.weights[name] for name in experts])
         if point.depth:
             data = by_depth(data, spread(point.depth, len(self.blocks.filters)), self.blocks)
-        stock = data["merge_method"] not in OWN_METHODS and not models_against_stock(self.models.written)
-        return Made(data, stock, vectors)
+        return data
 
     def default(self, way: Way) -> Point:
         """A guided way at its defaults, all numbers said."""

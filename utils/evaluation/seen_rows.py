@@ -1,0 +1,94 @@
+"""Which rows of a text were seen before they are reported on: those that the config has calibration take, those that a
+measurement has recorded, which may have been made with another config, and those that a search has chosen on."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.pair.calibration import row_order, with_defaults
+from utils.pair.config import PairConfig
+from utils.pair.source import CalibrationSource
+
+if TYPE_CHECKING:
+    from utils.evaluation.tasks import Task
+
+VALIDATION, TEST = "validation", "test"
+Origin = tuple[str, str | None, str | None]  # path, subset and split of a text
+
+
+def origin_of(path: str, subset: str | None, split: str | None) -> Origin:
+    """What tells a text from others, however the path of a file is written."""
+    here = os.path.expanduser(path)
+    return (os.path.realpath(here) if os.path.exists(here) else path, subset, split)
+
+
+def calibration_rows(config: PairConfig, source: CalibrationSource, count: int) -> set[int]:
+    """The rows that calibration takes of a text with so many of them."""
+    asked = origin_of(source.path, source.subset, source.split)
+    return {
+        number
+        for each in map(with_defaults, config.texts)
+        if origin_of(each.path, each.subset, each.split) == asked
+        for number in row_order(each, count)[: config.nsamples]
+    }
+
+
+def refuse_measured_rows(tasks: Sequence["Task"], samples: Any, what: str) -> None:
+    """Refuse what was measured on rows that it would be scored on.
+
+    Args:
+        tasks: with the rows to score on.
+        samples: the texts and rows that a manifest has recorded (one record, or a list), whatever stands there.
+        what: what to call it in a message.
+
+    Raises:
+        UserError: a row of a task is among them.
+    """
+    seen: dict[Origin, set[int]] = {}
+    for origin, rows in _recorded(samples):
+        seen.setdefault(origin, set()).update(rows)
+    for task in tasks:
+        count = sum(row.number in seen.get(row.origin, ()) for row in task.rows)
+        if count:
+            raise UserError(
+                f"{what} was measured on {count} of the {len(task.rows)} rows of task {task.name}, so that its figures would "
+                "be those of text that it has seen: set nsamples (and seed) in the pair config as they were then, which "
+                "leaves these rows out, or measure again",
+                "evaluation-rows-measured",
+            )
+
+
+def doubt_chosen_rows(tasks: Sequence["Task"], search: Any, what: str) -> Iterator[str]:
+    """A sentence for each task of whose test rows some may be among those that a search chose a recipe on.
+
+    A text's rows are taken in one order, those for validation first: with more of them there than here, the last ones are
+    test rows here.
+
+    Args:
+        tasks: with the rows to score on.
+        search: what the recipe's manifest says of its search, whatever stands there.
+        what: what to call the recipe in a sentence.
+    """
+    counts = search.get("validation_rows") if isinstance(search, Mapping) else None
+    for task in tasks if isinstance(counts, Mapping) else ():
+        before, here, test = counts.get(task.name), task.part(VALIDATION), task.part(TEST)
+        one_text = {task.rows[row].origin for row in here} & {task.rows[row].origin for row in test}
+        if isinstance(before, int) and before > len(here) and one_text:
+            yield (
+                f"{what} was chosen by a search on {before} validation rows of {task.name}, of which up to "
+                f"{min(before - len(here), len(test))} are test rows here, so that its figures there are too good; give "
+                f"--validation_rows {before}, as the search had"
+            )
+
+
+def _recorded(samples: Any) -> Iterator[tuple[Origin, list[int]]]:
+    for record in samples if isinstance(samples, list) else [samples]:
+        if not isinstance(record, Mapping) or not isinstance(record.get("path"), str):
+            continue
+        rows = record.get("rows")
+        named = [value if isinstance(value, str) else None for value in (record.get("subset"), record.get("split"))]
+        yield (
+            origin_of(record["path"], *named),
+            [row for row in rows if isinstance(row, int)] if isinstance(rows, list) else [],
+        )

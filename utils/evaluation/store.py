@@ -139,10 +139,11 @@ def _keys(
     scorer: Scorer, candidates: Sequence[Candidate], rows: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, str]]:
     """The store's key of each candidate and task."""
-    return {one.name: {task: _key(scorer, one, task, numbers) for task, numbers in rows.items()} for one in candidates}
-
-
-def _key(scorer: Scorer, candidate: Candidate, task: str, rows: Sequence[int]) -> str:
-    digest = next(one.digest for one in scorer.tasks if one.name == task)
-    parts = [scorer.fingerprint(candidate), digest, list(rows), scorer.settings.record()]
-    return sha256_of(parts)
+    digests, settings = {task.name: task.digest for task in scorer.tasks}, scorer.settings.record()
+    found = {}
+    for one in candidates:
+        mark = scorer.fingerprint(one)  # of weights: once for all tasks
+        found[one.name] = {
+            task: sha256_of([mark, digests[task], list(numbers), settings]) for task, numbers in rows.items()
+        }
+    return found

@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.evaluation.candidates import Candidate, changes_layers
 from utils.evaluation.weights import MergedModel
 from utils.merging.merged_tensors import prepare
-from utils.merging.planning import PlannedMerge, plan_recipe
+from utils.merging.planning import PlannedMerge, SharedPlans, plan_recipe
 from utils.merging.resources import arithmetic_bytes
 from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
@@ -89,6 +89,7 @@ class Preparing:
     skeletons: dict[tuple[Path, torch.dtype], Decoder] = field(default_factory=dict, repr=False)
     _described: dict[str, Path] = field(default_factory=dict, repr=False)
     _planned: dict[str, PlannedMerge] = field(default_factory=dict, repr=False)
+    _shared: SharedPlans = field(default_factory=SharedPlans, repr=False)
 
     def model(self, candidate: Candidate) -> ReadyCandidate:
         """Make a model folder or hub id ready.
@@ -145,7 +146,9 @@ class Preparing:
             while len(self._planned) >= _MOST_PLANS:
                 self._planned.pop(next(iter(self._planned)))
             settings = replace(self.settings, fused_experts=candidate.fused_experts)
-            self._planned[candidate.digest] = plan_recipe(settings, candidate.merge_recipe(), lambda line: None)
+            self._planned[candidate.digest] = plan_recipe(
+                settings, candidate.merge_recipe(), lambda line: None, self._shared
+            )
         return self._planned[candidate.digest]
 
     @contextmanager

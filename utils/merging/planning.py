@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,9 @@ from utils.merging.recipe_file import MergeRecipe
 from utils.merging.resources import choose_merge_device
 from utils.merging.saliency_plan import SaliencyFile, bind_saliency
 from utils.merging.settings import MergeSettings
-from utils.merging.vocabulary import plan_vocabulary
+from utils.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from utils.models.architecture import plan_architecture
-from utils.models.planned_tensors import DEFINITION
+from utils.models.planned_tensors import DEFINITION, ArchitecturePlan
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest, refuse_other_weights
 from utils.runtime import device_name, gigabytes, versions
 
@@ -66,18 +67,53 @@ class PlannedMerge:
         return (path for path, stamp in self.stamps.items() if _stamp(path) != stamp)
 
 
-def plan_recipe(settings: MergeSettings, recipe: MergeRecipe, say: Callable[[str], None]) -> PlannedMerge:
+@dataclass
+class SharedPlans:
+    """What plans of the same models have in common whatever the recipe's numbers: names and tokens. State: what was planned.
+
+    Whoever plans many recipes hands one to all of them; files of tokenizers are taken not to change meanwhile.
+    """
+
+    _known: dict[tuple[Any, ...], tuple[ArchitecturePlan, VocabularyPlan]] = field(default_factory=dict, repr=False)
+
+    def of(
+        self, inputs: MergeInputs, method: MergeMethod, settings: MergeSettings
+    ) -> tuple[ArchitecturePlan, VocabularyPlan]:
+        """The names that are planned, and what becomes of tokens.
+
+        Raises:
+            UserError: the models or their tokenizers do not fit together.
+        """
+        recipe, keep_rows = inputs.config, isinstance(method, OwnMethod)
+        flags = settings.trust_remote_code, settings.allow_crimes, settings.fused_experts, keep_rows
+        models = [
+            (one.reference, one.label, one.checkpoint.name, *map(_stamp, one.checkpoint.files)) for one in inputs.models
+        ]
+        tokens = recipe.base_model, recipe.tokenizer_source, repr(recipe.tokenizer), recipe.chat_template
+        key = (*flags, *models, *tokens)
+        if key not in self._known:
+            self._known[key] = _names_and_tokens(inputs, settings, keep_rows=keep_rows)
+        return self._known[key]
+
+
+def plan_recipe(
+    settings: MergeSettings,
+    recipe: MergeRecipe,
+    say: Callable[[str], None],
+    shared: SharedPlans | None = None,
+) -> PlannedMerge:
     """Check a recipe, find its models and plan the merge; the output folder of the settings is not looked at.
 
     Args:
         settings: the flags.
         recipe: the recipe file.
         say: takes the lines of the report, as the facts become known.
+        shared: what was planned of other recipes.
 
     Raises:
         UserError: anything the user can mend.
     """
-    return plan_models(settings, find_models(check_recipe(recipe)), say)
+    return plan_models(settings, find_models(check_recipe(recipe)), say, shared=shared)
 
 
 def plan_models(
@@ -85,6 +121,7 @@ def plan_models(
     found: FoundModels,
     say: Callable[[str], None],
     opened: Callable[[MergeInputs], None] = lambda inputs: None,
+    shared: SharedPlans | None = None,
 ) -> PlannedMerge:
     """Plan the merge of models that were found, as far as possible without reading weights.
 
@@ -93,6 +130,7 @@ def plan_models(
         found: the checked recipe and its models.
         say: takes the lines of the report, as the facts become known.
         opened: called once the models are open, before the merge is planned.
+        shared: what was planned of other recipes.
 
     Raises:
         UserError: anything the user can mend; see the functions this calls.
@@ -117,7 +155,8 @@ def plan_models(
         say(line)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
     warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
-    plan = _plan(inputs, method, settings, device)
+    architecture, vocabulary = (shared or SharedPlans()).of(inputs, method, settings)
+    plan = plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan)]
     warnings += _idle_flags(settings, device)
     plan, saliency, idle = bind_saliency(plan, recipe, origin.vectors if origin else {})
@@ -144,7 +183,9 @@ def plan_models(
     )
 
 
-def _plan(inputs: MergeInputs, method: MergeMethod, settings: MergeSettings, device: torch.device) -> MergePlan:
+def _names_and_tokens(
+    inputs: MergeInputs, settings: MergeSettings, *, keep_rows: bool
+) -> tuple[ArchitecturePlan, VocabularyPlan]:
     donor, *others = (model.checkpoint for model in inputs.models)
     trust = settings.trust_remote_code
     architecture = plan_architecture(
@@ -154,8 +195,7 @@ def _plan(inputs: MergeInputs, method: MergeMethod, settings: MergeSettings, dev
         allow_mixed=settings.allow_crimes,
         fused_experts=settings.fused_experts,
     )
-    vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=isinstance(method, OwnMethod))
-    return plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
+    return architecture, plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=keep_rows)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

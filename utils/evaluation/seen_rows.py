@@ -1,40 +1,15 @@
-"""Which rows of a text were seen before they are reported on: those that the config has calibration take, those that a
-measurement has recorded, which may have been made with another config, and those that a search has chosen on."""
+"""Rows to score on that were seen before: by a measurement, which may have been made with another config, or by a search that
+chose on them. (What the config has calibration take is left out: `tasks.py`.)"""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.errors import UserError
-from utils.pair.calibration import row_order, with_defaults
-from utils.pair.config import PairConfig
-from utils.pair.source import CalibrationSource
-
-if TYPE_CHECKING:
-    from utils.evaluation.tasks import Task
-
-VALIDATION, TEST = "validation", "test"
-Origin = tuple[str, str | None, str | None]  # path, subset and split of a text
+from utils.evaluation.row_origins import Origin, origin_of
+from utils.evaluation.tasks import TEST, VALIDATION, Task
 
 
-def origin_of(path: str, subset: str | None, split: str | None) -> Origin:
-    """What tells a text from others, however the path of a file is written."""
-    here = os.path.expanduser(path)
-    return (os.path.realpath(here) if os.path.exists(here) else path, subset, split)
-
-
-def calibration_rows(config: PairConfig, source: CalibrationSource, count: int) -> set[int]:
-    """The rows that calibration takes of a text with so many of them."""
-    asked = origin_of(source.path, source.subset, source.split)
-    return {
-        number
-        for each in map(with_defaults, config.texts)
-        if origin_of(each.path, each.subset, each.split) == asked
-        for number in row_order(each, count)[: config.nsamples]
-    }
-
-
-def refuse_measured_rows(tasks: Sequence["Task"], samples: Any, what: str) -> None:
+def refuse_measured_rows(tasks: Sequence[Task], samples: Any, what: str) -> None:
     """Refuse what was measured on rows that it would be scored on.
 
     Args:
@@ -59,7 +34,7 @@ def refuse_measured_rows(tasks: Sequence["Task"], samples: Any, what: str) -> No
             )
 
 
-def doubt_chosen_rows(tasks: Sequence["Task"], search: Any, what: str) -> Iterator[str]:
+def doubt_chosen_rows(tasks: Sequence[Task], search: Any, what: str) -> Iterator[str]:
     """A sentence for each task of whose test rows some may be among those that a search chose a recipe on.
 
     A text's rows are taken in one order, those for validation first: with more of them there than here, the last ones are

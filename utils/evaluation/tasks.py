@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from utils.errors import UserError
-from utils.evaluation.seen_rows import TEST, VALIDATION, Origin, calibration_rows, origin_of
+from utils.evaluation.row_origins import Origin, calibration_rows, origin_of
 from utils.models.checkpoints import is_local
 from utils.pair.calibration import choose_samples, open_rows, row_order, with_defaults
 from utils.pair.config import PairConfig
@@ -19,6 +19,7 @@ from utils.pair.rows import Rows, looks_like_file
 from utils.pair.sample_text import Sample, make_sample, render, template_columns
 from utils.pair.source import CalibrationSource
 
+VALIDATION, TEST = "validation", "test"
 GENERAL = "general"
 ALL_TASKS = "all tasks"  # of figures of all of them
 _VALIDATION_SPLITS = ("validation", "valid", "dev")

@@ -60,8 +60,12 @@ def peers_of_two() -> dict[str, list[Variant]]:
             for rate in (1e-5, 1e-4)
         ],
         "Fisher average": [_fisher_average(how) for how in weighings],
+        "Fisher average, at base or both": [_fisher_average(how, at) for how in weighings for at in ("base", "both")],
         "RegMean": [_regmean(how, share, "mean") for how in weighings for share in (0.9, 1.0)],
         "RegMean with guided rest": [_regmean(how, share, "guided") for how in weighings for share in (0.9, 1.0)],
+        "RegMean with guided rest, at base or both": [
+            _regmean(how, 1.0, "guided", at) for how in weighings for at in ("base", "both")
+        ],
         "RegMean++": [_regmean_along(how, "mean") for how in weighings],
         "RegMean++ with guided rest": [_regmean_along(how, "guided") for how in weighings],
     }
@@ -71,26 +75,31 @@ def _data_free(name: str, formula: Callable[[Changes], Tensor], scale: float) ->
     return _variant(name, lambda text: (lambda _, own: scale * formula(own), _mean))
 
 
-def _fisher_average(weighing: str) -> Variant:
+def _fisher_average(weighing: str, at: str = "expert") -> Variant:
     def parts(text: Texts) -> tuple[Part, Part]:
         def part(name: str, own: Changes) -> Tensor:
-            squares = [one.expert.squares[name] for one in text().values()]
+            squares = [one.squares(name, at) for one in text().values()]
             return fisher_average(own, squares, _weights(text(), weighing))
 
         return part, part
 
-    return _variant(f"fisher {weighing}", parts)
+    return _variant(f"fisher {weighing}{_elsewhere(at)}", parts)
 
 
-def _regmean(weighing: str, off_diagonal: float, rest: str) -> Variant:
+def _regmean(weighing: str, off_diagonal: float, rest: str, at: str = "expert") -> Variant:
     def parts(text: Texts) -> tuple[Part, Part]:
         def part(name: str, own: Changes) -> Tensor:
-            grams = [one.expert.inputs[name] for one in text().values()]
+            grams = [one.inputs(name, at) for one in text().values()]
             return regression_mean(own, grams, _weights(text(), weighing), off_diagonal)
 
-        return part, _rest(text, rest, weighing)
+        return part, _rest(text, rest, weighing, at)
 
-    return _variant(f"regmean {weighing} {off_diagonal:g} {rest}", parts)
+    return _variant(f"regmean {weighing} {off_diagonal:g} {rest}{_elsewhere(at)}", parts)
+
+
+def _elsewhere(at: str) -> str:
+    """Where a peer measures, in the name of a setting: nothing for the expert, where it does as published."""
+    return "" if at == "expert" else f" at {at}"
 
 
 def _regmean_along(weighing: str, rest: str) -> Variant:
@@ -167,13 +176,13 @@ def _mean(name: str, own: Changes) -> Tensor:
     return sum(own) / len(own)
 
 
-def _rest(text: Texts, rest: str, weighing: str) -> Part:
+def _rest(text: Texts, rest: str, weighing: str, at: str = "expert") -> Part:
     """What becomes of embeddings and norms: their mean, or this project's guided mean of them."""
     if rest == "mean":
         return _mean
 
     def guided(name: str, own: Changes) -> Tensor:
-        squares = [one.expert.squares[name] for one in text().values()]
+        squares = [one.squares(name, at) for one in text().values()]
         axes = [row_column_factors(F) if F.dim() == 2 else (F,) for F in squares]
         weighed = zip(own, _weights(text(), weighing), axes, strict=True)
         return guided_mean(torch.zeros_like(own[0]), [WeighedModel(*one) for one in weighed], power=0.5, floor=0.1)

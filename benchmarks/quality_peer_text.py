@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,11 +36,28 @@ class TextSums:
 
 @dataclass(frozen=True)
 class ExpertText:
-    """An expert and its calibration text: what the expert makes of it, and its weight beside others, 1 / gain."""
+    """An expert and its calibration text: what expert and base make of it, and its weight beside others, 1 / gain.
+
+    `base` measures when it is first asked.
+    """
 
     rows: Rows = field(repr=False)
     expert: TextSums
+    base: Callable[[], TextSums] = field(repr=False)
     weight: float
+
+    def squares(self, name: str, at: str) -> Tensor:
+        """Squared gradients of a parameter at the `expert`, at the `base`, or their sum (`both`)."""
+        return sum(one.squares[name] for one in self._at(at))
+
+    def inputs(self, name: str, at: str) -> Tensor:
+        """The mean of x x' of a layer's inputs, likewise."""
+        return sum(one.inputs[name] for one in self._at(at))
+
+    def _at(self, at: str) -> list[TextSums]:
+        if at == "expert":
+            return [self.expert]
+        return [self.base()] if at == "base" else [self.expert, self.base()]
 
 
 def expert_texts(pair: Pair, device: str) -> dict[str, ExpertText]:
@@ -52,9 +70,10 @@ def expert_texts(pair: Pair, device: str) -> dict[str, ExpertText]:
     for task, rows in calibration_rows(pair).items():
         sums = text_sums(load(pair.trained.experts[task], device), rows)
         before = mean_of_losses(load(pair.trained.base, device), rows)
+        base = cache(partial(_sums_of, pair.trained.base, device, rows))
         if not sums.loss < before:
             raise ValueError(f"{task}: no gain to weigh by ({before} at the base, {sums.loss} at the expert)")
-        found[task] = ExpertText(rows, sums, 1 / (before - sums.loss))
+        found[task] = ExpertText(rows, sums, base, 1 / (before - sums.loss))
     return found
 
 
@@ -75,6 +94,10 @@ def load(folder: Path, device: str = "cpu") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def _sums_of(folder: Path, device: str, rows: Rows) -> TextSums:
+    return text_sums(load(folder, device), rows)
 
 
 def text_sums(model: nn.Module, rows: Rows) -> TextSums:

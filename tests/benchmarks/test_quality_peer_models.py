@@ -83,6 +83,16 @@ def test_an_experts_weight_is_one_over_its_gain(pair):
         assert text.weight == pytest.approx(1 / (losses[0] - losses[1]), rel=1e-4)
 
 
+def test_sums_at_the_base_are_those_of_its_own_pass_and_both_are_the_sum(pair):
+    text = expert_texts(pair, "cpu")["math"]
+    alone, name = text_sums(load(pair.trained.base), text.rows), "model.layers.1.mlp.down_proj.weight"
+    for kind, at_base in (("squares", alone.squares), ("inputs", alone.inputs)):
+        expert, base, both = (getattr(text, kind)(name, at) for at in ("expert", "base", "both"))
+        torch.testing.assert_close(base, at_base[name])
+        torch.testing.assert_close(both, expert + base)
+        assert not torch.allclose(expert, base)
+
+
 def test_experts_that_gain_nothing_are_refused(pair):
     swapped = Trained(pair.trained.base, dict.fromkeys(pair.trained.experts, pair.trained.base))
     with pytest.raises(ValueError, match="no gain"):

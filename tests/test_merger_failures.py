@@ -417,8 +417,16 @@ def linked(stage: Path) -> None:
     file.symlink_to(stage.parent / "mine")
 
 
+def flipped(stage: Path) -> None:
+    """One bit of a number that is finished."""
+    file = sorted(stage.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize("fast_selection", [True, False])
-@pytest.mark.parametrize("damage", [not_json, not_text, no_name, gone, cut, linked])
+@pytest.mark.parametrize("damage", [not_json, not_text, no_name, gone, cut, linked, flipped])
 def test_finished_work_that_is_damaged_is_made_again(copies, monkeypatch, capsys, damage, fast_selection):
     from utils.merging import small_files as result_files
 

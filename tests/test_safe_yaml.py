@@ -71,6 +71,7 @@ BAD = {
     "tag on nothing": (b"a: !!int ''\n", "yaml-bad-value", "line 1"),
     "mapping tag on a list": (b"a: 1\nb: !!map [1]\n", "yaml-invalid", ""),
     "number of many digits": (b"a: " + b"9" * 5000, "yaml-bad-value", ""),
+    "number above all": (b"a: [1, -1" + b"0" * 400 + b"]", "yaml-bad-value", "line 1"),
     "undefined alias": (b"a: *b\n", "yaml-invalid", ""),
     "nested too deeply": (b"a: " + b"[" * 5000, "yaml-too-deep", ""),
     "alias bomb": (

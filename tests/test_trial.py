@@ -4,10 +4,15 @@ python -m pytest tests/test_trial.py
 """
 
 import ctypes
+import itertools
 import os
 import resource
 import signal
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +51,43 @@ def test_a_loop_ends_with_its_time(monkeypatch):
 def test_a_wait_ends_too(monkeypatch):
     monkeypatch.setattr(trial, "WALL_SECONDS", 0.2)
     assert Trial(lambda begin: time.sleep(60)).failure() == "starting took more than 0.2 s"
+
+
+def test_time_in_which_the_command_itself_was_stopped_does_not_count(monkeypatch):
+    clock = itertools.count(step=1000.0)
+    monkeypatch.setattr(trial.time, "monotonic", lambda: next(clock))
+    assert Trial(lambda begin: time.sleep(0.05)).failure() == ""
+
+
+def test_a_fork_ends_with_its_command(tmp_path):
+    script = """
+        import os, signal, sys, time
+        from pathlib import Path
+        from utils.trial import Trial, allow_trials
+
+        def work(begin):
+            Path(sys.argv[1]).write_text(str(os.getpid()))
+            time.sleep(60)
+
+        allow_trials()
+        one = Trial(work)
+        while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    path = tmp_path / "pid"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), path], cwd=Path(__file__).parent.parent, check=False)
+    until = time.monotonic() + 10
+    while is_alive(int(path.read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_does_not_come_back_whole_does_not_come_back():

@@ -65,7 +65,8 @@ def read_stream(path: Path, most: int, patience: float = PATIENCE) -> bytes:
         waiting.register(descriptor, select.POLLIN)
         content = b""
         while len(content) < most:
-            if not waiting.poll(patience * 1000):
+            # second by second: this process may be stopped meanwhile (Ctrl-Z), and the writer with it
+            if not any(waiting.poll(min(1.0, patience) * 1000) for _ in range(max(1, math.ceil(patience)))):
                 raise TimeoutError(f"nothing has come out of it for {patience:g} s")
             piece = file.read(most - len(content))
             if piece == b"":

@@ -55,7 +55,7 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
     parser.computing_flags("candidates go side by side; replaces --device")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch("trust_remote_code", "run Python code that comes with a model")
-    parser.switch("confirm_run_unsafe_code", "let lm-eval tasks run code that models write")
+    parser.switch("confirm_run_unsafe_code", "let lm-eval tasks run code that models write, and code of their own")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
     flags = vars(parser.parse(words))
 

@@ -21,6 +21,7 @@ MAX_NODES = (
 )
 MAX_DEPTH = 40
 _MOST_VALUES = 10_000
+_TOO_LARGE = 10**40  # whole numbers from 10**309 on are no floating-point numbers
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast, where PyYAML was built with it
@@ -131,8 +132,11 @@ class _StrictLoader(_Loader):
                 f"line {node.start_mark.line + 1}: {text} is read as octal or base 60: write a plain number",
                 "yaml-octal",
             )
-        is_int = node.tag == "tag:yaml.org,2002:int"
-        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+        if node.tag != "tag:yaml.org,2002:int":
+            return self.construct_yaml_float(node)
+        if abs(value := self.construct_yaml_int(node)) >= _TOO_LARGE:
+            raise UserError(f"line {node.start_mark.line + 1}: {text[:20]}... is too large a number", "yaml-bad-value")
+        return value
 
 
 for _tag in ("int", "float"):

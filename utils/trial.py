@@ -7,6 +7,7 @@ but the work itself, and it works while this process goes on.
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import json
 import math
@@ -48,14 +49,14 @@ class Trial:
         self._child, self._late, self.made = 0, False, b""
         if not _allowed or not hasattr(os, "fork"):
             return
-        self._deadline = time.monotonic() + WALL_SECONDS
         self._steps, writer = os.pipe()
         self._begun = b""
         os.set_blocking(self._steps, False)
         self._results = os.memfd_create("trial") if hasattr(os, "memfd_create") else None
+        parent = os.getpid()
         self._child = os.fork()
         if not self._child:
-            _be_the_fork(work, writer, self._results)
+            _be_the_fork(work, writer, self._results, parent)
         os.close(writer)
         atexit.register(self.close)
 
@@ -98,19 +99,24 @@ class Trial:
                     self.made = file.read()
 
     def _wait(self) -> int:
-        pause = 0.001
+        pause, waited, before = 0.001, 0.0, time.monotonic()
         while True:
             found, status = os.waitpid(self._child, os.WNOHANG)
             if found:
                 return status
             if self._read_steps():
-                self._deadline = time.monotonic() + WALL_SECONDS
-            if time.monotonic() > self._deadline:
+                waited = 0.0
+            if waited > WALL_SECONDS:
                 self._late = True
                 os.kill(self._child, signal.SIGKILL)
                 return os.waitpid(self._child, 0)[1]
             time.sleep(pause)
             pause = min(0.02, pause * 1.5)
+            now = time.monotonic()
+            waited += min(
+                now - before, _LONGEST_PAUSE
+            )  # this process may have been stopped (Ctrl-Z), and the fork with it
+            before = now
 
     def _read_steps(self) -> bool:
         """Take in the names of the steps that have begun; whether there is a new one."""
@@ -122,6 +128,8 @@ class Trial:
 
 
 _NO_MEMORY, _PANIC = 71, 72  # exit codes of a fork
+_LONGEST_PAUSE = 1.0  # seconds that count between two looks at a fork
+_PR_SET_PDEATHSIG = 1
 
 
 def is_failure(error: BaseException) -> bool:
@@ -144,9 +152,18 @@ def _hand_back(made: bytes, results: int) -> None:
         os.ftruncate(results, 0)
 
 
-def _be_the_fork(work: Callable[[Begin], bytes | None], writer: int, results: int | None) -> None:
+def _end_with(parent: int) -> None:
+    """Have this fork end when its parent does, however that ends (Linux)."""
+    if set_option := getattr(ctypes.CDLL(None), "prctl", None):
+        set_option(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _be_the_fork(work: Callable[[Begin], bytes | None], writer: int, results: int | None, parent: int) -> None:
     code = 0
     try:
+        _end_with(parent)
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nothing, stream)

@@ -65,6 +65,13 @@ def test_a_base_that_transformers_itself_does_not_load(tmp_path, no_weights):
     assert_refused(folder, data, "model-unloadable", "transformers finds no weights for")
 
 
+def test_a_base_whose_config_is_of_other_shapes(copies, no_weights):
+    edit_json(copies / "base/config.json", intermediate_size=64)
+    for expert in ("math", "code"):
+        shutil.copy(copies / "base/config.json", copies / expert / "config.json")
+    assert_refused(copies, recipe(copies), "model-shape", "than config.json makes them")
+
+
 def test_a_plan_that_passes_over_a_tensor(copies, no_weights, monkeypatch):
     """The proof does not rest on plan_architecture alone."""
     plan = planning.plan_merge

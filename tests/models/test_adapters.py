@@ -9,7 +9,8 @@ import torch
 
 from tests.refusals import refused
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, save_models, tensors
-from tests.tiny_pairs import contents
+from tests.tiny_pairs import contents, edit_json
+from utils import trial
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,25 @@ def test_a_failure_leaves_no_cache_entry(copies, monkeypatch):
     with refused("adapter-unfit"):
         merge_here(copies, with_adapter(copies), lora_merge_cache=copies / "cache")
     assert not contents(copies / "cache")
+
+
+@pytest.mark.parametrize("ranks", [{"r": 10**9}, {"r": 0}, {"rank_pattern": {"q_proj": 10**9}}])
+def test_a_rank_that_the_weights_do_not_have_is_not_allocated(copies, ranks):
+    edit_json(copies / "adapter/adapter_config.json", **ranks)
+    with refused("adapter-unfit"):
+        merge_here(copies, with_adapter(copies), lora_merge_cache=copies / "cache")
+    assert not (copies / "cache").exists()
+
+
+def test_a_pattern_that_takes_for_ever_is_not_searched_by(copies, monkeypatch):
+    monkeypatch.setattr(trial, "CPU_SECONDS", 1)
+    trial.allow_trials()
+    edit_json(copies / "adapter/adapter_config.json", target_modules="([a-z._0-9]+)+!")
+    try:
+        with refused("model-breaks-libraries"):
+            merge_here(copies, with_adapter(copies), lora_merge_cache=copies / "cache")
+    finally:
+        trial.allow_trials(False)
 
 
 def test_an_adapter_without_safetensors(copies):

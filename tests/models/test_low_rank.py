@@ -118,6 +118,8 @@ REFUSED = {
     "a list of patterns": (lambda a: edited(a, alpha_pattern=["q_proj"]), "adapter-unfit"),
     "no dora vectors": (lambda a: edited(a, use_dora=True), "adapter-unsupported"),
     "alpha": (lambda a: edited(a, lora_alpha="much"), "adapter-unfit"),
+    "an alpha above all numbers": (lambda a: edited(a, lora_alpha=10**400), "adapter-unfit"),
+    "alpha of nothing": (lambda a: edited(a, alpha_pattern={"down_proj": float("nan")}), "adapter-unfit"),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter-no-files"),
     "transposed": (lambda a: edited(a, fan_in_fan_out=True), "adapter-unfit"),
 }
@@ -148,3 +150,10 @@ def test_names_that_are_none(tmp_path):
         open_checkpoint(f"{base}+a+b")
     with refused("model-missing"):
         open_checkpoint(f"{base}+{tmp_path / 'nowhere'}")
+
+
+def test_an_adapter_that_names_itself_as_its_model(tmp_path):
+    adapter = save_adapter(save_tiny("llama", tmp_path / "base"), tmp_path / "adapter")
+    edited(adapter, base_model_name_or_path=str(adapter))
+    with refused("adapter-no-model"):
+        open_checkpoint(str(adapter))

@@ -91,18 +91,23 @@ def test_it_may_be_stopped_again_and_again(tmp_path):
     assert losses == again and all(torch.equal(sums[name], sums_again[name]) for name in sums)
 
 
-@pytest.mark.parametrize("damage", ["half a snapshot", "no states", "short states"])
-def test_what_is_damaged_is_not_used(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["half a snapshot", "no states", "short states", "another bit"])
+def test_what_is_damaged_is_not_used(tmp_path, damage, capsys):
     folder, path = save_any("llama", tmp_path / "model"), tmp_path / "piece.snapshot"
     with pytest.raises(Stopped):
         run(folder, path, LAYERS + 1)
     states = path.with_suffix(".model")
     if damage == "no states":
         states.unlink()
+    elif damage == "another bit":
+        content = bytearray(states.read_bytes())
+        content[5] ^= 1
+        states.write_bytes(content)
     else:
         damaged = states if damage == "short states" else path
         damaged.write_bytes(damaged.read_bytes()[:100])
     assert run(folder, path)[2] == 2 * LAYERS
+    assert "not as it was left" in capsys.readouterr().err
 
 
 def test_a_full_disk_costs_no_more_than_the_snapshots(tmp_path, capsys):

@@ -80,6 +80,18 @@ def test_a_damaged_snapshot_or_one_of_another_pass_is_not_used(tmp_path):
     assert run(folder, path)[2] == list(range(LAYERS))
 
 
+def test_a_flipped_bit_is_noticed(tmp_path, capsys):
+    """torch writes checksums, and does not compare them."""
+    path = tmp_path / "pass.snapshot"
+    write_state(path, {"sums": torch.arange(9.0)})
+    content, number = path.read_bytes(), torch.tensor(7.0).numpy().tobytes()
+    path.write_bytes(content.replace(number, torch.tensor(6.0).numpy().tobytes()))
+    assert torch.load(path)["sums"][7] == 6
+    assert read_state(path) is None and "is not as it was left" in capsys.readouterr().err
+    path.write_bytes(content)
+    assert read_state(path)["sums"][7] == 7
+
+
 def test_snapshots_are_as_rare_as_they_are_dear(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
     folder, path = save_any("llama", tmp_path / "model"), tmp_path / "pass.snapshot"

@@ -97,14 +97,50 @@ def test_what_was_done_before_an_error_is_kept_and_nothing_half_written(tmp_path
 
 def test_a_work_folder_is_the_requests_own_and_goes_once_all_is_done(tmp_path):
     parent, request = tmp_path / ".work", {"rows": [1, 2], "dtype": "float32"}
+    pieces = doubling(1, tmp_path / "log")
     with pytest.raises(KeyboardInterrupt), work_folder(parent, request, keep=True) as folder:
-        (folder / "piece").mkdir()
+        LocalWorkers((CPU,)).run(pieces, folder, lambda label, steps: None)
         (folder / ".piece.x.part").mkdir()
         raise KeyboardInterrupt
-    assert [path.name for path in folder.iterdir()] == ["piece"]
+    assert [path.name for path in folder.iterdir()] == ["piece0"]
     with work_folder(parent, dict(reversed(request.items())), keep=True) as again:
-        assert again == folder and (again / "piece").is_dir()
+        assert again == folder and find_result(again, pieces[0]).value.number == 0
     assert not parent.exists()
+
+
+def flip_last(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def to_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: flip_last(place / "words.txt"),
+        lambda place: flip_last(place / "result.pt"),
+        lambda place: torch.save({"value": 3, "files": []}, place / "result.pt"),  # what is no such piece's result
+        lambda place: (place / "sums.json").unlink(),
+        lambda place: (place / "sums.json").write_text("{}"),
+        lambda place: to_pipe(place / "words.txt"),
+        lambda place: (place / "words.txt").unlink(),
+    ],
+)
+def test_results_that_are_not_as_they_were_left_are_made_again(tmp_path, capsys, damage):
+    pieces = doubling(3, tmp_path / "log")
+    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path / ".work", {}, keep=True) as folder:
+        LocalWorkers((CPU,)).run(pieces, folder, lambda label, steps: None)
+        raise KeyboardInterrupt
+    damage(folder / "piece2")
+    with work_folder(tmp_path / ".work", {}, keep=True) as folder:
+        again = LocalWorkers((CPU,)).run(pieces, folder, lambda label, steps: None)
+    assert [one.twice for one in again] == [0, 2, 4] and done(tmp_path / "log") == [0, 1, 2, 2]
+    assert capsys.readouterr().err.endswith("finished work that is not as it was left is made again: piece2\n")
 
 
 def test_a_work_folder_of_another_request_is_begun_anew(tmp_path):

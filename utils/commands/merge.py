@@ -104,7 +104,7 @@ def merge(settings: MergeSettings) -> None:
             _say_there(settings)
             return
         finished = FinishedTensors(stage / PROGRESS, request)
-        _clear(stage, bool(finished.names))
+        _clear(stage, bool(finished.sums))
         report = _write_adapter(ready, stage) if settings.adapter else _write_model(ready, stage, finished)
         seconds = time.perf_counter() - start
         if settings.report:

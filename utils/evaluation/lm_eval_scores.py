@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from utils.errors import UserError, brief
+from utils.evaluation.lm_eval_code import code_in, nodes_of, runs_templates_in_a_sandbox
 from utils.evaluation.lm_eval_digest import task_digest
 from utils.evaluation.statistics import mcnemar_exact
 from utils.evaluation.whole_models import WholeModel
@@ -68,17 +70,18 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
         confirmed: whether tasks may run code that models write.
 
     Raises:
-        UserError: lm-eval is missing; a task is unknown, has no data, or runs code unconfirmed.
+        UserError: lm-eval is missing; a task is unknown, has no data, or runs code, its own or models', unconfirmed.
     """
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    names, folders = [], []
+    names, folders, files = [], [], {}
     for text in dict.fromkeys(asked):
         path = Path(os.path.expanduser(text))
         if path.suffix in (".yaml", ".yml"):
             names.append(_task_name(path))
             folders.append(str(path.resolve().parent))
+            files[names[-1]] = path.resolve()
         else:
             names.append(text)
     with _quiet():
@@ -91,6 +94,14 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
                 f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, your own is a YAML file",
                 "lm-eval-unknown-task",
             )
+        _refuse_others(files, manager.task_index)
+        if not confirmed and (code := next(code_in(names, manager.task_index), "")):
+            raise UserError(
+                f"lm-eval task {code}: that runs code on this machine. Give --confirm_run_unsafe_code if it is code that you "
+                "trust",
+                "lm-eval-unsafe-code",
+            )
+        runs_templates_in_a_sandbox()
         try:
             loaded = manager.load(names)["tasks"]
             digest = sha256_of([metadata.version("lm_eval"), names, [task_digest(task) for task in loaded.values()]])
@@ -117,17 +128,23 @@ def _task_name(path: Path) -> str:
     Raises:
         UserError: there is no such file, it is not YAML, or it names no task.
     """
-    import yaml
-
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"lm-eval task {path} cannot be read: {brief(error)}", "lm-eval-unreadable") from error
+    node = nodes_of(path)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     names = [value.value for key, value in pairs if key.value == "task" and isinstance(value, yaml.ScalarNode)]
     if not names:
         raise UserError(f"lm-eval task {path} names no task: give it a line `task: NAME`", "lm-eval-no-name")
     return names[0]
+
+
+def _refuse_others(files: Mapping[str, Path], index: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if another file beside one that was asked for is taken in its place: lm-eval takes the first of a name."""
+    for name, path in files.items():
+        taken = index[name].yaml_path
+        if taken is not None and taken.resolve() != path:
+            raise UserError(
+                f"lm-eval task {path} is named {name}, as {taken} is, which lm-eval takes: give it another name",
+                "lm-eval-name-twice",
+            )
 
 
 def accuracy(

@@ -52,11 +52,12 @@ def check_donor_loads(plan: MergePlan, trust_remote_code: bool) -> None:
     """Refuse a base that transformers does not load whole: the result, which has its config and names, would not either.
 
     Raises:
-        UserError: it cannot be loaded, or lacks parameters that are not planned.
+        UserError: it cannot be loaded, lacks parameters that are not planned, or has tensors of other shapes than its
+            config.json makes them (those aside that get their rows from a joined vocabulary).
     """
     donor = plan.inputs.donor.checkpoint
     try:
-        missing = loading_report(donor.folder, trust_remote_code).missing
+        report = loading_report(donor.folder, trust_remote_code)
     except Exception as error:  # of any kind; the check of the result would meet it again
         if is_memory(error):
             raise
@@ -66,9 +67,17 @@ def check_donor_loads(plan: MergePlan, trust_remote_code: bool) -> None:
             "model-unloadable",
         ) from error
     known = {*plan.architecture.spellings, *(tensor.name for tensor in plan.tensors)}
-    if absent := [name for name in missing if name not in known]:
+    if absent := [name for name in report.missing if name not in known]:
         raise UserError(
             f"model {donor.name}: transformers finds no weights for {some_of(absent)} of {donor.architecture} in it, and "
             "would find none in the result; is config.json that of these weights?",
             "model-unloadable",
+        )
+    resized = plan.vocabulary.size is not None  # which config.json then says, too
+    new_rows = {tensor.name for tensor in plan.tensors if tensor.vocabulary_axis is not None and resized}
+    if other := [name for name in report.misshapen if plan.architecture.spellings.get(name, name) not in new_rows]:
+        raise UserError(
+            f"model {donor.name}: {some_of(other)} have other shapes there than config.json makes them, and would have in "
+            "the result; is config.json that of these weights?",
+            "model-shape",
         )

@@ -46,8 +46,8 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
     are no pages of their files (converted while they were read, aligned to a vocabulary, on a GPU), and what the method
     makes (`utils/merging/method_memory.py`), beside the part of a shard that is there already.
 
-    For tensors merged in pieces, the buffers of every thread and the tables of the tensors that can be under way at once,
-    one a thread and the one that comes next, count instead, and no weight file.
+    For tensors merged in pieces, the buffers of every thread and the tables of the tensors that can be counted at once, one a
+    thread, count instead, and no weight file.
     """
     if division.direct:
         return arithmetic_bytes(plan, division) + _ALLOCATED
@@ -70,7 +70,7 @@ def arithmetic_bytes(plan: MergePlan, division: Division, *, shared: bool = Fals
     needed = MethodMemory(plan, division.by_counting)
     if division.direct:
         threads = torch.get_num_threads()
-        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[: threads + 1]
+        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
         buffers = max(buffer_bytes(tensor, shared=shared) for tensor in division.direct)
         left = (needed.of(tensor) + tensor.nbytes for tensor, _ in division.left)
         return max(threads * buffers + sum(tables), *left, 0)

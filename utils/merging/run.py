@@ -7,7 +7,7 @@ selected by magnitude without sorting (`utils/merging/fast_sparsifiers.py`), unl
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +34,11 @@ from utils.merging.pieces.run import misfit, run_directly
 from utils.merging.plan import MergePlan, forget_inputs
 from utils.merging.planning import PlannedMerge
 from utils.merging.settings import MergeSettings
-from utils.merging.stacked_outputs import Stacking, written_tensors
-from utils.models.headers import INDEX, read_headers
+from utils.merging.stacked_outputs import Stacking, WrittenTensor, written_tensors
+from utils.models.headers import INDEX, TensorHeader, read_headers
+from utils.models.shard_files import change_of
 from utils.progress_bar import progress_bar
+from utils.publishing.checksums import file_checksum
 from utils.runtime import gigabytes, give_back_what_is_freed
 
 
@@ -99,7 +101,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
     plan, settings, division = planned.plan, planned.settings, planned.division
     finished, tensors = finished or FinishedTensors(None, ""), written_tensors(plan)
     forget_inputs(plan.options, plan.inputs)
-    if finished.names and (damage := _damage(planned, folder)):
+    if finished.sums and (damage := _damage(planned, folder, finished.sums)):
         finished.forget(damage)
         for path in (folder / INDEX, *folder.glob("*.safetensors")):
             path.unlink(missing_ok=True)
@@ -110,17 +112,17 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
-        if finished.names:
-            done = sum(tensor.nbytes for tensor in tensors if tensor.name in finished.names)
+        if finished.sums:
+            done = sum(tensor.nbytes for tensor in tensors if tensor.name in finished.sums)
             print(
-                f"resumed: {len(finished.names)} of {len(tensors)} tensors ({gigabytes(done)}) are there",
+                f"resumed: {len(finished.sums)} of {len(tensors)} tensors ({gigabytes(done)}) are there",
                 flush=True,
             )
     with selecting_exactly(division.by_counting):
         if not division.direct:
-            if not finished.names.issuperset(tensor.name for tensor in tensors):
+            if not finished.sums.keys() >= {tensor.name for tensor in tensors}:
                 _run_by_mergekit(plan, settings, planned.device, folder)
-                finished.add_all(tensor.name for tensor in tensors)
+                finished.add_all(_sums(folder, tensors))
             return
         with _progress_bar(plan, settings) as progress, _readable_failures(plan):
             shown = partial(_show, progress, {}, len(tensors))
@@ -128,10 +130,22 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
     forget_inputs(plan.options, plan.inputs)
 
 
-def _damage(planned: PlannedMerge, folder: Path) -> str:
+def _sums(folder: Path, tensors: Sequence[WrittenTensor]) -> dict[str, int]:
+    """Checksums of tensors that lie in a folder, 0 for those that are optional and not there."""
+    there = read_headers(folder, "what was merged")
+    return {
+        tensor.name: file_checksum(*_place(there[tensor.name])) if tensor.name in there else 0 for tensor in tensors
+    }
+
+
+def _place(header: TensorHeader) -> tuple[Path, int, int]:
+    return header.file, header.start, header.nbytes
+
+
+def _damage(planned: PlannedMerge, folder: Path, sums: Mapping[str, int]) -> str:
     """What of the weights that an earlier run has finished is not as it was left, as a clause; "" if nothing is."""
     if planned.division.direct:
-        return misfit(planned.plan, folder, planned.settings.out_shard_size)
+        return misfit(planned.plan, folder, planned.settings.out_shard_size, sums)
     if links := [path.name for path in folder.glob("*.safetensors") if path.is_symlink()]:
         return f"{links[0]} is no plain file"
     try:
@@ -141,7 +155,9 @@ def _damage(planned: PlannedMerge, folder: Path) -> str:
     absent = [
         tensor.name for tensor in written_tensors(planned.plan) if tensor.name not in there and not tensor.optional
     ]
-    return f"{absent[0]} is missing" if absent else ""
+    if absent:
+        return f"{absent[0]} is missing"
+    return next(filter(None, (change_of(name, sums.get(name), _place(header)) for name, header in there.items())), "")
 
 
 def _run_by_mergekit(plan: MergePlan, settings: MergeSettings, device: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from utils.models.headers import header_hash
 from utils.models.hub import download
 from utils.models.low_rank import CONFIG, WEIGHTS, adapter_name
 from utils.models.mergekit_inputs import quiet_mergekit
+from utils.models.peft_trial import check_before_peft
 from utils.models.tokenizer_files import copy_tokenizer
 from utils.publishing.manifest import file_sha256
 from utils.publishing.staging import staged_folder
@@ -80,6 +81,7 @@ def merged_folder(model: Checkpoint, adapter: str, revision: str | None, cache: 
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     target = cache.resolve() / f"{model.folder.name}_{folder.name}_{key}"
     if not target.exists():
+        check_before_peft(folder, adapter, [tensor.rpartition(".")[0] for tensor in model.tensors])
         with staged_folder(target) as stage:
             _merge(model, folder, adapter, stage, dtype)
     return target

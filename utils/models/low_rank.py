@@ -38,6 +38,7 @@ _OTHER = (
     "alora_invocation_tokens",
 )
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # ways to begin that change the model itself
+_MOST_ALPHA = 1e30
 _MERGE = "merge it with peft (merge_and_unload) and give the result"
 
 
@@ -57,12 +58,17 @@ def adapter_name(name: str) -> AdapterName | None:
     """
     path = Path(os.path.expanduser(name))
     if path.exists():
-        if not (path / CONFIG).is_file() or any(os.path.lexists(path / file) for file in (SINGLE, INDEX)):
+        if not _is_adapter(path):
             return None
         model = read_json(path / CONFIG, f"LoRA adapter {name}: {CONFIG}").get("base_model_name_or_path")
         if not isinstance(model, str) or not model or "+" in model:
             raise UserError(
                 f"model {name} is a LoRA adapter whose {CONFIG} names no model (base_model_name_or_path); write model+{name}",
+                "adapter-no-model",
+            )
+        if _is_adapter(Path(os.path.expanduser(model))):  # itself, say
+            raise UserError(
+                f"LoRA adapter {name}: {CONFIG} names {model}, which is an adapter itself, as its model",
                 "adapter-no-model",
             )
         return AdapterName(model, name)
@@ -72,6 +78,11 @@ def adapter_name(name: str) -> AdapterName | None:
     if not model or not adapter or "+" in adapter:
         raise UserError(f"model {name}: write model+adapter, one of each", "adapter-name")
     return AdapterName(model, adapter)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter alone."""
+    return (path / CONFIG).is_file() and not any(os.path.lexists(path / file) for file in (SINGLE, INDEX))
 
 
 def with_adapter(
@@ -140,8 +151,8 @@ def _change(
     rank = down.shape[0]
     _require(rank > 0, name, down, target)
     alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8), name)
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise UserError(f"LoRA adapter {name}: {CONFIG} has lora_alpha {alpha!r}", "adapter-unfit")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= _MOST_ALPHA:
+        raise UserError(f"LoRA adapter {name}: {CONFIG} has lora_alpha {str(alpha)[:40]}", "adapter-unfit")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LowRank(down, up, scale, transposed, magnitude)
 

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from utils.errors import LIMITS, UserError, reason
 from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
+from utils.publishing.checksums import checksum, file_checksum
 
 _CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 _WIDEST_FIRST = ("F64", "F32", "BF16", "F16")  # the order of tensors in a file; within a dtype by name
@@ -60,13 +61,18 @@ class ShardFiles:
         names = [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
         self._names = names if count > 1 else [SINGLE]
         self._places: dict[str, tuple[int, int]] = {}  # tensor: which file, offset of its first byte
+        self._bytes = {spec.name: spec.nbytes for spec in tensors}
         self._files: list[int] = []
         self._open = ExitStack()
 
-    def misfit(self) -> str:
-        """What of the files that are there already is not as it was left, as a clause; "" if nothing is."""
+    def misfit(self, sums: Mapping[str, int]) -> str:
+        """What of the files that are there already is not as it was left, as a clause; "" if nothing is.
+
+        `sums` are the checksums of the tensors that are complete, by their names.
+        """
         for name, shard in zip(self._names, self._shards, strict=True):
-            size = len(_header(shard)[0]) + sum(spec.nbytes for spec in shard)
+            header, offsets = _header(shard)
+            size = len(header) + sum(spec.nbytes for spec in shard)
             try:
                 found = os.lstat(self._folder / name)
             except FileNotFoundError:
@@ -75,6 +81,10 @@ class ShardFiles:
                 return f"{name} is no plain file"
             if found.st_size != size:
                 return f"{name} has {found.st_size} bytes, not {size}"
+            for spec in shard:
+                place = (self._folder / name, len(header) + offsets[spec.name], spec.nbytes)
+                if spec.name in sums and (changed := change_of(spec.name, sums[spec.name], place)):
+                    return changed
         return ""
 
     def __enter__(self) -> "ShardFiles":
@@ -114,6 +124,18 @@ class ShardFiles:
         except OSError as error:
             raise _failure(error) from error
 
+    def checksum(self, name: str) -> int:
+        """The checksum of a tensor that is complete, of what the file holds.
+
+        Raises:
+            UserError: the disk is broken.
+        """
+        number, offset = self._places[name]
+        try:
+            return checksum(self._files[number], offset, self._bytes[name])
+        except OSError as error:
+            raise _failure(error) from error
+
     def sync(self) -> None:
         """Have everything that was written reach the disk.
 
@@ -131,6 +153,15 @@ class ShardFiles:
         total = sum(spec.nbytes for shard in self._shards for spec in shard)
         described = {"total_size": total, "mergekit_version": metadata.version("mergekit")}
         return json.dumps({"metadata": described, "weight_map": weight_map}, indent=2)
+
+
+def change_of(name: str, left: int | None, place: tuple[Path, int, int]) -> str:
+    """What became of a tensor that had the checksum `left`, as a clause; "" if it is as it was. `place`: its file, where it
+    begins there, its bytes."""
+    try:
+        return "" if file_checksum(*place) == left else f"{name} holds other numbers"
+    except OSError as error:
+        return f"{name} cannot be read: {reason(error)}"
 
 
 def _shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:

@@ -25,6 +25,7 @@ from utils.pair.source import Place
 from utils.validation import Mistakes, Text, checked, refuse, show
 
 MAX_DEPTH_GROUPS = 16
+MAX_VALUES = 100  # to try of one flag
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def _listed(raw: Any) -> Any:
     return raw if raw is None or isinstance(raw, (list, tuple)) else [raw]
 
 
+def _few(raw: Any) -> Any:
+    values = _listed(raw)
+    if values is not None and len(values) > MAX_VALUES:  # every one is written down with every trial
+        raise Mistakes(Problem(f"lists {len(values)} values to try; at most {MAX_VALUES} can be", "wrong-length"))
+    return values
+
+
 def _each_once(names: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     if names is not None and not names:
         raise Mistakes(Problem("is an empty list; leave the key out for all there are", "wrong-length"))
@@ -102,7 +110,7 @@ Part = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, 
 Names = Annotated[tuple[Text, ...] | None, BeforeValidator(_listed), AfterValidator(_each_once)]
 Places = Annotated[tuple[Place, ...] | None, BeforeValidator(_listed), AfterValidator(_each_once)]
 Values = Annotated[
-    tuple[Annotated[Any, AfterValidator(_plain)], ...], BeforeValidator(_listed), AfterValidator(_each_once)
+    tuple[Annotated[Any, AfterValidator(_plain)], ...], BeforeValidator(_few), AfterValidator(_each_once)
 ]
 
 

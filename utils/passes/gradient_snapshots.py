@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from utils.errors import warn
 from utils.passes.snapshots import Pauses, read_state, warn_without, write_state
 from utils.passes.tensor_store import TensorStore
+from utils.publishing.checksums import checksum, file_checksum
 
 
 class GradientSnapshots:
@@ -30,13 +32,27 @@ class GradientSnapshots:
         self._stores: dict[str, TensorStore] = {}
         self._growing: dict[str, Callable[[], int]] = {}
         self._parts: dict[str, Callable[[], Any]] = {}
-        found = read_state(path) or {}
+        found = read_state(path, dict) or {}
         self._ends: dict[str, int] = found.get("ends", {})
         self._found: dict[str, Any] = found.get("parts", {})
-        if any(
-            not self._file(name).is_file() or self._file(name).stat().st_size < end for name, end in self._ends.items()
-        ):
+        self._sums: dict[str, tuple[int, int]] = {}  # of stores' files: bytes gone through, and their checksum
+        if any(not self._is_as_left(name, end, found.get("sums", {}).get(name)) for name, end in self._ends.items()):
+            warn([f"what lies beside {path} is not as it was left: what it had come to is made again"])
             self._ends, self._found = {}, {}
+
+    def _is_as_left(self, name: str, end: int, found: int | None) -> bool:
+        """`found`: the checksum of a store's file; results that are added to another have digests of their own."""
+        file = self._file(name)
+        is_whole = file.is_file() and file.stat().st_size >= end
+        return is_whole and (found is None or file_checksum(file, 0, end) == found)
+
+    def _sum(self, name: str, end: int) -> int:
+        """The checksum of the first `end` bytes of a store's file, to which more and more is added."""
+        done, found = self._sums.get(name, (0, 0))
+        with open(self._file(name), "rb") as file:
+            found = checksum(file.fileno(), done, end - done, found)
+        self._sums[name] = end, found
+        return found
 
     def _file(self, name: str) -> Path:
         return self._path.with_suffix(f".{name}")
@@ -45,6 +61,7 @@ class GradientSnapshots:
         """A store whose file outlives a kill, with what a killed run has put there; without a path as `TensorStore`."""
         if self._path is None:
             return TensorStore(device, folder)
+        self._sums.pop(name, None)
         self._stores[name] = TensorStore(device, path=self._file(name), end=self._ends.get(name, 0))
         return self._stores[name]
 
@@ -94,7 +111,8 @@ class GradientSnapshots:
             ends |= {name: store.sync() for name, store in self._stores.items() if not store.on_host}
             try:
                 ends |= {name: store.sync() for name, store in self._stores.items() if store.on_host}
-                write_state(self._path, {"ends": ends, "parts": parts})
+                sums = {name: self._sum(name, ends[name]) for name in self._stores}
+                write_state(self._path, {"ends": ends, "sums": sums, "parts": parts})
             except OSError as error:
                 self._stopped = True
                 for store in self._stores.values():

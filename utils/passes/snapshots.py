@@ -9,6 +9,7 @@ to block begins anew.
 import contextlib
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from utils.errors import warn
 
 STATES = (
-    3  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
+    4  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
 )
 SECONDS = 300.0
 MOST_SHARE = 0.05  # of the time that snapshots may take
@@ -95,13 +96,19 @@ class Snapshots:
 
 
 def read_state(path: Path | None, made: Callable[[Any], Any] = lambda found: found) -> Any | None:
-    """What `write_state` has written there, as `made` of it, tensors on the CPU; None if nothing there can be read."""
+    """What `write_state` has written there, as `made` of it, tensors on the CPU; None, with a warning, if it is not as it was
+    left."""
     if path is None or not path.is_file():
         return None
     try:
-        return made(torch.load(path, map_location="cpu", weights_only=True))
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()  # torch does not compare the checksums that it writes
+        if changed is None:
+            return made(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # torch raises anything over a damaged file; the work then begins anew
-        return None
+        pass
+    warn([f"{path} is not as it was left: what it had come to is made again"])
+    return None
 
 
 def write_state(path: Path, data: Any) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_CHUNK = 8 * 2**20
+_CHUNK = 2**20
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Results of pieces in a folder: each a folder of its own, written under a temporary name and renamed, so that it is whole.
 
 <folder>/<piece>/result.pt     plain data and tensors, read without running code from it
+<folder>/<piece>/sums.json     checksums of the other files, compared once when a later run begins
 <folder>/<piece>/...           files that the piece wrote itself
 <folder>/<piece>.snapshot      where an unfinished piece stands, with files of other endings beside it
 """
@@ -16,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.bounded_files import read_json
+from utils.errors import UserError
+from utils.publishing.checksums import file_checksum
 from utils.publishing.disk import named_in_errors, remove_tree, sync_folder
+from utils.publishing.manifest import to_json
 from utils.workers.piece import Piece
 
-_RESULT = "result.pt"
+_RESULT, _SUMS = "result.pt", "sums.json"
 _SUFFIX = ".part"
 _SNAPSHOT = ".snapshot"
 _ALONE = (_SNAPSHOT, ".forward")  # endings of files that are each enough to go on from; others belong to a snapshot
@@ -109,7 +114,10 @@ class Keeping:
         files = sorted(path.name for path in self.stage.iterdir())
         with named_in_errors(self.stage / _RESULT), open(self.stage / _RESULT, "wb") as file:
             torch.save({"value": value, "files": files}, file)
-        for name in (_RESULT, *files):
+        sums = {name: file_checksum(self.stage / name) for name in (_RESULT, *files)}
+        with named_in_errors(self.stage / _SUMS):
+            (self.stage / _SUMS).write_bytes(to_json(sums))
+        for name in (_RESULT, *files, _SUMS):
             with named_in_errors(self.stage / name), open(self.stage / name, "rb") as file:
                 os.fsync(file.fileno())
         target = self.folder / self.piece.name
@@ -128,6 +136,25 @@ def finished_and_begun(folder: Path) -> tuple[int, int]:
     """How many results a folder holds, and how many snapshots of unfinished pieces."""
     left = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     return sum(path.is_dir() for path in left), len({path.stem for path in left if path.suffix in _ALONE})
+
+
+def remove_changed(folder: Path) -> list[str]:
+    """Remove results that are not as they were left; their names."""
+    changed = [
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and _is_changed(path)
+    ]
+    for path in changed:
+        remove_tree(path)
+    return sorted(path.name for path in changed)
+
+
+def _is_changed(result: Path) -> bool:
+    try:
+        sums = read_json(result / _SUMS, _SUMS)
+        plain = _RESULT in sums and all((result / name).is_file() for name in sums)  # a pipe would keep us waiting
+        return not plain or any(file_checksum(result / name) != found for name, found in sums.items())
+    except (UserError, OSError):  # no list, a file is missing, a disk that fails
+        return True
 
 
 def remove_unfinished(folder: Path) -> None:

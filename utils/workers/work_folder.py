@@ -11,7 +11,7 @@ from utils.errors import UserError, warn
 from utils.publishing.disk import remove_tree
 from utils.publishing.kept import RESTART, note_kept
 from utils.publishing.manifest import sha256_of
-from utils.workers.results import finished_and_begun, remove_unfinished
+from utils.workers.results import finished_and_begun, remove_changed, remove_unfinished
 
 _DIGITS = 20
 _FORM = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
@@ -55,6 +55,8 @@ def work_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
+        if changed := remove_changed(folder):
+            warn([f"finished work that is not as it was left is made again: {', '.join(changed)}"])
         yield folder
     except BaseException as error:
         remove_unfinished(folder)

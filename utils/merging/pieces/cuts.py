@@ -9,6 +9,7 @@ to be kept lies. Only that span is looked at again. Nothing of the tensor's size
 Counting different spans from several threads at once is safe. The tables need the CPU.
 """
 
+import mmap
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,9 @@ class CutSearch:
         raise AssertionError("a span held other values when it was read again")
 
     def _new_table(self, bits: int) -> Tensor:
-        return torch.zeros((self._spans, 1 << bits), dtype=torch.int32)
+        # In pages of its own, which are the system's again at once: the C library keeps some of what it frees.
+        pages = mmap.mmap(-1, self._spans * (torch.int32.itemsize << bits), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.int32).view(self._spans, 1 << bits)
 
     def _digits(self, patterns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each table of this round with what a piece adds to it."""

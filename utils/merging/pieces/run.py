@@ -6,7 +6,7 @@ tables of the tensors that are being counted.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 from utils.merging.pieces.arithmetic import Scratch
@@ -55,8 +55,11 @@ def run_directly(
     in_order = _in_order(plan)
     specs = _specs(in_order)
     place = {one.name: number for number, one in enumerate(one for tensor in in_order for one in tensor.merged)}
-    begun = bool(finished.names)
-    with ShardFiles(folder, specs, shard_bytes, begun=begun) as output, finished.kept_up(specs, output.sync) as note:
+    begun = bool(finished.sums)
+    with (
+        ShardFiles(folder, specs, shard_bytes, begun=begun) as output,
+        finished.kept_up(specs, output.sync, output.checksum) as note,
+    ):
         stacked = StackedOutput(output, plan)
 
         def note_and_report(name: str, nbytes: int) -> None:
@@ -64,20 +67,20 @@ def run_directly(
             report(stacked.name_of(name), nbytes)
 
         for spec in specs:
-            if spec.name in finished.names:
+            if spec.name in finished.sums:
                 report(spec.name, spec.nbytes)
-        left = [tensor for tensor, _ in division.left if stacked.name_of(tensor.name) not in finished.names]
+        left = [tensor for tensor, _ in division.left if stacked.name_of(tensor.name) not in finished.sums]
         for number, value in merge_by_mergekit([(plan, tensor) for tensor in left]):
             stacked.write(left[number].name, 0, as_bytes(value.view(-1)))
             note_and_report(left[number].name, value.nbytes)
-        direct = [tensor for tensor in division.direct if stacked.name_of(tensor.name) not in finished.names]
+        direct = [tensor for tensor in division.direct if stacked.name_of(tensor.name) not in finished.sums]
         direct.sort(key=lambda tensor: place[tensor.name])
         merge_directly([(tensor, stacked) for tensor in direct], threads, note_and_report)
 
 
-def misfit(plan: MergePlan, folder: Path, shard_bytes: int) -> str:
+def misfit(plan: MergePlan, folder: Path, shard_bytes: int, sums: Mapping[str, int]) -> str:
     """What of the weight files that `run_directly` would go on with is not as it was left, as a clause; "" if nothing is."""
-    return ShardFiles(folder, _specs(_in_order(plan)), shard_bytes).misfit()
+    return ShardFiles(folder, _specs(_in_order(plan)), shard_bytes).misfit(sums)
 
 
 def _in_order(plan: MergePlan) -> list[WrittenTensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
 from tests.tiny_adapters import in_float32, save_adapter, save_merged
@@ -157,3 +157,12 @@ def test_an_adapter_that_names_itself_as_its_model(tmp_path):
     edited(adapter, base_model_name_or_path=str(adapter))
     with refused("adapter-no-model"):
         open_checkpoint(str(adapter))
+
+
+def test_lengths_of_another_number_of_rows(tmp_path):
+    base = save_tiny("llama", tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value[:-1] if "magnitude" in name else value for name, value in load_file(file).items()}, file)
+    with refused("adapter-unfit"):
+        open_checkpoint(f"{base}+{adapter}")

@@ -4,6 +4,7 @@
     python3 benchmarks/quality.py --data DATA --preset gpu
     python3 benchmarks/quality.py --sizes small --seeds 2          # a look; the offline example's text
     until python3 benchmarks/quality.py --data DATA --minutes 40; do :; done      # in parts
+    python3 benchmarks/quality.py --data DATA --experts 2 --contenders "gram mean, second round;Fisher average"
 
 `DATA` holds `gsm8k/{train,test}.jsonl` and `mbpp/{train,validation,test,prompt}.jsonl`; without it the offline example's
 text is used. Per seed a base and an expert per task are trained from nothing (cached by a hash of what made them), every

@@ -14,7 +14,7 @@ from tests.commands_here import refused_here
 from tests.conftest import ROOT
 from tests.refusals import refused
 from utils.models.checkpoints import is_local, local_folder
-from utils.named_paths import check_path
+from utils.named_paths import check_path, without_folders
 from utils.pair.rows import data_file
 
 
@@ -41,7 +41,7 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch):
 
 SCRIPT = """
 from utils.errors import UserError
-from utils.named_paths import check_path
+from utils.named_paths import check_path, without_folders
 
 for path in ("base", "mod\\u00e8les", "mod\\udcc3\\udca8les", "caf\\udce9"):
     try:
@@ -94,3 +94,9 @@ def test_the_commands_in_a_folder_of_another_encoding(words, pristine, tmp_path)
     odd = shutil.copytree(pristine, tmp_path / os.fsdecode(b"caf\xe9"))
     (odd / "recipe.yaml").write_text(RECIPE)
     refused_here("path-not-utf8", *words, cwd=odd)
+
+
+def test_of_an_absolute_path_the_last_part_may_be_published():
+    names = {"org/model": "org/model", "models/a": "models/a", "/home/me/a": "a", "/a/b/": "b", "~/a": "a", "": ""}
+    assert {name: without_folders(name) for name in names} == names
+    assert without_folders("~nobody_of_this_name/a") == "~nobody_of_this_name/a"

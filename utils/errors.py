@@ -102,9 +102,9 @@ def run_command(main: Callable[[], None], *, one_result: bool = False) -> None:
 
     `one_result`: this process is for one command, which has succeeded with the one result that it publishes.
 
-    Exit codes: 0 done; 2 a `UserError`, a package that is not installed, or an operating-system error such as a full
-    disk or a stdout that cannot be written (`| head`), or memory that ran out; 130 Ctrl-C, 143 termination, 129 hang-up. Once the result is
-    published, it is 0 after a signal or an error of the system, too. What an exception has as `kept`
+    Exit codes: 0 done; 2 a `UserError`, a package that is not installed, an operating-system error such as a full disk or
+    a stdout that cannot be written (`| head`), or memory that ran out; 130 Ctrl-C, 143 termination, 129 hang-up. Once the
+    result is published, it is 0 after a signal or an error of the system, too. What an exception has as `kept`
     (`utils/publishing/kept.py`) is said in every case.
     """
     unwind_on_signals(one_result=one_result)
@@ -175,11 +175,11 @@ def _end_by_the_system(error: OSError) -> None:
     _end(error, f"{what}; {left}", "os-error")
 
 
-def clipped(message: str, most: int = _LONGEST_MESSAGE) -> str:
-    """A message of at most about `most` characters: of a longer one the middle is left out, in whole lines where it can be."""
-    if len(message) <= most:
+def clipped(message: str) -> str:
+    """A message of at most about 2,000 characters: of a longer one the middle is left out, in whole lines where it can be."""
+    if len(message) <= _LONGEST_MESSAGE:
         return message
-    first, last = message[: most * 2 // 3], message[-most // 4 :]
+    first, last = message[: _LONGEST_MESSAGE * 2 // 3], message[-_LONGEST_MESSAGE // 4 :]
     if "\n" in first:
         first = first[: first.rindex("\n")]
     if "\n" in last:

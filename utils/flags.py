@@ -1,4 +1,4 @@
-"""Flag conventions shared by the three commands.
+"""Flag conventions shared by all commands.
 
 Flags are spelled with underscores, as in the reference; the dashed spelling works too. Booleans take `--x`, `--no-x`,
 `--x True` and `--x False` (and False means false). A flag given twice with different values, an abbreviation and an
@@ -6,7 +6,6 @@ unknown flag are errors; unknown flags get the nearest known one.
 """
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import clipped, show_tracebacks
+from utils.suggestions import nearest
 
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
@@ -213,8 +213,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-        return f"unknown argument {word!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        near = nearest(word.split("=")[0], known)
+        return f"unknown argument {word!r}; " + (f"did you mean {near}?" if near else "--help lists the flags")
 
     def error(self, message: str, code: str = "flag-invalid") -> NoReturn:
         """Print the message, the way to the help text and the mistake's code; exit code 2."""

@@ -44,16 +44,15 @@ def main() -> None:
     merge(settings)
 
 
-def verified_folder(words: Sequence[str] | None = None) -> Path | None:
+def verified_folder() -> Path | None:
     """The folder of `--verify`, None if the command line does not hold it."""
-    words = sys.argv[1:] if words is None else words
-    if not any(word.split("=")[0] == "--verify" for word in words):
+    if not any(word.split("=")[0] == "--verify" for word in sys.argv[1:]):
         return None
     parser = FlagParser(prog="utils/merger.py", description=__doc__)
     parser.flag(
         "verify", "check a merged folder against its manifest; alone, without other flags", type=path, required=True
     )
-    return parser.parse(words).verify
+    return parser.parse().verify
 
 
 def read_flags(words: Sequence[str] | None = None) -> MergeSettings:

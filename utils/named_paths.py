@@ -1,4 +1,4 @@
-"""Paths that every library can open: the ones that tokenizers and safetensors use take UTF-8 alone."""
+"""Paths: whether every library can open one, and what of one may be published."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def check_path(path: str | Path, what: str) -> None:
-    """Check that a path can be named in UTF-8, whether anything is there or not.
+    """Check that a path can be named in UTF-8, whether anything is there or not: tokenizers and safetensors open no other.
 
     Args:
         path: the path, absolute where the folders above it matter, too.
@@ -33,6 +33,12 @@ def check_path(path: str | Path, what: str) -> None:
             "rename it",
             "path-not-utf8",
         ) from error
+
+
+def without_folders(name: str) -> str:
+    """A name of a model or a file as it may be published: the last part alone of an absolute path, any other as it is."""
+    path = os.path.expanduser(name)
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else name
 
 
 def _is_utf8(text: str) -> bool:

@@ -39,8 +39,8 @@ def import_libraries(*names: str) -> None:
 
     torch, transformers and mergekit make about a million objects that live as long as the process. Looking through them
     again and again, while they are made and once more when the process ends, takes about 3 s of processor time in a
-    merge. Does nothing if all are imported already, so that what a program has
-    dropped between two calls is collected as ever.
+    merge. Does nothing if all are imported already, so that what a program has dropped between two calls is collected as
+    ever.
 
     Raises:
         ImportError: as an import statement.
@@ -109,15 +109,13 @@ def choose_device(asked: str) -> tuple["torch.device", str]:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {asked!r} is not supported; use auto, cpu, cuda or cuda:n", "device-unknown")
     if device.type == "cpu":
-        device = torch.device("cpu")  # cpu:1 is the same place
-    if device.type == "cuda":
-        if not count:
-            raise UserError(
-                f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu", "device-missing"
-            )
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= count:
-            raise UserError(f"--device {asked}: there are {count} GPUs, numbered from 0", "device-missing")
+        return torch.device("cpu"), "asked for"  # cpu:1 is the same place
+    if not count:
+        text = f"--device {asked}: torch {torch.__version__} sees no CUDA GPU; use --device cpu"
+        raise UserError(text, "device-missing")
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= count:
+        raise UserError(f"--device {asked}: there are {count} GPUs, numbered from 0", "device-missing")
     return device, "asked for"
 
 
@@ -212,12 +210,10 @@ def give_back_what_is_freed() -> None:
 
 def device_name(device: "torch.device") -> str:
     """What to call a device in a printout."""
-    if device.type == "cuda":
-        import torch
-
-        return f"{device} ({torch.cuda.get_device_name(device)})"
     import torch
 
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
 
 

@@ -5,7 +5,6 @@ value from plain data, or raises one `UserError` that names each mistake's key, 
 own raise `Mistakes`.
 """
 
-import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from utils.errors import Problem, collected
+from utils.suggestions import suggestion
 
 T = TypeVar("T")
 
@@ -84,11 +84,6 @@ def key_path(place: Iterable[Any]) -> str:
     return path
 
 
-def nearest(name: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like another one, None if none is like it."""
-    return next(iter(difflib.get_close_matches(str(name)[:80], list(known), n=1, cutoff=cutoff)), None)
-
-
 def show(value: Any) -> str:
     """A value for a message: its repr, at most 80 characters long."""
     if value is None:
@@ -127,8 +122,7 @@ def _problems(error: Mapping[str, Any], kind: type, prefix: str) -> Iterator[Pro
     if code in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
         name = value if code == "invalid_key" else place[-1]
         known = _keys(_type_at(kind, place[:-1]))
-        near = nearest(name, known, 0.5)
-        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
+        hint = suggestion(name, known, f"known keys: {', '.join(known)}", 0.5)
         where = key_path(place[:-1])
         yield Problem(f"unknown key {where}{'.' if where else ''}{show(name)}; {hint}", f"{prefix}-unknown-key")
         return

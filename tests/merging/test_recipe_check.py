@@ -48,6 +48,11 @@ MISTAKES = [
         "recipe-unknown-key",
         "density[0].filtr is unknown; did you mean 'filter'",
     ),
+    (
+        two("{weight: 1, density: [{filter: q, value: 0.5, x: 1}]}"),
+        "recipe-unknown-key",
+        "density[0].x is unknown; known keys: filter, value",
+    ),
     (two("{weight: 1, normalize: false}"), "recipe-shared-parameter", "has no effect under one model; move it"),
     (two(rest="parameters: {normalize: perhaps}"), "recipe-wrong-type", "must be true or false, got 'perhaps'"),
     (two("{weight: .nan}"), "recipe-not-finite", "models[1].parameters.weight: nan is not a finite number"),

@@ -251,7 +251,7 @@ WORDING = {
     "parity true": "parity must be 'reference' or left out, got True",
     "sparsity in percent": "sparsity_ratio must be below 1, got 50; 50% is 0.5",
     "component twice": "components: 'q_proj' is listed twice",
-    "prefix missing": "prefix_mapping has no entry for component 'k_proj'",
+    "prefix missing": "prefix_mapping has no entry for component 'k_proj'; add one",
     "prefix a pattern": "prefix_mapping.q_proj must be a module path inside a block, such as q_proj, mlp.c_proj or "
     "self_attn.q_proj, got 'attn.*.q'",
     "no models": "model_info must list the models: one {name, type} for the base and one per expert",

@@ -73,7 +73,7 @@ def test_mergekit_accepts_dellas_values(density):
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("dare-ties", "merge-method-unknown", "did you mean dare_ties"),
+        ("dare-ties", "merge-method-unknown", "did you mean 'dare_ties'"),
         ("TIES", "merge-method-unknown", ""),
         ("brute_force", "merge-method-unknown", "known: ties"),
         ("task_arithmetic", "merge-method-unfit", "ignores densities"),

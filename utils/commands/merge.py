@@ -17,8 +17,8 @@ from utils.merging.output_folder import (
     check_apart,
     check_output,
     check_place,
+    existing_merge,
     refuse_changed_merge,
-    refuse_existing_merge,
 )
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.recipe_check import check_recipe
@@ -75,7 +75,7 @@ def merge(settings: MergeSettings) -> None:
     warn(ready.warnings)
     request = request_hash(ready)
     if output.request and output.request != request:
-        raise refuse_existing_merge(settings.output_path)
+        raise existing_merge(settings.output_path)
     if output.request:
         refuse_changed_merge(settings.output_path)
     if settings.dry_run:

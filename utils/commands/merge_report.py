@@ -4,12 +4,12 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from pathlib import Path
 
 from utils.commands.evaluation_folder import Measured
 from utils.commands.report_recipe import merge_page, model_records
 from utils.merging.model_card import CardAddition
 from utils.merging.planning import PlannedMerge
+from utils.named_paths import without_folders
 from utils.reports.card_table import evaluation_section, inputs_section, model_index
 from utils.reports.page import render
 from utils.reports.values import Contender, Run, Verdict
@@ -86,4 +86,4 @@ def _marked(measured: Measured) -> tuple[Contender, ...]:
 def _published(word: str) -> str:
     """A word of the command line with the last part alone of an absolute path: the folder may be published."""
     flag, separator, value = word.rpartition("=")
-    return f"{flag}{separator}{Path(value).name}" if Path(value).is_absolute() else word
+    return f"{flag}{separator}{without_folders(value)}"

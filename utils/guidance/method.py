@@ -7,7 +7,6 @@ beside it are imported when their command comes to them.
 """
 
 import argparse
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from utils import guidance
 from utils.errors import UserError
 from utils.flags import FlagParser
 from utils.recipes.method_rules import DeltaMethod
+from utils.suggestions import suggestion
 
 if TYPE_CHECKING:
     from utils.guidance.decide_job import DecideJob, Decision
@@ -218,8 +218,7 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     name = asked or config.guidance or DEFAULT
     name = _BEST if name == BEST else name
     if name not in methods:
-        near = difflib.get_close_matches(name, methods, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(methods)}"
+        hint = suggestion(name, methods, f"known: {', '.join(methods)}")
         raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}", "config-unknown-guidance")
     return methods[name]
 

@@ -8,7 +8,7 @@ from utils.errors import UserError
 from utils.guidance.method import GuidanceMethod
 from utils.pair.config import ModelEntry, PairConfig
 from utils.recipes.global_parameters import check_global_parameters, known_parameters
-from utils.recipes.method_rules import DeltaMethod, density_method, own_method, weight_method
+from utils.recipes.method_rules import OWN_METHODS, DeltaMethod, density_method, weight_method
 from utils.recipes.recipe import DTYPE
 from utils.recipes.routers import RouterOption
 
@@ -83,7 +83,7 @@ def settle(config: PairConfig, options: RecipeOptions) -> RecipeChoices:
 def _asked_method(options: RecipeOptions) -> DeltaMethod:
     name = options.method.merge_method if options.merge_method is None else options.merge_method
     if name in options.method.own_merge_methods:
-        return own_method(name)
+        return OWN_METHODS[name]
     if options.method.gives == "weights":
         return weight_method(name)
     return density_method(name, options.method.own_merge_methods)

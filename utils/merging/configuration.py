@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, brief
 from utils.mergekit_api import MergeConfiguration, ModelReference, set_chat_template
 from utils.merging.recipe_check import CheckedRecipe, ModelName, is_keyword, merged_models
 
@@ -31,8 +31,8 @@ def configuration(recipe: CheckedRecipe, places: Mapping[ModelName, tuple[Path, 
     try:
         config = OrderedConfiguration.model_validate(_plain(recipe.content, places))
     except (ValueError, RuntimeError) as error:  # what this project's own check lets pass
-        first = " ".join(str(error).split())
-        raise UserError(f"{recipe.file.where}: mergekit does not take it: {first}", "recipe-not-mergekits") from error
+        text = f"{recipe.file.where}: mergekit does not accept it: {brief(error, 1000)}"
+        raise UserError(text, "recipe-not-mergekits") from error
     if config.chat_template and config.chat_template != "auto":
         try:
             set_chat_template(_TemplateHolder(), config)

@@ -4,7 +4,7 @@ A guided recipe of a mixture has a filter for each matrix of each expert, 18,000
 tensors: trying every one for every tensor takes minutes before anything is merged. What is found is the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils.mergekit_api import ConditionalParameter
@@ -22,9 +22,8 @@ def by_lookup(evaluate: EvaluateSetting) -> EvaluateSetting:
     Args:
         evaluate: mergekit's own, which is asked for whatever is no long list of filters.
     """
-    known: dict[
-        int, tuple[Any, FilterList | None]
-    ] = {}  # by identity; the settings are kept, so that none is another's
+    # by identity; the settings are kept, so that none is another's
+    known: dict[int, tuple[Any, FilterList | None]] = {}
 
     def looked_up(tensor_name: str, setting: Any, t: float = 0, *, validate: Callable[[Any], Any]) -> Any:
         if not tensor_name or not isinstance(setting, list) or len(setting) <= _FEW:
@@ -44,4 +43,9 @@ def _filters(setting: list[Any]) -> FilterList | None:
     """The filters of a list of conditions; None of a list of values, or a mixture."""
     if not all(isinstance(one, ConditionalParameter) for one in setting):
         return None
-    return FilterList(["" if one.filter in _ANY else one.filter for one in setting])
+    return FilterList(filter_texts(setting))
+
+
+def filter_texts(conditions: Sequence[ConditionalParameter]) -> list[str]:
+    """The filters of conditions, "" for one that holds for every tensor."""
+    return ["" if one.filter in _ANY else one.filter for one in conditions]

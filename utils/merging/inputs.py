@@ -19,6 +19,7 @@ from utils.models.adapters import changed_checkpoint, check_adapter, merged_fold
 from utils.models.checkpoints import Checkpoint, find_small_files, is_local, read_model_config
 from utils.models.mergekit_inputs import model_reference
 from utils.models.opening import open_checkpoint
+from utils.named_paths import without_folders
 
 if TYPE_CHECKING:
     from utils.mergekit_api import ModelReference
@@ -129,8 +130,7 @@ def published_name(name: ModelName) -> str:
 
 
 def _published(part: ModelPath) -> str:
-    path = Path(part.path).expanduser()
-    shown = path.name if path.is_absolute() else part.path
+    shown = without_folders(part.path)
     return f"{shown}@{part.revision}" if part.revision else shown
 
 

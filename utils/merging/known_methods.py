@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from utils.errors import Problem
 from utils.recipes.method_rules import DENSITY_METHODS, OWN_METHODS, TASK_ARITHMETIC, DeltaMethod
-from utils.validation import nearest, show
+from utils.suggestions import suggestion
+from utils.validation import show
 
 _SHARES = ("density", "select_topk")  # parameters that are shares of a tensor's entries
 
@@ -77,20 +78,19 @@ def setting_problems(method: KnownMethod, parameters: Mapping[str, Any], *, own:
             text = f".{name} has no effect under one model; move it to the recipe's own parameters"
             yield Problem(text, "shared-parameter")
         else:
-            near = nearest(name, usable, 0.5)
-            hint = f"did you mean {near!r}?" if near else f"it knows {', '.join(usable) or 'none here'}"
+            hint = suggestion(name, usable, f"it knows {', '.join(usable) or 'none here'}", 0.5)
             yield Problem(f".{show(name)[1:-1]} is unknown to {method.name}; {hint}", "unknown-parameter")
 
 
 def _faults(where: str, kind: Any, share: bool, setting: Any, inner: bool = False) -> Iterator[Problem]:
     """What is wrong with the setting of a parameter of a kind; `inner`: it is what an entry gives, or one of a list."""
     if setting is None or setting == []:
-        yield Problem(f"{where} has no value", "no-value")
+        yield Problem(f"{where} has no value; give one or remove it", "no-value")
     elif isinstance(setting, dict) and not inner:
         for key in setting:
             if key not in ("filter", "value"):
-                near = nearest(key, ("filter", "value"), 0.5) or "filter and value are known"
-                yield Problem(f"{where}.{show(key)[1:-1]} is unknown; did you mean {near!r}?", "unknown-key")
+                hint = suggestion(key, ("filter", "value"), "known keys: filter, value", 0.5)
+                yield Problem(f"{where}.{show(key)[1:-1]} is unknown; {hint}", "unknown-key")
         text = setting.get("filter")
         if not (text is None or isinstance(text, str)):
             yield Problem(f"{where}.filter must be text, got {show(text)}", "wrong-type")

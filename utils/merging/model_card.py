@@ -18,6 +18,7 @@ from utils.merging.provenance import origin_lines
 from utils.merging.result_files import COMMAND, file_record
 from utils.merging.saliency_plan import SaliencyFile
 from utils.models.checkpoints import weight_file_record
+from utils.named_paths import without_folders
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, GUIDED_TIES
 from utils.runtime import versions
@@ -52,7 +53,7 @@ class CardAddition:
 
 def shown_recipe(done: PlannedMerge) -> str:
     """The recipe as the user wrote it, with absolute paths cut down to their last part."""
-    return _ended(done.recipe.rewritten(lambda name: Path(name).name if _is_absolute(name) else name))
+    return _ended(done.recipe.rewritten(without_folders))
 
 
 def runnable_recipe(done: PlannedMerge) -> str:
@@ -203,10 +204,6 @@ def _saliency_record(done: PlannedMerge) -> list[dict[str, Any]]:
 
 def _ended(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
-
-
-def _is_absolute(name: str) -> bool:
-    return Path(name).expanduser().is_absolute()
 
 
 def _listed(names: list[str]) -> str:

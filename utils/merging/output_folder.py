@@ -66,8 +66,8 @@ def check_place(path: Path) -> Path:
     return target
 
 
-def refuse_existing_merge(path: Path) -> UserError:
-    """What to say of an output folder that holds another merge."""
+def existing_merge(path: Path) -> UserError:
+    """The error that refuses an output folder with another merge in it."""
     return UserError(
         f"{FLAG} {path} holds the result of an earlier merge; give --overwrite to replace it", "out-exists"
     )
@@ -148,7 +148,7 @@ def _earlier(path: Path, target: Path, overwrite: bool, recipe: str) -> OutputFo
     if not overwrite:
         merged, request = manifest.get("recipe"), manifest.get("request")
         if not recipe or not isinstance(merged, dict) or merged.get("sha256") != recipe or not isinstance(request, str):
-            raise refuse_existing_merge(path)
+            raise existing_merge(path)
         return OutputFolder(target, request=request)
     if changed := [one for one in deviations(target, manifest, every_byte=False) if not one.is_missing]:
         raise UserError(

@@ -11,11 +11,10 @@ from typing import Any
 
 from utils.errors import Problem, raise_collected
 from utils.mergekit_api import ConditionalParameter, ModelReference, ParameterScope
+from utils.merging.filter_lookup import filter_texts
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_check import settings_blocks
 from utils.recipes.matching import FilterList
-
-_ANY = (None, "", "*")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def idle_conditions(setting: Any, names: Sequence[str]) -> list[tuple[str, bool]
     conditions = [setting] if isinstance(setting, ConditionalParameter) else setting
     if not isinstance(conditions, list) or not any(isinstance(one, ConditionalParameter) for one in conditions):
         return []
-    texts = ["" if condition.filter in _ANY else condition.filter for condition in conditions]
+    texts = filter_texts(conditions)
     filters = FilterList(texts)
     acting = {filters.place(name) for name in names}
     idle = [text for place, text in enumerate(texts) if text and place not in acting]
@@ -96,7 +95,7 @@ def _idle_filters(plan: MergePlan) -> Iterator[Problem]:
             names = [tensor.name for tensor in plan.tensors]
         for name, setting in parameters.items():
             if of_input and model == config.base_model and scopes[name] == ParameterScope.NON_BASE:
-                continue  # without effect as a whole, which the user has been told
+                continue  # without effect as a whole, which a warning says
             for text, hidden in idle_conditions(setting, names) if names else ():
                 why = "is hidden behind an earlier one that matches the same tensors" if hidden else "matches no tensor"
                 example = names[len(names) // 2]

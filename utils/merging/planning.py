@@ -4,7 +4,6 @@ Only configs, headers and tokenizers are looked at. A plan is what `utils/mergin
 `utils/merging/merged_tensors.py` merges some tensors by in memory.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from utils.models.architecture import plan_architecture
 from utils.models.planned_tensors import DEFINITION, ArchitecturePlan
+from utils.publishing.staging import Stamp, stamp
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest, refuse_other_weights
 from utils.runtime import device_name, gigabytes, versions
 
@@ -37,9 +37,10 @@ from utils.runtime import device_name, gigabytes, versions
 class PlannedMerge:
     """A merge that is known to fit together.
 
-    `recipe` is the file, `origin` what command 2 recorded of it, without folders of this machine. `division` says which tensors are merged in pieces. `device` is torch's name. `densities` are
-    there for a method that uses them, `saliency` are the files of vectors that a guided method reads. `warnings` are
-    sentences. `stamps` are sizes and times of the inputs' weight files and of those.
+    `recipe` is the file, `origin` what command 2 recorded of it, without folders of this machine. `division` says which
+    tensors are merged in pieces. `device` is torch's name. `densities` are there for a method that uses them, `saliency`
+    are the files of vectors that a guided method reads. `warnings` are sentences. `stamps` are sizes and times of the
+    inputs' weight files and of those.
     """
 
     settings: MergeSettings
@@ -51,7 +52,7 @@ class PlannedMerge:
     densities: tuple[DensitySummary, ...]
     saliency: tuple[SaliencyFile, ...]
     warnings: tuple[str, ...]
-    stamps: Mapping[Path, tuple[int, int] | None] = field(repr=False)
+    stamps: Mapping[Path, Stamp | None] = field(repr=False)
 
     def check_unchanged(self) -> None:
         """Raise a `UserError` if a file that was read for the merge has changed since it was planned."""
@@ -64,7 +65,7 @@ class PlannedMerge:
         return not any(_stamp(path) for path in self._changed())
 
     def _changed(self) -> Iterator[Path]:
-        return (path for path, stamp in self.stamps.items() if _stamp(path) != stamp)
+        return (path for path, before in self.stamps.items() if _stamp(path) != before)
 
 
 @dataclass
@@ -198,12 +199,11 @@ def _names_and_tokens(
     return architecture, plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=keep_rows)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
-        found = path.stat()
+        return stamp(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
 
 
 def _idle_flags(settings: MergeSettings, device: torch.device) -> Iterator[str]:
@@ -231,8 +231,7 @@ def _input_lines(inputs: MergeInputs) -> Iterator[str]:
 def _plan_lines(plan: MergePlan, densities: tuple[DensitySummary, ...]) -> Iterator[str]:
     origin = plan.architecture.origin
     why = "" if origin == DEFINITION else f" ({plan.architecture.reason})"
-    sizes = math.fsum(tensor.params for tensor in plan.tensors) / 1e6
-    yield f"tensors: {len(plan.tensors)} with {sizes:,.1f} M parameters, named by {origin}{why}"
+    yield f"tensors: {len(plan.tensors)} with {plan.params / 1e6:,.1f} M parameters, named by {origin}{why}"
     yield prove_coverage(plan)
     yield f"vocabulary: {plan.vocabulary.summary}"
     for one in densities:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from utils.named_paths import without_folders
 from utils.recipes.recipe_manifest import PORTABLE, RecipeManifest
 
 
@@ -52,8 +53,8 @@ def _listed(before: str, options: Mapping[str, Any]) -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
+    if isinstance(value, str):
+        return without_folders(value)
     if isinstance(value, Mapping):
         return {key: _without_folders(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

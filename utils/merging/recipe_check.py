@@ -16,7 +16,8 @@ from utils.errors import Problem
 from utils.merging.known_methods import METHODS, KnownMethod, reader, setting_problems
 from utils.merging.recipe_file import KEYWORDS, MergeRecipe
 from utils.recipes.named_model import NamedModel
-from utils.validation import Mistakes, checked, nearest, read_checked, refuse, show
+from utils.suggestions import as_written, suggestion
+from utils.validation import Mistakes, checked, read_checked, refuse, show
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -142,16 +143,14 @@ class Tokenizer:
 
 def _known_method(name: str, info: ValidationInfo) -> str:
     if info.context is None:
-        near = nearest(name.lower().replace("-", "_"), METHODS, 0.5)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(METHODS))}"
+        hint = suggestion(as_written(name), METHODS, f"known: {', '.join(sorted(METHODS))}", 0.5)
         raise Mistakes(Problem(f"{name!r} is unknown; {hint}", "unknown-method"))
     return name
 
 
 def _known_dtype(name: str | None) -> str | None:
     if name is not None and name.removeprefix("torch.") not in DTYPES:
-        near = nearest(name, DTYPES, 0.5)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(DTYPES)}"
+        hint = suggestion(name, DTYPES, f"known: {', '.join(DTYPES)}", 0.5)
         raise Mistakes(Problem(f"{name!r} is unknown; {hint}", "unknown-dtype"))
     return name
 

@@ -6,6 +6,7 @@ from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import weight_file_record
 from utils.models.tokenizer_files import copied_names
 from utils.publishing.manifest import MANIFEST, file_sha256, sha256_of
+from utils.publishing.staging import Stamp, stamp
 from utils.runtime import versions
 
 
@@ -37,10 +38,9 @@ def request_hash(ready: PlannedMerge) -> str:
     return sha256_of(asked)
 
 
-def _small_files(folder: Path) -> dict[str, tuple[int, int]]:
+def _small_files(folder: Path) -> dict[str, Stamp]:
     names = ["config.json", *copied_names(folder)]
-    found = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
-    return {name: (one.st_size, one.st_mtime_ns) for name, one in found.items()}
+    return {name: stamp(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _evaluation(folder: Path | None) -> str | None:

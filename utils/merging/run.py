@@ -106,18 +106,13 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
         for path in (folder / INDEX, *folder.glob("*.safetensors")):
             path.unlink(missing_ok=True)
     if finished.damage:
-        warn(
-            [f"what a run that was stopped had finished is not as it was left ({finished.damage}): all is merged again"]
-        )
+        warn([f"what an interrupted run had finished has changed since ({finished.damage}): all is merged again"])
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)
         if finished.sums:
             done = sum(tensor.nbytes for tensor in tensors if tensor.name in finished.sums)
-            print(
-                f"resumed: {len(finished.sums)} of {len(tensors)} tensors ({gigabytes(done)}) are there",
-                flush=True,
-            )
+            print(f"resumed: {len(finished.sums)} of {len(tensors)} tensors ({gigabytes(done)}) are there", flush=True)
     with selecting_exactly(division.by_counting):
         if not division.direct:
             if not finished.sums.keys() >= {tensor.name for tensor in tensors}:
@@ -210,16 +205,14 @@ def _execute(plan: MergePlan, settings: MergeSettings, device: str, writer: Chec
 
 
 def _show(progress: tqdm, seen: dict[str, None], tensors: int, name: str, nbytes: int) -> None:
-    """Tell the progress bar of bytes more of a tensor."""
+    """Move the progress bar by more bytes of a tensor."""
     seen[name] = None
     progress.set_postfix_str(f"tensor {len(seen)} of {tensors}", refresh=False)
     progress.update(nbytes)
 
 
-@contextlib.contextmanager
-def _progress_bar(plan: MergePlan, settings: MergeSettings) -> Iterator[tqdm]:
-    with progress_bar("merging", plan.nbytes, "B", quiet=settings.quiet, unit_scale=True) as progress:
-        yield progress
+def _progress_bar(plan: MergePlan, settings: MergeSettings) -> tqdm:
+    return progress_bar("merging", plan.nbytes, "B", quiet=settings.quiet, unit_scale=True)
 
 
 @contextlib.contextmanager

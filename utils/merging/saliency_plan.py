@@ -23,6 +23,7 @@ from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor, gathered, shortened
 from utils.merging.recipe_file import MergeRecipe
 from utils.models.headers import FLOAT_DTYPES
+from utils.named_paths import without_folders
 from utils.recipes.recipe_manifest import refuse_other_files
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, open_vectors
 
@@ -49,7 +50,7 @@ class SaliencyFile:
     @property
     def label(self) -> str:
         """A publishable name: as written, but the last part alone of an absolute path."""
-        return self.path.name if Path(self.written).expanduser().is_absolute() else self.written
+        return without_folders(self.written)
 
 
 def bind_saliency(

@@ -11,12 +11,12 @@ from utils.errors import UserError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbgt]?)b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _PLACES = ("output_path", "merge_config", "transformers_cache", "lora_merge_cache", "evaluation", "restart")
-_OF_THIS_RUN = ("quiet", "verbosity", "overwrite", "dry_run", "restart", "num_threads", "write_threads")
+_OF_THIS_RUN = ("quiet", "verbosity", "overwrite", "dry_run", "num_threads", "write_threads")
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The flags of command 3. Names and meanings are those of `mergekit-yaml`, except for `fused_experts` and the last five.
+    """The flags of command 3; those that `mergekit-yaml` has too have its names and meanings.
 
     `device` is what was asked for (`auto`, `cpu`, `cuda`, `cuda:1`); `out_shard_size` is in bytes, 0 for one file.
     """

@@ -5,12 +5,12 @@ hybrid (attention here, a state space there; experts here, none there) that woul
 other.
 """
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import Problem, raise_collected
 from utils.models.architecture import STORED, ArchitecturePlan
+from utils.recipes.filters import name_template
 
 if TYPE_CHECKING:
     from utils.mergekit_api import MergeConfiguration
@@ -58,7 +58,7 @@ def _unlike(plan: ArchitecturePlan, config: Any, layer: int, place: int) -> str:
                 "that are all alike (of a mixture, try --fused_experts)"
             )
         names = [weight.name for weight in module.architecture.layer_weights(index, config)]
-        kinds.append([re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names])
+        kinds.append([name_template(name) for name in names])
     own, there = kinds
     if own == there:
         return ""

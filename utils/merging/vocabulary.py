@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from utils.errors import Problem, UserError, raise_collected
+from utils.errors import Problem, UserError, brief, raise_collected
 from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
 from utils.merging.vocabulary_rows import embedding_rows, one_row_per_token, rows_beyond_tokens, token_tables
@@ -151,9 +151,9 @@ def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
     except BaseException as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
         if not is_failure(error):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {first}", "merge-tokenizer-unreadable"
+            f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {brief(error)}",
+            "merge-tokenizer-unreadable",
         ) from error
     return loaded.get_vocab()
 
@@ -227,7 +227,9 @@ def _build(task: BuildTokenizer, inputs: MergeInputs) -> TokenizerInfo:
             return task.execute()
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         names = ", ".join(model.label for model in inputs.models)
-        raise UserError(f"the tokenizers of {names} cannot be joined: {error}", "merge-tokenizers-apart") from error
+        raise UserError(
+            f"the tokenizers of {names} cannot be combined: {brief(error)}", "merge-tokenizers-apart"
+        ) from error
 
 
 def _check_permutations(

@@ -1,7 +1,8 @@
 """How many rows embeddings have, against the tokens of a tokenizer, and what else is looked up by token id."""
 
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.models.checkpoints import FLOAT_DTYPES, Checkpoint
+from utils.models.checkpoints import Checkpoint
+from utils.models.headers import FLOAT_DTYPES
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import ArchitecturePlan
 
@@ -17,11 +18,10 @@ def embedding_rows(architecture: ArchitecturePlan, checkpoint: Checkpoint) -> di
 
 
 def one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
+    """Whether all inputs have `size` rows in every embedding and head, and their configs say so."""
     for model in inputs.models:
         rows = set(embedding_rows(architecture, model.checkpoint).values())
-        with quiet_mergekit():
-            config = model.reference.config(trust_remote_code)
-        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        declared = _declared_tokens(model, trust_remote_code)
         if rows != {size} or declared != size:
             return False
     return True
@@ -34,9 +34,7 @@ def rows_beyond_tokens(inputs: MergeInputs, architecture: ArchitecturePlan, trus
     """
     found: list[dict[str, int]] = []
     for model in inputs.models:
-        with quiet_mergekit():
-            config = model.reference.config(trust_remote_code)
-        declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        declared = _declared_tokens(model, trust_remote_code)
         rows = embedding_rows(architecture, model.checkpoint)
         found.append({name: count for name, count in rows.items() if count != declared})
     return list(found[0]) if all(one == found[0] for one in found) else []
@@ -47,9 +45,7 @@ def token_tables(model: MergeInput, architecture: ArchitecturePlan, trust_remote
 
     They are not cut or lengthened with the embeddings.
     """
-    with quiet_mergekit():
-        config = model.reference.config(trust_remote_code)
-    declared = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    declared = _declared_tokens(model, trust_remote_code)
     stored = {tensor.name: tensor.stored_name(model.checkpoint.tensors) for tensor in architecture.tensors}
     headers = {name: model.checkpoint.tensors[found] for name, found in stored.items() if found is not None}
     return [
@@ -57,3 +53,10 @@ def token_tables(model: MergeInput, architecture: ArchitecturePlan, trust_remote
         for name, header in headers.items()
         if header.dtype not in FLOAT_DTYPES and len(header.shape) > 1 and header.shape[0] == declared
     ]
+
+
+def _declared_tokens(model: MergeInput, trust_remote_code: bool) -> int | None:
+    """The vocabulary's size by a model's config."""
+    with quiet_mergekit():
+        config = model.reference.config(trust_remote_code)
+    return getattr(config.get_text_config(decoder=True), "vocab_size", None)

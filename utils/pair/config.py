@@ -22,7 +22,8 @@ from utils.pair.evaluation import TaskText, TextByTask
 from utils.pair.search import SearchSettings
 from utils.pair.source import CalibrationSource, Place, Seed, SequenceLength, TextByKey, TextSource
 from utils.safe_yaml import is_plain_data, read_yaml_mapping
-from utils.validation import Mistakes, Text, checked, nearest, read_checked, refuse, show
+from utils.suggestions import suggestion
+from utils.validation import Mistakes, Text, checked, read_checked, refuse, show
 
 MAX_CONFIG_BYTES = 2**20
 MAX_SAMPLES = 1_000_000
@@ -111,8 +112,7 @@ def _not_experts(types: Iterable[Any], known: ValidationInfo) -> list[Problem]:
         if key == base_type:
             problems.append(Problem(f"names the base type {key!r}; it lists experts only", "base-as-expert"))
         elif key not in experts:
-            near = nearest(key, experts)
-            hint = f"did you mean {near!r}?" if near else f"experts: {', '.join(experts)}"
+            hint = suggestion(key, experts, f"experts: {', '.join(experts)}")
             problems.append(Problem(f": type {show(key)} is not an expert in model_info; {hint}", "unknown-expert"))
     return problems
 
@@ -158,7 +158,7 @@ def _a_text_for_every_expert(texts: Mapping[str, Any], known: ValidationInfo) ->
 def _a_prefix_for_every_component(prefixes: Mapping[str, str], known: ValidationInfo) -> Mapping[str, str]:
     if prefixes:
         absent = [name for name in known.data.get("components") or () if name not in prefixes]
-        refuse(Problem(f"has no entry for component {name!r}", "no-prefix") for name in absent)
+        refuse(Problem(f"has no entry for component {name!r}; add one", "no-prefix") for name in absent)
     return prefixes
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from utils.errors import Problem
-from utils.validation import Mistakes, Text, checked, nearest, one_line, refuse, show
+from utils.suggestions import suggestion
+from utils.validation import Mistakes, Text, checked, one_line, refuse, show
 
 DATASET_NAMES = ("gsm8k", "mbpp")
 _DEFAULTS = ("seed", "seqlen")  # of the pair config, for texts that do not say their own
@@ -28,8 +29,7 @@ def in_a_home(path: str) -> str:
 def _known_name(name: str) -> str:
     if name in DATASET_NAMES:
         return name
-    near = nearest(name, DATASET_NAMES)
-    hint = f"did you mean {near!r}?" if near else "for text of your own give a mapping: {path: ..., text: ...}"
+    hint = suggestion(name, DATASET_NAMES, "for text of your own give a mapping: {path: ..., text: ...}")
     known = ", ".join(DATASET_NAMES)
     raise Mistakes(Problem(f"{show(name)} is unknown (known: {known}); {hint}", "unknown-dataset"))
 

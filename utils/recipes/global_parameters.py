@@ -1,11 +1,11 @@
 """The pair config's `global_parameters`, which one merge method has for all models: known, of its type, of its range."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from utils.errors import Problem, raise_collected
 from utils.recipes.method_rules import TASK_ARITHMETIC, DeltaMethod, is_number
+from utils.suggestions import suggestion
 
 
 def known_parameters(method: DeltaMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,8 +28,7 @@ def check_global_parameters(method: DeltaMethod, parameters: Mapping[str, Any], 
             text = f"{name} is set per tensor by this command, a global {name} would do nothing; remove it"
             problems.append(Problem(text, "global-parameter-no-effect"))
         elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
+            hint = suggestion(name, known, f"it knows {', '.join(known)}")
             text = f"{name!r} is unknown to the merge method {method.name}; {hint}"
             problems.append(Problem(text, "global-parameter-unknown"))
         elif wanted := _wanted(method, name, value):

@@ -5,13 +5,13 @@ and its `epsilon` do not fit. Both are settled here, before anything is written.
 installed mergekit's own.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UserError
+from utils.suggestions import as_written, suggestion
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,6 @@ OTHER_METHODS: Mapping[str, str] = {
 _DELLA_MARGIN = 0.99  # della's epsilon takes at most this share of what lies between a density and 0 or 1
 
 
-def own_method(name: str) -> DeltaMethod:
-    """Look up one of this project's merge methods; KeyError if there is none of that name."""
-    return OWN_METHODS[name]
-
-
 def weight_method(name: str) -> DeltaMethod:
     """Look up `--merge_method` for guidance that gives weights.
 
@@ -165,8 +160,7 @@ def weight_method(name: str) -> DeltaMethod:
     if name in WEIGHT_METHODS:
         return WEIGHT_METHODS[name]
     _refuse_own(name)
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), WEIGHT_METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(WEIGHT_METHODS)}"
+    hint = suggestion(as_written(name), WEIGHT_METHODS, f"use one of {', '.join(WEIGHT_METHODS)}")
     raise UserError(f"--merge_method {name!r} cannot merge with weights per layer; {hint}", "merge-method-unfit")
 
 
@@ -190,8 +184,7 @@ def density_method(name: str, own: Sequence[str] = ()) -> DeltaMethod:
         )
     _refuse_own(name)
     known = (*DENSITY_METHODS, *own)
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    hint = suggestion(as_written(name), known, f"known: {', '.join(known)}")
     raise UserError(f"--merge_method {name!r} is unknown; {hint}", "merge-method-unknown")
 
 
@@ -199,7 +192,7 @@ def _refuse_own(name: str) -> None:
     """Refuse a method of this project's where there are no vectors for it."""
     if name == GUIDED_TIES.name:
         raise UserError(
-            f"--merge_method {name} is asked for by --guidance saliency_budget --mask saliency (and ties)",
+            f"--merge_method {name} cannot be given; --guidance saliency_budget --mask saliency with ties chooses it",
             "merge-method-unfit",
         )
     if name == GRAM_MEAN.name:

@@ -112,7 +112,7 @@ def choose_routers(
     return RouterChoice(names, tuple(dict.fromkeys(filters.values())), weight, said)
 
 
-def usual_routers(models: LocalModels, method: DeltaMethod = TASK_ARITHMETIC) -> RouterChoice:
+def usual_routers(models: LocalModels) -> RouterChoice:
     """What guided recipes do with routers unless they are asked, for an unguided recipe to be compared with them.
 
     Where routers cannot be told from other parts, guided recipes are made with --router merge, and so is this one.
@@ -126,7 +126,7 @@ def usual_routers(models: LocalModels, method: DeltaMethod = TASK_ARITHMETIC) ->
     try:
         if base is None or not routers_of(base, models.trust_remote_code):
             return RouterChoice()
-        return choose_routers(None, models, (), method, {})
+        return choose_routers(None, models, (), TASK_ARITHMETIC, {})
     except UserError as error:
         if error.code != "router-unknown":
             raise

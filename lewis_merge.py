@@ -29,6 +29,46 @@ from utils.recipes.routers import router_option
 def main() -> None:
     """Parse the flags into one checked value and make one call."""
     parser = FlagParser(prog="lewis_merge.py", description=__doc__)
+    _declare_own_flags(parser)
+    declare_flags(parser, "decide")
+    flags = parser.parse()
+
+    from utils.pair.config import read_pair_config
+
+    config = read_pair_config(flags.config_file)
+    method = chosen_method(flags.guidance, config)
+
+    from utils.commands.decide import decide
+    from utils.commands.options import DecideOptions
+    from utils.guidance.recipe_choices import RecipeOptions
+
+    decide(
+        DecideOptions(
+            config=config,
+            recipe=RecipeOptions(
+                method=method,
+                method_options=own_options(method, "decide", flags, config),
+                merge_method=flags.merge_method,
+                mean_density=wanted_density(method, flags, config),
+                lambda_=getattr(flags, "lambda"),
+                dtype=flags.dtype,
+                out_dtype=flags.out_dtype,
+                router=flags.router,
+            ),
+            delta_dfs_in_dir=flags.delta_dfs_in_dir,
+            out_dir=flags.out_dir,
+            control=flags.control,
+            portable=flags.portable,
+            plot=flags.plot,
+            overwrite=flags.overwrite,
+            accept_edited=flags.accept_edited,
+            trust_remote_code=flags.trust_remote_code,
+            quiet=flags.quiet,
+        )
+    )
+
+
+def _declare_own_flags(parser: FlagParser) -> None:
     parser.flag(
         "delta_dfs_in_dir",
         "folder that lewis_importance.py wrote, or one of *_delta.csv files",
@@ -75,7 +115,7 @@ def main() -> None:
     )
     parser.flag(
         "router",
-        "what becomes of the routers of mixtures of experts; base: the base's; merge: merged like everything; weight:x: "
+        "how routers of mixtures of experts are merged; base: the base's are kept; merge: like everything else; weight:x: "
         "merged with this weight [default: base, unless all models share one]",
         type=router_option,
         metavar="base|merge|weight:x",
@@ -86,42 +126,6 @@ def main() -> None:
         "accept_edited", "take tables and models that differ from what the manifest.json recorded: you edited them"
     )
     parser.switch("trust_remote_code", "run Python code that comes with a model's config")
-    declare_flags(parser, "decide")
-    flags = parser.parse()
-
-    from utils.pair.config import read_pair_config
-
-    config = read_pair_config(flags.config_file)
-    method = chosen_method(flags.guidance, config)
-
-    from utils.commands.decide import decide
-    from utils.commands.options import DecideOptions
-    from utils.guidance.recipe_choices import RecipeOptions
-
-    decide(
-        DecideOptions(
-            config=config,
-            recipe=RecipeOptions(
-                method=method,
-                method_options=own_options(method, "decide", flags, config),
-                merge_method=flags.merge_method,
-                mean_density=wanted_density(method, flags, config),
-                lambda_=getattr(flags, "lambda"),
-                dtype=flags.dtype,
-                out_dtype=flags.out_dtype,
-                router=flags.router,
-            ),
-            delta_dfs_in_dir=flags.delta_dfs_in_dir,
-            out_dir=flags.out_dir,
-            control=flags.control,
-            portable=flags.portable,
-            plot=flags.plot,
-            overwrite=flags.overwrite,
-            accept_edited=flags.accept_edited,
-            trust_remote_code=flags.trust_remote_code,
-            quiet=flags.quiet,
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -154,10 +154,10 @@ def test_the_printout_holds_what_a_person_wants(work):
 
 
 def test_the_mean_in_a_picture_is_the_printed_one(work, monkeypatch):
-    from utils.commands import decide_report
+    from utils.commands import decide_pictures
 
     titles = []
-    monkeypatch.setattr(decide_report, "heatmap", lambda table, title, *more: titles.append(title) or b"")
+    monkeypatch.setattr(decide_pictures, "heatmap", lambda table, title, *more: titles.append(title) or b"")
     _, out, _ = call(*_flags(work, "--plot"))
     printed = re.findall(r"density +min \S+, mean (\S+),", out)
     assert len(printed) == 2 and re.findall(r"mean (\S+) over parameters", "\n".join(titles)) == printed

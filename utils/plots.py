@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
@@ -10,6 +11,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MAX_WRITTEN_LAYERS = 40  # up to here each cell holds its number; beyond, the color bar alone
 _INCH_PER_LAYER = 0.27
@@ -17,6 +19,7 @@ _INCH_PER_COLUMN = 0.78
 _INCH_PER_LETTER = 0.082  # of a title, on average
 _LEAST_SPREAD = 0.2  # of the color scale, relative to the numbers on it
 _DPI = 120
+_STYLES = ("-", "--", ":")
 
 
 def require_matplotlib(flag: str) -> None:
@@ -34,21 +37,16 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
         low, high: the ends of the color scale.
         label: what the numbers are.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers, columns = table.shape
     written = layers <= _MAX_WRITTEN_LAYERS
     longest = max(len(str(name)) for name in table.columns)
     width = max(max(_INCH_PER_COLUMN, 0.085 * longest) * columns + 2.0, 5.2)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / _INCH_PER_LETTER))]
+    lines = _broken(title, width)
     height = (_INCH_PER_LAYER if written else 0.12) * layers + 1.3 + 0.2 * len(lines)
-    figure = Figure(figsize=(width, max(height, 2.8)), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(width, max(height, 2.8), lines)
     axes = figure.add_subplot()
     high = high if high > low else low + 1e-6  # a constant table still needs a scale
     image = axes.imshow(table.to_numpy(dtype="float64"), vmin=low, vmax=high, cmap="viridis", aspect="auto")
-    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
     axes.set_ylabel("layer")
     axes.set_xticks(range(columns), [str(name) for name in table.columns], fontsize=8)
     step = 1 if written else 5
@@ -59,9 +57,7 @@ def heatmap(table: "pd.DataFrame", title: str, low: float, high: float, label: s
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=max(20.0, 3 * height))
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def curves(
@@ -85,14 +81,10 @@ def curves(
         half: as `table`, half the widths of intervals drawn about the points; infinite ones are left out.
     """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     width, beside = 8.0, 2.2  # of all, and of the legend's column, where the title does not go
-    letters = int((width - beside) / _INCH_PER_LETTER)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, letters)]
-    figure = Figure(figsize=(width, 4.2 + 0.2 * len(lines)), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    lines = _broken(title, width - beside)
+    figure = _figure(width, 4.2 + 0.2 * len(lines), lines)
     axes = figure.add_subplot()
     places = np.asarray(table.index, dtype="float64")
     apart = min(0.5, 0.08 * len(table.columns)) if half is not None else 0.0  # so that intervals do not hide each other
@@ -104,18 +96,12 @@ def curves(
     if reference is not None:
         value, what = reference
         axes.axhline(value, color="black", linestyle="--", linewidth=1.2, label=f"{what}: {value:.3g}")
-    figure.suptitle("\n".join(lines), fontsize=10, x=0.02, ha="left")
     axes.set_xlabel(across)
     axes.set_ylabel(label, fontsize=9)
     axes.xaxis.get_major_locator().set_params(integer=whole)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-_STYLES = ("-", "--", ":")
+    return _png(figure)
 
 
 def color_range(low: float, high: float) -> tuple[float, float]:
@@ -123,6 +109,29 @@ def color_range(low: float, high: float) -> tuple[float, float]:
     middle, half = (low + high) / 2, (high - low) / 2
     half = max(half, _LEAST_SPREAD / 2 * max(abs(low), abs(high)))
     return middle - half, middle + half
+
+
+def _broken(title: str, inches: float) -> list[str]:
+    """The lines of a title, broken to fit a width."""
+    letters = int(inches / _INCH_PER_LETTER)
+    return [part for line in title.splitlines() for part in textwrap.wrap(line, letters)]
+
+
+def _figure(width: float, height: float, title: Sequence[str]) -> "Figure":
+    """An empty figure of so many inches, with a title at its left end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("\n".join(title), fontsize=10, x=0.02, ha="left")
+    return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _write_cells(axes: "Axes", table: "pd.DataFrame", low: float, high: float) -> None:

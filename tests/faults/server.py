@@ -57,6 +57,7 @@ def _import_all() -> None:
     import lewis_importance  # noqa: F401
     import lewis_merge  # noqa: F401
     import utils.commands.decide
+    import utils.commands.decide_pictures
     import utils.commands.decide_report
     import utils.commands.evaluate
     import utils.commands.measure

@@ -45,6 +45,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
 
     # pandas and what is built on it, once nothing simpler can be wrong
     from utils.commands import decide_report as report
+    from utils.commands.decide_pictures import pictures
     from utils.guidance.expert_tokens import read_tokens
     from utils.guidance.guided_recipe import control_recipe, guided_recipe
     from utils.guidance.portable_recipe import portable_recipe
@@ -62,7 +63,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     for one in beside:
         files |= recipe_files(measured, made, one)
     if options.plot:
-        files |= {f"{made.stem}_{end}": content for end, content in report.pictures(made).items()}
+        files |= {f"{made.stem}_{end}": content for end, content in pictures(made).items()}
     check_file_names(list(files), options.config.path)
     if not options.quiet:
         report.say_choices(options, measured, made, routing, tokens)

@@ -1,4 +1,4 @@
-"""What command 2 prints, and the heatmaps it draws: the choices first, then what was decided, then what to do next."""
+"""What command 2 prints: the choices first, then what was decided, then what to do next."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,7 @@ from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.portable_recipe import Portable
 from utils.guidance.routing import routing_lines
-from utils.plots import color_range, heatmap
-from utils.recipes.coefficients import average, by_component, by_depth, mean_density
+from utils.recipes.coefficients import average, averaged_over, by_component, by_depth, of_components
 from utils.recipes.filters import Coverage, NamedTensor, name_template
 from utils.recipes.global_parameters import normalizes
 from utils.recipes.recipe import DTYPE, RecipeSettings
@@ -36,7 +35,7 @@ def say_choices(
     given, method = options.config.global_parameters, settings.method
     print(versions_line("mergekit", "transformers", "pandas"))
     print(f"guidance: {asked.method.name}, {asked.method.summary}")
-    places = _measured(decision.table)
+    places = of_components(decision.table)
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"
     experts = ", ".join(entry.type for entry in settings.experts)
     print(f"measured: {size}, experts {experts}{_samples(measured.manifest)}")
@@ -109,10 +108,10 @@ def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[st
         part = table[table["model"] == entry.type]
         print(f"\n{entry.type} ({entry.name})")
         for column in columns:
-            _say_column(part if column == "weight" else _measured(part), column)
+            _say_column(part if column == "weight" else of_components(part), column)
         if control is not None:
             own = control.table[control.table["model"] == entry.type]
-            _say_control(_measured(own), columns, control.kind)
+            _say_control(of_components(own), columns, control.kind)
     for line in (*made.decision.after, *remarks):
         print(line)
     if not columns:
@@ -126,10 +125,10 @@ def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[st
 
 def _say_column(part: pd.DataFrame, column: str) -> None:
     values = part[column]
-    shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {_of_what(part)})"
+    shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {averaged_over(part)})"
     print(f"  {column:<13} min {values.min():.4f}, {shown}")
     _say_pairs("by layer", by_depth(part, column))
-    measured = _measured(part)
+    measured = of_components(part)
     alike = measured["component"].map(name_template)  # experts stored apart are hundreds of components
     components = by_component(measured.assign(component=alike), column)
     if len({f"{value:.3f}" for _, value in components}) == 1:  # minmax keeps the components' equal sums equal
@@ -195,46 +194,6 @@ def say_portable(options: DecideOptions, portable: Portable) -> None:
 
 def _model_folder(options: DecideOptions, recipe: str) -> Path:
     return options.out_dir.parent / "merged_models" / recipe.removesuffix(".yaml").removesuffix("_merge_config")
-
-
-def pictures(made: GuidedRecipe) -> dict[str, bytes]:
-    """PNGs by the end of their file names: a heatmap per expert, all on one color scale, and the guidance's own.
-
-    Densities are those of the measured components, weights those of every tensor; means are as printed.
-    """
-    settings, decision = made.settings, made.decision
-    by_weight = made.choices.method.gives == "weights"
-    column, table = ("weight", decision.table) if by_weight else ("density", _measured(decision.table))
-    found = {}
-    for entry in settings.experts if by_weight or settings.method.keeps else ():
-        part = table[table["model"] == entry.type]
-        low, high = decision.scale or color_range(float(table[column].min()), float(table[column].max()))
-        how = "; ".join(dict.fromkeys(text.split(";")[0] for label, text in decision.how if label in (column, "")))
-        title = (
-            f"{entry.type}: {settings.method.name} {column}, guidance {made.choices.method.name}\n{how}\n"
-            f"mean {average(part, column):.4f} over {_of_what(part)}"
-        )
-        found[f"{entry.type}_{column}.png"] = heatmap(by_place(part, column), title, low, high, column)
-    return found | dict(decision.pictures())
-
-
-def by_place(part: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One expert's rows as layer x component; what no component is ("other": norms, embeddings) as a mean per layer."""
-    blocks = _measured(part)["layer"]
-    names = {-1: "before", int(blocks.max()) + 1: "behind"}
-    components = part["component"].where(part["component"] != "", "other")
-    groups = part.assign(component=components).groupby(["layer", "component"], sort=False)
-    wide = groups.apply(lambda rows: average(rows, column), include_groups=False).unstack("component").sort_index()
-    order = sorted(dict.fromkeys(components), key=lambda name: name == "other")
-    return wide[order].rename(index=lambda layer: names.get(layer, layer))
-
-
-def _measured(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["component"] != ""]
-
-
-def _of_what(part: pd.DataFrame) -> str:
-    return "parameters" if mean_density(part) is not None else "tensors, sizes are not known"
 
 
 def _options(manifest: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.commands.evaluation_folder import read_measured
+from utils.commands.evaluation_folder import Measured, read_measured
 from utils.errors import UserError, warn
 from utils.merging.inputs import find_models
 from utils.merging.output_folder import (
@@ -22,7 +22,7 @@ from utils.merging.output_folder import (
 )
 from utils.merging.pieces.finished import FinishedTensors
 from utils.merging.recipe_check import check_recipe
-from utils.merging.recipe_file import in_float32, read_recipe
+from utils.merging.recipe_file import MergeRecipe, in_float32, read_recipe
 from utils.merging.result_files import read_result_manifest
 from utils.merging.settings import MergeSettings
 from utils.models.headers import INDEX
@@ -53,26 +53,11 @@ def merge(settings: MergeSettings) -> None:
     if settings.adapter:
         recipe = in_float32(recipe)
     measured = read_measured(settings.evaluation, recipe)
-    check_apart(settings.output_path, recipe.local_folders())
-    check_place(settings.output_path)
-    restored = "" if settings.dry_run else put_back(settings.output_path)
-    warn([restored] if restored else ())  # at once: what is refused next may be what is back
-    output = check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)
-    found = find_models(check_recipe(recipe))
-    if not settings.dry_run:
-        read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
-    logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
-    _set_up_libraries(settings)
-    models = ((str(name), folder) for name, folder in found.folders.items() if not name.lora)
-    trial = None if settings.trust_remote_code else ModelTrial(models, loaded_again=False)
+    output = _output_folder(settings, recipe)
+    ready = _checked(settings, recipe, output)
 
-    from utils.merging.preflight import preflight
     from utils.merging.request import request_hash
 
-    if trial is not None:
-        trial.check()
-    ready = preflight(settings, found, output, lambda line: _say([line], settings))
-    warn(ready.warnings)
     request = request_hash(ready)
     if output.request and output.request != request:
         raise existing_merge(settings.output_path)
@@ -86,11 +71,43 @@ def merge(settings: MergeSettings) -> None:
     if output.request:
         _say_there(settings)
         return
+    _publish(ready, output, request, measured)
 
+
+def _output_folder(settings: MergeSettings, recipe: MergeRecipe) -> OutputFolder:
+    """The output folder, checked as far as that goes before models are looked at; one that a kill left moved aside is put back."""
+    check_apart(settings.output_path, recipe.local_folders())
+    check_place(settings.output_path)
+    restored = "" if settings.dry_run else put_back(settings.output_path)
+    warn([restored] if restored else ())  # at once: what is refused next may be what is back
+    return check_output(settings.output_path, overwrite=settings.overwrite, recipe=recipe.sha256)
+
+
+def _checked(settings: MergeSettings, recipe: MergeRecipe, output: OutputFolder) -> "PlannedMerge":
+    """The merge, planned and checked as far as that goes before weights are read."""
+    found = find_models(check_recipe(recipe))
+    if not settings.dry_run:
+        read_ahead(found.checkpoints.values(), min(AHEAD, available_host_bytes() // 4))
+    logging.basicConfig(level=_LOG_LEVELS[settings.verbosity])
+    _set_up_libraries(settings)
+    models = ((str(name), folder) for name, folder in found.folders.items() if not name.lora)
+    trial = None if settings.trust_remote_code else ModelTrial(models, loaded_again=False)
+
+    from utils.merging.preflight import preflight
+
+    if trial is not None:
+        trial.check()
+    ready = preflight(settings, found, output, lambda line: _say([line], settings))
+    warn(ready.warnings)
+    return ready
+
+
+def _publish(ready: "PlannedMerge", output: OutputFolder, request: str, measured: Measured | None) -> None:
+    """Merge into a folder beside the output, check and describe the result, and put it in its place."""
     from utils.commands.merge_report import card_addition, report_html
     from utils.merging.small_files import describe_result
 
-    start = time.perf_counter()
+    settings, start = ready.settings, time.perf_counter()
     with staged_folder(
         output.target,
         replaceable=output.replaceable,
@@ -114,7 +131,7 @@ def merge(settings: MergeSettings) -> None:
     _say_where(ready, written, seconds)
 
 
-def _write_model(ready: "PlannedMerge", stage: Path, finished: "FinishedTensors") -> Iterable[str]:
+def _write_model(ready: "PlannedMerge", stage: Path, finished: FinishedTensors) -> Iterable[str]:
     """Merge, and write the model. Returns lines about it."""
     from utils.merging.result_check import check_result
     from utils.merging.run import run_merge

@@ -100,19 +100,8 @@ def guided_recipe(
     vectors = {expert: f"{stem}_{expert}_saliency.safetensors" for expert in decision.vectors}
     files = {key: measured.folder / file for key, file in decision.measured.items()}
     unmeasured = filters_without_vectors(measured.models.written, [open_vectors(file) for file in files.values()])
-    lambda_ = choices.options.lambda_
-    if lambda_ is None and "lambda" not in choices.parameters:
-        lambda_ = decision.lambda_
     parameters = {**decision.parameters, **choices.parameters, **decision.fixed}
-    recorded = (measured.manifest or {}).get("routers", ())
-    asked = choices.options.router
-    if decision.router is not None and asked not in (None, decision.router):
-        raise UserError(
-            f"--router {asked}: {measured.folder} was measured for --router {decision.router}; leave it out, or measure again "
-            "from a recipe with that",
-            "router-unfit",
-        )
-    routers = choose_routers(decision.router or asked, measured.models, recorded, choices.rule, parameters)
+    routers = _routers(measured, choices, decision, parameters)
     decision = replace(decision, naming=without_routers(decision.naming, routers, measured.models.written))
     settings = RecipeSettings(
         method=choices.rule,
@@ -122,7 +111,7 @@ def guided_recipe(
         as_weights=decision.writes_weights,
         as_factors=decision.writes_factors,
         expert_weights=decision.expert_weights,
-        lambda_=lambda_,
+        lambda_=_lambda(choices, decision),
         dtype=choices.options.dtype,
         out_dtype=choices.options.out_dtype,
         saliency=vectors | {key: file_key(file, folder) for key, file in files.items()},
@@ -143,6 +132,26 @@ def guided_recipe(
         vectors={vectors[expert]: content for expert, content in decision.vectors.items()},
         only_here=reason_against_stock(settings.method, measured.models.written),
     )
+
+
+def _lambda(choices: RecipeChoices, decision: Decision) -> float | None:
+    """The factor that the recipe sets: the flag's; where neither that nor the pair config has one, the guidance's."""
+    asked = choices.options.lambda_
+    return decision.lambda_ if asked is None and "lambda" not in choices.parameters else asked
+
+
+def _routers(
+    measured: MeasuredPair, choices: RecipeChoices, decision: Decision, parameters: Mapping[str, Any]
+) -> RouterChoice:
+    asked = choices.options.router
+    if decision.router is not None and asked not in (None, decision.router):
+        raise UserError(
+            f"--router {asked}: {measured.folder} was measured for --router {decision.router}; leave it out, or measure again "
+            "from a recipe with that",
+            "router-unfit",
+        )
+    recorded = (measured.manifest or {}).get("routers", ())
+    return choose_routers(decision.router or asked, measured.models, recorded, choices.rule, parameters)
 
 
 def recipe_file_name(config: PairConfig, choices: RecipeChoices, decision: Decision, control: str = "") -> str:

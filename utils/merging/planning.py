@@ -164,10 +164,8 @@ def plan_models(
     stamps |= {file.path: _stamp(file.path) for file in saliency}
     warnings += idle
     densities = tuple(density_summaries(plan)) if checked.method.cuts else ()
-    say(
-        f"merge: {checked.method.name} by {recipe.path.name}, seed {settings.random_seed}; computed in "
-        f"{plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
-    )
+    computed = f"computed in {plan.dtype or 'the dtype of the inputs'}, saved in {plan.out_dtype}"
+    say(f"merge: {checked.method.name} by {recipe.path.name}, seed {settings.random_seed}; {computed}")
     for line in (*_plan_lines(plan, densities), *_saliency_lines(plan, saliency)):
         say(line)
     return PlannedMerge(

@@ -84,34 +84,28 @@ def plan_vocabulary(
             "tokenizer files, or remove tokenizer_source from the recipe",
             "merge-no-tokenizer",
         )
-    if same and _is_plain(config):
-        size = len(_vocabulary(donor, trust_remote_code))
-        if one_row_per_token(inputs, architecture, size, trust_remote_code):
-            summary = (
-                f"tokenizers are byte-identical, with one token per embedding row ({size}): rows are merged as they "
-                "are, the same tensors as by the recipe's tokenizer block, which is skipped"
-            )
-            return VocabularyPlan(summary, warnings, asked=True)
-        counts = [embedding_rows(architecture, model.checkpoint) for model in inputs.models]
-        if keep_rows and all(one == counts[0] for one in counts) and min(counts[0].values(), default=0) >= size:
-            summary = (
-                f"tokenizers are byte-identical, and the recipe's vectors belong to rows: all {max(counts[0].values())} are "
-                f"merged as they are, those of no token too ({size} tokens); the recipe's tokenizer block is skipped"
-            )
-            return VocabularyPlan(summary, warnings, asked=True)
-        if rows := rows_beyond_tokens(inputs, architecture, trust_remote_code):
-            summary = (
-                f"tokenizers are byte-identical, and {', '.join(rows)} has rows that stand for no token: rows are merged "
-                "as they are, and the recipe's tokenizer block is skipped"
-            )
-            return VocabularyPlan(summary, warnings, asked=True)
-        if tables := token_tables(inputs.donor, architecture, trust_remote_code):
-            summary = (
-                f"tokenizers are byte-identical, and {', '.join(tables)} says something of each row of the embeddings: rows "
-                "are merged as they are, and the recipe's tokenizer block is skipped"
-            )
-            return VocabularyPlan(summary, warnings, asked=True)
+    if same and _is_plain(config) and (why := _as_they_are(inputs, architecture, trust_remote_code, keep_rows)):
+        summary = f"tokenizers are byte-identical, {why}; the recipe's tokenizer block is skipped"
+        return VocabularyPlan(summary, warnings, asked=True)
     return _aligned(inputs, architecture, warnings, trust_remote_code)
+
+
+def _as_they_are(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool, keep_rows: bool) -> str:
+    """Why rows need no alignment where all tokenizers are the same, as a clause; "" if they are aligned."""
+    size = len(_vocabulary(inputs.donor, trust_remote_code))
+    if one_row_per_token(inputs, architecture, size, trust_remote_code):
+        return f"with one token per embedding row ({size}): rows are merged as they are, which gives the same tensors"
+    counts = [embedding_rows(architecture, model.checkpoint) for model in inputs.models]
+    if keep_rows and all(one == counts[0] for one in counts) and min(counts[0].values(), default=0) >= size:
+        return (
+            f"and the recipe's vectors belong to rows: all {max(counts[0].values())} are merged as they are, with those of "
+            f"no token ({size} tokens)"
+        )
+    if rows := rows_beyond_tokens(inputs, architecture, trust_remote_code):
+        return f"and {', '.join(rows)} has rows that stand for no token: rows are merged as they are"
+    if tables := token_tables(inputs.donor, architecture, trust_remote_code):
+        return f"and {', '.join(tables)} has an entry for each row of the embeddings: rows are merged as they are"
+    return ""
 
 
 def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

@@ -114,7 +114,7 @@ def lines_control(table: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for _, part in uniform_control(table).groupby("model", sort=False):
         depth = part["layer"].clip(0, None)
-        last = part.loc[part["component"] != "", "layer"].max()
+        last = of_components(part)["layer"].max()
         slope = 0.5 + depth.clip(0, last) / max(1, last)
         line = part.assign(weight=slope)
         parts.append(line.assign(weight=slope * (part["weight"].iloc[0] / mean_density(line, "weight"))))
@@ -160,6 +160,16 @@ def by_depth(table: pd.DataFrame, column: str = "density") -> list[tuple[str, fl
 def by_component(table: pd.DataFrame, column: str = "density") -> list[tuple[str, float]]:
     """(component, mean of a column) in the table's order."""
     return [(str(name), average(part, column)) for name, part in table.groupby("component", sort=False)]
+
+
+def averaged_over(table: pd.DataFrame) -> str:
+    """What `average` takes the mean over, in words."""
+    return "tensors, sizes are not known" if mean_density(table) is None else "parameters"
+
+
+def of_components(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of components: without norms, embeddings and what else no component is."""
+    return table[table["component"] != ""]
 
 
 def average(table: pd.DataFrame, column: str) -> float:

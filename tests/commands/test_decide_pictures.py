@@ -1,13 +1,13 @@
 """What is drawn of a recipe: every tensor has its place, and the mean is the printed one.
 
-python -m pytest tests/commands/test_decide_report.py
+python -m pytest tests/commands/test_decide_pictures.py
 """
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from utils.commands.decide_report import by_place
+from utils.commands.decide_pictures import by_place
 from utils.recipes.coefficients import COLUMNS
 
 ROWS = [

@@ -36,7 +36,9 @@ def main() -> None:
     parser.ray_flags()
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("overwrite", "replace files of the same names in --out_dir")
-    parser.switch("restart", "throw away what a run of this very measurement that was stopped has finished")
+    parser.switch(
+        "restart", "discard what an interrupted run of this very measurement has finished, instead of resuming it"
+    )
     declare_flags(parser, "measure")
     flags = parser.parse()
 

@@ -119,7 +119,7 @@ WORDING = {
     "nested too deeply": "pair config PATH: nested too deeply (more than 40 levels)",
     "alias bomb": "pair config PATH: line 7: more than 400000 values, counting what aliases stand for: is it the right file?",
     "many aliases": "pair config PATH: more than 100 YAML aliases: write the values out",
-    "a list inside itself": "pair config PATH: line 1: *a stands inside what it names: write it out",
+    "a list inside itself": "pair config PATH: line 1: *a refers to what contains it: write it out",
 }
 
 

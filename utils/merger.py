@@ -5,7 +5,7 @@
 
 Checks the recipe, the models' headers, the tokenizers, the disk and the output folder first (--dry_run stops there),
 lets mergekit merge into a folder beside the output, checks the result, adds a model card and a manifest, and renames it
-into place. A failure leaves nothing behind; after a kill the same line goes on with the tensors that were finished, in
+into place. A failure leaves nothing behind; after a kill the same line resumes with the tensors that were finished, in
 the hidden folder .NAME.*.part. A merged folder is checked against its manifest, byte by byte, by
 
     python3 utils/merger.py --verify output/gemma_2b/merged_models
@@ -49,9 +49,7 @@ def verified_folder() -> Path | None:
     if not any(word.split("=")[0] == "--verify" for word in sys.argv[1:]):
         return None
     parser = FlagParser(prog="utils/merger.py", description=__doc__)
-    parser.flag(
-        "verify", "check a merged folder against its manifest; alone, without other flags", type=path, required=True
-    )
+    _declare_verify(parser, required=True)
     return parser.parse().verify
 
 
@@ -62,14 +60,19 @@ def read_flags(words: Sequence[str] | None = None) -> MergeSettings:
     return read_settings(parser.parse(words))
 
 
+def _declare_verify(parser: FlagParser, *, required: bool = False) -> None:
+    text = "instead of a merge: check a merged folder against its manifest, byte by byte"
+    parser.flag("verify", text, type=path, required=required)
+
+
 def _declare_flags(parser: FlagParser) -> None:
-    parser.flag("verify", "alone: check a merged folder against its manifest, byte by byte", type=path)  # see main
+    _declare_verify(parser)  # for --help: see main
     parser.flag("output_path", "folder for the merged model; made if needed", type=path, required=True)
     parser.flag("merge_config", "the merge recipe (YAML), from lewis_merge.py or your own", type=path, required=True)
     parser.switch("copy_tokenizer", "copy the base's tokenizer where the recipe asks for none", default=True)
     parser.switch("adapter", "write an adapter for peft in place of a model, for a recipe of --form low_rank")
     parser.switch("overwrite", "replace an earlier merge in --output_path: the files its manifest lists, no others")
-    parser.switch("restart", "throw away what a run of this very merge that was stopped has finished")
+    parser.switch("restart", "discard what an interrupted run of this very merge has finished, instead of resuming it")
     parser.switch("dry_run", "stop after the checks; writes nothing but downloads and --lora_merge_cache")
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch(
@@ -98,14 +101,17 @@ def _declare_flags(parser: FlagParser) -> None:
     parser.switch("unsafe_truncate_embeddings", "cut embeddings to the shortest; token ids must mean the same")
     parser.switch("trust_remote_code", "run Python code that comes with a model (off here; the reference has it on)")
     parser.flag("transformers_cache", "folder for downloaded models [default: the hub's cache]", type=path)
-    parser.switch("fused_experts", "merge the experts of a mixture stacked, as mergekit does, not each on its own")
+    parser.switch(
+        "fused_experts",
+        "merge the experts of a mixture stacked in one tensor, as mergekit does, instead of each on its own",
+    )
     parser.flag(
         "lora_merge_cache",
         "merge LoRA adapters (model+adapter) into their models in this folder first, by mergekit and peft; without it they "
         "change the models as these are read",
         type=path,
     )
-    parser.flag("lora_merge_dtype", "precision of that", choices=("float32", "bfloat16", "float16"))
+    parser.flag("lora_merge_dtype", "precision of that merge", choices=("float32", "bfloat16", "float16"))
     parser.switch("lazy_unpickle", "kept for compatibility: only safetensors are read, which are lazy anyway")
     parser.switch("safe_serialization", "always on: pickles are not written", default=True)
     parser.flag("verbosity", "log lines of mergekit: 0 none, 1 some, 2 all", type=whole_number(0, 2), default=0)

@@ -55,7 +55,7 @@ def _check_bounds(text: str) -> None:
             if anchor not in named:
                 raise ComposerError(None, None, f"found undefined alias {anchor!r}", event.start_mark)
             if anchor not in sizes:
-                raise UserError(f"line {line}: *{anchor} stands inside what it names: write it out", "yaml-recursive")
+                raise UserError(f"line {line}: *{anchor} refers to what contains it: write it out", "yaml-recursive")
             added, levels = sizes[anchor]
             reached += levels
         elif anchor is not None:

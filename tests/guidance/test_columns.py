@@ -60,7 +60,7 @@ def test_names_may_look_like_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("line", "column", "value", "code", "words"),
     [
-        (2, "model", "maths", "table-unknown-expert", "parts.csv: model 'maths' is no expert of the config"),
+        (2, "model", "maths", "table-unknown-expert", "parts.csv: model 'maths' is not an expert of the config"),
         (3, "layer", "0.5", "table-bad-value", "parts.csv, line 3 (model code, layer 0.5): layer is 0.5, not a whole number"),
         (3, "layer", "-2", "table-bad-value", "layer is -2, not a whole number of at least -1, below 9"),
         (3, "layer", "9", "table-bad-value", "layer is 9"),

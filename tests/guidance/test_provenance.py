@@ -88,7 +88,7 @@ def test_other_weights_are_refused_and_without_a_sample_of_them_headers_are_comp
     old = {"models": [{"type": "base", "header_sha256": header_hash(models.stored["base"].tensors.values())}]}
     assert changed_checkpoints(old, models, accepted=False) == []
     old["models"][0]["header_sha256"] = "0"
-    assert "saved anew" in changed_checkpoints(old, models, accepted=False)[0]
+    assert "saved again" in changed_checkpoints(old, models, accepted=False)[0]
     assert changed_checkpoints({"models": "?"}, models, accepted=False) == []
     assert changed_checkpoints(None, models, accepted=False) == []
 

@@ -92,7 +92,7 @@ def test_only_an_earlier_merge_is_replaced_and_only_when_asked(tmp_path):
     assert_refused(target, "out-exists", "give --overwrite")
     assert list(check_output(target, overwrite=True).replaceable) == ["config.json", "manifest.json", "sub/a"]
     (target / "sub" / "mine").write_text("x")
-    assert_refused(target, "out-foreign-files", "sub/mine is not of the merge", overwrite=True)
+    assert_refused(target, "out-foreign-files", "sub/mine was not written by the merge", overwrite=True)
 
 
 def test_an_edited_file_or_an_empty_folder_is_named_and_kept(tmp_path):
@@ -103,7 +103,7 @@ def test_an_edited_file_or_an_empty_folder_is_named_and_kept(tmp_path):
     assert_refused(target, "out-foreign-files", "README.md has 18 bytes, recorded were 9", overwrite=True)
     (target / "README.md").write_text("README.md")
     (target / "mine").mkdir()
-    assert_refused(target, "out-foreign-files", "mine is not of the merge", overwrite=True)
+    assert_refused(target, "out-foreign-files", "mine was not written by the merge", overwrite=True)
 
 
 def test_a_file_that_a_tampered_manifest_claims_is_kept(tmp_path):
@@ -142,8 +142,8 @@ def test_deviations_are_each_named(tmp_path):
     assert [one.text for one in deviations(target, manifest, every_byte=True)] == [
         "a is missing",
         "b has other content",
-        "c is no plain file",
-        "d is not of the merge",
+        "c is not a regular file",
+        "d was not written by the merge",
     ]
 
 
@@ -154,7 +154,7 @@ def test_a_recorded_name_never_leads_out_of_the_folder(tmp_path, name):
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"]["a"]  # what is right of the file there
     (found,) = deviations(target, manifest, every_byte=True)
-    assert "no name of a file" in found.text and not found.is_missing
+    assert "not the name of a file" in found.text and not found.is_missing
 
 
 def test_a_file_that_is_missing_keeps_nobody_from_replacing_the_rest(tmp_path):

@@ -186,10 +186,10 @@ WORDING = {
     "a row that is a list": "dataset.path PATH, line 1: a row must be an object, got list",
     "Latin-1": "dataset.path PATH, line 1: not UTF-8 text (byte 10)",
     "a JSON list of numbers": "dataset.path PATH must hold a list of objects",
-    "a CSV in Latin-1": "dataset.path PATH is not UTF-8 text (byte 5)",
+    "a CSV in Latin-1": "dataset.path PATH is not UTF-8 text (byte 5); save it as UTF-8",
     "too few fields": "dataset.path PATH, line 2: 1 fields where the first line has 2 (fields are separated by commas; "
     "quote a field that holds one)",
-    "a column twice": "dataset.path PATH: a column is given twice (a, b, a)",
+    "a column twice": "dataset.path PATH: a column is given twice (a, b, a); rename one",
 }
 
 

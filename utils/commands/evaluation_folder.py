@@ -90,7 +90,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         return Evaluation(page, recipes, str(manifest.get("reference_is") or ""), judged, gain)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder}: there is no {SCORES}, so this is no folder of utils/evaluator.py or utils/searcher.py",
+            f"{folder}: there is no {SCORES}; give a folder that utils/evaluator.py or utils/searcher.py wrote",
             "evaluation-not-found",
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:

@@ -1,4 +1,4 @@
-"""The commands that a command tells its user to paste next: this interpreter, paths that are right from here."""
+"""The commands that a command gives its user to paste next: this interpreter, paths that are right from here."""
 
 import os
 import shlex

@@ -26,7 +26,7 @@ from utils.merging.stacked_outputs import written_tensors
 from utils.merging.vocabulary_rows import embedding_rows
 from utils.models.checkpoints import Checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
-from utils.models.headers import FLOAT_DTYPES, TensorHeader
+from utils.models.headers import FLOAT_CODES, FLOAT_DTYPES, TensorHeader
 from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import StoredLayout, stored_layout
 from utils.models.tokenizer import load_tokenizer
@@ -37,7 +37,6 @@ from utils.runtime import computing_dtype, gigabytes
 _MOST_PLANS = 128  # kept, each of about a megabyte
 _WRITTEN, _END = ".scored.", ".part"  # around 8 characters of `tempfile`: a folder that a model is written into
 _HIDDEN = re.compile(f"{re.escape(_WRITTEN)}[a-z0-9_]{{8}}{re.escape(_END)}")
-_CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 
 
 def sweep_written(beside: Path) -> None:
@@ -240,6 +239,6 @@ def _promised(planned: PlannedMerge) -> Checkpoint:
         sources = tensor.merged[0].sources
         if sources:  # an optional tensor that no input has is not written
             stored = next(iter(sources.values())).dtype
-            code = _CODES[tensor.dtype] if tensor.dtype else stored  # integers are copied
+            code = FLOAT_CODES[tensor.dtype] if tensor.dtype else stored  # integers are copied
             headers[tensor.name] = TensorHeader(tensor.name, code, tensor.shape, donor.folder, 0, tensor.nbytes)
     return Checkpoint(planned.recipe.path.stem, None, donor.folder, donor.config, headers)

@@ -166,7 +166,7 @@ def _cell_problems(table: pd.DataFrame, form: TableFormat, column: Column, exper
     if column.kind == "expert":
         strangers = sorted(set(values) - set(experts))
         return [
-            Problem(f"{form.file}: {column.name} {name!r} is no expert of the config", "table-unknown-expert")
+            Problem(f"{form.file}: {column.name} {name!r} is not an expert of the config", "table-unknown-expert")
             for name in strangers
         ]
     if column.kind == "text":

@@ -67,7 +67,8 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
         weighed = weight_filters(table, routers, stock.tensors, _WHERE, tied) if plain.as_weights else None
     except UserError as error:  # a stack's name is the beginning of its biases' name
         raise UserError(
-            f"--portable: stock mergekit cannot have these weights: {error}; merge with utils/merger.py, without --portable",
+            f"--portable: filters of stock mergekit cannot express these weights: {error}; merge with utils/merger.py, "
+            "without --portable",
             "recipe-not-portable",
         ) from error
     found = Naming(

@@ -46,7 +46,7 @@ def compare_with_manifest(
         before = options.get("base_model_type")
         text = f"measured against the base type {before!r}, the config's is {config.base_model_type!r}"
         problems.append(Problem(text, "measured-other-base"))
-    raise_collected(problems, "the dataframes are of another pair config (measure again, or give theirs)")
+    raise_collected(problems, "the dataframes belong to another pair config (measure again, or give that config)")
     now, then = _flat(config.options()), _flat(options)
     return [
         f"measured with {key} {then[key]!r}, the config now says {now[key]!r}; measure again if that matters"
@@ -93,10 +93,10 @@ def changed_checkpoints(manifest: Mapping[str, Any] | None, models: LocalModels,
         elif before.get("header_sha256", digest := header_hash(checkpoint.stored.values())) != digest:
             name = checkpoint.name
             warnings.append(
-                f"the weight files of {name} were saved anew since they were measured; measure again if they changed"
+                f"the weight files of {name} were saved again since they were measured; measure again if they changed"
             )
     if accepted:
-        return [*warnings, *(f"{problem.text}: they are merged by the numbers of others" for problem in problems)]
+        return [*warnings, *(f"{problem.text}: the earlier measurement is used" for problem in problems)]
     raise_collected(
         problems, "measure again (lewis_importance.py --overwrite), or take the numbers as they are (--accept_edited)"
     )

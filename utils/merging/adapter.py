@@ -67,7 +67,7 @@ class _Adapter:
         parts = low_rank_parts(change.t() if turned else change, most_left)
         if parts is None:
             raise UserError(
-                f"this merge cannot be an adapter: {module} changes by no low rank; make the recipe with --guidance "
+                f"this merge cannot be an adapter: the change to {module} is not of low rank; make the recipe with --guidance "
                 "gram_mean --form low_rank --mean_density 0.1, for one expert, or merge without --adapter",
                 "adapter-not-low-rank",
             )
@@ -120,7 +120,7 @@ def write_adapter(ready: PlannedMerge, folder: Path, say: Callable[[str], None])
             found.add_layer(module, is_transposed(layers[module]), before, after)
         elif changes:
             raise UserError(
-                f"this merge cannot be an adapter: {name}, a bias of a linear layer, changes, which factors leave alone; "
+                f"this merge cannot be an adapter: {name}, the bias of a linear layer, changes, which factors cannot express; "
                 "merge without --adapter",
                 "adapter-unfit",
             )
@@ -174,8 +174,8 @@ def _fitting(ready: PlannedMerge) -> _Fitting:
         header = tensor.sources.get(reference)
         if header is not None and header.name in experts:
             raise UserError(
-                f"{tensor.name}: experts of a mixture are stacked in one parameter of the model, which is no linear layer, and "
-                "the adapters written here change such layers alone; merge without --adapter",
+                f"{tensor.name}: experts of a mixture are stacked in one parameter of the model, which is not a linear layer, "
+                "and adapters written here change linear layers alone; merge without --adapter",
                 "adapter-of-mixture",
             )
         if header is None or tensor.shape != header.shape or header.name not in parameters:

@@ -8,10 +8,8 @@ import torch
 
 from utils.mergekit_api import ModelReference
 from utils.merging.inputs import MergeInputs
-from utils.models.headers import FLOAT_DTYPES
+from utils.models.headers import FLOAT_CODES
 from utils.models.weight_source import build_skeleton
-
-_CODES = {torch_name: code for code, torch_name in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Assembling:
         shape = self._shapes.get(name)
         if shape is None:
             return None
-        return Assembled(shape, {one.reference: _CODES[one.checkpoint.float_dtype] for one in self._inputs.models})
+        return Assembled(shape, {one.reference: FLOAT_CODES[one.checkpoint.float_dtype] for one in self._inputs.models})
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

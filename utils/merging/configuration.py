@@ -38,8 +38,8 @@ def configuration(recipe: CheckedRecipe, places: Mapping[ModelName, tuple[Path, 
             set_chat_template(_TemplateHolder(), config)
         except RuntimeError as error:
             raise UserError(
-                f"{recipe.file.where}: chat_template {config.chat_template!r} is neither auto, nor a template mergekit "
-                "ships, nor a Jinja template",
+                f"{recipe.file.where}: chat_template {config.chat_template!r} must be auto, the name of a template that "
+                "mergekit ships, or a Jinja template",
                 "recipe-chat-template",
             ) from error
     return config

@@ -36,7 +36,7 @@ def generator_states(plan: MergePlan, seed: int) -> dict[str, Tensor]:
     method = plan.method
     name = method.spec.name
     if name in _SAMPLING:
-        raise UserError(f"{name} samples entries by chance, so its tensors cannot be merged one by one", "merge-draws")
+        raise UserError(f"{name} samples entries at random, so its tensors cannot be merged one by one", "merge-draws")
     if not draws_numbers(method):
         return {}
     device = torch.device(plan.options.device)
@@ -45,7 +45,7 @@ def generator_states(plan: MergePlan, seed: int) -> dict[str, Tensor]:
     for tensor in _in_order(plan):
         if tensor.shape is None:
             raise UserError(
-                f"{name} leaves entries out by chance, so tensors that transformers converts while loading "
+                f"{name} drops entries at random, so tensors that transformers converts while loading "
                 f"({tensor.name}) cannot be merged one by one",
                 "merge-draws",
             )

@@ -62,7 +62,7 @@ def check_donor_loads(plan: MergePlan, trust_remote_code: bool) -> None:
         if is_memory(error):
             raise
         raise UserError(
-            f"model {donor.name}: transformers cannot load it as {donor.architecture}, nor what is merged into it: "
+            f"model {donor.name}: transformers cannot load it as {donor.architecture}, and could not load the result: "
             f"{brief(error)}",
             "model-unloadable",
         ) from error

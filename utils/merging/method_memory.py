@@ -26,7 +26,7 @@ from utils.merging.guided.gram_method import GramMean
 from utils.merging.guided.mean import TEMPORARIES
 from utils.merging.guided.methods import GuidedMean
 from utils.merging.guided.own_method import OwnMethod
-from utils.merging.pieces.choice import STORED
+from utils.merging.pieces.choice import TORCH_DTYPES
 from utils.merging.plan import MergePlan, OutputTensor, gathered
 
 _SIDE = 128  # of a stand-in for a matrix
@@ -72,7 +72,7 @@ class MethodMemory:
         header = tensor.sources.get(model)
         if header is None:
             return True
-        is_read = STORED.get(header.dtype) == loaded and header.change is None and tensor.shape is not None
+        is_read = TORCH_DTYPES.get(header.dtype) == loaded and header.change is None and tensor.shape is not None
         return self._device.type != "cpu" or not is_read or type(tensor.task.gather_tensors) is not GatherTensors
 
     def _made(self, tensor: OutputTensor, loaded: dict[ModelReference, torch.dtype]) -> float:
@@ -111,7 +111,7 @@ def _loaded(tensor: OutputTensor, model: ModelReference, stored: str) -> torch.d
     """The dtype in which mergekit gets an input."""
     gather = gathered(tensor.task)
     asked = gather.weight_info[model].force_dtype or gather.dtype
-    return dtype_from_name(asked) if asked else STORED.get(stored, torch.int64)
+    return dtype_from_name(asked) if asked else TORCH_DTYPES.get(stored, torch.int64)
 
 
 def _kind(value: Any) -> Any:

@@ -31,11 +31,11 @@ from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
 from utils.merging.slices import refuse_unlike_blocks
 from utils.merging.vocabulary import VocabularyPlan
-from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, TensorHeader
+from utils.models.headers import DTYPE_BYTES, FLOAT_CODES, FLOAT_DTYPES, TensorHeader
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import ArchitecturePlan, PlannedTensor
 
-_TORCH_BYTES = {name: DTYPE_BYTES[code] for code, name in FLOAT_DTYPES.items()}
+_TORCH_BYTES = {name: DTYPE_BYTES[code] for name, code in FLOAT_CODES.items()}
 _SHOWN = 5
 
 

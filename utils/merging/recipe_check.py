@@ -121,7 +121,7 @@ def _token_source(value: Any) -> Any:
             return {**value, "model": reader(Name).validate_python(value["model"])}
         return reader(Name).validate_python(value)
     except ValidationError as error:
-        raise Mistakes(Problem(f": {show(value)} is no model", "bad-model")) from error
+        raise Mistakes(Problem(f": {show(value)} is not a model", "bad-model")) from error
 
 
 @checked

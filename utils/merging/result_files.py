@@ -71,7 +71,7 @@ def deviations(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) -
 
 def _deviation(folder: Path, manifest: Mapping[str, Any], name: str, every_byte: bool) -> Deviation | None:
     if not _is_inside(name):  # somebody has put it into the manifest: it leads to a file of theirs, or nowhere
-        return Deviation(f"{name[:80]!r} in {MANIFEST} is no name of a file below the folder")
+        return Deviation(f"{name[:80]!r} in {MANIFEST} is not the name of a file in the folder")
     if not os.path.lexists(folder / name):
         return Deviation(f"{name} is missing", is_missing=True)
     text = _difference(folder / name, manifest, name, every_byte)
@@ -88,7 +88,7 @@ def _is_inside(name: str) -> bool:
 def _difference(path: Path, manifest: Mapping[str, Any], name: str, every_byte: bool) -> str:
     digest = manifest["files"][name]
     if not path.is_file() or path.is_symlink():
-        return f"{name} is no plain file"
+        return f"{name} is not a regular file"
     found = path.stat()
     if isinstance(digest, int):  # by an earlier version, which recorded sizes
         return "" if found.st_size == digest else f"{name} has another size"
@@ -111,4 +111,4 @@ def _unrecorded(folder: Path, recorded: Mapping[str, Any]) -> Iterator[Deviation
         name = path.relative_to(folder).as_posix()
         is_folder = path.is_dir() and not path.is_symlink()
         if name not in (holding if is_folder else {*recorded, MANIFEST}):
-            yield Deviation(f"{name} is not of the merge")
+            yield Deviation(f"{name} was not written by the merge")

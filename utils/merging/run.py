@@ -142,7 +142,7 @@ def _damage(planned: PlannedMerge, folder: Path, sums: Mapping[str, int]) -> str
     if planned.division.direct:
         return misfit(planned.plan, folder, planned.settings.out_shard_size, sums)
     if links := [path.name for path in folder.glob("*.safetensors") if path.is_symlink()]:
-        return f"{links[0]} is no plain file"
+        return f"{links[0]} is not a regular file"
     try:
         there = read_headers(folder, "what was finished")
     except UserError:
@@ -225,7 +225,7 @@ def _readable_failures(plan: MergePlan) -> Iterator[None]:
         if error.errno is not None:
             raise
         gone = next((file for file in files if not file.exists()), None)
-        what = f"{gone} is gone" if gone else "a weight file is there, but cannot be opened; are too many files open?"
+        what = f"{gone} is gone" if gone else "a weight file exists, but cannot be opened; are too many files open?"
         raise UserError(f"reading weights failed: {what}", "merge-weights-io") from error
     except SafetensorError as error:
         text = str(error)
@@ -235,7 +235,7 @@ def _readable_failures(plan: MergePlan) -> Iterator[None]:
         free = gigabytes(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else "little"
         first = str(error).splitlines()[0]
         raise UserError(
-            f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU nobody else uses",
+            f"the GPU ran out of memory ({free} free): {first} Use --device cpu, or a GPU that nothing else uses",
             "memory-gpu",
         ) from error
     except RuntimeError as error:

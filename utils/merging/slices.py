@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import Problem, raise_collected
-from utils.models.architecture import STORED, ArchitecturePlan
+from utils.models.planned_tensors import STORED, ArchitecturePlan
 from utils.recipes.filters import name_template
 
 if TYPE_CHECKING:
@@ -68,4 +68,4 @@ def _unlike(plan: ArchitecturePlan, config: Any, layer: int, place: int) -> str:
         *([f"it lacks {lacks[0]}"] if lacks else []),
         *([f"it has {beside[0]}, which has no place there"] if beside else []),
     ]
-    return f"{' and '.join(words) or 'their tensors stand in another order'}; take slices of blocks of one kind"
+    return f"{' and '.join(words) or 'their tensors are in another order'}; take slices of blocks of one kind"

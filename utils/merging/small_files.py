@@ -38,7 +38,7 @@ def write_small_files(ready: PlannedMerge, folder: Path) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk is full, and so on; transformers raises others of that kind, which have no number
         name = plan.inputs.donor.checkpoint.name
-        text = f"model {name}: transformers does not write its config.json again: {brief(error)}"
+        text = f"model {name}: transformers cannot save its config.json: {brief(error)}"
         raise UserError(text, "merge-config-unwritable") from error
     copy_missing(donor, folder, [GENERATION, *(plan.architecture.info.tagalong_files or [])])
     if ready.settings.trust_remote_code and "auto_map" in plan.inputs.donor.checkpoint.config:

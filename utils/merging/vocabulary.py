@@ -256,7 +256,7 @@ def _moved_special_tokens(donor: MergeInput, ours: Mapping[str, int], trust_remo
                 where = f"has id {ours[token]} in" if token in ours else "is not in"
                 yield (
                     f"config.json of {donor.label} says {key} {place} ({token!r}), which {where} the result's "
-                    "tokenizer; mend config.json and generation_config.json of the result"
+                    "tokenizer; correct config.json and generation_config.json of the result"
                 )
 
 

@@ -25,6 +25,7 @@ _OTHER_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64,
 }  # of dtypes that nothing here reads  # fmt: skip
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 _PICKLED = (
     "pickled weights can run code: load them once with transformers and save_pretrained() them, which writes "
     "safetensors"

@@ -18,10 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from utils.errors import LIMITS, UserError, reason
-from utils.models.headers import DTYPE_BYTES, FLOAT_DTYPES, INDEX, SINGLE
+from utils.models.headers import DTYPE_BYTES, FLOAT_CODES, INDEX, SINGLE
 from utils.publishing.checksums import checksum, file_checksum
 
-_CODES = {name: code for code, name in FLOAT_DTYPES.items()}
 _WIDEST_FIRST = ("F64", "F32", "BF16", "F16")  # the order of tensors in a file; within a dtype by name
 _ALIGNMENT = 8
 
@@ -37,7 +36,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of its entries."""
-        return math.prod(self.shape) * DTYPE_BYTES[_CODES[self.dtype]]
+        return math.prod(self.shape) * DTYPE_BYTES[FLOAT_CODES[self.dtype]]
 
 
 class ShardFiles:
@@ -178,14 +177,14 @@ def _shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[list[Tensor
 
 def _header(shard: Iterable[TensorSpec]) -> tuple[bytes, Mapping[str, int]]:
     """The first bytes of a file, and where each tensor begins behind them."""
-    ordered = sorted(shard, key=lambda spec: (_WIDEST_FIRST.index(_CODES[spec.dtype]), spec.name.encode()))
+    ordered = sorted(shard, key=lambda spec: (_WIDEST_FIRST.index(FLOAT_CODES[spec.dtype]), spec.name.encode()))
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for spec in ordered:
         offsets[spec.name] = end
         end += spec.nbytes
         place = [offsets[spec.name], end]
-        table[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
+        table[spec.name] = {"dtype": FLOAT_CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text, offsets

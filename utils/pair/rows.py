@@ -74,7 +74,9 @@ def local_rows(path: str) -> Rows:
             )
         return READERS[file.suffix.lower()](file)
     except UnicodeDecodeError as error:
-        raise UserError(f"dataset.path {path} is not UTF-8 text (byte {error.start})", "text-not-utf8") from error
+        raise UserError(
+            f"dataset.path {path} is not UTF-8 text (byte {error.start}); save it as UTF-8", "text-not-utf8"
+        ) from error
     except PermissionError as error:
         raise UserError(f"dataset.path {path} cannot be read: permission denied", "text-unreadable") from error
 
@@ -161,7 +163,9 @@ def _csv(file: Path) -> Rows:
         ) from error
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
-        raise UserError(f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice")
+        raise UserError(
+            f"dataset.path {file}: a column is given twice ({', '.join(names)}); rename one", "text-column-twice"
+        )
     for number, fields in lines[1:]:
         if len(fields) != len(names):
             raise UserError(
@@ -191,7 +195,8 @@ class _ParquetRows(Sequence):
             names = opened.schema_arrow.names
             if len(set(names)) < len(names):
                 raise UserError(
-                    f"dataset.path {file}: a column is given twice ({', '.join(names)})", "text-column-twice"
+                    f"dataset.path {file}: a column is given twice ({', '.join(names)}); rename one",
+                    "text-column-twice",
                 )
             groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
             self.ends = list(itertools.accumulate(group.num_rows for group in groups))

@@ -46,7 +46,7 @@ def make_sample(row: int, values: Mapping[str, Any], source: CalibrationSource) 
         raise UserError(f"{where} is empty; remove the row or choose another seed", "text-empty")
     if not is_unicode(text):
         raise UserError(
-            f"{where} holds half of a surrogate pair, which is no character; mend the file", "text-surrogate"
+            f"{where} holds half of a surrogate pair, which is not a character; correct the file", "text-surrogate"
         )
     return Sample(row, text)
 

@@ -43,7 +43,9 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
             ) from error
         if not ids:
             raise UserError(
-                f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}", "text-no-tokens"
+                f"{where}: row {sample.row} of the data set gives no tokens: {text[:60]!r}; remove the row or choose another "
+                "seed",
+                "text-no-tokens",
             )
         encoded.append(ids)
     return encoded
@@ -68,6 +70,7 @@ def _render_chat(sample: Sample, tokenizer: Any, where: str) -> str:
         ) from error
     if not is_unicode(text):
         raise UserError(
-            f"{where}: row {sample.row} holds half of a surrogate pair, which is no character", "text-surrogate"
+            f"{where}: row {sample.row} holds half of a surrogate pair, which is not a character; correct the row",
+            "text-surrogate",
         )
     return text

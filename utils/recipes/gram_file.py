@@ -202,7 +202,7 @@ def _shared(file: SaliencyVectors) -> Mapping[str, str]:
         found = json.loads(file.metadata.get(_SHARED, "{}"))
     except ValueError as error:
         raise UserError(
-            f"saliency file {file.path}: its metadata is no JSON; measure again", "grams-damaged"
+            f"saliency file {file.path}: its metadata is not JSON; measure again", "grams-damaged"
         ) from error
     return found if isinstance(found, dict) else {}
 
@@ -229,7 +229,7 @@ def _triangle(file: SaliencyVectors, name: str) -> "Tensor":
     width = int(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
     if packed.dim() != 1 or width * (width + 1) // 2 != packed.numel() or not bool(packed.isfinite().all()):
         raise UserError(
-            f"saliency file {file.path}: {name} is no triangle of finite numbers; measure again", "grams-damaged"
+            f"saliency file {file.path}: {name} is not a triangle of finite numbers; measure again", "grams-damaged"
         )
     gram, start = torch.empty(width, width), 0
     for row in range(width):

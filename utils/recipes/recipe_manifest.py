@@ -151,7 +151,7 @@ def refuse_other_files(recipe: Path, found: Mapping[str, tuple[Path, str]], reco
         (
             Problem(
                 f"{path} is not the file that the recipe was made of: its hash is {sha256[:12]}, {manifest_name(recipe.name)} "
-                f"has {recorded[name][:12]}. It was measured anew, or is another expert's; put the right one in its place, or "
+                f"has {recorded[name][:12]}. It was measured again, or belongs to another expert; put the right one there, or "
                 "make the recipe again (lewis_merge.py --overwrite)",
                 "saliency-other-file",
             )
@@ -192,7 +192,7 @@ def refuse_other_weights(
         (
             Problem(
                 f"the weights of {name} are not those that the recipe was made for; measure again and make the recipe again, "
-                "or, to merge by the numbers of the former ones, have command 2 make it again with --overwrite --accept_edited",
+                "or, to keep the earlier measurement, run lewis_merge.py again with --overwrite --accept_edited",
                 "recipe-other-weights",
             )
             for name, checkpoint in found.items()

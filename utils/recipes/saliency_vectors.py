@@ -214,7 +214,7 @@ def _digests(path: Path, metadata: Mapping[str, str]) -> Mapping[str, str]:
         found = json.loads(metadata.get(DIGESTS, "{}"))
     except ValueError as error:
         raise UserError(
-            f"saliency file {path}: the digests in its metadata are no JSON; measure again", "vectors-malformed"
+            f"saliency file {path}: the digests in its metadata are not JSON; measure again", "vectors-malformed"
         ) from error
     return found if isinstance(found, dict) else {}
 

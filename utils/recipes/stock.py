@@ -48,7 +48,8 @@ def stock_names(models: LocalModels) -> StockNames:
     written = models.written
     if written is None:
         raise UserError(
-            "--portable needs the base model on this machine, to know stock mergekit's names", "flag-no-base"
+            "--portable needs the base model on this machine, for stock mergekit's names; put it where the config says",
+            "flag-no-base",
         )
     stored = models.stored
     base = stored[models.base_type]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LocalWorkers:
     """Devices of this machine (`Workers`): each has one piece at a time, a single one up to `at_once`.
 
-    `say` is told if pieces share a device's threads.
+    `say` takes a line if pieces share a device's threads.
     """
 
     devices: "tuple[torch.device, ...]"

@@ -66,7 +66,7 @@ class Workers(Protocol):
         Args:
             pieces: of distinct names; none depends on another.
             folder: where results are kept, each written once; what is there is not done again. None: they are not kept.
-            on_progress: told a piece's label, and how many steps more are done.
+            on_progress: called with a piece's label, and how many more steps are done.
 
         Raises:
             UserError: what a piece raises; results that were there by then are kept.

@@ -44,7 +44,7 @@ class ClusterShare:
 
 @dataclass(frozen=True)
 class RayWorkers:
-    """A cluster that this process is connected to (`Workers`). `say` is told what it waits for."""
+    """A cluster that this process is connected to (`Workers`). `say` takes a line if it has to wait."""
 
     ray: Any
     gpus: float
@@ -255,7 +255,9 @@ def _refuse_closed_port(address: str) -> None:
     if not host or not port.isdigit():
         if address in ("auto", "local"):
             return
-        raise UserError(f"--ray {address!r} is no address; give auto, or HOST:PORT of the head", "workers-bad-address")
+        raise UserError(
+            f"--ray {address!r} is not an address; give auto, or HOST:PORT of the head", "workers-bad-address"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

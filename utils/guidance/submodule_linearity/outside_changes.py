@@ -109,7 +109,7 @@ class OutsideChanges:
         """The head's changes, from its inputs [samples, length, hidden] in each micro-batch."""
         if not isinstance(self.base.decoder.model.get_submodule(self.head_path), nn.Linear):
             raise UserError(
-                f"{self.head_path} is no linear map; this architecture is not supported", "model-unsupported"
+                f"{self.head_path} is not a linear map; this architecture is not supported", "model-unsupported"
             )
         heads = [_fetched_head(model, self.head_path) for model in (self.base, *self.experts)]
         biased = heads[0][1] is not None

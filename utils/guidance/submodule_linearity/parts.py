@@ -146,7 +146,7 @@ def require_comparable(base: Decoder, experts: Mapping[str, Decoder]) -> None:
     for where, expert in experts.items():
         if outside_submodules(expert) != outside:
             raise UserError(
-                f"{where} has other modules outside its blocks than the base; it is no fine-tune of it",
+                f"{where} has other modules outside its blocks than the base; it is not a fine-tune of it",
                 "model-not-of-base",
             )
         for layer, pair in enumerate(zip(base.blocks, expert.blocks, strict=True)):
@@ -159,7 +159,7 @@ def require_same_parameters(base: nn.Module, other: nn.Module, where: str) -> No
     if shapes[0] != shapes[1]:
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
         raise UserError(
-            f"{where} has other parameters than the base ({differing[0][0]} among them); it is no fine-tune of it",
+            f"{where} has other parameters than the base ({differing[0][0]} among them); it is not a fine-tune of it",
             "model-not-of-base",
         )
 

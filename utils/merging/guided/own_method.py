@@ -69,7 +69,7 @@ class WeighedMethod(OwnMethod):
 def weighed_spec(
     rule: DeltaMethod, pretty_name: str, reference_url: str, switches: Mapping[str, bool] | None = None
 ) -> MergeMethodSpec:
-    """What mergekit is told of a `WeighedMethod`: its numbers and `switches` with their defaults, and what each model has."""
+    """A `WeighedMethod` for mergekit: its numbers and `switches` with their defaults, and what each model has."""
     return MergeMethodSpec(
         name=rule.name,
         pretty_name=pretty_name,

@@ -3,7 +3,7 @@
 from torch import Tensor, sub
 
 from utils.merging.pieces.arithmetic import Scratch
-from utils.merging.pieces.choice import STORED, DirectTensor
+from utils.merging.pieces.choice import TORCH_DTYPES, DirectTensor
 from utils.models.tensor_files import TensorFiles
 
 PIECE = 1 << 17  # entries at a time: with all buffers, about what a core's own cache holds
@@ -19,7 +19,7 @@ class Changes:
     def read(self, place: int, start: int, entries: int, scratch: Scratch) -> Tensor:
         """A piece of an input in the working dtype, in that input's buffer."""
         header, dtype = self.tensor.headers[place], self.tensor.dtype
-        stored = scratch.take(("input", place), entries, STORED[header.dtype])
+        stored = scratch.take(("input", place), entries, TORCH_DTYPES[header.dtype])
         self._inputs.read(header, start, stored)
         return stored if stored.dtype == dtype else scratch.take(("cast", place), entries, dtype).copy_(stored)
 

@@ -36,7 +36,8 @@ from utils.models.headers import FLOAT_DTYPES, TensorHeader, first_rows
 # Of the functions of mergekit 0.1.5 listed in `utils/mergekit_api.py`. To accept another version: compare those functions,
 # run the tests of these modules with the new digest, then put it here.
 REPLACED = frozenset({"d73e0170faa276937197a0842a00e17ac806a8a4d4f6ef087530e5d37011437b"})
-STORED = {code: getattr(torch, name) for code, name in FLOAT_DTYPES.items() if name != "float64"}
+# by the code that headers have; in float64 nothing is merged here
+TORCH_DTYPES = {code: getattr(torch, name) for code, name in FLOAT_DTYPES.items() if name != "float64"}
 _BANDS = (None, SparsificationMethod.magnitude, SparsificationMethod.magnitude_outliers)
 
 
@@ -218,14 +219,14 @@ def _working_dtype(tensor: OutputTensor, models: list[ModelReference]) -> torch.
     loaded = []
     for model in models:
         stored = tensor.sources[model].dtype
-        if stored not in STORED:
+        if stored not in TORCH_DTYPES:
             return f"inputs in {stored}"
         asked = gather.weight_info[model].force_dtype or gather.dtype
-        loaded.append((STORED[stored], dtype_from_name(asked) if asked else None))
+        loaded.append((TORCH_DTYPES[stored], dtype_from_name(asked) if asked else None))
     dtype = reduce(torch.promote_types, [asked or stored for stored, asked in loaded])
     if any(asked not in (None, stored, dtype) for stored, asked in loaded):
         return "inputs are loaded in several dtypes"
-    if dtype not in STORED.values() or dtype_from_name(tensor.dtype) not in STORED.values():
+    if dtype not in TORCH_DTYPES.values() or dtype_from_name(tensor.dtype) not in TORCH_DTYPES.values():
         return f"computed in {dtype}, saved in {tensor.dtype}"
     return dtype
 

@@ -45,7 +45,7 @@ def run_directly(
         folder: where the files go; it exists.
         shard_bytes: most bytes of a file, 0 for one file.
         threads: how many to use.
-        report: told, from this thread, the name of a tensor that is being written and how many bytes more of it are.
+        report: called from this thread with the name of a tensor that is being written, and how many more bytes of it are.
         finished: what a killed run has finished in the folder, which stays; takes down what is finished now.
 
     Raises:
@@ -97,8 +97,8 @@ def merge_directly(
 ) -> None:
     """Merge tensors into outputs, begun in the order given; arguments and errors as `run_directly`.
 
-    What several of the tensors are made of is read once. `known` are cuts of these inputs that were found before; those that are found now are added, those that several of
-    the tensors need being searched together.
+    What several of the tensors are made of is read once. `known` are cuts of these inputs that were found before; those
+    that are found now are added, those that several of the tensors need being searched together.
     """
     progress = _Progress()
     tensors = [tensor for tensor, _ in work]

@@ -27,7 +27,7 @@ from utils.merging.pieces.arithmetic import (
     not_finite,
 )
 from utils.merging.pieces.changes import PIECE, SPAN, Changes, spans_of
-from utils.merging.pieces.choice import STORED, DirectTensor
+from utils.merging.pieces.choice import TORCH_DTYPES, DirectTensor
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.pieces.tensor_cuts import MOST_SPANS, TensorCuts, ranks_of
 from utils.models.tensor_files import TensorFiles, as_bytes
@@ -81,7 +81,7 @@ class TensorMerge:
     ) -> None:
         """Prepare the work on tensors of the very same inputs (`inputs_of`), each into an open output.
 
-        `report` is told a tensor's name, how many bytes more have been read for the first time, and how many written.
+        `report` is called with a tensor's name, how many more bytes were read for the first time, and how many were written.
         `known` are cuts of these very inputs that need not be searched again; what is found is added.
         """
         self.report, self._tensor = report, work[0][0]
@@ -196,7 +196,7 @@ def _is_kept(tensor: DirectTensor, place: int) -> bool:
 
 def _say_read(report: Callable[[str, int, int], None], tensor: DirectTensor, first: int, stop: int) -> None:
     """Tell how much of the inputs some entries are."""
-    report(tensor.name, sum((stop - first) * STORED[header.dtype].itemsize for header in tensor.headers), 0)
+    report(tensor.name, sum((stop - first) * TORCH_DTYPES[header.dtype].itemsize for header in tensor.headers), 0)
 
 
 def _unsaid(first: int, stop: int) -> None:
@@ -213,7 +213,7 @@ def buffer_bytes(tensor: DirectTensor, *, shared: bool = False) -> int:
     """Bytes that a thread's buffers for a tensor take, about; more where several recipes are made of the same inputs."""
     changes, width = len(tensor.bands), tensor.dtype.itemsize
     own = changes if shared else sum(not _is_kept(tensor, place) for place in range(changes))
-    stored = sum(STORED[header.dtype].itemsize for header in tensor.headers)
-    cast = sum(width for header in tensor.headers if STORED[header.dtype] != tensor.dtype)
+    stored = sum(TORCH_DTYPES[header.dtype].itemsize for header in tensor.headers)
+    cast = sum(width for header in tensor.headers if TORCH_DTYPES[header.dtype] != tensor.dtype)
     entry = stored + cast + (changes + own + 5) * width + 16 + tensor.out_dtype.itemsize
     return min(PIECE, tensor.numel) * entry + min(SPAN, tensor.numel) * width * changes

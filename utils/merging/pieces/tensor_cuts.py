@@ -35,7 +35,7 @@ class TensorCuts:
     ) -> None:
         """Prepare the search; cuts that are known need none, and what is found is added to them.
 
-        `on_read` is told the first entry, and that behind the last, of what has been read for the first time.
+        `on_read` is called with the first entry, and that behind the last, of what has been read for the first time.
         """
         self._changes, self._known, self._on_read = changes, known, on_read
         self._ranks = {place: list(own) for place, own in ranks.items()}

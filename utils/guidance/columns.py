@@ -66,8 +66,8 @@ def number(name: str, least: float = 0.0, *, blank: bool = False) -> Column:
 class TableFormat:
     """A file, its columns in their order, and those whose values together no two rows share (none: no such rule).
 
-    Each of `last` may stand behind the columns or not, and counts for the key where it does; `may_be_empty` allows a table without
-    rows.
+    Each of `last` may stand behind the columns or not, and counts for the key where it does; `may_be_empty` allows a table
+    without rows.
     """
 
     file: str

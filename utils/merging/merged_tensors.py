@@ -68,8 +68,7 @@ def merged_tensors(
     """Merge the tensors of some names by one or several plans.
 
     Inputs that several plans have in common are read once: tensors of one name are merged together, piece by piece or by
-    mergekit's executor. Every plan's tensors of these names are
-    in memory at the end, so ask for a block at a time.
+    mergekit's executor. Every plan's tensors of these names are in memory at the end, so ask for a block at a time.
 
     Args:
         works: the plans, prepared.

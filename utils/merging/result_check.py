@@ -114,11 +114,11 @@ def _vocabulary(
     declared = getattr(config.get_text_config(), "vocab_size", None)
     problems = []
     donor = plan.inputs.donor.checkpoint.tensors
-    as_before = all(
+    as_before = all(  # some classes have rows beyond their vocab_size
         donor[tensor.name].shape == headers[tensor.name].shape
         for tensor in plan.tensors
         if tensor.vocabulary_axis is not None and tensor.name in headers and tensor.name in donor
-    )  # some classes have rows beyond their vocab_size
+    )
     if declared is not None and rows and rows != {declared} and not as_before:
         problems.append(f"embeddings have {sorted(rows)} rows, config.json says vocab_size {declared}")
     size = plan.vocabulary.size

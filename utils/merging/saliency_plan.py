@@ -35,8 +35,9 @@ _WITHOUT_VECTORS = "give it saliency '' (merged without vectors) or weight 0 by 
 class SaliencyFile:
     """One file of vectors: the path as the recipe has it, where that is, and what was in it.
 
-    `sha256` is its `content_hash`; `recorded` says whether that is what the recipe's manifest has. `tensors` counts, by the label of each model that uses the file, the tensors that are merged by it. `powers` are the
-    exponents of the squared gradients there; None among them where one is not known.
+    `sha256` is its `content_hash`; `recorded` says whether that is what the recipe's manifest has. `tensors` counts, by the
+    label of each model that uses the file, the tensors that are merged by it. `powers` are the exponents of the squared
+    gradients there; None among them where one is not known.
     """
 
     written: str
@@ -67,9 +68,9 @@ def bind_saliency(
         The plan with tied tasks; the files (none for a method without saliency); warnings (sentences).
 
     Raises:
-        UserError: a file is missing, not one of vectors, or another one than was recorded; it lacks those of a tensor that is merged by them, or they do
-            not fit it, or are negative or not finite; a vocabulary is aligned, so that its rows are not those measured;
-            a parameter is outside the method's range.
+        UserError: a file is missing, not one of vectors, or another one than was recorded; it lacks those of a tensor that
+            is merged by them, or they do not fit it, or are negative or not finite; a vocabulary is aligned, so that its
+            rows are not those measured; a parameter is outside the method's range.
     """
     method = plan.method
     if not isinstance(method, OwnMethod):

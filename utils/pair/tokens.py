@@ -32,9 +32,7 @@ def encode(samples: Sequence[Sample], tokenizer: Any, seqlen: int, where: str) -
             text = text[: _CHARACTERS_PER_TOKEN * seqlen]
         try:
             ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=seqlen)["input_ids"]
-        except (
-            BaseException
-        ) as error:  # tokenizers raise errors of their own kinds, and panic over a regular expression
+        except BaseException as error:  # tokenizers raise errors of their own kinds, and panic over regular expressions
             if not is_failure(error):
                 raise
             raise UserError(

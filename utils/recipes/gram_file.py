@@ -8,8 +8,8 @@
 | `TENSOR.rows` | R = sum of g g' over the rows g of an embedding's or a head's gradients, its lower triangle |
 
 Layers that are given the same inputs share a matrix: the metadata's `shared` (JSON) says by tensor under which other
-tensor's name it is, and its `sha256` has the digest of every entry. With n inputs a triangle takes 2 n (n + 1) bytes, so that all of a decoder's take about as much as its
-weights in bfloat16.
+tensor's name it is, and its `sha256` has the digest of every entry. With n inputs a triangle takes 2 n (n + 1) bytes, so
+that all of a decoder's take about as much as its weights in bfloat16.
 """
 
 import json

@@ -213,10 +213,7 @@ def counterpart(method: DeltaMethod, asked: DeltaMethod) -> DeltaMethod:
         method: the recipe's.
         asked: the method asked for on the command line, in whose place the recipe's may be.
     """
-    if method.name in (
-        GUIDED_MEAN.name,
-        GRAM_MEAN.name,
-    ):  # breadcrumbs that leaves out none of the largest: magnitudes without a vote
+    if method.averages:  # breadcrumbs that leaves out none of the largest selects by magnitude, without a vote
         return DENSITY_METHODS["breadcrumbs"] if method.keeps else TASK_ARITHMETIC
     return asked if method.own else method
 
@@ -233,10 +230,8 @@ def extra_value(method: DeltaMethod, density: float, wanted: float) -> float:
     if method.extra == "gamma":
         return min(wanted, 1 - density)
     value = min(wanted, min(density, 1 - density) * _DELLA_MARGIN)
-    inside = (
-        density - value > 0 and density + value < 1
-    )  # not so next to 0 and 1, where rounding leaves nothing between
-    return value if inside else 0.0
+    # next to 0 and 1 rounding leaves nothing between
+    return value if density - value > 0 and density + value < 1 else 0.0
 
 
 def is_number(value: Any) -> bool:

@@ -29,11 +29,11 @@ class Naming:
     """Names, filters and sizes of the measured tensors, and how far they are proven.
 
     `names` is by what was measured: (layer, component), or the name in the checkpoint. `filters` and `params` are by
-    name, in their order in the recipe; `group_filters` too, where tensors that share their weight share filters. `tied` are names that the merge may
-    write beside (a head that is tied in the base), with the name whose weight they take. `before` are filters that stand
-    before all of `filters`, of tensors that are none of these. `coverage` is None without a base checkpoint to prove
-    against; `evidence` is a clause that says what the filters were proven against; `warnings`
-    are sentences for the user.
+    name, in their order in the recipe; `group_filters` too, where tensors that share their weight share filters. `tied` are
+    names that the merge may write beside (a head that is tied in the base), with the name whose weight they take. `before`
+    are filters that stand before all of `filters`, of tensors that are none of these. `coverage` is None without a base
+    checkpoint to prove against; `evidence` is a clause that says what the filters were proven against; `warnings` are
+    sentences for the user.
     """
 
     names: Mapping[Any, str]
@@ -189,13 +189,14 @@ def name_recorded(recorded: Mapping[str, Recorded], written: WrittenTensors | No
     if grouped:
         groups = {names[name]: one.group for name, one in recorded.items()}
         shared = group_filters(groups | {other: groups[name] for other, name in tied.items()}, all_names, where)
+    covered = None
+    if written is not None:
+        covered = filters.coverage(shared or proof, written.tensors, () if shared else before)
     return Naming(
         names=names,
         filters=proof,
         params={names[name]: one.params for name, one in recorded.items()},
-        coverage=None
-        if written is None
-        else filters.coverage(shared or proof, written.tensors, () if shared else before),
+        coverage=covered,
         evidence=evidence,
         group_filters=shared,
         tied=tied,

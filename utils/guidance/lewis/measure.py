@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -117,7 +117,7 @@ def measure(job: MeasureJob) -> Measured:
     ]
     pieces = [_pieces(job, one) for one in measured]
     results = iter(job.run([piece for own in pieces for piece in own]))
-    rows, routing, tokens, trials, notes, losses = [], [], [], {}, [], {}
+    rows, routing, tokens, trials, losses = [], [], [], {}, {}
     for one, own in zip(measured, pieces, strict=True):
         found = [next(results) for _ in own]
         trials[one.subject.entry.type, one.label] = found[0]["trial"]
@@ -144,21 +144,44 @@ def measure(job: MeasureJob) -> Measured:
     if len(config.texts) == 1:
         norms = norms.drop(columns=TEXT)
     files = table_files(deltas, norms, config.base_model_type)
-    noise = {}
-    for entry in config.experts:
-        own, base = (trials[name, labels[entry.type]] for name in (entry.type, config.base_model_type))
-        if own["norms"] and base["norms"]:
-            noise[entry.type] = relative_noise(own["norms"], base["norms"])
-            notes.append(noise_note(entry.type, noise[entry.type], *own["seconds"]))
-            warnings += noise_warnings(entry.type, noise[entry.type])
-    table = [(name, *place, value) for name, one in noise.items() for place, value in one.items()]
+    rounded = _rounding(job, trials, labels)
     return Measured(
-        {**files, NOISE_TABLE.file: NOISE_TABLE.content(table)},
-        tuple(notes),
-        tuple(warnings),
+        {**files, NOISE_TABLE.file: NOISE_TABLE.content(rounded.rows)},
+        tuple(rounded.notes),
+        (*warnings, *rounded.warnings),
         tuple(routing),
         tuple(tokens),
     )
+
+
+@dataclass
+class _Rounding:
+    """What is known of rounding: rows of its table, notes and warnings."""
+
+    rows: list[tuple] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def _rounding(
+    job: MeasureJob, trials: Mapping[tuple[str, str], Mapping[str, Any]], labels: Mapping[str, str]
+) -> _Rounding:
+    """How much of each expert's deltas is rounding, where that was tried.
+
+    Args:
+        job: the whole job.
+        trials: by type of a model and label of a text.
+        labels: the label of each expert's text.
+    """
+    found = _Rounding()
+    for entry in job.config.experts:
+        own, base = (trials[name, labels[entry.type]] for name in (entry.type, job.config.base_model_type))
+        if own["norms"] and base["norms"]:
+            noise = relative_noise(own["norms"], base["norms"])
+            found.rows += [(entry.type, *place, value) for place, value in noise.items()]
+            found.notes.append(noise_note(entry.type, noise, *own["seconds"]))
+            found.warnings += noise_warnings(entry.type, noise)
+    return found
 
 
 def _token_rows(subject: Subject, stacks: Mapping[tuple[int, str], StackNorms]) -> Iterator[tuple]:

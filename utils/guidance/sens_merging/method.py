@@ -21,9 +21,8 @@ LOSSES = "sens_merging_losses.csv"
 OUTSIDE = "sens_merging_outside.csv"
 ALIGNMENTS = ("distance", "similarity")
 BOTH, SENSITIVITY_ALONE, SCALING_ALONE = FACTORS = ("both", "sensitivity", "scaling")
-TEMPERATURE = (
-    0.1  # kept most on validation text (benchmarks/results/sens_ablation.md); at 1, as published, next to nothing
-)
+# kept most on validation text (benchmarks/results/sens_ablation.md); at 1, as published, weights are next to uniform
+TEMPERATURE = 0.1
 UNIFORM, LAYERS = OUTSIDES = ("uniform", "layers")
 
 METHOD = GuidanceMethod(

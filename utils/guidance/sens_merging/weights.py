@@ -46,7 +46,7 @@ def alignment_factors(distances: np.ndarray, alignment: str = "distance") -> np.
 def weighing(
     sensitivities: np.ndarray, distances: np.ndarray, alignment: str, factors: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """alpha [experts, layers] and tau [experts], either of them replaced by what tells nobody apart.
+    """alpha [experts, layers] and tau [experts], either of them replaced by one value for all.
 
     Args:
         sensitivities: S_t(l), [experts, layers].
@@ -77,8 +77,6 @@ def layer_weights(alphas: np.ndarray, factors: np.ndarray, temperature: float) -
         [experts, layers]; exactly 1 everywhere where the experts do not differ.
     """
     scores = factors[:, None] * alphas
-    with np.errstate(
-        over="ignore"
-    ):  # a difference over a tiny temperature may be minus infinity, whose exponential is 0
+    with np.errstate(over="ignore"):  # a difference over a tiny temperature may be -inf, whose exponential is 0
         powers = np.exp((scores - scores.max(axis=0)) / temperature)
     return powers * len(alphas) / powers.sum(axis=0)

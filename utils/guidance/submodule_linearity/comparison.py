@@ -1,8 +1,8 @@
 """The base's own pass through a text, with the same block of every expert beside the base's.
 
 Each block of the base and the experts is fetched once, for all texts together. On the inputs that the base gives to each
-of its parts (`utils/guidance/submodule_linearity/parts.py`), each expert's version of the part is evaluated too. Everything is float32: what a
-fine-tune changes is so much smaller than the output that bfloat16 would round it away.
+of its parts (`parts.py`), each expert's version of the part is evaluated too. Everything is float32: what a fine-tune
+changes is so much smaller than the output that bfloat16 would round it away.
 
 Memory: what lies outside the base's blocks, two blocks of the base and of each expert, the hidden states of all texts,
 and, for one micro-batch and one part, the outputs of all models. With scores also the hidden states of each expert's own

@@ -1,8 +1,7 @@
 """What experts change about the parts outside the decoder blocks: embeddings, norms, the language-model head.
 
 The head is never evaluated on a vocabulary of logits: being linear, it does to all the final hidden states of a fold
-together what it does to the rows of their triangular root (`utils/guidance/submodule_linearity/gram.py`), a piece of the vocabulary at a
-time.
+together what it does to the rows of their triangular root (`gram.py`), a piece of the vocabulary at a time.
 """
 
 from collections.abc import Iterator, Sequence

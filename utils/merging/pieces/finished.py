@@ -61,9 +61,7 @@ class FinishedTensors:
         try:
             yield note
         except BaseException:
-            with contextlib.suppress(
-                OSError, UserError
-            ):  # what stopped the merge is what to say, not that it stops this, too
+            with contextlib.suppress(OSError, UserError):  # what stopped the merge is what to report
                 self._add(complete, sync, sum_of)
             raise
         self._add(complete, sync, sum_of)

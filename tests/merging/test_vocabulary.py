@@ -121,7 +121,7 @@ def test_padding_rows_stay_where_the_vectors_of_a_recipe_belong_to_rows(tmp_path
     models = [{"model": str(tmp_path / name), "parameters": parameters} for name in ("code", "math")]
     data = {"models": models, "merge_method": "guided_mean", "base_model": str(tmp_path / "base"), "dtype": "float32"}
     merged = merge_here(tmp_path, data | {"tokenizer_source": "base"}, quiet=False)
-    assert "all 128 are merged as they are, those of no token too (96 tokens)" in " ".join(
+    assert "all 128 are merged as they are, with those of no token (96 tokens)" in " ".join(
         capsys.readouterr().out.split()
     )
     assert rows_of(merged) == 128 == json.loads((merged / "config.json").read_text())["vocab_size"]

@@ -68,7 +68,7 @@ class CheckedWriter(TensorWriter):
             super().save_tensor(whole, value, clone)
         with self._counting:  # several GPUs write from threads of their own
             self.taken.add(name)
-            self._show(self._stacking.name_of(name), tensor.nbytes)
+            self._show(self._stacking.places.name_of(name), tensor.nbytes)
 
     def abandon(self) -> None:
         """Wait for shards that are being written and drop the others, so that their folder can be removed."""

@@ -4,7 +4,7 @@ The result keeps the names and the layout of the model whose config it has (`uti
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,13 @@ class Place:
 
 def written_tensors(plan: MergePlan) -> list[WrittenTensor]:
     """The tensors of the result, in the order in which the plan has the first of what each is made of."""
-    places, stacks = stack_places(plan), plan.inputs.donor.checkpoint.stacks
+    places, stacks = StackPlaces(plan), plan.inputs.donor.checkpoint.stacks
     members: dict[str, list[OutputTensor]] = {}
     for tensor in plan.tensors:
-        place = places.get(tensor.name)
-        members.setdefault(place.stack if place else tensor.name, []).append(tensor)
+        members.setdefault(places.name_of(tensor.name), []).append(tensor)
     found = []
     for name, own in members.items():
-        first, alone = own[0], own[0].name not in places
+        first, alone = own[0], places.of(own[0].name) is None
         found.append(
             WrittenTensor(
                 name,
@@ -52,25 +51,29 @@ def written_tensors(plan: MergePlan) -> list[WrittenTensor]:
                 first.dtype,
                 any(one.weight.optional for one in own),
                 first.nbytes if alone else sum(one.nbytes for one in own),
-                tuple(own) if alone else tuple(sorted(own, key=lambda one: places[one.name].first)),
+                tuple(own) if alone else tuple(sorted(own, key=lambda one: places.of(one.name).first)),
             )
         )
     return found
 
 
-def stack_places(plan: MergePlan) -> Mapping[str, Place]:
-    """Where each slice of a stack goes, by its name."""
-    stacks = plan.inputs.donor.checkpoint.stacks
-    return {
-        header.name: Place(name, stack.first_entry(number))
-        for name, stack in stacks.items()
-        for number, header in enumerate(stack.slices)
-    }
+class StackPlaces:
+    """Where the slices of a plan's stacks go, by their names."""
 
+    def __init__(self, plan: MergePlan) -> None:
+        self._places = {
+            header.name: Place(name, stack.first_entry(number))
+            for name, stack in plan.inputs.donor.checkpoint.stacks.items()
+            for number, header in enumerate(stack.slices)
+        }
 
-def written_name(places: Mapping[str, Place], name: str) -> str:
-    """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
-    return places[name].stack if name in places else name
+    def of(self, name: str) -> Place | None:
+        """Where a planned tensor goes; None if it is no slice."""
+        return self._places.get(name)
+
+    def name_of(self, name: str) -> str:
+        """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
+        return self._places[name].stack if name in self._places else name
 
 
 class StackedOutput:
@@ -78,18 +81,13 @@ class StackedOutput:
 
     def __init__(self, output: Output, plan: MergePlan) -> None:
         self._output = output
-        self._places = stack_places(plan)
-        self._widths = {
-            one.name: dtype_from_name(one.dtype).itemsize for one in plan.tensors if one.name in self._places
-        }
-
-    def name_of(self, name: str) -> str:
-        """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
-        return written_name(self._places, name)
+        self.places = StackPlaces(plan)
+        slices = [one for one in plan.tensors if self.places.of(one.name)]
+        self._widths = {one.name: dtype_from_name(one.dtype).itemsize for one in slices}
 
     def write(self, name: str, start: int, content: memoryview) -> None:
         """Take bytes of a tensor from byte `start` of it on."""
-        place = self._places.get(name)
+        place = self.places.of(name)
         if place is None:
             self._output.write(name, start, content)
         else:
@@ -100,18 +98,14 @@ class Stacking:
     """Collects the slices of stacks in memory, and gives each stack once it is whole. Several threads may add."""
 
     def __init__(self, plan: MergePlan) -> None:
-        self._places = stack_places(plan)
+        self.places = StackPlaces(plan)
         self._shapes = {name: stack.header.shape for name, stack in plan.inputs.donor.checkpoint.stacks.items()}
         self._begun: dict[str, tuple[Tensor, list[int]]] = {}
         self._lock = threading.Lock()
 
-    def name_of(self, name: str) -> str:
-        """The name in the result's files of a planned tensor, or of the stack that it belongs to."""
-        return written_name(self._places, name)
-
     def add(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a merged tensor; yield it, or the stack that it makes whole."""
-        place = self._places.get(name)
+        place = self.places.of(name)
         if place is None:
             yield name, tensor
             return

@@ -38,7 +38,7 @@ def test_without_inputs_it_is_the_truncated_svd(seed, rank):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), rank=st.integers(1, 6), ridge=st.sampled_from([1e-6, 1e-3]))
+@given(seed=st.integers(0, 2**31), rank=st.integers(1, 6), ridge=st.sampled_from([1e-6, 1e-3, 1.0]))
 def test_with_inputs_it_projects_outputs_on_their_main_directions(seed, rank, ridge):
     """X = P D, with P on the k largest eigenvectors of D (C + r 1) D': no SVD and no root of C."""
     change, inputs = drawn(seed)

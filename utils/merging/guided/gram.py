@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.merging.guided.definite import definite_factor, require_finite
+
 AT_ONCE = 2**22  # entries of a change that are solved for together
-_MOST_RIDGE = 1e-1
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,7 +65,9 @@ def gram_mean(
     scale = float(joint.diagonal().mean())
     if not scale > 0:
         return anchor.double()
-    factor = _definite_factor(joint, scale, ridge, label)
+    factor, taken = definite_factor(joint, scale, ridge)
+    if taken != ridge:
+        _LOG.warning("%s: inputs of too few directions for ridge %g; %g was taken", label, ridge, taken)
     del joint
     merged = torch.empty(anchor.shape, dtype=torch.float64, device=anchor.device)
     at_once = max(1, AT_ONCE // anchor.shape[1])
@@ -84,28 +87,10 @@ def _check(experts: Sequence[InputChange], anchor: Tensor) -> None:
         if one.change.shape != anchor.shape or one.gram.shape != (anchor.shape[1],) * 2:
             shapes = [list(tensor.shape) for tensor in (anchor, one.change, one.gram)]
             raise ValueError(f"anchor, change and Gram matrix do not fit together: {shapes}")
-        if not bool(one.gram.isfinite().all()):
-            raise ValueError("a Gram matrix holds numbers that are not finite")
+        require_finite(one.gram)
 
 
 def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
     if off_diagonal == 1:
         return gram
     return off_diagonal * gram + (1 - off_diagonal) * gram.diagonal().diag()
-
-
-def _definite_factor(joint: Tensor, scale: float, ridge: float, label: str) -> Tensor:
-    """The Cholesky factor of S = joint + r 1."""
-    asked = ridge
-    while True:
-        regular = joint.clone()
-        regular.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        if not int(failed):
-            break
-        ridge *= 10
-        if ridge > _MOST_RIDGE:
-            raise ValueError("a sum of Gram matrices is far from definite; were they measured on this model?")
-    if ridge != asked:
-        _LOG.warning("%s: inputs of too few directions for ridge %g; %g was taken", label, asked, ridge)
-    return factor

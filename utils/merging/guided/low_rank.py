@@ -12,7 +12,7 @@ In float64. The factorization of an [out, in] matrix takes about 20 out in min(o
 import torch
 from torch import Tensor
 
-_MOST_RIDGE = 1e-1
+from utils.merging.guided.definite import definite_factor, require_finite
 
 
 def rank_of(shape: tuple[int, ...], density: float) -> int:
@@ -51,16 +51,6 @@ def low_rank_factors(
 
 def _root(gram: Tensor, ridge: float) -> Tensor | None:
     """L, or None where there are no inputs at all."""
-    if not bool(gram.isfinite().all()):
-        raise ValueError("a Gram matrix holds numbers that are not finite")
+    require_finite(gram)
     scale = float(gram.diagonal().mean())
-    if not scale > 0:
-        return None
-    while ridge <= _MOST_RIDGE:
-        regular = gram.clone()
-        regular.diagonal().add_(ridge * scale)
-        root, failed = torch.linalg.cholesky_ex(regular)
-        if not int(failed):
-            return root
-        ridge *= 10
-    raise ValueError("a Gram matrix is far from definite; was it measured on this model?")
+    return definite_factor(gram, scale, ridge)[0] if scale > 0 else None

@@ -13,6 +13,8 @@ In float64. A row with k entries kept takes k^3 / 3 operations.
 import torch
 from torch import Tensor
 
+from utils.merging.guided.definite import require_finite
+
 _AT_ONCE = 2**24  # entries of the rows' matrices together
 
 
@@ -35,8 +37,7 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
     if kept.shape != change.shape or gram.shape != (change.shape[1],) * 2:
         shapes = [list(tensor.shape) for tensor in (change, kept, gram)]
         raise ValueError(f"change, mask and Gram matrix do not fit together: {shapes}")
-    if not bool(gram.isfinite().all()):
-        raise ValueError("a Gram matrix holds numbers that are not finite")
+    require_finite(gram)
     gram = gram.to(change.device, torch.float64)
     found = torch.where(kept, change.double(), 0.0)
     scale = float(gram.diagonal().mean())

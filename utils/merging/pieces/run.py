@@ -63,17 +63,17 @@ def run_directly(
         stacked = StackedOutput(output, plan)
 
         def note_and_report(name: str, nbytes: int) -> None:
-            note(stacked.name_of(name), nbytes)
-            report(stacked.name_of(name), nbytes)
+            note(stacked.places.name_of(name), nbytes)
+            report(stacked.places.name_of(name), nbytes)
 
         for spec in specs:
             if spec.name in finished.sums:
                 report(spec.name, spec.nbytes)
-        left = [tensor for tensor, _ in division.left if stacked.name_of(tensor.name) not in finished.sums]
+        left = [tensor for tensor, _ in division.left if stacked.places.name_of(tensor.name) not in finished.sums]
         for number, value in merge_by_mergekit([(plan, tensor) for tensor in left]):
             stacked.write(left[number].name, 0, as_bytes(value.view(-1)))
             note_and_report(left[number].name, value.nbytes)
-        direct = [tensor for tensor in division.direct if stacked.name_of(tensor.name) not in finished.sums]
+        direct = [tensor for tensor in division.direct if stacked.places.name_of(tensor.name) not in finished.sums]
         direct.sort(key=lambda tensor: place[tensor.name])
         merge_directly([(tensor, stacked) for tensor in direct], threads, note_and_report)
 

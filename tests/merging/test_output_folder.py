@@ -115,12 +115,6 @@ def test_a_file_that_a_tampered_manifest_claims_is_kept(tmp_path):
     assert_refused(target, "out-foreign-files", "diary.txt has other content", overwrite=True)
 
 
-def test_a_folder_of_an_earlier_version_is_known_by_sizes(tmp_path):
-    target = published(tmp_path / "model", "config.json")
-    (target / "manifest.json").write_text(json.dumps({"command": COMMAND, "files": {"config.json": 11}}))
-    assert list(check_output(target, overwrite=True).replaceable) == ["config.json", "manifest.json"]
-
-
 def test_the_same_recipe_again_is_looked_at_later(tmp_path):
     target = published(tmp_path / "model", "config.json")
     manifest = json.loads((target / "manifest.json").read_text()) | {"recipe": {"sha256": "5"}, "request": "7"}

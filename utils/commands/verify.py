@@ -19,6 +19,6 @@ def verify(folder: Path) -> None:
         raise UserError(text, "verify-no-manifest")
     found = deviations(folder, manifest, every_byte=True)
     raise_collected((Problem(one.text, "verify-deviation") for one in found), f"--verify {folder}")
-    hashed = not any(isinstance(digest, int) for digest in manifest["files"].values())
-    what = "the SHA-256" if hashed else "the size (an earlier version recorded no more)"
-    print(f"{folder}: {len(manifest['files'])} files have {what} that {MANIFEST} recorded, and there are no others")
+    print(
+        f"{folder}: {len(manifest['files'])} files have the SHA-256 that {MANIFEST} recorded, and there are no others"
+    )

@@ -75,7 +75,7 @@ def changed_checkpoints(manifest: Mapping[str, Any] | None, models: LocalModels,
         accepted: take other weights, with a warning.
 
     Returns:
-        Sentences about models whose weights are others, or (in an old manifest) were saved anew.
+        Sentences about models whose weights are others, or (where a manifest has no sample of them) were saved again.
 
     Raises:
         UserError: weights are others, and that is not accepted; all models in one message.

@@ -90,8 +90,6 @@ def _difference(path: Path, manifest: Mapping[str, Any], name: str, every_byte: 
     if not path.is_file() or path.is_symlink():
         return f"{name} is not a regular file"
     found = path.stat()
-    if isinstance(digest, int):  # by an earlier version, which recorded sizes
-        return "" if found.st_size == digest else f"{name} has another size"
     size, time = (_recorded(manifest, key, name) for key in ("bytes", "modified_ns"))
     if size is not None and found.st_size != size:
         return f"{name} has {found.st_size} bytes, recorded were {size}"

@@ -144,7 +144,8 @@ def test_help_shows_each_flag_once_with_its_default(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--out_dir OUT_DIR where to write" in shown
     assert "lower bound, 50% say [default: 0.3]" in shown
-    assert "--low_cpu_memory [True|False] default on [default: True]" in shown
+    assert "--low_cpu_memory default on [default: True]" in shown and "--no-NAME" in shown
+    assert shown.startswith("usage: some.py --out_dir OUT_DIR [flags] Does something.")
     assert "--out-dir" not in shown and "--no-lazy" not in shown
 
 

@@ -19,6 +19,7 @@ from utils.suggestions import nearest
 
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
+_SWITCHES = "A flag without a value is switched off by --no-NAME, or by NAME False."
 
 
 def boolean(text: str) -> bool:
@@ -93,12 +94,12 @@ class _StoreOnce(argparse.Action):
 
 
 class _FirstSpelling(argparse.RawDescriptionHelpFormatter):
-    """Help that shows the first spelling of each flag only."""
+    """Help that shows the first spelling of each flag only, and no values of switches."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        if action.nargs == 0:
+        if action.nargs == 0 or action.type is boolean:
             return action.option_strings[0]
         return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
 
@@ -112,16 +113,29 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _FirstSpelling)
-        super().__init__(allow_abbrev=False, **kwargs)
-        self.switch("quiet", "no report and no progress bar; warnings and the last lines remain")
-        self.switch("traceback", "with an error message, also show where in the program it comes from and its cause")
+        super().__init__(allow_abbrev=False, add_help=False, epilog=_SWITCHES, **kwargs)
+        general = self.add_argument_group("help and output")
+        general.add_argument("-h", "--help", action="help", help="show this help and exit")
+        self.switch("quiet", "no report and no progress bar; warnings and the last lines remain", group=general)
+        self.switch(
+            "traceback",
+            "with an error message, also show where in the program it comes from and its cause",
+            group=general,
+        )
 
-    def flag(self, name: str, help: str, **kwargs: Any) -> None:
-        """Declare `--name` (underscored) and its dashed alias; keyword arguments as in `add_argument`."""
+    def flag(self, name: str, help: str, *, group: Any = None, **kwargs: Any) -> None:
+        """Declare `--name` (underscored) and its dashed alias.
+
+        Args:
+            name: underscored.
+            help: what it does.
+            group: the argument group under whose title the help shows it; None: "options".
+            kwargs: as in `add_argument`.
+        """
         default = kwargs.get("default")
         if default is not None and default != "":
             help = f"{help} [default: {str(default).replace('%', '%%')}]"
-        self.add_argument(*_spellings("--", name), dest=name, action=_StoreOnce, help=help, **kwargs)
+        (group or self).add_argument(*_spellings("--", name), dest=name, action=_StoreOnce, help=help, **kwargs)
 
     def computing_flags(self, side_by_side: str) -> None:
         """Declare where and how models are computed.
@@ -160,20 +174,26 @@ class FlagParser(argparse.ArgumentParser):
             "ray_cpus", "CPUs that a task takes, and torch's threads in it [default: 1]", type=whole_number(1, 4096)
         )
 
-    def switch(self, name: str, help: str, default: bool | None = False) -> None:
-        """Declare a boolean flag: `--name`, `--no-name`, `--name True|False`."""
+    def switch(self, name: str, help: str, default: bool | None = False, *, group: Any = None) -> None:
+        """Declare a boolean flag: `--name`, `--no-name`, `--name True|False`; `group` as in `flag`."""
         spellings = [*_spellings("--", name), *_spellings("--no-", name), *_spellings("--no_", name)]
         shown = "" if default is None else f" [default: {default}]"
-        self.add_argument(
+        (group or self).add_argument(
             *dict.fromkeys(spellings),
             dest=name,
             action=_StoreOnce,
             nargs="?",
             type=boolean,
             default=default,
-            metavar="True|False",
             help=help + shown,
         )
+
+    def format_help(self) -> str:
+        """The help; its usage line holds what must be given, the rest is listed below."""
+        flags = [f"--{one.dest} {one.dest.upper()}" for one in self._actions if one.option_strings and one.required]
+        words = [f"[{one.metavar} ...]" for one in self._actions if not one.option_strings]
+        self.usage = " ".join(["%(prog)s", *flags, "[flags]", *words])
+        return super().format_help()
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; unknown flags end the process with the nearest known flag in the message."""

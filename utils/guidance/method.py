@@ -198,14 +198,15 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
         for flag in method.flags(half):
             assert flags.setdefault(flag.name, flag) is flag, f"two flags are called {flag.name}"
             owners.setdefault(flag.name, []).append(method.name)
+    group = parser.add_argument_group("flags of single guidance methods")
     for name, flag in flags.items():
         shown = "" if flag.default is None else f" [default: {flag.default}]"
         text = f"{', '.join(owners[name])}: {flag.help}{shown}".replace("%", "%%")
         if flag.switch:
-            parser.switch(name, text, default=None)
+            parser.switch(name, text, default=None, group=group)
         else:
             more = {key: value for key in ("type", "choices") if (value := getattr(flag, key)) is not None}
-            parser.flag(name, text, **more)
+            parser.flag(name, text, group=group, **more)
 
 
 def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:

@@ -97,6 +97,14 @@ def test_the_commands_in_a_folder_of_another_encoding(words, pristine, tmp_path)
 
 
 def test_of_an_absolute_path_the_last_part_may_be_published():
-    names = {"org/model": "org/model", "models/a": "models/a", "/home/me/a": "a", "/a/b/": "b", "~/a": "a", "": ""}
+    names = {
+        "org/model": "org/model",
+        "models/a": "models/a",
+        "/home/me/a": "a",
+        "/a/b/": "b",
+        "/a/b/.": "b",
+        "~/a": "a",
+        "": "",
+    }
     assert {name: without_folders(name) for name in names} == names
     assert without_folders("~nobody_of_this_name/a") == "~nobody_of_this_name/a"

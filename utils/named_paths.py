@@ -38,7 +38,7 @@ def check_path(path: str | Path, what: str) -> None:
 def without_folders(name: str) -> str:
     """A name of a model or a file as it may be published: the last part alone of an absolute path, any other as it is."""
     path = os.path.expanduser(name)
-    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else name
+    return Path(path).name if os.path.isabs(path) else name
 
 
 def _is_utf8(text: str) -> bool:

@@ -57,9 +57,10 @@ def _span(raw: Any) -> Span:
     return Span(low, high)
 
 
-def _bounded(span: Span, low: float, high: float, *, low_open: bool) -> Span:
-    if span.low < low or (low_open and span.low == low) or span.high > high:
-        above = f"above {low:g}" if low_open else f"at least {low:g}"
+def _bounded(span: Span, high: float, *, low_open: bool) -> Span:
+    """Refuse what reaches below 0 (or, with `low_open`, down to it) or above `high`."""
+    if span.low < 0 or (low_open and span.low == 0) or span.high > high:
+        above = "above 0" if low_open else "at least 0"
         at_most = "" if high == math.inf else f" and at most {high:g}"
         raise Mistakes(Problem(f"must be {above}{at_most}, got {span.low:g} to {span.high:g}", "out-of-range"))
     return span
@@ -101,12 +102,10 @@ def _some_weight(weights: Mapping[str, float]) -> Mapping[str, float]:
     return weights
 
 
-Positive = Annotated[
-    Span, BeforeValidator(_span), AfterValidator(partial(_bounded, low=0, high=math.inf, low_open=True))
-]
-Whole = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, low=0, high=math.inf, low_open=False))]
-Share = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, low=0, high=1, low_open=True))]
-Part = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, low=0, high=1, low_open=False))]
+Positive = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, high=math.inf, low_open=True))]
+NotNegative = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, high=math.inf, low_open=False))]
+Share = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, high=1, low_open=True))]
+Part = Annotated[Span, BeforeValidator(_span), AfterValidator(partial(_bounded, high=1, low_open=False))]
 Names = Annotated[tuple[Text, ...] | None, BeforeValidator(_listed), AfterValidator(_each_once)]
 Places = Annotated[tuple[Place, ...] | None, BeforeValidator(_listed), AfterValidator(_each_once)]
 Values = Annotated[
@@ -133,7 +132,7 @@ class SearchSettings:
     gamma: Part = Span(0.0, 0.4)
     epsilon: Share = Span(0.5, 1.0)
     power: Share = Span(0.25, 1.0)
-    floor: Whole = Span(0.0, 0.5)
+    floor: NotNegative = Span(0.0, 0.5)
     weights: Positive = Span(0.6, 1.4)
     depth: Positive = Span(0.6, 1.4)
     depth_groups: Annotated[int, Field(strict=True, ge=1, le=MAX_DEPTH_GROUPS)] = 2

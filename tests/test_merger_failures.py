@@ -438,6 +438,6 @@ def test_finished_work_that_is_damaged_is_made_again(copies, monkeypatch, capsys
     damage(kept_work(caught.value).folder)
     mine = (copies / "mine").read_bytes() if damage is linked else None
     part = merge_here(copies, recipe(copies), "part", **how)
-    assert capsys.readouterr().err.count("has changed since") == 1
+    assert capsys.readouterr().err.count("is not as it was left") == 1
     assert_same_model(part, whole)
     assert not list(copies.glob(".*")) and (mine is None or (copies / "mine").read_bytes() == mine)

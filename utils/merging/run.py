@@ -106,7 +106,7 @@ def run_merge(planned: PlannedMerge, folder: Path, finished: FinishedTensors | N
         for path in (folder / INDEX, *folder.glob("*.safetensors")):
             path.unlink(missing_ok=True)
     if finished.damage:
-        warn([f"what an interrupted run had finished has changed since ({finished.damage}): all is merged again"])
+        warn([f"what an interrupted run had finished is not as it was left ({finished.damage}): all is merged again"])
     if not settings.quiet:
         anew = "" if division.direct else "; after a kill the merge begins anew"
         print(f"path: {division.summary}{anew}", flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny_pairs import save_pair
-from utils.commands import measure as measurement
+from utils.commands import measure_preparation
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
 from utils.errors import UserError
@@ -122,6 +122,6 @@ def test_two_threads_take_two_models(pair, threads_of_torch, capsys):
 
 
 def test_models_that_memory_is_short_for_go_one_by_one(pair, threads_of_torch, monkeypatch, capsys):
-    monkeypatch.setattr(measurement, "available_bytes", lambda device: 10**5)
+    monkeypatch.setattr(measure_preparation, "available_bytes", lambda device: 10**5)
     measured("short")
     assert "side by side" not in capsys.readouterr().out

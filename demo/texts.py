@@ -5,10 +5,11 @@ arithmetic from `demo.arithmetic`. Nothing is downloaded. The same interpreter a
 """
 
 import ast
+import os
 import random
 import sysconfig
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,8 +81,7 @@ def build_texts(sizes: Sizes = Sizes(), seed: int = 0, library: Path | None = No
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     rng = random.Random(seed)
-    names = sorted(path.relative_to(library) for path in library.rglob("*.py"))
-    paths = [library / name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]
+    paths = sorted(_sources(library))
     rng.shuffle(paths)
     training = [path for index, path in enumerate(paths) if index % FILES_PER_SPLIT > 1]
 
@@ -106,6 +106,13 @@ def build_texts(sizes: Sizes = Sizes(), seed: int = 0, library: Path | None = No
     )
     assert_disjoint(texts)
     return texts
+
+
+def _sources(library: Path) -> Iterator[Path]:
+    """The Python files in a folder, those in skipped folders left out: packages that users installed are thousands."""
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def assert_disjoint(texts: Texts) -> None:

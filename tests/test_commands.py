@@ -1,4 +1,7 @@
-"""One run of each command on a tiny pair, each on what the one before wrote; the last two in this process, which is quicker.
+"""One run of each command on a tiny pair, each on what the one before wrote.
+
+Command 2 is a process of its own, the others run in this one, which is quicker: others start those as processes
+(`test_lewis_importance_processes.py`, `test_merger.py`, `test_evaluator.py`, `test_searcher.py`).
 
 python -m pytest tests/test_commands.py
 """
@@ -16,11 +19,7 @@ def test_every_command_once(tmp_path, run_command_line):
     pair = save_pair(tmp_path)
     write_config(pair, {"search": {"guidance": ["uniform"], "depth_groups": 1}})
 
-    def run(script, *words):
-        done = run_command_line(script, *words, cwd=pair)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-
-    run("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "measured", "--device", "cpu")
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "measured", "--device", "cpu", cwd=pair)
     assert {path.name for path in (pair / "measured").iterdir()} == {
         "code_delta.csv",
         "math_delta.csv",
@@ -28,10 +27,13 @@ def test_every_command_once(tmp_path, run_command_line):
         "lewis_noise.csv",
         "manifest.json",
     }
-    run("lewis_merge.py", "--delta_dfs_in_dir", "measured", "--config_file", "pair.yaml", "--out_dir", "recipes")
+    words = ("--delta_dfs_in_dir", "measured", "--config_file", "pair.yaml", "--out_dir", "recipes")
+    done = run_command_line("lewis_merge.py", *words, cwd=pair)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (recipe,) = (pair / "recipes").glob("*.yaml")
     assert yaml.safe_load(recipe.read_text())["merge_method"] == "ties"
-    run("utils/merger.py", "--merge_config", recipe, "--output_path", "merged", "--device", "cpu", "--quiet")
+    words = ("--merge_config", recipe, "--output_path", "merged", "--device", "cpu", "--quiet")
+    done_here("utils/merger.py", *words, cwd=pair)
     written = json.loads((pair / "merged/manifest.json").read_text())
     assert "model.safetensors" in written["files"] and (pair / "merged/tokenizer.json").exists()
     few = ("--validation_rows", 4, "--test_rows", 4, "--device", "cpu", "--quiet")

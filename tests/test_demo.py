@@ -4,6 +4,8 @@ python -m pytest tests/test_demo.py
 """
 
 import ast
+import contextlib
+import io
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from demo import run as demo_run
 from demo import texts as texts_module
 from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
 from demo.texts import CHARACTERS, Sizes, Split, Texts, assert_disjoint, build_texts, code_chunks, prose_chunks
-from demo.train import FAST, FOLDERS, FULL, MANIFEST, train_models, up_to_date, write_data
+from demo.train import FAST, FOLDERS, FULL, MANIFEST, main, up_to_date
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
 
@@ -178,10 +180,11 @@ def test_all_templates_are_used():
 
 @pytest.fixture(scope="module")
 def fast_demo(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("demo")
-    result = demo_script("-m", "demo.train", "--fast", "--out", str(out))
-    assert result.returncode == 0, result.stderr
-    assert "wrote data, models/base, models/code, models/math" in result.stdout
+    out, said = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["demo/train.py", "--fast", "--out", str(out)])
+        main()
+    assert "wrote data, models/base, models/code, models/math" in said.getvalue()
     return out
 
 
@@ -221,10 +224,10 @@ def test_data_files_hold_the_text(fast_demo):
     assert rows("heldout_math.jsonl") == list(texts.math.heldout)
 
 
+@pytest.mark.slow
 def test_a_second_training_gives_the_same_bytes(fast_demo, tmp_path):
-    texts = build_texts(FAST.sizes, FAST.seed)
-    write_data(FAST, texts, tmp_path)
-    train_models(FAST, texts, tmp_path)  # in this process; the first one was in another
+    result = demo_script("-m", "demo.train", "--fast", "--out", str(tmp_path))  # the first one was in this process
+    assert result.returncode == 0, result.stderr
     for folder in FOLDERS:
         first, second = (json.loads((out / folder / MANIFEST).read_text())["files"] for out in (fast_demo, tmp_path))
         assert first == second

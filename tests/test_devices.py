@@ -4,6 +4,7 @@ What a GPU alone would show otherwise, tensors of two places in one operation an
 any machine. See `tests/simulated_device.py`. Where a GPU is there, it is the device.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -63,14 +64,26 @@ def assert_same_models(folder: Path, other: Path) -> None:
         torch.testing.assert_close(two[name].float(), value.float(), rtol=2**-7, atol=1e-6)
 
 
-ACCEPTING = {"accept_useless_text": True}  # experts of random numbers gain nothing
+GIVEN = {
+    "accept_useless_text": True,
+    "tune_steps": 1,
+}  # experts of random numbers gain nothing; one step is like the next
 
 
 def measured_here(method: GuidanceMethod, out: Path) -> None:
     """Measure the pair in the current folder on the CPU, in this process."""
-    own = {flag.name: flag.default for flag in method.measure_flags}
-    own |= {name: value for name, value in ACCEPTING.items() if name in own}
+    own = {flag.name: GIVEN.get(flag.name, flag.default) for flag in method.measure_flags}
     measure_pair(MeasureOptions(read_pair_config(Path("pair.yaml")), method, own, out, "cpu", "float32", 64))
+
+
+def measuring(method: GuidanceMethod, out: str) -> list[str]:
+    """The command that does so on the device."""
+    own = {flag.name: GIVEN[flag.name] for flag in method.measure_flags if flag.name in GIVEN}
+    return [
+        "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", out, "--guidance", method.name),
+        *("--dtype", "float32", "--micro_batch_tokens", "64"),
+        *(word for name, value in own.items() for word in ((f"--{name}",) if value is True else (f"--{name}", str(value)))),
+    ]  # fmt: skip
 
 
 def assert_same_tables(folder: Path, other: Path) -> None:
@@ -82,28 +95,43 @@ def assert_same_tables(folder: Path, other: Path) -> None:
         pd.testing.assert_frame_equal(one, two, rtol=1e-2 if GPU else 1e-4, atol=1e-6)
 
 
+def merging(made: Path | str, out: str) -> list[str]:
+    """The command that merges a recipe."""
+    return ["utils/merger.py", "--output_path", out, "--merge_config", str(made)]
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
-    """A pair, measured with every guidance on the device into `there`; and what made the host wait, by guidance."""
-    pair = save_pair(tmp_path_factory.mktemp("measured"))
+def on_device(tmp_path_factory) -> tuple[Path, dict[tuple[str, str], list[dict]]]:
+    """A pair's folder, and what made the host wait, by command: all of them in one process.
+
+    Every guidance has measured into `there`; merges by our own methods and by mergekit's executor, of other models, are
+    in `own_METHOD` and `stock/there_METHOD`, and those of the CPU in `cpu_METHOD` and `stock/here_METHOD`.
+    """
+    pair = save_pair(tmp_path_factory.mktemp("pair"))
     write_config(pair, {"calibration": CALIBRATION})
-    commands = {
-        name: [
-            "lewis_importance.py", *("--config", "pair.yaml", "--out_dir", f"there/{name}", "--guidance", name),
-            *("--dtype", "float32", "--micro_batch_tokens", "64"),
-            *(f"--{flag.name}" for flag in method.measure_flags if flag.name in ACCEPTING),
-        ]
-        for name, method in guidance_methods().items()
-    }  # fmt: skip
+    commands = {("measure", name): measuring(method, f"there/{name}") for name, method in guidance_methods().items()}
+    with contextlib.chdir(pair):
+        measured_here(guidance_methods()["saliency_budget"], Path("here/saliency_budget"))
+        for mask, method in OWN:
+            (made,) = decide_here(
+                "saliency_budget", "here/saliency_budget", mask=mask, merge_method=method, mean_density=0.3
+            )
+            merge(MergeSettings(Path(f"cpu_{method}"), made, device="cpu", quiet=True))
+            commands["own", method] = merging(made, f"own_{method}")
+    stock = save_models(pair / "stock")
+    for method in STOCK:
+        merge_here(stock, recipe(stock, method), f"here_{method}")
+        commands["stock", method] = merging(f"stock/here_{method}.yaml", f"stock/there_{method}")
     return pair, dict(zip(commands, run_on_device(pair, *commands.values()), strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(guidance_methods()))
-def test_every_guidance_measures_the_same_as_on_the_cpu(measured, monkeypatch, name):
-    pair, found = measured
+def test_every_guidance_measures_the_same_as_on_the_cpu(on_device, monkeypatch, name):
+    pair, waits = on_device
     monkeypatch.chdir(pair)
     here, there = Path("here") / name, Path("there") / name
-    measured_here(guidance_methods()[name], here)
+    if not here.exists():
+        measured_here(guidance_methods()[name], here)
     assert_same_tables(here, there)
     for file in here.glob("*.safetensors"):
         vectors, others = load_file(file), load_file(there / file.name)
@@ -113,42 +141,21 @@ def test_every_guidance_measures_the_same_as_on_the_cpu(measured, monkeypatch, n
             np.testing.assert_allclose(others[key].numpy(), vector.numpy(), rtol=1e-2 if GPU else 1e-4, atol=least)
     # results are fetched once, after the last block; transformers looks once at every padded mask, before the first.
     # Merges of a block at every level are solved and judged on the CPU while that block is there.
-    inside = [wait for wait in found[name] if "_through_block" in wait["stack"]]
+    found = waits["measure", name]
+    inside = [wait for wait in found if "_through_block" in wait["stack"]]
     assert not [wait for wait in inside if "held_out_misses" not in wait["stack"]]
-    assert found[name] or GPU
-
-
-@pytest.fixture(scope="module")
-def merged_by_mergekit(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
-    """Models merged by each method here and on the device; and what made the host wait, by method."""
-    folder = save_models(tmp_path_factory.mktemp("merged"))
-    for method in STOCK:
-        merge_here(folder, recipe(folder, method), f"here_{method}")
-    commands = [
-        ["utils/merger.py", "--output_path", f"there_{method}", "--merge_config", f"here_{method}.yaml"]
-        for method in STOCK
-    ]
-    return folder, dict(zip(STOCK, run_on_device(folder, *commands), strict=True))
+    assert found or GPU
 
 
 @pytest.mark.parametrize("method", STOCK)
-def test_a_merge_by_mergekits_executor_has_the_bits_of_one_on_the_cpu(merged_by_mergekit, method):
-    folder, waits = merged_by_mergekit
-    assert_same_models(folder / f"here_{method}", folder / f"there_{method}")
+def test_a_merge_by_mergekits_executor_has_the_bits_of_one_on_the_cpu(on_device, method):
+    pair, waits = on_device
+    assert_same_models(pair / f"stock/here_{method}", pair / f"stock/there_{method}")
     # selection leaves every number on the device
-    assert not [wait for wait in waits[method] if "band_mask" in wait["stack"]]
+    assert not [wait for wait in waits["stock", method] if "band_mask" in wait["stack"]]
 
 
-def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(tmp_path, monkeypatch):
-    pair = save_pair(tmp_path)
-    write_config(pair, {"calibration": CALIBRATION})
-    monkeypatch.chdir(pair)
-    measured_here(guidance_methods()["saliency_budget"], Path("here"))
-    commands = []
-    for mask, method in OWN:
-        (made,) = decide_here("saliency_budget", "here", mask=mask, merge_method=method, mean_density=0.3)
-        merge(MergeSettings(Path(f"cpu_{method}"), made, device="cpu", quiet=True))
-        commands.append(["utils/merger.py", "--output_path", f"sim_{method}", "--merge_config", made])
-    run_on_device(pair, *commands)
-    for _, method in OWN:
-        assert_same_models(pair / f"cpu_{method}", pair / f"sim_{method}")
+@pytest.mark.parametrize("method", [method for _, method in OWN])
+def test_our_own_merge_methods_have_the_bits_of_a_merge_on_the_cpu(on_device, method):
+    pair, _ = on_device
+    assert_same_models(pair / f"cpu_{method}", pair / f"own_{method}")

@@ -23,13 +23,15 @@ def _run(folder: Path, *words: str) -> str:
         "-m",
         "pytest",
         "-p",
+        "xdist",
+        "-p",
         "tests.resumable",
         "--passed",
         "notes/passed",
         "-p",
         "no:cacheprovider",
     ]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run([*command, *words, "."], cwd=folder, env=environment, capture_output=True, text=True)
     return f"{done.stdout} exit {done.returncode}"
 

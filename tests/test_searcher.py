@@ -67,25 +67,15 @@ def settings(folder: Path, **changes) -> Path:
 def options(folder: Path, **changes) -> SearchOptions:
     """A search of the unguided ways, in this process."""
     rows = {"validation_rows": 16, "test_rows": 16, "first_rows": 4}
-    given = {"out_dir": folder / "out/search", "trials": 14, "device": "cpu", "quiet": True, **rows, **changes}
+    given = {"out_dir": folder / "out/search", "trials": 6, "device": "cpu", "quiet": True, **rows, **changes}
     return SearchOptions(read_pair_config(folder / "pair.yaml"), **given)
 
 
 def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_line):
     """Three models and two JSONL files: the search measures, searches and judges; the command it prints merges."""
-    done = run_command_line(
-        "utils/searcher.py",
-        "--config",
-        "pair.yaml",
-        "--out_dir",
-        "out/search",
-        *ROWS,
-        "--measure",
-        "--trials",
-        26,
-        cwd=pair,
-        timeout=900,
-    )
+    settings(pair, search={"guidance": ["uniform", "lewis", "gram_mean"]})
+    words = ("--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 12)
+    done = run_command_line("utils/searcher.py", *words, "--measure", cwd=pair, timeout=900)
     assert done.returncode == 0, done.stderr
     out = pair / "out/search"
     written = {
@@ -111,29 +101,27 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
     assert " s for the " in forecast or " min for the " in forecast
     assert "of disk; memory: about" in forecast and done.stdout.index(forecast) < done.stdout.index("batch 0:")
     trials = pd.read_csv(out / "trials.csv")
-    assert len(trials) == 26 and {"lambda", "gain.code", "gain.math", "merge_method", "guidance"} <= set(trials.columns)
+    assert len(trials) == 12 and {"lambda", "gain.code", "gain.math", "merge_method", "guidance"} <= set(trials.columns)
     whole = trials[(trials.seen_rows == trials.all_rows) & (trials.state == "complete")]
     assert (
         whole["value"].max() == trials.loc[best[winner]["trial"], "value"] >= whole[whole.known.notna()]["value"].max()
     )
     page = (out / "report.html").read_text()
     assert "The search" in page and winner in page
-    words = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", ""))[1:]
-    words[0] = "utils/merger.py"
-    merged = run_command_line(*words, cwd=pair)
-    assert merged.returncode == 0, merged.stderr
-    result = Path(pair, words[words.index("--output_path") + 1])
+    following = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", ""))[2:]
+    done_here("utils/merger.py", *following, cwd=pair)
+    result = Path(pair, following[following.index("--output_path") + 1])
     assert (result / "model.safetensors").exists()
     record = json.loads((out / "best.manifest.json").read_text())
-    assert record["search"]["trial"] == best[winner]["trial"] and record["search"]["trials"] == 26
+    assert record["search"]["trial"] == best[winner]["trial"] and record["search"]["trials"] == 12
     card = (result / "README.md").read_text()
     assert f"| **{winner}** |" in card and (result / "report.html").is_file()
     written = {hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("best*.yaml")}
     assert {one["recipe_sha256"] for one in json.loads((out / "manifest.json").read_text())["candidates"]} == written
-    assert f"Found by a search: trial {best[winner]['trial']} of 26" in card
+    assert f"Found by a search: trial {best[winner]['trial']} of 12" in card
     assert json.loads((result / "manifest.json").read_text())["origin"]["search"]["validation_rows"]["code"] == 24
     before = contents(out / "losses")
-    done_here("utils/searcher.py", "--config", "pair.yaml", "--out_dir", "out/search", *ROWS, "--trials", 26, cwd=pair)
+    done_here("utils/searcher.py", *words, cwd=pair)
     assert contents(out / "losses") == before
     assert pd.read_csv(out / "scores.csv").equals(scores)
 
@@ -221,7 +209,7 @@ def test_rows_whose_answer_is_cut_off_are_in_no_round(pair, capsys):
 @pytest.mark.slow
 def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
     settings(pair, search=UNGUIDED)
-    search_pair(options(pair, out_dir=pair / "whole"))
+    search_pair(options(pair, trials=14, out_dir=pair / "whole"))
     command = [
         sys.executable,
         ROOT / "utils/searcher.py",
@@ -246,7 +234,7 @@ def test_killed_and_typed_again_it_goes_on_to_the_same_end(pair):
         running.send_signal(signal.SIGKILL)
         running.communicate()
     kept = contents(pair / "killed/losses")
-    search_pair(options(pair, out_dir=pair / "killed"))
+    search_pair(options(pair, trials=14, out_dir=pair / "killed"))
     after = contents(pair / "killed/losses")
     assert {name: after[name] for name in kept if name.endswith(".json")} == {
         name: kept[name] for name in kept if name.endswith(".json")
@@ -266,14 +254,14 @@ def test_more_trials_and_what_is_refused_of_a_folder_in_use(pair, monkeypatch):
     settings(pair, search=UNGUIDED)
     search_pair(options(pair))
     leave_stock(pair / "out/search")
-    search_pair(options(pair, trials=16))
+    search_pair(options(pair, trials=8))
     assert not list((pair / "out/search").glob("best_stock.[ym]*"))
     (pair / "out/search/best_stock.yaml").write_text("best_stock.yaml")  # as a kill leaves it just before it is removed
     edited_meanwhile(pair / "out/search/best.yaml", monkeypatch)
-    search_pair(options(pair, trials=16))
+    search_pair(options(pair, trials=8))
     assert not list((pair / "out/search").glob("best_stock.[ym]*"))
     assert (pair / "out/search/best_stock_mine.txt").read_text() == "changed since"
-    assert len(pd.read_csv(pair / "out/search/trials.csv")) == 16
+    assert len(pd.read_csv(pair / "out/search/trials.csv")) == 8
     best = pair / "out/search/best.yaml"
     own = best.read_text()
     best.write_text("# mine\n" + own)
@@ -316,7 +304,7 @@ def edited_meanwhile(best: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(search_results, "generate", edit)
         with refused("search-edited-result"):
-            search_pair(options(best.parents[2], trials=16))
+            search_pair(options(best.parents[2], trials=8))
     assert best.read_text() == "# mine"
     best.write_text(own)
 
@@ -365,10 +353,10 @@ def test_time_that_is_up_ends_with_what_there_is_and_is_gone_on_with(pair, capsy
     with refused("search-nothing-finished"):
         search_pair(options(pair, max_hours=1e-7))
     assert not (pair / "out/search/best.yaml").exists()
-    search_pair(options(pair, trials=14))
+    search_pair(options(pair))
     search_pair(options(pair, trials=40, max_disk=1000))
     assert "ended early: --max_disk" in capsys.readouterr().out
-    assert len(pd.read_csv(pair / "out/search/trials.csv").query("state == 'complete'")) == 14
+    assert len(pd.read_csv(pair / "out/search/trials.csv").query("state == 'complete'")) == 6
 
 
 def test_models_that_have_to_be_written_first_count_for_the_disk(pair, monkeypatch, capsys):

@@ -69,7 +69,7 @@ def values(dtype: torch.dtype, *, with_nan: bool = True):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_top_k_equals_a_sort_with_ties_and_special_values(dtype, place, small_chunks):
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(x=values(dtype), k=st.integers(-2, 45))
     def check(x, k):
         x = place(x)
@@ -83,7 +83,7 @@ def test_top_k_of_any_bit_pattern(dtype, place, small_chunks):
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     limits = torch.iinfo(integer)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(bits=st.lists(st.integers(limits.min, limits.max), min_size=1, max_size=30), data=st.data())
     def check(bits, data):
         x = place(torch.tensor(bits, dtype=integer).view(dtype))
@@ -95,7 +95,7 @@ def test_top_k_of_any_bit_pattern(dtype, place, small_chunks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_band_is_the_difference_of_two_top_k(dtype, place, small_chunks):
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(x=values(dtype), skip=st.integers(-3, 45), k=st.integers(-3, 45))
     def check(x, skip, k):
         x = place(x)
@@ -213,7 +213,7 @@ def test_other_dtypes_are_refused(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_smallest_per_row_equals_a_stable_sort(dtype, place, small_chunks):
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(entries=values(dtype), columns=st.integers(1, 12), k=st.integers(-1, 13))
     def check(entries, columns, k):
         rows = entries.numel() // columns

@@ -5,6 +5,7 @@ python -m pytest tests/guidance/test_going_on.py
 
 import os
 import re
+import shutil
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.architectures.shrinking import Row, save_changed, tiny_model
 from tests.commands_here import done_here, run_here
 from tests.faulty import Failing, full
 from tests.refusals import refusal_code
-from tests.tiny_pairs import save_pair, save_rows, save_tokenizer, write_config
+from tests.tiny_pairs import save_rows, save_tokenizer, write_config
 from utils.commands import measure
 from utils.passes import snapshots
 from utils.recipes.gram_file import GramFileWriter
@@ -26,6 +27,33 @@ HYBRID = Row("lfm2", "causal", {"layer_types": ["conv", "full_attention", "conv"
 def at_every_block(monkeypatch):
     monkeypatch.setattr(snapshots, "SECONDS", -1.0)
     monkeypatch.setattr(snapshots, "MOST_SHARE", float("inf"))
+
+
+@pytest.fixture(scope="module")
+def hybrids(tmp_path_factory):
+    """A pair of two kinds of blocks, of which one component is to be measured; read only."""
+    folder = tmp_path_factory.mktemp("hybrids")
+    base = tiny_model(HYBRID).bfloat16()
+    for seed, name in enumerate(("base", "code", "math")):
+        save_tokenizer(save_changed(base, folder / name, seed))
+    save_rows(folder)
+    write_config(folder, {"components": ["q_proj"]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What a command line publishes for a pair if nothing stops it: `unbroken(line, pair)`; run once."""
+    found = {}
+
+    def published(line, pair):
+        if (line, pair) not in found:
+            folder = shutil.copytree(pair, tmp_path_factory.mktemp("unbroken"), dirs_exist_ok=True)
+            done_here(*line, "--out_dir", "out", cwd=folder)
+            found[line, pair] = measured(folder / "out")
+        return found[line, pair]
+
+    return published
 
 
 def measured(folder):
@@ -66,27 +94,25 @@ def stopped(folder, monkeypatch, line, stop_at):
         ("gram_mean", (), 14),
     ],
 )
-def test_a_measurement_that_an_error_ends_goes_on(tmp_path, monkeypatch, method, words, at):
+def test_a_measurement_that_an_error_ends_goes_on(pair, pristine, unbroken, monkeypatch, method, words, at):
     """What stays is named, with what it takes; it is what an interrupt leaves, and gives the same bytes."""
-    save_pair(tmp_path)
     line = command(method, *words)
     with monkeypatch.context() as patched:
         patched.setattr(local, "return_freed_memory", Failing(local.return_freed_memory, at, full()))
-        said = run_here(*line, "--out_dir", "out", cwd=tmp_path).stderr
-    (kept,) = (tmp_path / "out" / ".measuring.part").iterdir()
+        said = run_here(*line, "--out_dir", "out", cwd=pair).stderr
+    (kept,) = (pair / "out" / ".measuring.part").iterdir()
     assert re.search(
         rf"what is finished stays in \S*{kept.name}, where it takes [0-9.]+ [MG]B: once what stopped it is mended, the same line goes on",
         said,
     )
     left = {path.name for path in kept.iterdir()}
     assert not any(name.startswith(".") or name.endswith(".writing") for name in left)
-    goes_on(tmp_path, line)
+    goes_on(pair, line, unbroken(line, pristine))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_at_the_end_costs_no_piece(tmp_path, monkeypatch, call):
+def test_a_full_disk_at_the_end_costs_no_piece(pair, pristine, unbroken, monkeypatch, call):
     """Large files among what is published, too (gram_mean's)."""
-    save_pair(tmp_path)
     line, publish = command("gram_mean"), measure.publish_files
 
     def publish_in_vain(folder, files, **more):
@@ -96,32 +122,29 @@ def test_a_full_disk_at_the_end_costs_no_piece(tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patched:
         patched.setattr(measure, "publish_files", publish_in_vain)
-        assert refusal_code(run_here(*line, "--out_dir", "out", cwd=tmp_path)) == "os-error"
+        assert refusal_code(run_here(*line, "--out_dir", "out", cwd=pair)) == "os-error"
     with monkeypatch.context() as patched:  # nothing is measured again
         patched.setattr(local, "run_piece", None)
-        done_here(*line, "--out_dir", "out", cwd=tmp_path)
-    done_here(*line, "--out_dir", "whole", cwd=tmp_path)
-    assert measured(tmp_path / "out") == measured(tmp_path / "whole")
-    assert not (tmp_path / "out" / ".measuring.part").exists()
+        done_here(*line, "--out_dir", "out", cwd=pair)
+    assert measured(pair / "out") == unbroken(line, pristine)
+    assert not (pair / "out" / ".measuring.part").exists()
 
 
-def test_weights_that_changed_while_they_were_measured_leave_nothing(tmp_path, monkeypatch):
-    save_pair(tmp_path)
+def test_weights_that_changed_while_they_were_measured_leave_nothing(pair, monkeypatch):
 
     def change(*given, **more):
-        os.utime(tmp_path / "code" / "model.safetensors", (1, 1))
+        os.utime(pair / "code" / "model.safetensors", (1, 1))
         raise full()
 
     monkeypatch.setattr(measure, "publish_files", change)
-    assert refusal_code(run_here(*command("lewis"), "--out_dir", "out", cwd=tmp_path)) == "os-error"
-    assert not (tmp_path / "out").exists()
+    assert refusal_code(run_here(*command("lewis"), "--out_dir", "out", cwd=pair)) == "os-error"
+    assert not (pair / "out").exists()
 
 
-def goes_on(folder, line):
+def goes_on(folder, line, whole):
     """The same command ends as one that was never interrupted."""
     done_here(*line, "--out_dir", "out", cwd=folder)
-    done_here(*line, "--out_dir", "whole", cwd=folder)
-    assert measured(folder / "out") == measured(folder / "whole")
+    assert measured(folder / "out") == whole
     assert not (folder / "out" / ".measuring.part").exists()
 
 
@@ -144,28 +167,22 @@ def goes_on(folder, line):
         ("submodule_linearity", ("--no-nonlinearity",), 10),
     ],
 )
-def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch, method, words, stop_at):
-    save_pair(tmp_path)
+def test_a_stopped_measurement_goes_on(pair, pristine, unbroken, monkeypatch, method, words, stop_at):
     line = command(method, *words)
-    stopped(tmp_path, monkeypatch, line, stop_at)
-    goes_on(tmp_path, line)
+    stopped(pair, monkeypatch, line, stop_at)
+    goes_on(pair, line, unbroken(line, pristine))
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])  # behind the blocks 0 and 2, in which nothing is measured
-def test_rounding_is_gone_on_with_behind_a_block_without_a_component(tmp_path, monkeypatch, stop_at):
-    base = tiny_model(HYBRID).bfloat16()
-    for seed, name in enumerate(("base", "code", "math")):
-        save_tokenizer(save_changed(base, tmp_path / name, seed))
-    save_rows(tmp_path)
-    write_config(tmp_path, {"components": ["q_proj"]})
+def test_rounding_is_gone_on_with_behind_a_block_without_a_component(hybrids, unbroken, tmp_path, monkeypatch, stop_at):
+    shutil.copytree(hybrids, tmp_path, dirs_exist_ok=True)
     line = command("lewis", "--dtype", "bfloat16")
     stopped(tmp_path, monkeypatch, line, stop_at)
-    goes_on(tmp_path, line)
+    goes_on(tmp_path, line, unbroken(line, hybrids))
 
 
-def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(tmp_path, monkeypatch):
+def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(pair, pristine, unbroken, monkeypatch):
     """The disk takes minutes to hold the matrices of a large model; a kill then costs no more than at another time."""
-    save_pair(tmp_path)
     line, keep = command("gram_mean"), Keeping.keep
 
     def stop(keeping, value):
@@ -175,15 +192,14 @@ def test_a_matrix_file_is_gone_on_with_until_the_result_is_kept(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(Keeping, "keep", stop)
-        assert run_here(*line, "--out_dir", "out", cwd=tmp_path).returncode == 130
-    left = {path.suffix for path in (tmp_path / "out").rglob("code.*")}
+        assert run_here(*line, "--out_dir", "out", cwd=pair).returncode == 130
+    left = {path.suffix for path in (pair / "out").rglob("code.*")}
     assert {".snapshot", ".grams", ".model0", ".model1"} <= left
-    goes_on(tmp_path, line)
+    goes_on(pair, line, unbroken(line, pristine))
 
 
-def test_a_later_rounds_pass_is_kept_until_its_file_is_in_place(tmp_path, monkeypatch):
+def test_a_later_rounds_pass_is_kept_until_its_file_is_in_place(pair, monkeypatch):
     """Behind the pass come gigabytes of gradients of the round before."""
-    save_pair(tmp_path)
     line = command("gram_mean", "--rounds", "2")
 
     def stop(file, earlier):
@@ -191,5 +207,5 @@ def test_a_later_rounds_pass_is_kept_until_its_file_is_in_place(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(GramFileWriter, "add_gradients", stop)
-        assert run_here(*line, "--out_dir", "out", cwd=tmp_path).returncode == 130
-    assert [path for path in (tmp_path / "out").rglob("*.snapshot") if path.is_file()]
+        assert run_here(*line, "--out_dir", "out", cwd=pair).returncode == 130
+    assert [path for path in (pair / "out").rglob("*.snapshot") if path.is_file()]

@@ -1,5 +1,6 @@
 """Selection without sorting inside mergekit's executor, against mergekit's own sparsifiers and a stable sort."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mergekit.sparsify import RescaleNorm, SparsificationMethod
 from safetensors.torch import load_file, save_file
 
 from tests.refusals import refused
+from tests.selected import few
 from tests.tiny_checkpoints import poison
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe
 from utils import magnitudes, selection
@@ -85,7 +87,7 @@ SHAPES = st.sampled_from([(1,), (2,), (3, 5), (40, 7), (2, 6, 11), (233,)])
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_bits_equal_mergekits_where_nothing_ties(dtype, place):
-    @settings(max_examples=120)
+    @settings(max_examples=50)
     @given(shape=SHAPES, selected=SELECTIONS, norm=NORMS, seed=st.integers(0, 2**31), transposed=st.booleans())
     def check(shape, selected, norm, seed, transposed):
         x = place(distinct(torch.Size(shape).numel(), dtype, seed).view(shape))
@@ -103,7 +105,7 @@ def test_bits_equal_mergekits_where_nothing_ties(dtype, place):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_of_magnitudes_that_tie_the_first_are_kept_and_exactly_as_many_as_asked_for(dtype, place):
-    @settings(max_examples=120)
+    @settings(max_examples=50)
     @given(
         entries=st.lists(st.sampled_from([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=150),
         selected=SELECTIONS.filter(lambda one: 0 <= one["density"] < 1 and one["gamma"] >= 0),
@@ -274,8 +276,12 @@ def path_line(text: str) -> str:
     return line.removesuffix("; after a kill the merge begins anew")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize(
+    ("method", "rescale"),
+    few(
+        itertools.product(METHODS, (False, True)), *((method, bool(place % 2)) for place, method in enumerate(METHODS))
+    ),
+)
 def test_merges_by_the_executor_equal_stock_mergekits(copies, by_executor, method, rescale, capsys, monkeypatch):
     data = recipe(copies, method, parameters={"rescale": rescale})
     stock = merge_stock(copies, data)

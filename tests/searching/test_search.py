@@ -8,6 +8,7 @@ pytest.importorskip("optuna")
 
 from tests.refusals import refused
 from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run, space
+from tests.selected import few
 from utils.searching.knowns import Known
 from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
@@ -53,13 +54,13 @@ def test_knowns_come_first_and_those_outside_the_space_too(tmp_path):
     assert trials[2].params == {} and trials[2].state.name == "COMPLETE"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", few(["tpe", "random"], "tpe"))
 def test_killed_anywhere_and_typed_again_it_comes_to_the_same(tmp_path, sampler):
     whole = Formula()
     unbroken = a_search(tmp_path / "unbroken", whole, sampler=sampler)
     run(unbroken, 11)
     expected = outcome(unbroken)
-    for stop in (2, 3, 7):
+    for stop in (2, 7):
         folder, scored = tmp_path / f"killed{stop}", []
         for tried in range(100):
             score = Formula(stop_after=stop if tried else 1)
@@ -78,7 +79,7 @@ def test_killed_anywhere_and_typed_again_it_comes_to_the_same(tmp_path, sampler)
 def test_killed_meanwhile_it_comes_to_the_same(tmp_path, monkeypatch):
     unbroken = a_search(tmp_path / "unbroken", Formula())
     run(unbroken, 13)
-    for stop in (1, 5, 9):
+    for stop in (1, 9):
         folder, count = tmp_path / f"killed{stop}", 0
         search = a_search(folder, Formula())
         known = search.study.tell
@@ -101,7 +102,7 @@ def test_killed_meanwhile_it_comes_to_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "name", "stops"),
     [
-        ("Trial", "set_user_attr", range(6)),  # the first trials that are asked for have two notes each
+        ("Trial", "set_user_attr", (0, 1, 4)),  # the first trials that are asked for have two notes each
         # The one that was being tried comes again in its old place, before those that were waiting.
         ("Study", "ask", (1, 2)),
     ],

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.refusals import refusal_code, refused
-from tests.tiny_pairs import contents, save_pair
+from tests.commands_here import refused_here
+from tests.refusals import refused
 from utils.commands.ray_flags import RayFlags
 from utils.workers import node_probe
 from utils.workers.ray_cluster import ClusterShare, ray_workers, require_ray
@@ -40,16 +40,11 @@ def test_an_address_without_a_cluster(address, code, monkeypatch):
             raise AssertionError("there is a cluster")
 
 
-def test_command_1_ends_before_work(tmp_path, run_command_line):
+def test_command_1_ends_before_work(pair, unread):
     pytest.importorskip("ray")
-    save_pair(tmp_path)
-    before = contents(tmp_path)
-    words = ("--config", "pair.yaml", "--out_dir", "out")
-    done = run_command_line("lewis_importance.py", *words, "--ray", "127.0.0.1:1", cwd=tmp_path)
-    assert refusal_code(done) == "workers-no-cluster"
-    done = run_command_line("lewis_importance.py", *words, "--ray_cpus", 2, cwd=tmp_path)
-    assert refusal_code(done) == "flag-no-effect"
-    assert contents(tmp_path) == before
+    words = ("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "out")
+    refused_here("workers-no-cluster", *words, "--ray", "127.0.0.1:1", cwd=pair)
+    refused_here("flag-no-effect", *words, "--ray_cpus", 2, cwd=pair)
 
 
 @pytest.mark.parametrize(("device", "devices"), [("cpu", None), ("auto", "cpu,cpu")])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands_here import done_here, refused_here
 from tests.plain_gradients import plain_squares
 from tests.refusals import refused
+from tests.selected import few
 from tests.tiny_checkpoints import drop_head, poison
 from tests.tiny_merges import tensors, without_ties
 from tests.tiny_pairs import TEXTS, sample_ids, write_config
@@ -84,7 +85,12 @@ def densities(recipe, expert=0):
 
 @pytest.mark.parametrize(
     ("family", "point", "power"),
-    [*((family, "both", 0.5) for family in FAMILIES), ("llama", "base", 0.3), ("llama", "expert", 1)],
+    few(
+        [*((family, "both", 0.5) for family in FAMILIES), ("llama", "base", 0.3), ("llama", "expert", 1)],
+        *((family, "both", 0.5) for family in ("gemma3", "gpt2")),
+        ("llama", "base", 0.3),
+        ("llama", "expert", 1),
+    ),
 )
 def test_what_is_measured_and_decided_is_what_plain_autograd_gives(family, point, power, pair):
     pair(family)
@@ -135,7 +141,7 @@ def test_what_is_measured_and_decided_is_what_plain_autograd_gives(family, point
         assert max(found.values()) > 1.3 * budget  # there is something to tell apart
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "gemma3", "gpt2"))
 def test_a_merge_by_saliency_is_the_dense_one_and_the_plain_recipe_is_for_stock_mergekit(family, pair):
     pair(family, ties=False)
     measured()
@@ -316,7 +322,7 @@ def test_weights_that_are_not_finite_are_refused(pair):
     assert not Path("dfs/manifest.json").exists()
 
 
-@pytest.mark.parametrize("point", ["both", "base", "expert"])
+@pytest.mark.parametrize("point", few(["both", "base", "expert"], "both"))
 def test_an_expert_that_is_no_better_on_its_own_text_is_refused_or_doubted(pair, capsys, point):
     """Of two models one is better on a text: with the other one as its expert there is no gain."""
     pair("llama")

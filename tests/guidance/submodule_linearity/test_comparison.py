@@ -1,6 +1,7 @@
 """Gram matrices and scores against whole models in memory: hooks on the base, each module of each expert called itself."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests.plain_gradients import CPU, token_lists
 from tests.refusals import refused
+from tests.selected import few
 from tests.tiny_checkpoints import FAMILIES, VOCABULARY, save_any
 from utils.guidance.submodule_linearity.comparison import ComparedText, compare_models
 from utils.guidance.submodule_linearity.nonlinearity import GRID
@@ -41,6 +43,25 @@ def save_models(family, folder, names=NAMES, size=0.02):
                 parameter.add_(torch.randn_like(parameter) * size)
         other.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The folder of the models of a family, read only: `models("llama", size=0.2)`; made once."""
+    made = {}
+
+    def saved(family, size=0.02):
+        if (family, size) not in made:
+            made[family, size] = save_models(family, tmp_path_factory.mktemp(family), size=size)
+        return made[family, size]
+
+    return saved
+
+
+@pytest.fixture
+def llamas(models, tmp_path):
+    """A copy of Llama's, to change."""
+    return shutil.copytree(models("llama"), tmp_path, dirs_exist_ok=True)
 
 
 def compared(folder, name):
@@ -129,11 +150,15 @@ def grams_of(changes, tokens):
     return flat @ flat.T / tokens
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "granite", "cohere", "falcon", "modernbert-decoder"])
-def test_every_gram_matrix_equals_a_direct_evaluation(family, tmp_path):
-    save_models(family, tmp_path)
-    compared_base, parts = measured(tmp_path)
-    base, *experts = (whole(tmp_path, name) for name in NAMES)
+EVERY = [*FAMILIES, "opt", "bloom", "granite", "cohere", "falcon", "modernbert-decoder"]
+QUICK = ("llama", "gemma3", "gpt2", "gpt_neox", "modernbert-decoder")  # norms of heads, Conv1D, side by side, no mask
+
+
+@pytest.mark.parametrize("family", few(EVERY, *QUICK))
+def test_every_gram_matrix_equals_a_direct_evaluation(family, models):
+    folder = models(family)
+    compared_base, parts = measured(folder)
+    base, *experts = (whole(folder, name) for name in NAMES)
     blocks_path = compared_base.decoder.blocks_path
     paths = expected_parts(base, blocks_path)
     found = {(level, part.layer, part.name): part for part in parts for level in part.levels}
@@ -170,11 +195,13 @@ def interpolated(base, expert, path, share):
     return module
 
 
-@pytest.mark.parametrize(("family", "tokens_at_once"), [("llama", 8), ("gemma3", 1000), ("gpt2", 30)])
-def test_scores_over_all_text_equal_a_direct_evaluation(family, tokens_at_once, tmp_path):
-    save_models(family, tmp_path, size=0.2)
-    compared_base, parts = measured(tmp_path, tokens_at_once=tokens_at_once)
-    base, *experts = (whole(tmp_path, name) for name in NAMES)
+@pytest.mark.parametrize(
+    ("family", "tokens_at_once"), [("llama", 8), ("gemma3", 1000), pytest.param("gpt2", 30, marks=pytest.mark.slow)]
+)
+def test_scores_over_all_text_equal_a_direct_evaluation(family, tokens_at_once, models):
+    folder = models(family, size=0.2)
+    compared_base, parts = measured(folder, tokens_at_once=tokens_at_once)
+    base, *experts = (whole(folder, name) for name in NAMES)
     paths = expected_parts(base, compared_base.decoder.blocks_path)
     found = {(level, part.layer, part.name): part for part in parts for level in part.levels}
     for key, path in paths.items():
@@ -197,12 +224,11 @@ def test_scores_over_all_text_equal_a_direct_evaluation(family, tokens_at_once, 
     assert max(attention) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_scores_do_not_depend_on_micro_batches(family, tmp_path):
-    save_models(family, tmp_path)
-    _, together = everything(tmp_path, tokens_at_once=1000)
+@pytest.mark.parametrize("family", few(["llama", "gemma3", "gpt2"], "gemma3"))
+def test_scores_do_not_depend_on_micro_batches(family, models):
+    _, together = everything(models(family), tokens_at_once=1000)
     for tokens_at_once in (1, 30):
-        _, other = everything(tmp_path, tokens_at_once=tokens_at_once)
+        _, other = everything(models(family), tokens_at_once=tokens_at_once)
         assert together.whole == pytest.approx(other.whole, rel=1e-5) and min(together.whole.values()) > 1e-7
         for one, two in zip(together.parts, other.parts, strict=True):
             assert one.scores == pytest.approx(two.scores, rel=1e-5, abs=1e-12)
@@ -216,11 +242,11 @@ def between(base, expert, share):
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_the_whole_models_score_equals_a_direct_evaluation(family, tmp_path):
-    save_models(family, tmp_path, size=0.05)
-    _, found = everything(tmp_path, tokens_at_once=30)
-    base, *experts = (whole(tmp_path, name).double() for name in NAMES)
+@pytest.mark.parametrize("family", few(["llama", "gemma3", "gpt2"], "gemma3"))
+def test_the_whole_models_score_equals_a_direct_evaluation(family, models):
+    folder = models(family, size=0.05)
+    _, found = everything(folder, tokens_at_once=30)
+    base, *experts = (whole(folder, name).double() for name in NAMES)
     grid = torch.tensor(GRID)
     for place, expert in enumerate(experts):
         models = [between(base, expert, share) for share in GRID]
@@ -233,12 +259,19 @@ def test_the_whole_models_score_equals_a_direct_evaluation(family, tmp_path):
         assert found.whole[place] == pytest.approx(float(expected), rel=1e-4) and float(expected) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite"])
-@pytest.mark.parametrize(("stop", "scores"), [(1, True), (2, False)])
-def test_a_comparison_that_was_stopped_between_two_blocks_goes_on(family, stop, scores, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "stop", "scores"),
+    [
+        ("gemma2", 1, True),
+        ("granite", 2, False),
+        pytest.param("gemma2", 2, False, marks=pytest.mark.slow),
+        pytest.param("granite", 1, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_comparison_that_was_stopped_between_two_blocks_goes_on(family, stop, scores, models, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshots, "SECONDS", -1.0)
     monkeypatch.setattr(snapshots, "MOST_SHARE", float("inf"))
-    folder, fetched = save_models(family, tmp_path), []
+    folder, fetched = models(family), []
     _, whole = everything(folder, scores=scores)
 
     def interrupt(layer):
@@ -263,16 +296,16 @@ def test_a_comparison_that_was_stopped_between_two_blocks_goes_on(family, stop, 
         assert torch.equal(ours.sums, theirs.sums) and ours.scores == theirs.scores
 
 
-def test_folds_are_the_samples_own_and_add_up(tmp_path):
-    save_models("llama", tmp_path)
-    _, found = everything(tmp_path, tokens_at_once=30, scores=False)
+def test_folds_are_the_samples_own_and_add_up(models):
+    folder = models("llama")
+    _, found = everything(folder, tokens_at_once=30, scores=False)
     for text, samples in enumerate(TEXTS):
         longest_first = sorted(map(len, samples), reverse=True)
         assert (
             found.tokens[text, : len(samples)].tolist() == longest_first
             and not found.tokens[text, len(samples) :].any()
         )
-    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    base, *experts = (whole(folder, name) for name in NAMES)
     sample = sorted(TEXTS[0], key=len, reverse=True)[2]
     calls = calls_of(base, sample)
     for part in found.parts:
@@ -286,11 +319,11 @@ def test_folds_are_the_samples_own_and_add_up(tmp_path):
         torch.testing.assert_close(part.sums[0, 2], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
-def test_what_a_level_misses_equals_a_direct_evaluation_on_the_other_samples(tmp_path):
+def test_what_a_level_misses_equals_a_direct_evaluation_on_the_other_samples(models):
     """Weights from every other sample (longest first), the block's merge tried on the rest, one plain module each."""
-    save_models("llama", tmp_path, size=0.1)
-    _, found = everything(tmp_path, tokens_at_once=30)
-    base, *experts = (whole(tmp_path, name) for name in NAMES)
+    folder = models("llama", size=0.1)
+    _, found = everything(folder, tokens_at_once=30)
+    base, *experts = (whole(folder, name) for name in NAMES)
     texts = [sorted(samples, key=len, reverse=True) for samples in TEXTS]
     assert {key[:2] for key in found.missed} == {
         (layer, level) for layer in range(3) for level in ("block", "attention_mlp", "tensor")
@@ -320,53 +353,47 @@ def test_what_a_level_misses_equals_a_direct_evaluation_on_the_other_samples(tmp
             assert found.missed[layer, level, place] == pytest.approx(missed / whole_change, rel=1e-4)
 
 
-def test_one_sample_leaves_none_to_try_levels_on(tmp_path):
-    save_models("llama", tmp_path)
-    _, found = everything(tmp_path, texts=[TEXTS[0][:1], TEXTS[1]])
+def test_one_sample_leaves_none_to_try_levels_on(models):
+    _, found = everything(models("llama"), texts=[TEXTS[0][:1], TEXTS[1]])
     assert found.missed == {} and found.whole.keys() == {0, 1}
 
 
-def test_scores_are_taken_only_if_asked(tmp_path):
-    save_models("llama", tmp_path)
-    _, found = everything(tmp_path, scores=False)
+def test_scores_are_taken_only_if_asked(models):
+    _, found = everything(models("llama"), scores=False)
     assert not any(part.scores for part in found.parts) and not found.whole and not found.missed
 
 
-def test_a_shared_text_scores_all_its_experts(tmp_path):
-    save_models("llama", tmp_path)
-    _, parts = measured(tmp_path, texts=TEXTS[:1], owners=((0, 1),))
+def test_a_shared_text_scores_all_its_experts(models):
+    _, parts = measured(models("llama"), texts=TEXTS[:1], owners=((0, 1),))
     assert parts[1].scores.keys() == {0, 1} and parts[0].grams.shape == (1, 2, 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_micro_batches_do_not_matter(family, tmp_path):
-    save_models(family, tmp_path)
-    runs = [measured(tmp_path, tokens_at_once=size)[1] for size in (1000, 1)]
+def test_micro_batches_do_not_matter(family, models):
+    runs = [measured(models(family), tokens_at_once=size)[1] for size in (1000, 1)]
     for one, other in zip(*runs, strict=True):
         assert (one.layer, one.name) == (other.layer, other.name)
         torch.testing.assert_close(one.grams, other.grams, rtol=2e-4, atol=1e-5 * float(one.grams.max()))
 
 
-def test_an_expert_equal_to_the_base_is_exactly_zero(tmp_path):
-    save_models("gemma3", tmp_path)
-    _, parts = measured(tmp_path, names=("base", "base", "two"))
+def test_an_expert_equal_to_the_base_is_exactly_zero(models):
+    _, parts = measured(models("gemma3"), names=("base", "base", "two"))
     for part in parts:
         assert part.grams[:, 0].abs().sum() == 0 and part.grams[:, :, 0].abs().sum() == 0
         assert (part.grams[:, 1, 1] > 0).all()
         assert part.scores.get(0, 0) == 0
 
 
-def test_one_step_of_bfloat16_is_measured_exactly(tmp_path):
+def test_one_step_of_bfloat16_is_measured_exactly(llamas):
     """bfloat16's rounding of outputs would be as large as this change of one weight of one block."""
     from transformers import AutoModelForCausalLM
 
-    save_models("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(llamas / "base", dtype=torch.bfloat16)
     weight = model.model.layers[1].mlp.up_proj.weight.data
     weight[3, 5] *= 1 + 2**-7
-    model.save_pretrained(tmp_path / "one")
-    _, parts = measured(tmp_path)
-    base, expert = (whole(tmp_path, name) for name in ("base", "one"))
+    model.save_pretrained(llamas / "one")
+    _, parts = measured(llamas)
+    base, expert = (whole(llamas, name) for name in ("base", "one"))
     expected = {"mlp": 0.0, "mlp.up_proj": 0.0, "block": 0.0}
     for sample in TEXTS[0]:
         calls = calls_of(base.double(), sample)
@@ -386,33 +413,30 @@ def test_one_step_of_bfloat16_is_measured_exactly(tmp_path):
             assert got == 0
 
 
-def test_a_head_of_another_size_is_compared_as_far_as_both_go(tmp_path):
+def test_a_head_of_another_size_is_compared_as_far_as_both_go(llamas):
     from transformers import AutoModelForCausalLM
 
-    save_models("llama", tmp_path)
-    _, before = measured(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
+    _, before = measured(llamas)
+    model = AutoModelForCausalLM.from_pretrained(llamas / "one", dtype=torch.bfloat16)
     model.resize_token_embeddings(VOCABULARY + 8)
-    model.save_pretrained(tmp_path / "one")
-    _, after = measured(tmp_path)
+    model.save_pretrained(llamas / "one")
+    _, after = measured(llamas)
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one.grams, other.grams, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
-def test_pads_where_the_length_equals_the_number_of_heads(family, tmp_path):
+def test_pads_where_the_length_equals_the_number_of_heads(family, models):
     """Gemma 3 norms [samples, heads, tokens, width], Qwen 3 [samples, tokens, heads, width]; there are 4 heads, 2 of keys."""
-    save_models(family, tmp_path)
     texts = [token_lists((4, 2, 3), 5), token_lists((2, 1), 6)]
-    _, together = measured(tmp_path, texts=texts)
-    _, alone = measured(tmp_path, texts=texts, tokens_at_once=1)
+    _, together = measured(models(family), texts=texts)
+    _, alone = measured(models(family), texts=texts, tokens_at_once=1)
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one.grams, other.grams, rtol=2e-4, atol=1e-5 * float(one.grams.max()))
 
 
 def compared_after(folder, change):
     """Compare models after a change to the base's first block."""
-    save_models("llama", folder)
     base, *experts = (compared(folder, name) for name in NAMES)
     change(base.decoder.blocks[0])
     try:
@@ -421,19 +445,19 @@ def compared_after(folder, change):
         assert all(parameter.is_meta for parameter in base.decoder.model.parameters())
 
 
-def test_a_small_part_that_is_called_twice_or_never_counts_as_the_larger_one_around_it(tmp_path):
+def test_a_small_part_that_is_called_twice_or_never_counts_as_the_larger_one_around_it(models):
     def change(block):
         mlp = block.mlp
         mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) + 0 * mlp.up_proj(x))
 
-    parts = {(part.layer, part.name): part.sums for part in compared_after(tmp_path, change).parts}
+    parts = {(part.layer, part.name): part.sums for part in compared_after(models("llama"), change).parts}
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         assert torch.equal(parts[0, name], parts[0, "mlp"])
     assert not torch.equal(parts[0, "mlp.down_proj"], parts[0, "mlp"])
     assert not torch.equal(parts[1, "mlp.gate_proj"], parts[1, "mlp"])
 
 
-def test_a_larger_part_that_is_called_twice_is_refused(tmp_path):
+def test_a_larger_part_that_is_called_twice_is_refused(models):
     def change(block):
         plain = block.self_attn.forward
 
@@ -445,7 +469,7 @@ def test_a_larger_part_that_is_called_twice_is_refused(tmp_path):
         block.self_attn.forward = forward
 
     with refused("model-unsupported", "mlp of block 0 is called 2 times"):
-        compared_after(tmp_path, change)
+        compared_after(models("llama"), change)
 
 
 def test_models_of_other_parts_are_refused_without_weights(tmp_path):

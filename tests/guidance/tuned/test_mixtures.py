@@ -23,7 +23,7 @@ TUNED = {"tune_steps": 1, "tune_level": "block", **USELESS}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
-    folder = save_mixtures(tmp_path_factory.mktemp("mixtures"))
+    folder = save_mixtures(tmp_path_factory.mktemp("mixtures"), num_hidden_layers=2)
     write_config(folder, {"calibration": CALIBRATION})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

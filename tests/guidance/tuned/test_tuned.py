@@ -260,7 +260,7 @@ def test_a_start_needs_one_weight_and_whole_changes(pair, own, code):
 
 def test_killed_between_steps_and_typed_again_it_goes_on_to_the_same_end(pair):
     words = ["lewis_importance.py", "--config", "pair.yaml", "--guidance", "tuned", "--accept_useless_text"]
-    words += ["--tune_steps", "12", "--tune_rate", "0.01", "--dtype", "float32", "--device", "cpu", "--out_dir"]
+    words += ["--tune_steps", "6", "--tune_rate", "0.01", "--dtype", "float32", "--device", "cpu", "--out_dir"]
     killed = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:], "one"], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here
 from tests.refusals import refused
+from tests.selected import few
 from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import CALIBRATION, contents, edit_json, sample_ids, save_tokenizer, write_config
@@ -130,7 +131,7 @@ def dense(plain, weights, name, transposed, rows=True, ridge=1e-7, anchored=True
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "gemma3", "gpt2"))
 def test_the_commands_make_the_dense_merge(family, pair):
     """Ridge 1e-2, so that rounding of nearly singular sums does not blur the comparison."""
     folder = pair(family)

@@ -6,6 +6,7 @@ python -m pytest tests/merging/guided/test_gram_memory.py
 import pytest
 import torch
 
+from tests.selected import few
 from utils.mergekit_api import TensorGroup
 from utils.merging.allocations import LiveBytes
 from utils.merging.guided.gram_method import GramMean
@@ -35,17 +36,24 @@ def write_matrices(path, kind, shape):
     return str(path)
 
 
-@pytest.mark.parametrize("models", [1, 2, 3])
+SHAPES = [
+    ("linear", (512, 512)),
+    ("linear", (4096, 256)),
+    ("linear", (128, 768)),
+    ("rows", (8000, 64)),
+    ("rows", (8000, 288)),
+    ("guided", (2**20,)),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("linear", (512, 512)),
-        ("linear", (4096, 256)),
-        ("linear", (128, 768)),
-        ("rows", (8000, 64)),
-        ("rows", (8000, 288)),
-        ("guided", (2**20,)),
-    ],
+    ("kind", "shape", "models"),
+    few(
+        [(*one, models) for one in SHAPES for models in (1, 2, 3)],
+        *((*one, 2) for one in SHAPES),
+        ("linear", (512, 512), 1),
+        ("linear", (512, 512), 3),
+    ),
 )
 def test_what_is_said_is_what_is_taken(tmp_path, kind, shape, models):
     torch.manual_seed(0)

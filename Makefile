@@ -5,7 +5,8 @@
 #                 and ends with 0 once all have (while some wait, make prints "Error 75")
 PYTHON ?= python3
 VENV ?= .venv
-RUN = HF_HUB_OFFLINE=1 $(VENV)/bin/python
+# Bytecode is kept, also where a container says otherwise: every process would compile this project anew.
+RUN = HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 
 .PHONY: demo test test-fast test-slow clean
 

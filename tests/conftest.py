@@ -26,6 +26,18 @@ def golden() -> Path:
     return ROOT / "tests" / "golden"
 
 
+@pytest.fixture
+def work(tmp_path, golden, monkeypatch) -> Path:
+    """A copy of one golden setting to spoil, in a folder from which the config's model paths are right."""
+    shutil.copytree(golden / "sparsity50", tmp_path / "dfs")
+    for recipe in (tmp_path / "dfs").glob("*_merge_config.yaml"):
+        recipe.unlink()
+    shutil.move(tmp_path / "dfs" / "pair.yaml", tmp_path / "pair.yaml")
+    (tmp_path / "models").symlink_to(golden / "models")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with the real texts and further golden files; skips where it is not set."""

@@ -1,7 +1,7 @@
 """One run of each command on a tiny pair, each on what the one before wrote.
 
-Command 2 is a process of its own, the others run in this one, which is quicker: others start those as processes
-(`test_lewis_importance_processes.py`, `test_merger.py`, `test_evaluator.py`, `test_searcher.py`).
+In this process, which is quicker. As processes they are run by `test_lewis_importance_processes.py`, `test_lewis_merge.py`,
+`test_merger.py`, `test_evaluator.py` and `test_searcher.py`.
 
 python -m pytest tests/test_commands.py
 """
@@ -15,7 +15,7 @@ from tests.commands_here import done_here
 from tests.tiny_pairs import save_pair, write_config
 
 
-def test_every_command_once(tmp_path, run_command_line):
+def test_every_command_once(tmp_path):
     pair = save_pair(tmp_path)
     write_config(pair, {"search": {"guidance": ["uniform"], "depth_groups": 1}})
 
@@ -28,8 +28,7 @@ def test_every_command_once(tmp_path, run_command_line):
         "manifest.json",
     }
     words = ("--delta_dfs_in_dir", "measured", "--config_file", "pair.yaml", "--out_dir", "recipes")
-    done = run_command_line("lewis_merge.py", *words, cwd=pair)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    done_here("lewis_merge.py", *words, cwd=pair)
     (recipe,) = (pair / "recipes").glob("*.yaml")
     assert yaml.safe_load(recipe.read_text())["merge_method"] == "ties"
     words = ("--merge_config", recipe, "--output_path", "merged", "--device", "cpu", "--quiet")

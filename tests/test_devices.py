@@ -47,7 +47,7 @@ def run_on_device(folder: Path, *commands: Sequence[object]) -> list[list[dict]]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), beside))), "HF_HUB_OFFLINE": "1"}
     for command, given in runs:
         done = subprocess.run(
-            command, input=given, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300
+            command, input=given, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr
         assert ("cuda:0" if GPU else "simulated") in done.stdout

@@ -169,7 +169,7 @@ def test_against_takes_a_found_recipe_by_its_path_and_any_control(run, pair):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
-    whole = run(out="out/whole")
+    whole = run("--no-controls", out="out/whole")
     assert whole.returncode == 0
     shutil.copytree(pair / "out/whole/losses", pair / "out/half/losses")
     kept = sorted((pair / "out/half/losses").iterdir())
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run, pair, monkeypatch):
     unpublished = pair / "out/half/.publish.x.part"
     unpublished.mkdir()
     (unpublished / ".journal.json").write_text('{"scores.csv": nu')  # killed while it wrote what it would publish
-    done = run(out="out/half")
+    done = run("--no-controls", out="out/half")
     assert done.returncode == 0, done.stderr
     assert "removed what a killed run has left" in done.stderr and not unpublished.exists()
     pd.testing.assert_frame_equal(table(pair, "out/half"), table(pair, "out/whole"))

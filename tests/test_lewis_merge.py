@@ -1,10 +1,8 @@
-"""Command 2 as a user meets it: golden recipes, flags, print-out, and every wrong input it can be given."""
+"""Command 2 as a user meets it: golden recipes, flags, print-out, names and warnings."""
 
-import hashlib
 import json
 import re
-import shutil
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,84 +11,11 @@ import pytest
 import yaml
 
 import lewis_merge
-from tests.commands_here import refused_here, run_here
+from tests.commands_here import done_here, run_here
+from tests.deciding_here import TIES, call, edit_config, edit_csv, flags, refuses, write_norms
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
 
-TIES = "pair_0.3_0.8_generated_ties_merge_config.yaml"
 DARE = "pair_0.3_0.8_generated_dare_ties_merge_config.yaml"
-
-
-@pytest.fixture
-def work(tmp_path, golden, monkeypatch):
-    """A copy of one golden setting to spoil, in a folder from which the config's model paths are right."""
-    shutil.copytree(golden / "sparsity50", tmp_path / "dfs")
-    for recipe in (tmp_path / "dfs").glob("*_merge_config.yaml"):
-        recipe.unlink()
-    shutil.move(tmp_path / "dfs" / "pair.yaml", tmp_path / "pair.yaml")
-    (tmp_path / "models").symlink_to(golden / "models")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(*arguments):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-    done = run_here("lewis_merge.py", *arguments)
-    return done.returncode, done.stdout, done.stderr
-
-
-def refuses(code, work, *more):
-    """The command refuses with this code and writes nothing; its message."""
-    return refused_here(code, "lewis_merge.py", *_flags(work, *more))
-
-
-def _flags(work, *more):
-    return ["--delta_dfs_in_dir", work / "dfs", "--config_file", work / "pair.yaml", "--out_dir", work / "out", *more]
-
-
-def _edit_config(work, **changes):
-    config = yaml.safe_load((work / "pair.yaml").read_text())
-    for key, value in changes.items():
-        if value is None:
-            del config[key]
-        else:
-            config[key] = value
-    (work / "pair.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def _edit_csv(work, change, name="math"):
-    path = work / "dfs" / f"{name}_delta.csv"
-    frame = change(pd.read_csv(path))
-    frame.to_csv(path, index=False)
-
-
-def _write_norms(work, golden, **manifest):
-    """Add what command 1 records beside the delta tables: norms.csv and a manifest."""
-    config = yaml.safe_load((work / "pair.yaml").read_text())
-    from utils.guidance.csv_files import csv_bytes
-    from utils.models.checkpoints import weight_file_record
-    from utils.models.opening import open_checkpoint
-    from utils.pair.config import read_pair_config
-
-    rows, models = [], []
-    for entry in config["model_info"]:
-        checkpoint = open_checkpoint(str(golden / entry["name"]))
-        models.append({"type": entry["type"], **weight_file_record(checkpoint)})
-        for component in config["components"]:
-            for layer in range(3):
-                name = f"model.layers.{layer}.{config['prefix_mapping'][component]}.weight"
-                shape = checkpoint.tensors[name].shape
-                rows.append((entry["type"], layer, component, name, 1.0, shape[0] * shape[1]))
-    norms = pd.DataFrame(rows, columns=["model", "layer", "component", "tensor", "norm", "params"])
-    (work / "dfs" / "norms.csv").write_bytes(csv_bytes(norms))
-    content = {
-        "options": read_pair_config(work / "pair.yaml").options(),
-        "models": models,
-        "files": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((work / "dfs").glob("*.csv"))
-        },
-        **manifest,
-    }
-    (work / "dfs" / "manifest.json").write_text(json.dumps(content))
 
 
 # --- golden -----------------------------------------------------------------------------------------------------------
@@ -133,7 +58,7 @@ def _golden_recipes(setting, folder, out):
 
 
 def test_the_printout_holds_what_a_person_wants(work):
-    code, out, err = call(*_flags(work, "--control", "uniform", "--plot"))
+    code, out, err = call(*flags(work, "--control", "uniform", "--plot"))
     assert code == 0
     assert "minmax: 0.3 for the smallest delta" in out
     assert "math (models/math)" in out and "code (models/code)" in out
@@ -158,14 +83,14 @@ def test_the_mean_in_a_picture_is_the_printed_one(work, monkeypatch):
 
     titles = []
     monkeypatch.setattr(decide_pictures, "heatmap", lambda table, title, *more: titles.append(title) or b"")
-    _, out, _ = call(*_flags(work, "--plot"))
+    _, out, _ = call(*flags(work, "--plot"))
     printed = re.findall(r"density +min \S+, mean (\S+),", out)
     assert len(printed) == 2 and re.findall(r"mean (\S+) over parameters", "\n".join(titles)) == printed
 
 
 def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work):
     """Each recipe's model has a folder of its own; the evaluator is named with the config."""
-    _, out, _ = call(*_flags(work, "--control", "uniform"))
+    _, out, _ = call(*flags(work, "--control", "uniform"))
     lines = [line for line in out.partition("next:\n")[2].replace("\\\n", " ").splitlines() if "--" in line]
     merges, (evaluation,) = lines[:-1], lines[-1:]
     assert "utils/evaluator.py" in evaluation and f"--config {work / 'pair.yaml'}" in evaluation
@@ -174,12 +99,13 @@ def test_the_next_commands_can_be_pasted_and_do_not_share_a_folder(work):
         str(work / "out" / TIES.replace("_ties_", "_ties_uniform_")),
     ]
     assert len({merge.partition("--output_path ")[2] for merge in merges}) == 2
-    done = subprocess.run(["bash", "-c", f"{merges[0]} --dry_run"], capture_output=True, text=True, cwd=work)
-    assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
+    interpreter, script, *words = shlex.split(merges[0])
+    assert interpreter == sys.executable and script.endswith("utils/merger.py")
+    assert "dry run" in done_here("utils/merger.py", *words, "--dry_run", cwd=work).stdout
 
 
 def test_quiet_leaves_warnings_and_the_last_lines(work):
-    code, out, err = call(*_flags(work, "--quiet"))
+    code, out, err = call(*flags(work, "--quiet"))
     assert code == 0 and "warning: " in err
     assert (
         out.startswith(f"wrote {work / 'out' / TIES}\n")
@@ -208,7 +134,7 @@ def _mean(work, path, expert=1):
 
 
 def test_the_uniform_control_has_the_guided_mean(work):
-    assert call(*_flags(work, "--control", "uniform"))[0] == 0
+    assert call(*flags(work, "--control", "uniform"))[0] == 0
     guided, uniform = work / "out" / TIES, work / "out" / TIES.replace("_ties_", "_ties_uniform_")
     for expert in (1, 2):
         assert len(set(_densities(uniform, expert))) == 1
@@ -217,7 +143,7 @@ def test_the_uniform_control_has_the_guided_mean(work):
 
 
 def test_a_mean_density_is_hit_by_both_recipes(work):
-    code, out, _ = call(*_flags(work, "--mean_density", "0.1", "--bound", "clip", "--control", "uniform"))
+    code, out, _ = call(*flags(work, "--mean_density", "0.1", "--bound", "clip", "--control", "uniform"))
     assert code == 0 and "no longer bind" in out
     for tags in ("clip_mean0.1", "clip_mean0.1_uniform"):
         path = work / "out" / TIES.replace("_ties_", f"_ties_{tags}_")
@@ -226,52 +152,52 @@ def test_a_mean_density_is_hit_by_both_recipes(work):
 
 
 def test_clip_says_how_much_is_at_its_bounds(work):
-    _, out, _ = call(*_flags(work, "--bound", "clip"))
+    _, out, _ = call(*flags(work, "--bound", "clip"))
     values = _densities(work / "out" / TIES.replace("_ties_", "_ties_clip_"))
     low, high = (sum(value == bound for value in values) / len(values) for bound in (0.3, 0.8))
     assert f"at the bounds {low:.0%} of the tensors at 0.3, {high:.0%} at 0.8" in out
 
 
 def test_lambda_and_out_dtype_reach_the_recipe(work):
-    assert call(*_flags(work, "--lambda", "0.7", "--out-dtype", "float32"))[0] == 0
+    assert call(*flags(work, "--lambda", "0.7", "--out-dtype", "float32"))[0] == 0
     recipe = yaml.safe_load((work / "out" / TIES.replace("_ties_", "_ties_lambda0.7_out_float32_")).read_text())
     assert recipe["parameters"] == {"normalize": True, "int8_mask": True, "lambda": 0.7}
     assert recipe["out_dtype"] == "float32"
 
 
 def test_the_order_of_csv_columns_does_not_matter(work):
-    call(*_flags(work))
+    call(*flags(work))
     first = (work / "out" / TIES).read_bytes()
-    _edit_csv(work, lambda frame: frame[list(reversed(frame.columns))])
-    code, out, _ = call(*_flags(work))
+    edit_csv(work, lambda frame: frame[list(reversed(frame.columns))])
+    code, out, _ = call(*flags(work))
     assert code == 0 and "already holds exactly this" in out
     assert (work / "out" / TIES).read_bytes() == first
 
 
 def test_a_repeated_run_succeeds_and_changes_nothing(work):
-    flags = _flags(work, "--plot", "--control", "uniform")
-    assert call(*flags)[0] == 0
+    words = flags(work, "--plot", "--control", "uniform")
+    assert call(*words)[0] == 0
     before = {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()}
-    code, out, _ = call(*flags)
+    code, out, _ = call(*words)
     assert code == 0 and out.count("already holds exactly this") == 6
     assert {path.name: path.stat().st_mtime_ns for path in (work / "out").iterdir()} == before
 
 
 def test_other_content_needs_overwrite(work):
-    call(*_flags(work))
+    call(*flags(work))
     (work / "out" / TIES).write_text("mine")
     assert TIES in refuses("out-exists", work, "--control", "uniform")  # the control is not written either
-    assert call(*_flags(work, "--overwrite"))[0] == 0
+    assert call(*flags(work, "--overwrite"))[0] == 0
     assert yaml.safe_load((work / "out" / TIES).read_text())["merge_method"] == "ties"
 
 
 def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work):
     """The same recipe of another measurement: its manifest changes, unless it is a file of the user's."""
-    call(*_flags(work))
+    call(*flags(work))
     manifest = work / "out" / TIES.replace(".yaml", ".manifest.json")
     before = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**before, "versions": {}}))
-    assert call(*_flags(work))[0] == 0
+    assert call(*flags(work))[0] == 0
     assert json.loads(manifest.read_text()) == before
     manifest.write_text("mine")
     assert manifest.name in refuses("out-exists", work)
@@ -280,7 +206,7 @@ def test_a_manifest_is_brought_up_to_date_with_its_recipe_only(work):
 def test_files_of_others_stay(work):
     (work / "out").mkdir()
     (work / "out" / "notes.txt").write_text("mine")
-    assert call(*_flags(work, "--overwrite"))[0] == 0
+    assert call(*flags(work, "--overwrite"))[0] == 0
     assert (work / "out" / "notes.txt").read_text() == "mine"
 
 
@@ -288,9 +214,9 @@ def test_files_of_others_stay(work):
 
 
 def test_recorded_names_are_used_where_the_models_are_not_here(work, golden):
-    _write_norms(work, golden)
+    write_norms(work, golden)
     (work / "models").unlink()
-    code, out, err = call(*_flags(work, "--control", "uniform"))
+    code, out, err = call(*flags(work, "--control", "uniform"))
     assert code == 0, err
     assert "proven only against each other" in out and "no manifest.json" not in err
     assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
@@ -298,7 +224,7 @@ def test_recorded_names_are_used_where_the_models_are_not_here(work, golden):
 
 def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden):
     (work / "models").unlink()
-    code, _, err = call(*_flags(work))
+    code, _, err = call(*flags(work))
     assert code == 0 and "nothing could be proven" in err
     assert (work / "out" / TIES).read_bytes() == (golden / "sparsity50" / TIES).read_bytes()
     for more in (["--mean_density", "0.1"], ["--control", "uniform"]):
@@ -306,8 +232,8 @@ def test_without_names_or_models_nothing_is_proven_and_that_is_said(work, golden
 
 
 def test_a_full_folder_is_silent(work, golden):
-    _write_norms(work, golden)
-    code, out, err = call(*_flags(work, "--lambda", "0.4"))
+    write_norms(work, golden)
+    code, out, err = call(*flags(work, "--lambda", "0.4"))
     assert (code, err) == (0, "")
     assert "15 samples of gsm8k, sparsity_ratio 0.5" in out
 
@@ -335,141 +261,31 @@ def test_other_architectures_with_components_from_the_csv(family, tmp_path, monk
 
 
 def test_weights_of_one_normalized_expert_get_a_warning(work):
-    _edit_config(work, target_model_names={"math": "models/math"})
-    code, _, err = call(*_flags(work, "--apply_lewis_to_weights"))
+    edit_config(work, target_model_names={"math": "models/math"})
+    code, _, err = call(*flags(work, "--apply_lewis_to_weights"))
     assert code == 0 and "no effect" in err and "normalize: false" in err
     assert len(yaml.safe_load((work / "out" / TIES).read_text())["models"]) == 2
-    _, _, err = call(*_flags(work))
+    _, _, err = call(*flags(work))
     assert "no effect" not in err
 
 
 def test_an_edited_csv_is_taken_where_that_is_said(work, golden):
-    _write_norms(work, golden)
-    _edit_csv(work, lambda frame: frame * 0.5)
-    code, _, err = call(*_flags(work))
+    write_norms(work, golden)
+    edit_csv(work, lambda frame: frame * 0.5)
+    code, _, err = call(*flags(work))
     assert code == 2 and "math_delta.csv differ" in err and "--accept_edited" in err
-    code, _, err = call(*_flags(work), "--accept_edited")
+    code, _, err = call(*flags(work), "--accept_edited")
     assert code == 0 and "math_delta.csv differs" in err
 
 
 def test_other_settings_get_a_warning(work, golden):
-    _write_norms(work, golden)
-    _edit_config(work, sparsity_ratio=0.1, nsamples=3)
-    code, _, err = call(*_flags(work))
+    write_norms(work, golden)
+    edit_config(work, sparsity_ratio=0.1, nsamples=3)
+    code, _, err = call(*flags(work))
     assert code == 0 and "sparsity_ratio 0.5" in err and "nsamples 15" in err
 
 
-# --- wrong input: exit code 2, one message, nothing written -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("more", "code"),
-    [
-        (["--gamma", "0.9"], "flag-invalid"),
-        (["--epsilon", "1.5"], "flag-invalid"),
-        (["--epsilon", "0", "--gamma", "0"], "flag-invalid"),
-        (["--mean_density", "0"], "flag-invalid"),
-        (["--mean_density", "1.01"], "flag-invalid"),
-        (["--lambda", "0"], "flag-invalid"),
-        (["--out_dtype", "bf16"], "flag-invalid"),
-        (["--bound", "max"], "flag-invalid"),
-        (["--control", "random"], "flag-invalid"),
-        (["--merge_method", "dare-ties"], "merge-method-unknown"),
-        (["--merge_method", "task_arithmetic"], "merge-method-unfit"),
-        (["--mean_density", "1", "--gamma", "0"], "mean-density-unreachable"),
-    ],
-)
-def test_wrong_flags(more, code, work):
-    refuses(code, work, *more)
-
-
-def _drop_csv(work):
-    (work / "dfs" / "math_delta.csv").unlink()
-
-
-def _foreign_csv(work):
-    shutil.copy(work / "dfs" / "math_delta.csv", work / "dfs" / "other_delta.csv")
-
-
-def _swap_csvs(work):
-    math, code = (work / "dfs" / f"{name}_delta.csv" for name in ("math", "code"))
-    text = math.read_text()
-    math.write_text(code.read_text())
-    code.write_text(text)
-
-
-def _config(**changes):
-    return lambda work: _edit_config(work, **changes)
-
-
-def _no_folder(work):
-    shutil.rmtree(work / "dfs")
-
-
-def _empty_folder(work):
-    _no_folder(work)
-    (work / "dfs").mkdir()
-
-
-def _out_is_a_file(work):
-    (work / "out").write_text("mine")
-
-
-def _broken_manifest(work):
-    (work / "dfs" / "manifest.json").write_text("{")
-
-
-def _broken_model(work):
-    source = (work / "models").resolve()
-    (work / "models").unlink()
-    shutil.copytree(source, work / "models")
-    path = work / "models" / "base" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def _other_layers(work):
-    source = (work / "models").resolve()
-    (work / "models").unlink()
-    shutil.copytree(source, work / "models")
-    shutil.rmtree(work / "models" / "math")
-    save_tiny("llama", work / "models" / "math", layers=2)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code"),
-    [
-        (_no_folder, "dataframes-missing"),
-        (_empty_folder, "table-missing"),
-        (_drop_csv, "table-missing"),
-        (_foreign_csv, "table-unknown-expert"),
-        (_swap_csvs, "table-columns"),
-        (_out_is_a_file, "out-is-file"),
-        (_broken_manifest, "manifest-unreadable"),
-        (_broken_model, "weights-truncated"),
-        (_other_layers, "model-not-of-base"),
-        (_config(global_parameters={"normalise": True}), "global-parameter-unknown"),
-        (_config(global_parameters={"density": 0.5}), "global-parameter-no-effect"),
-        (_config(components=["q_proj", "z_proj"], prefix_mapping=None), "table-columns"),
-        (_config(model_info=None), "config-missing-key"),
-        (_config(nonsense=1), "config-unknown-key"),
-    ],
-)
-def test_wrong_input(spoil, code, work):
-    spoil(work)
-    refuses(code, work)
-
-
-def test_dataframes_of_another_config(work, golden):
-    _write_norms(work, golden)
-    config = yaml.safe_load((work / "pair.yaml").read_text())
-    config["model_info"][1]["name"] = config["target_model_names"]["math"] = "models/code2"
-    (work / "pair.yaml").write_text(yaml.safe_dump(config))
-    assert "'models/math'" in refuses("measured-other-model", work)
-
-
-def test_a_missing_matplotlib_is_found_before_any_work(work, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refuses("no-matplotlib", work, "--plot")
+# --- help ------------------------------------------------------------------------------------------------------------
 
 
 def test_help_and_mistakes_do_not_load_the_big_libraries(work, run_command_line):
@@ -482,7 +298,7 @@ def test_help_and_mistakes_do_not_load_the_big_libraries(work, run_command_line)
     )
     (work / "probe.py").write_text(probe)
     root = str(Path(lewis_merge.__file__).parent)
-    for arguments, code in ((["--help"], 0), (_flags(work, "--merge_method", "tie"), 2)):
+    for arguments, code in ((["--help"], 0), (flags(work, "--merge_method", "tie"), 2)):
         done = run_command_line(work / "probe.py", *arguments, PYTHONPATH=root)
         assert done.stdout.splitlines()[-1] == f"{code} light", done.stderr
 

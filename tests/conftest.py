@@ -14,7 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)  # a busy machine is not a failure
 hypothesis.settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -108,7 +108,7 @@ def on_device(tmp_path_factory) -> tuple[Path, dict[tuple[str, str], list[dict]]
     in `own_METHOD` and `stock/there_METHOD`, and those of the CPU in `cpu_METHOD` and `stock/here_METHOD`.
     """
     pair = save_pair(tmp_path_factory.mktemp("pair"))
-    write_config(pair, {"calibration": CALIBRATION})
+    write_config(pair, {"calibration": CALIBRATION, "nsamples": 2})
     commands = {("measure", name): measuring(method, f"there/{name}") for name, method in guidance_methods().items()}
     with contextlib.chdir(pair):
         measured_here(guidance_methods()["saliency_budget"], Path("here/saliency_budget"))

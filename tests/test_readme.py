@@ -1,6 +1,7 @@
 """README and docs keep their word: every command in them runs, every flag and config key is explained, every page is reached."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -97,25 +98,17 @@ def test_every_command_of_the_readme_runs(workplace):
     assert (workplace / "output/gemma_2b/merged_models/model.safetensors").exists()
 
 
-SLOW_PAGES = {"docs/cluster.md"}  # starts a cluster for each command
-
-
-def is_slow(page: Path) -> bool:
-    """Whether `make test` leaves the page out: for the time it takes, or since the README has all its commands."""
-    ran = shell_commands(README)
-    return str(page.relative_to(ROOT)) in SLOW_PAGES or all(words in ran for words in shell_commands(page))
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if is_slow(page) else [])
-        for page in PAGES[1:]
-        if shell_commands(page)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES[1:] if shell_commands(page)])
 def test_every_command_of_a_page_runs(page, workplace):
     assert run_page(ROOT / page, workplace)
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES if shell_commands(page)])
+def test_every_command_of_a_page_has_the_flags_it_is_given(page):
+    for _, script, *words in (one for one in shell_commands(ROOT / page) if one[0] == "python3"):
+        given = {re.sub("^--no-", "--", word.partition("=")[0]) for word in words if word.startswith("--")}
+        assert given <= parser_flags(script), script
 
 
 def test_the_readme_fits_on_a_few_screens():
@@ -139,10 +132,11 @@ def test_no_command_runs_foreign_code_or_mixes_architectures_without_need():
     assert len(risky) == 1 and "--lazy_unpickle False" in risky[0]
 
 
-def parser_flags(script: str) -> set[str]:
+@functools.cache
+def parser_flags(script: str) -> frozenset[str]:
     """Every flag that a command's `--help` shows, in its first spelling."""
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
-    return set(re.findall(r"^  (--\w+)", done.stdout, flags=re.M))
+    return frozenset(re.findall(r"^  (--\w+)", done.stdout, flags=re.M))
 
 
 @pytest.mark.parametrize("script", ["lewis_importance.py", "lewis_merge.py", *COMMANDS])

@@ -195,7 +195,7 @@ def read_or_refuse(path: Path, content: bytes) -> None:
         assert len(str(error)) < 1000
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_fuzz_mutated_config(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -210,7 +210,7 @@ def test_fuzz_mutated_config(tmp_path_factory, data):
     read_or_refuse(path, bytes(content))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.sampled_from(

@@ -164,6 +164,7 @@ def test_mbpp_and_humaneval_run_what_is_answered(data):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_way_offline(data):
     """Three tasks for base, experts and a recipe by the evaluator's command, with code only if that is confirmed."""
     save_evaluated_pair(data)

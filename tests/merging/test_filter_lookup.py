@@ -15,7 +15,7 @@ filters = st.none() | st.just("*") | st.text("abc.*", max_size=4)
 values = st.floats(0, 1) | st.lists(st.floats(0, 1), min_size=1, max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     conditions=st.lists(st.builds(ConditionalParameter, value=values, filter=filters), max_size=12),
     name=names,
@@ -43,7 +43,7 @@ def test_a_list_is_read_once_and_no_filter_is_tried_alone():
     assert Read.count == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     conditions=st.lists(st.builds(ConditionalParameter, value=st.just(0.5), filter=filters), max_size=12),
     tensors=st.lists(names, min_size=1, max_size=12),

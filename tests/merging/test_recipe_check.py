@@ -222,7 +222,7 @@ def places(node, here=()):
         yield from places(value, (*here, key))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_is_taken_by_mergekit_too_or_refused_with_a_message(llamas, tmp_path, data):
     """One value of a good recipe is replaced by anything: mergekit's value results, or a `UserError`; never another."""

@@ -359,7 +359,7 @@ def check_file(path: Path, content: bytes) -> None:
         pytest.fail(f"the library refuses what we accept: {error}")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_fuzz_mutated_weight_file(tmp_path_factory, data):
     content = bytearray(packed(TABLE, pad=2))
@@ -379,7 +379,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     where=st.sampled_from(
         [(), ("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("__metadata__",), ("c",)]
@@ -401,7 +401,7 @@ def test_fuzz_header_values(tmp_path_factory, where, junk, size):
     check_file(tmp_path_factory.getbasetemp() / "fuzz.safetensors", packed(json.dumps(table).encode(), bytes(size)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_fuzz_mutated_index_and_config(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"

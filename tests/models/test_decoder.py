@@ -200,7 +200,7 @@ PART = st.sampled_from(["a", "b", "c", "proj", "a_proj"])
 PATHS = st.lists(st.lists(PART, min_size=1, max_size=4).map(".".join), min_size=1, max_size=8, unique=True)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(PATHS)
 def test_short_names_are_unique_and_lead_back(paths):
     names = short_names(paths)

@@ -419,7 +419,7 @@ def places(value, path=()):
             yield from places(value[key], (*path, key))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(where=st.sampled_from(sorted(places(FULL), key=str)), junk=JUNK, drop=st.booleans())
 def test_fuzz_any_value_replaced_or_dropped(tmp_path_factory, where, junk, drop):
     config = copy.deepcopy(FULL)

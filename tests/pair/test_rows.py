@@ -361,7 +361,7 @@ def test_fuzz_mutated_file(tmp_path, kind):
         (tmp_path / "rows.txt").write_text("one\ntwo\n")
     valid = write(tmp_path, kind).read_bytes()
 
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(st.data())
     def check(data):
         content = bytearray(valid)

@@ -19,6 +19,7 @@ import yaml
 from tests.commands_here import done_here, refused_here
 from tests.conftest import ROOT
 from tests.plain_gradients import plain_gradients
+from tests.selected import few
 from tests.tiny_checkpoints import drop_head, poison, save_tiny
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, tensors
 from tests.tiny_pairs import CALIBRATION, pair_settings, sample_ids, save_pair, save_tokenizer, write_config
@@ -92,7 +93,7 @@ def logits(folder, samples):
         return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]).double()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "gemma3", "gpt2"))
 def test_what_is_measured_equals_plain_passes_over_whole_models(saved, family):
     folder, said = saved(family)
     found = {name: pd.read_csv(folder / "dfs" / name, keep_default_na=False) for name in METHOD.files(None)}
@@ -118,7 +119,7 @@ def test_what_is_measured_equals_plain_passes_over_whole_models(saved, family):
         assert row["tokens"] == sum(map(len, there)) == len(gaps)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "gemma3", "gpt2"))
 def test_every_stored_tensor_is_listed_once_with_its_size(saved, family):
     folder, _ = saved(family)
     table = pd.read_csv(folder / "dfs" / TENSORS, keep_default_na=False).set_index("tensor")
@@ -148,7 +149,7 @@ def derived(folder, temperature, alignment="distance"):
     return len(tau) * powers / powers.sum(axis=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "gemma3", "gpt2"))
 def test_the_merged_model_is_what_the_formulas_say(saved, tmp_path, monkeypatch, family):
     """Every tensor of the merge, against theta0 + 0.4 sum of T sigma_t(l) delta_t computed densely; ours and stock's."""
     pair = Pair(shutil.copytree(saved(family)[0], tmp_path / "pair"))

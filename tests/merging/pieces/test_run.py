@@ -115,7 +115,7 @@ def cases(draw):
     return method, [base, *changed], values, dtype, draw(DTYPES)
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_bits_equal_stock_mergekits_where_nothing_ties(case, small_pieces, tmp_path):
     method, tensors, values, dtype, out_dtype = case
@@ -139,7 +139,7 @@ def test_weights_that_cancel_out_are_not_divided_by(method, weights, small_piece
     assert_same_bits(merge_here(tmp_path, tensors, method, values, torch.float32, torch.float32), stock)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     method=st.sampled_from(["ties", "breadcrumbs", "breadcrumbs_ties"]),
     dtype=DTYPES,

@@ -8,7 +8,7 @@ An expert's few tokens say little about it: a sum over them has the pattern of t
 so that one that no token came to has the mean, and nothing jumps where n passes `fewest`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from utils.models.decoder import Component, Decoder
 from utils.passes.squared_gradients import SquaredGradients
+
+
+def own_shares(tokens: Tensor, fewest: int) -> Tensor:
+    """What each expert keeps of its own, [experts], by how many tokens it had, [experts]; `fewest` is above 0."""
+    return (tokens / fewest).clamp(max=1)
 
 
 def take_towards_mean(values: Tensor, tokens: Tensor, fewest: int) -> Tensor:
@@ -31,11 +36,20 @@ def take_towards_mean(values: Tensor, tokens: Tensor, fewest: int) -> Tensor:
         The values.
     """
     if fewest:
-        own = (tokens / fewest).clamp(max=1)
-        mean = values.mean(dim=0)
+        own = own_shares(tokens, fewest)
+        mean = mean_in_order(values)
         for value, share in zip(values, own.to(values.dtype), strict=True):
             value.mul_(share).add_(mean * (1 - share))
     return values
+
+
+def mean_in_order(values: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors of one shape and dtype, in that dtype: added up in float64 one after the other, whoever asks."""
+    total, count = None, 0
+    for value in values:
+        total = value.to(torch.float64, copy=True) if total is None else total.add_(value)
+        count, dtype = count + 1, value.dtype
+    return total.div_(count).to(dtype)
 
 
 def count_tokens(arguments: Sequence[Any], experts: int) -> Tensor | None:
@@ -151,6 +165,11 @@ class FewTokens:
     def restore(self, state: Sequence[Sequence[Any]] | None) -> None:
         """Take that up again."""
         self.found |= {(layer, path): own for layer, path, own in state or ()}
+
+    def own_shares(self, layer: int, path: str, experts: int) -> Tensor | None:
+        """What each of a stack's experts keeps of its own; None: all of it."""
+        tokens = self._tokens(layer, path, experts)
+        return None if tokens is None or not self.fewest else own_shares(tokens, self.fewest)
 
     def take(self, layer: int, path: str, squares: Tensor) -> None:
         """The sums [experts, ...] of a stack, in place."""

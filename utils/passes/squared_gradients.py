@@ -5,6 +5,7 @@ memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ def expert_as_it_is(name: str, expert: int, value: Tensor) -> Mapping[str, Tenso
     return {f"{name}.{expert}": value}
 
 
+class SumsApart(Protocol):
+    """Sums of squares of experts' gradients, one matrix at a time (`utils/passes/expert_squares.py`)."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a stack's sums are here."""
+
+    def add(self, name: str, expert: int, gradient: Tensor) -> None:
+        """Add one sample's gradient of one expert's matrix."""
+
+
 class SquaredGradients:
     """Sums up squared gradients in float32 (a `GradientObserver`); may observe several models with the same names.
 
@@ -37,6 +48,7 @@ class SquaredGradients:
         outlined: those of which sums over axes are enough (`utils/passes/axis_sums.py`), in `outlines` until taken.
         pieces: how the outlined ones are stored; each piece has sums of its own.
         expert_pieces: the same of experts that are fetched one at a time.
+        apart: where the sums of those stacks among `whole` are that are not to be in memory whole.
     """
 
     def __init__(
@@ -45,8 +57,10 @@ class SquaredGradients:
         outlined: frozenset[str] = frozenset(),
         pieces: Split = as_it_is,
         expert_pieces: SplitExpert = expert_as_it_is,
+        apart: SumsApart | None = None,
     ) -> None:
         self.whole, self.outlined, self.pieces, self.expert_pieces = whole, outlined, pieces, expert_pieces
+        self.apart = apart
         self.sums: dict[str, Tensor] = {}
         self.outlines: dict[str, AxisSums] = {}
 
@@ -59,6 +73,10 @@ class SquaredGradients:
         if name not in self.whole:
             self._outline(self.pieces(name, gradient))
             return
+        if self.apart is not None and name in self.apart:
+            for expert, own in enumerate(gradient):
+                self.apart.add(name, expert, own)
+            return
         exact = gradient.float()
         if name in self.sums:
             self.sums[name].addcmul_(exact, exact)
@@ -66,8 +84,11 @@ class SquaredGradients:
             self.sums[name] = exact * exact
 
     def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
-        """Add one sample's gradient of one expert's matrix of an outlined stack."""
-        self._outline(self.expert_pieces(name, expert, gradient))
+        """Add one sample's gradient of one expert's matrix of a stack that is outlined, or apart."""
+        if self.apart is not None and name in self.apart:
+            self.apart.add(name, expert, gradient)
+        else:
+            self._outline(self.expert_pieces(name, expert, gradient))
 
     def _outline(self, pieces: Mapping[str, Tensor]) -> None:
         for piece, part in pieces.items():

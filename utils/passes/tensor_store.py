@@ -51,7 +51,7 @@ class TensorStore:
         end: int = 0,
         on_host: bool | None = None,
     ) -> None:
-        self._device, self._folder, self._end = device, folder, end
+        self.device, self._folder, self._end = device, folder, end
         self.on_host = device.type != "cpu" if on_host is None else on_host
         self._unwritten: list[Stored] = []
         self._file: BinaryIO | None = None
@@ -76,6 +76,18 @@ class TensorStore:
             return stored
         self._write(dense, offset)
         return Stored(shape, order, tensor.dtype, offset)
+
+    def put_again(self, stored: Stored, tensor: Tensor) -> None:
+        """Put a tensor of the same shape and dtype in the place of one that has no file with a name.
+
+        Raises:
+            OSError: the disk is full, and so on.
+        """
+        dense = tensor.detach().permute(stored.order)
+        if stored.host is not None:
+            stored.host.copy_(dense)
+        else:
+            self._write(dense.contiguous(), stored.offset)
 
     def _write(self, dense: Tensor, offset: int) -> None:
         if self._file is None:
@@ -104,7 +116,7 @@ class TensorStore:
 
     def take(self, stored: Stored) -> Tensor:
         """A tensor as it was put by; it stays there."""
-        dense = (stored.host if stored.host is not None else self._read(stored)).to(self._device)
+        dense = (stored.host if stored.host is not None else self._read(stored)).to(self.device)
         back = sorted(range(len(stored.order)), key=lambda place: stored.order[place])
         return dense.permute(back)
 

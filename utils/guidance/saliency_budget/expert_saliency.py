@@ -1,6 +1,6 @@
 """What one expert's pass gives for the saliency budget: rows of its tables, and vectors for every parameter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,13 @@ from utils.guidance.own_text import Answer, expert_forward, forward_losses
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.saliency_budget.histograms import SaliencyHistogram, saliency_histogram
 from utils.guidance.saliency_budget.method import POINTS
-from utils.guidance.saliency_budget.squared_gradients import ComponentSquares, Side, SquaresPass, squares_pass
+from utils.guidance.saliency_budget.squared_gradients import (
+    ComponentSquares,
+    Side,
+    SquaresPass,
+    Storing,
+    squares_pass,
+)
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE
 from utils.passes.axis_sums import explained_share, row_column_factors
 from utils.passes.block_gradients import Observing, nothing
@@ -77,9 +83,10 @@ def _there(
 
     with compared_routers(job, expert, base, place.device) as routers:
         keep_routing(snapshots, routers, place.device)
-        sides, split = (side(base, at_base), side(expert, at_expert, routers.attached)), base.layout.split
-        more = fewest_tokens(job.options), base.layout.pieces, base.layout.by_expert
-        with squares_pass(*sides, place.device, place.on_step, split, place.folder, snapshots, *more) as both:
+        sides, layout = (side(base, at_base), side(expert, at_expert, routers.attached)), base.layout
+        more = {"storing": Storing(layout.split, layout.split_expert, layout.pieces, layout.by_expert)}
+        more |= {"folder": place.folder, "snapshots": snapshots, "fewest_tokens": fewest_tokens(job.options)}
+        with squares_pass(*sides, place.device, place.on_step, **more) as both:
             yield both, routers
 
 
@@ -126,8 +133,8 @@ def measure_saliency(place: Place, job: MeasureJob) -> ExpertMeasurement:
         found = {tensor: [store.take(one) for one in stored] for tensor, stored in waiting.items()}
     vectors |= _buffer_vectors(base)
     vectors |= {tensor: (rows, columns) for tensor, (rows, columns, _, _) in found.items()}
-    bins = {tensor: (numbers, counts) for tensor, (_, _, numbers, counts) in found.items()}
-    return ExpertMeasurement(_by_layer(tensors), bins, vectors, losses, routing_rows(name, routers), tokens)
+    bins = {tensor: tuple(found[tensor][2:]) for tensor in names if tensor in found}
+    return ExpertMeasurement(_in_order(tensors, names), bins, vectors, losses, routing_rows(name, routers), tokens)
 
 
 def _other_vectors(
@@ -176,6 +183,7 @@ def _tensor_row(
     return (*place, histogram.changed, histogram.zeros, histogram.norm, explained)
 
 
-def _by_layer(rows: list[tuple]) -> list[tuple]:
-    """Rows in the order of the layers; they were measured from the last to the first."""
-    return sorted(rows, key=lambda row: row[TENSOR_TABLE.names.index("layer")])
+def _in_order(rows: list[tuple], tensors: Iterable[str]) -> list[tuple]:
+    """Rows in the order of these tensors; they were measured from the last layer to the first."""
+    places = {tensor: place for place, tensor in enumerate(tensors)}
+    return sorted(rows, key=lambda row: places[row[TENSOR_TABLE.names.index("tensor")]])

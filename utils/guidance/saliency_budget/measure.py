@@ -11,9 +11,10 @@ from utils.guidance.own_text import accepted_doubts, gains_on_own_text
 from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, ask, measure_saliency
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
+from utils.passes.experts_in_parts import stack_names
 from utils.passes.gradient_memory import gradient_memory
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, require_own_tensors, snapshot_bytes
+from utils.passes.subjects import Subject, largest_block, require_own_tensors, snapshot_bytes
 from utils.recipes.saliency_vectors import vector_file_bytes
 from utils.workers.piece import Piece
 
@@ -37,28 +38,39 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at the peak of an expert's pass, about: both models, and one block's squared gradients."""
-    blocks = [sum(value.numel() for value in block.parameters()) for block in job.base.decoder.blocks]
+    """Bytes on one device at the peak of an expert's pass, about: both models, and one block's squared gradients (experts that come one
+    at a time aside)."""
     found = []
     for expert in job.experts:
         needed = [gradient_memory(subject, job.text(subject, expert).encoded) for subject in _at(job, expert)]
-        fetched = 2 * max(blocks) * expert.dtype.itemsize * (2 - len(needed))
+        block = max(largest_block(subject) for subject in (job.base, expert))
+        fetched = 2 * block * expert.dtype.itemsize * (2 - len(needed))
         first, *others = sorted(needed, key=lambda one: -one.peak())
-        found.append(first.peak(4 * max(blocks)) + sum(one.held for one in others) + fetched)
+        found.append(first.peak(4 * block) + sum(one.held for one in others) + fetched)
     return max(found)
 
 
 def waiting(job: MeasureJob) -> int:
-    """Bytes that wait for the way back of the passes that are made at a time, at most."""
+    """Bytes that wait for the way back of the passes that are made at a time, at most; squares of experts that come one at a
+    time among them."""
     return job.experts_at_a_time * max(_waiting(job, expert) for expert in job.experts)
 
 
 def _waiting(job: MeasureJob, expert: Subject) -> int:
-    return sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
+    states = sum(gradient_memory(subject, job.text(subject, expert).encoded).waiting for subject in _at(job, expert))
+    apart = [_experts(subject) for subject in (job.base, expert) if subject.experts_apart]
+    return states + 4 * max(apart, default=0)
+
+
+def _experts(subject: Subject) -> int:
+    """Entries of a block's experts, at most."""
+    blocks = range(len(subject.decoder.blocks))
+    stacks = (stack_names(subject.decoder, layer, subject.layout) for layer in blocks)
+    return max(sum(subject.decoder.model.get_parameter(name).numel() for name in names) for names in stacks)
 
 
 def on_disk(job: MeasureJob) -> int:
-    """Bytes of the files with names in which hidden states wait, and of the snapshots beside them, of base and expert."""
+    """Bytes of the files in which hidden states and squares of experts wait, and of the snapshots beside, of base and expert."""
     snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
     return waiting(job) + job.experts_at_a_time * 2 * snapshot
 

@@ -98,5 +98,6 @@ METHOD = GuidanceMethod(
         ),
     ),
     text_per_task=True,
+    experts_in_parts=True,
     config_keys=("components",),
 )

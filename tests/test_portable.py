@@ -113,6 +113,20 @@ def test_stacked_experts(stacked, apart, monkeypatch):
     assert not torch.equal(*(tensors(one)["model.layers.0.mlp.experts.down_proj"] for one in (stacked / "each", stock)))
 
 
+def test_biases_of_stacks_take_the_weights_of_their_matrices(tmp_path, monkeypatch):
+    """A stack's name is the beginning of its biases' name."""
+    folder = save_mixtures(tmp_path / "biased", "gpt_oss", num_hidden_layers=2)
+    done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", cwd=folder)
+    _, portable, _ = made(folder, "--merge_method", "ties", "--apply_lewis_to_weights")
+    values = [
+        one for one in yaml.safe_load(portable.read_text())["models"][1]["parameters"]["weight"] if "filter" in one
+    ]
+    stack = "model.layers.1.mlp.experts.gate_up_proj"
+    found = [next(one["value"] for one in values if one["filter"] in name) for name in (stack, f"{stack}_bias")]
+    assert found[0] == found[1]
+    assert_same_tensors(*run_both(folder, portable, monkeypatch, fused_experts=True))
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = save_pair(tmp_path_factory.mktemp("dense"))

@@ -47,6 +47,7 @@ _RECIPES = (
     ("lewis", "--merge_method", "ties", "--apply_lewis_to_weights", "--control", "lines", "--portable"),
     ("saliency_budget", "--merge_method", "ties", "--mask", "saliency"),
     ("gram_mean", "--mean_density", "0.5"),
+    ("gram_mean", "--mean_density", "0.5", "--form", "low_rank"),
 )
 _NOT_PORTABLE = ("flag-no-effect:", "recipe-not-portable:")  # what stock mergekit runs anyway, or cannot
 SHARES = {"code": 0.5, "math": 0.3}
@@ -222,10 +223,10 @@ def _decide_and_merge(folder: Path, guidance: str) -> None:
 
 def _plan_recipes(folder: Path) -> None:
     """Write the other recipes of what was measured, and have command 3 plan each."""
-    for guidance, *flags in _RECIPES:
+    for place, (guidance, *flags) in enumerate(_RECIPES):
         if not (folder / f"dfs_{guidance}").is_dir():
             continue  # refused
-        out = folder / f"more_{guidance}"
+        out = folder / f"more_{place}"
         arguments = ("--delta_dfs_in_dir", f"dfs_{guidance}", "--config_file", "pair.yaml", "--out_dir", out.name)
         try:
             try:

@@ -18,6 +18,8 @@ from tests.architectures.record import LEFT_OUT, RECORD, REFUSED, known_labels, 
 from tests.architectures.shrinking import all_rows
 from tests.architectures.sweep import STEPS, read_rows, sweep
 from tests.architectures.table import PAGE, page, silence
+from tests.commands_here import done_here
+from tests.tiny_mixtures import save_mixtures
 
 ROWS = {row.label: row for row in read_rows()}
 
@@ -68,6 +70,25 @@ def test_one_row_of_each_kind_is_measured_and_merged(label, tmp_path):
     silence()
     outcome = sweep(ROWS[label], tmp_path / "pair", ("merge", "lewis"))
     assert outcome.steps == {"merge": "ok", "lewis": "ok"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", ["lewis", "saliency_budget"])
+def test_states_that_a_model_keeps_in_float32_do_not_end_a_measurement_in_bfloat16(guidance, tmp_path, monkeypatch):
+    monkeypatch.chdir(save_mixtures(tmp_path / "pair", "xlstm"))
+    flags = [
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "dfs",
+        "--guidance",
+        guidance,
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+    ]
+    done_here("lewis_importance.py", *flags, *(["--accept_useless_text"] if guidance != "lewis" else []))
 
 
 @pytest.mark.slow

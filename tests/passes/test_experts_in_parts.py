@@ -10,6 +10,7 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from tests.architectures.shrinking import save_changed, tiny_model
 from tests.architectures.sweep import read_rows
@@ -120,52 +121,61 @@ def test_an_architecture_that_takes_all_experts_at_once_is_refused(apart):
         torch.bmm(stack, stack.transpose(1, 2))
 
 
-@pytest.mark.parametrize("guidance", ["submodule_linearity", "tuned"])
-def test_what_needs_whole_blocks_is_refused_with_the_numbers(guidance, apart, monkeypatch, tmp_path):
+def test_what_does_not_fit_in_parts_is_refused_with_the_numbers(apart, monkeypatch, tmp_path):
     decoder, layout, _ = opened(apart / "base")
-    whole, without_experts, _ = parts_bytes(decoder, layout)
+    _, without_experts, _ = parts_bytes(decoder, layout)
     monkeypatch.chdir(apart)
-    monkeypatch.setattr(block_memory, "available_bytes", lambda device: (whole + without_experts) // 2)
-    flags = ["--config", "pair.yaml", "--out_dir", str(tmp_path / "out"), "--guidance", guidance]
+    monkeypatch.setattr(block_memory, "available_bytes", lambda device: without_experts - 1)
+    flags = ["--config", "pair.yaml", "--out_dir", str(tmp_path / "out"), "--guidance", "submodule_linearity"]
     done = run_here("lewis_importance.py", *flags, "--dtype", "float32", "--device", "cpu")
     assert refusal_code(done) == "memory-block-too-large"
-    assert "--guidance lewis" in done.stderr and not (tmp_path / "out").exists()
+    assert "even with the experts of a block one at a time" in done.stderr and "--guidance" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+FLOAT32 = "submodule_linearity"  # computes in it whatever --dtype says
+EVERY = "lewis, gram_mean, saliency_budget"
 
 
 @pytest.mark.parametrize(
     ("name", "whole", "apart", "dtype", "wanted", "unwanted"),
     [
-        ("lewis", 30, 12, torch.float32, ["one at a time", "--dtype bfloat16"], ["needs a block whole", "--guidance"]),
+        ("lewis", 30, 12, torch.float32, ["one at a time", "--dtype bfloat16"], ["--guidance"]),
         ("lewis", 30, 30, torch.bfloat16, [], ["--dtype", "--guidance", "one at a time"]),
-        ("tuned", 18, 8, torch.float32, ["--guidance lewis", "--dtype bfloat16", "tuned needs"], []),
-        ("tuned", 18, 8, torch.bfloat16, ["--guidance lewis (which"], ["--dtype"]),
-        ("tuned", 30, 12, torch.float32, [], ["--guidance lewis", "--dtype"]),
-        ("submodule_linearity", 8, 8, torch.bfloat16, ["--guidance lewis"], ["--dtype", "(which"]),
-        ("submodule_linearity", 30, 30, torch.float32, [], ["--dtype", "--guidance"]),
+        (FLOAT32, 30, 8, torch.bfloat16, [f"{EVERY} or tuned (one expert", "even"], ["--dtype", "sens_merging"]),
+        (FLOAT32, 8, 8, torch.bfloat16, [f"{EVERY} or tuned"], ["--dtype", "(one", "sens_merging"]),
+        (FLOAT32, 30, 12, torch.float32, [], ["--guidance", "--dtype"]),
     ],
 )
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_only_what_would_do_is_advised(name, whole, apart, dtype, wanted, unwanted, is_gpu):
-    """Of ten bytes that are free."""
+    """Of ten bytes that are free, for one expert."""
     needs, method = block_memory.BlockNeeds(whole, apart, dtype, 10, is_gpu), guidance_methods()[name]
     assert needs.of(method) > needs.free
-    said = f"{needs.why(method)}; use {needs.remedies(method)}"
+    said = f"{needs.why}; use {needs.remedies(method, 1)}"
     assert all(one in said for one in wanted) and not any(one in said for one in unwanted)
     assert ("--device cpu" in said) == is_gpu and said.endswith("a machine with more memory")
 
 
-GUIDANCES = ("lewis", "sens_merging", "gram_mean", "saliency_budget")
+GUIDANCES = ("lewis", "sens_merging", "gram_mean", "saliency_budget", "tuned", "submodule_linearity")
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
 def test_command_1_measures_in_parts_what_it_measures_whole(guidance, apart, monkeypatch, tmp_path):
     """Also with gradients, block by block on the way back."""
-    monkeypatch.chdir(apart)
-    decoder, layout, _ = opened(apart / "base")
+    of_differences = (1e-3, 1e-6) if guidance == "submodule_linearity" else ()  # of outputs that other kernels give
+    compare_whole_and_parts(guidance, apart, monkeypatch, tmp_path, *of_differences)
+
+
+def compare_whole_and_parts(guidance, folder, monkeypatch, tmp_path, rtol=1e-6, atol=1e-12):
+    monkeypatch.chdir(folder)
+    decoder, layout, _ = opened(folder / "base")
     whole, without_experts, _ = parts_bytes(decoder, layout)
     tables, flags = [], ["--config", "pair.yaml", "--guidance", guidance, "--dtype", "float32", "--device", "cpu"]
     flags += [] if guidance == "lewis" else ["--accept_useless_text"]
-    for name, free in (("whole", 2**40), ("parts", (whole + without_experts) // 2)):
+    flags += ["--tune_steps", "2"] if guidance == "tuned" else []
+    both = guidance_methods()[guidance].models_at_once(2) > 1  # of one model a block would fit
+    for name, free in (("whole", 2**40), ("parts", whole * 3 // 2 if both else (whole + without_experts) // 2)):
         monkeypatch.setattr(block_memory, "available_bytes", lambda device, free=free: free)
         done = run_here("lewis_importance.py", *flags, "--out_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
@@ -175,7 +185,7 @@ def test_command_1_measures_in_parts_what_it_measures_whole(guidance, apart, mon
     for name, file in tables[0].items():
         if file.suffix == ".csv":
             one, other = (pd.read_csv(each[name]) for each in tables)
-            assert_frame_equal(one, other, check_exact=False, rtol=1e-6, atol=1e-12)
+            assert_frame_equal(one, other, check_exact=False, rtol=rtol, atol=atol)
         elif file.suffix == ".safetensors":
             one, other = (load_file(each[name]) for each in tables)
             assert one.keys() == other.keys()
@@ -234,13 +244,24 @@ def test_gradients_are_those_of_whole_blocks_with_far_less_alive(stored, request
     assert counted.peak < usual.peak - (whole - without_experts) + 8 * matrix
 
 
-def test_an_architecture_that_takes_all_experts_at_once_is_refused_before_measuring(tmp_path, monkeypatch):
-    """Llama 4 multiplies all its experts in one product."""
+@pytest.mark.parametrize("guidance", ["lewis", "sens_merging"])
+def test_all_experts_in_one_product_come_one_at_a_time_too(guidance, tmp_path, monkeypatch):
+    """As Llama 4 takes them."""
+    compare_whole_and_parts(guidance, save_llama4(tmp_path / "pair"), monkeypatch, tmp_path, 1e-3, 1e-6)
+
+
+def test_an_architecture_that_takes_all_experts_in_another_way_is_refused_before_measuring(tmp_path, monkeypatch):
+    def forward(self, hidden_states):
+        rows = hidden_states.view(self.num_experts, -1, self.hidden_size)
+        gate, up = torch.einsum("eri,eio->ero", rows, self.gate_up_proj).chunk(2, dim=-1)
+        return torch.einsum("eri,eio->ero", up * self.act_fn(gate), self.down_proj).flatten(end_dim=1)
+
+    monkeypatch.setattr(Llama4TextExperts, "forward", forward)
     monkeypatch.chdir(save_llama4(tmp_path))
     decoder, layout, _ = opened(tmp_path / "base")
     whole, without_experts, _ = parts_bytes(decoder, layout)
     monkeypatch.setattr(block_memory, "available_bytes", lambda device: (whole + without_experts) // 2)
-    for guidance in ("lewis", "tuned"):
+    for guidance in ("lewis", "saliency_budget"):
         flags = ["--config", "pair.yaml", "--out_dir", "out", "--guidance", guidance, "--dtype", "float32"]
         done = run_here("lewis_importance.py", *flags, "--device", "cpu")
         assert refusal_code(done) == "memory-block-too-large"
@@ -248,13 +269,14 @@ def test_an_architecture_that_takes_all_experts_at_once_is_refused_before_measur
 
 
 def save_llama4(folder):
-    """A pair of tiny Llama 4 text models."""
+    """Three tiny Llama 4 text models."""
     model = tiny_model({row.label: row for row in read_rows()}["llama4_text:causal"])
     model.save_pretrained(folder / "base")
-    save_changed(model, folder / "code", 1)
-    for name in ("base", "code"):
+    for seed, name in enumerate(("code", "math"), 1):
+        save_changed(model, folder / name, seed)
+    for name in ("base", "code", "math"):
         save_tokenizer(folder / name, size=90)
     save_rows(folder)
-    models = [{"name": f"./{name}", "type": name} for name in ("base", "code")]
+    models = [{"name": f"./{name}", "type": name} for name in ("base", "code", "math")]
     write_config(folder, {"model_info": models})
     return folder

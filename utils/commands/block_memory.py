@@ -8,7 +8,7 @@ import torch
 
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
-from utils.guidance.method import GuidanceMethod
+from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.passes.experts_in_parts import parts_bytes
 from utils.passes.experts_trial import come_one_at_a_time
 from utils.passes.subjects import Subject, activation_estimate
@@ -18,13 +18,16 @@ from utils.runtime import available_bytes, device_name, gigabytes
 def placed_in_memory(job: MeasureJob, method: GuidanceMethod) -> MeasureJob:
     """The job with it decided for each model whether the experts of its blocks are fetched one at a time.
 
-    They are where the largest block does not fit whole, beside what lies outside the blocks and what the text takes.
+    They are where the largest block does not fit whole, beside what lies outside the blocks and what the text takes, of as
+    many models as the method has in memory at a time.
 
     Raises:
         UserError: what lies outside a model's blocks and its largest block (of a mixture only that of it which cannot come one
-            expert at a time, where method and architecture allow that) do not fit together.
+            expert at a time, where the architecture allows that) do not fit together.
     """
-    return replace(job, subjects=tuple(_placed(subject, job.devices[0], method) for subject in job.subjects))
+    return replace(
+        job, subjects=tuple(_placed(subject, job.devices[0], method, len(job.experts)) for subject in job.subjects)
+    )
 
 
 def parts_lines(job: MeasureJob) -> Iterator[str]:
@@ -33,15 +36,15 @@ def parts_lines(job: MeasureJob) -> Iterator[str]:
         if subject.experts_apart:
             free = gigabytes(available_bytes(job.devices[0]))
             yield (
-                f"{subject.entry.type}: a block does not fit into {free}, so the matrices of its experts are fetched one at a "
+                f"{subject.entry.type}: blocks do not fit into {free} whole, so the matrices of its experts are fetched one at a "
                 "time, on every pass of a micro-batch or sample through it"
             )
 
 
-def _placed(subject: Subject, device: torch.device, method: GuidanceMethod) -> Subject:
+def _placed(subject: Subject, device: torch.device, method: GuidanceMethod, experts: int) -> Subject:
     whole, apart, _ = parts_bytes(subject.decoder, subject.layout)
     needs = BlockNeeds(whole, apart, subject.dtype, available_bytes(device), is_gpu=device.type != "cpu")
-    if needs.in_dtype(method, whole) + activation_estimate(subject) <= needs.free:
+    if method.models_at_once(experts) * needs.in_dtype(method, whole) + activation_estimate(subject) <= needs.free:
         return replace(subject, experts_apart=False)
     if apart < whole and not come_one_at_a_time(subject):
         needs = replace(needs, apart=whole, together=True)
@@ -49,10 +52,10 @@ def _placed(subject: Subject, device: torch.device, method: GuidanceMethod) -> S
         raise UserError(
             f"model {subject.entry.name}: its largest block and what lies outside its blocks are {gigabytes(needs.of(method))} "
             f"in {str(needs.dtype_of(method)).removeprefix('torch.')}, and {device_name(device)} has {gigabytes(needs.free)} "
-            f"free{needs.why(method)}; use {needs.remedies(method)}",
+            f"free{needs.why}; use {needs.remedies(method, experts)}",
             "memory-block-too-large",
         )
-    return replace(subject, experts_apart=method.experts_in_parts and needs.apart < whole)
+    return replace(subject, experts_apart=needs.apart < whole)
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,31 @@ class BlockNeeds:
 
     def of(self, method: GuidanceMethod) -> int:
         """The bytes that the method needs at least."""
-        return self.in_dtype(method, self.apart if method.experts_in_parts else self.whole)
+        return self.in_dtype(method, self.apart)
 
-    def why(self, method: GuidanceMethod) -> str:
+    @property
+    def why(self) -> str:
         """What makes it so much, as a clause; "" where nothing is to be said."""
         if self.together:
             return "; its architecture computes all experts of a block at once, so that they cannot be fetched one at a time"
         if self.apart == self.whole:
             return ""
-        if method.experts_in_parts:
-            return ", even with the experts of a block one at a time"
-        return f"; --guidance {method.name} needs a block whole"
+        return ", even with the experts of a block one at a time"
 
-    def remedies(self, method: GuidanceMethod) -> str:
-        """What would do, as far as the numbers say."""
+    def would_do(self, method: GuidanceMethod, experts: int) -> bool:
+        """Whether another method can measure so many experts in what is free."""
+        return experts >= method.fewest_experts and self.of(method) <= self.free
+
+    def remedies(self, method: GuidanceMethod, experts: int) -> str:
+        """What would do for so many experts, as far as the numbers say."""
         found = []
         if not method.in_float32 and self.of(method) * torch.bfloat16.itemsize // self.dtype.itemsize <= self.free:
             found.append("--dtype bfloat16")
-        if not method.experts_in_parts and self.apart <= self.free:
-            how = " (which takes the experts of a block one at a time)" if self.apart < self.whole else ""
-            found.append(f"--guidance lewis{how}")
+        if others := [one.name for one in guidance_methods().values() if one != method and self.would_do(one, experts)]:
+            *first, last = others
+            named = f"{', '.join(first)} or {last}" if first else last
+            how = " (one expert of a block at a time)" if self.apart < self.whole else ""
+            found.append(f"--guidance {named}{how}")
         if self.is_gpu:
             found.append("--device cpu")
         return ", or ".join([*found, "a machine with more memory"])

@@ -74,8 +74,8 @@ class GuidanceMethod:
         density_alone: the `--mean_density` to suggest where there is one expert, and of `best` for it; None: none.
         measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
             a `UserError` if it cannot.
-        experts_in_parts: whether the experts of a block that does not fit into memory can come one at a time.
         in_float32: whether it computes in float32 whatever `--dtype` says.
+        models_at_once: of how many models a block is in memory at a time, by how many experts there are.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
 
@@ -100,8 +100,8 @@ class GuidanceMethod:
     authors_samples: int = 0
     tasks: str = ""
     searched: bool = True
-    experts_in_parts: bool = False
     in_float32: bool = False
+    models_at_once: Callable[[int], int] = lambda experts: 1
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
         """The names of all files that measuring writes, the manifest aside."""

@@ -61,6 +61,7 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
     routers = in_stock_mergekit(plain.routers, stock)
     plain = replace(plain, routers=routers)
     tied = {other: stock.by_own[name] for other, name in naming.tied.items() if other in stock.tensors}
+    tied |= _biases_of_stacks(table, stock)
     dense = list(dict.fromkeys(stock.by_own[name] for name in naming.filters))
     proof, before = exact_filters(dense, stock.tensors, _WHERE)
     try:
@@ -90,6 +91,13 @@ def portable_recipe(measured: MeasuredPair, made: GuidedRecipe) -> Portable:
         said += f"; {plain.method.name} in place of {settings.method.name}"
     name = recipe_file_name(measured.config, made.choices, made.decision, PORTABLE)
     return Portable(name, recipe(table, found, plain), said, fused, bool(plain.method.keeps))
+
+
+def _biases_of_stacks(table: pd.DataFrame, stock: StockNames) -> dict[str, str]:
+    """Biases whose names begin with a stack's, so that every filter of it hits them: they take its numbers; by their names."""
+    matrices = dict.fromkeys(table["tensor"])
+    pairs = {f"{name}_bias": name for name in matrices}
+    return {bias: name for bias, name in pairs.items() if bias in stock.tensors and bias not in matrices}
 
 
 def _averaged(table: pd.DataFrame, naming: Naming, stock: StockNames) -> pd.DataFrame:

@@ -202,7 +202,9 @@ def placed(module: nn.Module, path: str, tensors: Mapping[str, torch.Tensor], de
                 before.append((table, name, value))
                 if full in tensors:
                     new = tensors[full]
-                    table[name] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
+                    # a stack there stays itself: that is how its experts' matrices are found
+                    as_it_is = new.is_meta or not isinstance(value, nn.Parameter)
+                    table[name] = new if as_it_is else nn.Parameter(new, requires_grad=False)
                 elif value.device.type != "meta":
                     table[name] = value.to(device)
     try:

@@ -4,7 +4,7 @@ What lies outside the blocks runs with zeros in the place of its parameters (one
 block seems to return what it was given. Numbers mean nothing then; the order of calls and the shapes are the model's own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import block_tensor_names
 from utils.passes.flows import Arrival, Flow, stops
+from utils.passes.shared_state import with_copies
 
 _TOKENS = 5
 _CPU = torch.device("cpu")
@@ -104,6 +105,22 @@ def dry_walk(
     return seen
 
 
+def forward_on_zeros(decoder: Decoder, layer: int, call: Arrival, without: Collection[str] = ()) -> None:
+    """Run a block on what it is about to be given, with zeros in the place of its parameters, those of some names left out."""
+    block, path = decoder.blocks[layer], f"{decoder.blocks_path}.{layer}"
+    own = {f"{path}.{name}": value for name, value in block.named_parameters()}
+    args, kwargs = with_copies(call.args, call.kwargs)
+    with placed(
+        block, path, {name: zeros(one.shape, one.dtype) for name, one in own.items() if name not in without}, _CPU
+    ):
+        call.forward(*args, **kwargs)
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """One number, whatever the size."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
 def _walk(
     decoder: Decoder,
     batch: MicroBatch,
@@ -130,13 +147,13 @@ def _walk(
 def _flow(decoder: Decoder, part: nn.Module, batch: MicroBatch) -> Iterator[Flow]:
     """A pass through a part of the model, with zeros outside the blocks, that has not begun."""
     in_blocks = block_tensor_names(decoder)
-    zeros = {
-        name: torch.zeros((), dtype=value.dtype).expand(value.shape)
+    around = {
+        name: zeros(value.shape, value.dtype)
         for name, value in decoder.model.named_parameters()
         if name not in in_blocks
     }
     # Not `inference_mode`: a model's own code may keep tensors for later calls, and autograd could not use such ones.
-    with torch.no_grad(), placed(decoder.model, "", zeros, _CPU), stops(decoder.blocks):
+    with torch.no_grad(), placed(decoder.model, "", around, _CPU), stops(decoder.blocks):
         flow = Flow(part, batch, _CPU)
         try:
             yield flow

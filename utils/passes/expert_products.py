@@ -173,7 +173,9 @@ class _Products(TorchFunctionMode):
             if (fetched := origin(weight)) is not None:
                 return next(((name, fetched[1]) for name, stack in self.stacks.items() if stack is fetched[0]), None)
             for name, stack in self.stacks.items():
-                if weight.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
+                if weight is stack:
+                    return name, None
+                if weight.is_meta or weight.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
                     continue
                 first = weight.storage_offset() - stack.storage_offset()
                 if weight.ndim == 3 and first == 0 and weight.shape == stack.shape:

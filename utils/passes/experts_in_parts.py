@@ -3,13 +3,15 @@
 Their stacked parameters stay on the meta device. The loop of an experts module takes `stack[expert]`, and that slice is
 read then and let go of after its product; so one matrix of one expert is there at a time, and each is read once for every
 micro-batch. Where a graph is recorded it keeps no matrix: what a way back needs of it is read again, and each expert's
-gradient is handed over by itself. Nothing else is assumed about an architecture: one that takes its stacks in another way
-is refused.
+gradient is handed over by itself. Where a module multiplies what it gives all its experts with a whole stack at once (Llama
+4), that product is made one expert after the other. Nothing else is assumed about an architecture: one that takes its stacks
+in another way is refused.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 from utils.errors import UserError
 from utils.models.decoder import Decoder, is_experts
 from utils.models.stored_layout import StoredLayout
+from utils.passes.mixed_stacks import MixedStack
 
+_OF_ALL = ("bmm", "matmul", "__matmul__")  # products of what all experts are given with all their matrices
 _HARMLESS = ("__get__", "size", "dim", "numel", "stride", "__len__")  # what only asks about a stack
 FetchExpert = Callable[[str, int], Tensor]
 TakeGradient = Callable[[str, int, Tensor, Tensor], None]
@@ -94,10 +98,14 @@ def experts_in_parts(
     for config in configs:
         config._experts_implementation = "eager"
     matrices = ExpertMatrices(stacks, fetch)
+    for stack, name in stacks.values():
+        stack.matrix_of = partial(fetch, name)
     try:
         with matrices, saved_tensors_hooks(matrices.pack, matrices.unpack):
             yield matrices
     finally:
+        for stack, _ in stacks.values():
+            del stack.matrix_of
         for config, value in zip(configs, before, strict=True):
             config._experts_implementation = value
 
@@ -153,11 +161,16 @@ class ExpertMatrices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for value in args:
-            if id(value) not in self.stacks:
+            if isinstance(value, MixedStack):
+                stack, name = value, ""
+            elif id(value) in self.stacks:
+                stack, name = self.stacks[id(value)]
+            else:
                 continue
-            stack, name = self.stacks[id(value)]
             if func is Tensor.__getitem__ and value is args[0] and _is_one(args[1]):
                 return self._matrix(stack, name, int(args[1]))
+            if getattr(func, "__name__", "") in _OF_ALL and _is_for_all(args, stack):
+                return torch.stack([rows @ self._matrix(stack, name, expert) for expert, rows in enumerate(args[0])])
             if func is Tensor.detach:  # as a list of a module's state does
                 return stack
             if getattr(func, "__name__", "") not in _HARMLESS:
@@ -169,6 +182,8 @@ class ExpertMatrices(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _matrix(self, stack: nn.Parameter, name: str, expert: int) -> Tensor:
+        if isinstance(stack, MixedStack):
+            return stack.matrix_of(expert)
         if torch.is_grad_enabled() and stack.requires_grad:
             matrix = _Fetched.apply(stack, self, name, expert)
         else:
@@ -225,6 +240,11 @@ class _Fetched(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[None, None, None, None]:
         ctx.matrices.hand_over(*ctx.place, gradient)
         return None, None, None, None
+
+
+def _is_for_all(args: Sequence[Any], stack: nn.Parameter) -> bool:
+    """Whether these are the rows [experts, rows, in] of all experts, and the stack [experts, in, out]."""
+    return len(args) == 2 and args[1] is stack and args[0].ndim == 3 and len(args[0]) == len(stack)
 
 
 def _is_one(index: Any) -> bool:

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from tests.architectures.shrinking import Row, tiny_model
+from tests.architectures.sweep import read_rows
 from tests.refusals import refused
 from tests.tiny_checkpoints import FAMILIES, save_any, save_tiny
+from utils.guidance.submodule_linearity.called_parts import walk_through_parts
 from utils.guidance.submodule_linearity.method import LEVELS
 from utils.guidance.submodule_linearity.parts import (
     Outside,
@@ -17,6 +19,8 @@ from utils.guidance.submodule_linearity.parts import (
 from utils.models.decoder import find_decoder
 from utils.models.opening import open_checkpoint
 from utils.models.weight_source import build_skeleton
+
+ROWS = {row.label: row for row in read_rows()}
 
 
 def decoder_of(family, folder, **overrides):
@@ -98,3 +102,19 @@ def test_blocks_of_other_parameters_are_refused(tmp_path):
     other = decoder_of("llama_bias", tmp_path / "other")
     with refused("model-not-of-base"):
         require_same_parameters(base.blocks[0], other.blocks[0], "x: block 0")
+
+
+@pytest.mark.parametrize("label", ["bloom:causal", "qwen3_moe:causal"])
+def test_a_trial_before_weights_are_read_calls_every_part_once(label, tmp_path):
+    assert trial(label, tmp_path).outputs
+
+
+def test_parts_that_are_never_called_are_refused_before_weights_are_read(tmp_path):
+    with refused("model-unsupported", "it: altup of block 0 is called never"):
+        trial("gemma3n_text:causal", tmp_path)
+
+
+def trial(label, folder):
+    tiny_model(ROWS[label]).save_pretrained(folder)
+    model = build_skeleton(open_checkpoint(str(folder)), torch.float32, False)
+    return walk_through_parts(find_decoder(model, None, {}, "it"), [5, 6, 7, 8, 9, 10], "it")

@@ -90,6 +90,6 @@ METHOD = GuidanceMethod(
     merge_rule=_rule,
     density_alone=0.1,  # the sparse refit leads there (benchmarks/quality.py)
     text_per_task=True,
+    models_at_once=lambda experts: 2,
     config_keys=("components",),
-    experts_in_parts=True,
 )

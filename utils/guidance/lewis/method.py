@@ -48,5 +48,4 @@ METHOD = GuidanceMethod(
     ),
     config_keys=("sparsity_ratio", "parity", "components"),
     authors_samples=15,
-    experts_in_parts=True,
 )

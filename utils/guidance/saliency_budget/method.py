@@ -98,6 +98,6 @@ METHOD = GuidanceMethod(
         ),
     ),
     text_per_task=True,
-    experts_in_parts=True,
+    models_at_once=lambda experts: 2,
     config_keys=("components",),
 )

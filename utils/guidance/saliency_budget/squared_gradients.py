@@ -7,8 +7,9 @@ whose gradients are taken go back in lock-step; a model whose gradients are not 
 
 Of a mixture's experts, F of those that few tokens came to is taken towards the mean of their layer.
 
-F is held whole for the linear parts of one block; where experts are fetched one at a time, theirs is so, too. Of every other parameter, embeddings and head included, only what a
-vector per axis needs is summed up, so that F of a vocabulary is never in memory.
+F is held whole for the linear parts of one block, but of experts that are fetched one at a time for one matrix. Of every
+other parameter, embeddings and head included, only what a vector per axis needs is summed up, so that F of a vocabulary is
+never in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

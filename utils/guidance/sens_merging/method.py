@@ -66,5 +66,4 @@ METHOD = GuidanceMethod(
     text_per_task=True,
     config_keys=("components",),
     authors_samples=100,
-    experts_in_parts=True,
 )

@@ -130,6 +130,8 @@ class _Comparison:
                 self.layer = layer
                 with ExitStack() as placing:
                     blocks = [placing.enter_context(turn.next_block()) for turn in turns]
+                    for turn in turns:
+                        placing.enter_context(turn.experts())
                     self.parts += self._through_block(blocks, self.flows)
                     self.passage = None
                     if self.whole is not None:

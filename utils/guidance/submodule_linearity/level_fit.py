@@ -19,6 +19,7 @@ from utils.guidance.submodule_linearity.method import RIDGE, WEIGHTINGS
 from utils.guidance.submodule_linearity.part_changes import Call, PartChanges, Passage
 from utils.guidance.submodule_linearity.weights import merging_weights, misfit
 from utils.models.weight_source import placed
+from utils.passes.mixed_stacks import with_changes
 
 _SOLVED, _TRIED = list(range(0, FOLDS, 2)), list(range(1, FOLDS, 2))
 
@@ -84,10 +85,7 @@ def _merged(
     merged = {}
     for part, own in zip(parts, weights, strict=True):
         for name in (full.removeprefix(prefix) for full in part.parameters):
-            tensor = base[name].detach().clone()
-            for weight, expert in zip(own, experts, strict=True):
-                tensor += weight * (expert[name] - base[name])
-            merged[name] = tensor
+            merged[name] = with_changes(base[name], [expert[name] for expert in experts], own)
     return merged
 
 

@@ -10,6 +10,7 @@ import torch
 from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import accepted_doubts, both_forward, gains_on_own_text
+from utils.guidance.submodule_linearity.called_parts import walk_through_parts
 from utils.guidance.submodule_linearity.comparison import Compared, ComparedText, compare_models
 from utils.guidance.submodule_linearity.gram import require_token_axis
 from utils.guidance.submodule_linearity.method import NAME, TENSOR, WHOLE
@@ -25,10 +26,9 @@ from utils.guidance.submodule_linearity.tables import (
 )
 from utils.guidance.submodule_linearity.whole_models import WAYS
 from utils.models.weight_source import tied_names
-from utils.passes.dry_walk import dry_walk
 from utils.passes.language_head import require_head
 from utils.passes.snapshots import Snapshots
-from utils.passes.subjects import Subject, component_names, memory_estimate
+from utils.passes.subjects import Subject, component_names, largest_block, memory_estimate
 from utils.workers.piece import Piece, Place
 
 
@@ -51,11 +51,10 @@ def choices(job: MeasureJob) -> list[str]:
 
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at its peak, about: two blocks and what lies outside of all models, beside the base's own pass."""
-    model, decoder = job.base.decoder.model, job.base.decoder
-    blocks = [sum(value.numel() for value in block.parameters()) for block in decoder.blocks]
-    outside = sum(value.numel() for value in model.parameters()) - sum(blocks)
+    model, blocks = job.base.decoder.model, job.base.decoder.blocks
+    outside = sum(value.numel() for value in model.parameters()) - sum(value.numel() for value in blocks.parameters())
     base = replace(job.base, dtype=torch.float32)
-    return memory_estimate(base) + 4 * (2 * max(blocks) + outside) * len(job.experts)
+    return memory_estimate(base) + sum(4 * (2 * largest_block(expert) + outside) for expert in job.experts)
 
 
 def on_disk(job: MeasureJob) -> int:
@@ -72,7 +71,7 @@ def on_disk(job: MeasureJob) -> int:
 def measure(job: MeasureJob) -> Measured:
     """Gram matrices, tensors and scores of every part, in one pass of the base through all texts."""
     require_comparable(job.base.decoder, {f"model {one.entry.name}": one.decoder for one in job.experts})
-    _require_token_axes(job.base)
+    _require_parts(job.base)
     compared = [job.base, *job.experts]
     for subject in compared:
         require_head(subject.decoder, subject.layout, f"model {subject.entry.name}")
@@ -95,10 +94,11 @@ def measure(job: MeasureJob) -> Measured:
     return Measured(files, warnings=(*doubts, *_warnings(job, found)), routing=on_text.routing)
 
 
-def _require_token_axes(base: Subject) -> None:
-    """Refuse, before weights are read, a part outside the blocks whose output has no axis of tokens."""
-    text, model = next(iter(base.texts.values())), base.decoder.model
-    seen = dry_walk(base.decoder, text.encoded[0], f"model {base.entry.name}")
+def _require_parts(base: Subject) -> None:
+    """Refuse, before weights are read, a part of blocks that is not called once, and one outside whose output has no axis of
+    tokens."""
+    model, text = base.decoder.model, next(iter(base.texts.values()))
+    seen = walk_through_parts(base.decoder, text.encoded[0], f"model {base.entry.name}")
     for path in outside_submodules(base.decoder).paths:
         module = model.get_submodule(path)
         if path in seen.outputs and len(own_parameters(module)) == sum(1 for _ in module.parameters()):
@@ -114,7 +114,8 @@ def _compared(place: Place, job: MeasureJob) -> Compared:
         )
         for source in job.config.texts
     ]
-    base, *experts = (_opened(job, subject, place.device) for subject in job.subjects)
+    apart = any(job.open_weights(subject, place.device).experts_apart for subject in job.subjects)  # all alike
+    base, *experts = (_opened(job, replace(one, experts_apart=apart), place.device) for one in job.subjects)
     scores = bool(job.options["nonlinearity"])
     kept = Snapshots(place.snapshot)
     return compare_models(base, experts, texts, place.device, scores=scores, on_block=place.on_step, snapshots=kept)

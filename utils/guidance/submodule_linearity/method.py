@@ -35,6 +35,7 @@ METHOD = GuidanceMethod(
     merge_method="task_arithmetic",
     tables=(GRAM, TENSORS, SCORES, FOLD_GRAMS, MISSED),
     in_float32=True,
+    models_at_once=lambda experts: 1 + experts,
     measure_flags=(
         ACCEPT_FLAG,
         MethodFlag(

@@ -5,7 +5,8 @@ Delta_s(x) = f(x; theta_s) - f(x; theta_0),   x as in the base's own pass, in fl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from utils.guidance.submodule_linearity.gram import gram_matrices, token_rows
 from utils.guidance.submodule_linearity.nonlinearity import GRID, distance_sums, nonlinearity
 from utils.models.decoder import is_linear, weight_matrix
 from utils.models.weight_source import placed
+from utils.passes.mixed_stacks import between, differ
 from utils.passes.shared_state import with_copies
 
 
@@ -77,12 +79,17 @@ class PartChanges:
     def require_calls(self, expected: int, where: str) -> None:
         """Raise a `UserError` unless the part was called once for each micro-batch."""
         if self.calls != expected:
-            often = "never" if self.calls == 0 else f"{self.calls} times"
-            raise UserError(
-                f"{where} is called {often} in {expected} passes of text through the model; parts that do not process "
-                "each text once cannot be weighed, so this architecture is not supported",
-                "model-unsupported",
-            )
+            refuse_calls(self.calls, expected, where)
+
+
+def refuse_calls(calls: int, expected: int, where: str) -> NoReturn:
+    """Raise a `UserError`: a part is not called once for each text."""
+    often = "never" if calls == 0 else f"{calls} times"
+    raise UserError(
+        f"{where} is called {often} in {expected} passes of text through the model; parts that do not process each text once "
+        "cannot be weighed: use another --guidance, such as gram_mean",
+        "model-unsupported",
+    )
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,10 @@ class Variant:
     own: Mapping[str, torch.Tensor]
     around: Mapping[str, torch.Tensor]
 
+    @cached_property
     def changed(self) -> torch.Tensor:
         """Whether any parameter differs from the base's (a bool on the device, so that nothing waits)."""
-        return torch.stack([(self.own[name] != value).any() for name, value in self.base.items()]).any()
+        return torch.stack([differ(value, self.own[name]) for name, value in self.base.items()]).any()
 
 
 def observe(part: PartChanges, call: Call, variants: Sequence[Variant], passage: Passage, scored: bool) -> None:
@@ -143,7 +151,7 @@ def observe(part: PartChanges, call: Call, variants: Sequence[Variant], passage:
         else:
             rows = passage.rows(_evaluated(variant, call, {}), part.name)
             # Equal weights give exactly 0, whatever two kernels make of differently aligned memory.
-            changes.append(torch.where(variant.changed(), rows - base_rows, 0.0))
+            changes.append(torch.where(variant.changed, rows - base_rows, 0.0))
     part.sums[passage.text].index_add_(0, passage.folds, gram_matrices(changes, passage.samples))
     part.calls += 1
     if not scored:
@@ -170,7 +178,7 @@ def linear_change(call: Call, module: nn.Module) -> torch.Tensor:
 
 def _interpolated(variant: Variant, call: Call, share: float) -> Any:
     return _evaluated(
-        variant, call, {name: value.lerp(variant.own[name], share) for name, value in variant.base.items()}
+        variant, call, {name: between(value, variant.own[name], share) for name, value in variant.base.items()}
     )
 
 
@@ -178,6 +186,6 @@ def _evaluated(variant: Variant, call: Call, replaced: Mapping[str, torch.Tensor
     tensors = {**variant.around, **replaced}
     if not tensors:
         return call.made_by(variant.module)
-    device = next(iter(tensors.values())).device
+    device = next(one.device for one in (*tensors.values(), *variant.owner.parameters()) if not one.is_meta)
     with placed(variant.owner, "", tensors, device):
         return call.made_by(variant.module)

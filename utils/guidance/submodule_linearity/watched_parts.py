@@ -47,7 +47,7 @@ def watched_parts(
         sums_shape: of a part's Gram matrices.
         scores: whether to take the non-linearity of parts that are no single tensors.
     """
-    device = next(blocks[0].parameters()).device
+    device = next(value.device for value in blocks[0].parameters() if not value.is_meta)
     found = []
     for submodule in block_submodules(blocks[0]):
         names = tuple(prefix + name for name in submodule.parameters)

@@ -21,6 +21,7 @@ from utils.models.decoder import Decoder
 from utils.models.weight_source import placed
 from utils.pair.batches import MicroBatch
 from utils.passes.flows import Flow
+from utils.passes.mixed_stacks import between
 
 _SHARES = GRID[1:]  # the base's own pass is there
 WAYS = len(_SHARES)  # passes of each expert's own text
@@ -80,10 +81,10 @@ class WholeModels:
         ours = dict(blocks[0].named_parameters())
         for expert, share, ways in self._models():
             theirs = blocks[1 + expert]
-            between = {name: ours[name].lerp(value, share) for name, value in theirs.named_parameters()}
+            mixed = {name: between(ours[name], value, share) for name, value in theirs.named_parameters()}
             with ExitStack() as stack:
                 if share < 1:
-                    stack.enter_context(placed(theirs, "", between, self.device))
+                    stack.enter_context(placed(theirs, "", mixed, self.device))
                 outputs = []
                 for way in ways:
                     way.flow.expect(layer)

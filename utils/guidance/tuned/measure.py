@@ -15,7 +15,7 @@ from utils.guidance.tuned.tuning import Tuned, held_out_of, settings_of, tune
 from utils.passes.gradient_memory import GradientMemory, gradient_memory, on_the_disk
 from utils.passes.gradient_refusals import refuse_short
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject
+from utils.passes.subjects import Subject, largest_block
 from utils.recipes.naming import LocalModels
 from utils.recipes.routers import BASE, MERGE
 from utils.runtime import gigabytes
@@ -48,11 +48,11 @@ def memory(job: MeasureJob) -> int:
     gradients summed up in float32, of a block or of what lies outside the blocks, and a part while they are multiplied by it."""
     needed = gradient_memory(job.base, [ids for expert in _experts(job) for ids in job.text(job.base, expert).encoded])
     model, blocks = job.base.decoder.model, job.base.decoder.blocks
-    inside = [sum(value.numel() for value in block.parameters()) for block in blocks]
-    around = sum(value.numel() for value in model.parameters()) - sum(inside)
-    part = 4 * max(value.numel() for value in model.parameters())
-    outside = 4 * around + max(needed.outside, part)
-    return needed.held + max(needed.logits, needed.block + 4 * max(inside), outside)
+    inside = {id(value) for value in blocks.parameters()}
+    around = [value.numel() for value in model.parameters() if id(value) not in inside]
+    largest = max([*around, *([] if job.base.experts_apart else (value.numel() for value in blocks.parameters()))])
+    outside = 4 * sum(around) + max(needed.outside, 4 * largest)
+    return needed.held + max(needed.logits, needed.block + 4 * largest_block(job.base), outside)
 
 
 def waiting(job: MeasureJob) -> int:

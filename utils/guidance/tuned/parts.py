@@ -1,6 +1,7 @@
 """What each expert adds to a merge, written once; and the weights of the sum of such parts, each times a coefficient."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from utils.merging.planning import plan_recipe
 from utils.merging.settings import MergeSettings
 from utils.models.decoder import Decoder
 from utils.models.headers import INDEX, TensorHeader, read_headers
+from utils.models.shard_files import ShardFiles, TensorSpec
 from utils.models.stored_layout import StoredLayout
+from utils.models.tensor_files import as_bytes
 from utils.models.weight_source import StreamedWeights, WeightSource
 from utils.pair.config import ModelEntry
 from utils.passes.block_runner import block_tensor_names
+from utils.passes.experts_in_parts import stack_names
 from utils.passes.subjects import Subject
 from utils.publishing.manifest import to_json
 
@@ -67,8 +71,8 @@ def plan_parts(
 
 
 def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> Parts:
-    """Write the parts, a block of all experts at a time, outside the blocks a tensor: a folder of safetensors for each
-    expert, float32.
+    """Write the parts, a block of all experts at a time, outside the blocks a tensor, and where the base's experts come one
+    at a time one of a block's: folders of safetensors for each expert of the pair, float32.
 
     Args:
         works: the merges of single experts, by type.
@@ -78,8 +82,18 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
     parameters, layout = _parameters(base), base.layout
     weights = StreamedWeights(layout, torch.device("cpu"), torch.float32)
     placed: dict[str, dict[str, str]] = {type_: {} for type_ in works}
+    headers: dict[str, dict[str, TensorHeader]] = {type_: {} for type_ in works}
+    stacks = [
+        stack_names(base.decoder, layer, layout) if base.experts_apart else ()
+        for layer in range(len(base.decoder.blocks))
+    ]
+    others = [name for name in parameters if not any(name in own for own in stacks)]
     try:
-        for number, names in enumerate(_groups(base.decoder, parameters)):
+        for layer, names in enumerate(stacks):
+            targets = {type_: folder / type_ / f"experts-{layer:05d}" for type_ in works if names}
+            for type_, found in _write_experts(works, base, weights, names, targets).items():
+                headers[type_] |= found
+        for number, names in enumerate(_groups(base.decoder, others)):
             before = weights.fetch(names)
             stored = [one for name in names for one in layout.stored_names(name)]
             merged = merged_tensors(list(works.values()), stored)
@@ -93,12 +107,37 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
                 del found
     finally:
         weights.close()
-    headers = {}
     for type_, files in placed.items():
         (folder / type_ / INDEX).write_bytes(to_json({"weight_map": files}))
-        there = read_headers(folder / type_, type_)
+        there = headers[type_] | read_headers(folder / type_, type_)
         headers[type_] = {name: there[name] for name in parameters}
     return Parts(headers)
+
+
+def _write_experts(
+    works: Mapping[str, MergeWork],
+    base: Subject,
+    weights: StreamedWeights,
+    names: Sequence[str],
+    targets: Mapping[str, Path],
+) -> dict[str, dict[str, TensorHeader]]:
+    """Write the parts of a block's stacks, one expert of each at a time; their headers."""
+    shapes = {name: tuple(base.decoder.model.get_parameter(name).shape) for name in names}
+    specs = [TensorSpec(name, "float32", shape) for name, shape in shapes.items()]
+    with ExitStack() as stack:
+        files = {}
+        for type_, target in targets.items():
+            target.mkdir(parents=True)
+            files[type_] = stack.enter_context(ShardFiles(target, specs, 0))
+        for name, (experts, *_) in shapes.items():
+            for expert in range(experts):
+                stored = [header.name for header in base.layout.expert_headers(name, expert)]
+                before = weights.fetch_expert(name, expert)
+                for type_, own in zip(works, merged_tensors(list(works.values()), stored), strict=True):
+                    matrix = base.layout.expert_matrix(name, expert, {one: own[one] for one in stored})
+                    part = matrix.float().cpu().sub_(before).flatten()
+                    files[type_].write(name, expert * part.nbytes, as_bytes(part))
+    return {type_: read_headers(target, type_) for type_, target in targets.items()}
 
 
 def _parameters(base: Subject) -> list[str]:
@@ -136,7 +175,8 @@ class SummedWeights:
         self, base: WeightSource, parts: Parts, coefficients: Mapping[str, Mapping[str, float]], device: torch.device
     ) -> None:
         """Sum up `base`, a source in the dtype to compute in, and the parts by `coefficients` of type and parameter."""
-        self.base, self.coefficients, self.experts_apart = base, coefficients, False
+        self.base, self.coefficients = base, coefficients
+        self.layout, self.experts_apart = base.layout, base.experts_apart
         self.parts = {
             type_: StreamedWeights(_layout(own), device, torch.float32) for type_, own in parts.headers.items()
         }
@@ -150,6 +190,18 @@ class SummedWeights:
                 total = total + self.coefficients[type_][name] * self.part(type_, name)
             found[name] = total.to(found[name].dtype)
         return found
+
+    def fetch_expert(self, name: str, expert: int) -> Tensor:
+        """The same of one expert's matrix of a stack."""
+        found = self.base.fetch_expert(name, expert)
+        total = found.float()
+        for type_ in self.parts:
+            total = total + self.coefficients[type_][name] * self.part_of_expert(type_, name, expert)
+        return total.to(found.dtype)
+
+    def part_of_expert(self, type_: str, name: str, expert: int) -> Tensor:
+        """One expert's matrix of a part."""
+        return self.parts[type_].fetch_expert(name, expert)
 
     def part(self, type_: str, name: str) -> Tensor:
         """One part, float32 on the device."""

@@ -38,6 +38,12 @@ class CoefficientSlopes:
         else:
             self._sums[name] = gradient.float() * self.by_sample[sample]
 
+    def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
+        """Multiply one sample's gradient of one expert's matrix by its parts."""
+        total = gradient.float() * self.by_sample[sample]
+        for row, type_ in enumerate(self.weights.parts):
+            self.found[row, self.names[name]] += _product(total, self.weights.part_of_expert(type_, name, expert))
+
     def finish(self, layer: int | None, parameters: Mapping[str, Tensor]) -> None:
         """Multiply a block's gradients by its parts."""
         while self._sums:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,6 +86,7 @@ def tune(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGa
 def _tuned(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGain], folder: Path) -> Tuned:
     device = place.device
     base, *experts = job.subjects
+    base = replace(base, experts_apart=job.open_weights(base, device).experts_apart)  # decided for all steps alike
     works = plan_parts(start, base, [one.entry for one in experts], settings_of(job, device))
     parts = write_parts(works, base, folder)
     stepped, held = _Samples(), _Samples()

@@ -88,6 +88,7 @@ class Preparing:
     skeletons: dict[tuple[Path, torch.dtype], Decoder] = field(default_factory=dict, repr=False)
     _described: dict[str, Path] = field(default_factory=dict, repr=False)
     _planned: dict[str, PlannedMerge] = field(default_factory=dict, repr=False)
+    _vocabularies: dict[Path, dict[str, int]] = field(default_factory=dict, repr=False)
     _shared: SharedPlans = field(default_factory=SharedPlans, repr=False)
 
     def model(self, candidate: Candidate) -> ReadyCandidate:
@@ -108,9 +109,7 @@ class Preparing:
         if any(not tensor.sources and not tensor.weight.optional for tensor in plan.tensors):
             return "transformers converts its tensors while loading"
         promised = _promised(planned)
-        if changes_layers(candidate) or (
-            plan.vocabulary.task is not None and not _keeps_vocabulary(planned, self.settings.trust_remote_code)
-        ):
+        if changes_layers(candidate) or (plan.vocabulary.task is not None and not self._keeps_vocabulary(planned)):
             folder = self._small_files(candidate, planned)
             promised = replace(promised, folder=folder, config=read_model_config(folder, candidate.name))
         dtype = self._computed(promised)
@@ -166,6 +165,21 @@ class Preparing:
             yield replace(self.model(stored), candidate=candidate)
             self.skeletons = {key: value for key, value in self.skeletons.items() if key[0] != folder}
 
+    def _keeps_vocabulary(self, planned: PlannedMerge) -> bool:
+        """Whether the tokenizer that a recipe builds has the donor's tokens at the donor's ids, one for each row.
+
+        So it is where tokenizers differ in a chat template alone: then the donor's stands for it.
+        """
+        plan, donor = planned.plan, planned.plan.inputs.donor.checkpoint
+        if donor.folder not in self._vocabularies:
+            loaded = load_tokenizer(donor.folder, donor.name, self.settings.trust_remote_code)
+            self._vocabularies[donor.folder] = loaded.get_vocab()
+        rows = {tensor.shape[tensor.vocabulary_axis] for tensor in plan.tensors if tensor.vocabulary_axis is not None
+                and tensor.shape is not None}  # fmt: skip
+        before = set(embedding_rows(plan.architecture, donor).values())
+        theirs = plan.vocabulary.info.tokenizer.get_vocab()
+        return rows == before and theirs == self._vocabularies[donor.folder]
+
     def _ready(self, candidate: Candidate, checkpoint: Checkpoint) -> ReadyCandidate:
         dtype = self._computed(checkpoint)
         decoder = self._skeleton(checkpoint, dtype)
@@ -209,19 +223,6 @@ def _stored(decoder: Decoder, checkpoint: Checkpoint) -> StoredLayout:
                     "model-quantized",
                 )
     return layout
-
-
-def _keeps_vocabulary(planned: PlannedMerge, trust_remote_code: bool) -> bool:
-    """Whether the tokenizer that a recipe builds has the donor's tokens at the donor's ids, one for each row.
-
-    So it is where tokenizers differ in a chat template alone: then the donor's stands for it.
-    """
-    plan, donor = planned.plan, planned.plan.inputs.donor.checkpoint
-    ours = load_tokenizer(donor.folder, donor.name, trust_remote_code).get_vocab()
-    rows = {tensor.shape[tensor.vocabulary_axis] for tensor in plan.tensors if tensor.vocabulary_axis is not None
-            and tensor.shape is not None}  # fmt: skip
-    before = set(embedding_rows(plan.architecture, donor).values())
-    return plan.vocabulary.info.tokenizer.get_vocab() == ours and rows == before
 
 
 def _without_parameters(node: Any) -> Any:

@@ -107,7 +107,7 @@ def test_two_commands_from_models_and_text_to_a_better_merge(pair, run_command_l
         whole["value"].max() == trials.loc[best[winner]["trial"], "value"] >= whole[whole.known.notna()]["value"].max()
     )
     page = (out / "report.html").read_text()
-    assert "The search" in page and winner in page
+    assert "The search" in page and winner in page and "No held-out prompts are answered" in page
     following = shlex.split(done.stdout.split("next:\n")[1].replace("\\\n", ""))[2:]
     done_here("utils/merger.py", *following, cwd=pair)
     result = Path(pair, following[following.index("--output_path") + 1])

@@ -171,6 +171,13 @@ def test_a_study_of_another_space_is_refused(tmp_path):
     assert "space" in str(caught.value)
 
 
+def test_what_another_search_was_for_is_said_as_it_is_typed(tmp_path):
+    made = {"sampler": "random", "seed": 0}
+    SearchStudy(tmp_path, space(), {"objective": ["weighted", [2.0, 1.0], True]}, **made).close()
+    with refused("search-other-study", "with --objective weighted, with --pareto"):
+        SearchStudy(tmp_path, space(), {"objective": ["mean", [1.0, 1.0], False]}, **made)
+
+
 def test_a_search_that_did_not_record_its_margin_had_none(tmp_path):
     def study(**identity) -> SearchStudy:
         return SearchStudy(tmp_path, space(), {"pair": "simulated", **identity}, sampler="random", seed=0)

@@ -18,6 +18,10 @@ from utils.publishing.manifest import sha256_of
 from utils.runtime import available_bytes, gigabytes
 
 _NOT_FINITE = "merge-not-finite"
+_NO_PROMPTS = (
+    "No held-out prompts are answered, since the whole of each row counts: answer, under a task of evaluation, says which part "
+    "of a row is the answer to the rest."
+)
 
 
 def generate(
@@ -34,6 +38,7 @@ def generate(
     Everybody does lm-eval's tasks. Base, experts, the reference and the best candidate answer up to 8 test prompts.
     """
     prompts = prompts_of(scorer.tasks) if answers else []
+    notes = () if prompts or not answers else (_NO_PROMPTS,)
     speakers = _speakers(evaluated) if prompts else set()
     warnings, tables, said = [], [], {}
     for one in evaluated.candidates:
@@ -59,6 +64,7 @@ def generate(
         tuple(each for each in together if each[3]),
         joined(tables) if tables else None,
         tuple(warnings),
+        notes,
     )
 
 

@@ -59,7 +59,7 @@ def evaluation_page(
         recipe=_recipe(scorer, evaluated),
         samples=tuple(_sample(*answered) for answered in generated.answers),
         run=_run(scorer, evaluated, request),
-        notes=tuple(_notes(scorer, evaluated)),
+        notes=(*_notes(scorer, evaluated), *generated.notes),
         warnings=(*warnings, *_failures(evaluated)),
         next_command=next_command,
     )

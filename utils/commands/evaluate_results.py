@@ -14,7 +14,7 @@ from utils.commands.evaluate_options import ACCURACY, COMMAND, REPORT, SAMPLES, 
 from utils.commands.evaluate_page import evaluation_page
 from utils.commands.evaluate_tables import printed_table, samples_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
-from utils.commands.next_command import next_command
+from utils.commands.next_command import from_here, next_command
 from utils.evaluation.candidates import UNIFORM, Candidate
 from utils.evaluation.scoring import Scorer
 from utils.merging.recipe_file import read_recipe
@@ -108,7 +108,7 @@ def _next(options: EvaluateOptions, evaluated: Evaluated) -> str:
     winner = next((one for one in evaluated.candidates if one.name == evaluated.winner), None)
     if winner is None or winner.recipe is None:
         return ""
-    source = winner.source or options.out_dir / UNIFORM
+    source = from_here(winner.source or options.out_dir / UNIFORM)
     folder = options.out_dir.parent / "merged_models" / re.sub(r"[^\w.-]+", "_", winner.name)
     flags = {"output_path": folder, "merge_config": source, "evaluation": options.out_dir, "report": True}
     return next_command("utils/merger.py", {**flags, "trust_remote_code": options.trust_remote_code})

@@ -15,12 +15,14 @@ from utils.evaluation.lm_eval_scores import Accuracy
 class Generated:
     """What whole models were needed for: answers to prompts, and results of lm-eval's tasks.
 
-    `answers` are (task, prompt, expected, answer by candidate). `warnings` say what was left out, and why.
+    `answers` are (task, prompt, expected, answer by candidate). `warnings` say what was left out, and why, `notes` why
+    there was nothing to do.
     """
 
     answers: tuple[tuple[str, str, str, Mapping[str, str]], ...] = ()
     accuracy: Accuracy | None = None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

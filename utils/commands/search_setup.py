@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.commands.next_command import from_here
 from utils.commands.search_options import LOSSES, SearchOptions
 from utils.commands.search_scoring import Scoring
 from utils.errors import UserError, warn
@@ -218,7 +219,7 @@ def _say_choices(ready: Prepared, tried: Sequence[Known], say: Callable[[str], N
     for task in ready.scorer.tasks:
         say(f"task {task.name}: {task.summary}")
     for name, one in ready.measured.items():
-        say(f"measured: {name}, {one.folder}")
+        say(f"measured: {name}, {from_here(one.folder)}")
     say(f"space: {len(space.ways)} ways to merge ({'; '.join(way.label for way in space.ways)})")
     if said := ready.maker.routers.said:
         say(f"routers of unguided recipes: {said}")

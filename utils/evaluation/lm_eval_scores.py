@@ -164,7 +164,7 @@ def accuracy(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with _quiet(), _without_git():
         model = HFLM(pretrained=whole.model, tokenizer=whole.tokenizer, backend="causal", batch_size=batch_size)
         found = simple_evaluate(
             model=model,
@@ -226,6 +226,19 @@ def compare(table: pd.DataFrame, name: str, other: str) -> dict[tuple[str, str, 
             first, second = both[:, 0], both[:, 1]
             found[key] = mcnemar_exact(int((first > second).sum()), int((second > first).sum()))
     return found
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Without lm-eval's asking git for the commit of the current folder, which complains on the screen where that is none."""
+    from lm_eval import evaluator
+
+    asks = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 @contextmanager

@@ -287,6 +287,9 @@ def _check_identity(study: "optuna.Study", identity: Mapping[str, Any], folder: 
     differing = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
     if differing:
         flags = [f" {_FLAGS[key]} {found[key]}" for key in differing if key in _FLAGS and key in found]
+        if "objective" in differing and isinstance(before := found.get("objective"), list):
+            figure, _, pareto = before
+            flags.append(f" --objective {figure}, {'with' if pareto else 'without'} --pareto")
         raise UserError(
             f"--out_dir {folder} holds the study of another search (other: {', '.join(differing)}); its trials cannot be "
             f"compared with new ones. Choose another --out_dir, or search as before{' with' if flags else ''}{''.join(flags)}",

@@ -185,7 +185,7 @@ def is_finite_piece(values: Tensor, scratch: Scratch) -> bool:
 def not_finite(name: str) -> UserError:
     """The error that refuses a merged tensor with a NaN or an infinity: none is ever published."""
     return UserError(
-        f"the merged tensor {name} holds NaN or infinity, so nothing was published. Check that tensor in the inputs; "
+        f"the merged tensor {name} holds NaN or infinity, which no merge may. Check that tensor in the inputs; "
         "with float16, compute in float32 (dtype: float32, out_dtype: float16)",
         "merge-not-finite",
     )

@@ -75,7 +75,7 @@ def test_names_are_as_long_as_they_must_be():
 def test_models_with_hash_and_license(models):
     base, code, _ = model_records(planned(models, recipe(models)))
     assert (base.name, base.role, base.license) == ("base", "base", "apache-2.0")
-    assert (code.role, code.license) == ("expert", "") and code.fingerprint.startswith("headers ")
+    assert (code.role, code.license) == ("expert", "") and code.fingerprint.startswith("content ")
 
 
 def test_the_page_of_a_merged_folder(models):

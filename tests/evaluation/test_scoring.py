@@ -5,6 +5,7 @@ python -m pytest tests/evaluation/test_scoring.py
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -392,6 +393,22 @@ def test_losses_on_file_are_of_one_number_of_threads(made, tmp_path):
     one, two = scorer(made(), threads=1), scorer(made(), threads=2)
     base = models_of_pair(one.config)[:1]
     assert [score_new(each, store, base, rows)[1] for each in (one, two, one, two)] == [1, 1, 0, 0]
+
+
+def test_weights_are_told_apart_by_their_content(tmp_path):
+    """As they are after an archive with fixed times was unpacked: models of one shape have the sizes and headers of each
+    other."""
+    folder = save_evaluated_pair(tmp_path)
+    for name in ("base", "code", "math"):
+        os.utime(folder / name / "model.safetensors", ns=(1, 1))
+    one = scorer(folder)
+    pair = models_of_pair(one.config)
+    found = [one.fingerprint(candidate) for candidate in pair]
+    assert len(set(found)) == 3
+    os.utime(folder / "code/model.safetensors", ns=(2, 2))
+    assert [one.fingerprint(candidate) for candidate in pair] == found
+    shutil.copy(folder / "base/model.safetensors", folder / "code/model.safetensors")
+    assert one.fingerprint(pair[1]) == found[0]
 
 
 def test_weights_of_a_file_begin_where_torch_would_have_put_them():

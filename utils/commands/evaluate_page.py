@@ -13,6 +13,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.report_recipe import planned_recipe
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.statistics import DRAWS, Interval
+from utils.models.checkpoints import weight_file_record
 from utils.models.license import stated_license
 from utils.reports.values import (
     Answer,
@@ -130,6 +131,14 @@ def _recipe(scorer: Scorer, evaluated: Evaluated) -> Recipe | None:
     return planned_recipe(scorer.planned(winner), model_types(scorer))
 
 
+def model_records(scorer: Scorer) -> list[dict[str, Any]]:
+    """What a manifest says of the pair's models."""
+    return [
+        {"type": name, **weight_file_record(checkpoint), "sample_sha256": scorer.weights_sample(checkpoint)}
+        for name, checkpoint in scorer.inputs.items()
+    ]
+
+
 def model_types(scorer: Scorer) -> dict[Path, str]:
     """What the pair config calls its models, by their folders."""
     return {checkpoint.folder: name for name, checkpoint in scorer.inputs.items()}
@@ -168,7 +177,7 @@ def _run(scorer: Scorer, evaluated: Evaluated, request: Mapping[str, Any]) -> Ru
         ModelRecord(
             checkpoint.name,
             "base" if name == scorer.config.base.type else "expert",
-            request_model["revision"] or request_model["header_sha256"][:12],
+            request_model["revision"] or request_model["sample_sha256"][:12],
             stated_license(checkpoint.folder),
         )
         for (name, checkpoint), request_model in zip(scorer.inputs.items(), request["models"], strict=True)

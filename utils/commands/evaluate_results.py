@@ -11,14 +11,13 @@ import pandas as pd
 
 from utils.commands.evaluate_accuracy import accuracy_record, printed_accuracy
 from utils.commands.evaluate_options import ACCURACY, COMMAND, REPORT, SAMPLES, SCORES, EvaluateOptions
-from utils.commands.evaluate_page import evaluation_page
+from utils.commands.evaluate_page import evaluation_page, model_records
 from utils.commands.evaluate_tables import printed_table, samples_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.evaluation.candidates import UNIFORM, Candidate
 from utils.evaluation.scoring import Scorer
 from utils.merging.recipe_file import read_recipe
-from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
 from utils.publishing.manifest import with_manifest
 from utils.recipes.recipe import recipe_bytes
@@ -81,7 +80,7 @@ def _request(options: EvaluateOptions, scorer: Scorer, evaluated: Evaluated) -> 
         "reference": evaluated.reference,
         "reference_is": evaluated.reference_is,
         "best_on_validation": evaluated.winner,
-        "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
+        "models": model_records(scorer),
         "candidates": [
             {
                 "name": one.name,

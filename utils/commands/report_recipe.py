@@ -15,6 +15,7 @@ from utils.merging.parameters import input_values
 from utils.merging.plan import MergePlan, OutputTensor
 from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import Checkpoint, weight_file_record
+from utils.models.content_sample import content_sample
 from utils.models.license import stated_license
 from utils.reports.values import Heatmap, ModelRecord, Page, Recipe, Run, Verdict
 
@@ -23,12 +24,17 @@ _WEIGHT = ".weight"
 _SHOWN = 4  # significant digits of a fact
 
 
-def planned_recipe(planned: PlannedMerge, called: Mapping[Path, str] = MappingProxyType({})) -> Recipe:
+def planned_recipe(
+    planned: PlannedMerge,
+    called: Mapping[Path, str] = MappingProxyType({}),
+    written: Mapping[Path, str] = MappingProxyType({}),
+) -> Recipe:
     """What a recipe comes to, tensor by tensor: its settings, and heatmaps of what differs between tensors.
 
     Args:
         planned: the merge.
         called: what to call its models, by their folders; the others are called as the recipe does.
+        written: what files of vectors are called once they lie beside the recipe, where that is not yet so.
     """
     plan = planned.plan
     method = plan.method
@@ -51,7 +57,11 @@ def planned_recipe(planned: PlannedMerge, called: Mapping[Path, str] = MappingPr
             for tensor, value in tensors
             if _LAYER.search(tensor.name) is None and len(tensor.merged_shape or ()) > 1
         ]
-    facts += [(f"vectors, {name}", file.label) for file in planned.saliency for name in file.tensors]
+    facts += [
+        (f"vectors, {name}", written.get(file.path.resolve(), file.label))
+        for file in planned.saliency
+        for name in file.tensors
+    ]
     return Recipe(tuple(facts), tuple(heatmaps), shown_recipe(planned))
 
 
@@ -151,11 +161,9 @@ def _mean(values: list[tuple[float, int]] | None) -> float | None:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """The commit of a model from the hub; of one on disk the hash of its headers, which costs no reading of weights."""
-    record = weight_file_record(checkpoint)
-    if record["revision"]:
-        return f"revision {record['revision']}"
-    return f"headers {record['header_sha256'][:16]}"
+    """The commit of a model from the hub; of one on disk the hash of a sample of its content: fine-tunes share headers."""
+    revision = weight_file_record(checkpoint)["revision"]
+    return f"revision {revision}" if revision else f"content {content_sample(checkpoint)[:16]}"
 
 
 def _is_setting(value: object) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from utils.commands.evaluate_page import estimate, model_types
 from utils.commands.evaluated import Evaluated
 from utils.commands.evaluation_folder import GAIN_OF
 from utils.commands.report_recipe import planned_recipe
+from utils.commands.search_options import BEST
 from utils.commands.search_setup import Prepared
 from utils.evaluation.candidates import Candidate
 from utils.merging.planning import plan_recipe
@@ -22,9 +24,17 @@ from utils.searching.study import Finished
 from utils.searching.winners import Winners
 
 
-def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winners, names: Mapping[str, str]) -> Page:
-    """The page with all that a search adds to an evaluation."""
+def add_search(
+    page: Page,
+    ready: Prepared,
+    evaluated: Evaluated,
+    winners: Winners,
+    names: Mapping[str, str],
+    recipes: Mapping[str, bytes | Path],
+) -> Page:
+    """The page with all that a search adds to an evaluation; `recipes` are the files that it writes, by name."""
     importance = ready.study.importances()
+    said = {names[one.digest]: one.point.sentence() for one in winners.all if not one.known}
     run = page.run and dataclasses.replace(
         page.run,
         seeds=(*page.run.seeds, ("search", ready.options.seed)),
@@ -33,7 +43,8 @@ def add_search(page: Page, ready: Prepared, evaluated: Evaluated, winners: Winne
     return dataclasses.replace(
         page,
         verdict=_verdict(page, ready, evaluated, winners, names),
-        recipe=_recipe(page, ready, winners),
+        contenders=tuple(dataclasses.replace(one, note=said.get(one.name, one.note)) for one in page.contenders),
+        recipe=_recipe(ready, winners, recipes),
         history=_history(ready, winners, names),
         importance=Importance("PED-ANOVA, all trials with a value", tuple(importance.items())) if importance else None,
         fronts=_fronts(ready, winners, names),
@@ -94,22 +105,27 @@ def _verdict(
     return dataclasses.replace(page.verdict, details=(f"{said}.", *page.verdict.details))
 
 
-def _recipe(page: Page, ready: Prepared, winners: Winners) -> Recipe | None:
-    """The winner as the merge would plan it, tensor by tensor, and what the search set."""
+def _recipe(ready: Prepared, winners: Winners, recipes: Mapping[str, bytes | Path]) -> Recipe:
+    """The winner as the merge would plan it, tensor by tensor, what the search set, and the file that it writes."""
     point, made = winners.best.point, ready.maker.make(winners.best.point)
     planned = plan_recipe(
         ready.scorer.settings.merge, Candidate("best", recipe=made.data).merge_recipe(), lambda line: None
     )
-    recipe = planned_recipe(planned, model_types(ready.scorer))
+    written: dict[Path, str] = {}
+    for name, content in recipes.items():  # the best one's first
+        if isinstance(content, Path):
+            written.setdefault(content.resolve(), name)
+    recipe = planned_recipe(planned, model_types(ready.scorer), written)
     facts = [("guidance", point.guidance)]
     facts += [(name, f"{value:.4g}") for name, value in point.numbers.items() if value is not None]
     facts += [(name, str(value)) for name, value in point.options.items()]
     facts += [(f"factor of {name}", f"{value:.4g}") for name, value in point.weights.items()]
     facts += [(f"factor of depth {place + 1} of {len(point.depth)}", f"{v:.4g}") for place, v in enumerate(point.depth)]
     facts.append(("runs in", "any mergekit" if made.stock else "this project's utils/merger.py"))
-    text = page.recipe.text if page.recipe else recipe.text
     own = {name for name, _ in facts}
-    return Recipe((*facts, *(fact for fact in recipe.facts if fact[0] not in own)), recipe.heatmaps, text)
+    return Recipe(
+        (*facts, *(fact for fact in recipe.facts if fact[0] not in own)), recipe.heatmaps, recipes[BEST].decode()
+    )
 
 
 def _history(ready: Prepared, winners: Winners, names: Mapping[str, str]) -> History:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils.commands.evaluate_generation import generate
-from utils.commands.evaluate_page import evaluation_page
+from utils.commands.evaluate_page import evaluation_page, model_records
 from utils.commands.evaluate_tables import printed_table, scores_table
 from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
@@ -24,7 +24,6 @@ from utils.evaluation.candidates import Candidate, models_of_pair
 from utils.evaluation.figures import all_figures, task_losses
 from utils.evaluation.statistics import Figure, TaskLosses
 from utils.evaluation.tasks import GENERAL, TEST
-from utils.models.checkpoints import weight_file_record
 from utils.publishing.files import publish_files
 from utils.publishing.manifest import MANIFEST, file_sha256, with_manifest
 from utils.recipes.recipe import file_key, recipe_bytes, renamed_files
@@ -34,6 +33,7 @@ from utils.reports.values import Page
 from utils.runtime import versions
 from utils.searching.objective import Objective
 from utils.searching.records import recipe_record
+from utils.searching.storage import require_optuna
 from utils.searching.study import Finished
 from utils.searching.winners import Winners, choose, trials_table
 
@@ -77,7 +77,7 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
             "found is judged there by the other tasks' mean, or by losses"
         )
     request = _request(ready, evaluated, winners, names, stopped, recipes)
-    page = _page(ready, evaluated, request, warnings, following, winners, names, generated)
+    page = _page(ready, evaluated, request, warnings, following, winners, names, generated, recipes)
     files: dict[str, bytes | Path] = {
         **recipes,
         TRIALS: trials_table(ready.study, ready.objective).to_csv(index=False).encode(),
@@ -245,7 +245,7 @@ def _request(
     uniform = winners.uniform[0] if winners.uniform else None
     return {
         "command": COMMAND,
-        "versions": versions(),
+        "versions": versions() | {"optuna": require_optuna().__version__},
         "settings": scorer.settings.record(),
         "options": {
             "trials": options.trials,
@@ -268,7 +268,7 @@ def _request(
             and (file != BEST_STOCK or ready.maker.for_stock(one.point).same)  # else not what was scored
         ],
         "best": {names[one.digest]: {"trial": one.number, **one.point.plain()} for one in winners.all},
-        "models": [{"type": name, **weight_file_record(checkpoint)} for name, checkpoint in scorer.inputs.items()],
+        "models": model_records(scorer),
         "tasks": [task.record() for task in scorer.tasks],
     }
 
@@ -282,10 +282,11 @@ def _page(
     winners: Winners,
     names: Mapping[str, str],
     generated: Generated,
+    recipes: Mapping[str, bytes | Path],
 ) -> Page:
     """The evaluator's page of the winners, with the search on it."""
     page = evaluation_page(ready.scorer, evaluated, request, warnings, following, generated)
     stock = ready.maker.for_stock(winners.stock.point)
     notes = [f"There is no recipe for stock mergekit: {stock}."] if isinstance(stock, str) else []
     page = dataclasses.replace(page, title=f"Search of {ready.scorer.config.path.stem}", notes=(*page.notes, *notes))
-    return add_search(page, ready, evaluated, winners, names)
+    return add_search(page, ready, evaluated, winners, names, recipes)

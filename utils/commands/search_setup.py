@@ -19,7 +19,6 @@ from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
 from utils.evaluation.tasks import VALIDATION
 from utils.guidance.measured_pair import MeasuredPair
-from utils.models.checkpoints import weight_file_record
 from utils.models.relative_change import strangers
 from utils.publishing.files import repair_folder
 from utils.recipes.naming import LocalModels
@@ -154,7 +153,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What makes trials comparable, by what to call it in a message."""
     return {
-        "pair": {name: weight_file_record(one) | {"name": name} for name, one in scorer.inputs.items()},
+        "pair": {name: scorer.weights_sample(one) for name, one in scorer.inputs.items()},
         "global_parameters": dict(options.config.global_parameters),
         "rows": {task.name: [task.digest, len(task.part("validation"))] for task in scorer.tasks},
         "rows of the first round": options.first_rows,

@@ -26,7 +26,8 @@ from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights, models_at_once
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
-from utils.models.checkpoints import Checkpoint, read_model_config, weight_file_record
+from utils.models.checkpoints import Checkpoint, read_model_config
+from utils.models.content_sample import content_sample
 from utils.models.opening import open_checkpoint
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
@@ -67,6 +68,7 @@ class Scorer:
         self._cuts = KnownCuts()  # of the pair's changes: the next round of rows merges the same recipes again
         self._encoded: dict[str, tuple[Any, dict[str, list[EncodedRow]]]] = {}
         self._places: dict[Path, str] = {}
+        self._samples: dict[tuple[Any, ...], str] = {}
         self.inputs: dict[str, Checkpoint] = {
             one.name: open_checkpoint(one.model, one.revision) for one in models_of_pair(self.config)
         }
@@ -166,15 +168,25 @@ class Scorer:
         return self._preparing
 
     def fingerprint(self, candidate: Candidate) -> str:
-        """SHA-256 of everything that decides a candidate's weights: recipe, weight files, files of vectors."""
+        """SHA-256 of everything that decides a candidate's weights: recipe, weights as sampled, files of vectors."""
         if candidate.recipe is None:
-            checkpoint = open_checkpoint(candidate.model, candidate.revision)
-            parts = [_weights(checkpoint)]
+            parts = [self.weights_sample(open_checkpoint(candidate.model, candidate.revision))]
         else:
             recipe = candidate.merge_recipe().data
             vectors = [file_sha256(path) for path in vector_files(recipe)]
-            parts = [recipe, vectors, [_weights(one) for one in self.inputs.values()]]
+            parts = [recipe, vectors, [self.weights_sample(one) for one in self.inputs.values()]]
         return sha256_of(parts)
+
+    def weights_sample(self, checkpoint: Checkpoint) -> str:
+        """What tells a checkpoint's weights from others, wherever it lies (`content_sample`); read again once files change.
+
+        Sizes, times and headers do not tell: they are the same of two fine-tunes that came with fixed times.
+        """
+        stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+        key = (checkpoint.place, tuple(checkpoint.files), tuple(stamps))
+        if key not in self._samples:
+            self._samples[key] = content_sample(checkpoint)
+        return self._samples[key]
 
     def score(
         self,
@@ -289,9 +301,3 @@ class Scorer:
         where = f"candidate {one.candidate.name}"
         check_tokens(one.decoder.model, max(map(len, ids)), max(map(max, ids)), where)
         refuse_too_large(one.decoder, one.dtype, self.settings.device, where)
-
-
-def _weights(checkpoint: Checkpoint) -> list[Any]:
-    """What tells a checkpoint's weights from others, wherever it lies."""
-    record = weight_file_record(checkpoint)
-    return [record[key] for key in ("files", "modified_ns", "header_sha256")]

@@ -57,7 +57,7 @@ def inputs_section(models: Sequence[ModelRecord]) -> str:
         [_escaped(one.name), _escaped(one.role), _escaped(one.fingerprint), _escaped(one.license or "not stated")]
         for one in models
     ]
-    head = ["input", "role", "revision, or hash of headers", "license"]
+    head = ["input", "role", "revision, or hash of sampled content", "license"]
     return "\n".join([_row(head), _row(["---"] * 4), *map(_row, rows)]) + "\n"
 
 

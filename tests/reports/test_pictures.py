@@ -132,6 +132,22 @@ def test_trials_lie_in_order_and_by_value():
     assert at(last, "y1") == height[4]
 
 
+def test_a_trial_far_below_is_an_arrow_at_the_edge():
+    trials = [Trial(number, 0.5 + 0.01 * number) for number in range(9)]
+    far = [Trial(9, -40.0, TrialState.PRUNED), Trial(10, -50.0, known=True)]
+    marks = read(draw_history(History("gain", (*trials, *far)), "history")).all("use")
+    assert [mark.attributes["href"] for mark in marks[-3:]] == [
+        "#mark-candidate",
+        "#mark-beyond-down",
+        "#mark-beyond-down",
+    ]
+    assert [mark.attributes["class"] for mark in marks[-2:]] == ["pruned", "control"]
+    points = [FrontPoint(f"trial {one.number}", one.value, 1.1 - one.value) for one in trials]
+    points.append(FrontPoint("trial 9", -40.0, 0.55))
+    drawn = read(draw_front(Front("code", "math", tuple(points)), "front")).all("use")
+    assert [mark.attributes["href"] for mark in drawn].count("#mark-beyond-left") == 1
+
+
 def test_a_front_joins_what_nothing_beats_on_both():
     points = (FrontPoint("a", 0.1, 0.9), FrontPoint("b", 0.5, 0.5, True), FrontPoint("c", 0.2, 0.2))
     drawn = read(draw_front(Front("math", "code", points), "front"))

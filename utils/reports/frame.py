@@ -41,6 +41,11 @@ class Frame:
         """Percent from the left and pixels from the top."""
         return self.across.place(x), self.up.place(y)
 
+    def beyond(self, x: float, y: float) -> str:
+        """The shape of an arrow to a pair of values that lies outside, on whose edge it is drawn; empty inside."""
+        upright = {-1: "beyond-down", 1: "beyond-up"}.get(self.up.beyond(y), "")
+        return upright or {-1: "beyond-left", 1: "beyond-right"}.get(self.across.beyond(x), "")
+
     def draw(self) -> list[Markup]:
         """Grid, ticks and names."""
         parts = []

@@ -93,16 +93,18 @@ def _trial_mark(frame: Frame, trial: Trial) -> Markup:
     x = frame.across.place(trial.number)
     if trial.state is TrialState.FAILED or not is_known(trial.value):
         return svg.mark("failed", x, BOTTOM - 7, "failed")
-    y = frame.up.place(trial.value)
+    y, arrow = frame.up.place(trial.value), frame.beyond(trial.number, trial.value)
     if trial.state is TrialState.PRUNED:
-        return svg.mark("pruned", x, y, "pruned")
-    return svg.mark("control" if trial.known else "candidate", x, y, "control" if trial.known else "candidate small")
+        return svg.mark(arrow or "pruned", x, y, "pruned")
+    shape, style = ("control", "control") if trial.known else ("candidate", "candidate small")
+    return svg.mark(arrow or shape, x, y, style)
 
 
 def _point_marks(frame: Frame, point: FrontPoint, filled: bool) -> list[Markup]:
     x, y = frame.at(point.x, point.y)
     hollow = point.role is Role.CANDIDATE and not filled
-    parts = [svg.mark("pruned", x, y, "pruned") if hollow else svg.mark(point.role, x, y)]
+    shape = frame.beyond(point.x, point.y) or ("pruned" if hollow else point.role)
+    parts = [svg.mark(shape, x, y, "pruned" if hollow else point.role)]
     if point.chosen:
         parts.append(svg.mark("chosen", x, y))
     if point.label:

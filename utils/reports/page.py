@@ -129,8 +129,14 @@ def _history(page: Page) -> _Picture | None:
         (_LINE, "best", "best so far"),
         (_LINE, "reference", history.reference_name or "reference") if is_known(history.reference) else None,
     ]
-    shown = tuple(filter(None, legend))
-    return _Picture("Trials in order", draw_history(history, "history"), history_table(history), legend=shown)
+    drawing = draw_history(history, "history")
+    shown = (*filter(None, legend), *_arrow(drawing))
+    return _Picture("Trials in order", drawing, history_table(history), legend=shown)
+
+
+def _arrow(drawing: Markup) -> list[tuple[str, str, str]]:
+    """What an arrow is, for the legend of a picture that has one."""
+    return [("beyond-down", "pruned", "beyond the scale")] if "#mark-beyond" in drawing else []
 
 
 def _fronts(page: Page) -> list[_Picture]:
@@ -145,6 +151,7 @@ def _fronts(page: Page) -> list[_Picture]:
             legend.append(("chosen", "chosen", "recommended"))
         heading = f"Between {front.x_name} and {front.y_name}"
         drawing = draw_front(front, f"front-{index}")
+        legend += _arrow(drawing)
         pictures.append(_Picture(heading, drawing, front_table(front), legend=tuple(legend)))
     return pictures
 

@@ -22,6 +22,8 @@ _SHAPES = {
     "chosen": "M-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z",
     "beyond-right": "M-3-5L4 0-3 5z",
     "beyond-left": "M3-5L-4 0 3 5z",
+    "beyond-up": "M-5 3L0-4 5 3z",
+    "beyond-down": "M-5-3L0 4 5-3z",
 }
 
 

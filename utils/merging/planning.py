@@ -75,12 +75,14 @@ class SharedPlans:
     Whoever plans many recipes hands one to all of them; files of tokenizers are taken not to change meanwhile.
     """
 
-    _known: dict[tuple[Any, ...], tuple[ArchitecturePlan, VocabularyPlan]] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[Any, ...], tuple[ArchitecturePlan, VocabularyPlan, list[str]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def of(
         self, inputs: MergeInputs, method: MergeMethod, settings: MergeSettings
-    ) -> tuple[ArchitecturePlan, VocabularyPlan]:
-        """The names that are planned, and what becomes of tokens.
+    ) -> tuple[ArchitecturePlan, VocabularyPlan, list[str]]:
+        """The names that are planned, what becomes of tokens, and how configs differ.
 
         Raises:
             UserError: the models or their tokenizers do not fit together.
@@ -91,7 +93,7 @@ class SharedPlans:
             (one.reference, one.label, one.checkpoint.name, *map(_stamp, one.checkpoint.files)) for one in inputs.models
         ]
         tokens = recipe.base_model, recipe.tokenizer_source, repr(recipe.tokenizer), recipe.chat_template
-        key = (*flags, *models, *tokens)
+        key = (*flags, recipe.models is None, *models, *tokens)
         if key not in self._known:
             self._known[key] = _names_and_tokens(inputs, settings, keep_rows=keep_rows)
         return self._known[key]
@@ -155,8 +157,8 @@ def plan_models(
     for line in refuse_other_weights(recipe.path, origin, {one.name.recorded: one.checkpoint for one in inputs.models}):
         say(line)
     warnings = [*([doubt] if doubt else []), *checked.idle_parameters()]
-    warnings += check_configs(inputs, trust_remote_code=settings.trust_remote_code)
-    architecture, vocabulary = (shared or SharedPlans()).of(inputs, method, settings)
+    architecture, vocabulary, differences = (shared or SharedPlans()).of(inputs, method, settings)
+    warnings += differences
     plan = plan_merge(inputs, architecture, vocabulary, method, settings, str(device))
     warnings += [*left_out(plan), *own_heads(plan), *plan.vocabulary.warnings, *check_parameters(plan)]
     warnings += _idle_flags(settings, device)
@@ -184,9 +186,10 @@ def plan_models(
 
 def _names_and_tokens(
     inputs: MergeInputs, settings: MergeSettings, *, keep_rows: bool
-) -> tuple[ArchitecturePlan, VocabularyPlan]:
+) -> tuple[ArchitecturePlan, VocabularyPlan, list[str]]:
     donor, *others = (model.checkpoint for model in inputs.models)
     trust = settings.trust_remote_code
+    differences = check_configs(inputs, trust_remote_code=trust)
     architecture = plan_architecture(
         donor,
         others,
@@ -194,7 +197,8 @@ def _names_and_tokens(
         allow_mixed=settings.allow_crimes,
         fused_experts=settings.fused_experts,
     )
-    return architecture, plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=keep_rows)
+    vocabulary = plan_vocabulary(inputs, architecture, trust_remote_code=trust, keep_rows=keep_rows)
+    return architecture, vocabulary, differences
 
 
 def _stamp(path: Path) -> Stamp | None:

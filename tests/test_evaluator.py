@@ -25,6 +25,7 @@ from tests.tiny_pairs import ASKING_CHAT, contents, save_tokenizer, write_config
 from utils.commands.evaluation_folder import read_evaluation
 from utils.evaluation import entries
 from utils.merging.recipe_file import read_recipe
+from utils.recipes.recipe_manifest import RecipeManifest
 
 ROWS = ("--validation_rows", 4, "--test_rows", 8)
 
@@ -147,6 +148,24 @@ def test_a_recipe_of_another_pair_is_left_out_where_it_was_only_found(run, pair,
     assert set(table(pair, "out/mixed/evaluation")["candidate"]) == {"base", "code", "math", "ours"}
     (pair / "out/mixed/recipes/theirs.manifest.json").unlink()
     assert refusal_code(run("out/mixed/recipes/theirs.yaml", out="out/bad")) == "candidate-other-models"
+
+
+def test_a_recipe_that_was_measured_on_rows_of_a_task_is_left_out_where_it_was_only_found(run, pair):
+    (pair / "out/seen/recipes").mkdir(parents=True)
+    written = read_recipe(write_recipe(pair / "out/seen/recipes/seen.yaml", recipe(pair)))
+    samples = {"path": str(pair / "code.jsonl"), "subset": None, "split": None, "seed": 42, "rows": list(range(40))}
+    record = RecipeManifest(
+        recipe={"name": "seen.yaml", "sha256": written.sha256}, vectors={}, guidance="lewis", guidance_options={},
+        measure_options={}, control=None, merge_method="ties", mean_density=None, lambda_=None, dtype="bfloat16",
+        out_dtype=None, options={}, samples=[samples], measurement=None, versions={},
+    )  # fmt: skip
+    (pair / "out/seen/recipes/seen.manifest.json").write_bytes(record.as_bytes())
+    done = run("--no-controls", out="out/seen/evaluation")
+    assert done.returncode == 0, done.stderr
+    assert "out/seen/recipes/seen.yaml is left out: it was measured on 12 of the 12 rows of task code" in done.stderr
+    assert set(table(pair, "out/seen/evaluation")["candidate"]) == {"base", "code", "math"}
+    named = run("out/seen/recipes/seen.yaml", "--no-controls", out="out/bad")
+    assert refusal_code(named) == "evaluation-rows-measured"
 
 
 def test_against_takes_a_found_recipe_by_its_path_and_any_control(run, pair):

@@ -75,10 +75,10 @@ def evaluate(options: EvaluateOptions) -> None:
         trial.check()
     scorers = make_scorers(options, devices, random_seed=options.random_seed, say=say)
     scorer = scorers[0]
-    against = _reference(options, candidates)
     if not options.candidates:
         candidates, seen = _without_measured(scorer, candidates)
         left_out = [*left_out, *seen]
+    against = _reference(options, candidates)
     warnings = _check(scorer, candidates, left_out, options.controls)
     forget_handed_on()
     _say_choices(scorer, candidates, say)

@@ -116,7 +116,7 @@ def test_trials_lie_in_order_and_by_value():
     drawn = read(draw_history(History("gain", TRIALS, reference=0.3), "history"))
     marks = drawn.all("use")
     assert [mark.attributes["href"] for mark in marks] == [
-        "#mark-control", "#mark-candidate", "#mark-pruned", "#mark-failed", "#mark-candidate", "#mark-candidate",
+        "#mark-control", "#mark-candidate", "#mark-beyond-up", "#mark-failed", "#mark-candidate", "#mark-candidate",
     ]  # fmt: skip
     steps = {round(at(after) - at(before), 1) for before, after in itertools.pairwise(marks)}
     assert len(steps) == 1

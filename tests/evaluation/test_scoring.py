@@ -395,7 +395,7 @@ def test_losses_on_file_are_of_one_number_of_threads(made, tmp_path):
     assert [score_new(each, store, base, rows)[1] for each in (one, two, one, two)] == [1, 1, 0, 0]
 
 
-def test_weights_are_told_apart_by_their_content(tmp_path):
+def test_weights_are_known_by_their_content(tmp_path):
     """As they are after an archive with fixed times was unpacked: models of one shape have the sizes and headers of each
     other."""
     folder = save_evaluated_pair(tmp_path)

@@ -26,7 +26,7 @@ def plan(tmp_path):
     return planned
 
 
-def told(planned) -> list[tuple]:
+def changes_of(planned) -> list[tuple]:
     """What a merge would do to each tensor, as plain values."""
     return [(one.name, one.shape, one.dtype, dict(one.task.parameters.items())) for one in planned.plan.tensors]
 
@@ -41,7 +41,7 @@ def test_names_and_tokens_are_planned_once_for_recipes_that_differ_in_numbers(pl
     first, second = (plan(shared, parameters={"lambda": scale}) for scale in (0.3, 0.6))
     assert len(asked) == 1
     alone = plan(parameters={"lambda": 0.6})
-    assert told(second) == told(alone) != told(first)
+    assert changes_of(second) == changes_of(alone) != changes_of(first)
     before = len(asked)
     plan(shared, tokenizer_source="union")
     assert len(asked) == before + 1

@@ -16,7 +16,8 @@ from utils.runtime import choose_device
 # bytes to move for a parameter it would have to move 3 GB a second to keep up with 8 threads.
 ENOUGH_THREADS = 8
 
-_ALLOCATED = 10 * 2**20  # bytes that freed buffers leave in allocators where tensors are merged in pieces (measured)
+_FREE = 6 * 2**20  # bytes that the checks before have left free in the process (measured): a thread's buffers fit in
+_LEAST = 2**20  # bytes
 
 
 def choose_merge_device(settings: MergeSettings, method: MergeMethod) -> tuple[torch.device, str]:
@@ -47,10 +48,10 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
     makes (`utils/merging/method_memory.py`), beside the part of a shard that is there already.
 
     For tensors merged in pieces, the buffers of every thread and the tables of the tensors that can be counted at once, one a
-    thread, count instead, and no weight file.
+    thread, count instead, and no weight file. What the process has free by then (`_FREE`) does not count.
     """
     if division.direct:
-        return arithmetic_bytes(plan, division) + _ALLOCATED
+        return max(_LEAST, arithmetic_bytes(plan, division) - _FREE)
     device, needed = plan.options.device, MethodMemory(plan, division.by_counting)
     kept_there = device == "cpu" or settings.low_cpu_memory  # where merged tensors wait for the rest of their shard
     peak = held = 0

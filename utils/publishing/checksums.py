@@ -4,6 +4,8 @@ import os
 import zlib
 from pathlib import Path
 
+from utils.publishing.disk import named_in_errors
+
 _CHUNK = 2**20
 
 
@@ -19,6 +21,6 @@ def checksum(descriptor: int, start: int, nbytes: int, before: int = 0) -> int:
 
 def file_checksum(path: Path, start: int = 0, nbytes: int | None = None) -> int:
     """CRC-32 of a file, or of `nbytes` bytes of it from byte `start` on."""
-    with open(path, "rb") as file:
+    with named_in_errors(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size if nbytes is None else nbytes
         return checksum(file.fileno(), start, size)

@@ -100,10 +100,10 @@ class CutSearch:
         if self._high:
             for place, (high, above) in enumerate(self._high):
                 if self.cuts[place] is None:
-                    found = entry_of_rank(tables[place].sum(0), self._ranks[place] - above)
+                    found = entry_of_rank(_total(tables[place]), self._ranks[place] - above)
                     self._conclude(place, tables[place], found, high << self.kind.low_bits)
             return False
-        counts = tables[0].sum(0)
+        counts = _total(tables[0])
         self.finite = not counts[self.kind.infinity >> self.kind.low_bits :].any()
         found = [entry_of_rank(counts, rank) for rank in self._ranks]
         if self.kind.low_bits:
@@ -161,6 +161,14 @@ class CutSearch:
         span = int(torch.searchsorted(up_to, kept))
         before = int(up_to[span - 1]) if span else 0
         self.cuts[place] = OpenCut(pattern, span, kept - before)
+
+
+def _total(table: Tensor) -> Tensor:
+    """The counts of all spans, int64: row by row, since `sum` widens the whole table first."""
+    total = torch.zeros(table.shape[1], dtype=torch.int64)
+    for row in table:
+        total += row
+    return total
 
 
 def magnitude(pattern: int, dtype: torch.dtype) -> float:

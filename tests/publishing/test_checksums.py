@@ -14,7 +14,7 @@ from utils.publishing.checksums import checksum, file_checksum
 
 @pytest.mark.parametrize(("start", "nbytes"), [(0, 1000), (3, 500), (999, 1), (5, 0), (990, 100)])
 def test_a_stretch_in_pieces(tmp_path, monkeypatch, start, nbytes):
-    monkeypatch.setattr(checksums, "_CHUNK", 64)
+    monkeypatch.setattr(checksums, "CHUNK", 64)
     content = os.urandom(1000)
     (tmp_path / "file").write_bytes(content)
     assert file_checksum(tmp_path / "file", start, nbytes) == zlib.crc32(content[start : start + nbytes])

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from utils.publishing.disk import named_in_errors
 
-_CHUNK = 2**20
+CHUNK = 2**20
 
 
 def checksum(descriptor: int, start: int, nbytes: int, before: int = 0) -> int:
     """CRC-32 of `nbytes` bytes of an open file from byte `start` on, going on from that of what lies before them; of fewer where
     the file ends."""
-    found, stop, buffer = before, start + nbytes, memoryview(bytearray(min(_CHUNK, nbytes)))
+    found, stop, buffer = before, start + nbytes, memoryview(bytearray(min(CHUNK, nbytes)))
     while start < stop and (size := os.preadv(descriptor, [buffer[: stop - start]], start)):
         found = zlib.crc32(buffer[:size], found)
         start += size

@@ -37,7 +37,7 @@ def test_card_and_page_hold_the_figures_and_the_licenses(copies):
     card = (copies / "merged" / "README.md").read_text()
     ModelCard(card)  # the hub's client reads it
     assert re.search(r"## Evaluation\n\n\| model \| role \| math, loss", card) and "**ours**" in card
-    assert re.search(r"\| math \| expert \| headers \w{16} \| mit \|", card) and "| not stated |" in card
+    assert re.search(r"\| math \| expert \| content \w{16} \| mit \|", card) and "| not stated |" in card
     document = read((copies / "merged" / "report.html").read_text())
     assert sections(document) == [
         "tasks", "overall", "forgetting", "recipe", "run",

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from tests.commands_here import done_here
+from tests.selected import few
 from tests.tiny_adapters import in_float32, measured_and_merged, save_adapter, save_merged
 from tests.tiny_merges import tensors
 from tests.tiny_pairs import contents, save_pair, save_tokenizer, write_config
@@ -42,7 +43,7 @@ FLAGS = dict.fromkeys(guidance_methods(), ("--accept_useless_text",)) | {
 }
 
 
-@pytest.mark.parametrize("guidance", sorted(guidance_methods()))
+@pytest.mark.parametrize("guidance", few(sorted(guidance_methods()), "lewis", "gram_mean", "tuned"))
 def test_measured_decided_and_merged_as_what_peft_merges(pair, guidance):
     tables, merged = {}, {}
     before = contents(pair / "base")

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import yaml
 
 from demo import run as demo_run
 from demo import texts as texts_module
+from demo import train
 from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
 from demo.texts import CHARACTERS, Sizes, Split, Texts, assert_disjoint, build_texts, code_chunks, prose_chunks
 from demo.train import FAST, FOLDERS, FULL, MANIFEST, main, up_to_date
@@ -180,9 +182,11 @@ def test_all_templates_are_used():
 
 @pytest.fixture(scope="module")
 def fast_demo(tmp_path_factory) -> Path:
+    """Made in this process, one expert after the other; processes take as long to start as all the rest."""
     out, said = tmp_path_factory.mktemp("demo"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(sys, "argv", ["demo/train.py", "--fast", "--out", str(out)])
+        patch.setattr(train, "ProcessPoolExecutor", lambda _, context, **keys: ThreadPoolExecutor(1, **keys))
         main()
     assert "wrote data, models/base, models/code, models/math" in said.getvalue()
     return out

@@ -4,10 +4,6 @@ python -m pytest tests/guidance/tuned
 """
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +12,20 @@ import pytest
 import torch
 import yaml
 
-from tests.commands_here import done_here
+from tests.commands_here import done_here, run_here
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.guidance.method import guidance_methods
+from utils.guidance.tuned import tuning
 from utils.guidance.tuned.parts import SummedWeights
 from utils.guidance.tuned.start import plain_start, read_start
 from utils.guidance.tuned.tables import read_tuned
 from utils.pair.config import read_pair_config
+from utils.passes.snapshots import write_state
 
-ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("code", "math")
 START, BAD = Path("start/start.yaml"), Path("start/bad.yaml")
 
@@ -258,19 +255,20 @@ def test_a_start_needs_one_weight_and_whole_changes(pair, own, code):
         read_start(BAD, config.base, config.experts)
 
 
-def test_killed_between_steps_and_typed_again_it_goes_on_to_the_same_end(pair):
+def test_stopped_between_steps_and_typed_again_it_goes_on_to_the_same_end(pair, monkeypatch):
     words = ["lewis_importance.py", "--config", "pair.yaml", "--guidance", "tuned", "--accept_useless_text"]
-    words += ["--tune_steps", "6", "--tune_rate", "0.01", "--dtype", "float32", "--device", "cpu", "--out_dir"]
-    killed = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:], "one"], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(Path("one").glob(".measuring.part/*/tuned.snapshot")):
-            assert killed.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not Path("one/manifest.json").exists()
+    words += ["--tune_steps", "4", "--tune_rate", "0.01", "--dtype", "float32", "--devices", "cpu", "--out_dir"]
+    kept = []
+
+    def stop(*given):
+        kept.append(write_state(*given))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "write_state", stop)
+        assert run_here(*words, "one").returncode == 130
+    assert list(Path("one").glob(".measuring.part/*/tuned.snapshot")) and not Path("one/manifest.json").exists()
     assert "resumed" in done_here(*words, "one").stdout
     done_here(*words, "two")
     for name in ("tuned_coefficients.csv", "tuned_steps.csv"):

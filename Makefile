@@ -1,8 +1,8 @@
 # make demo       virtual environment, install, then the whole job on an embedded offline example
 # make test       virtual environment, install, then everything CI runs
 # make test-fast  virtual environment, install, then the mathematics and one run of each command (tests/fast.txt)
-# make test-slow  the tests that take minutes: half an hour of them; typed again, it goes on with those that have not passed,
-#                 and ends with 0 once all have (while some wait, make prints "Error 75")
+# make test-slow  the tests that take minutes, and further cases: half an hour of them; typed again, it goes on with those
+#                 that have not passed, and ends with 0 once all have (while some wait, make prints "Error 75")
 PYTHON ?= python3
 VENV ?= .venv
 # Bytecode is kept, also where a container says otherwise: every process would compile this project anew.

@@ -81,9 +81,9 @@ def test_the_recipe_names_model_and_adapter_as_mergekit_does(pair, name):
 
 
 def test_evaluated_as_what_peft_merges(pair):
-    few = ("--validation_rows", 2, "--test_rows", 4, "--no-samples", "--no-controls")
+    rows = ("--validation_rows", 2, "--test_rows", 4, "--no-samples", "--no-controls")
     models = ("./base+./adapter", "./merged")
-    done_here("utils/evaluator.py", "--config", "pair_.yaml", "--out_dir", "scores", *few, *models, cwd=pair)
+    done_here("utils/evaluator.py", "--config", "pair_.yaml", "--out_dir", "scores", *rows, *models, cwd=pair)
     scores = pd.read_csv(pair / "scores" / "scores.csv")
     losses = scores[scores["measure"] == "loss"].set_index("candidate")["value"]
     assert losses["code"] == losses["adapter"] != losses["base"]

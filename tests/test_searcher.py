@@ -169,6 +169,7 @@ def test_a_mixtures_routers_stand_on_the_page_and_its_stock_recipe_has_figures(t
     assert "routers of the uniform merges" in (folder / "out/evaluation/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_answered_on_the_page_unless_that_is_not_wanted(pair):
     evaluation = {}
     for name in ("code", "math"):
@@ -188,6 +189,7 @@ def test_held_out_prompts_are_answered_on_the_page_unless_that_is_not_wanted(pai
     assert contents(pair / "out/search/losses") == before
 
 
+@pytest.mark.slow
 def test_rows_whose_answer_is_cut_off_are_in_no_round(pair, capsys):
     evaluation = {}
     for name in ("code", "math"):
@@ -410,6 +412,7 @@ def test_a_full_disk_is_one_message_and_no_traceback(pair):
     assert refusal_code(done) == "search-storage-unusable"
 
 
+@pytest.mark.slow
 def test_a_front_over_the_tasks(pair):
     settings(pair, search=UNGUIDED)
     search_pair(options(pair, pareto=True, trials=16))

@@ -89,7 +89,7 @@ METHODS = (*LINEAR, *BY_RANK, *OTHERS)
     ("method", "fast"),
     few(
         itertools.product(METHODS, (True, False)),
-        *((method, True) for method in METHODS),
+        *((method, True) for method in ("linear", "ties", "sce", "slerp", "model_stock", "karcher")),
         (LINEAR[0], False),
         (BY_RANK[0], False),
     ),

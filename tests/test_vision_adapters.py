@@ -64,9 +64,9 @@ def test_measured_decided_and_merged_as_what_peft_merges(pair, guidance):
 
 
 def test_evaluated_as_what_peft_merges(pair):
-    few = ("--validation_rows", 2, "--test_rows", 4, "--no-samples", "--no-controls")
+    rows = ("--validation_rows", 2, "--test_rows", 4, "--no-samples", "--no-controls")
     models = ("./base+./adapter", "./merged")
-    done_here("utils/evaluator.py", "--config", "both.yaml", "--out_dir", "s", *few, *models, cwd=pair)
+    done_here("utils/evaluator.py", "--config", "both.yaml", "--out_dir", "s", *rows, *models, cwd=pair)
     scores = pd.read_csv(pair / "s" / "scores.csv")
     losses = scores[scores["measure"] == "loss"].set_index("candidate")["value"]
     assert losses["code"] == losses["adapter"] != losses["base"]

@@ -102,6 +102,7 @@ class Held:
         self.hidden = hidden
 
 
+@pytest.mark.slow
 def test_a_whole_mixture_is_not_in_memory_twice(tmp_path):
     """A recipe's model whose experts are stored each on its own; the merge reads and writes in pieces."""
     wide = {"hidden_size": 256, "moe_intermediate_size": 768, "num_experts": 8, "num_hidden_layers": 4}

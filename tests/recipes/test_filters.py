@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
+from tests.selected import few
 from tests.tiny_checkpoints import FAMILIES, LAYERS, block_prefix, save_tiny
 from utils.errors import UserError
 from utils.guidance.lewis.naming import found_names
@@ -30,7 +31,7 @@ def _mergekit_hits(filters, name):
     return evaluate_setting(name, [*setting, ConditionalParameter(value=-1)], validate=float)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "llama", "gemma3", "gpt2", "gpt_neox", "phi3_tied"))
 def test_every_family(family, tmp_path):
     base = open_checkpoint(str(save_tiny(family, tmp_path)))
     plan = plan_architecture(base)

@@ -1,9 +1,12 @@
 """Squared gradients of both models' linear parts, against plain autograd with all gradients held."""
 
+import itertools
+
 import pytest
 import torch
 
 from tests.plain_gradients import CPU, plain_squares
+from tests.selected import few
 from tests.tiny_checkpoints import LAYERS, VOCABULARY, save_tiny
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
 from utils.models.decoder import find_decoder
@@ -26,8 +29,19 @@ def layers_and_parts(one):
     return [(layer, part) for layer in range(LAYERS) for part in one.decoder.components]
 
 
-@pytest.mark.parametrize("points", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2"])
+POINTS = BASE, EXPERT, BOTH = (True, False), (False, True), (True, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "points"),
+    few(
+        itertools.product(("llama", "gemma3", "phi3", "gpt2"), POINTS),
+        ("llama", BASE),
+        ("phi3", EXPERT),
+        ("gemma3", BOTH),
+        ("gpt2", BOTH),
+    ),
+)
 def test_squares_and_weights_are_those_of_plain_autograd(family, points, tmp_path):
     folders = [save_tiny(family, tmp_path / name, seed=seed) for seed, name in enumerate(("base", "expert"))]
     oracles = [plain_squares(folder, SAMPLES) for folder in folders]

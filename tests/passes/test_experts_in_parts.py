@@ -157,7 +157,10 @@ def test_only_what_would_do_is_advised(name, whole, apart, dtype, wanted, unwant
     assert ("--device cpu" in said) == is_gpu and said.endswith("a machine with more memory")
 
 
-GUIDANCES = ("lewis", "sens_merging", "gram_mean", "saliency_budget", "tuned", "submodule_linearity")
+GUIDANCES = [
+    *("lewis", "sens_merging", "gram_mean", "saliency_budget"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tuned", "submodule_linearity")),
+]
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES)

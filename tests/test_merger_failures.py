@@ -227,7 +227,7 @@ def start_merge(copies: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+    "signum", [*(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGINT)), signal.SIGKILL]
 )
 def test_killed_in_the_middle(copies, signum, capsys):
     write_recipe(copies / "recipe.yaml", recipe(copies))

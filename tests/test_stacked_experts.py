@@ -183,7 +183,7 @@ ACCEPTED = dict.fromkeys(guidance_methods(), ("--accept_useless_text",)) | {
 }
 
 
-FAST = ("lewis", "gram_mean", "tuned")  # densities, vectors and matrices, coefficients
+FAST = ("lewis", "gram_mean")  # densities, vectors and matrices
 
 
 @pytest.mark.parametrize(

@@ -359,10 +359,3 @@ def test_quiet_is_quiet(copies):
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
         assert lines[1].startswith("merged in ") and len(lines) == 6, done.stdout
-
-
-def test_a_log_file_gets_no_carriage_return(copies, run_command_line):
-    write_recipe(copies / "recipe.yaml", recipe(copies))
-    words = ["--merge_config", "recipe.yaml", "--output_path", "out", "--device", "cpu"]
-    done = run_command_line("utils/merger.py", *words, cwd=copies)
-    assert done.returncode == 0 and "merging: 100%" in done.stderr and "\r" not in done.stderr

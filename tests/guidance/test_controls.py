@@ -3,6 +3,7 @@
 python -m pytest tests/guidance/test_controls.py
 """
 
+import itertools
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tests.commands_here import done_here
+from tests.selected import few
 from tests.tiny_pairs import CALIBRATION, save_pair, write_config
 from tests.tiny_recipes import decide_here, measure_here
 from utils.guidance.method import guidance_methods
@@ -85,8 +87,14 @@ def test_every_guidance_has_a_case():
     assert {guidance for guidance, *_ in CASES.values()} == set(guidance_methods())
 
 
-@pytest.mark.parametrize("kind", CONTROLS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    few(
+        itertools.product(CASES, CONTROLS),
+        *((case, "uniform") for case in CASES),
+        *((case, "lines") for case in ("lewis", "lewis, weights", "sens_merging", "guided_mean", "tuned")),
+    ),
+)
 def test_a_control_has_the_weight_that_the_report_says(pair, case, kind, capsys):
     guidance, folder, asked, weight = CASES[case]
     guided, control = (

@@ -46,11 +46,13 @@ def test_models_whose_text_goes_through_all_blocks_pass(label, tmp_path):
 @pytest.mark.parametrize(
     ("label", "why"),
     [
-        ("mllama:causal", "text alone passes block 3 over"),
+        pytest.param("mllama:causal", "text alone passes block 3 over", marks=pytest.mark.slow),
         ("mllama:image-text", "text alone passes block 3 over"),
         ("hrm_text:causal", "its forward comes to block 0 again"),
         ("xlnet:causal", "5 tokens times 2 samples"),
-        ("blip-2:image-text", "its forward on text alone ends before its first block"),
+        pytest.param(
+            "blip-2:image-text", "its forward on text alone ends before its first block", marks=pytest.mark.slow
+        ),
         ("idefics:image-text", "its forward on text alone ends before its first block"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_broken_file_is_named_with_the_line(tmp_path, case):
 WORDING = {
     "a comma between rows": "dataset.path PATH, line 1: not valid JSON: Extra data: line 1 column 9 (char 8)",
     "a row that is a list": "dataset.path PATH, line 1: a row must be an object, got list",
-    "Latin-1": "dataset.path PATH, line 1: not UTF-8 text (byte 10)",
+    "Latin-1": "dataset.path PATH, line 1: not UTF-8 text (byte 10); save it as UTF-8",
     "a JSON list of numbers": "dataset.path PATH must hold a list of objects",
     "a CSV in Latin-1": "dataset.path PATH is not UTF-8 text (byte 5); save it as UTF-8",
     "too few fields": "dataset.path PATH, line 2: 1 fields where the first line has 2 (fields are separated by commas; "

@@ -20,7 +20,7 @@ from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import DEFAULT
 from utils.guidance.recipe_choices import RecipeChoices
 from utils.pair.config import PairConfig
-from utils.recipes.coefficients import control_table
+from utils.recipes.coefficients import lines_control, uniform_control
 from utils.recipes.doubts import cancelled_weights, doubts
 from utils.recipes.group_filters import group_filters
 from utils.recipes.method_rules import counterpart
@@ -204,7 +204,7 @@ def control_recipe(measured: MeasuredPair, made: GuidedRecipe, kind: str) -> Con
     guided = made.decision.table
     # the weights of what averages are shares of a mean, and factors of it
     guided = guided.assign(weight=plain.weight if settings.method.averages else guided["weight"] * plain.weight)
-    table = control_table(kind, guided)
+    table = uniform_control(guided) if kind == "uniform" else lines_control(guided)
     name = recipe_file_name(measured.config, choices, made.decision, kind)
     cancelled = "" if cancelled_weights(settings, "") else cancelled_weights(plain, "the control's weights")
     data = recipe(table, _naming_weights(measured, made, plain, table), plain)

@@ -1,6 +1,5 @@
 """The files of a recipe: the vectors it names, its YAML, and the manifest that says what it was made of."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.portable_recipe import Portable
 from utils.pair.config import PairConfig
+from utils.publishing.manifest import content_sha256
 from utils.recipes.named_model import named_model
 from utils.recipes.recipe import recipe_bytes
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name
@@ -26,7 +26,7 @@ def recipe_files(
         control: the unguided recipe made beside it, or the one for stock mergekit; its files instead of the guided one's.
     """
     name, data, vectors = (made.name, made.data, made.vectors) if control is None else (control.name, control.data, {})
-    hashes = {file: _sha256(bytes_) for file, bytes_ in vectors.items()}
+    hashes = {file: content_sha256(bytes_) for file, bytes_ in vectors.items()}
     if control is None:
         hashes |= {
             made.settings.saliency[key]: open_vectors(measured.folder / file).content_hash()
@@ -34,7 +34,7 @@ def recipe_files(
         }
     content = recipe_bytes(data, _note(made, control))
     record = RecipeManifest(
-        recipe={"name": name, "sha256": _sha256(content)},
+        recipe={"name": name, "sha256": content_sha256(content)},
         vectors=hashes,
         guidance=made.choices.method.name,
         guidance_options=dict(made.choices.options.method_options),
@@ -96,7 +96,3 @@ def _pair_options(config: PairConfig) -> dict[str, Any]:
         "target_model_names": dict(config.target_model_names),
         "global_parameters": dict(config.global_parameters),
     }
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -4,7 +4,6 @@ Names of folders that are relative begin where the command runs, as mergekit has
 moves together with what it names goes on working, and so does the one that lies beside a merged model.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from utils.errors import Problem, UserError, raise_collected
+from utils.publishing.manifest import content_sha256
 from utils.safe_yaml import holds_several_documents, read_text, yaml_mapping, yaml_nodes
 
 INPUT_KEYS = ("models", "slices", "modules")
@@ -42,7 +42,7 @@ class MergeRecipe:
     @property
     def sha256(self) -> str:
         """SHA-256 of the text, as lower-case hexadecimal."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return content_sha256(self.text.encode())
 
     def locate(self, name: str) -> str:
         """Where a name leads: itself, or the path beside the recipe if only there is something of that name. Of

@@ -4,7 +4,6 @@ mergekit leaves some of the base's files out (generation config and templates wh
 tokenizers); they are copied here.
 """
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, mani
 from utils.merging.planning import PlannedMerge
 from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
 from utils.publishing.disk import named_in_errors
-from utils.publishing.manifest import MANIFEST, to_json
+from utils.publishing.manifest import MANIFEST, content_sha256, to_json
 from utils.recipes.recipe_manifest import manifest_name
 
 
@@ -61,7 +60,7 @@ def describe_result(ready: PlannedMerge, folder: Path, added: CardAddition | Non
     if ready.settings.write_model_card:
         files[CARD] = card_text(ready, added).encode()
     if ready.origin:  # beside the published recipe, as command 2 left it beside the one that ran
-        its = {"name": RECIPE, "sha256": hashlib.sha256(recipe).hexdigest()}
+        its = {"name": RECIPE, "sha256": content_sha256(recipe)}
         files[manifest_name(RECIPE)] = replace(ready.origin, recipe=its).as_bytes()
     for name, content in files.items():
         _write(folder / name, content)

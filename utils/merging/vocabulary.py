@@ -65,7 +65,8 @@ def plan_vocabulary(
     """
     config, donor = inputs.config, inputs.donor
     asked = config.tokenizer_source is not None or config.tokenizer is not None
-    prints = {model.reference: fingerprint(model.checkpoint.folder) for model in inputs.models if _has(model)}
+    folders = {model.reference: model.checkpoint.folder for model in inputs.models}
+    prints = {reference: fingerprint(folder) for reference, folder in folders.items() if has_tokenizer(folder)}
     same = len(set(prints.values())) <= 1
     warnings = tuple(_template_notes(inputs)) + tuple(
         f"{model.label} has no tokenizer; its token ids are taken to be those of {donor.label}"
@@ -125,10 +126,6 @@ def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) ->
     return "; ".join(parts)
 
 
-def _has(model: MergeInput) -> bool:
-    return has_tokenizer(model.checkpoint.folder)
-
-
 def _is_plain(config: Any) -> bool:
     """Whether the tokenizer block asks for nothing beyond `union` or `base`."""
     if config.tokenizer is None:
@@ -183,7 +180,7 @@ def _aligned(
         add_tokens=tuple((block.tokens or {}) if block else ()),
     )
     for model in inputs.models:
-        if _has(model):
+        if has_tokenizer(model.checkpoint.folder):
             _vocabulary(model, trust_remote_code)  # mergekit only logs a tokenizer it cannot load
     info = _build(task, inputs)
     vocabulary = info.tokenizer.get_vocab()

@@ -105,14 +105,21 @@ class _Lines(Sequence):
             return self.parse(stream.readline(), number)
 
 
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start}); save it as UTF-8",
+            "text-not-utf8",
+        ) from error
+
+
 def _json_lines(file: Path) -> Rows:
     def parse(line: bytes, number: int) -> Mapping[str, Any]:
+        text = _decoded(line, file, number)
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})", "text-not-utf8"
-            ) from error
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"dataset.path {file}, line {number}: not valid JSON: {error}", "text-invalid") from error
         if not isinstance(row, dict):
@@ -125,15 +132,14 @@ def _json_lines(file: Path) -> Rows:
 
 
 def _text_lines(file: Path) -> Rows:
-    def parse(line: bytes, number: int) -> Mapping[str, Any]:
-        try:
-            return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"dataset.path {file}, line {number}: not UTF-8 text (byte {error.start})", "text-not-utf8"
-            ) from error
+    return _Lines(file, lambda line, number: {"text": _decoded(line, file, number).rstrip("\r\n")})
 
-    return _Lines(file, parse)
+
+def _refuse_column_twice(file: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"dataset.path {file}: a column is given twice ({', '.join(names)}); rename one", "text-column-twice"
+        )
 
 
 def _json(file: Path) -> Rows:
@@ -162,10 +168,7 @@ def _csv(file: Path) -> Rows:
             f"dataset.path {file}, line {reader.line_num}: not valid CSV: {error}", "text-invalid"
         ) from error
     names = lines[0][1] if lines else []
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"dataset.path {file}: a column is given twice ({', '.join(names)}); rename one", "text-column-twice"
-        )
+    _refuse_column_twice(file, names)
     for number, fields in lines[1:]:
         if len(fields) != len(names):
             raise UserError(
@@ -174,10 +177,6 @@ def _csv(file: Path) -> Rows:
                 "text-bad-row",
             )
     return [dict(zip(names, fields, strict=True)) for _, fields in lines[1:]]
-
-
-def _parquet(file: Path) -> Rows:
-    return _ParquetRows(file)
 
 
 class _ParquetRows(Sequence):
@@ -192,12 +191,7 @@ class _ParquetRows(Sequence):
         self.kept: dict[int, Any] = {}  # tables by the number of their group
         self.last: tuple[int, Any] = (-1, None)  # of those that are not kept
         with self._named(), self._opened() as opened:
-            names = opened.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise UserError(
-                    f"dataset.path {file}: a column is given twice ({', '.join(names)}); rename one",
-                    "text-column-twice",
-                )
+            _refuse_column_twice(file, opened.schema_arrow.names)
             groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
             self.ends = list(itertools.accumulate(group.num_rows for group in groups))
             held = 0
@@ -263,7 +257,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
-    ".parquet": _parquet,
+    ".parquet": _ParquetRows,
     ".txt": _text_lines,
     ".md": _text_lines,
 }

@@ -19,15 +19,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_sha256(content: bytes) -> str:
+    """SHA-256 of bytes, as lower-case hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of(data: Any) -> str:
     """SHA-256 of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+    return content_sha256(json.dumps(data, sort_keys=True, default=str).encode())
 
 
 def with_manifest(files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> dict[str, bytes | Path]:
     """The files of a folder by name, then its manifest, which gains their hashes as `files`."""
     hashes = {
-        name: file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        name: file_sha256(content) if isinstance(content, Path) else content_sha256(content)
         for name, content in files.items()
     }
     return {**files, MANIFEST: to_json({**manifest, "files": hashes})}

@@ -96,11 +96,6 @@ def _scale_for(density: np.ndarray, weights: np.ndarray, budget: float) -> float
     return min((low, high), key=lambda scale: abs(excess(scale)))
 
 
-def control_table(kind: str, table: pd.DataFrame) -> pd.DataFrame:
-    """The unguided table of a kind (`uniform` or `lines`) to compare a guided one with; see the two functions."""
-    return uniform_control(table) if kind == "uniform" else lines_control(table)
-
-
 def lines_control(table: pd.DataFrame) -> pd.DataFrame:
     """LiNeS (arXiv 2410.17146): weights that grow linearly with depth, threefold from the first layer to the last.
 

@@ -19,7 +19,6 @@
 | `search` | only beside a recipe that a search found: which trial of how many, and on which rows it was chosen |
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from utils.bounded_files import read_json
 from utils.errors import Problem, UserError, raise_collected
 from utils.models.checkpoints import Checkpoint
 from utils.models.content_sample import content_sample
+from utils.publishing.manifest import to_json
 from utils.recipes.named_model import NamedModel
 from utils.recipes.saliency_vectors import open_vectors
 
@@ -65,15 +65,12 @@ class RecipeManifest:
     def as_data(self) -> dict[str, Any]:
         """The file's content as plain data."""
         data = {key.rstrip("_"): value for key, value in vars(self).items() if key != "search"}
-        return (
-            {"command": COMMAND, **data}
-            if self.search is None
-            else {"command": SEARCHER, **data, "search": self.search}
-        )
+        found = {"command": COMMAND if self.search is None else SEARCHER, **data}
+        return found if self.search is None else {**found, "search": self.search}
 
     def as_bytes(self) -> bytes:
         """The file's content."""
-        return (json.dumps(self.as_data(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return to_json(self.as_data())
 
 
 def manifest_name(recipe: str) -> str:

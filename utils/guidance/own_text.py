@@ -42,10 +42,11 @@ class Answer:
 class OwnText:
     """What experts gain on their own text, by type, and all rows of the table of routers that asking gave.
 
-    `not_asked` holds a sentence for each expert that could not be asked.
+    `losses` are each expert's by sample; `not_asked` holds a sentence for each expert that could not be asked.
     """
 
     gains: Mapping[str, TextGain]
+    losses: Mapping[str, Losses]
     routing: tuple[tuple, ...] = ()
     not_asked: tuple[str, ...] = ()
 
@@ -125,7 +126,8 @@ def own_text_of(job: MeasureJob, answers: Mapping[str, Answer], then: str = GOES
             gains[name] = named[f"model {expert.entry.name} ({name})"] = text_gain(tokens, own.base, own.expert)
     if named and not job.options[ACCEPT]:
         refuse_useless_text(named, ACCEPT, then)
-    return OwnText(gains, tuple(row for own in answers.values() for row in own.routing))
+    losses = {name: answers[name].expert for name in gains}
+    return OwnText(gains, losses, tuple(row for own in answers.values() for row in own.routing))
 
 
 def accepted_doubts(gains: Mapping[str, TextGain], then: str = GOES_BY_IT) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from utils.errors import warn
 
 STATES = (
-    4  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
+    5  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
 )
 SECONDS = 300.0
 MOST_SHARE = 0.05  # of the time that snapshots may take

@@ -9,6 +9,7 @@ from utils.guidance.tuned.descent import Asked, descend, loss_weights, share_los
 from utils.guidance.tuned.slopes import group_numbers
 
 EXPERTS, GAINS = (1.0, 2.0), (0.5, 0.25)
+NO_LOSS = (0.0, 0.0), (0.0, 0.0)
 
 
 def test_the_share_lost_is_one_minus_the_share_kept():
@@ -43,7 +44,7 @@ def quadratic(middle, scale=1.0):
 
 def test_the_descent_finds_a_minimum_and_says_every_step():
     losses, slope = quadratic(0.5)
-    found = descend((2, 3), Asked(40, 0.05, 0.0, False), (0.0, 0.0), (1.0, 1.0), slope, losses)
+    found = descend((2, 3), Asked(40, 0.05, 0.0, False), NO_LOSS, (1.0, 1.0), slope, losses)
     assert float((found.coefficients - 0.5).abs().max()) < 0.15
     assert found.steps[0].held_out == pytest.approx((0.75, 0.75)) and found.steps[0].losses == found.steps[0].held_out
     assert found.steps[-1].losses is None and found.best == min(
@@ -51,10 +52,16 @@ def test_the_descent_finds_a_minimum_and_says_every_step():
     )
 
 
+def test_shares_lost_are_from_the_experts_losses_on_the_same_samples():
+    losses, slope = quadratic(0.5)
+    found = descend((2, 3), Asked(0, 0.05, 0.0, False), ((0.0, 0.0), (0.5, 0.25)), (1.0, 1.0), slope, losses)
+    assert found.steps[0].lost == pytest.approx(0.75 - (0.5 + 0.25) / 2)
+
+
 def test_the_start_is_kept_where_held_out_samples_get_worse_and_the_descent_ends_early():
     _, slope = quadratic(0.0)
     held_out, _ = quadratic(2.0)
-    found = descend((2, 1), Asked(30, 0.1, 0.0, True), (0.0, 0.0), (1.0, 1.0), slope, held_out)
+    found = descend((2, 1), Asked(30, 0.1, 0.0, True), NO_LOSS, (1.0, 1.0), slope, held_out)
     assert found.best == 0 and bool((found.coefficients == 1).all())
     assert len(found.steps) == 4
 
@@ -62,7 +69,7 @@ def test_the_start_is_kept_where_held_out_samples_get_worse_and_the_descent_ends
 @pytest.mark.parametrize("cut", [1, 4])
 def test_a_descent_that_is_cut_goes_on_to_the_same_end(cut):
     losses, slope = quadratic(0.5)
-    arguments = (2, 3), Asked(12, 0.05, 0.1, False), (0.0, 0.0), (1.0, 1.0), slope, losses
+    arguments = (2, 3), Asked(12, 0.05, 0.1, False), NO_LOSS, (1.0, 1.0), slope, losses
     whole, states = descend(*arguments), []
 
     class Killed(Exception):
@@ -85,7 +92,7 @@ def test_a_descent_that_is_cut_goes_on_to_the_same_end(cut):
 def test_a_pull_keeps_coefficients_near_the_start():
     losses, slope = quadratic(0.0, scale=1e-3)
     free, held = (
-        descend((2, 2), Asked(60, 0.05, pull, False), (0.0, 0.0), (1.0, 1.0), slope, losses) for pull in (0.0, 10.0)
+        descend((2, 2), Asked(60, 0.05, pull, False), NO_LOSS, (1.0, 1.0), slope, losses) for pull in (0.0, 10.0)
     )
     assert float(free.coefficients.max()) < 0.3 and float(held.coefficients.min()) > 0.8
 

@@ -122,6 +122,9 @@ def test_the_first_step_goes_against_the_gradient_of_every_coefficient(pair, fol
     )
     held = [float(dense_loss({n: w.detach() for n, w in weights.items()}, samples(t)[-2:])) for t in NAMES]
     assert steps[steps["samples"] == "held_out"]["loss"].tolist()[:2] == pytest.approx(held, rel=1e-5)
+    experts = [float(dense_loss({n: w.float() for n, w in tensors(Path(t)).items()}, samples(t)[-2:])) for t in NAMES]
+    lost = sum(merged - own for merged, own in zip(held, experts, strict=True)) / 2  # no sure gain divides these losses
+    assert steps["share_lost"][0] == pytest.approx(lost, abs=1e-5)
     if steps[steps["kept"] == 1]["step"].iloc[0] == 0:
         pytest.skip("the step was no better on what is held out")
     slopes = {t: {n: float(value.grad) for n, value in own.items()} for t, own in table.items()}

@@ -64,7 +64,7 @@ def loss_weights(losses: Sequence[float], experts: Sequence[float], gains: Seque
 def descend(
     shape: tuple[int, int],
     asked: Asked,
-    experts: Sequence[float],
+    experts: tuple[Sequence[float], Sequence[float]],
     gains: Sequence[float],
     slope: Slope,
     held_out: Callable[[Tensor], list[float]],
@@ -76,7 +76,7 @@ def descend(
     Args:
         shape: experts and groups.
         asked: how.
-        experts: by task, the loss of the task's expert.
+        experts: by task, the loss of the task's expert: on the samples to step on, and on those held out.
         gains: by task, how much lower it is than the base's; what losses are divided by.
         slope: evaluates a table on the samples to step on.
         held_out: losses by task of a table on samples that are not stepped on.
@@ -86,6 +86,7 @@ def descend(
     Returns:
         The table that loses least on what is held out; the steps end where it did not get better for a while.
     """
+    stepped_on, kept_back = experts
     table = torch.ones(shape, dtype=torch.float64)
     optimizer = torch.optim.Adam([table], lr=asked.rate)
     steps: list[Step] = []
@@ -97,13 +98,13 @@ def descend(
         best, kept = resumed["best"], resumed["kept"]
     for number in range(len(steps), asked.steps + 1):
         judged = held_out(table)
-        lost = share_lost(judged, experts, gains, asked.worst)
+        lost = share_lost(judged, kept_back, gains, asked.worst)
         if number and lost < steps[best].lost:
             best, kept = number, table.clone()
         if number == asked.steps or number - best >= _PATIENCE:
             steps.append(Step(None, tuple(judged), lost))
             break
-        losses, gradient = slope(table, lambda found: loss_weights(found, experts, gains, asked.worst))
+        losses, gradient = slope(table, lambda found: loss_weights(found, stepped_on, gains, asked.worst))
         steps.append(Step(tuple(losses), tuple(judged), lost))
         table.grad = gradient.double() + asked.pull * (table - 1) / table.numel()
         optimizer.step()

@@ -91,7 +91,7 @@ def measure(job: MeasureJob) -> Measured:
     gains = on_text.gains
     blocks = len(job.base.decoder.blocks) * (3 * job.options["tune_steps"] + 1)
     types = (Tuned, Descent, Step)
-    (found,) = job.run([Piece("tuned", tune, (own, start, gains), blocks, "tuned", types)])
+    (found,) = job.run([Piece("tuned", tune, (own, start, gains, on_text.losses), blocks, "tuned", types)])
     files = {
         COEFFICIENTS: COEFFICIENT_TABLE.content(found.rows),
         STEPS: STEP_TABLE.content(_step_rows(found.descent, [one.entry.type for one in experts])),

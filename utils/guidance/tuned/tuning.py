@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.own_text import Losses
 from utils.guidance.text_gain import TextGain
 from utils.guidance.tuned.descent import Asked, Descent, Weigh, descend
 from utils.guidance.tuned.parts import Parts, SummedWeights, plan_parts, write_parts
@@ -67,7 +68,9 @@ def settings_of(job: MeasureJob, device: torch.device) -> MergeSettings:
     return MergeSettings(Path("tuned"), Path("tuned"), device=str(device), trust_remote_code=job.trust_remote_code)
 
 
-def tune(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGain]) -> Tuned:
+def tune(
+    place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGain], losses: Mapping[str, Losses]
+) -> Tuned:
     """Write the parts of a start and tune their coefficients.
 
     Args:
@@ -75,26 +78,37 @@ def tune(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGa
         job: of the base and the experts to merge alone.
         start: the merge to start from.
         gains: what experts gain, by type: what losses are divided by, if all are sure.
+        losses: each expert's by sample of its text: what a step loses is counted from them, on the same samples.
 
     Raises:
         UserError: as `plan_parts` and `backward_pass`.
     """
     with TemporaryDirectory(dir=place.folder) as folder:
-        return _tuned(place, job, start, gains, Path(folder))
+        return _tuned(place, job, start, gains, losses, Path(folder))
 
 
-def _tuned(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, TextGain], folder: Path) -> Tuned:
+def _tuned(
+    place: Place,
+    job: MeasureJob,
+    start: Start,
+    gains: Mapping[str, TextGain],
+    losses: Mapping[str, Losses],
+    folder: Path,
+) -> Tuned:
     device = place.device
     base, *experts = job.subjects
     base = replace(base, experts_apart=job.open_weights(base, device).experts_apart)  # decided for all steps alike
     works = plan_parts(start, base, [one.entry for one in experts], settings_of(job, device))
     parts = write_parts(works, base, folder)
     stepped, held = _Samples(), _Samples()
+    by_experts: tuple[list[float], list[float]] = [], []
     for task, expert in enumerate(experts):
         ids = job.text(base, expert).encoded
         first = len(ids) - held_out_of(len(ids))
-        stepped.add(ids[:first], task)
-        held.add(ids[first:], task)
+        own = losses[expert.entry.type]
+        for samples, part, found in zip((stepped, held), (slice(first), slice(first, None)), by_experts, strict=True):
+            samples.add(ids[part], task)
+            found.extend(own[part])
     groups = torch.tensor(group_numbers(parts.names, job.options["tune_level"], base.decoder.blocks_path))
 
     def summed(table: Tensor) -> SummedWeights:
@@ -120,7 +134,7 @@ def _tuned(place: Place, job: MeasureJob, start: Start, gains: Mapping[str, Text
     )
     sure = all(one.is_sure for one in gains.values())
     divisors = [one.gain if sure else 1.0 for one in gains.values()]
-    least = [one.expert for one in gains.values()]
+    least = stepped.by_task(by_experts[0]), held.by_task(by_experts[1])
 
     def keep(state: dict[str, Any]) -> None:
         if place.snapshot is not None:

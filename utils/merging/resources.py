@@ -16,8 +16,8 @@ from utils.runtime import choose_device
 # bytes to move for a parameter it would have to move 3 GB a second to keep up with 8 threads.
 ENOUGH_THREADS = 8
 
-_FREE = 6 * 2**20  # bytes that the checks before have left free in the process (measured): a thread's buffers fit in
-_LEAST = 2**20  # bytes
+_FREE = 7 * 2**20  # bytes that the checks before have left free in the process (measured): a thread's buffers fit in
+_LEAST = 2 * 2**20  # bytes
 
 
 def choose_merge_device(settings: MergeSettings, method: MergeMethod) -> tuple[torch.device, str]:
@@ -47,8 +47,8 @@ def memory_estimate(plan: MergePlan, division: Division, settings: MergeSettings
     are no pages of their files (converted while they were read, aligned to a vocabulary, on a GPU), and what the method
     makes (`utils/merging/method_memory.py`), beside the part of a shard that is there already.
 
-    For tensors merged in pieces, the buffers of every thread and the tables of the tensors that can be counted at once, one a
-    thread, count instead, and no weight file. What the process has free by then (`_FREE`) does not count.
+    For tensors merged in pieces, the buffers of every thread and the tables of the tensor that all of them count count
+    instead, with the first spans of the next one's, and no weight file. What the process has free by then (`_FREE`) does not.
     """
     if division.direct:
         return max(_LEAST, arithmetic_bytes(plan, division) - _FREE)
@@ -71,8 +71,10 @@ def arithmetic_bytes(plan: MergePlan, division: Division, *, shared: bool = Fals
     needed = MethodMemory(plan, division.by_counting)
     if division.direct:
         threads = torch.get_num_threads()
-        tables = sorted((table_bytes(tensor) for tensor in division.direct), reverse=True)[:threads]
+        tables = max(map(table_bytes, division.direct))
+        begun = 2 * (threads - 1)  # spans of the next tensor that others count while the last of this one are
+        tables += max(table_bytes(tensor, begun) for tensor in division.direct)
         buffers = max(buffer_bytes(tensor, shared=shared) for tensor in division.direct)
         left = (needed.of(tensor) + tensor.nbytes for tensor, _ in division.left)
-        return max(threads * buffers + sum(tables), *left, 0)
+        return max(threads * buffers + tables, *left, 0)
     return max((needed.of(tensor) for tensor in plan.tensors), default=0)

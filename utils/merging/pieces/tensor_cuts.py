@@ -139,9 +139,9 @@ def shared_cuts(tensors: Sequence[DirectTensor], inputs: TensorFiles, known: Kno
                 yield TensorCuts(Changes(first, inputs), some, known, MOST_SPANS // _TOGETHER)
 
 
-def table_bytes(tensor: DirectTensor) -> int:
-    """Bytes that the counts of a tensor take at most."""
-    spans = len(spans_of(tensor.numel, MOST_SPANS))
+def table_bytes(tensor: DirectTensor, most_spans: int = MOST_SPANS) -> int:
+    """Bytes that the counts of a tensor take at most, or those of its first spans."""
+    spans = min(most_spans, len(spans_of(tensor.numel, MOST_SPANS)))
     return sum(CutSearch.table_bytes(tensor.dtype, spans, len(ranks)) for ranks in ranks_of(tensor).values())
 
 

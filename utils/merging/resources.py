@@ -17,7 +17,7 @@ from utils.runtime import choose_device
 ENOUGH_THREADS = 8
 
 _FREE = 7 * 2**20  # bytes that the checks before have left free in the process (measured): a thread's buffers fit in
-_LEAST = 2 * 2**20  # bytes
+_LEAST = 3 * 2**20  # bytes; merges without counts took up to 4 MB
 
 
 def choose_merge_device(settings: MergeSettings, method: MergeMethod) -> tuple[torch.device, str]:

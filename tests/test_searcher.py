@@ -32,14 +32,16 @@ from tests.refusals import refusal_code, refused
 from tests.tiny_experts import save_experts
 from tests.tiny_mixtures import save_mixtures
 from tests.tiny_pairs import contents, write_config
-from utils.commands import search, search_results
+from utils.commands import change_pictures, search, search_results
 from utils.commands.evaluate_generation import generate
 from utils.commands.search import search_pair
 from utils.commands.search_options import SearchOptions
 from utils.evaluation import entries
 from utils.models.weight_source import build_skeleton
 from utils.pair.config import read_pair_config
+from utils.reports.page import render
 from utils.runtime import gigabytes
+from utils.searching.winners import choose
 
 ROWS = ("--validation_rows", 24, "--test_rows", 24, "--first_rows", 6)
 UNGUIDED = {"guidance": ["uniform", "lines"], "depth_groups": 1}
@@ -167,6 +169,42 @@ def test_a_mixtures_routers_stand_on_the_page_and_its_stock_recipe_has_figures(t
     evaluate = ("utils/evaluator.py", "--config", "pair.yaml", "--out_dir", "out/evaluation", "--no-samples")
     done_here(*evaluate, "--validation_rows", 8, "--test_rows", 8, "out/search/best.yaml", cwd=folder)
     assert "routers of the uniform merges" in (folder / "out/evaluation/report.html").read_text()
+
+
+def test_the_page_shows_how_much_of_each_experts_change_is_in_a_winner_by_vectors(pair, monkeypatch):
+    """Its recipe has no numbers to draw; those of the page are the written model's. Typed again it computes none."""
+    pages = []
+    monkeypatch.setattr(search_results, "render", lambda page: pages.append(page) or render(page))
+    monkeypatch.setattr(search_results, "choose", by_vectors)
+    settings(pair, search={"guidance": ["gram_mean"]})
+    search_pair(options(pair, measure=True, trials=7, first_rows=16))
+    monkeypatch.setattr(change_pictures, "change_shares", lambda *given: pytest.fail("computed again"))
+    search_pair(options(pair, trials=7, first_rows=16))
+    assert pages[0].recipe.heatmaps == pages[1].recipe.heatmaps
+    done_here("utils/merger.py", "--merge_config", "out/search/best.yaml", "--output_path", "merged", cwd=pair)
+    base, merged = (load_file(pair / name / "model.safetensors") for name in ("base", "merged"))
+    assert [one.title for one in pages[0].recipe.heatmaps] == ["code", "math"]
+    for heatmap in pages[0].recipe.heatmaps:
+        expert = load_file(pair / heatmap.title / "model.safetensors")
+        expected = {}
+        for name, before in base.items():
+            if ".layers." in name and before.dim() == 2:
+                change, made = (one[name].double() - before.double() for one in (expert, merged))
+                expected[name.split(".")[2], name.split(".")[-2]] = float((change * made).sum() / (change**2).sum())
+        found = {
+            (layer, component): value
+            for layer, row in zip(heatmap.layers, heatmap.cells, strict=True)
+            for component, value in zip(heatmap.components, row, strict=True)
+        }
+        assert len(found) == 14 and found == pytest.approx(expected, rel=1e-6)
+    page = (pair / "out/search/report.html").read_text()
+    assert "0 is nothing of it, 1 is all of it, below 0 is against it." in page
+    assert page.count(f"code: {change_pictures.QUANTITY}".replace("'", "&#39;")) >= 2  # the picture, and its numbers
+
+
+def by_vectors(finished, *given, **named):
+    """The winners among what was merged by vectors: on so little text uniform merges are ahead."""
+    return choose([one for one in finished if one.point.merge_method == "gram_mean"], *given, **named)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def evaluate(options: EvaluateOptions) -> None:
             f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
         generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
-        publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings])
+        publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings], store, say)
 
 
 def _candidates(options: EvaluateOptions) -> tuple[list[Candidate], list[str]]:

@@ -4,11 +4,12 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 
+from utils.commands.change_pictures import with_change_shares
 from utils.commands.evaluate_accuracy import accuracy_record, printed_accuracy
 from utils.commands.evaluate_options import ACCURACY, COMMAND, REPORT, SAMPLES, SCORES, EvaluateOptions
 from utils.commands.evaluate_page import evaluation_page, model_records
@@ -17,6 +18,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.commands.next_command import from_here, next_command
 from utils.evaluation.candidates import UNIFORM, Candidate
 from utils.evaluation.scoring import Scorer
+from utils.evaluation.store import LossStore
 from utils.merging.recipe_file import read_recipe
 from utils.publishing.files import publish_files
 from utils.publishing.manifest import with_manifest
@@ -31,11 +33,14 @@ def publish_evaluation(
     evaluated: Evaluated,
     generated: Generated,
     warnings: Sequence[str],
+    store: LossStore,
+    say: Callable[[str], None],
 ) -> None:
     """Publish all files, the manifest last; print the table, the verdict and the next command."""
     following = _next(options, evaluated)
     request = _request(options, scorer, evaluated) | {"lm_eval": accuracy_record(generated.accuracy)}
     page = evaluation_page(scorer, evaluated, request, warnings, following, generated)
+    page = with_change_shares(page, scorer, evaluated, store, say)
     files = {
         SCORES: scores_table(evaluated, generated).to_csv(index=False).encode(),
         SAMPLES: _parquet(samples_table(scorer, evaluated)),

@@ -117,6 +117,11 @@ def _numbers(
             yield called.get(model.checkpoint.folder, model.label), name, tensors
 
 
+def is_drawn(name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor has a place in heatmaps: of a layer, and neither a norm nor a bias."""
+    return _LAYER.search(name) is not None and (shape is None or len(shape) > 1)
+
+
 def layer_heatmap(
     title: str, quantity: str, values: Iterable[tuple[str, tuple[int, ...] | None, float]]
 ) -> Heatmap | None:
@@ -130,9 +135,9 @@ def layer_heatmap(
     """
     cells: dict[tuple[int, str], list[tuple[float, int]]] = {}
     for name, shape, value in values:
-        place = _LAYER.search(name)
-        if place is None or (shape is not None and len(shape) < 2):
+        if not is_drawn(name, shape):
             continue
+        place = _LAYER.search(name)
         component = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name[place.end() :].removesuffix(_WEIGHT))
         cells.setdefault((int(place[1]), component), []).append((value, math.prod(shape or (1,))))
     if not cells:

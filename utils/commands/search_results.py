@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.commands.change_pictures import with_change_shares
 from utils.commands.evaluate_generation import generate
 from utils.commands.evaluate_page import evaluation_page, model_records
 from utils.commands.evaluate_tables import printed_table, scores_table
@@ -78,6 +79,8 @@ def publish_results(ready: Prepared, stopped: str, say: Callable[[str], None]) -
         )
     request = _request(ready, evaluated, winners, names, stopped, recipes)
     page = _page(ready, evaluated, request, warnings, following, winners, names, generated, recipes)
+    if here:
+        page = with_change_shares(page, ready.scorer, evaluated, ready.store, say)
     files: dict[str, bytes | Path] = {
         **recipes,
         TRIALS: trials_table(ready.study, ready.objective).to_csv(index=False).encode(),

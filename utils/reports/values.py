@@ -49,14 +49,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One number for each layer and component, as a recipe gives them to one expert.
+    """One number for each layer and component, as a recipe gives them to one expert or makes of it.
 
     Args:
         title: whose numbers they are.
-        quantity: what they are: "density", "weight".
+        quantity: what they are: "density", "weight", a share of its change.
         layers: labels of the rows, in the order of depth.
         components: labels of the columns.
-        cells: one row per layer, one number per component; None where the recipe has none of its own.
+        cells: one row per layer, one number per component; None where there is none.
     """
 
     title: str
@@ -73,11 +73,15 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe that won, or that a folder was merged by: `facts` are pairs of label and value."""
+    """The recipe that won, or that a folder was merged by: `facts` are pairs of label and value.
+
+    `heatmaps_show` is a sentence about the heatmaps, where their quantities do not say it all.
+    """
 
     facts: tuple[tuple[str, str], ...] = ()
     heatmaps: tuple[Heatmap, ...] = ()
     text: str = ""
+    heatmaps_show: str = ""
 
 
 @dataclass(frozen=True)

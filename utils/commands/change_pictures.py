@@ -15,7 +15,7 @@ from utils.merging.change_shares import change_shares
 from utils.publishing.manifest import sha256_of
 from utils.reports.values import Page
 
-QUANTITY = "share of the expert's change in the merge"
+QUANTITY = "share of its change in the merge"
 _MEANING = (
     "How much of each expert's change is in the merge: 0 is nothing of it, 1 is all of it, below 0 is against it."
 )

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.refusals import refusal_code
-from utils.errors import Problem, UserError, brief, raise_collected, run_command
+from utils.errors import Problem, UserError, brief, is_of_the_moment, raise_collected, run_command
 
 
 def end_of(error: BaseException, capsys) -> tuple[int, str]:
@@ -43,6 +43,25 @@ def end_of(error: BaseException, capsys) -> tuple[int, str]:
 )
 def test_exit_code_and_message(capsys, error, code, message):
     assert end_of(error, capsys) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (OSError("a library's own words"), False),
+        (ValueError("no JSON"), False),
+        (None, False),
+    ],
+)
+def test_what_the_system_refused_just_then_is_not_what_is_wrong(cause, expected):
+    between = UserError("it cannot be read")
+    between.__cause__ = cause
+    error = UserError("left out")
+    error.__cause__ = between
+    assert is_of_the_moment(error) is expected
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ LIMITS = {
     errno.EMFILE: "`ulimit -n 4096` allows more",
     errno.EFBIG: "`ulimit -f unlimited` allows larger ones, on a file system that does",
 }
+_WHAT_IS_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # true the next time as well
 _NO_MEMORY = ("can't start new thread", "DefaultCPUAllocator: ")  # in what is raised beside a `MemoryError`
 
 
@@ -62,6 +63,20 @@ def reason(error: OSError) -> str:
     """What the system says of an error; of a limit that it sets to the process, with what lifts it."""
     words = error.strerror or str(error)
     return f"{words} ({LIMITS[error.errno]})" if error.errno in LIMITS else words
+
+
+def is_of_the_moment(error: BaseException) -> bool:
+    """Whether an error came of what the system refused just then (a read, a descriptor), not of what was tried.
+
+    Who tries several things and leaves out those that are refused must not leave one out for that: the same line would
+    come to another result the next time. A file that is not there is a fact about what was tried.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _WHAT_IS_MISSING:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def warn(warnings: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """Whole searches over simulated losses: what they find, that a kill changes nothing, that nothing is scored twice."""
 
+import errno
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("optuna")
 from tests.refusals import refused
 from tests.searching.simulated import BEST, KNOWNS, Formula, a_search, outcome, run, space
 from tests.selected import few
+from utils.errors import UserError
 from utils.searching.knowns import Known
 from utils.searching.points import LAMBDA, Point
 from utils.searching.storage import require_optuna
@@ -38,6 +40,23 @@ def test_what_is_not_finite_is_a_failed_trial_and_not_the_end(tmp_path):
     assert failed and len(trials) == 14
     assert all(trial.user_attrs["point"]["numbers"]["lambda"] > 0.95 for trial in failed)
     assert all("finite" in trial.user_attrs["failure"] for trial in failed)
+
+
+def test_a_read_that_fails_is_no_failed_trial_but_the_end_of_the_run(tmp_path):
+    """What cannot be read now could be later: a trial that failed for that would be missing for good."""
+    unbroken = a_search(tmp_path / "unbroken", Formula())
+    run(unbroken, 6)
+    search = a_search(tmp_path / "broken", Formula())
+
+    def unreadable(candidate):
+        raise UserError("config.json cannot be read", "model-small-file") from OSError(errno.EIO, "Input/output error")
+
+    search.check = unreadable
+    with refused("model-small-file"):
+        run(search, 6)
+    search = a_search(tmp_path / "broken", Formula())
+    run(search, 6)
+    assert outcome(search) == outcome(unbroken)
 
 
 def test_knowns_come_first_and_those_outside_the_space_too(tmp_path):

@@ -10,7 +10,7 @@ from utils.commands.measure_options import MeasureOptions
 from utils.commands.ray_flags import connected
 from utils.commands.search_folder import refuse_edited
 from utils.commands.search_options import FILES, LOSSES, SearchOptions
-from utils.errors import UserError, warn
+from utils.errors import UserError, is_of_the_moment, warn
 from utils.evaluation.tasks import Task, task_texts
 from utils.guidance.method import default_options, guidance_methods
 from utils.models.model_trial import ModelTrial
@@ -154,7 +154,7 @@ def _measure(options: SearchOptions, guidances: Sequence[str]) -> tuple[set[str]
                 warned=warned,
             )
         except UserError as error:
-            if config.search.guidance:
+            if config.search.guidance or is_of_the_moment(error):
                 raise
             if kept := kept_work(error):  # nobody goes on with what is left out
                 remove_work(kept.folder.parent)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, is_of_the_moment
 from utils.evaluation.seen_rows import refuse_measured_rows
 from utils.evaluation.tasks import Task
 from utils.guidance.folder import read_manifest
@@ -60,7 +60,7 @@ def find_measurements(
                 continue
             refuse_measured_rows(tasks, (measured.manifest or {}).get("samples"), f"measurement {folder}")
         except UserError as error:
-            if named is not None:
+            if named is not None or is_of_the_moment(error):
                 raise
             notes.append(f"{folder} is left out: {error}")
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from utils.errors import UserError
+from utils.errors import UserError, is_of_the_moment
 from utils.guidance.guided_recipe import GuidedRecipe, guided_recipe
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import guidance_methods
@@ -111,7 +111,11 @@ class RecipeMaker:
             if point.guidance == LINES or point.depth:
                 maker.blocks = find_blocks(self.models, stock)
             data = maker._portable(point) if point.guidance in self.measured else maker.make(point).data
-        except UserError:  # it cannot merge these models, would lose tensors of theirs, or have some by no filter
+        except (
+            UserError
+        ) as error:  # it cannot merge these models, would lose tensors of theirs, or have some by no filter
+            if is_of_the_moment(error):
+                raise
             return models_against_stock(self.models.written)
         fused = any(name != other for name, other in stock.by_own.items())
         guided = point.guidance in self.measured

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, is_of_the_moment
 from utils.evaluation.candidates import Candidate
 from utils.searching import racing
 from utils.searching.losses import Entrant, Losses
@@ -150,11 +150,17 @@ class Search:
         return racing.schedule([len(own) for own in self.yardstick.rows.values()], self.first_rows)
 
     def _entrant(self, trial: int, point: Point) -> Entrant | None:
-        """The candidate of a trial; a point without a recipe is a failed trial."""
+        """The candidate of a trial; a point without a recipe is a failed trial.
+
+        Raises:
+            UserError: the system refused something just then, a read of a model's file for example.
+        """
         try:
             entrant = self._again(point)
             self.check(entrant.candidate)
         except UserError as error:
+            if is_of_the_moment(error):
+                raise
             self.study.fail(trial, str(error))
             return None
         self.study.note(trial, entrant.digest)

@@ -210,7 +210,7 @@ def test_the_digest_of_a_task_holds_its_documents_what_it_includes_and_its_funct
     (data / "whole.yaml").write_text(f"include: {task.name}\ntask: whole\n")
 
     def digest():
-        return find_tasks([str(data / "whole.yaml")], confirmed=False).digest
+        return find_tasks([str(data / "whole.yaml")], confirmed=True).digest
 
     seen = [digest()]
     assert digest() == seen[0]

@@ -165,6 +165,18 @@ def test_the_experts_of_a_mixture_are_components():
     assert [(part.path, part.parameter) for part in by_name] == [("mlp.experts", "down_proj")]
 
 
+def test_a_copy_has_weights_of_its_own_and_no_graph_of_an_earlier_pass():
+    """RecurrentGemma keeps its states on its modules."""
+    decoder = find_decoder(of_the_sweep("recurrent_gemma:causal").to_empty(device="cpu"), None, {}, "model m")
+    decoder.model(torch.tensor([[1, 2, 3]]))
+    kept = [one for part in decoder.model.modules() for one in vars(part).values() if torch.is_tensor(one)]
+    assert not all(one.is_leaf for one in kept)
+    other = decoder.copied()
+    assert other.model is not decoder.model and other.blocks[0] is other.model.get_submodule(other.blocks_path)[0]
+    for ours, theirs in zip(decoder.model.parameters(), other.model.parameters(), strict=True):
+        assert theirs.requires_grad and ours.data_ptr() != theirs.data_ptr()
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_encoders_are_refused(model_type):
     refusal("model-encoder", skeleton(model_type))

@@ -1,6 +1,5 @@
 """What the *measure* half of a guidance method works on: prepared models, devices, and a way to run over them."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +105,7 @@ class MeasureJob:
         if self.workers is None and (
             self.side_by_side > 1 or len({id(one.decoder) for one in subjects}) < len(subjects)
         ):
-            subjects = tuple(replace(subject, decoder=copy.deepcopy(subject.decoder)) for subject in subjects)
+            subjects = tuple(replace(subject, decoder=subject.decoder.copied()) for subject in subjects)
         return MeasureJob(self.config, subjects, (), self.options, self.trust_remote_code)
 
     def run(self, pieces: Sequence[Piece]) -> list[Any]:

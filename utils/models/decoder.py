@@ -5,6 +5,7 @@ as many entries as its config has hidden layers; the components are the linear m
 matrices of a mixture's experts. Blocks may differ: a component is in those that have it.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -70,6 +71,15 @@ class Decoder:
         """The components that some blocks lack."""
         blocks = [self.components_of(layer) for layer in range(len(self.blocks))]
         return tuple(one for one in self.components if not all(one in own for own in blocks))
+
+    def copied(self) -> "Decoder":
+        """One that shares nothing with this one, so that other weights can be placed into it at the same time.
+
+        What a model's code has kept on its modules of an earlier pass, recurrent states for example, comes without the graph
+        behind it, which `deepcopy` refuses.
+        """
+        kept = [value for module in self.model.modules() for value in vars(module).values() if torch.is_tensor(value)]
+        return copy.deepcopy(self, {id(value): value.detach() for value in kept if not value.is_leaf})
 
     def without_model(self) -> dict[str, Any]:
         """What was found, as plain data, for `on_model`."""

@@ -10,7 +10,6 @@ through each block beside the text, in the model's dtype and in float32, with th
 is what rounding makes of a tensor's delta on them; over more samples it averages out further.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -92,7 +91,7 @@ class RoundingTrial:
 
     def __init__(self, decoder: Decoder, batch: MicroBatch, device: torch.device) -> None:
         self.batch, self.device = batch, device
-        self.decoders = (decoder, copy.deepcopy(decoder))  # on the meta device: nothing is copied but modules
+        self.decoders = (decoder, decoder.copied())  # on the meta device: nothing is copied but modules
         self.norms: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
         self.seconds = [0.0, 0.0]
         self._passed = 0  # blocks

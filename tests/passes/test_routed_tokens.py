@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.plain_gradients import CPU, plain_squares
 from tests.tiny_mixtures import save_mixtures
 from utils.guidance.gram_mean.input_pass import Side as JointSide
 from utils.guidance.gram_mean.joint_pass import joint_pass
 from utils.guidance.saliency_budget.squared_gradients import Side, squares_pass
-from utils.models.decoder import find_decoder
+from utils.models.decoder import Component, Decoder, find_decoder
 from utils.models.opening import open_checkpoint
 from utils.models.stored_layout import stored_layout
 from utils.models.weight_source import StreamedWeights, build_skeleton
-from utils.passes.routed_tokens import count_tokens, take_towards_mean
+from utils.passes.routed_tokens import FewTokens, count_tokens, take_towards_mean
 
 SAMPLES = [[3, 5, 7, 9, 11, 2], [8, 1, 4], [6, 6, 2, 13, 50]]
 EXPERTS = 4
@@ -77,6 +78,31 @@ def opened(folder):
     model = build_skeleton(checkpoint, torch.float32, trust_remote_code=False)
     layout = stored_layout(model, checkpoint)
     return find_decoder(model, None, {}, "test model"), StreamedWeights(layout, CPU, torch.float32), layout
+
+
+def test_stacks_of_one_module_may_differ_in_length():
+    """Of the last expert there is a matrix in one stack alone, which nothing uses."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.ones(3, 4, 2)), nn.Parameter(torch.ones(2, 2, 2))
+
+        def forward(self, states, chosen):
+            return states
+
+    block = nn.ModuleDict({"experts": Experts()})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    parts = tuple(Component(name, "experts", name) for name in ("gate_up_proj", "down_proj"))
+    few = FewTokens(Decoder(model, model, model["layers"], "layers", parts, ((),)), 1, fewest=4)
+    with few.counts.attached(0, block):
+        block["experts"](torch.rand(5, 2), torch.tensor([[0, 1], [0, 2], [0, 2], [0, 2], [0, 2]]))
+    for own in ([1, 0.25, 0], [1, 0.25]):
+        values = torch.arange(len(own)).double().reshape(-1, 1)
+        wanted = [share * value + (1 - share) * values.mean() for share, value in zip(own, values[:, 0], strict=True)]
+        few.take(0, "experts", values)
+        torch.testing.assert_close(values[:, 0], torch.stack(wanted))
+    assert few.found == {(0, "experts"): [5, 1]}
 
 
 @pytest.mark.parametrize("points", [(True, True), (False, True), (True, False)])

@@ -94,7 +94,10 @@ class RoutedTokens:
     """
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self._parameters = {one.path: one.parameter for one in components if one.is_stacked}
+        self._parameters: dict[str, list[str]] = {}
+        for one in components:
+            if one.is_stacked:
+                self._parameters.setdefault(one.path, []).append(one.parameter)
         self._counts: dict[str, Tensor | None] = {}
 
     @contextmanager
@@ -114,7 +117,11 @@ class RoutedTokens:
         return path in self._parameters
 
     def of(self, path: str) -> Tensor | None:
-        """The tokens [experts], int64, of a module's experts since the last time they were forgotten; None if not seen."""
+        """The tokens [experts], int64, of a module's experts since the last time they were forgotten; None if not seen.
+
+        Of a module whose stacks differ in length (LongCat has matrices that nothing uses for experts that hand on what they
+        are given) those experts count that are in all of them.
+        """
         return self._counts.get(path)
 
     def forget(self) -> None:
@@ -123,7 +130,7 @@ class RoutedTokens:
 
     def _hook(self, path: str):
         def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            experts = len(getattr(module, self._parameters[path]))
+            experts = min(len(getattr(module, parameter)) for parameter in self._parameters[path])
             found = count_tokens([*args, *kwargs.values()], experts)
             before = self._counts.get(path, 0)
             self._counts[path] = None if found is None or before is None else before + found
@@ -190,7 +197,11 @@ class FewTokens:
                     setattr(one, axis, value)
 
     def _tokens(self, layer: int, path: str, experts: int) -> Tensor | None:
+        """The tokens [experts] of a stack's experts, none where one has a matrix in this stack alone; None if not seen."""
         counts = self.counts.of(path)
-        tokens = None if counts is None else counts.double() / self.models
-        self.found[layer, path] = [None] * experts if tokens is None else tokens.tolist()
-        return tokens
+        if counts is None:
+            self.found[layer, path] = [None] * experts
+            return None
+        tokens = counts.double() / self.models
+        self.found[layer, path] = tokens.tolist()
+        return torch.cat([tokens, tokens.new_zeros(experts - len(tokens))])

@@ -37,6 +37,11 @@ from utils.recipes.saliency_vectors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+class NotFiniteError(ValueError):
+    """Numbers that such a file does not take: not finite in float32, or negative where that has no meaning."""
+
+
 INPUTS = ("inputs0", "inputs1")  # by the axis of the stored weight that the inputs run along
 ROWS = "rows"
 _SHARED = "shared"
@@ -98,19 +103,19 @@ class GramFileWriter:
                 self._write_header()
 
     def add_axes(self, tensor: str, axes: "tuple[Tensor, ...]") -> None:
-        """Write the one or two vectors of a tensor. Raises ValueError if they are negative or not finite in float32."""
+        """Write the one or two vectors of a tensor. Raises NotFiniteError if they are negative or not finite in float32."""
         for end, axis in zip(AXES, axes, strict=False):
             if bool((axis < 0).any()):
-                raise ValueError(f"{tensor}.{end} holds negative numbers")
+                raise NotFiniteError(f"{tensor}.{end} holds negative numbers")
             self._add(f"{tensor}.{end}", axis)
 
     def add_inputs(self, tensor: str, axis: int, gram: "Tensor", shared_by: Iterable[str] = ()) -> None:
-        """Write the Gram matrix of a layer's inputs, and which other layers have it. ValueError if it is not finite."""
+        """Write the Gram matrix of a layer's inputs, and which other layers have it. NotFiniteError if it is not finite."""
         self._add(f"{tensor}.{INPUTS[axis]}", _packed(gram))
         self._shared |= dict.fromkeys(shared_by, tensor)
 
     def add_rows(self, tensor: str, gram: "Tensor") -> None:
-        """Write the Gram matrix of the gradients' rows. Raises ValueError if it is not finite."""
+        """Write the Gram matrix of the gradients' rows. Raises NotFiniteError if it is not finite."""
         self._add(f"{tensor}.{ROWS}", _packed(gram))
 
     def add_gradients(self, earlier: Path) -> None:
@@ -131,7 +136,7 @@ class GramFileWriter:
 
         values = values.detach().to(torch.float32).contiguous()
         if not bool(values.isfinite().all()):
-            raise ValueError(f"{key} holds numbers that are not finite")
+            raise NotFiniteError(f"{key} holds numbers that are not finite")
         values = values.cpu()
         content = memoryview(values.view(torch.uint8).numpy())
         self._file.write(content)

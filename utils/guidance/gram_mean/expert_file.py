@@ -15,7 +15,7 @@ from utils.models.stored_layout import StoredLayout
 from utils.passes.block_gradients import Observing, nothing
 from utils.passes.expert_grams import StackGrams
 from utils.passes.subjects import StoredPart, Subject, stored_as
-from utils.recipes.gram_file import GramFileWriter
+from utils.recipes.gram_file import GramFileWriter, NotFiniteError
 from utils.workers.piece import Place
 
 
@@ -58,7 +58,7 @@ def said_if_not_finite(expert: Subject) -> Iterator[None]:
     """Say what it means where the file refuses numbers."""
     try:
         yield
-    except ValueError as error:
+    except NotFiniteError as error:
         raise UserError(
             f"{expert.entry.name}, its inputs or gradients are not finite in {expert.dtype} ({error}); check the "
             "checkpoints, or use --dtype float32 or bfloat16",

@@ -99,7 +99,10 @@ def test_a_pull_keeps_coefficients_near_the_start():
 
 def test_levels_say_which_parameters_share_a_coefficient():
     names = ["e.weight", "m.h.0.attn.q.weight", "m.h.0.attn.k.weight", "m.h.0.norm.weight", "m.h.1.attn.q.weight", "n"]
-    assert group_numbers(names, "tensor", "m.h") == [0, 1, 2, 3, 4, 5]
-    assert group_numbers(names, "part", "m.h") == [0, 1, 1, 2, 3, 4]
-    assert group_numbers(names, "block", "m.h") == [0, 1, 1, 1, 2, 3]
-    assert group_numbers(names, "expert", "m.h") == [0] * 6
+    stored = [[name] for name in names]
+    assert group_numbers(names, stored, "tensor", "m.h") == [0, 1, 2, 3, 4, 5]
+    assert group_numbers(names, stored, "part", "m.h") == [0, 1, 1, 2, 3, 4]
+    assert group_numbers(names, stored, "block", "m.h") == [0, 1, 1, 1, 2, 3]
+    assert group_numbers(names, stored, "expert", "m.h") == [0] * 6
+    stored[1] = stored[2] = ["qk.weight"]
+    assert group_numbers(names, stored, "tensor", "m.h") == [0, 1, 1, 2, 3, 4]

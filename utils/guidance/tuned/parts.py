@@ -47,13 +47,6 @@ def plan_parts(
     Raises:
         UserError: what command 3 would refuse; a merge whose tensors are not the base's.
     """
-    for name in _parameters(base):
-        if base.layout.is_part(name):
-            raise UserError(
-                f"model {base.entry.name}: {name} is only a part of {', '.join(base.layout.stored_names(name))}, which has "
-                "one coefficient; such models cannot be tuned",
-                "tuned-converted",
-            )
     works = {}
     for entry in experts:
         planned = plan_recipe(settings, start.part_recipe(base.entry, experts, entry.type), lambda line: None)
@@ -95,7 +88,7 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
                 headers[type_] |= found
         for number, names in enumerate(_groups(base.decoder, others)):
             before = weights.fetch(names)
-            stored = [one for name in names for one in layout.stored_names(name)]
+            stored = list(dict.fromkeys(one for name in names for one in layout.stored_names(name)))
             merged = merged_tensors(list(works.values()), stored)
             for type_, own in zip(works, merged, strict=True):
                 found = {name: _parameter(layout, name, own).float().cpu().sub_(before[name]) for name in names}

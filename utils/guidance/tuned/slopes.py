@@ -58,21 +58,22 @@ def _product(slope: Tensor, part: Tensor) -> float:
     return float(torch.stack([one.double() @ other.double() for one, other in pairs]).sum())
 
 
-def group_numbers(names: Sequence[str], level: str, blocks_path: str) -> list[int]:
+def group_numbers(names: Sequence[str], stored: Sequence[Sequence[str]], level: str, blocks_path: str) -> list[int]:
     """Which parameters share a coefficient, as numbers from 0, in the order of the names.
 
     Args:
         names: of parameters, in the model.
+        stored: for each the tensors of the checkpoint that it is made of; those of the same ones share a coefficient always.
         level: `tensor`: none; `part`: those of a block's attention, of its MLP, each norm; `block`: those of a block;
             `expert`: all. What lies outside the blocks has coefficients of its own, but for `expert`.
         blocks_path: where the blocks are in the model.
     """
     keys = []
-    for name in names:
+    for name, tensors in zip(names, map(tuple, stored), strict=True):
         rest = name.removeprefix(f"{blocks_path}.")
         layer, _, within = rest.partition(".")
         inside = rest != name and layer.isdigit()
-        key = {"tensor": name, "part": (layer, within.split(".")[0]), "block": layer, "expert": ""}[level]
-        keys.append(key if inside or level == "expert" else name)
+        key = {"tensor": tensors, "part": (layer, within.split(".")[0]), "block": layer, "expert": ""}[level]
+        keys.append(key if inside or level == "expert" else tensors)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]

@@ -109,7 +109,8 @@ def _tuned(
         for samples, part, found in zip((stepped, held), (slice(first), slice(first, None)), by_experts, strict=True):
             samples.add(ids[part], task)
             found.extend(own[part])
-    groups = torch.tensor(group_numbers(parts.names, job.options["tune_level"], base.decoder.blocks_path))
+    stored = [base.layout.stored_names(name) for name in parts.names]
+    groups = torch.tensor(group_numbers(parts.names, stored, job.options["tune_level"], base.decoder.blocks_path))
 
     def summed(table: Tensor) -> SummedWeights:
         coefficients = {
@@ -177,9 +178,13 @@ def _slope(
 def _rows(base: Subject, parts: Parts, coefficients: Tensor) -> list[tuple]:
     decoder, components, rows = base.decoder, component_names(base), []
     for type_, own in zip(parts.headers, coefficients.tolist(), strict=True):
+        written: set[str] = set()
         for name, value in zip(parts.names, own, strict=True):
             layer = name.removeprefix(f"{decoder.blocks_path}.").split(".")[0]
             for header in base.layout.headers(name):  # an expert's matrices each on its own, with one coefficient
+                if header.name in written:  # several parameters are made of it, with one coefficient
+                    continue
+                written.add(header.name)
                 place = (int(layer) if layer.isdigit() else -1, components.get(header.name, ""), header.name)
                 rows.append((type_, *place, math.prod(header.shape), value))
     return rows

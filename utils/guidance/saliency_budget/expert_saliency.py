@@ -140,7 +140,8 @@ def measure_saliency(place: Place, job: MeasureJob) -> ExpertMeasurement:
 def _other_vectors(
     others: Mapping[str, tuple[Tensor, ...]], base: Subject, expert: Subject
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Vectors of parameters that are not measured, or of pieces of them, by the names they are stored under."""
+    """Vectors of parameters that are not measured, or of pieces of them, by the names they are stored under. Of a tensor that
+    several parameters are made of (a vision tower's q, k and v) all entries count alike."""
     vectors = {}
     for parameter, axes in others.items():
         if parameter in base.checkpoint.tensors:
@@ -153,7 +154,14 @@ def _other_vectors(
             raise _not_finite(tensor, base, expert)
         if is_whole:
             vectors[tensor] = axes
+        elif tensor != parameter and layout.is_part(own):
+            vectors |= {header.name: _alike(header.shape) for header in layout.headers(own) if len(header.shape) <= 2}
     return vectors
+
+
+def _alike(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Vectors by which all entries of a tensor count alike."""
+    return tuple(torch.ones(length, dtype=torch.float64) for length in shape or (1,))
 
 
 def _buffer_vectors(base: Subject) -> dict[str, tuple[Tensor, ...]]:
@@ -162,9 +170,7 @@ def _buffer_vectors(base: Subject) -> dict[str, tuple[Tensor, ...]]:
     found = {}
     for name, value in base.decoder.model.named_buffers():
         if name in base.layout and value.is_floating_point() and value.dim() <= 2:
-            found[base.layout.stored_names(name)[0]] = tuple(
-                torch.ones(length, dtype=torch.float64) for length in tuple(value.shape) or (1,)
-            )
+            found[base.layout.stored_names(name)[0]] = _alike(tuple(value.shape))
     return found
 
 

@@ -230,7 +230,10 @@ def _check_permutations(
     problems = []
     for model in inputs.models:
         places = info.permutations[model.reference]
-        rows = min(embedding_rows(architecture, model.checkpoint).values(), default=0)
+        counts = embedding_rows(architecture, model.checkpoint)
+        if not counts and all(places.get(place) == place for place in vocabulary.values()):
+            continue  # the plan has no tensor to align (stock mergekit's of a model that it infers), and nothing would move
+        rows = min(counts.values(), default=0)
         short = [token for token, place in vocabulary.items() if places.get(place, rows) >= rows]
         if short:
             text = (

@@ -6,7 +6,7 @@ python -m tests.architectures.table --rows mixtral:causal     these alone
 python -m tests.architectures.table --not_ok --rows mixtral:causal      of these the steps alone that were not right
 python -m tests.architectures.table --render                  the page alone, of what was recorded
 
-A row takes 8 to 16 s of a core that is free (fewer waits where TMPDIR lies in memory), all of them three quarters of an
+A row takes 8 to 25 s of a core (fewer waits where TMPDIR lies in memory), all of them an
 hour; typed again, a run that was cut goes on.
 """
 

@@ -154,7 +154,7 @@ def _other_vectors(
             raise _not_finite(tensor, base, expert)
         if is_whole:
             vectors[tensor] = axes
-        elif tensor != parameter and layout.is_part(own):
+        elif layout.is_part(own):
             vectors |= {header.name: _alike(header.shape) for header in layout.headers(own) if len(header.shape) <= 2}
     return vectors
 

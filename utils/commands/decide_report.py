@@ -12,6 +12,7 @@ from utils.commands.options import DecideOptions
 from utils.guidance.expert_tokens import few_tokens_lines, read_fewest
 from utils.guidance.guided_recipe import Control, GuidedRecipe
 from utils.guidance.measured_pair import MeasuredPair
+from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.guidance.portable_recipe import Portable
 from utils.guidance.routing import routing_lines
 from utils.recipes.coefficients import average, averaged_over, by_component, by_depth, of_components
@@ -175,10 +176,26 @@ def say_files(
             "output_path": f"{_model_folder(options, made.name)}_adapter",
         }
         print(next_command("utils/merger.py", {**flags, "adapter": True, **remote}))
+    for finer in _refined_by(made):
+        print(
+            f"or, to find by gradient how much of each expert's part to take (--guidance {finer.name}, docs/quality.md):"
+        )
+        flags = {"config": options.config.path, "out_dir": options.out_dir.parent / finer.name, "guidance": finer.name}
+        print(
+            next_command("lewis_importance.py", {**flags, finer.file_flags[0]: options.out_dir / made.name, **remote})
+        )
     print("or, to see first on held-out text whether it helps:")
     out = options.out_dir.parent / "evaluation"
     candidates = [options.out_dir / recipe for recipe in recipes]
     print(next_command("utils/evaluator.py", {"config": options.config.path, "out_dir": out, **remote}, candidates))
+
+
+def _refined_by(made: GuidedRecipe) -> list[GuidanceMethod]:
+    """The guidances that such a recipe of several experts gains from when they start at it."""
+    if len(made.settings.experts) < 2 or not (made.decision.table["density"] == 1).all():
+        return []
+    own, merge_method = made.choices.options.method, made.settings.method.name
+    return [one for one in guidance_methods().values() if merge_method in one.refines and one is not own]
 
 
 def say_portable(options: DecideOptions, portable: Portable) -> None:

@@ -71,6 +71,8 @@ class GuidanceMethod:
         file_flags: names of its *measure* flags whose values are files that it reads.
         searched: whether a search that names no guidance measures by it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
+        refines: merge methods (of `utils/recipes/method_rules.py`) whose recipes of several experts it gains from when it
+            starts at them, by the first of its `file_flags` (benchmarks/quality.py).
         density_alone: the `--mean_density` to suggest where there is one expert, and of `best` for it; None: none.
         measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
             a `UserError` if it cannot.
@@ -95,6 +97,7 @@ class GuidanceMethod:
     file_flags: tuple[str, ...] = ()
     merge_rule: Callable[[DeltaMethod, Mapping[str, Any]], DeltaMethod] = lambda asked, options: asked
     several: str = ""
+    refines: tuple[str, ...] = ()
     density_alone: float | None = None
     measured_for: Callable[[Path], str] | None = None
     authors_samples: int = 0

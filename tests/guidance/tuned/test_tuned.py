@@ -3,6 +3,7 @@
 python -m pytest tests/guidance/tuned
 """
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,32 @@ def test_coefficients_of_a_gram_mean_are_factors_of_its_parts(pair):
     for name, value in found.items():
         expected = base[name] + sum(own[t][name] * parts[t][name] for t in NAMES)
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_command_2_names_the_command_that_tunes_a_gram_mean_of_several(pair):
+    asked = (
+        "--config_file",
+        "pair.yaml",
+        "--delta_dfs_in_dir",
+        "grams",
+        "--out_dir",
+        "out/recipes",
+        "--guidance",
+        "gram_mean",
+    )
+    lines = [
+        line for line in done_here("lewis_merge.py", *asked).stdout.replace("\\\n", " ").splitlines() if "tuned" in line
+    ]
+    words = shlex.split(lines[-1])[2:]
+    done_here("lewis_importance.py", *words, "--accept_useless_text", "--tune_steps", "1")
+    assert set(coefficients("out/tuned")) == set(NAMES)
+    start = yaml.safe_load(Path("out/tuned/tuned_start.yaml").read_text())
+    assert start["merge_method"] == "gram_mean"
+
+    cut = done_here("lewis_merge.py", *asked, "--mean_density", "0.5").stdout  # cannot be started from
+    tuned = ("--config_file", "pair.yaml", "--delta_dfs_in_dir", "out/tuned", "--out_dir", "out/tuned_recipes")
+    again = done_here("lewis_merge.py", *tuned, "--guidance", "tuned", "--merge_method", "gram_mean").stdout
+    assert "start_recipe" not in cut + again
 
 
 def test_coefficients_are_for_the_method_they_were_tuned_for(pair):

@@ -66,6 +66,7 @@ METHOD = GuidanceMethod(
     text_per_task=True,
     config_keys=("components",),
     file_flags=("start_recipe",),
+    refines=(GRAM_MEAN.name,),
     searched=False,
     measured_for=start_method,
 )

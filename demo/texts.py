@@ -168,19 +168,30 @@ class _Pool:
     def take(
         self, chunks_of: Callable[[str], list[str]], per_file: int, paths: Sequence[Path], count: int
     ) -> tuple[str, ...]:
-        """Return `count` new rows, at most `per_file` of each file; reads no more files than it needs."""
+        """Return `count` new rows; reads no more files than it needs.
+
+        At most `per_file` rows of each file, and as many again where all files together give too few: Debian's Python
+        has fewer files than others.
+        """
         drawn: list[str] = []
-        for path in paths:
-            if len(drawn) >= count:
-                break
-            try:
-                chunks = chunks_of(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, SyntaxError, ValueError):  # samples in other encodings or for other versions
-                continue
-            fresh = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self._given]
-            fresh = self._rng.sample(fresh, min(per_file, len(fresh), count - len(drawn)))
-            self._given.update(fresh)
-            drawn += fresh
+        found = -1
+        while found < len(drawn) < count:
+            found = len(drawn)
+            for path in paths:
+                if len(drawn) >= count:
+                    break
+                try:
+                    chunks = chunks_of(path.read_text(encoding="utf-8"))
+                except (
+                    UnicodeDecodeError,
+                    SyntaxError,
+                    ValueError,
+                ):  # samples in other encodings or for other versions
+                    continue
+                fresh = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self._given]
+                fresh = self._rng.sample(fresh, min(per_file, len(fresh), count - len(drawn)))
+                self._given.update(fresh)
+                drawn += fresh
         if len(drawn) < count:
             raise UserError(
                 f"{self._library} holds too little Python source for the example: {count} rows are needed, "

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,17 @@ from demo import run as demo_run
 from demo import texts as texts_module
 from demo import train
 from demo.arithmetic import PROBLEMS_PER_ROW, TEMPLATES, arithmetic_rows
-from demo.texts import CHARACTERS, Sizes, Split, Texts, assert_disjoint, build_texts, code_chunks, prose_chunks
+from demo.texts import (
+    CHARACTERS,
+    CODE_PER_FILE,
+    Sizes,
+    Split,
+    Texts,
+    assert_disjoint,
+    build_texts,
+    code_chunks,
+    prose_chunks,
+)
 from demo.train import FAST, FOLDERS, FULL, MANIFEST, main, up_to_date
 from tests.conftest import ROOT
 from tests.refusals import refusal_code, refused
@@ -105,6 +116,22 @@ def test_held_out_functions_come_from_files_of_their_own(tmp_path):
     heldout = files(texts.code.heldout)
     assert heldout
     assert not heldout & (files(texts.code.train) | files(texts.code.calibration) | files(texts.base))
+
+
+def test_few_files_give_more_rows_each_where_they_must(tmp_path):
+    """Debian's Python has few files; none gives more than its share while all together have enough."""
+    sizes = Sizes(base_prose=4, base_code=2, base_math=1, train=4, calibration=2, heldout=18)
+    for number in range(20):
+        own = [f"def own_{number}_{row}(value):\n" + "    value = value + 1  # once more\n" * 6 for row in range(9)]
+        (tmp_path / f"module_{number:03}.py").write_text(
+            '"""' + "Words and words. " * 10 + f'{number}"""\n' + "\n".join(own)
+        )
+    heldout = build_texts(sizes, library=tmp_path).code.heldout  # two files of twenty are held out, with nine rows each
+    assert len(set(heldout)) == 18
+    assert len({re.search(r"own_(\d+)_", row)[1] for row in heldout}) == 2
+    enough = build_texts(replace(sizes, heldout=CODE_PER_FILE + 2), library=tmp_path).code.heldout
+    first = [re.search(r"own_(\d+)_", row)[1] for row in enough]
+    assert sorted(map(first.count, set(first))) == [2, CODE_PER_FILE]
 
 
 def test_skipped_folders_count_inside_the_library_only(tmp_path):

@@ -1,5 +1,6 @@
 """Pieces of work for tests of those who do them: functions that another process can import."""
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ def leave_snapshots(place: Place) -> None:
     """Write where it stands, as work that takes long does."""
     for path in (place.snapshot, place.snapshot.with_suffix(".sums")):
         path.write_text("half way")
+
+
+def go_on(place: Place, key: str) -> str:
+    """What a snapshot has under a key, and "begun" without one."""
+    if place.snapshot.exists():
+        return json.loads(place.snapshot.read_text())[key]
+    if place.snapshot.with_suffix(".sums").exists():
+        raise ValueError("what belongs to a snapshot is there without it")
+    return "begun"
 
 
 def threads(place: Place) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Pieces on this machine: results that are there are not made again, half-written ones are, and tensors come back as they were."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from tests.faulty import Failing, full
 from tests.refusals import refused
 from tests.tiny_pairs import contents, fill
-from tests.workers.pieces import Doubled, double, doubling, leave_snapshots, refuse
+from tests.workers.pieces import Doubled, double, doubling, go_on, leave_snapshots, refuse
 from utils.publishing.kept import kept_work
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece
@@ -76,6 +77,27 @@ def test_a_snapshot_is_there_until_the_result_is_kept(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["piece.5", "piece.snapshot", "piece.sums"]
     LocalWorkers((CPU,)).run(pieces[:1], tmp_path, lambda label, steps: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["piece", "piece.5"]
+
+
+@pytest.mark.parametrize(
+    ("state", "value"), [({"key": "half way"}, "half way"), ({"other": 1}, "begun"), ([], "begun")]
+)
+@pytest.mark.parametrize("before", ["", "next"])
+def test_a_snapshot_that_is_no_state_of_its_piece_is_thrown_away_and_said(tmp_path, capsys, state, value, before):
+    (tmp_path / f"{before or 'piece'}.snapshot").write_text(json.dumps(state))
+    (tmp_path / f"{before or 'piece'}.sums").write_text("half way")
+    (tmp_path / "piece.5.snapshot").write_text("another's")
+    piece = Piece("piece", go_on, ("key",), before=before)
+    assert LocalWorkers((CPU,)).run([piece], tmp_path, lambda label, steps: None) == [value]
+    assert capsys.readouterr().err.count("it is made again from its beginning") == (value == "begun")
+    left = {"next.snapshot", "next.sums"} if before and value != "begun" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"piece", "piece.5.snapshot", *left}
+
+
+def test_what_goes_wrong_without_a_snapshot_is_not_tried_again(tmp_path):
+    (tmp_path / "piece.sums").write_text("half way")
+    with pytest.raises(ValueError, match="without it"):
+        LocalWorkers((CPU,)).run([Piece("piece", go_on, ("key",))], tmp_path, lambda label, steps: None)
 
 
 def test_a_result_runs_no_code_when_it_is_read(tmp_path):

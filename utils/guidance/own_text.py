@@ -91,6 +91,7 @@ def gains_on_own_text(
             2 * len(expert.decoder.blocks),
             expert.entry.type,
             types=(Answer,),
+            before=expert.entry.type,
         )
         for expert in experts
     ]
@@ -167,8 +168,7 @@ def _fits(job: MeasureJob, needed: int) -> bool:
 
 
 def _asked(place: Place, job: MeasureJob, ask: Ask, keeps: bool) -> Answer:
-    own = place.before(job.subjects[1].entry.type)
-    return ask(own if keeps else replace(own, snapshot=None), job)
+    return ask(place if keeps else replace(place, snapshot=None), job)
 
 
 def forward_losses(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import UserError, brief, is_memory, warn
 from utils.runtime import return_freed_memory
 from utils.workers.piece import OnProgress, Piece, Place, run_piece
-from utils.workers.results import find_result, kept_result
+from utils.workers.results import find_result, has_snapshots, kept_result, remove_snapshots
 
 if TYPE_CHECKING:
     import torch
@@ -76,15 +77,35 @@ class LocalWorkers:
 
 
 def kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], folder: Path | None) -> Any:
-    """Do a piece here, and write its result if there is a folder for it: what is returned then are pages of that file."""
+    """Do a piece here, and write its result if there is a folder for it: what is returned then are pages of that file.
+
+    A snapshot may be whole and yet no state of this piece, where somebody has changed it with its checksums: what then goes
+    wrong, in whatever way, is warned of, and the piece is done once more from its beginning.
+    """
     if folder is None:
         return run_piece(piece, Place(device, on_step))
+    goes_on = has_snapshots(folder, piece.snapshots)
+    try:
+        value = _kept(piece, device, on_step, folder)
+    except (UserError, OSError, concurrent.futures.CancelledError):
+        raise
+    except Exception as error:
+        if not goes_on or is_memory(error):
+            raise
+        words = f"{type(error).__name__}: {brief(error)}"
+        warn([f"{piece.label or piece.name} could not be gone on with ({words}): it is made again from its beginning"])
+        remove_snapshots(folder, piece.snapshots)
+        value = _kept(piece, device, on_step, folder)
+    found = find_result(folder, piece)
+    return value if found is None else found.value
+
+
+def _kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], folder: Path) -> Any:
     with kept_result(folder, piece) as keeping:
         value = run_piece(piece, Place(device, on_step, keeping.stage, keeping.snapshot))
         keeping.keep(value)
-        keeping.remove_snapshots()
-    found = find_result(folder, piece)
-    return value if found is None else found.value
+        remove_snapshots(folder, piece.name)
+    return value
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ write files, is handed to it. What it returns is plain data and tensors on the C
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,10 +35,6 @@ class Place:
     folder: Path | None = None
     snapshot: Path | None = None
 
-    def before(self, piece: str) -> "Place":
-        """The same for work that another piece goes on with: what outlives a kill is that piece's, until its result is there."""
-        return replace(self, snapshot=self.snapshot and self.snapshot.with_stem(piece))
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -46,7 +42,8 @@ class Piece:
 
     `name` tells it from the others and is a file name. `do` is called with a `Place` and the arguments; to run on another
     machine both have to be picklable. `steps` is how often it will call `on_step`; `label` is shown in messages and beside
-    the progress bar. `types` are the classes, beside tensors and Python's own, that its result is made of.
+    the progress bar. `types` are the classes, beside tensors and Python's own, that its result is made of. `before` names the
+    piece that goes on with this one's work: what outlives a kill is that piece's, until its result is there.
     """
 
     name: str
@@ -55,6 +52,12 @@ class Piece:
     steps: int = 1
     label: str = ""
     types: tuple[type, ...] = ()
+    before: str = ""
+
+    @property
+    def snapshots(self) -> str:
+        """The name of what outlives a kill."""
+        return self.before or self.name
 
 
 class Workers(Protocol):

@@ -99,13 +99,7 @@ class Keeping:
     @property
     def snapshot(self) -> Path:
         """The file that the piece may go on from after a kill; others may lie beside it, with other endings."""
-        return self.folder / f"{self.piece.name}{_SNAPSHOT}"
-
-    def remove_snapshots(self) -> None:
-        """Remove the snapshot and those beside it: the result is there."""
-        for path in self.folder.iterdir():
-            if path.stem == self.piece.name and path.is_file():  # a folder is another piece's result
-                path.unlink(missing_ok=True)
+        return self.folder / f"{self.piece.snapshots}{_SNAPSHOT}"
 
     def keep(self, value: Any) -> None:
         """Write the value beside the files and give the folder its name."""
@@ -130,6 +124,18 @@ class Keeping:
                 shutil.rmtree(target)
                 os.rename(self.stage, target)
         sync_folder(self.folder)
+
+
+def has_snapshots(folder: Path, name: str) -> bool:
+    """Whether there is something to go on from under a name."""
+    return any((folder / f"{name}{ending}").is_file() for ending in _ALONE)
+
+
+def remove_snapshots(folder: Path, name: str) -> None:
+    """Remove the snapshot of a name and those beside it: the result is there, or they cannot be gone on from."""
+    for path in folder.iterdir():
+        if path.stem == name and path.is_file():  # a folder is another piece's result
+            path.unlink(missing_ok=True)
 
 
 def finished_and_begun(folder: Path) -> tuple[int, int]:

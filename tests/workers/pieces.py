@@ -45,7 +45,9 @@ def leave_snapshots(place: Place) -> None:
 def go_on(place: Place, key: str) -> str:
     """What a snapshot has under a key, and "begun" without one."""
     if place.snapshot.exists():
-        return json.loads(place.snapshot.read_text())[key]
+        if (found := json.loads(place.snapshot.read_text())[key]) is None:
+            raise OSError("the file that the state is of ends at 0 bytes")
+        return found
     if place.snapshot.with_suffix(".sums").exists():
         raise ValueError("what belongs to a snapshot is there without it")
     return "begun"

@@ -87,10 +87,11 @@ def kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], f
     goes_on = has_snapshots(folder, piece.snapshots)
     try:
         value = _kept(piece, device, on_step, folder)
-    except (UserError, OSError, concurrent.futures.CancelledError):
+    except (UserError, concurrent.futures.CancelledError):
         raise
     except Exception as error:
-        if not goes_on or is_memory(error):
+        by_the_system = isinstance(error, OSError) and error.errno is not None
+        if not goes_on or by_the_system or is_memory(error):
             raise
         words = f"{type(error).__name__}: {brief(error)}"
         warn([f"{piece.label or piece.name} could not be gone on with ({words}): it is made again from its beginning"])

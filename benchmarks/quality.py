@@ -2,6 +2,7 @@
 
     python3 benchmarks/quality.py --data DATA
     python3 benchmarks/quality.py --data DATA --preset gpu
+    python3 benchmarks/quality.py --data DATA --preset long        # experts trained three times as long
     python3 benchmarks/quality.py --sizes small --seeds 2          # a look; the offline example's text
     until python3 benchmarks/quality.py --data DATA --minutes 40; do :; done      # in parts
     python3 benchmarks/quality.py --data DATA --experts 2 --contenders "gram mean, second round;Fisher average"
@@ -12,7 +13,7 @@ method measures them on calibration text from the train split, settings are chos
 test. The unit is the seed: differences to the control are paired, with 95 % intervals. Recipes are made and merged by the
 functions behind the three commands; one recipe per method also goes through the commands themselves and must agree bit for
 bit. Merges are written in bfloat16.
-Writes `quality.csv`, `quality.md` and `quality.png` (with `_gpu`, `_head`: of that preset) into `benchmarks/results/`.
+Writes `quality.csv`, `quality.md` and `quality.png` (with `_gpu`, `_long`, `_head`: of that preset) into `benchmarks/results/`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_contenders import Choice
 from benchmarks.quality_models import MEDIUM, SMALL, TINY, Training
 from demo.small_model import Shape
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from benchmarks.quality_seed import Judged, Piece
@@ -57,9 +58,15 @@ class Size:
     seeds: int
 
 
+def trained_long(training: Training) -> Training:
+    """The same with experts that are trained three times as long, on the same base."""
+    return replace(training, expert_steps=3 * training.expert_steps)
+
+
 PRESETS = {
     "cpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3)),
     "gpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3), Size("large", LARGE, 1)),
+    "long": (Size("small-long", trained_long(SMALL), 5), Size("medium-long", trained_long(MEDIUM), 3)),
     "head": (Size("tiny", TINY, 1), Size("tiny-own-head", replace(TINY, tied=False), 1)),
 }
 
@@ -100,13 +107,17 @@ def _pieces(size: Size, seed: int, asked: argparse.Namespace) -> "list[Piece]":
     from benchmarks.quality_seed import Piece
 
     choice = Choice(_listed(asked.contenders, ";", str), _listed(asked.budgets, ",", float))
-    device = "cuda" if asked.preset == "gpu" else "cpu"
+    device = asked.device or ("cuda" if asked.preset == "gpu" else "cpu")
+    experts = _listed(asked.experts, ",", int)
+    if asked.data is None and 3 in experts:
+        raise UserError(
+            f"--experts {asked.experts}: the third task is source code of the standard library, which the offline example's "
+            "second task is, too; give --data, or leave 3 out",
+            "quality-third-task-offline",
+        )
     until = None if asked.minutes is None else asked.begun + 60 * asked.minutes
     where = {"data": asked.data, "work": asked.work.resolve(), "device": device, "rows": ROWS}
-    return [
-        Piece(size.name, size.training, seed, experts, **where, choice=choice, until=until)
-        for experts in _listed(asked.experts, ",", int)
-    ]
+    return [Piece(size.name, size.training, seed, count, **where, choice=choice, until=until) for count in experts]
 
 
 def _judge_all(seeds: "list[list[Piece]]", workers: int) -> "dict[Piece, Judged]":
@@ -139,8 +150,10 @@ def _flags() -> argparse.Namespace:
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
-        help="gpu: on a GPU, with a size of about 100 M parameters; head: models whose head is the embedding, or not",
+        help="gpu: on a GPU, with a size of about 100 M parameters; long: experts trained three times as long; head: models "
+        "whose head is the embedding, or not",
     )
+    parser.add_argument("--device", help="where to train, merge and judge (default: cuda for the preset gpu, else cpu)")
     parser.add_argument("--sizes", help="only these, by comma: small,medium")
     parser.add_argument("--seeds", type=int, help="at most so many seeds of each size")
     parser.add_argument("--contenders", help="only these beside the controls, by semicolon")

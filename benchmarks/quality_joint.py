@@ -43,7 +43,7 @@ def train_or_find_joint(
     made = {
         "code": CODE_VERSION,
         "training": training.made_of(),
-        "tasks": list(texts.tasks),
+        "tasks": {name: task.train for name, task in texts.tasks.items()},
         "seed": seed,
         "precision": precision,
     }

@@ -1,14 +1,15 @@
 """The models of the quality benchmark: a small base and one expert per task, trained from nothing, cached by content.
 
 A trained folder is named by a hash of everything that made it: settings, text, seed, and the version of the training
-code. It appears complete or not at all, and is never trained twice. Weights are stored in float32.
+code. It appears complete or not at all, and is never trained twice. A base that experts of other lengths already start from is
+taken from their folder. Weights are stored in float32.
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,19 +83,35 @@ def train_or_find(
         cache.mkdir(parents=True, exist_ok=True)
         saves = Saves(folder.with_name(f"{folder.name}_unfinished"), until)
         with staged_folder(folder) as stage:
-            fitted = _train_all(training, texts, seed, stage, device, precision, saves)
+            same = _folder_with_base(folder, _base_digest(training, texts, seed, precision))
+            fitted = _train_all(training, texts, seed, stage, device, precision, saves, same)
             losses, seconds = ({key: getattr(one, what) for key, one in fitted.items()} for what in ("loss", "seconds"))
             made = {"digest": name, "training": training.made_of(), "seed": seed, "losses": losses}
+            made["base"] = _base_digest(training, texts, seed, precision)
             how = {"precision": precision, "text": texts.origin, "seconds": sum(seconds.values())}
             (stage / MADE).write_bytes(to_json(made | how))
         shutil.rmtree(saves.folder, ignore_errors=True)
     return Trained(folder / "base", {task: folder / task for task in texts.tasks})
 
 
+def _folder_with_base(folder: Path, digest: str) -> Path | None:
+    """A finished folder beside this one whose base was made by the same, if there is one."""
+    same_shape = sorted(folder.parent.glob(f"{folder.name.rpartition('_')[0]}_*/{MADE}"))
+    return next((made.parent for made in same_shape if json.loads(made.read_text()).get("base") == digest), None)
+
+
 def _train_all(
-    training: Training, texts: Texts, seed: int, folder: Path, device: str, precision: str, saves: Saves
+    training: Training,
+    texts: Texts,
+    seed: int,
+    folder: Path,
+    device: str,
+    precision: str,
+    saves: Saves,
+    same_base: Path | None,
 ) -> dict[str, Fitted]:
     import torch
+    from safetensors.torch import load_model
 
     rows = [*texts.base, *(row for task in texts.tasks.values() for row in task.train)]
     tokenizer = train_tokenizer(rows, training.shape.vocabulary)
@@ -108,7 +125,12 @@ def _train_all(
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
-    publish("base", texts.base, training.base_steps, training.base_rate)
+    if same_base is None:
+        publish("base", texts.base, training.base_steps, training.base_rate)
+    else:
+        shutil.copytree(same_base / "base", folder / "base")
+        load_model(model, folder / "base" / "model.safetensors", device=device)
+        figures["base"] = Fitted(json.loads((same_base / MADE).read_text())["losses"]["base"], 0.0)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, task in texts.tasks.items():
         with torch.no_grad():
@@ -126,10 +148,20 @@ def precision_of(device: str) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
 
 
+def _base_digest(training: Training, texts: Texts, seed: int, precision: str) -> str:
+    """A digest of what makes the base alone, its tokenizer included, which the experts' text is read for, too."""
+    own = {key: value for key, value in training.made_of().items() if not key.startswith("expert_")}
+    return _digest_of(own, texts, seed, precision)
+
+
 def _digest(training: Training, texts: Texts, seed: int, precision: str) -> str:
+    return _digest_of(training.made_of(), texts, seed, precision)
+
+
+def _digest_of(training: Mapping[str, Any], texts: Texts, seed: int, precision: str) -> str:
     made_of = {
         "code": CODE_VERSION,
-        "training": training.made_of(),
+        "training": training,
         "texts": [texts.base, *((name, task.train) for name, task in texts.tasks.items())],
         "seed": seed,
         "precision": precision,

@@ -158,11 +158,8 @@ def _contenders(piece: Piece, judge: Judge, texts: Texts) -> Iterator[tuple[str,
             for name, variant in piece.choice.of(one_expert(task, budget) | peers_of_one(task, budget)).items():
                 yield f"{task} {budget:g} {name}", partial(_alone, piece, judge, name, variant, task, budget)
         return
-    if piece.experts == 2:
-        joint = joint_training(piece.training, texts, piece.seed, piece.until)
-        named = two_experts() | peers_of_two() | {CEILING: [joint]}
-    else:
-        named = three_experts()
+    joint = joint_training(piece.training, texts, piece.seed, piece.until)
+    named = (two_experts() | peers_of_two() if piece.experts == 2 else three_experts()) | {CEILING: [joint]}
     named = {name: named[name] for name in (*FIRST, *named) if name in named}
     for name, variants in piece.choice.of(named).items():
         yield name, partial(_several, piece, judge, name, variants)

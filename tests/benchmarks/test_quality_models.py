@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import quality_models
+from benchmarks import quality_models, quality_training
 from benchmarks.quality_clock import OutOfTimeError
 from benchmarks.quality_models import MADE, Training, train_or_find
 from benchmarks.quality_texts import TaskTexts, Texts
@@ -49,6 +49,24 @@ def test_what_is_trained_is_found_and_never_trained_again(tmp_path, monkeypatch)
 def test_whatever_decides_the_models_decides_the_folder(tmp_path, changed):
     first = train_or_find(TINY, texts(), 0, tmp_path)
     assert train_or_find(*changed, tmp_path) != first
+
+
+def test_experts_that_are_trained_longer_start_from_the_same_base_which_is_trained_once(tmp_path, monkeypatch):
+    long = replace(TINY, expert_steps=6)
+    apart = train_or_find(long, texts(), 0, tmp_path / "apart")
+    short, fitted = train_or_find(TINY, texts(), 0, tmp_path / "shared"), []
+
+    def fit(*args, name, **kwargs):
+        fitted.append(name)
+        return quality_training.fit(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(quality_models, "fit", fit)
+    shared = train_or_find(long, texts(), 0, tmp_path / "shared")
+    assert fitted == ["one", "two"] and shared.base.parent != short.base.parent
+    for one, two in zip((apart.base, *apart.experts.values()), (shared.base, *shared.experts.values()), strict=True):
+        assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+    losses = [json.loads((found.base.parent / MADE).read_text())["losses"] for found in (apart, shared)]
+    assert losses[0] == losses[1]
 
 
 def test_training_again_gives_the_same_bits(tmp_path):

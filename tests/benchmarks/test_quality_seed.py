@@ -21,6 +21,7 @@ from benchmarks.quality_seed import FIRST, Piece, chosen_variant, judge_piece
 from benchmarks.quality_texts import TaskTexts, Texts
 from benchmarks.quality_third import three_experts
 from demo.small_model import Shape
+from tests.benchmarks.published_sets import write_sets
 from tests.tiny_pairs import save_pair
 
 
@@ -113,7 +114,8 @@ def test_one_seed_from_training_to_figures(tmp_path):
     training = Training(
         Shape(vocabulary=512, hidden=32, intermediate=64, blocks=2, heads=2), window=64, base_steps=30, expert_steps=60
     )
-    own = Piece("tiny", training, 0, 2, None, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
+    write_sets(tmp_path, rows=120)
+    own = Piece("tiny", training, 0, 2, tmp_path, tmp_path, "cpu", {VALIDATION: 4, TEST: 4})
     assert judge_piece(dataclasses.replace(own, until=0.0)).stopped_before
     found = {experts: judge_piece(dataclasses.replace(own, experts=experts)) for experts in (1, 2, 3)}
     assert not any(one.failed or one.stopped_before for one in found.values())
@@ -121,9 +123,9 @@ def test_one_seed_from_training_to_figures(tmp_path):
     named = [figure.contender for figure in found[2].figures][:: len(tasks)]
     assert tuple(named[: len(FIRST)]) == FIRST
     assert sorted(named) == sorted([CEILING, *two_experts(), *peers_of_two()])
-    one = one_expert("math", 0.1) | peers_of_one("math", 0.1)
+    one = one_expert("mbpp", 0.1) | peers_of_one("mbpp", 0.1)
     assert len(found[1].figures) == len(tasks) * 4 * len(one)
-    assert len(found[3].figures) == (len(tasks) + 1) * len(three_experts())
+    assert len(found[3].figures) == (len(tasks) + 1) * (len(three_experts()) + 1)
     for experts, first in found.items():
         again = judge_piece(dataclasses.replace(own, experts=experts, until=0.0))  # all of it is remembered
         assert again.seconds >= first.seconds > 0

@@ -1,41 +1,20 @@
 """The quality benchmark's text: splits that share nothing, in either layout of the data."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality_texts import FILES, Row, TaskTexts, Texts, TextSizes, assert_disjoint, separate, texts_of_seed
+from benchmarks.quality_texts import Row, TaskTexts, Texts, TextSizes, assert_disjoint, separate, texts_of_seed
+from tests.benchmarks.published_sets import write_sets
 from tests.refusals import refused
 
 SIZES = TextSizes(base_prose=5, base_code=5, base_rows=6, calibration=4, validation=3, test=5)
 
 
-def gsm8k(name: str, number: int) -> dict:
-    return {"question": f"How many {name} are {number}?", "answer": f"{name} {number}\n#### {number}"}
-
-
-def mbpp(name: str, number: int) -> dict:
-    code = f"def {name}_{number}():\r\n\treturn {number}"
-    return {"text": f"Write {name} {number}.", "code": code, "test_list": [f"assert {name}_{number}() == {number}"]}
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder laid out as the published sets, in which rows of train come back in the held-out splits."""
-    for task, make in (("gsm8k", gsm8k), ("mbpp", mbpp)):
-        (tmp_path / task).mkdir()
-        for split in FILES[task]:
-            rows = [make(split, number) for number in range(400 if (task, split) == ("gsm8k", "train") else 30)]
-            if split in ("train", "validation"):
-                again = make("test", 2)
-                same_question = {**make(split, 99), **{key: again[key] for key in again if key in ("question", "text")}}
-                same_answer = {**make(split, 98), **{key: again[key] for key in again if key in ("answer", "code")}}
-                spaced = {
-                    key: value.upper() + "  " if isinstance(value, str) else value for key, value in again.items()
-                }
-                rows = [again, same_question, same_answer, spaced, *rows]
-            (tmp_path / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sets(tmp_path)
     return tmp_path
 
 

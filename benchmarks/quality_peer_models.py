@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.quality_contenders import Variant, plain, unguided
+from benchmarks.quality_curvature import Curvature, curvature_mean, curvature_svd
 from benchmarks.quality_pairs import Pair
 from benchmarks.quality_peer_text import ExpertText, expert_texts, input_grams, load
 from benchmarks.quality_peers import (
@@ -23,10 +25,11 @@ from benchmarks.quality_peers import (
     wanda,
 )
 from utils.merging.guided.mean import WeighedModel, guided_mean
+from utils.merging.guided.row_gram import RowChange, row_gram_mean
 from utils.passes.axis_sums import row_column_factors
 from utils.publishing.staging import staged_folder
 
-CODE_VERSION = 1  # raise it when a change here or in the formulas changes what is written
+CODE_VERSION = 2  # raise it when a change here or in the formulas changes what is written
 WEIGHTS = "model.safetensors"
 StateDict: TypeAlias = Mapping[str, Tensor]
 Changes: TypeAlias = Sequence[Tensor]
@@ -39,6 +42,7 @@ Texts: TypeAlias = Callable[[], Mapping[str, ExpertText]]
 def peers_of_one(task: str, density: float) -> dict[str, Variant]:
     """Peers of one expert at a share of its change's numbers."""
     return {
+        "K-FAC SVD": _folder(f"kfac svd {task} {density:g}", partial(_curvature_svd, task, density), (task,)),
         "truncated SVD": _variant(
             f"svd {task} {density:g}", lambda text: (lambda name, own: truncated_svd(own[0], density), _mean), (task,)
         ),
@@ -66,6 +70,7 @@ def peers_of_two() -> dict[str, list[Variant]]:
         "RegMean with guided rest, at base or both": [
             _regmean(how, 1.0, "guided", at) for how in weighings for at in ("base", "both")
         ],
+        "K-FAC mean": [_curvature_mean(damping, at) for at in ("expert", "both") for damping in (0.03, 0.1, 0.3)],
         "RegMean++": [_regmean_along(how, "mean") for how in weighings],
         "RegMean++ with guided rest": [_regmean_along(how, "guided") for how in weighings],
     }
@@ -78,7 +83,7 @@ def _data_free(name: str, formula: Callable[[Changes], Tensor], scale: float) ->
 def _fisher_average(weighing: str, at: str = "expert") -> Variant:
     def parts(text: Texts) -> tuple[Part, Part]:
         def part(name: str, own: Changes) -> Tensor:
-            squares = [one.squares(name, at) for one in text().values()]
+            squares = [one.sums("squares", name, at) for one in text().values()]
             return fisher_average(own, squares, _weights(text(), weighing))
 
         return part, part
@@ -89,12 +94,53 @@ def _fisher_average(weighing: str, at: str = "expert") -> Variant:
 def _regmean(weighing: str, off_diagonal: float, rest: str, at: str = "expert") -> Variant:
     def parts(text: Texts) -> tuple[Part, Part]:
         def part(name: str, own: Changes) -> Tensor:
-            grams = [one.inputs(name, at) for one in text().values()]
+            grams = [one.sums("inputs", name, at) for one in text().values()]
             return regression_mean(own, grams, _weights(text(), weighing), off_diagonal)
 
         return part, _rest(text, rest, weighing, at)
 
     return _variant(f"regmean {weighing} {off_diagonal:g} {rest}{_elsewhere(at)}", parts)
+
+
+def _curvature_mean(damping: float, at: str) -> Variant:
+    def parts(text: Texts) -> tuple[Part, Part]:
+        def part(name: str, own: Changes) -> Tensor:
+            curvatures = [_curvature(one, name, at) for one in text().values()]
+            return curvature_mean(own, curvatures, _weights(text(), "by gain"), damping)
+
+        def rest(name: str, own: Changes) -> Tensor:
+            if own[0].dim() != 2:
+                return _rest(text, "guided", "by gain", at)(name, own)
+            weighed = zip(own, _weights(text(), "by gain"), text().values(), strict=True)
+            return row_gram_mean([
+                RowChange(change, weight, one.sums("squares", name, at).sum(1), one.sums("row_grams", name, at))
+                for change, weight, one in weighed
+            ])  # fmt: skip
+
+        return part, rest
+
+    return _variant(f"kfac {damping:g} at {at}", parts)
+
+
+def _curvature(text: ExpertText, name: str, at: str) -> Curvature:
+    return Curvature(text.sums("outputs", name, at), text.sums("inputs", name, at))
+
+
+def _curvature_svd(
+    task: str,
+    density: float,
+    pair: Pair,
+    base: StateDict,
+    experts: Sequence[StateDict],
+    text: Texts,
+    device: str,
+    damping: float = 0.1,
+) -> StateDict:
+    names = [name for name, value in base.items() if _is_layer(name, value)]
+    changes = [experts[0][name].double() - base[name].double() for name in names]
+    curvatures = [_curvature(text()[task], name, "expert") for name in names]
+    found = dict(zip(names, curvature_svd(changes, curvatures, density, damping), strict=True))
+    return merged_tensors(base, experts, lambda name, own: found[name], _mean)
 
 
 def _elsewhere(at: str) -> str:
@@ -182,7 +228,7 @@ def _rest(text: Texts, rest: str, weighing: str, at: str = "expert") -> Part:
         return _mean
 
     def guided(name: str, own: Changes) -> Tensor:
-        squares = [one.squares(name, at) for one in text().values()]
+        squares = [one.sums("squares", name, at) for one in text().values()]
         axes = [row_column_factors(F) if F.dim() == 2 else (F,) for F in squares]
         weighed = zip(own, _weights(text(), weighing), axes, strict=True)
         return guided_mean(torch.zeros_like(own[0]), [WeighedModel(*one) for one in weighed], power=0.5, floor=0.1)

@@ -6,10 +6,11 @@ what the commands measure with, so that the two can be held against each other.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from benchmarks.quality_pairs import Pair
 from utils.pair.calibration import choose_samples
 from utils.pair.tokens import encode
 
-Rows = Sequence[Sequence[int]]
+BLOCKS = "model.layers."  # what the names of parameters inside the blocks start with
+Rows: TypeAlias = Sequence[Sequence[int]]
+Grams: TypeAlias = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,16 @@ class TextSums:
     """One model on one text. `loss` is the mean over predicted tokens, nats.
 
     `squares` are, by parameter, sums over samples of squared gradients of the samples' mean losses (float32); `inputs`
-    the mean of x x' over the tokens that each linear layer of a block is given, by the name of its weight (float64).
+    the mean of x x' over the tokens that each linear layer of a block is given, by the name of its weight (float64),
+    `outputs` the mean of g g' over the gradients of its outputs, each of the sum of a sample's token losses. `row_grams` are,
+    for every other matrix, sums over samples and rows of g g', g a row of the gradient of the mean loss.
     """
 
     loss: float
     squares: Mapping[str, Tensor] = field(repr=False)
     inputs: Mapping[str, Tensor] = field(repr=False)
+    outputs: Mapping[str, Tensor] = field(repr=False)
+    row_grams: Mapping[str, Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,9 @@ class ExpertText:
     base: Callable[[], TextSums] = field(repr=False)
     weight: float
 
-    def squares(self, name: str, at: str) -> Tensor:
-        """Squared gradients of a parameter at the `expert`, at the `base`, or their sum (`both`)."""
-        return sum(one.squares[name] for one in self._at(at))
-
-    def inputs(self, name: str, at: str) -> Tensor:
-        """The mean of x x' of a layer's inputs, likewise."""
-        return sum(one.inputs[name] for one in self._at(at))
+    def sums(self, kind: str, name: str, at: str) -> Tensor:
+        """A field of `TextSums` for a parameter, at the `expert`, at the `base`, or the sum of both (`both`)."""
+        return sum(getattr(one, kind)[name] for one in self._at(at))
 
     def _at(self, at: str) -> list[TextSums]:
         if at == "expert":
@@ -103,16 +106,20 @@ def _sums_of(folder: Path, device: str, rows: Rows) -> TextSums:
 def text_sums(model: nn.Module, rows: Rows) -> TextSums:
     """Take every sample forward and back by itself."""
     total, squares = [], {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-    with input_grams(model) as inputs:
+    row_grams: dict[str, Tensor] = {}
+    with input_grams(model) as inputs, output_grams(model) as outputs:
         for row in rows:
-            loss = sample_loss(model, row)
+            loss, predicted = sample_loss(model, row), len(row) - 1
             model.zero_grad()
-            loss.backward()
+            (predicted * loss).backward()  # of the sum: a token's gradient does not hang on the length of its sample
             total.append(loss.item())
             for name, value in model.named_parameters():
-                squares[name].addcmul_(value.grad, value.grad)
+                squares[name].addcmul_(value.grad, value.grad, value=predicted**-2)
+                if value.dim() == 2 and not name.startswith(BLOCKS):
+                    gradient = value.grad.double() / predicted
+                    row_grams[name] = row_grams.get(name, 0) + gradient.t() @ gradient
     model.zero_grad()
-    return TextSums(_over_tokens(total, rows), squares, inputs())
+    return TextSums(_over_tokens(total, rows), squares, inputs(), outputs(), row_grams)
 
 
 def mean_of_losses(model: nn.Module, rows: Rows) -> float:
@@ -127,22 +134,29 @@ def sample_loss(model: nn.Module, row: Sequence[int]) -> Tensor:
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
+def input_grams(model: nn.Module, under: str = BLOCKS) -> AbstractContextManager[Grams]:
+    """Watch what linear layers are given, those whose names start with `under`: the mean of x x' over tokens so far."""
+    return _grams(model, under, lambda module, see: module.register_forward_pre_hook(lambda _, given: see(given[0])))
+
+
+def output_grams(model: nn.Module, under: str = BLOCKS) -> AbstractContextManager[Grams]:
+    """Watch the gradients of what linear layers return, on the way back: the mean of g g' over tokens so far."""
+    return _grams(model, under, lambda module, see: module.register_full_backward_hook(lambda *came: see(came[2][0])))
+
+
 @contextmanager
-def input_grams(model: nn.Module, under: str = "model.layers.") -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Watch the linear layers whose names start with `under`; what is given gives the means by weight so far."""
+def _grams(model: nn.Module, under: str, attach: Callable) -> Iterator[Grams]:
+    """Means of the outer products of the vectors that a hook sees, float64, by the name of a layer's weight."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str, module: nn.Linear):
-        def observe(_, args: tuple) -> None:
-            x = args[0].detach().flatten(0, -2).double()
-            totals[name] = totals.get(name, 0) + x.t() @ x
-            counts[name] = counts.get(name, 0) + len(x)
-
-        return module.register_forward_pre_hook(observe)
+    def see(name: str, seen: Tensor) -> None:
+        x = seen.detach().flatten(0, -2).double()
+        totals[name] = totals.get(name, 0) + x.t() @ x
+        counts[name] = counts.get(name, 0) + len(x)
 
     layers = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)]
-    handles = [watch(f"{name}.weight", module) for name, module in layers if name.startswith(under)]
+    handles = [attach(module, partial(see, f"{name}.weight")) for name, module in layers if name.startswith(under)]
     try:
         yield lambda: {name: total / counts[name] for name, total in totals.items()}
     finally:

@@ -28,7 +28,7 @@ def three_experts() -> dict[str, list[Variant]]:
         "gram mean, second round": [in_rounds(2, **{"lambda": 1.0})],
         "gram mean, second round, tuned": [tuned(in_rounds(2, **{"lambda": 1.0}))],
         "gram mean, third round": [in_rounds(3, **{"lambda": 1.0})],
-        **{name: peers_of_two()[name] for name in ("Fisher average", "RegMean with guided rest")},
+        **{name: peers_of_two()[name] for name in ("Fisher average", "RegMean with guided rest", "K-FAC mean")},
     }
 
 

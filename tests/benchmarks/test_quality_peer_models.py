@@ -62,6 +62,33 @@ def test_sums_are_those_of_every_samples_own_gradient(pair):
     torch.testing.assert_close(found.squares[name], total)
 
 
+def test_outputs_are_gradients_of_each_tokens_own_loss(pair):
+    """By the chain rule: a sample's gradient of a weight is the sum over tokens of g x', here of the last layer's only token."""
+    rows, name = [row[:2] for row in calibration_rows(pair)["math"]], "model.layers.1.mlp.down_proj"
+    model, total = load(pair.trained.experts["math"]), 0
+    found = text_sums(model, rows)
+    for row in rows:
+        seen = []
+        handle = model.get_submodule(name).register_forward_hook(lambda module, given, out, seen=seen: seen.append(out))
+        loss = sample_loss(model, row)
+        handle.remove()
+        gradient = torch.autograd.grad(loss, seen[0])[0][
+            0
+        ].double()  # of two tokens; what the second says is not judged
+        total += gradient.T @ gradient / 2
+    torch.testing.assert_close(found.outputs[f"{name}.weight"], total / len(rows))
+
+
+def test_grams_of_an_embeddings_rows_are_those_of_its_own_gradients(pair):
+    rows, total = calibration_rows(pair)["math"], 0
+    model = load(pair.trained.experts["math"])
+    (name, found), *_ = text_sums(model, rows).row_grams.items()
+    for row in rows:
+        gradient = torch.autograd.grad(sample_loss(model, row), model.get_parameter(name))[0].double()
+        total += gradient.T @ gradient
+    torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-12)
+
+
 def test_inputs_are_those_that_command_1_measures_at_base_and_expert(pair):
     rows = calibration_rows(pair)["math"]
     ours = [text_sums(load(folder), rows).inputs for folder in (pair.trained.base, pair.trained.experts["math"])]
@@ -86,8 +113,9 @@ def test_an_experts_weight_is_one_over_its_gain(pair):
 def test_sums_at_the_base_are_those_of_its_own_pass_and_both_are_the_sum(pair):
     text = expert_texts(pair, "cpu")["math"]
     alone, name = text_sums(load(pair.trained.base), text.rows), "model.layers.1.mlp.down_proj.weight"
-    for kind, at_base in (("squares", alone.squares), ("inputs", alone.inputs)):
-        expert, base, both = (getattr(text, kind)(name, at) for at in ("expert", "base", "both"))
+    for kind in ("squares", "inputs", "outputs"):
+        at_base = getattr(alone, kind)
+        expert, base, both = (text.sums(kind, name, at) for at in ("expert", "base", "both"))
         torch.testing.assert_close(base, at_base[name])
         torch.testing.assert_close(both, expert + base)
         assert not torch.allclose(expert, base)

@@ -49,7 +49,7 @@ class Variant:
 
 
 def guided(
-    guidance: str, config: str = "both", number: int = 0, shared: Mapping[str, float] | None = None, **flags: Any
+    guidance: str, config: str = "both", number: int = 0, shared: Mapping[str, Any] | None = None, **flags: Any
 ) -> Variant:
     """What command 2 makes of a method and flags; `number` 1 is the control it writes beside.
 
@@ -61,10 +61,10 @@ def guided(
         return _with_shared(recipe_of(pair, place, guidance, flags, device)[number], shared)
 
     shown = {key: value for key, value in flags.items() if key not in ("merge_method", "control")} | (shared or {})
-    return Variant(", ".join(f"{key} {value}" for key, value in shown.items()), recipe)
+    return Variant(_setting(shown), recipe)
 
 
-def _with_shared(recipe: Path, shared: Mapping[str, float] | None) -> Path:
+def _with_shared(recipe: Path, shared: Mapping[str, Any] | None) -> Path:
     if shared:
         data = yaml.safe_load(recipe.read_text())
         data["parameters"] |= shared
@@ -72,26 +72,41 @@ def _with_shared(recipe: Path, shared: Mapping[str, float] | None) -> Path:
     return recipe
 
 
-def in_rounds(count: int, shared: Mapping[str, float] | None = None, **flags: Any) -> Variant:
-    """gram_mean in so many rounds; `shared` as for `guided`."""
+def in_rounds(
+    count: int, shared: Mapping[str, Any] | None = None, measure: Mapping[str, Any] | None = None, **flags: Any
+) -> Variant:
+    """gram_mean in so many rounds; `shared` as for `guided`, of the last merge alone; `measure`: flags of command 1."""
 
     def recipe(pair: Pair, device: str) -> Path:
-        folder = measured(pair, "gram_mean", device, f"gram_mean_{ORDINALS[count]}", rounds=count)
+        name = _named("gram_mean", *([ORDINALS[count]] if count > 1 else []), **(measure or {}))
+        folder = measured(pair, "gram_mean", device, name, rounds=count, **(measure or {}))
         return _with_shared(recipe_of(pair, pair.both, "gram_mean", flags, device, folder)[0], shared)
 
-    return Variant(", ".join(f"{key} {value}" for key, value in (flags | (shared or {})).items()), recipe)
+    return Variant(_setting(flags | (shared or {})), recipe)
 
 
-def tuned(start: Variant | None) -> Variant:
-    """Coefficients by gradient, from a variant of gram_mean, or from the plain mean."""
+def tuned(start: Variant | None, measure: Mapping[str, Any] | None = None) -> Variant:
+    """Coefficients by gradient, from a variant of gram_mean, or from the plain mean; `measure`: flags of command 1."""
 
     def recipe(pair: Pair, device: str) -> Path:
-        flags = {} if start is None else {"start_recipe": str(_kept(start.recipe(pair, device)))}
-        folder = measured(pair, "tuned", device, "tuned" if start is None else "tuned_gram_mean", **flags)
+        flags = dict(measure or {})
+        name = _named("tuned", *([] if start is None else ["gram_mean"]), **flags)
+        if start is not None:
+            flags["start_recipe"] = str(_kept(start.recipe(pair, device)))
+        folder = measured(pair, "tuned", device, name, **flags)
         method = {} if start is None else {"merge_method": "gram_mean"}
         return recipe_of(pair, pair.both, "tuned", method, device, folder)[0]
 
-    return Variant("" if start is None else start.setting, recipe)
+    return Variant(_setting(measure or {}) or ("" if start is None else start.setting), recipe)
+
+
+def _named(*words: str, **flags: Any) -> str:
+    """What to call a measurement with flags that are not the defaults."""
+    return "_".join([*words, *(f"{key}_{value}" for key, value in flags.items())])
+
+
+def _setting(flags: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in flags.items())
 
 
 def _kept(recipe: Path) -> Path:

@@ -48,19 +48,25 @@ class Judge:
         """Mean loss per token on every task's text of a split of a recipe's merge, or of a model folder in its place."""
         if recipe.is_dir():
             return self.model_losses(recipe, split)
-        return self._remembered(_digest(recipe), split, lambda: self._merged(recipe))
+        return self.split_losses(recipe, (split,))[split]
+
+    def split_losses(self, recipe: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+        """The same of several splits, by split; merged once."""
+        return self._remembered(_digest(recipe), splits, lambda: self._merged(recipe))
 
     def model_losses(self, folder: Path, split: str) -> dict[str, float]:
         """The same of a model folder."""
-        return self._remembered(f"model {folder.name}", split, lambda: contextlib.nullcontext(folder))
+        return self._remembered(f"model {folder.name}", (split,), lambda: contextlib.nullcontext(folder))[split]
 
-    def _remembered(self, key: str, split: str, model) -> dict[str, float]:
-        key = f"{CODE_VERSION} {split} {self._text_digest(split)} {key}"
-        if key not in self.judged:
-            with self.pair.clock.work(key), model() as folder:
-                self.judged[key] = self.measured_losses(folder, split)
+    def _remembered(self, what: str, splits: Sequence[str], model) -> dict[str, dict[str, float]]:
+        keys = {split: f"{CODE_VERSION} {split} {self._text_digest(split)} {what}" for split in splits}
+        missing = [split for split in splits if keys[split] not in self.judged]
+        if missing:
+            with self.pair.clock.work(keys[missing[0]]), model() as folder:
+                for split in missing:
+                    self.judged[keys[split]] = self.measured_losses(folder, split)
             self.memory.write_text(json.dumps(self.judged, indent=1))
-        return self.judged[key]
+        return {split: self.judged[key] for split, key in keys.items()}
 
     def _text_digest(self, split: str) -> str:
         rows = [rows for (own, _), rows in self.rows.items() if own == split]

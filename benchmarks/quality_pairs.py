@@ -38,10 +38,13 @@ class Pair:
     clock: Clock = field(repr=False)
 
 
-def lay_out(trained: Trained, texts: Texts, folder: Path, until: float | None = None) -> Pair:
+def lay_out(
+    trained: Trained, texts: Texts, folder: Path, until: float | None = None, samples: int = CALIBRATION_SAMPLES
+) -> Pair:
     """Write calibration text and pair configs: one that merges all experts, and one per expert alone.
 
-    No work on the pair is begun after `until` (seconds since the epoch).
+    At most so many `samples` of each task are measured on. No work on the pair is begun after `until` (seconds since the
+    epoch).
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = {"base": trained.base, **trained.experts}
@@ -53,7 +56,7 @@ def lay_out(trained: Trained, texts: Texts, folder: Path, until: float | None = 
     settings = {
         "model_info": [{"name": str(path), "type": name} for name, path in models.items()],
         "calibration": calibration,
-        "nsamples": min(CALIBRATION_SAMPLES, *(len(own.calibration) for own in texts.tasks.values())),
+        "nsamples": min(samples, *(len(own.calibration) for own in texts.tasks.values())),
     }
     places = {"both": list(trained.experts), **{task: [task] for task in trained.experts}}
     files = {}

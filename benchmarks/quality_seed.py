@@ -90,14 +90,20 @@ def train(piece: Piece) -> None:
 
 
 def prepare(
-    training: Training, seed: int, data: Path | None, work: Path, device: str, until: float | None = None
+    training: Training,
+    seed: int,
+    data: Path | None,
+    work: Path,
+    device: str,
+    until: float | None = None,
+    experts: int = 2,
 ) -> tuple[Pair, Texts]:
     """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint.
 
     Raises:
         OutOfTimeError: it is not cached, and the time `until` which work is begun is over.
     """
-    return _pair(Piece("", training, seed, 2, data, work, device, {}, until=until))
+    return _pair(Piece("", training, seed, experts, data, work, device, {}, until=until))
 
 
 def judge_piece(piece: Piece) -> Judged:

@@ -44,6 +44,11 @@ class TaskTexts:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
+    @property
+    def held_out(self) -> tuple[tuple[str, ...], ...]:
+        """The parts that nothing is trained on."""
+        return self.test, self.validation, self.calibration
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -86,7 +91,7 @@ def assert_disjoint(texts: Texts) -> None:
     """Raise `AssertionError` if two parts share a row; `base` and `train` of a task may, as both are training text."""
     held_out: set[str] = set()
     for name, task in texts.tasks.items():
-        for part in (task.test, task.validation, task.calibration):
+        for part in task.held_out:
             own = {row_key(text) for text in part}
             if len(own) != len(part) or own & held_out:
                 raise AssertionError(f"a held-out row of {name} occurs twice")
@@ -110,20 +115,24 @@ def separate(parts: Sequence[Iterable[Row]]) -> list[list[Row]]:
     return kept
 
 
-def _published_texts(data: Path, sizes: TextSizes, seed: int) -> Texts:
+def published_pools(data: Path) -> dict[str, tuple[list[Row], list[Row], list[Row]]]:
+    """By task the rows of which test text is taken, those of validation, and those for training and calibration."""
     gsm8k = {part: _read(data / "gsm8k" / f"{part}.jsonl", _gsm8k_row) for part in FILES["gsm8k"]}
     mbpp = {part: _read(data / "mbpp" / f"{part}.jsonl", _mbpp_row) for part in FILES["mbpp"]}
-    pools = {
+    return {
         "gsm8k": (gsm8k["test"], gsm8k["train"][-SPARE:], gsm8k["train"][:-SPARE]),
         "mbpp": (mbpp["test"], mbpp["validation"], [*mbpp["train"], *mbpp["prompt"]]),
     }
+
+
+def _published_texts(data: Path, sizes: TextSizes, seed: int) -> Texts:
     draw = random.Random(seed)
     offline = Sizes(
         base_prose=sizes.base_prose, base_code=sizes.base_code, base_math=0, train=0, calibration=0, heldout=0
     )
     base = list(build_texts(offline, seed).base)
     tasks = {}
-    for name, pool in pools.items():
+    for name, pool in published_pools(data).items():
         test, validation, training = separate(pool)
         draw.shuffle(training)
         calibration, training = training[: sizes.calibration], training[sizes.calibration :]
@@ -135,7 +144,7 @@ def _published_texts(data: Path, sizes: TextSizes, seed: int) -> Texts:
         )
         base += tasks[name].train[: sizes.base_rows]
     draw.shuffle(base)
-    held_out = {row_key(text) for task in tasks.values() for text in (*task.test, *task.validation, *task.calibration)}
+    held_out = {row_key(text) for task in tasks.values() for part in task.held_out for text in part}
     base = [text for text in base if row_key(text) not in held_out]
     return Texts(tuple(base), tasks, "GSM8K and MBPP")
 

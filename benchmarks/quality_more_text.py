@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.quality_texts import Texts, published_pools, row_key, separate
-from benchmarks.quality_third import TASK, TEST_ROWS
+from benchmarks.quality_texts import Texts, TextSizes, published_pools, row_key, separate
+from benchmarks.quality_third import TASK
 from demo.texts import CODE_PER_FILE, Sizes, build_texts
 from utils.errors import UserError
 
@@ -54,7 +54,7 @@ def _spare_rows(texts: Texts, rows: int, data: Path | None, seed: int) -> dict[s
         found[name] = _unread(texts, [row.text for row in (*validation, *test)])
     if TASK in texts.tasks:
         # The same files come first, so that most of what is drawn again is the test text, which is left out.
-        count = TEST_ROWS + rows - len(texts.tasks[TASK].calibration) + CODE_PER_FILE
+        count = TextSizes().test + rows - len(texts.tasks[TASK].calibration) + CODE_PER_FILE
         more = Sizes(base_prose=0, base_code=0, base_math=0, train=0, calibration=0, heldout=count)
         found[TASK] = _unread(texts, build_texts(more, seed).code.heldout)
     return found

@@ -28,6 +28,7 @@ FIRST = (
     "Fisher average",
     "gram mean, second round, tuned",
     "gram mean",
+    "K-FAC mean",
     CEILING,
     "saliency mean",
     "RegMean++ with guided rest",

@@ -55,6 +55,7 @@ def read_flags(doc: str | None, results: Path) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=2, help="how many are merged; 3: with a third task")
     parser.add_argument("--rows", default=str(CALIBRATION_SAMPLES), help="calibration rows a task, by comma")
     parser.add_argument("--only", help="only contenders that begin with one of these words, by semicolon")
+    parser.add_argument("--first", type=int, help="only so many settings, those that decide first")
     parser.add_argument("--work", type=Path, default=Path("output/quality"), help="the folder of benchmarks/quality.py")
     parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--device", default="cpu")
@@ -74,7 +75,7 @@ def judge_settings(asked: argparse.Namespace, settings: Sequence[Asked], name: s
     for seed in map(int, asked.seeds.split(",")):
         for rows in map(int, asked.rows.split(",")):
             judge = _judge(asked, seed, rows, name)
-            for one in (one for one in settings if one.contender.startswith(wanted)):
+            for one in [one for one in settings if one.contender.startswith(wanted)][: asked.first]:
                 key = (
                     asked.size,
                     seed,

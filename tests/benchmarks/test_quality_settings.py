@@ -1,0 +1,50 @@
+"""Benchmarks of settings: what they compare, and one seed from end to end.
+
+python -m pytest tests/benchmarks/test_quality_settings.py -m ""
+"""
+
+import argparse
+import csv
+
+import pytest
+
+from benchmarks import gram_settings, tuned_settings
+from benchmarks.quality_contenders import in_rounds, tuned
+from benchmarks.quality_merges import Judge
+from benchmarks.quality_models import Training
+from benchmarks.quality_settings import TRAININGS, Asked, judge_settings
+from demo.small_model import Shape
+from tests.benchmarks.published_sets import write_sets
+
+
+@pytest.mark.parametrize("settings", [gram_settings.settings(["gsm8k", "mbpp"]), tuned_settings.settings()])
+def test_every_setting_has_a_line_of_its_own(settings):
+    keys = [(one.contender, one.variant.setting) for one in settings]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.slow
+def test_settings_are_judged_on_both_splits_and_found_again(tmp_path, monkeypatch):
+    tiny = Training(
+        Shape(vocabulary=512, hidden=32, intermediate=64, blocks=2, heads=2), window=64, base_steps=30, expert_steps=60
+    )
+    monkeypatch.setitem(TRAININGS, "tiny", tiny)
+    write_sets(tmp_path, rows=240)
+    asked = argparse.Namespace(
+        data=tmp_path, size="tiny", seeds="0", experts=2, rows="8,70", only="gram;tuned", device="cpu", first=None
+    )
+    asked.work, asked.results = tmp_path / "work", tmp_path / "lines.csv"
+    settings = [
+        Asked("gram_mean", in_rounds(1, {"ridge": 1e-5})),
+        Asked("tuned", tuned(in_rounds(2), {"tune_steps": 2})),
+        Asked("never", in_rounds(3)),
+    ]
+    assert judge_settings(asked, settings, "test")
+    with open(asked.results, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    places = {(one["rows"], one["contender"], one["setting"], one["split"], one["task"]) for one in lines}
+    assert len(lines) == len(places) == 2 * 2 * 2 * 2
+    assert {one[1:3] for one in places} == {("gram_mean", "ridge 1e-05"), ("tuned", "tune_steps 2")}
+    assert all(0 < float(one["kept"]) < 1.5 for one in lines)
+    monkeypatch.setattr(Judge, "split_losses", lambda *args: pytest.fail("judged again"))
+    assert judge_settings(asked, settings, "test")

@@ -24,7 +24,7 @@ from benchmarks.quality_contenders import Variant, in_rounds, tuned
 from benchmarks.quality_merges import TEST, Judge
 from benchmarks.quality_more_text import ELSEWHERE, HALF, OWN, SWAPPED, text_of_kind
 from benchmarks.quality_pairs import CALIBRATION_SAMPLES, Pair, lay_out
-from benchmarks.quality_seed import prepare, shares_kept
+from benchmarks.quality_seed import Piece, models_and_texts, pair_folder, shares_kept
 from benchmarks.quality_settings import TRAININGS
 from benchmarks.quality_sheet import Sheet
 from utils.errors import UserError, run_command
@@ -69,10 +69,12 @@ def lines(
     asked: argparse.Namespace, seed: int, sheet: Sheet, kinds: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[Line, ...]]:
     """The merges of a seed that the file has not, on kinds of text: whose, and how many rows."""
-    made, texts = prepare(TRAININGS[asked.size], seed, asked.data, asked.work.resolve(), asked.device)
+    piece = Piece(asked.size, TRAININGS[asked.size], seed, 2, asked.data, asked.work.resolve(), asked.device, ROWS)
+    trained, texts = models_and_texts(piece)
+    folder = pair_folder(piece, trained) / "calibration_text"
     for text, rows in kinds:
         own = text_of_kind(texts, text, rows, asked.data, seed)
-        pair = lay_out(made.trained, own, made.folder / "calibration_text" / f"{text} {rows}", samples=rows)
+        pair = lay_out(trained, own, folder / f"{text} {rows}", samples=rows)
         judge = Judge(pair, texts, ROWS, asked.device)
         for guidance in (one.strip() for one in asked.guidance.split(";")):
             key = (asked.size, seed, guidance, text, rows)

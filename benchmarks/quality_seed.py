@@ -97,14 +97,13 @@ def prepare(
     work: Path,
     device: str,
     until: float | None = None,
-    experts: int = 2,
 ) -> tuple[Pair, Texts]:
     """The pair of a seed, trained if it is not cached, and its texts, whose splits are proven disjoint.
 
     Raises:
         OutOfTimeError: it is not cached, and the time `until` which work is begun is over.
     """
-    return _pair(Piece("", training, seed, experts, data, work, device, {}, until=until))
+    return _pair(Piece("", training, seed, 2, data, work, device, {}, until=until))
 
 
 def judge_piece(piece: Piece) -> Judged:
@@ -146,16 +145,32 @@ def _trained(piece: Piece) -> tuple[Trained, Texts]:
     )
 
 
-def _pair(piece: Piece) -> tuple[Pair, Texts]:
+def models_and_texts(piece: Piece) -> tuple[Trained, Texts]:
+    """The models of a piece, trained if they are not cached, and its texts, both with a third task where it merges three.
+
+    Raises:
+        OutOfTimeError: the time is over; the same call goes on later.
+    """
     trained, texts = _trained(piece)
     if piece.experts == 3:
         texts = texts_with_third(texts, TextSizes(), piece.seed)
         assert_disjoint(texts)
         trained = train_or_find_third(trained, piece.training, texts, piece.seed, piece.device, piece.until)
-    # Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs.
-    # A folder for each number of experts: they are judged by processes side by side.
-    folder = piece.work / "pairs" / trained.base.parent.name / f"{piece.experts}"
-    return lay_out(trained, texts, folder, piece.until), texts
+    return trained, texts
+
+
+def pair_folder(piece: Piece, trained: Trained) -> Path:
+    """Where everything lies that is made of a piece's models.
+
+    Named by the models' folder, which is named by what made them: what was judged of others is not taken for theirs. A
+    folder for each number of experts: they are judged by processes side by side.
+    """
+    return piece.work / "pairs" / trained.base.parent.name / f"{piece.experts}"
+
+
+def _pair(piece: Piece) -> tuple[Pair, Texts]:
+    trained, texts = models_and_texts(piece)
+    return lay_out(trained, texts, pair_folder(piece, trained), piece.until), texts
 
 
 def _contenders(piece: Piece, judge: Judge, texts: Texts) -> Iterator[tuple[str, Callable[[], list[Figure]]]]:

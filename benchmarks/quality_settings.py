@@ -15,7 +15,7 @@ from benchmarks.quality_contenders import Variant
 from benchmarks.quality_merges import TEST, VALIDATION, Judge
 from benchmarks.quality_more_text import with_more_calibration
 from benchmarks.quality_pairs import CALIBRATION_SAMPLES, lay_out
-from benchmarks.quality_seed import prepare, shares_kept
+from benchmarks.quality_seed import Piece, models_and_texts, pair_folder, shares_kept
 from benchmarks.quality_sheet import Sheet
 
 TRAININGS = {size.name: size.training for sizes in PRESETS.values() for size in sizes}
@@ -97,10 +97,11 @@ def judge_settings(asked: argparse.Namespace, settings: Sequence[Asked], name: s
 
 
 def _judge(asked: argparse.Namespace, seed: int, rows: int, name: str) -> Judge:
-    training = TRAININGS[asked.size]
-    pair, texts = prepare(training, seed, asked.data, asked.work.resolve(), asked.device, experts=asked.experts)
+    training, work = TRAININGS[asked.size], asked.work.resolve()
+    piece = Piece(asked.size, training, seed, asked.experts, asked.data, work, asked.device, ROWS)
+    trained, texts = models_and_texts(piece)
     texts = with_more_calibration(texts, rows, asked.data, seed)
-    pair = lay_out(pair.trained, texts, pair.folder / name / f"{rows}", samples=rows)
+    pair = lay_out(trained, texts, pair_folder(piece, trained) / name / f"{rows}", samples=rows)
     return Judge(pair, texts, ROWS, asked.device)
 
 

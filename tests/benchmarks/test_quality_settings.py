@@ -5,6 +5,7 @@ python -m pytest tests/benchmarks/test_quality_settings.py -m ""
 
 import argparse
 import csv
+import math
 
 import pytest
 
@@ -13,6 +14,7 @@ from benchmarks.quality_contenders import in_rounds, tuned
 from benchmarks.quality_merges import Judge
 from benchmarks.quality_models import Training
 from benchmarks.quality_settings import TRAININGS, Asked, judge_settings
+from benchmarks.quality_settings_report import markdown
 from demo.small_model import Shape
 from tests.benchmarks.published_sets import write_sets
 
@@ -48,3 +50,22 @@ def test_settings_are_judged_on_both_splits_and_found_again(tmp_path, monkeypatc
     assert all(0 < float(one["kept"]) < 1.5 for one in lines)
     monkeypatch.setattr(Judge, "split_losses", lambda *args: pytest.fail("judged again"))
     assert judge_settings(asked, settings, "test")
+
+
+def line(seed, contender, setting, split, kept):
+    own = {"size": "small", "experts": "2", "rows": "48", "seed": str(seed), "contender": contender}
+    return [own | {"setting": setting, "split": split, "task": task, "kept": str(kept + more)}
+            for task, more in (("a", 0.1), ("b", -0.1))]  # fmt: skip
+
+
+def test_settings_are_compared_with_the_first_of_their_contender_or_the_start():
+    gram = [row for seed in (0, 1) for setting, more in (("ridge 1", 0.0), ("ridge 2", 0.1 + 0.02 * seed))
+            for split in ("validation", "test") for row in line(seed, "gram", setting, split, 0.5 + more)]  # fmt: skip
+    first, second = markdown(gram).splitlines()[-2:]
+    assert first == "| gram | ridge 1 | 50.0% | 50.0% | 40.0% | the first |"
+    half = 12.706204736 * math.sqrt(2) / math.sqrt(2)  # Student's t with 1 degree of freedom, differences 10 and 12
+    assert second.startswith("| gram | ridge 2 | 61.0% | 61.0% | 51.0% | ")
+    assert f"+11.0 points, 95 % interval {11 - half:+.1f} to {11 + half:+.1f}, 2 seeds" in second
+    tuned_lines = [row for split in ("validation", "test") for name in ("start: gram", "tuned")
+                   for row in line(0, name, "", split, 0.5)]  # fmt: skip
+    assert "says nothing certain: +0.0" in markdown(tuned_lines).splitlines()[-1]

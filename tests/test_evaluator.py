@@ -350,6 +350,24 @@ def test_a_task_of_lm_eval_by_a_local_file(run, pair, tmp_path, capfd):
     assert refusal_code(refused) == "lm-eval-unsafe-code"
 
 
+@pytest.mark.slow  # two processes that import everything
+def test_tasks_of_lm_eval_on_two_devices_give_what_one_gives(run, pair, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install -r requirements-eval.txt")
+    keys = read_keys(pair) | {"evaluation": {"arithmetic": {"lm_eval": [str(task_file(tmp_path))]}}}
+    found = {}
+    for devices in ("cpu", "cpu,cpu"):
+        out = f"out/lm_eval_{devices}"
+        words = ("out/recipes/first.yaml", "out/recipes/second.yaml", "--no-controls", "--devices", devices)
+        done = run(*words, "--lm_eval_batch", 3, config=write_config(tmp_path, keys), out=out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("does tiny_choice") == 5
+        samples = pd.read_parquet(pair / out / "lm_eval_samples.parquet")
+        found[devices] = samples.sort_values(["candidate", "doc", "metric"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(*found.values())
+    again = run(*words, "--lm_eval_batch", 3, config=write_config(tmp_path, keys), out=out)
+    assert again.returncode == 0 and "does tiny_choice" not in again.stdout
+
+
 def test_chat_rows_are_what_the_template_makes_of_them(run, tmp_path):
     """Calibrated on and scored: written out here by hand, with one token per character."""
     folder = save_evaluated_pair(tmp_path / "chat")

@@ -52,7 +52,10 @@ def read_flags(words: Sequence[str] | None = None) -> "EvaluateOptions":
     parser.switch("samples", "have up to 8 held-out prompts answered, for the report", default=True)
     parser.flag("test_rows", "rows a task that figures are taken of", type=whole_number(2, 10**6), default=128)
     parser.flag("validation_rows", "rows a task that settings are chosen on", type=whole_number(2, 10**6), default=64)
-    parser.computing_flags("candidates go side by side; replaces --device")
+    parser.computing_flags(
+        "candidates go side by side, in lm-eval's tasks, too (one GPU may be named several times); replaces --device"
+    )
+    parser.flag("lm_eval_batch", "prompts of lm-eval's at a time", type=whole_number(1, 2**20), default=8)
     parser.flag("random_seed", "seed of methods that draw (dare, della)", type=whole_number(0, 2**32 - 1), default=0)
     parser.switch("trust_remote_code", "run Python code that comes with a model")
     parser.switch("confirm_run_unsafe_code", "let lm-eval tasks run code that models write, and code of their own")

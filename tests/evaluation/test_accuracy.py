@@ -5,6 +5,7 @@ python -m pytest tests/evaluation/test_accuracy.py
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from tests.refusals import refusal_code, refused
 from tests.tiny_evaluations import pair_keys, save_evaluated_pair, task_file
 from tests.tiny_merges import recipe, write_recipe
 from tests.tiny_pairs import write_config
-from utils.evaluation.accuracy.pass_at_k import pass_at_1, pass_at_k, passes
+from utils.evaluation.accuracy.pass_at_k import pass_at_1, pass_at_k, passes, run_side_by_side
 from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, joined
 
 TASKS = ROOT / "utils/evaluation/accuracy"
@@ -53,6 +54,26 @@ def test_an_answer_passes_if_it_gets_to_the_end_of_its_tests(answer, expected):
 
 def test_an_answer_that_does_not_end_is_ended():
     assert not passes(f"{RIGHT}\nimport time\ntime.sleep(60)", TESTS, seconds=0.5)
+
+
+def test_answers_are_run_side_by_side_before_the_metric_asks_for_one(tmp_path):
+    """Each answer waits for the files of all others, so that none passes alone."""
+    count = min(2, len(os.sched_getaffinity(0)))
+    wait = (
+        "import pathlib, time\n"
+        "folder = pathlib.Path({folder!r})\n"
+        "(folder / '{number}').touch()\n"
+        "end = time.time() + 5\n"
+        "while len(list(folder.iterdir())) < {count} and time.time() < end:\n"
+        "    time.sleep(0.01)\n"
+        "assert len(list(folder.iterdir())) >= {count}\n"
+    )
+    answers = [[wait.format(folder=str(tmp_path), number=number, count=count)] for number in range(count)]
+    rows = [{"test_list": [f"assert {number} == {number}"]} for number in range(count)]
+    assert run_side_by_side(answers, rows) == answers
+    for file in tmp_path.iterdir():
+        file.unlink()  # an answer that ran again would find itself alone
+    assert [pass_at_1(row["test_list"][0], [own]) for row, own in zip(rows, answers, strict=True)] == [1.0] * count
 
 
 @pytest.mark.parametrize("answers", [1, 4, 6])

@@ -61,7 +61,7 @@ def evaluate(options: EvaluateOptions) -> None:
     trial = None if options.trust_remote_code else ModelTrial(small_files(options.config, models))
 
     # torch, pandas and what is built on them, once nothing simpler can be wrong
-    from utils.commands.evaluate_generation import generate
+    from utils.commands.evaluate_generation import do_tasks_side_by_side, generate
     from utils.commands.evaluate_results import publish_evaluation
     from utils.evaluation.entries import sweep_written
     from utils.evaluation.lm_eval_scores import find_tasks
@@ -98,7 +98,10 @@ def evaluate(options: EvaluateOptions) -> None:
             f"{time.perf_counter() - start:.2f} s (weights {weights:.1f} s, "
             f"forward {forward:.1f} s){peak_gpu_memory(devices)}"
         )
-        generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, say=say)
+        batch = options.lm_eval_batch
+        if accuracy is not None and len(scorers) > 1:
+            do_tasks_side_by_side(scorers, evaluated, store, accuracy, batch, say)
+        generated = generate(scorer, evaluated, store, accuracy, answers=options.samples, batch_size=batch, say=say)
         publish_evaluation(options, scorer, evaluated, generated, [*warnings, *generated.warnings], store, say)
 
 

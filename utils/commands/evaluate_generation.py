@@ -8,8 +8,9 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
 from utils.evaluation.answers import expected, greedy_answers, prompts_of, shown
 from utils.evaluation.candidates import Candidate
-from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, AccuracyTasks, joined
+from utils.evaluation.lm_eval_scores import BATCH, COLUMNS, FIGURES, Accuracy, AccuracyTasks, joined
 from utils.evaluation.lm_eval_scores import accuracy as run_tasks
+from utils.evaluation.lm_eval_side_by_side import accuracy_side_by_side
 from utils.evaluation.scoring import Scorer
 from utils.evaluation.store import LossStore
 from utils.evaluation.tasks import Row
@@ -31,11 +32,12 @@ def generate(
     accuracy: AccuracyTasks | None,
     *,
     answers: bool,
+    batch_size: int = BATCH,
     say: Callable[[str], None],
 ) -> Generated:
     """Have whole models do what losses do not show; what the store has is not done again.
 
-    Everybody does lm-eval's tasks. Base, experts, the reference and the best candidate answer up to 8 test prompts.
+    Everybody does lm-eval's tasks, `batch_size` prompts at a time. Base, experts, the reference and the best candidate answer up to 8 test prompts.
     """
     prompts = prompts_of(scorer.tasks) if answers else []
     notes = () if prompts or not answers else (_NO_PROMPTS,)
@@ -46,7 +48,7 @@ def generate(
         if not wanted and accuracy is None:
             continue
         try:
-            table, found = _work(scorer, one, store, accuracy, wanted, say)
+            table, found = _work(scorer, one, store, accuracy, batch_size, wanted, say)
         except UserError as error:
             if _NOT_FINITE not in error.codes and "evaluate-no-room" not in error.codes:
                 raise
@@ -68,6 +70,31 @@ def generate(
     )
 
 
+def do_tasks_side_by_side(
+    scorers: Sequence[Scorer],
+    evaluated: Evaluated,
+    store: LossStore,
+    accuracy: AccuracyTasks,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> None:
+    """Have everybody whose results the store lacks do lm-eval's tasks, on all devices at a time; the store has them then.
+
+    Who fails is left to `generate`, which has the device to itself.
+    """
+    keys = {one.name: _task_key(scorers[0], one, accuracy, batch_size) for one in evaluated.candidates}
+    wanted = [one for one in evaluated.candidates if store.find_record(keys[one.name]) is None]
+    for line in accuracy_side_by_side(
+        scorers,
+        wanted,
+        accuracy,
+        batch_size,
+        lambda one: say(f"{one.name} does {', '.join(accuracy.names)}"),
+        lambda one, table: store.keep_record(keys[one.name], _plain(one, table)),
+    ):
+        say(line)
+
+
 def _speakers(evaluated: Evaluated) -> set[str]:
     """Who answers prompts: base, experts, whom differences are taken against, the best uniform merge and the winner."""
     names = {one.name for one in evaluated.candidates if one.role in ("base", "expert")}
@@ -80,12 +107,13 @@ def _work(
     one: Candidate,
     store: LossStore,
     accuracy: AccuracyTasks | None,
+    batch_size: int,
     rows: Sequence[Row],
     say: Callable[[str], None],
 ) -> tuple:
     """One candidate's table of lm-eval results and its answers, from the store or from its model."""
     mark = [scorer.fingerprint(one), scorer.settings.record()]
-    task_key = _key("lm-eval", *mark, accuracy.digest) if accuracy else ""
+    task_key = _task_key(scorer, one, accuracy, batch_size) if accuracy else ""
     answer_key = _key("answers", *mark, [row.digest for row in rows])
     kept_tasks = store.find_record(task_key) if accuracy else {}
     kept_answers = store.find_record(answer_key) if rows else {}
@@ -94,12 +122,8 @@ def _work(
         with whole_model(one, scorer.preparing, scorer.settings.scratch) as whole:
             if kept_tasks is None:
                 say(f"{one.name} does {', '.join(accuracy.names)}")
-                table = run_tasks(one.name, whole, accuracy)
-                kept_tasks = {
-                    "rows": table.samples[list(COLUMNS[1:])].values.tolist(),
-                    "figures": table.figures[list(FIGURES[1:])].values.tolist(),
-                }
-                store.keep_record(task_key, {"candidate": one.name, **kept_tasks})
+                kept_tasks = _plain(one, run_tasks(one.name, whole, accuracy, batch_size))
+                store.keep_record(task_key, kept_tasks)
             if kept_answers is None:
                 say(f"{one.name} answers {len(rows)} prompts")
                 kept_answers = {"answers": greedy_answers(whole, rows)}
@@ -109,6 +133,20 @@ def _work(
     samples = pd.DataFrame([(one.name, *row) for row in kept_tasks["rows"]], columns=list(COLUMNS))
     figures = pd.DataFrame([(one.name, *row) for row in kept_tasks["figures"]], columns=list(FIGURES))
     return Accuracy(samples, figures), kept_answers.get("answers", [])
+
+
+def _task_key(scorer: Scorer, one: Candidate, accuracy: AccuracyTasks, batch_size: int) -> str:
+    """The store's key of a candidate's results; the batch counts, since sums of 16-bit numbers depend on it."""
+    return _key("lm-eval", scorer.fingerprint(one), scorer.settings.record(), accuracy.digest, batch_size)
+
+
+def _plain(one: Candidate, table: Accuracy) -> dict[str, object]:
+    """A candidate's results as the store keeps them."""
+    return {
+        "candidate": one.name,
+        "rows": table.samples[list(COLUMNS[1:])].values.tolist(),
+        "figures": table.figures[list(FIGURES[1:])].values.tolist(),
+    }
 
 
 def _refuse_too_large(scorer: Scorer, one: Candidate) -> None:

@@ -23,6 +23,7 @@ class EvaluateOptions(ScoringOptions):
     candidates: tuple[str, ...] = ()
     against: str | None = None
     controls: bool = True
+    lm_eval_batch: int = 8
     random_seed: int = 0
     confirm_run_unsafe_code: bool = False
     overwrite: bool = False

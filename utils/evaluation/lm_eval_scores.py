@@ -25,6 +25,7 @@ from utils.evaluation.whole_models import WholeModel
 from utils.publishing.manifest import sha256_of
 
 OLDEST = (0, 4, 13)
+BATCH = 8  # prompts at a time
 INSTALL = "pip install -r requirements-eval.txt"
 COLUMNS = ("candidate", "task", "metric", "filter", "doc", "prompt", "value")
 FIGURES = ("candidate", "task", "metric", "filter", "value", "higher_is_better", "share")
@@ -34,13 +35,15 @@ FIGURES = ("candidate", "task", "metric", "filter", "value", "higher_is_better",
 class AccuracyTasks:
     """The tasks of lm-eval's that were asked for, and those among them that run code.
 
-    `digest` is the SHA-256 of what decides their results beside the model (`task_digest`).
+    `asked` and `confirmed` are what they were found by, for another process to find them by. `digest` is the SHA-256 of what decides their results beside the model (`task_digest`).
     """
 
     names: tuple[str, ...]
     manager: Any
     unsafe: tuple[str, ...]
     digest: str
+    asked: tuple[str, ...] = ()
+    confirmed: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def find_tasks(asked: Sequence[str], confirmed: bool) -> AccuracyTasks:
             "--confirm_run_unsafe_code if that is meant, best in a container",
             "lm-eval-unsafe-code",
         )
-    return AccuracyTasks(tuple(names), manager, unsafe, digest)
+    return AccuracyTasks(tuple(names), manager, unsafe, digest, tuple(asked), confirmed)
 
 
 def _task_name(path: Path) -> str:
@@ -148,7 +151,7 @@ def _refuse_others(files: Mapping[str, Path], index: Mapping[str, Any]) -> None:
 
 
 def accuracy(
-    name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int = 8, limit: int | None = None
+    name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int = BATCH, limit: int | None = None
 ) -> Accuracy:
     """One candidate's results.
 
@@ -158,23 +161,33 @@ def accuracy(
         name: the candidate's.
         whole: its model and the tokenizer that is handed over.
         tasks: what `find_tasks` gave.
-        batch_size: rows at a time.
+        batch_size: prompts at a time.
         limit: most documents of a task.
+
+    Raises:
+        UserError: the GPU has no room for so many prompts at a time.
     """
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _quiet(), _without_git():
         model = HFLM(pretrained=whole.model, tokenizer=whole.tokenizer, backend="causal", batch_size=batch_size)
-        found = simple_evaluate(
-            model=model,
-            tasks=list(tasks.names),
-            task_manager=tasks.manager,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=bool(tasks.unsafe),
-        )
+        try:
+            found = simple_evaluate(
+                model=model,
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=bool(tasks.unsafe),
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"{name}: the GPU has no room for {batch_size} prompts of lm-eval's at a time; lower --lm_eval_batch",
+                "device-out-of-memory",
+            ) from error
     rows = [
         (name, task, metric, sample["filter"], sample["doc_hash"], sample["prompt_hash"], float(sample[metric]))
         for task, samples in found["samples"].items()

@@ -3,11 +3,12 @@
 pass@k is the chance that at least one of k answers passes, estimated without bias from n answers of which c pass:
 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374).
 
-Answers run in a process of their own, one after the other, in an empty folder, without the caller's environment, and with
+Answers run in a process of their own each, in an empty folder, without the caller's environment, and with
 limits on time, memory and file sizes. That keeps a clumsy answer from doing harm, not a hostile one: lm-eval asks for
 `confirm_run_unsafe_code`, and a container is the place to run it in.
 """
 
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def pass_at_1(references: str | Sequence[str], predictions: Sequence[str] | Sequ
     tests = references if isinstance(references, str) else references[0]
     first = predictions[0]
     answers = [first] if isinstance(first, str) else list(first)
-    return pass_at_k(len(answers), sum(passes(answer, tests) for answer in answers), 1)
+    return pass_at_k(len(answers), sum(_known_passes(answer, tests) for answer in answers), 1)
 
 
 def pass_at_k(answers: int, passed: int, k: int) -> float:
@@ -48,6 +50,28 @@ def pass_at_k(answers: int, passed: int, k: int) -> float:
     if k > answers:
         raise ValueError(f"pass@{k} cannot be estimated from {answers} answers")
     return 1.0 - math.comb(answers - passed, k) / math.comb(answers, k)
+
+
+def run_side_by_side(responses: Iterable[Sequence[str]], docs: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Answers as they come, all run against their rows' tests on all cores by then (MBPP), as a filter of lm-eval's.
+
+    The metric, which is asked row by row, finds what came of it.
+    """
+    answers, rows = [list(own) for own in responses], list(docs)
+    pairs = {(answer, "\n".join(doc["test_list"])) for own, doc in zip(answers, rows, strict=True) for answer in own}
+    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        list(pool.map(lambda pair: _known_passes(*pair), pairs))
+    return answers
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=2**14)
+def _known_passes(answer: str, tests: str) -> bool:
+    return passes(answer, tests)
 
 
 def passes(answer: str, tests: str, seconds: float = SECONDS) -> bool:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.quality_clock import OutOfTimeError
+from benchmarks.quality_losses import IGNORED
 from utils.publishing.manifest import to_json
 from utils.publishing.staging import staged_folder
 
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM
 
-    from benchmarks.quality_models import Training
-
 MADE = "made.json"  # what made a folder's models, beside them
 SECONDS = 60.0  # between two saves
+
+
+class Settings(Protocol):
+    """What every training of a benchmark says of itself: rows of a step, and the decay of matrices."""
+
+    batch: int
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def made_once(
 def fit(
     model: "LlamaForCausalLM",
     data: "torch.Tensor",
-    training: "Training",
+    training: Settings,
     *,
     steps: int,
     rate: float,
@@ -73,7 +79,8 @@ def fit(
 
     The rate rises over the first tenth of the steps and falls linearly to zero. Weights and optimizer stay in float32;
     with `precision` bfloat16 the matrix products are computed in it. Windows are drawn without replacement, epoch by
-    epoch, from a generator of its own. A training that was cut goes on from its last save and gives the same weights.
+    epoch, from a generator of its own; one that is shorter ends in `IGNORED`. A training that was cut goes on from its
+    last save and gives the same weights.
 
     Raises:
         OutOfTimeError: the time is over; the state is saved.
@@ -93,12 +100,14 @@ def fit(
         step = state.step
         while len(state.order) < training.batch:
             state.order = torch.cat([state.order, torch.randperm(len(data), generator=generator)])
-        rows, state.order = data[state.order[: training.batch]].to(device), state.order[training.batch :]
+        rows, state.order = data[state.order[: training.batch]], state.order[training.batch :]
+        rows = rows[:, : int((rows != IGNORED).sum(1).max())].to(device)
         share = min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate * share
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            # Padding on the right stays out of sight: attention looks left only, and padded targets are not counted.
+            loss = model(input_ids=rows.clamp(min=0), labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -25,6 +25,17 @@ from typing import Any
 SECONDS = 10.0  # for one answer
 _MEMORY = 4 * 2**30
 _FILE_BYTES = 2**24
+_LIMITED = f"""
+import os, resource, sys
+for kind, most in (
+    (resource.RLIMIT_CPU, {math.ceil(SECONDS)}),
+    (resource.RLIMIT_AS, {_MEMORY}),
+    (resource.RLIMIT_FSIZE, {_FILE_BYTES}),
+    (resource.RLIMIT_CORE, 0),
+):
+    resource.setrlimit(kind, (most, most))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _FEWSHOT_TASKS = (2, 3, 4)  # of MBPP, whose authors prompt with them
 
 
@@ -81,14 +92,13 @@ def passes(answer: str, tests: str, seconds: float = SECONDS) -> bool:
         script = Path(folder) / "answer.py"
         script.write_text(f"{answer}\n{tests}\nprint({token!r}, flush=True)\n", encoding="utf-8", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-I", str(script)],
+            _words(script),
             cwd=folder,
             env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_limited if os.name == "posix" else None,
         )
         try:
             output, _ = process.communicate(timeout=seconds)
@@ -110,17 +120,11 @@ def tasks_2_to_4(docs: Any) -> Any:
     return docs.select(chosen or range(len(docs)))
 
 
-def _limited() -> None:
-    """In the child, before it runs: what it may use at most."""
-    import resource
-
-    for kind, most in (
-        (resource.RLIMIT_CPU, math.ceil(SECONDS)),
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_FSIZE, _FILE_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
+def _words(script: Path) -> list[str]:
+    """What runs the answer; where the system has limits, a first program sets them and becomes the second, since a fork
+    that calls Python functions is not safe beside other threads."""
+    words = [sys.executable, "-I", str(script)]
+    return [sys.executable, "-I", "-S", "-c", _LIMITED, *words] if os.name == "posix" else words
 
 
 def _end(process: subprocess.Popen) -> None:

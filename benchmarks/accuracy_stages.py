@@ -70,20 +70,23 @@ class Stages:
         """
         waiting = list(stages)
         try:
-            while True:
+            moved = True
+            while moved or self._running:
+                moved = False
                 for stage in [one for one in waiting if self._is_ready(one)]:
                     if stage.is_made():
-                        waiting.remove(stage)
                         waiting += self._note_done(stage.name, on_done)
                     elif len(self._running) < self.at_once and (self.until is None or time.time() < self.until):
-                        waiting.remove(stage)
                         self._begin(stage)
-                if not self._running and not any(self._is_ready(one) and one.is_made() for one in waiting):
-                    break
+                    else:
+                        continue
+                    waiting.remove(stage)
+                    moved = True
                 for name in [name for name, (process, _) in self._running.items() if process.poll() is not None]:
-                    if self._end(name):
-                        waiting += self._note_done(name, on_done)
-                time.sleep(0.1)
+                    waiting += self._note_done(name, on_done) if self._end(name) else ()
+                    moved = True
+                if not moved:
+                    time.sleep(0.1)
         finally:
             for process, _ in self._running.values():
                 process.terminate()

@@ -41,13 +41,13 @@ def main() -> None:
     write_texts(tasks, plan.texts)
     for line in shown(tasks):
         print(line, flush=True)
-    judging = Judging(plan, asked.results, [*shown(tasks), *_facts(plan, asked)])
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if plan.device != "cpu":  # the cores are for the processes side by side, not for the threads of one
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 4))
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # they share one GPU's memory, too
     runner = Stages(plan.work, environment, asked.at_once, plan.until)
-    judging.runner = runner
+    judging = Judging(plan, asked.results, [*shown(tasks), *_facts(plan)], runner)
     outcome = runner.run([_machine(plan), *stages(plan)], judging.on_done)
     for name in outcome.failed:
         print(f"{name} failed, see above and {plan.work}", file=sys.stderr)
@@ -61,10 +61,9 @@ def main() -> None:
 class Judging:
     """Which candidates are there, and which the evaluator has judged; the table that follows from that."""
 
-    def __init__(self, plan: Plan, results: Path, facts: Sequence[str]) -> None:
-        """Nothing is judged yet; `facts` stand under the table."""
-        self.plan, self.results, self.facts = plan, results, facts
-        self.runner: Stages | None = None
+    def __init__(self, plan: Plan, results: Path, facts: Sequence[str], runner: Stages) -> None:
+        """Nothing is judged yet; `facts` stand under the table, and the seconds that the runner took."""
+        self.plan, self.results, self.facts, self.runner = plan, results, facts, runner
         self._there: list[str] = []
         self._asked: dict[str, tuple[str, ...]] = {"evaluate 1": ()}
         self._is_free = False  # the evaluator's folder is one evaluation's at a time
@@ -145,7 +144,7 @@ def _machine(plan: Plan) -> Stage:
     return Stage(MACHINE, (), lambda: words, lambda: log.exists() and bool(log.read_text()))
 
 
-def _facts(plan: Plan, asked: argparse.Namespace) -> list[str]:
+def _facts(plan: Plan) -> list[str]:
     epochs = " and ".join(f"{epochs} epochs of {task}" for task, epochs in EPOCHS.items())
     return [
         f"base {plan.source.name}, seed {plan.seed}: {epochs}, full fine-tuning, {plan.batch} rows a step, learning rate "

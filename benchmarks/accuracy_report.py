@@ -27,7 +27,8 @@ def figures(scores: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
     rows = []
     for (name, role), own in scores.groupby(["candidate", "role"], sort=False):
         found = own.set_index(["task", "measure"])
-        row = {"model": called.get(name, name), "role": role}
+        own_name = f"expert of {TASKS[name]}" if role == "expert" else called.get(name, name)
+        row = {"model": own_name, "role": role}
         for task in TASKS:
             row[f"{task}_loss"] = found["value"].get((task, "loss"))
             row[f"{task}_kept"] = found["value"].get((task, "gain_kept"))

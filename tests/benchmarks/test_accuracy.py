@@ -156,6 +156,6 @@ def test_the_whole_benchmark_cut_and_gone_on_with(tmp_path):
     table = pd.read_csv(tmp_path / "results/accuracy.csv").set_index("model")
     assert table["role"].value_counts().to_dict() == {"base": 1, "expert": 2, "control": 2, "candidate": 4}
     assert table[["gsm8k_strict", "gsm8k_flexible", "mbpp_pass_at_1"]].notna().all(axis=None)
-    assert table.loc["gsm8k", "gsm8k_kept"] == 1.0 and table.loc["base", "mean_kept"] == 0.0
+    assert table.loc["expert of GSM8K", "gsm8k_kept"] == 1.0 and table.loc["base", "mean_kept"] == 0.0
     again = subprocess.run([*words, "--minutes", "0"], capture_output=True, text=True)
     assert again.returncode == 0 and "evaluate" not in again.stderr

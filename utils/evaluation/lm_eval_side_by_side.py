@@ -4,6 +4,7 @@ A process does one candidate after the other, and the next candidate goes to who
 several times: while one process waits for its core, the GPU works for another.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def _processes(scorers: Sequence[Scorer], tasks: AccuracyTasks, batch_size: int)
     """A process for each scorer, ready for candidates, for as long as the context lasts."""
     if any(scorer.settings.device.type == "cuda" for scorer in scorers):
         torch.cuda.empty_cache()  # the processes need what this one holds for nothing
+        # Keys and values grow with every token: blocks that cannot grow are kept by each process until the GPU is full.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     context = get_context("spawn")  # a forked process cannot use the GPU
     started: list[BaseProcess] = []
     connections = []

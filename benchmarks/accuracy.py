@@ -166,7 +166,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="rows to train on, of each task at most")
     parser.add_argument("--test_rows", type=int, help="rows to judge on, of each task at most")
     parser.add_argument("--batch", type=int, default=32, help="rows of a training step")
-    parser.add_argument("--rate", type=float, default=2e-4, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-4, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of calibration rows and training")
     parser.add_argument("--new_tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--prompts", type=int, default=384, help="prompts at a time of a model that answers")

@@ -17,7 +17,7 @@ from utils.publishing.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "utils/evaluation/accuracy"
-EPOCHS = {"gsm8k": 2, "mbpp": 6}
+EPOCHS = {"gsm8k": 2, "mbpp": 4}
 JOINT = "joint"
 # What the recipes are called, by the stage that makes each; joint fine-tuning is a model, and the ceiling.
 LABELS = {

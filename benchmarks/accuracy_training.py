@@ -62,7 +62,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, action="append", required=True, help="JSONL with prompt and answer")
     parser.add_argument("--epochs", type=int, action="append", required=True, help="passes over that text")
     parser.add_argument("--batch", type=int, default=32, help="rows of a step")
-    parser.add_argument("--rate", type=float, default=2e-4, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-4, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--until", type=float, help="stop then (seconds since the epoch); the same goes on later")

@@ -136,18 +136,8 @@ def test_the_whole_benchmark_cut_and_gone_on_with(tmp_path):
         pytest.skip("LEWIS_TEST_DATA is not set")
     words = [sys.executable, ROOT / "benchmarks/accuracy.py", "--data", Path(os.environ["LEWIS_TEST_DATA"]) / "data"]
     words += ["--base", ROOT / "tests/golden/models/base", "--rows", 24, "--test_rows", 8, "--new_tokens", 8]
-    words += [
-        "--batch",
-        8,
-        "--at_once",
-        2,
-        "--lanes",
-        2,
-        "--work",
-        tmp_path / "work",
-        "--results",
-        tmp_path / "results",
-    ]
+    words += ["--batch", 4, "--rate", 1e-3, "--at_once", 2, "--lanes", 2]
+    words += ["--work", tmp_path / "work", "--results", tmp_path / "results"]
     words = [str(word) for word in words]
     cut = subprocess.run([*words, "--minutes", "0.05"], capture_output=True, text=True)
     assert cut.returncode == 75, cut.stderr

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from utils.commands.evaluate_options import EvaluateOptions, refuse_out_dir
 from utils.commands.next_command import from_here
-from utils.commands.scorers import make_scorers, scoring_devices
+from utils.commands.scorers import loss_scorers, make_scorers, scoring_devices
 from utils.errors import UserError, warn
 from utils.evaluation.candidates import (
     Candidate,
@@ -89,7 +89,7 @@ def evaluate(options: EvaluateOptions) -> None:
         sweep_written(options.out_dir)
         _refuse_little_disk(scorer, candidates, controls, store)
         start = time.perf_counter()
-        evaluated = _evaluate(options, scorers, candidates, controls, against, store)
+        evaluated = _evaluate(options, loss_scorers(scorers), candidates, controls, against, store)
         if routers:
             evaluated = replace(evaluated, facts=(("routers of the uniform merges", routers),))
         weights, forward = (sum(getattr(one.seconds, part) for one in scorers) for part in ("weights", "forward"))

@@ -89,3 +89,13 @@ def make_scorers(
         )
         found.append(Scorer(options.config, tasks, settings, say=say))
     return found
+
+
+def loss_scorers(scorers: "list[Scorer]") -> "list[Scorer]":
+    """Those of some scorers that compute losses: one for each GPU, since threads, other than processes, gain nothing by
+    sharing one."""
+    found = {}
+    for place, one in enumerate(scorers):
+        device = one.settings.device
+        found.setdefault((device.index or 0) if device.type == "cuda" else f"place {place}", one)
+    return list(found.values())

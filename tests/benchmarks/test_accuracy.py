@@ -61,7 +61,8 @@ def test_the_evaluator_takes_the_rows_for_choosing_first(data, tmp_path):
 
     tasks = rows_of(data, seed=0, train=4, test=6)
     write_texts(tasks, tmp_path / "texts")
-    models = {name: ROOT / "tests/golden/models" / name for name in ("base", "math", "code")}
+    models = {"base": "base", "gsm8k": "math", "mbpp": "code"}
+    models = {name: ROOT / "tests/golden/models" / folder for name, folder in models.items()}
     config = pair_config(models, tmp_path / "texts", dict.fromkeys(tasks, Path("x.yaml")), "</s>", 4, 64)
     (tmp_path / "pair.yaml").write_text(json.dumps(config))
     for task in evaluation_rows(read_pair_config(tmp_path / "pair.yaml"), validation=6, test=6):

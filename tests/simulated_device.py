@@ -3,11 +3,13 @@
     python -m tests.simulated_device REPORT < COMMANDS
 
 Runs commands of this project, one after another, each as `python SCRIPT ARGUMENTS...` would, on a device called `sim:0`
-whatever `--device` says; COMMANDS is a JSON list of [SCRIPT, ARGUMENTS...]. Tensors on it compute on the CPU, but as on a GPU
+unless `--device cpu` says otherwise; COMMANDS is a JSON list of [SCRIPT, ARGUMENTS...]. Tensors on it compute on the CPU, but
+as on a GPU
 
 - an operation on tensors of both devices is an error (a scalar on the CPU may take part);
-- whatever makes the host wait for the device is recorded: REPORT is, for each command, a JSON list of {"operation",
-  "stack"}, where the stack names the functions of this project, the outermost first.
+- whatever makes the host wait for the device is recorded, with the bytes of tensors on it: REPORT is JSON, for each command
+  {"waits", "most"}: a list of {"operation", "stack"}, where the stack names the functions of this project, the outermost
+  first, and the most bytes that were there at a time.
 
 torch is given the device as a backend written in Python (`torch.utils.backend_registration`), for the whole process;
 so this is for a process of its own. CUDA's streams, events and pinned memory are not simulated.
@@ -16,7 +18,9 @@ so this is for a process of its own. CUDA's streams, events and pinned memory ar
 import json
 import runpy
 import sys
+import threading
 import traceback
+import weakref
 from pathlib import Path
 
 import torch
@@ -44,6 +48,35 @@ WAITING = (
 waits: list[dict] = []
 
 
+class Memory:
+    """The bytes of tensors that are on the device, of all threads, and the most of them at a time. State: what is counted."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._known: set[int] = set()
+        self._lock = threading.RLock()  # a storage can be let go of anywhere, by whoever holds the lock, too
+
+    def count(self, held: torch.Tensor) -> None:
+        """Count a tensor's storage if it is new, until it is let go of."""
+        storage = held.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        with self._lock:
+            if key in self._known:
+                return
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        with self._lock:
+            self._known.discard(key)
+            self.now -= size
+
+
+memory = Memory()
+
+
 class SimulatedTensor(torch.Tensor):
     """A tensor on the device. `held` is the CPU tensor that has its numbers."""
 
@@ -54,6 +87,7 @@ class SimulatedTensor(torch.Tensor):
 
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
+        memory.count(held)
 
     def __repr__(self) -> str:
         return f"SimulatedTensor({self.held!r})"
@@ -145,17 +179,24 @@ def register() -> list[torch.library.Library]:
     return [library]
 
 
+def take_its_place() -> None:
+    """Have everything that is not asked for on the CPU on the device; before anything else of the project is imported."""
+    from utils import runtime
+
+    choose = runtime.choose_device
+    runtime.choose_device = lambda asked: choose(asked) if asked == "cpu" else (torch.device(NAME, 0), "simulated")
+
+
 def main() -> None:
     """Run the commands on the device."""
     report, kept, found = Path(sys.argv[1]), register(), []
-    from utils import runtime
-
-    runtime.choose_device = lambda asked: (torch.device(NAME, 0), "simulated")
+    take_its_place()
     for words in json.load(sys.stdin):
         waits.clear()
+        memory.most = memory.now
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
-        found.append(list(waits))
+        found.append({"waits": list(waits), "most": memory.most})
     report.write_text(json.dumps(found))
     kept.clear()
 

@@ -42,7 +42,7 @@ def run_on_device(folder: Path, *commands: Sequence[object]) -> list[list[dict]]
     if GPU:
         runs = [([sys.executable, *words, "--device", "cuda"], "") for words in commands]
     else:
-        runs = [([sys.executable, "-m", "tests.simulated_device", "waits.json"], json.dumps(commands))]
+        runs = [([sys.executable, "-m", "tests.simulated_device", "seen.json"], json.dumps(commands))]
     beside = os.environ.get("PYTHONPATH", "")
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), beside))), "HF_HUB_OFFLINE": "1"}
     for command, given in runs:
@@ -51,7 +51,7 @@ def run_on_device(folder: Path, *commands: Sequence[object]) -> list[list[dict]]
         )
         assert done.returncode == 0, done.stderr
         assert ("cuda:0" if GPU else "simulated") in done.stdout
-    return [[] for _ in commands] if GPU else json.loads((folder / "waits.json").read_text())
+    return [[] for _ in commands] if GPU else [one["waits"] for one in json.loads((folder / "seen.json").read_text())]
 
 
 def assert_same_models(folder: Path, other: Path) -> None:

@@ -12,7 +12,7 @@ from utils.pair.batches import MicroBatch
 from utils.passes.block_runner import Bystander, Visitor, run_blocks
 from utils.passes.language_head import fetch_head, head_names, language_head
 
-_LOGITS_AT_ONCE = 2**23
+LOGITS_AT_ONCE = 2**23
 
 
 def head_bytes(decoder: Decoder, size: int) -> int:
@@ -20,7 +20,7 @@ def head_bytes(decoder: Decoder, size: int) -> int:
     and a piece of the logits."""
     tensors = dict(decoder.model.named_parameters(remove_duplicate=False))
     head = {id(tensors[name]): tensors[name].numel() for name in head_names(decoder) if name in tensors}
-    return size * sum(head.values()) + _LOGITS_AT_ONCE * (size + 2 * torch.float32.itemsize)
+    return size * sum(head.values()) + LOGITS_AT_ONCE * (size + 2 * torch.float32.itemsize)
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def losses_behind(
 ) -> tuple[float, ...]:
     """The same from final hidden states [samples, length, hidden] of micro-batches, on the device; in the order of the batches
     and of their samples. Closes the weight source."""
-    at_once = max(1, _LOGITS_AT_ONCE // decoder.model.get_input_embeddings().weight.shape[0])
+    at_once = max(1, LOGITS_AT_ONCE // decoder.model.get_input_embeddings().weight.shape[0])
     found = []
     with language_head(decoder, fetch_head(decoder, weights), device) as to_logits:
         for batch, final in zip(batches, finals, strict=True):

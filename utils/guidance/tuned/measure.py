@@ -7,6 +7,7 @@ from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import accepted_doubts, both_forward, gains_on_own_text
 from utils.guidance.tuned.descent import Descent, Step
+from utils.guidance.tuned.memory import losses_bytes, parts_bytes, step_bytes
 from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
 from utils.guidance.tuned.parts import plan_parts
 from utils.guidance.tuned.start import Start, plain_start, read_start
@@ -15,7 +16,7 @@ from utils.guidance.tuned.tuning import Tuned, held_out_of, settings_of, tune
 from utils.passes.gradient_memory import GradientMemory, gradient_memory, on_the_disk
 from utils.passes.gradient_refusals import refuse_short
 from utils.passes.language_head import require_head
-from utils.passes.subjects import Subject, largest_block
+from utils.passes.subjects import Subject
 from utils.recipes.naming import LocalModels
 from utils.recipes.routers import BASE, MERGE
 from utils.runtime import gigabytes
@@ -44,15 +45,13 @@ def choices(job: MeasureJob) -> list[str]:
 
 
 def memory(job: MeasureJob) -> int:
-    """Bytes on one device at the peak of a step, about: the base's way there and back with the samples of all tasks, the
-    gradients summed up in float32, of a block or of what lies outside the blocks, and a part while they are multiplied by it."""
-    needed = gradient_memory(job.base, [ids for expert in _experts(job) for ids in job.text(job.base, expert).encoded])
-    model, blocks = job.base.decoder.model, job.base.decoder.blocks
-    inside = {id(value) for value in blocks.parameters()}
-    around = [value.numel() for value in model.parameters() if id(value) not in inside]
-    largest = max([*around, *([] if job.base.experts_apart else (value.numel() for value in blocks.parameters()))])
-    outside = 4 * sum(around) + max(needed.outside, 4 * largest)
-    return needed.held + max(needed.logits, needed.block + 4 * largest_block(job.base), outside)
+    """Bytes on one device at the peak, about: of the merges that give the parts, of losses on held-out samples, or of a step."""
+    start = _start(job)
+    samples = [ids for expert in _experts(job) for ids in job.text(job.base, expert).encoded]
+    device = job.devices[0]
+    settings = settings_of(job, device, start)
+    needs = parts_bytes(start, job.base, [one.entry for one in _experts(job)], settings, device)
+    return max(needs, losses_bytes(job.base, samples), step_bytes(job.base, samples, device))
 
 
 def waiting(job: MeasureJob) -> int:
@@ -86,7 +85,7 @@ def measure(job: MeasureJob) -> Measured:
     for expert in experts:
         refuse_short(job.text(job.base, expert).encoded)
     own = job.of(job.base, *experts)
-    plan_parts(start, own.subjects[0], [one.entry for one in experts], settings_of(job, job.devices[0]))
+    plan_parts(start, own.subjects[0], [one.entry for one in experts], settings_of(job, job.devices[0], start))
     on_text = gains_on_own_text(job, experts, both_forward, then=_BY_LOSSES)
     gains = on_text.gains
     blocks = len(job.base.decoder.blocks) * (3 * job.options["tune_steps"] + 1)

@@ -51,7 +51,7 @@ def plan_parts(
     for entry in experts:
         planned = plan_recipe(settings, start.part_recipe(base.entry, experts, entry.type), lambda line: None)
         shapes = {tensor.name: tensor.shape for tensor in planned.plan.tensors}
-        for header in (header for name in _parameters(base) for header in base.layout.headers(name)):
+        for header in (header for name in parameters_of(base) for header in base.layout.headers(name)):
             if shapes.get(header.name) != header.shape:
                 got = list(shapes.get(header.name) or ())
                 raise UserError(
@@ -72,7 +72,7 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
         base: the base.
         folder: where to write; it must not exist.
     """
-    parameters, layout = _parameters(base), base.layout
+    parameters, layout = parameters_of(base), base.layout
     weights = StreamedWeights(layout, torch.device("cpu"), torch.float32)
     placed: dict[str, dict[str, str]] = {type_: {} for type_ in works}
     headers: dict[str, dict[str, TensorHeader]] = {type_: {} for type_ in works}
@@ -86,7 +86,7 @@ def write_parts(works: Mapping[str, MergeWork], base: Subject, folder: Path) -> 
             targets = {type_: folder / type_ / f"experts-{layer:05d}" for type_ in works if names}
             for type_, found in _write_experts(works, base, weights, names, targets).items():
                 headers[type_] |= found
-        for number, names in enumerate(_groups(base.decoder, others)):
+        for number, names in enumerate(groups_of(base.decoder, others)):
             before = weights.fetch(names)
             stored = list(dict.fromkeys(one for name in names for one in layout.stored_names(name)))
             merged = merged_tensors(list(works.values()), stored)
@@ -133,7 +133,7 @@ def _write_experts(
     return {type_: read_headers(target, type_) for type_, target in targets.items()}
 
 
-def _parameters(base: Subject) -> list[str]:
+def parameters_of(base: Subject) -> list[str]:
     """The names in the model of the stored parameters; tied ones once."""
     return [name for name, _ in base.decoder.model.named_parameters() if name in base.layout]
 
@@ -151,7 +151,7 @@ def _layout(headers: Mapping[str, TensorHeader]) -> StoredLayout:
     return StoredLayout(headers, (), (), ())
 
 
-def _groups(decoder: Decoder, names: Sequence[str]) -> list[list[str]]:
+def groups_of(decoder: Decoder, names: Sequence[str]) -> list[list[str]]:
     """Each parameter outside the blocks by itself, since embeddings are large, and those of each block together."""
     in_blocks = block_tensor_names(decoder)
     groups: dict[str, list[str]] = {}
@@ -180,7 +180,7 @@ class SummedWeights:
         for name in found.keys() & next(iter(self.coefficients.values())).keys():
             total = found[name].float()
             for type_ in self.parts:  # one part of one tensor in memory
-                total = total + self.coefficients[type_][name] * self.part(type_, name)
+                total += self.part(type_, name).mul_(self.coefficients[type_][name])
             found[name] = total.to(found[name].dtype)
         return found
 
@@ -189,7 +189,7 @@ class SummedWeights:
         found = self.base.fetch_expert(name, expert)
         total = found.float()
         for type_ in self.parts:
-            total = total + self.coefficients[type_][name] * self.part_of_expert(type_, name, expert)
+            total += self.part_of_expert(type_, name, expert).mul_(self.coefficients[type_][name])
         return total.to(found.dtype)
 
     def part_of_expert(self, type_: str, name: str, expert: int) -> Tensor:

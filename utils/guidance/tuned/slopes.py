@@ -7,7 +7,7 @@ from torch import Tensor
 
 from utils.guidance.tuned.parts import Parts, SummedWeights
 
-_AT_ONCE = 2**20  # entries in float64 together
+AT_ONCE = 2**20  # entries in float64 together
 
 
 class CoefficientSlopes:
@@ -36,11 +36,11 @@ class CoefficientSlopes:
         if name in self._sums:
             self._sums[name].add_(gradient, alpha=self.by_sample[sample])
         else:
-            self._sums[name] = gradient.float() * self.by_sample[sample]
+            self._sums[name] = gradient.float().mul_(self.by_sample[sample])
 
     def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
         """Multiply one sample's gradient of one expert's matrix by its parts."""
-        total = gradient.float() * self.by_sample[sample]
+        total = gradient.float().mul_(self.by_sample[sample])
         for row, type_ in enumerate(self.weights.parts):
             self.found[row, self.names[name]] += _product(total, self.weights.part_of_expert(type_, name, expert))
 
@@ -54,7 +54,7 @@ class CoefficientSlopes:
 
 def _product(slope: Tensor, part: Tensor) -> float:
     """The sum of the products of entries, in float64, a few at a time; here, so that a part is let go of before the next."""
-    pairs = zip(slope.flatten().split(_AT_ONCE), part.flatten().split(_AT_ONCE), strict=True)
+    pairs = zip(slope.flatten().split(AT_ONCE), part.flatten().split(AT_ONCE), strict=True)
     return float(torch.stack([one.double() @ other.double() for one, other in pairs]).sum())
 
 

@@ -17,6 +17,8 @@ from utils.guidance.tuned.descent import Asked, Descent, Weigh, descend
 from utils.guidance.tuned.parts import Parts, SummedWeights, plan_parts, write_parts
 from utils.guidance.tuned.slopes import CoefficientSlopes, group_numbers
 from utils.guidance.tuned.start import Start
+from utils.mergekit_api import merge_method
+from utils.merging.pieces.choice import reason_against
 from utils.merging.settings import MergeSettings
 from utils.passes.block_gradients import backward_pass
 from utils.passes.sample_losses import sample_losses
@@ -63,9 +65,12 @@ def held_out_of(samples: int) -> int:
     return max(1, samples // _HELD_OUT)
 
 
-def settings_of(job: MeasureJob, device: torch.device) -> MergeSettings:
-    """Of the merges that give the parts."""
-    return MergeSettings(Path("tuned"), Path("tuned"), device=str(device), trust_remote_code=job.trust_remote_code)
+def settings_of(job: MeasureJob, device: torch.device, start: Start) -> MergeSettings:
+    """Of the merges that give the parts, which go to files: plain changes come out in pieces, where the files are, whatever
+    device computes; mergekit's executor would take eight numbers in float32 for each of a tensor's there."""
+    settings = MergeSettings(Path("tuned"), Path("tuned"), device=str(device), trust_remote_code=job.trust_remote_code)
+    in_pieces = start.is_plain and reason_against(settings, merge_method(start.merge_method)) is None
+    return replace(settings, device="cpu") if in_pieces else settings
 
 
 def tune(
@@ -98,7 +103,7 @@ def _tuned(
     device = place.device
     base, *experts = job.subjects
     base = replace(base, experts_apart=job.open_weights(base, device).experts_apart)  # decided for all steps alike
-    works = plan_parts(start, base, [one.entry for one in experts], settings_of(job, device))
+    works = plan_parts(start, base, [one.entry for one in experts], settings_of(job, device, start))
     parts = write_parts(works, base, folder)
     stepped, held = _Samples(), _Samples()
     by_experts: tuple[list[float], list[float]] = [], []

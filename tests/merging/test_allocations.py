@@ -31,11 +31,12 @@ METHODS = {
     "karcher": {},
     "multislerp": {"weight": 0.5},
     "nearswap": {"t": 0.5},
+    "arcee_fusion": {},
 }
 
 
 def inputs(method, dtype):
-    count = 2 if method in ("slerp", "nearswap") else 3
+    count = 2 if method in ("slerp", "nearswap", "arcee_fusion") else 3
     torch.manual_seed(0)
     common = torch.randn(SIDE, SIDE)
     return [(common + 0.1 * torch.randn(SIDE, SIDE)).to(dtype) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 _UNTOUCHED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _INDEX = 8  # bytes of an int64
+# These bring tensors of unlike dtypes into one first, on the CPU in memory.
+_IN_ONE_DTYPE = ("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -76,6 +79,8 @@ def _buffers(name: str, args: tuple) -> int:
     given = args[0] if args and isinstance(args[0], Tensor) else None
     if given is None:
         return 0
+    if name.removesuffix("_") in _IN_ONE_DTYPE and given.device.type == "cpu":
+        return _copies(given, *(one for one in args[1:2] if isinstance(one, Tensor)))
     if name == "sort" and given.dim() == 1:  # rows are sorted one by one
         return _INDEX * given.numel()
     if name == "topk" and given.dim() == 1:  # pairs of value and index, which torch's allocator does not see
@@ -83,3 +88,10 @@ def _buffers(name: str, args: tuple) -> int:
     if name == "sum" and given.dtype == torch.bool:  # as numbers first
         return _INDEX * given.numel()
     return 0
+
+
+def _copies(*tensors: Tensor) -> int:
+    """Bytes of those that are not in the dtype that all are brought into; one without dimensions is read as a number."""
+    whole = [one for one in tensors if one.dim()]
+    dtype = reduce(torch.promote_types, (one.dtype for one in whole), torch.bool)
+    return sum(dtype.itemsize * one.numel() for one in whole if one.dtype != dtype)

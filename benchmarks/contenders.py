@@ -3,13 +3,14 @@
 import csv
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks.growth import ENOUGH, fit
@@ -30,7 +31,8 @@ class Run:
 
     `anonymous` is the peak of memory that the system could not reclaim (resident pages that no file backs; what a GPU's
     driver pins is not in it); `gpu` what the process itself reports as its peak on the GPU, 0 without one; `tokens` how
-    many it says each model computed, 0 if that is not its work.
+    many it says each model computed, 0 if that is not its work; `processor` the seconds that processors spent on it and
+    on what it started, which others on the machine make longer far less than time by the clock.
     """
 
     contender: str
@@ -39,6 +41,7 @@ class Run:
     anonymous: int
     gpu: int
     tokens: int = 0
+    processor: float = 0
 
 
 JOB_SECONDS = re.compile(r"(?:measured|merged) in ([\d.]+) s")
@@ -58,7 +61,7 @@ def run_once(contender: Contender) -> Run:
     """Run a contender as a whole process; raises with its output if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(contender.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak = [0]
+    peak, before = [0], _spent_by_children()
     watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
     watcher.start()
     output, _ = process.communicate()
@@ -66,7 +69,7 @@ def run_once(contender: Contender) -> Run:
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{contender.name} failed:\n{output[-3000:]}")
-    return read_output(contender.name, output, seconds, peak[0])
+    return replace(read_output(contender.name, output, seconds, peak[0]), processor=_spent_by_children() - before)
 
 
 def read_output(name: str, output: str, seconds: float, anonymous: int) -> Run:
@@ -98,16 +101,17 @@ def table(contenders: Sequence[Contender], runs: Sequence[Run], baseline: str) -
     """Medians per contender and how many times faster than the baseline, as Markdown."""
     medians = {name: _medians([run for run in runs if run.contender == name]) for name in {r.contender for r in runs}}
     lines = [
-        "| contender | process s | job s | job: baseline / this | process: baseline / this | unreclaimable MB | GPU MB | "
-        "moved GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| contender | process s | job s | processor s | job: baseline / this | process: baseline / this | "
+        "processor: baseline / this | unreclaimable MB | GPU MB | moved GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     base = medians[baseline]
     for contender in contenders:
         m = medians[contender.name]
         lines.append(
-            f"| {contender.name} | {m.seconds:.2f} | {m.job_seconds:.2f} | {base.job_seconds / m.job_seconds:.2f} | "
-            f"{base.seconds / m.seconds:.2f} | {m.anonymous / 1e6:.0f} | {m.gpu / 1e6:.0f} | "
+            f"| {contender.name} | {m.seconds:.2f} | {m.job_seconds:.2f} | {m.processor:.2f} | "
+            f"{base.job_seconds / m.job_seconds:.2f} | {base.seconds / m.seconds:.2f} | "
+            f"{base.processor / m.processor:.2f} | {m.anonymous / 1e6:.0f} | {m.gpu / 1e6:.0f} | "
             f"{contender.bytes_moved / 1e9:.2f} |"
         )
     return "\n".join(lines)
@@ -163,9 +167,15 @@ def _medians(runs: Sequence[Run]) -> Run:
         runs[0].contender,
         *(
             statistics.median(getattr(run, name) for run in runs)
-            for name in ("seconds", "job_seconds", "anonymous", "gpu", "tokens")
+            for name in ("seconds", "job_seconds", "anonymous", "gpu", "tokens", "processor")
         ),
     )
+
+
+def _spent_by_children() -> float:
+    """Processor seconds of the processes that were started here and have ended, and of theirs."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _watch(process: subprocess.Popen, peak: list[int]) -> None:

@@ -8,7 +8,8 @@
 Every command runs as a whole process, once for each shape and each number of blocks in `--depths`, on models that have random
 weights. The peak of memory that the system cannot reclaim (RssAnon; on a GPU the peak that the command prints), without that of the same
 command on models of next to no size, which is the runtime, is compared with the line `memory: about`. Every run goes into
-`benchmarks/results/memory.csv`; a table of medians is printed.
+`benchmarks/results/memory.csv`; a table of medians is printed, in which what is below the resolution of that difference is
+said to be.
 """
 
 import argparse
@@ -50,6 +51,7 @@ SAMPLES = 6
 FREE = dict.fromkeys(
     ("gram_mean", "saliency_budget", "sens_merging", "submodule_linearity"), ("--accept_useless_text",)
 ) | {"tuned": ("--accept_useless_text", "--tune_steps", "2")}
+RESOLUTION = 5  # MB: what two runs of one process can differ by (pages of stacks, of small pieces that were freed)
 _ABOUT = re.compile(r"memory: about ([\d.]+) (MB|GB|kB)")
 _GPU_PEAK = re.compile(r"peak GPU memory ([\d.]+) (MB|GB|kB)")
 _SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -163,8 +165,15 @@ def table(found: Sequence[dict[str, object]]) -> str:
             statistics.median(values)
             for values in ([row["estimate_mb"] for row in own], [row["peak_mb"] - row["runtime_mb"] for row in own])
         )
-        lines.append(f"| {' | '.join(map(str, key))} | {said:.0f} | {taken:.0f} | {said / taken:.2f} |")
+        lines.append(f"| {' | '.join(map(str, key))} | {said:.0f} | {' | '.join(_figures(said, taken))} |")
     return "\n".join(lines)
+
+
+def _figures(said: float, taken: float) -> tuple[str, str]:
+    """What was taken and the ratio; where both are below what can be told apart from nothing, that."""
+    if max(said, taken) < RESOLUTION:
+        return f"under {RESOLUTION}", ""
+    return f"{taken:.0f}", f"{said / taken:.2f}"
 
 
 def _listed(names: str) -> list[str]:

@@ -22,7 +22,7 @@ from benchmarks import mixtures
 from benchmarks.growth import ENOUGH, Growth, fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FIGURES = ["seconds", "job_seconds", "anonymous", "gpu", "tokens"]
+FIGURES = ["seconds", "job_seconds", "anonymous", "gpu", "tokens", "processor"]
 # what each contender is compared with, by benchmark
 BASELINES = {
     "measuring": {

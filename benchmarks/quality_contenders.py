@@ -126,7 +126,8 @@ def one_expert(task: str, budget: float) -> dict[str, Variant]:
         "LEWIS clip": guided("lewis", bound="clip", **keep),
         "saliency budget": guided("saliency_budget", **keep),
         "saliency mask": guided("saliency_budget", mask="saliency", **keep),
-        "saliency mask, refitted": guided("gram_mean", **keep),
+        "saliency mask, refitted": guided("gram_mean", shared={"joint_support": False}, **keep),
+        "joint support, refitted": guided("gram_mean", **keep),
         "low rank, by inputs": guided("gram_mean", form="low_rank", **keep),
     }
 

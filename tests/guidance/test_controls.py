@@ -142,7 +142,7 @@ def test_forms_have_names_of_their_own_and_say_what_they_are(pair, capsys):
     paths = [decide_here("gram_mean", "gram_mean", mean_density=0.3, form=form)[0] for form in ("sparse", "low_rank")]
     said = capsys.readouterr().out
     assert len(set(paths)) == 2 and all(path.is_file() for path in paths)
-    assert "method:   gram_mean, keeps the entries of largest saliency, fitted anew; takes" in said
+    assert "method:   gram_mean, keeps entries, fitted anew to answer like the whole; takes" in said
     assert "method:   gram_mean, keeps two factors of low rank; takes" in said and "--adapter" not in said
 
 

@@ -144,11 +144,13 @@ def _of_own(plan: MergePlan, tensor: OutputTensor, item: int) -> int:
     `gram_mean` says itself what it takes.
     """
     models = max(1, len(tensor.sources) - 1)
+    densities = [values.get("density", 1.0) for _, values in tensor.task.input_parameters.items()]
+    cuts = [density for density in densities if 0 < density < 1]
     if isinstance(plan.method, GramMean):
         is_vocabulary = tensor.vocabulary_axis is not None
-        return plan.method.arithmetic_bytes(tensor.shape or (), models, is_vocabulary=is_vocabulary)
-    densities = [values.get("density", 1.0) for _, values in tensor.task.input_parameters.items()]
-    cut = sum(0 < density < 1 for density in densities)
+        density = max(cuts, default=1.0)
+        return plan.method.arithmetic_bytes(tensor.shape or (), models, is_vocabulary=is_vocabulary, density=density)
+    cut = len(cuts)
     if isinstance(plan.method, GuidedMean):
         return (cut + max(item, 9 if cut else 0)) * tensor.params + min(TEMPORARIES, 24 * tensor.params)
     total = models * (2 * item + 2) + 3 * item if dict(tensor.task.parameters.items())["vote"] else 3 * item

@@ -115,9 +115,9 @@ GUIDED_MEAN = DeltaMethod(
 )
 GRAM_MEAN = DeltaMethod(
     "gram_mean",
-    "the entries of largest saliency, fitted anew",
+    "entries, fitted anew to answer like the whole",
     normalize=False,
-    switches=("embedding_rows", "low_rank", "anchor"),
+    switches=("embedding_rows", "low_rank", "joint_support", "anchor"),
     numbers=(
         *GUIDED_MEAN.numbers,
         SharedNumber("ridge", 1e-7, 0, 1, low_open=True, is_written=True),

@@ -449,27 +449,51 @@ def test_command_3_refuses_matrices_of_another_model(pair):
     assert not Path("merged").exists()
 
 
-def test_one_expert_sparse_is_masked_and_fitted_anew(pair):
-    """Entries of largest saliency; those kept answer like the whole change on the layer's inputs."""
-    folder = pair()
+def fitted_anew(change, kept, gram):
+    """Row by row what is kept takes over the rest, with a ridge."""
+    fitted, ridge = torch.zeros_like(change), 1e-3 * gram.diagonal().mean()
+    for row, chosen in enumerate(kept):
+        own = gram[chosen][:, chosen] + ridge * torch.eye(int(chosen.sum()), dtype=torch.float64)
+        taken = torch.linalg.solve(own, gram[chosen][:, ~chosen] @ change[row, ~chosen])
+        fitted[row, chosen] = change[row, chosen] + taken
+    return fitted
+
+
+SPARSE = {
+    "llama": ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"),
+    "gpt2": ("transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"),
+}
+
+
+@pytest.mark.parametrize(("family", "joint"), [("llama", False), ("llama", True), ("gpt2", True)])
+def test_one_expert_sparse_is_masked_and_fitted_anew(pair, family, joint):
+    """What is kept answers like the whole change on the layer's inputs: chosen for that, or by each entry's saliency."""
+    folder = pair(family)
     write_config(folder, {"target_model_names": {"math": "./math"}})
     (recipe,) = decided(mean_density=0.2)
+    assert recipe["parameters"].pop("joint_support") is True
+    if joint:
+        recipe["parameters"]["joint_support"] = True  # earlier recipes have none
     cuts = recipe["models"][1]["parameters"]["density"]
-    assert len(cuts) == 15 and {cut["value"] for cut in cuts[:-1]} == {0.2} and cuts[-1] == {"value": 1}
+    assert {cut["value"] for cut in cuts[:-1]} == {0.2} and cuts[-1] == {"value": 1}
     found, base, expert = merged(recipe, dtype="float32"), tensors(Path("base")), tensors(Path("math"))
     file = load_file("dfs/math_grams.safetensors")
     plain = [Plain(folder / model, samples("math")) for model in ("base", "math")]
-    for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"):
-        change = expert[name].double() - base[name].double()
-        fisher = file[f"{name}.axis0"].double()[:, None] * file[f"{name}.axis1"].double()
-        worth = (change**2 * fisher**0.5).flatten()
-        kept = torch.zeros_like(worth, dtype=torch.bool).index_fill_(0, worth.topk(int(0.2 * len(worth))).indices, True)
-        kept, gram = kept.view_as(change), sum(side.grams[name] for side in plain)
-        r = 1e-3 * gram.diagonal().mean()
-        for row in range(len(change)):
-            chosen, rest = kept[row], ~kept[row]
-            own = gram[chosen][:, chosen] + r * torch.eye(int(chosen.sum()), dtype=torch.float64)
-            fitted = change[row, chosen] + torch.linalg.solve(own, gram[chosen][:, rest] @ change[row, rest])
-            expected = base[name][row].double().index_put((chosen.nonzero()[:, 0],), fitted, accumulate=True)
-            torch.testing.assert_close(found[name][row].double(), expected, rtol=1e-3, atol=1e-5)
-    assert torch.equal(found["model.embed_tokens.weight"], expert["model.embed_tokens.weight"].float())
+    for name in SPARSE[family]:
+        axes, gram = [file[f"{name}.axis{axis}"].double() for axis in (0, 1)], sum(side.grams[name] for side in plain)
+        before, after, result = (one[name].double() for one in (base, expert, found))
+        if family == "gpt2":
+            axes, before, after, result = axes[::-1], before.t(), after.t(), result.t()
+        change, count = after - before, int(0.2 * before.numel())
+        worth = (change**2 * (axes[0][:, None] * axes[1]) ** 0.5).flatten()
+        alone = (
+            torch.zeros_like(worth, dtype=torch.bool).index_fill_(0, worth.topk(count).indices, True).view_as(change)
+        )
+        kept = result != before if joint else alone
+        assert int(kept.sum()) == count
+        torch.testing.assert_close(result, before + fitted_anew(change, kept, gram), rtol=1e-3, atol=1e-5)
+        missed = [one - change for one in (result - before, fitted_anew(change, alone, gram))]
+        costs = [float((axes[0].sqrt() * ((one @ gram) * one).sum(1)).sum()) for one in missed]
+        assert costs[0] < 0.9 * costs[1] if joint else costs[0] == pytest.approx(costs[1], rel=1e-3)
+    embedding = next(name for name in ("model.embed_tokens.weight", "transformer.wte.weight") if name in found)
+    assert torch.equal(found[embedding], expert[embedding].float())

@@ -16,7 +16,7 @@ from utils.recipes.naming import Naming, Recorded, name_recorded
 _ENOUGH_SAMPLES = 15  # below, the guided mean merges embeddings as well (benchmarks/quality.py)
 _DIGITS = 6
 _KEPT = {
-    SPARSE: "{:g} of each linear layer's entries, those of largest saliency, fitted anew to answer like the whole",
+    SPARSE: "{:g} of each linear layer's entries, fitted anew to answer like the whole",
     LOW_RANK: "of each linear layer two factors with {:g} of its numbers, of all such the ones that answer most like the whole",
 }
 _WHOLE = (
@@ -55,7 +55,7 @@ def decide(job: DecideJob) -> Decision:
         warnings=tuple(warnings),
         tags=(form,) if form == LOW_RANK else (),
         fits_adapter=alone and form == LOW_RANK and not job.models.routers,
-        parameters={"embedding_rows": rows} | ({"low_rank": True} if form == LOW_RANK else {}),
+        parameters={"embedding_rows": rows} | _cutting(form, density),
         measured={name: gram_file(name) for name in names},
         expert_weights=weights,
     )
@@ -70,6 +70,13 @@ def _form(job: DecideJob, density: float | None) -> str:
             "flag-no-effect",
         )
     return job.options[FORM]
+
+
+def _cutting(form: str, density: float | None) -> dict[str, bool]:
+    """How a density cuts, for the merge method."""
+    if density is None or density >= 1:
+        return {}
+    return {"low_rank": True} if form == LOW_RANK else {"joint_support": True}
 
 
 def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, float], list[str]]:

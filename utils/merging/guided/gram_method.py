@@ -22,14 +22,15 @@ from utils.merging.guided.low_rank import low_rank_factors, rank_of
 from utils.merging.guided.mask import kept_entries, magnitude_mask, saliency_mask
 from utils.merging.guided.mean import TEMPORARIES, WeighedModel, guided_mean
 from utils.merging.guided.own_method import FACTOR, SALIENCY, WeighedMethod, base_of, vector_key, weighed_spec
-from utils.merging.guided.refit import refitted
+from utils.merging.guided.refit import refit_bytes, refitted
 from utils.merging.guided.row_gram import AT_ONCE as ROWS_AT_ONCE
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
+from utils.merging.guided.support import joint_support
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
 
-_SWITCHES = {"embedding_rows": True, "low_rank": False, "anchor": True}
+_SWITCHES = {"embedding_rows": True, "low_rank": False, "joint_support": False, "anchor": True}
 
 
 class GramMean(WeighedMethod):
@@ -37,9 +38,9 @@ class GramMean(WeighedMethod):
 
     Parameters, per model that is not the base:
         weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
-        density: share of the entries of its change to a linear layer that are kept, those of largest delta^2 F^power,
-            fitted anew to answer like the whole change on the layer's inputs (`utils/merging/guided/refit.py`; where there
-            are no inputs, kept as they are). Default 1.
+        density: share of the entries of its change to a linear layer that are kept, fitted anew to answer like the whole
+            change on the layer's inputs (`utils/merging/guided/refit.py`); where there are no inputs those of largest
+            delta^2 F^power, as they are. Default 1.
         factor: of its change alone, not of its share beside the others'; any number. Default 1.
         saliency: path of its file of vectors and Gram matrices (`utils/recipes/gram_file.py`), which must be given. A
             tensor for which some model has "", or no matrices, is merged by the guided mean.
@@ -56,6 +57,9 @@ class GramMean(WeighedMethod):
         low_rank: a density below 1 keeps, instead of entries, as many numbers in two factors: the change of that rank which
             answers most like the whole (`utils/merging/guided/low_rank.py`; by magnitude where there are no inputs).
             Default false.
+        joint_support: the entries that a density keeps are those that answer most like the whole once they are fitted
+            (`utils/merging/guided/support.py`), an output counting by its F^power. Default false, those of largest
+            delta^2 F^power: recipes from before the search name no support, and are merged as they were.
 
     Matrices are solved in float64, on a GPU too; the result is rounded once.
     """
@@ -68,17 +72,18 @@ class GramMean(WeighedMethod):
         return misfit(file, tensor, shape)
 
     @staticmethod
-    def arithmetic_bytes(shape: tuple[int, ...], models: int, *, is_vocabulary: bool) -> int:
+    def arithmetic_bytes(shape: tuple[int, ...], models: int, *, is_vocabulary: bool, density: float = 1.0) -> int:
         """Bytes that a tensor's arithmetic takes at its peak beside the inputs, the result included.
 
         The base, every change and what is merged are there in float64 at once, of a linear layer its anchor, too; and the
         matrices of its width w: float32 and float64 of every model, their sum, its copy and its factor. Pieces of rows are
-        solved for with a few temporaries.
+        solved for with a few temporaries. Where a density cuts, one change after the other takes a search and a fit.
 
         Args:
             shape: of the tensor.
             models: how many change it.
             is_vocabulary: whether it is an embedding or a head.
+            density: the largest that cuts one of the changes; 1: none.
         """
         entries, squared = torch.Size(shape).numel(), shape[-1] ** 2 if len(shape) == 2 else 0
         held = 8 * (models + 2) * entries
@@ -88,7 +93,12 @@ class GramMean(WeighedMethod):
         if not squared:
             return held + min(TEMPORARIES, 56 * entries)
         solving = (12 * models + 8) * squared + 24 * min(entries, SOLVED_AT_ONCE)
-        return held + 8 * entries + max((12 * models + 24) * squared, solving)
+        merging = held + 8 * entries + max((12 * models + 24) * squared, solving)
+        if not 0 < density < 1:
+            return merging
+        searching = 26 * entries + 28 * squared
+        fitting = 9 * entries + 12 * squared + refit_bytes(shape, density)
+        return max(merging, 8 * (models + 1) * entries + max(searching, fitting))
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor of the base and the other models; all on one device.
@@ -145,13 +155,18 @@ def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
         return _of_low_rank(change, model, shared["refit_ridge"])
     if model.key is None:
         return torch.where(magnitude_mask(change, k), change, 0.0)
-    mask = saliency_mask(change, k, *(axis.double().pow(shared["power"]) for axis in read_vectors(model.key)))
-    inputs = input_gram(model.key)
+    axes, inputs = [axis.double().pow(shared["power"]) for axis in read_vectors(model.key)], input_gram(model.key)
     if inputs is None:
-        return torch.where(mask, change, 0.0)
-    if inputs.axis == 0:
-        return refitted(change.t(), mask.t(), inputs.gram, shared["refit_ridge"]).t()
-    return refitted(change, mask, inputs.gram, shared["refit_ridge"])
+        return torch.where(saliency_mask(change, k, *axes), change, 0.0)
+    gram, ridge, turned = inputs.gram, shared["refit_ridge"], inputs.axis == 0
+    rows = change.t() if turned else change
+    if shared["joint_support"]:
+        mask = joint_support(rows, k, gram, axes[1 if turned else 0], ridge)
+    else:
+        mask = saliency_mask(change, k, *axes)
+        mask = mask.t() if turned else mask
+    fitted = refitted(rows, mask, gram, ridge)
+    return fitted.t() if turned else fitted
 
 
 def _of_low_rank(change: Tensor, model: _Model, ridge: float) -> Tensor:

@@ -49,7 +49,7 @@ def saliency_mask(change: Tensor, k: int, *axes: Tensor) -> Tensor:
     rank = torch.empty(change.shape, dtype=torch.float32, device=change.device)
     rank.copy_(change).abs_()
     for place, axis in enumerate(axes):
-        root = _relative_root(axis).to(change.device)
+        root = relative_root(axis).to(change.device)
         rank.mul_(root.view(-1, *[1] * (len(axes) - 1 - place)))
     return top_k_mask(rank, k)
 
@@ -63,7 +63,7 @@ def magnitude_mask(change: Tensor, k: int) -> Tensor:
     return top_k_mask(change, k)
 
 
-def _relative_root(axis: Tensor) -> Tensor:
+def relative_root(axis: Tensor) -> Tensor:
     """sqrt(axis / max axis) in float32; ones for a vector of zeros. On the CPU: not every device has float64."""
     axis = axis.to("cpu", torch.float64)
     if not bool((axis > 0).any()):

@@ -10,6 +10,8 @@ take over what the others did. With r above any eigenvalue of C (or no inputs) t
 In float64. A row with k entries kept takes k^3 / 3 operations.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,17 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
         found[rows] += _added(change[rows].double(), kept[rows], gram, ridge * scale)
         start = stop
     return found
+
+
+def refit_bytes(shape: tuple[int, int], density: float) -> int:
+    """About how many bytes a batch of rows takes in `refitted`, its matrices above all.
+
+    Rows keep more than others: matrices are taken to have twice the density's share of the width.
+    """
+    out, width = shape
+    squared = min(width, math.ceil(2 * density * width)) ** 2
+    rows = min(out, max(1, _AT_ONCE // squared))
+    return rows * (18 * squared + 26 * width)
 
 
 def _batch_end(counts: Tensor, order: Tensor, start: int, entries: int) -> int:

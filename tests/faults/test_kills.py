@@ -10,8 +10,10 @@ call from every place in the code, for every file.
 """
 
 import csv
+import io
 import random
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,9 @@ PARTS = {
     "search": 6,
 }  # of about 30 trees where each takes seconds
 INSIDE_PARTS = {"lewis": 1, "saliency_budget": 3, "sens_merging": 1, "gram_mean": 2}
+_SECONDS = re.compile(rb"(?<=seconds)(q.|r.{4})(G.{8})+", re.DOTALL)  # floats that a pickle holds under that name
 _OF_A_RUN = {
+    "sums.json": (rb'(?<="result.pt": )\d+',),
     "manifest.json": (
         rb'(?<="created": )"[^"]*"',
         rb"\b\d{19}\b",
@@ -159,6 +163,10 @@ def _steady(tree: Tree, name: str) -> bytes | list:
     if base.startswith("study.db"):  # a table of trials holds their times
         found = what_is_read(tree, name)
         return re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+", b"time", found.content)
+    if base == "result.pt":  # a piece says how long its parts took, and torch gives every file a number
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = {own: archive.read(own) for own in archive.namelist() if not own.endswith("serialization_id")}
+        return [(own, _SECONDS.sub(b"", part)) for own, part in parts.items()]
     for pattern in _OF_A_RUN.get(base, ()):
         content = re.sub(pattern, b"", content)
     return content

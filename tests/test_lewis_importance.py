@@ -94,12 +94,16 @@ def test_the_same_request_again_is_done_at_once(pair, monkeypatch):
     assert {name: (pair / "out/deltas" / name).stat().st_mtime_ns for name in WRITTEN} == before
 
 
-@pytest.mark.parametrize("change", ["config", "weights", "text", "an edited table", "a missing table"])
+@pytest.mark.parametrize(
+    "change", ["config", "a setting of a model", "weights", "text", "an edited table", "a missing table"]
+)
 def test_another_request_needs_overwrite(pair, monkeypatch, change):
     measure()
     table = pair / "out/deltas/code_delta.csv"
     if change == "config":
         write_config(pair, {"nsamples": 3})
+    elif change == "a setting of a model":
+        edit_json(pair / "code/config.json", rms_norm_eps=0.5)
     elif change == "weights":
         save_tiny("llama", pair / "code", seed=9, layers=2)
     elif change == "text":

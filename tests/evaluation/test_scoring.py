@@ -19,7 +19,7 @@ from tests.tiny_checkpoints import VOCABULARY, save_tiny
 from tests.tiny_evaluations import by_name, pair_keys, plain_losses, save_evaluated_pair, write_rows
 from tests.tiny_merges import merge_here, recipe, tensors, write_recipe
 from tests.tiny_mixtures import save_mixtures
-from tests.tiny_pairs import CHATML, save_tokenizer, write_config
+from tests.tiny_pairs import CHATML, edit_json, save_tokenizer, write_config
 from utils.evaluation import pass_memory
 from utils.evaluation.candidates import Candidate, found_recipes, models_of_pair, read_candidate
 from utils.evaluation.entries import Preparing, sweep_written
@@ -409,6 +409,19 @@ def test_weights_are_known_by_their_content(tmp_path):
     assert [one.fingerprint(candidate) for candidate in pair] == found
     shutil.copy(folder / "base/model.safetensors", folder / "code/model.safetensors")
     assert one.fingerprint(pair[1]) == found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"), [("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"eos_token": "<unk>"})]
+)
+def test_a_model_with_other_settings_or_another_tokenizer_has_no_losses_on_file(tmp_path, file, changes):
+    folder = save_evaluated_pair(tmp_path)
+    pair = models_of_pair(scorer(folder).config)
+    merged = Candidate("mean", recipe=recipe(folder))
+    before = [scorer(folder).fingerprint(one) for one in (*pair, merged)]
+    edit_json(folder / "code" / file, **changes)
+    after = [scorer(folder).fingerprint(one) for one in (*pair, merged)]
+    assert [then == now for then, now in zip(before, after, strict=True)] == [True, False, True, False]
 
 
 def test_weights_of_a_file_begin_where_torch_would_have_put_them():

@@ -10,6 +10,7 @@ import yaml
 from tests.refusals import refused
 from utils.guidance.provenance import changed_checkpoints, compare_with_manifest
 from utils.models.headers import header_hash
+from utils.models.settings_digest import settings_digest
 from utils.pair.config import read_pair_config
 from utils.recipes.naming import LocalModels
 
@@ -89,6 +90,10 @@ def test_other_weights_are_refused_and_without_a_sample_of_them_headers_are_comp
     assert changed_checkpoints(old, models, accepted=False) == []
     old["models"][0]["header_sha256"] = "0"
     assert "saved again" in changed_checkpoints(old, models, accepted=False)[0]
+    settings = {"models": [{"type": "math", "settings_sha256": settings_digest(models.stored["math"])}]}
+    assert changed_checkpoints(settings, models, accepted=False) == []
+    settings["models"][0]["settings_sha256"] = "0"
+    assert "models/math ('math')" in changed_checkpoints(settings, models, accepted=False)[0]
     assert changed_checkpoints({"models": "?"}, models, accepted=False) == []
     assert changed_checkpoints(None, models, accepted=False) == []
 

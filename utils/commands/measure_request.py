@@ -11,6 +11,7 @@ from utils.guidance.measure_job import MeasureJob
 from utils.guidance.text_gain import ACCEPT
 from utils.models.checkpoints import weight_file_record
 from utils.models.content_sample import content_sample
+from utils.models.settings_digest import settings_digest
 from utils.pair.calibration import with_defaults
 from utils.pair.source import CalibrationSource
 from utils.pair.tokens import token_digest
@@ -40,6 +41,7 @@ def measure_request(options: MeasureOptions, job: MeasureJob, samples: Samples) 
                 "type": subject.entry.type,
                 **weight_file_record(subject.checkpoint),
                 "sample_sha256": content_sample(subject.checkpoint),
+                "settings_sha256": settings_digest(subject.checkpoint),
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "tokens": sum(text.tokens for text in subject.texts.values()),
                 "token_sha256": token_digest([ids for text in subject.texts.values() for ids in text.encoded]),

@@ -153,7 +153,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What makes trials comparable, by what to call it in a message."""
     return {
-        "pair": {name: scorer.weights_sample(one) for name, one in scorer.inputs.items()},
+        "pair": {name: scorer.model_mark(one) for name, one in scorer.inputs.items()},
         "global_parameters": dict(options.config.global_parameters),
         "rows": {task.name: [task.digest, len(task.part("validation"))] for task in scorer.tasks},
         "rows of the first round": options.first_rows,

@@ -29,6 +29,7 @@ from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import Checkpoint, read_model_config
 from utils.models.content_sample import content_sample
 from utils.models.opening import open_checkpoint
+from utils.models.settings_digest import settings_digest
 from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
 from utils.passes.preparation import check_tokens, pad_token
@@ -153,14 +154,18 @@ class Scorer:
 
     def encoded(self, folder: Path, name: str) -> tuple[Any, dict[str, list[EncodedRow]]]:
         """The tokenizer in a model's folder, and every task's rows in its tokens."""
-        if folder not in self._places:
-            self._places[folder] = tokenizer_digest(folder, read_model_config(folder, name))
-        key = self._places[folder]
+        key = self._tokenizer_of(folder, name)
         if key not in self._encoded:
             tokenizer = load_tokenizer(folder, name, self.settings.merge.trust_remote_code)
             rows = {task.name: encode_task(task, tokenizer, f"model {name}") for task in self.tasks}
             self._encoded[key] = tokenizer, rows
         return self._encoded[key]
+
+    def _tokenizer_of(self, folder: Path, name: str) -> str:
+        """What tells the tokenizer in a model's folder from others."""
+        if folder not in self._places:
+            self._places[folder] = tokenizer_digest(folder, read_model_config(folder, name))
+        return self._places[folder]
 
     @property
     def preparing(self) -> Preparing:
@@ -168,14 +173,22 @@ class Scorer:
         return self._preparing
 
     def fingerprint(self, candidate: Candidate) -> str:
-        """SHA-256 of everything that decides a candidate's weights: recipe, weights as sampled, files of vectors."""
+        """SHA-256 of everything that decides what a candidate makes of a text: recipe, models, files of vectors."""
         if candidate.recipe is None:
-            parts = [self.weights_sample(open_checkpoint(candidate.model, candidate.revision))]
+            parts = [self.model_mark(open_checkpoint(candidate.model, candidate.revision))]
         else:
             recipe = candidate.merge_recipe().data
             vectors = [file_sha256(path) for path in vector_files(recipe)]
-            parts = [recipe, vectors, [self.weights_sample(one) for one in self.inputs.values()]]
+            parts = [recipe, vectors, [self.model_mark(one) for one in self.inputs.values()]]
         return sha256_of(parts)
+
+    def model_mark(self, checkpoint: Checkpoint) -> list[str]:
+        """What tells a checkpoint from others, wherever it lies: its weights as sampled, its settings, its tokenizer."""
+        return [
+            self.weights_sample(checkpoint),
+            settings_digest(checkpoint),
+            self._tokenizer_of(checkpoint.folder, checkpoint.name),
+        ]
 
     def weights_sample(self, checkpoint: Checkpoint) -> str:
         """What tells a checkpoint's weights from others, wherever it lies (`content_sample`); read again once files change.

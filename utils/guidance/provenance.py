@@ -7,6 +7,7 @@ from typing import Any
 from utils.errors import Problem, raise_collected
 from utils.models.checkpoints import is_local
 from utils.models.headers import header_hash
+from utils.models.settings_digest import settings_digest
 from utils.pair.config import ModelEntry, PairConfig
 from utils.recipes.naming import LocalModels
 
@@ -75,7 +76,8 @@ def changed_checkpoints(manifest: Mapping[str, Any] | None, models: LocalModels,
         accepted: take other weights, with a warning.
 
     Returns:
-        Sentences about models whose weights are others, or (where a manifest has no sample of them) were saved again.
+        Sentences about models whose weights are others, or (where a manifest has no sample of them) were saved again, and about
+        those with other settings.
 
     Raises:
         UserError: weights are others, and that is not accepted; all models in one message.
@@ -94,6 +96,11 @@ def changed_checkpoints(manifest: Mapping[str, Any] | None, models: LocalModels,
             name = checkpoint.name
             warnings.append(
                 f"the weight files of {name} were saved again since they were measured; measure again if they changed"
+            )
+        if before.get("settings_sha256", settings := settings_digest(checkpoint)) != settings:
+            warnings.append(
+                f"config.json of {checkpoint.name} ({model_type!r}), or code beside it, is not what it was measured with; measure "
+                "again if the model computes something else by it"
             )
     if accepted:
         return [*warnings, *(f"{problem.text}: the earlier measurement is used" for problem in problems)]

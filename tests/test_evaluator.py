@@ -299,6 +299,8 @@ def test_a_candidate_that_is_not_finite_is_said_and_stops_nothing(run, pair, tmp
     done = run(bad, "out/recipes/first.yaml", "--no-controls", out="out/nan")
     assert done.returncode == 0, done.stderr
     assert "bad has no losses" in done.stdout + done.stderr
+    alone = run(bad, "--no-controls", out="out/nan_alone")
+    assert alone.returncode == 0 and "utils/merger.py" not in alone.stdout  # a merge by it would be refused
     scores = table(pair, "out/nan")
     assert scores[scores.candidate == "bad"].query("measure == 'loss'")["value"].isna().all()
     assert scores[scores.candidate == "first"].query("measure == 'loss'")["value"].notna().all()

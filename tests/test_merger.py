@@ -266,4 +266,4 @@ def test_verify_names_each_deviation(copies, run_command_line):
     assert refusal_code(bad) == "verify-deviation"
     assert "README.md is missing" in bad.stderr and "model.safetensors has other content" in bad.stderr
     assert refusal_code(run_command_line("utils/merger.py", "--verify", copies)) == "verify-no-manifest"
-    assert refusal_code(run_command_line("utils/merger.py", "--verify", target, "--overwrite")) == "flag-unknown"
+    assert refusal_code(run_command_line("utils/merger.py", "--verify", target, "--overwrite")) == "verify-not-alone"

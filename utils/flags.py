@@ -225,10 +225,13 @@ class FlagParser(argparse.ArgumentParser):
             found.append(word)
         return found
 
+    def knows(self, word: str) -> bool:
+        """Whether a word of a command line is one of the flags, in any spelling, with a value or without."""
+        return any(word.split("=")[0] in action.option_strings for action in self._actions)
+
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
-        known = {option for action in self._actions for option in action.option_strings}
         for word in words:
-            if word.startswith("--") and word.split("=")[0] not in known:
+            if word.startswith("--") and not self.knows(word):
                 self.error(self._unknown(word), "flag-unknown")
 
     def _unknown(self, word: str) -> str:

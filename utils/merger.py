@@ -50,6 +50,10 @@ def verified_folder() -> Path | None:
         return None
     parser = FlagParser(prog="utils/merger.py", description=__doc__)
     _declare_verify(parser, required=True)
+    if others := [word for word in sys.argv[1:] if word.startswith("--") and not parser.knows(word)]:
+        parser.error(
+            f"--verify checks a folder and does nothing else: leave out {', '.join(others)}", "verify-not-alone"
+        )
     return parser.parse().verify
 
 

@@ -68,4 +68,8 @@ def test_edited_tables_need_to_be_accepted(folder):
     assert "--accept_edited" in str(caught.value) and "a.csv" in str(caught.value)
     (warning,) = refuse_edited(folder, manifest, names, accepted=True)
     assert warning.startswith("a.csv differs")
+    (folder / "absent.csv").write_bytes(b"left by another measurement")
+    with refused("dataframes-edited") as caught:
+        refuse_edited(folder, manifest, names[2:], accepted=False)
+    assert "does not list absent.csv" in str(caught.value)
     assert refuse_edited(folder, None, names, accepted=False) == []

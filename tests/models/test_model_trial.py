@@ -78,3 +78,10 @@ def test_nothing_is_handed_on_that_nobody_takes(tmp_path, monkeypatch, how):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     with refused("tokenizer-unreadable"):
         load_tokenizer(tmp_path, "one", False)
+
+
+def test_a_config_that_cannot_be_loaded_is_not_said_of_the_tokenizer(tmp_path):
+    edit_json(save_tokenizer(save_tiny("llama", tmp_path)) / "config.json", use_cache="x")
+    with refused("model-config-unreadable") as caught:
+        load_tokenizer(tmp_path, "one", False)
+    assert "expected bool, got str" in str(caught.value)

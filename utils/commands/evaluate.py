@@ -1,6 +1,7 @@
 """The evaluator's one job: candidates scored on held-out rows, their figures, a table, a verdict and a page."""
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +240,7 @@ def _evaluate(
     pair = models_of_pair(scorer.config)
     base, experts = scorer.config.base.type, [entry.type for entry in scorer.config.experts]
     learned = [task for task in scorer.tasks if task.measures_gain]
-    chosen, merits, best_uniform = [], {}, None
+    chosen, merits, can_win, best_uniform = [], {}, set(), None
     contenders = [*candidates, *(one for kind in grid.values() for one in kind)]
     if contenders:
         rows = {task.name: task.part(VALIDATION) for task in learned}
@@ -248,7 +249,10 @@ def _evaluate(
         losses = task_losses(table, learned, base, experts)
         merits = {one.name: merit(losses, one.name) for one in contenders}
         chosen = [max(kind, key=lambda one: merits[one.name]) for kind in grid.values()]
-        best_uniform = max(chosen, key=lambda one: merits[one.name], default=None)
+        can_win = {name for name, value in merits.items() if value > -math.inf}  # the others' merges are not finite
+        best_uniform = max(
+            (one for one in chosen if one.name in can_win), key=lambda one: merits[one.name], default=None
+        )
         chosen += [one for kind in grid.values() for one in kind if one.name == against and one not in chosen]
     everybody = (*pair, *chosen, *candidates)
     rows = {task.name: task.part(TEST) for task in scorer.tasks}
@@ -258,7 +262,7 @@ def _evaluate(
     reference, reference_is = against, ""
     if best_uniform is not None and against in (None, best_uniform.name):
         reference, reference_is = best_uniform.name, "the best uniform merge"
-    ranked = [one.name for one in (*candidates, *chosen)]
+    ranked = [one.name for one in (*candidates, *chosen) if one.name in can_win]
     winner = max(ranked, key=lambda name: merits[name], default=None)
     compared = tuple(one.name for one in candidates)
     figures = all_figures(losses, reference, compared, GENERAL)

@@ -83,7 +83,7 @@ def _note(one: Any) -> str:
 
 def _verdict(evaluated: Evaluated, standings: Sequence[Standing]) -> Verdict | None:
     if evaluated.winner is None:
-        return None
+        return Verdict("No candidate could be scored.") if evaluated.compared else None
     if not any(math.isfinite(one.gain.value) for one in evaluated.figures.values()):
         return Verdict(
             "No expert is better than the base on its text, so there is no gain to keep; compare the losses."

@@ -102,22 +102,27 @@ def refuse_edited(
         accepted: whether files that differ are taken as they are.
 
     Returns:
-        Sentences about accepted files that differ.
+        Sentences about accepted files that differ, or that the manifest does not list.
 
     Raises:
         UserError: files differ or are gone, and that is not accepted: somebody edited them, or a run was killed while it
             put files of another measurement in their place.
     """
-    recorded = (manifest or {}).get("files", {})
+    if "files" not in (manifest or {}):
+        return []
+    recorded = manifest["files"]
+    there = [name for name in names if (folder / name).exists()]
     differing = [
-        name
-        for name in names
-        if name in recorded and (folder / name).exists() and file_sha256(folder / name) != recorded[name]
+        f"{name} differs from what manifest.json recorded"
+        if name in recorded
+        else f"manifest.json does not list {name}"
+        for name in there
+        if name not in recorded or file_sha256(folder / name) != recorded[name]
     ]
     if differing and not accepted:
         raise UserError(
-            f"dataframe folder {folder}: {', '.join(differing)} differ from what manifest.json recorded. If you edited "
-            "them, give --accept_edited; else a run was killed between two files: measure again with --overwrite",
+            f"dataframe folder {folder}: {'; '.join(differing)}. If you edited that or put it there, give --accept_edited; "
+            "else a run was killed between two files: measure again with --overwrite",
             "dataframes-edited",
         )
-    return [f"{name} differs from what manifest.json recorded; it is used as it is" for name in differing]
+    return [f"{what}; it is used as it is" for what in differing]

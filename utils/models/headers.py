@@ -189,7 +189,8 @@ def file_headers(file: Path, name: str) -> list[TensorHeader]:
     where = f"model {name}: {file.name}"
     if not os.path.isfile(file):
         raise UserError(
-            f"{where} is a folder or a broken link, not a file; copy or download it again", "weights-missing"
+            f"{where} is no regular file, but a folder, a device or a broken link; copy or download it again",
+            "weights-missing",
         )
     size = file.stat().st_size
     if size < 8:

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
 from utils.models.checkpoints import Checkpoint
+from utils.models.class_config import class_config
 
 if TYPE_CHECKING:
     from utils.mergekit_api import ModelReference
@@ -42,15 +42,6 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     Raises:
         UserError: transformers cannot read it.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a malformed config makes transformers raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "" if trust_remote_code else "; if the model needs its own code, give --trust_remote_code"
-        raise UserError(
-            f"model {checkpoint.name}: config.json cannot be loaded: {first}{hint}", "model-config-unreadable"
-        ) from error
+    config = class_config(checkpoint.folder, checkpoint.name, trust_remote_code)
     config.architectures = [checkpoint.architecture]  # mergekit takes exactly one
     return config

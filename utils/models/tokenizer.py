@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import UserError, brief
+from utils.models.class_config import class_config
 from utils.models.headers import INDEX
 from utils.publishing.manifest import file_sha256
 from utils.trial import is_failure
@@ -38,7 +39,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """The tokenizer in a model's folder; `name` is what to call the model.
 
     Raises:
-        UserError: it is missing, needs code that was not allowed, or cannot be loaded.
+        UserError: it is missing, needs code that was not allowed, or cannot be loaded; or the config beside it cannot.
     """
     from transformers import AutoTokenizer
 
@@ -49,6 +50,9 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     except BaseException as error:  # tokenizer files fail in many ways, each with an exception of its own
         if not is_failure(error):
             raise
+        class_config(
+            folder, name, trust_remote_code
+        )  # which loading a tokenizer begins with: then that is to be mended
         raise UserError(
             f"model {name}: its tokenizer cannot be loaded from {folder}; {_TOKENIZER_REMEDY} ({brief(error)})",
             "tokenizer-unreadable",

@@ -197,8 +197,8 @@ def _lost_rows(deltas: Mapping[str, pd.DataFrame], norms: pd.DataFrame | None) -
     deepest = max(layers, key=layers.__getitem__)
     return [
         Problem(
-            f"{name} has rows for {count} layers, but {deepest} for {layers[deepest]}: a row is missing from {name}; put "
-            "it back, or measure again with --overwrite",
+            f"{name} has rows for {count} layers, but {deepest} for {layers[deepest]}: a row is missing from {name}, or {deepest} "
+            "has one too many; mend that, or measure again with --overwrite",
             "table-row-missing",
         )
         for name, count in layers.items()

@@ -22,7 +22,7 @@ from tests.faulty import Failing, full
 from tests.refusals import refused
 from tests.tiny_checkpoints import edit_tensors, poison
 from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, write_recipe
-from tests.tiny_pairs import contents, edit_json
+from tests.tiny_pairs import contents, edit_json, save_tokenizer
 from utils.merging.plan import forget_inputs
 from utils.publishing.kept import kept_work
 from utils.publishing.siblings import PROGRESS
@@ -270,6 +270,15 @@ def test_a_finished_merge_is_not_made_again(copies, capsys):
     assert_refused(copies, recipe(copies), "out-exists", out_shard_size=20_000)
     (copies / "code" / "model.safetensors").touch()
     assert_refused(copies, recipe(copies), "out-exists")
+
+
+def test_a_merge_with_other_tokens_is_another_one(copies):
+    """Of a model that gives its tokens alone, too."""
+    donor = save_tokenizer(shutil.copytree(copies / "code", copies / "donor"))
+    data = recipe(copies, tokenizer={"source": str(donor)})
+    merge_here(copies, data)
+    (donor / "tokenizer.json").touch()
+    assert_refused(copies, data, "out-exists")
 
 
 @pytest.mark.parametrize("change", ["config", "gone", "cut", "added"])

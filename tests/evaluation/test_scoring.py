@@ -417,8 +417,13 @@ def test_weights_are_known_by_their_content(tmp_path):
 def test_a_model_with_other_settings_or_another_tokenizer_has_no_losses_on_file(tmp_path, file, changes):
     folder = save_evaluated_pair(tmp_path)
     pair = models_of_pair(scorer(folder).config)
-    merged = Candidate("mean", recipe=recipe(folder))
+    donor = shutil.copytree(folder / "code", folder / "donor")
+    merged = Candidate("ties", recipe=recipe(folder))
+    with_tokens = Candidate("tokens", recipe=recipe(folder, experts=("math",), tokenizer={"source": str(donor)}))
     before = [scorer(folder).fingerprint(one) for one in (*pair, merged)]
+    of_tokens = scorer(folder).fingerprint(with_tokens)
+    edit_json(donor / "tokenizer_config.json", eos_token="<unk>")
+    assert scorer(folder).fingerprint(with_tokens) != of_tokens
     edit_json(folder / "code" / file, **changes)
     after = [scorer(folder).fingerprint(one) for one in (*pair, merged)]
     assert [then == now for then, now in zip(before, after, strict=True)] == [True, False, True, False]

@@ -5,6 +5,7 @@ python -m pytest tests/models/test_small_files.py
 
 import json
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -165,15 +166,24 @@ def test_a_merge_refuses_a_linked_file_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"chat_template": "auto"}, {"tokenizer_source": "CODE"}, {"tokenizer_source": "union"}]
+    ("name", "keys"),
+    [
+        ("code", {"chat_template": "auto"}),
+        ("code", {"tokenizer_source": "NAMED"}),
+        ("code", {"tokenizer_source": "union"}),
+        ("donor", {"tokenizer_source": "NAMED"}),  # which is not merged
+    ],
 )
-def test_a_linked_template_of_an_expert_is_refused_where_it_may_be_written(tmp_path, keys):
+def test_a_linked_template_is_refused_where_it_may_be_written(tmp_path, name, keys):
     """mergekit writes the template of whichever model it takes the tokenizer from."""
     save_models(tmp_path, names=("base", "code"))
     save_tokenizer(tmp_path / "code", bos=False)  # another one than the base's: else the recipe's block is skipped
+    if name == "donor":
+        shutil.copytree(tmp_path / "code", tmp_path / name)
     data = recipe(tmp_path, experts=("code",))
-    keys = {key: str(tmp_path / "code") if value == "CODE" else value for key, value in keys.items()}
+    keys = {key: str(tmp_path / name) if value == "NAMED" else value for key, value in keys.items()}
     (tmp_path / "secret.txt").write_text("SECRET {{ messages }}")
-    (tmp_path / "code" / "chat_template.jinja").unlink(missing_ok=True)
-    (tmp_path / "code" / "chat_template.jinja").symlink_to(tmp_path / "secret.txt")
-    assert_refused(tmp_path, data | keys, "model-link-outside", "code/chat_template.jinja", dry_run=True)
+    template = tmp_path / name / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    template.symlink_to(tmp_path / "secret.txt")
+    assert_refused(tmp_path, data | keys, "model-link-outside", f"{name}/chat_template.jinja", dry_run=True)

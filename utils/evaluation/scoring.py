@@ -24,6 +24,7 @@ from utils.evaluation.score_settings import ScoreSettings
 from utils.evaluation.side_by_side import Entry, Seconds, run_side_by_side
 from utils.evaluation.tasks import Task
 from utils.evaluation.weights import CandidateWeights, models_at_once
+from utils.merging.inputs import token_donors
 from utils.merging.pieces.cuts import KnownCuts
 from utils.merging.planning import PlannedMerge
 from utils.models.checkpoints import Checkpoint, read_model_config
@@ -179,7 +180,9 @@ class Scorer:
         else:
             recipe = candidate.merge_recipe().data
             vectors = [file_sha256(path) for path in vector_files(recipe)]
-            parts = [recipe, vectors, [self.model_mark(one) for one in self.inputs.values()]]
+            donors = token_donors(candidate.merge_recipe())
+            tokens = [self._tokenizer_of(folder, name) for name, folder in donors.items()]
+            parts = [recipe, vectors, [self.model_mark(one) for one in self.inputs.values()], tokens]
         return sha256_of(parts)
 
     def model_mark(self, checkpoint: Checkpoint) -> list[str]:

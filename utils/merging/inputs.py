@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import Problem, UserError, raise_collected
-from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath
+from utils.merging.recipe_check import CheckedRecipe, ModelName, ModelPath, check_recipe
+from utils.merging.recipe_file import MergeRecipe
 from utils.merging.settings import MergeSettings
 from utils.models.adapters import changed_checkpoint, check_adapter, merged_folder, refuse_adapter
 from utils.models.checkpoints import Checkpoint, find_small_files, is_local, read_model_config
@@ -94,6 +95,18 @@ def find_models(recipe: CheckedRecipe) -> FoundModels:
             checkpoints[name] = _open(recipe, name)
     _refuse_repeats(recipe, folders)
     return FoundModels(recipe, folders, checkpoints)
+
+
+def token_donors(recipe: MergeRecipe) -> dict[str, Path]:
+    """By name, the folders of the models that a recipe takes tokens of and merges nothing of; hub ids get their small files.
+
+    Raises:
+        UserError: the recipe is malformed, or one is not there.
+    """
+    if not recipe.data.get("tokenizer") and recipe.data.get("tokenizer_source") in (None, "union", "base"):
+        return {}  # as most are, which need no second look
+    donors = check_recipe(recipe).donors
+    return {str(name): find_small_files(recipe.locate(name.model.path), name.model.revision) for name in donors}
 
 
 def open_inputs(found: FoundModels, settings: MergeSettings) -> MergeInputs:

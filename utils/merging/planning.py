@@ -39,8 +39,8 @@ class PlannedMerge:
 
     `recipe` is the file, `origin` what command 2 recorded of it, without folders of this machine. `division` says which
     tensors are merged in pieces. `device` is torch's name. `densities` are there for a method that uses them, `saliency`
-    are the files of vectors that a guided method reads. `warnings` are sentences. `stamps` are sizes and times of the
-    inputs' weight files and of those.
+    are the files of vectors that a guided method reads. `token_donors` are folders of models of which tokens alone are
+    taken. `warnings` are sentences. `stamps` are sizes and times of the inputs' weight files and of those with vectors.
     """
 
     settings: MergeSettings
@@ -51,6 +51,7 @@ class PlannedMerge:
     device: str
     densities: tuple[DensitySummary, ...]
     saliency: tuple[SaliencyFile, ...]
+    token_donors: tuple[Path, ...]
     warnings: tuple[str, ...]
     stamps: Mapping[Path, Stamp | None] = field(repr=False)
 
@@ -179,6 +180,7 @@ def plan_models(
         device=str(device),
         densities=densities,
         saliency=saliency,
+        token_donors=tuple(found.folders[name] for name in checked.donors),
         warnings=tuple(dict.fromkeys(warnings)),
         stamps=stamps,
     )

@@ -47,8 +47,9 @@ def preflight(
     tagged = planned.plan.architecture.info.tagalong_files or []
     check_copied(donor, [*copied_names(donor), *tagged])
     if planned.plan.vocabulary.task is not None or planned.plan.inputs.config.chat_template == "auto":
-        for model in planned.plan.inputs.models:  # mergekit may write any model's tokenizer and chat template
-            check_copied(model.checkpoint.folder, copied_names(model.checkpoint.folder))
+        models = [model.checkpoint.folder for model in planned.plan.inputs.models]
+        for folder in (*models, *planned.token_donors):  # mergekit may write any model's tokenizer and chat template
+            check_copied(folder, copied_names(folder))
     if settings.adapter:
         check_adapter_fits(planned)
     else:

@@ -33,13 +33,14 @@ def request_hash(ready: PlannedMerge) -> str:
         "device": ready.device,
         "origin": ready.origin.as_data() if ready.origin else None,
         "inputs": inputs,
+        "token_donors": [[str(folder), _small_files(folder)] for folder in ready.token_donors],
         "saliency": [[file.label, file.sha256] for file in ready.saliency],
     }
     return sha256_of(asked)
 
 
 def _small_files(folder: Path) -> dict[str, Stamp]:
-    names = ["config.json", *copied_names(folder)]
+    names = ["config.json", "README.md", *copied_names(folder)]  # the card has the license of their cards
     return {name: stamp(folder / name) for name in names if (folder / name).is_file()}
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from tests.refusals import refused
 from tests.tiny_evaluations import SCORE_COLUMNS, write_scores
 from utils.commands.evaluation_folder import read_evaluation
+from utils.publishing.manifest import file_sha256
 from utils.reports.card_table import evaluation_section, model_index
 from utils.reports.page import render
 from utils.reports.values import Estimate, Role
@@ -113,6 +114,15 @@ def test_a_manifest_is_not_needed_and_scores_are(folder):
     assert page.winner == "" and page.tasks[0].rows is None
     (folder / "scores.csv").unlink()
     with refused("evaluation-not-found"):
+        read_evaluation(folder)
+
+
+def test_scores_that_are_not_those_of_the_manifest_are_refused(folder):
+    record(folder, files={"scores.csv": file_sha256(folder / "scores.csv")})
+    assert read_evaluation(folder).page.standings
+    with open(folder / "scores.csv", "a") as file:
+        file.write("\n")
+    with refused("evaluation-edited"):
         read_evaluation(folder)
 
 

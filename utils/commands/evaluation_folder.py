@@ -16,7 +16,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.evaluation.tasks import ALL_TASKS
 from utils.merging.recipe_file import MergeRecipe
-from utils.publishing.manifest import MANIFEST
+from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.reports.values import Contender, Estimate, HubDataset, Page, Role, Score, Standing, TaskScores
 
 SCORES = "scores.csv"
@@ -79,6 +79,12 @@ def read_evaluation(folder: Path) -> Evaluation:
         if not lines:
             raise ValueError("it holds no scores")
         manifest = _manifest(folder)
+        if manifest.get("files", {}).get(SCORES, digest := file_sha256(path)) != digest:
+            raise UserError(
+                f"{path} is not as {MANIFEST} recorded it: somebody changed it, or a run was killed between the two; put "
+                "that one back, or evaluate again",
+                "evaluation-edited",
+            )
         rows = {(line["candidate"], line["task"], line["measure"]): line for line in lines}
         roles = {line["candidate"]: Role(line["role"]) for line in lines}
         page = _page(folder, rows, roles, manifest)

@@ -76,7 +76,14 @@ def bind_saliency(
     if not isinstance(method, OwnMethod):
         return plan, (), []
     raise_collected(shortened(list(_bad_values(plan, method))), "merge recipe: values")
-    named = {text: Path(os.path.expanduser(recipe.locate(text))).resolve() for text in _named_files(plan)}
+    places = {text: Path(os.path.expanduser(recipe.locate(text))) for text in _named_files(plan)}
+    if lost := [text for text, path in places.items() if not path.exists()]:
+        raise UserError(
+            f"{recipe.where}: saliency names {lost[0]}, which is neither beside the recipe nor in {Path.cwd()}; put it back, "
+            "measure again with lewis_importance.py and make the recipe again, or correct the name",
+            "vectors-missing",
+        )
+    named = {text: path.resolve() for text, path in places.items()}
     opened = {path: open_vectors(path) for path in dict.fromkeys(named.values())}
     hashes = {text: opened[path].content_hash() for text, path in named.items()}
     refuse_other_files(recipe.path, {text: (path, hashes[text]) for text, path in named.items()}, recorded)

@@ -107,5 +107,5 @@ def _adapter_files(name: str, revision: str | None) -> Path:
     folder = local_folder(name, revision) if is_local(name) else download(name, revision, [CONFIG, WEIGHTS])
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise UserError(f"LoRA adapter {name}: {folder} has no {file}", "adapter-no-files")
+            raise UserError(f"LoRA adapter {name}: {folder} has no {file} that is a regular file", "adapter-no-files")
     return folder

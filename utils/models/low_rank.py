@@ -104,7 +104,7 @@ def with_adapter(
     """
     for file in (CONFIG, WEIGHTS):
         if not (adapter / file).is_file():
-            raise UserError(f"LoRA adapter {name}: {adapter} has no {file}", "adapter-no-files")
+            raise UserError(f"LoRA adapter {name}: {adapter} has no {file} that is a regular file", "adapter-no-files")
     config = read_json(adapter / CONFIG, f"LoRA adapter {name}: {CONFIG}")
     _refuse_other_kinds(config, name)
     parts: dict[str, dict[str, TensorHeader]] = {}
@@ -152,7 +152,10 @@ def _change(
     _require(rank > 0, name, down, target)
     alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8), name)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= _MOST_ALPHA:
-        raise UserError(f"LoRA adapter {name}: {CONFIG} has lora_alpha {str(alpha)[:40]}", "adapter-unfit")
+        raise UserError(
+            f"LoRA adapter {name}: {CONFIG} has lora_alpha {repr(alpha)[:40]}, where a finite number belongs; mend it",
+            "adapter-unfit",
+        )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LowRank(down, up, scale, transposed, magnitude)
 

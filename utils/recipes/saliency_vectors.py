@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 FORMAT = "lewis saliency 1"
 AXES = ("axis0", "axis1")
-_REMEDY = "write it with lewis_importance.py --guidance saliency_budget, or correct `saliency` in the recipe"
+_REMEDY = (
+    "measure again with lewis_importance.py and make the recipe again, or correct what the recipe says under `saliency`"
+)
 DIGESTS = "sha256"  # the metadata's key
 _OPEN_AT_ONCE = 16  # files; more than any recipe has experts, few enough to leave open
 

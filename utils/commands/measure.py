@@ -199,8 +199,10 @@ def _left_over(place: Path, request: Mapping[str, Any]) -> str:
     done, inside = finished_and_begun(place / folder_name(request))
     if not done and not inside:
         return f"removed what a killed run has left in {place.parent}"
-    begun = f", and {inside} begun" if inside else ""
-    return f"resumed: {done} piece{'s' * (done != 1)} of the work had been finished{begun} by an interrupted run"
+    counts = [f"{what} {count}" for what, count in (("finished", done), ("begun", inside)) if count]
+    pieces = "piece" if done + inside == 1 else "pieces"
+    size = gigabytes(bytes_on_disk(place))
+    return f"resumed: of the work's {pieces}, an interrupted run had {' and '.join(counts)} ({size})"
 
 
 def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:

@@ -235,7 +235,7 @@ def test_a_second_round_that_was_stopped_goes_on(pair, monkeypatch, capsys):
         measure("again", rounds=2)
     capsys.readouterr()
     measure("again", rounds=2)
-    assert "resumed: 4 pieces" in capsys.readouterr().out
+    assert "had finished 4 (" in capsys.readouterr().out
     assert contents(Path("again")) == contents(Path("whole"))
 
 

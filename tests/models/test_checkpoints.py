@@ -228,6 +228,7 @@ FOLDERS = {
     "index with a list": ({INDEX: index_of(["a"])}, CONFIG, "model-index-damaged"),
     "index names a missing shard": ({INDEX: index_of({"a": "x.safetensors"})}, CONFIG, "model-shard-missing"),
     "index names a missing tensor": ({"x.safetensors": packed(TABLE), INDEX: index_of({"zz": "x.safetensors"})}, CONFIG, "model-index-wrong"),
+    "two shards with one tensor": ({"x.safetensors": packed(TABLE), "y.safetensors": packed(TABLE, bytes(range(28))), INDEX: index_of({"a": "x.safetensors", "b": "y.safetensors"})}, CONFIG, "model-tensor-twice"),
     "index leads out of the folder": ({INDEX: index_of({"a": "../x.safetensors"})}, CONFIG, "model-index-outside"),
     "index names an absolute path": ({INDEX: index_of({"a": "/etc/passwd"})}, CONFIG, "model-index-outside"),
     "index names the parent": ({INDEX: index_of({"a": ".."})}, CONFIG, "model-index-outside"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
+from utils.publishing.checksums import file_checksum
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -95,7 +96,7 @@ def read_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
 
     Raises:
         UserError: no safetensors weights; an index that names missing files, files outside the folder or tensors
-            that are not there; a truncated or malformed file; both an index and a single file.
+            that are not there, or that another file holds otherwise; a truncated or malformed file; both an index and a single file.
     """
     single, index = folder / SINGLE, folder / INDEX
     if os.path.lexists(single) and os.path.lexists(index):
@@ -166,6 +167,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
 def _indexed_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
     weight_map = _weight_map(folder, name)
     headers: dict[str, TensorHeader] = {}
+    unlisted: list[TensorHeader] = []
     for shard in sorted(set(weight_map.values())):
         if not os.path.lexists(folder / shard):
             text = f"model {name}: {INDEX} names {shard}, which is missing from {folder}"
@@ -173,11 +175,27 @@ def _indexed_headers(folder: Path, name: str) -> dict[str, TensorHeader]:
         for header in file_headers(folder / shard, name):
             if weight_map.get(header.name) == shard:
                 headers[header.name] = header
+            else:
+                unlisted.append(header)
     absent = [tensor for tensor in weight_map if tensor not in headers]
     if absent:
         text = f"model {name}: {INDEX} lists {absent[0]} in {weight_map[absent[0]]}, but it is not there"
         raise UserError(text, "model-index-wrong")
+    for header in unlisted:
+        if header.name in headers and not _are_equal(header, headers[header.name]):
+            raise UserError(
+                f"model {name}: {header.name} is in {headers[header.name].file.name}, where {INDEX} has it, and another in "
+                f"{header.file.name}, which transformers may take instead; remove the wrong one",
+                "model-tensor-twice",
+            )
     return headers
+
+
+def _are_equal(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two tensors are the same by what their headers say and by the checksums of their bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return file_checksum(one.file, one.start, one.nbytes) == file_checksum(other.file, other.start, other.nbytes)
 
 
 def file_headers(file: Path, name: str) -> list[TensorHeader]:

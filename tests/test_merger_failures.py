@@ -377,10 +377,10 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(copies, monkeypatch, sha
     assert not list(copies.glob(".*"))
 
 
-def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
+def test_another_request_other_code_or_restart_does_not_go_on(copies, monkeypatch, capsys):
     from utils.merging.pieces import finished
 
-    for change_of_request in ({"restart": True}, {"out_shard_size": 20_000}):
+    for change_of_request in ({"restart": True}, {"out_shard_size": 20_000}, {}):
         monkeypatch.setattr(finished, "SECONDS", 0.0)
         with monkeypatch.context() as patch:
             patch.setattr("utils.merging.run.forget_inputs", Failing(forget_inputs, 2, KeyboardInterrupt()))
@@ -388,6 +388,8 @@ def test_another_request_or_restart_does_not_go_on(copies, monkeypatch, capsys):
                 merge_here(copies, recipe(copies), "part")
         assert len(list(copies.glob(".part.*"))) == 1
         capsys.readouterr()
+        if not change_of_request:
+            monkeypatch.setattr("utils.merging.request.sources_sha256", lambda: "of another version")
         merge_here(copies, recipe(copies), "part", quiet=False, **change_of_request)
         printed = capsys.readouterr()
         assert "resumed" not in printed.out and "removed what a killed run has left" in printed.err

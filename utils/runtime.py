@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import gc
+import hashlib
 import importlib
 import os
 import platform
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
@@ -75,6 +77,15 @@ def quiet_libraries() -> None:
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions."""
     return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+@cache
+def sources_sha256() -> str:
+    """SHA-256 over this project's own code: work that other code has begun is not gone on with, whatever it is called."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def versions_line(*packages: str) -> str:

@@ -414,7 +414,7 @@ def test_weights_are_known_by_their_content(tmp_path):
 @pytest.mark.parametrize(
     ("file", "changes"), [("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"eos_token": "<unk>"})]
 )
-def test_a_model_with_other_settings_or_another_tokenizer_has_no_losses_on_file(tmp_path, file, changes):
+def test_a_model_with_other_settings_or_another_tokenizer_has_no_losses_on_file(tmp_path, monkeypatch, file, changes):
     folder = save_evaluated_pair(tmp_path)
     pair = models_of_pair(scorer(folder).config)
     donor = shutil.copytree(folder / "code", folder / "donor")
@@ -424,6 +424,9 @@ def test_a_model_with_other_settings_or_another_tokenizer_has_no_losses_on_file(
     of_tokens = scorer(folder).fingerprint(with_tokens)
     edit_json(donor / "tokenizer_config.json", eos_token="<unk>")
     assert scorer(folder).fingerprint(with_tokens) != of_tokens
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.evaluation.scoring.versions", lambda: {"torch": "another"})
+        assert scorer(folder).fingerprint(pair[0]) != before[0]
     edit_json(folder / "code" / file, **changes)
     after = [scorer(folder).fingerprint(one) for one in (*pair, merged)]
     assert [then == now for then, now in zip(before, after, strict=True)] == [True, False, True, False]

@@ -13,7 +13,7 @@ from tests.architectures.shrinking import Row, save_changed, tiny_model
 from tests.commands_here import done_here, run_here
 from tests.faulty import Failing, full
 from tests.refusals import refusal_code
-from tests.tiny_pairs import save_rows, save_tokenizer, write_config
+from tests.tiny_pairs import edit_json, save_rows, save_tokenizer, write_config
 from utils.commands import measure
 from utils.passes import snapshots
 from utils.recipes.gram_file import GramFileWriter
@@ -171,6 +171,18 @@ def test_a_stopped_measurement_goes_on(pair, pristine, unbroken, monkeypatch, me
     line = command(method, *words)
     stopped(pair, monkeypatch, line, stop_at)
     goes_on(pair, line, unbroken(line, pristine))
+
+
+@pytest.mark.parametrize("change", ["code", "a setting of a model"])
+def test_what_other_code_has_begun_or_was_begun_of_another_model_is_made_anew(pair, monkeypatch, change):
+    line = command("lewis", "--dtype", "bfloat16")
+    stopped(pair, monkeypatch, line, 4)
+    if change == "code":
+        monkeypatch.setattr("utils.commands.measure_request.sources_sha256", lambda: "of another version")
+    else:
+        edit_json(pair / "code" / "config.json", rms_norm_eps=0.5)
+    said = done_here(*(word for word in line if word != "--quiet"), "--out_dir", "out", cwd=pair).stdout
+    assert "resumed" not in said and "removed what a killed run has left" in said
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])  # behind the blocks 0 and 2, in which nothing is measured

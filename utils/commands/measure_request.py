@@ -18,7 +18,7 @@ from utils.pair.tokens import token_digest
 from utils.passes.preparation import Samples
 from utils.passes.subjects import Subject
 from utils.publishing.manifest import file_sha256
-from utils.runtime import versions
+from utils.runtime import sources_sha256, versions
 
 if TYPE_CHECKING:
     from utils.workers.ray_cluster import RayWorkers
@@ -70,18 +70,17 @@ def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
 
 
 def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the bits of the pieces' results depend on, beside the request, and what form those of unfinished ones have.
+    """What the bits of the pieces' results depend on, beside the request: this project's code, too, and with it the form that
+    unfinished ones have.
 
     They do not depend on whether useless text is accepted, so that accepting it goes on with what is finished; without that,
     every method refuses what a run that accepted it has left (`refuse_useless_text`).
     """
     import torch
 
-    from utils.passes.snapshots import STATES
-
     threads = torch.get_num_threads() if workers is None else workers.cpus
     options = {name: value for name, value in request["guidance_options"].items() if name != ACCEPT}
-    own = {"guidance_options": options, "states": STATES}
+    own = {"guidance_options": options, "sources": sources_sha256()}
     return {**request, **own, "threads": threads, "batches_a_piece": job.batches_a_piece}
 
 

@@ -56,7 +56,7 @@ def merge(settings: MergeSettings) -> None:
     output = _output_folder(settings, recipe)
     ready = _checked(settings, recipe, output)
 
-    from utils.merging.request import request_hash
+    from utils.merging.request import request_hash, work_key
 
     request = request_hash(ready)
     if output.request and output.request != request:
@@ -66,7 +66,7 @@ def merge(settings: MergeSettings) -> None:
     if settings.dry_run:
         print("dry run: everything was checked, nothing was written")
         return
-    swept = sweep(output.target, None if output.request or settings.restart else request)
+    swept = sweep(output.target, None if output.request or settings.restart else work_key(request))
     warn([swept] if swept else ())
     if output.request:
         _say_there(settings)
@@ -105,13 +105,14 @@ def _checked(settings: MergeSettings, recipe: MergeRecipe, output: OutputFolder)
 def _publish(ready: "PlannedMerge", output: OutputFolder, request: str, measured: Measured | None) -> None:
     """Merge into a folder beside the output, check and describe the result, and put it in its place."""
     from utils.commands.merge_report import card_addition, report_html
+    from utils.merging.request import work_key
     from utils.merging.small_files import describe_result
 
     settings, start = ready.settings, time.perf_counter()
     with staged_folder(
         output.target,
         replaceable=output.replaceable,
-        key=request,
+        key=work_key(request),
         is_there=partial(_is_there, output, request),
         say=lambda line: _say([line], settings),
         last=True,
@@ -120,7 +121,7 @@ def _publish(ready: "PlannedMerge", output: OutputFolder, request: str, measured
         if stage is None:
             _say_there(settings)
             return
-        finished = FinishedTensors(stage / PROGRESS, request)
+        finished = FinishedTensors(stage / PROGRESS, work_key(request))
         _clear(stage, bool(finished.sums))
         report = _write_adapter(ready, stage) if settings.adapter else _write_model(ready, stage, finished)
         seconds = time.perf_counter() - start

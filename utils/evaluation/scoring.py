@@ -35,7 +35,7 @@ from utils.models.tokenizer import load_tokenizer, tokenizer_digest
 from utils.pair.config import PairConfig
 from utils.passes.preparation import check_tokens, pad_token
 from utils.publishing.manifest import file_sha256, sha256_of
-from utils.runtime import available_bytes
+from utils.runtime import available_bytes, versions
 
 COLUMNS = ("candidate", "task", "row", "nll", "tokens")
 _SHARE = 0.5  # of the free memory, for hidden states
@@ -174,7 +174,7 @@ class Scorer:
         return self._preparing
 
     def fingerprint(self, candidate: Candidate) -> str:
-        """SHA-256 of everything that decides what a candidate makes of a text: recipe, models, files of vectors."""
+        """SHA-256 of everything that decides what a candidate makes of a text: recipe, models, files of vectors, versions."""
         if candidate.recipe is None:
             parts = [self.model_mark(open_checkpoint(candidate.model, candidate.revision))]
         else:
@@ -183,7 +183,7 @@ class Scorer:
             donors = token_donors(candidate.merge_recipe())
             tokens = [self._tokenizer_of(folder, name) for name, folder in donors.items()]
             parts = [recipe, vectors, [self.model_mark(one) for one in self.inputs.values()], tokens]
-        return sha256_of(parts)
+        return sha256_of([versions(), *parts])
 
     def model_mark(self, checkpoint: Checkpoint) -> list[str]:
         """What tells a checkpoint from others, wherever it lies: its weights as sampled, its settings, its tokenizer."""

@@ -7,7 +7,7 @@ from utils.models.checkpoints import weight_file_record
 from utils.models.tokenizer_files import copied_names
 from utils.publishing.manifest import MANIFEST, file_sha256, sha256_of
 from utils.publishing.staging import Stamp, stamp
-from utils.runtime import versions
+from utils.runtime import sources_sha256, versions
 
 
 def request_hash(ready: PlannedMerge) -> str:
@@ -37,6 +37,11 @@ def request_hash(ready: PlannedMerge) -> str:
         "saliency": [[file.label, file.sha256] for file in ready.saliency],
     }
     return sha256_of(asked)
+
+
+def work_key(request: str) -> str:
+    """What unfinished work on a request is known by: that and this project's code, since no other code goes on with it."""
+    return sha256_of([request, sources_sha256()])
 
 
 def _small_files(folder: Path) -> dict[str, Stamp]:

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from utils.errors import warn
 
-STATES = (
-    5  # the form of what passes keep between two blocks: raised with it, so that none of an earlier form is taken up
-)
 SECONDS = 300.0
 MOST_SHARE = 0.05  # of the time that snapshots may take
 

@@ -163,7 +163,9 @@ def _steady(tree: Tree, name: str) -> bytes | list:
     if base.startswith("study.db"):  # a table of trials holds their times
         found = what_is_read(tree, name)
         return re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+", b"time", found.content)
-    if base == "result.pt":  # a piece says how long its parts took, and torch gives every file a number
+    if base == "result.pt" and zipfile.is_zipfile(
+        io.BytesIO(content)
+    ):  # a piece says how long its parts took, and torch gives every file a number
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = {own: archive.read(own) for own in archive.namelist() if not own.endswith("serialization_id")}
         return [(own, _SECONDS.sub(b"", part)) for own, part in parts.items()]

@@ -54,6 +54,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, low_open: bool = F
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         if value < low or value > high or (low_open and value == low):
+            if high == math.inf:
+                raise argparse.ArgumentTypeError(f"{text} is not {'above' if low_open else 'at least'} {low:g}")
             bracket = "(" if low_open else "["
             raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low:g}, {high:g}]")
         return value
@@ -61,7 +63,10 @@ def number(low: float = -math.inf, high: float = math.inf, *, low_open: bool = F
     return parse
 
 
-def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+_MOST = 2**63 - 1  # what a machine's integers hold
+
+
+def whole_number(low: int, high: int = _MOST) -> Callable[[str], int]:
     """Return a flag type: an integer within [low, high]."""
 
     def parse(text: str) -> int:
@@ -69,6 +74,8 @@ def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
             value = int(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+        if value < low and high == _MOST:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {low}")
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{value} is outside [{low}, {high}]")
         return value

@@ -75,7 +75,7 @@ def decide(options: DecideOptions) -> tuple[str, ...]:
     if not options.quiet:
         report.say_result(made, control, remarks)
     names = (made.name, *(one.name for one in beside))
-    report.say_files(options, made, [one.name for one in beside if one is not portable], list(files), written)
+    report.say_files(options, measured, made, [one.name for one in beside if one is not portable], list(files), written)
     if portable is not None:
         report.say_portable(options, portable)
     return names

@@ -15,6 +15,7 @@ from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.guidance.portable_recipe import Portable
 from utils.guidance.routing import routing_lines
+from utils.guidance.text_gain import ACCEPT
 from utils.recipes.coefficients import average, averaged_over, by_component, by_depth, of_components
 from utils.recipes.filters import Coverage, NamedTensor, name_template
 from utils.recipes.global_parameters import normalizes
@@ -148,12 +149,18 @@ def _say_control(part: pd.DataFrame, columns: Sequence[str], kind: str) -> None:
 
 
 def say_files(
-    options: DecideOptions, made: GuidedRecipe, controls: Sequence[str], names: Sequence[str], written: Sequence[str]
+    options: DecideOptions,
+    measured: MeasuredPair,
+    made: GuidedRecipe,
+    controls: Sequence[str],
+    names: Sequence[str],
+    written: Sequence[str],
 ) -> None:
     """Print what was written, what was there already, and the next commands.
 
     Args:
         options: for the folder.
+        measured: what the recipe was made of.
         made: the guided recipe.
         controls: file names of the recipes to compare it with.
         names: every file name.
@@ -180,10 +187,14 @@ def say_files(
         print(
             f"or, to find by gradient how much of each expert's part to take (--guidance {finer.name}, docs/quality.md):"
         )
-        flags = {"config": options.config.path, "out_dir": options.out_dir.parent / finer.name, "guidance": finer.name}
-        print(
-            next_command("lewis_importance.py", {**flags, finer.file_flags[0]: options.out_dir / made.name, **remote})
-        )
+        flags = {
+            "config": options.config.path,
+            "out_dir": options.out_dir.parent / finer.name,
+            "guidance": finer.name,
+            finer.file_flags[0]: options.out_dir / made.name,
+            ACCEPT: bool(measured.option(ACCEPT)),  # the text is the same
+        }
+        print(next_command("lewis_importance.py", {**flags, **remote}))
     print("or, to see first on held-out text whether it helps:")
     out = options.out_dir.parent / "evaluation"
     candidates = [options.out_dir / recipe for recipe in recipes]
@@ -191,8 +202,12 @@ def say_files(
 
 
 def _refined_by(made: GuidedRecipe) -> list[GuidanceMethod]:
-    """The guidances that such a recipe of several experts gains from when they start at it."""
-    if len(made.settings.experts) < 2 or not (made.decision.table["density"] == 1).all():
+    """The guidances that such a recipe of several experts gains from when they start at it.
+
+    None start at a recipe of several weights for an expert: one that cuts entries, or weighs routers on their own.
+    """
+    several, whole = len(made.settings.experts) > 1, (made.decision.table["density"] == 1).all()
+    if not several or not whole or isinstance(made.choices.options.router, float):
         return []
     own, merge_method = made.choices.options.method, made.settings.method.name
     return [one for one in guidance_methods().values() if merge_method in one.refines and one is not own]

@@ -31,6 +31,11 @@ class MeasuredPair:
     models: LocalModels
     warnings: tuple[str, ...]
 
+    def option(self, name: str) -> Any:
+        """The value of a flag of the method that the pair was measured with; None where the folder does not say."""
+        options = (self.manifest or {}).get("guidance_options")
+        return options.get(name) if isinstance(options, dict) else None
+
 
 def open_measured(
     config: PairConfig,

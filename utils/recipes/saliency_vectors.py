@@ -186,7 +186,7 @@ def open_vectors(path: Path) -> SaliencyVectors:
 
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        state = "is a folder" if path.is_dir() else f"does not exist (looked in {Path.cwd()})"
+        state = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"saliency file {path} {state}; {_REMEDY}", "vectors-missing")
     try:
         file = safe_open(path, "numpy")

@@ -199,7 +199,7 @@ def test_command_2_names_the_command_that_tunes_a_gram_mean_of_several(pair):
         line for line in done_here("lewis_merge.py", *asked).stdout.replace("\\\n", " ").splitlines() if "tuned" in line
     ]
     words = shlex.split(lines[-1])[2:]
-    done_here("lewis_importance.py", *words, "--accept_useless_text", "--tune_steps", "1")
+    done_here("lewis_importance.py", *words, "--tune_steps", "1")
     assert set(coefficients("out/tuned")) == set(NAMES)
     start = yaml.safe_load(Path("out/tuned/tuned_start.yaml").read_text())
     assert start["merge_method"] == "gram_mean"

@@ -6,7 +6,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.gram_mean.method import FORM, LOW_RANK, METHOD, SPARSE, gram_file
+from utils.guidance.gram_mean.method import FORM, LOW_RANK, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.gram_mean.tables import read_grams
 from utils.guidance.text_gain import ACCEPT, EQUAL_WEIGHTS, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
@@ -50,7 +50,7 @@ def decide(job: DecideJob) -> Decision:
         table=_table(tensors, naming, weights, density),
         naming=naming,
         writes_weights=False,
-        how=tuple(_how_one(density, form) if alone else _how(gains, samples, rows, density, form)),
+        how=tuple(_how_one(density, form) if alone else _how(job, gains, samples, rows, density, form)),
         after=() if alone else tuple(_after(tensors)),
         warnings=tuple(warnings),
         tags=(form,) if form == LOW_RANK else (),
@@ -82,15 +82,19 @@ def _cutting(form: str, density: float | None) -> dict[str, bool]:
 def _weights(job: DecideJob, gains: Mapping[str, TextGain]) -> tuple[dict[str, float], list[str]]:
     """Shares of 1 by 1 / gain; equal ones where a gain that is not sure was accepted while measuring."""
     doubtful = [name for name, one in gains.items() if not one.is_sure]
-    options = (job.manifest or {}).get("guidance_options")
-    accepted = isinstance(options, dict) and options.get(ACCEPT) is True
-    if not accepted:
+    if _measured_with(job, ACCEPT) is not True:
         refuse_useless_text(gains, f"{ACCEPT} (of lewis_importance.py)", EQUAL_WEIGHTS)
     pulls = {name: 1.0 if doubtful else 1 / one.gain for name, one in gains.items()}
     total = sum(pulls.values())
     weights = {name: float(f"{pull / total:.{_DIGITS}g}") for name, pull in pulls.items()}
     found = f"{', '.join(doubtful)}: no sure gain over the base on its own text, so all experts have equal weights"
     return weights, [found] if doubtful else []
+
+
+def _measured_with(job: DecideJob, flag: str) -> object:
+    """The value of a flag of command 1; None where the folder does not say."""
+    options = (job.manifest or {}).get("guidance_options")
+    return options.get(flag) if isinstance(options, dict) else None
 
 
 def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], density: float | None) -> pd.DataFrame:
@@ -102,16 +106,20 @@ def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], 
 
 
 def _how(
-    gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None, form: str
+    job: DecideJob, gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None, form: str
 ) -> list[tuple[str, str]]:
+    weighed = (
+        "in proportion to 1 / gain" if all(one.is_sure for one in gains.values()) else "equal, whatever was gained"
+    )
     shown = ", ".join(f"{name} {one.gain:.3f}" for name, one in gains.items())
     embeddings = (
         "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
     )
     return [
         ("density", _kept(density, form)),
-        ("weight", f"in proportion to 1 / gain on each one's own text (nats per token: {shown})"),
+        ("weight", f"{weighed} on each one's own text (nats per token: {shown})"),
         ("linear layers", "the change that answers as each expert does on the inputs of its own text"),
+        *_inputs(_measured_with(job, ROUNDS)),
         ("embeddings", embeddings),
         ("norms and biases", "by the guided mean"),
         (
@@ -120,6 +128,13 @@ def _how(
             f"mergekit-yaml does not know {GRAM_MEAN.name})",
         ),
     ]
+
+
+def _inputs(rounds: object) -> list[tuple[str, str]]:
+    """Whose inputs were measured; nothing where the folder does not say."""
+    if rounds == 1:
+        return [("inputs", f"those of base and expert; lewis_importance.py --{ROUNDS} 2 takes those of their merge")]
+    return [("inputs", f"those of the model that was merged in round {rounds - 1}")] if isinstance(rounds, int) else []
 
 
 def _how_one(density: float | None, form: str) -> list[tuple[str, str]]:

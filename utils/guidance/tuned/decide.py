@@ -4,6 +4,7 @@ import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
+from utils.guidance.tuned.method import LEVEL, LEVELS
 from utils.guidance.tuned.start import Start, refuse_changed_parts
 from utils.guidance.tuned.tables import read_tuned
 from utils.recipes.coefficients import COLUMNS
@@ -34,7 +35,7 @@ def decide(job: DecideJob) -> Decision:
         writes_factors=not start.is_plain,
         how=(
             ("start", f"{start.merge_method}, weights {_listed(start.weights)}"),
-            ("coefficients", "by gradient on calibration text, one for each expert and tensor; see tuned_steps.csv"),
+            ("coefficients", f"by gradient on calibration text, one for each expert{_level(job)}; see tuned_steps.csv"),
         ),
         after=(_spread(table),),
         expert_weights=start.weights,
@@ -42,6 +43,13 @@ def decide(job: DecideJob) -> Decision:
         fixed=start.parameters,
         router=start.router,
     )
+
+
+def _level(job: DecideJob) -> str:
+    """What else has one of its own, as far as the folder says it."""
+    options = (job.manifest or {}).get("guidance_options")
+    level = options.get(LEVEL) if isinstance(options, dict) else None
+    return "" if level in (None, LEVELS[-1]) else f" and {level}"
 
 
 def _table(job: DecideJob, table: pd.DataFrame, start: Start, names: dict) -> pd.DataFrame:

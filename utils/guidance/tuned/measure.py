@@ -8,7 +8,7 @@ from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import accepted_doubts, both_forward, gains_on_own_text
 from utils.guidance.tuned.descent import Descent, Step
 from utils.guidance.tuned.memory import losses_bytes, parts_bytes, step_bytes
-from utils.guidance.tuned.method import COEFFICIENTS, START, STEPS
+from utils.guidance.tuned.method import COEFFICIENTS, LEVEL, LEVELS, START, STEPS
 from utils.guidance.tuned.parts import plan_parts
 from utils.guidance.tuned.start import Start, plain_start, read_start
 from utils.guidance.tuned.tables import COEFFICIENT_TABLE, SAMPLES, STEP_TABLE, start_content
@@ -34,10 +34,11 @@ _ROUTERS = {BASE: "the base's", MERGE: "merged like everything else"}
 def choices(job: MeasureJob) -> list[str]:
     """Lines that say how a job will be measured."""
     start, held = _start(job), held_out_of(job.config.nsamples)
+    each = "" if job.options[LEVEL] == LEVELS[-1] else f" and {job.options[LEVEL]}"
     return [
         f"start: {job.options['start_recipe'] or 'the plain mean of the changes'} ({start.merge_method})"
         + (f", routers: {_ROUTERS[start.router]}" if start.router else ""),
-        f"tuned: one coefficient for each expert and {job.options['tune_level']}, by at most {job.options['tune_steps']} "
+        f"tuned: one coefficient for each expert{each}, by at most {job.options['tune_steps']} "
         f"steps of Adam on {job.config.nsamples - held} samples of each task, judged on {held} others",
         f"disk: {gigabytes(_parts_bytes(job))} for what each expert adds, while measuring",
         *([_SEEN] if start.saliency else []),

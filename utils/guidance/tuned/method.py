@@ -24,6 +24,7 @@ from utils.safe_yaml import read_yaml_mapping
 COEFFICIENTS = "tuned_coefficients.csv"
 STEPS = "tuned_steps.csv"
 START = "tuned_start.yaml"
+LEVEL = "tune_level"  # a flag
 LEVELS = ("tensor", "part", "block", "expert")
 AIMS = ("mean", "worst")
 METHODS = (TASK_ARITHMETIC.name, GUIDED_MEAN.name, GRAM_MEAN.name)  # whose merges are sums of what single experts add
@@ -58,7 +59,7 @@ METHOD = GuidanceMethod(
         MethodFlag("tune_steps", "steps of Adam at most", type=whole_number(1), default=10),
         MethodFlag("tune_rate", "step size of a coefficient", type=number(0, low_open=True), default=0.05),
         MethodFlag("tune_pull", "pull of the coefficients to the recipe's own answer", type=number(0), default=0.0),
-        MethodFlag("tune_level", "what has one coefficient for each expert", choices=LEVELS, default="tensor"),
+        MethodFlag(LEVEL, "what has one coefficient for each expert", choices=LEVELS, default="tensor"),
         MethodFlag("tune_for", "the mean over tasks, or mostly the worst one", choices=AIMS, default="mean"),
         ACCEPT_FLAG,
     ),

@@ -14,6 +14,7 @@ from utils.guidance.measure_job import MeasureJob
 from utils.guidance.own_text import Losses
 from utils.guidance.text_gain import TextGain
 from utils.guidance.tuned.descent import Asked, Descent, Weigh, descend
+from utils.guidance.tuned.method import LEVEL
 from utils.guidance.tuned.parts import Parts, SummedWeights, plan_parts, write_parts
 from utils.guidance.tuned.slopes import CoefficientSlopes, group_numbers
 from utils.guidance.tuned.start import Start
@@ -115,7 +116,7 @@ def _tuned(
             samples.add(ids[part], task)
             found.extend(own[part])
     stored = [base.layout.stored_names(name) for name in parts.names]
-    groups = torch.tensor(group_numbers(parts.names, stored, job.options["tune_level"], base.decoder.blocks_path))
+    groups = torch.tensor(group_numbers(parts.names, stored, job.options[LEVEL], base.decoder.blocks_path))
 
     def summed(table: Tensor) -> SummedWeights:
         coefficients = {

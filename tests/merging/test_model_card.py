@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.commands_here import refused_here
+from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import assert_same_tensors, merge_here, merge_stock, recipe, write_recipe
 from tests.tiny_pairs import save_tokenizer
 from utils.commands.merge import merge
@@ -24,9 +25,8 @@ def card(folder: Path) -> tuple[dict, str]:
 
 @pytest.mark.parametrize("source", [None, "union"])
 def test_no_path_of_this_machine_is_published(copies, source):
-    save_tokenizer(
-        copies / "math", chat_template="{{ messages }}", bos=False
-    )  # differs, so mergekit builds a tokenizer
+    # another vocabulary, so that mergekit builds a tokenizer
+    save_tokenizer(copies / "math", chat_template="{{ messages }}", size=VOCABULARY - 1)
     merged = merge_here(copies, recipe(copies, tokenizer_source=source))
     assert has_tokenizer(merged)
     for path in merged.rglob("*"):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.commands_here import done_here
 from tests.refusals import refused
-from tests.tiny_checkpoints import FAMILIES, block_prefix
+from tests.tiny_checkpoints import FAMILIES, VOCABULARY, block_prefix
 from tests.tiny_merges import (
     assert_refused,
     assert_same_tensors,
@@ -337,7 +337,7 @@ def test_what_is_no_matrix_is_cut_by_magnitude(copies):
 
 
 def test_an_aligned_vocabulary_is_refused(copies):
-    save_tokenizer(copies / "math", chat_template="{{ messages }}", bos=False)
+    save_tokenizer(copies / "math", chat_template="{{ messages }}", size=VOCABULARY - 1)
     data = guided(copies, tokenizer_source="union")
     merge_here(copies, data, "apart")  # nothing of the vocabulary is cut
     for entry in data["models"][1:]:

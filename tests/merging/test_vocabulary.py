@@ -102,6 +102,17 @@ def test_differences_are_counted_with_examples():
 # --- merges -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_same_tokens_under_other_settings_are_merged_as_they_are(copies, capsys):
+    """Fine-tunes are often saved with another pad token, or by another release; no token has moved."""
+    path = copies / "math" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "</s>"}))
+    data = recipe(copies, "task_arithmetic", tokenizer_source="union", dtype="float32")
+    ours = merge_here(copies, data, quiet=False)
+    assert "tokenizers have the same tokens" in " ".join(capsys.readouterr().out.split())
+    assert_same_tensors(ours, stock := merge_stock(copies, data))
+    assert tokenizer_of(ours).get_vocab() == tokenizer_of(stock).get_vocab()
+
+
 def test_padding_rows_are_dropped_as_stock_mergekit_does(tmp_path, capsys):
     save_models(tmp_path, vocab_size=VOCABULARY + 32)
     data = recipe(tmp_path, tokenizer_source="union")

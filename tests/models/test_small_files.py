@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
+from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import assert_refused, merge_here, recipe, save_models
 from tests.tiny_pairs import save_tokenizer
 from utils.bounded_files import read_bounded, read_json
@@ -177,7 +178,8 @@ def test_a_merge_refuses_a_linked_file_before_any_work(tmp_path):
 def test_a_linked_template_is_refused_where_it_may_be_written(tmp_path, name, keys):
     """mergekit writes the template of whichever model it takes the tokenizer from."""
     save_models(tmp_path, names=("base", "code"))
-    save_tokenizer(tmp_path / "code", bos=False)  # another one than the base's: else the recipe's block is skipped
+    # another vocabulary than the base's: else the recipe's block is skipped
+    save_tokenizer(tmp_path / "code", size=VOCABULARY - 1)
     if name == "donor":
         shutil.copytree(tmp_path / "code", tmp_path / name)
     data = recipe(tmp_path, experts=("code",))

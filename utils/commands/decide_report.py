@@ -204,10 +204,11 @@ def say_files(
 def _refined_by(made: GuidedRecipe) -> list[GuidanceMethod]:
     """The guidances that such a recipe of several experts gains from when they start at it.
 
-    None start at a recipe of several weights for an expert: one that cuts entries, or weighs routers on their own.
+    None start at a recipe of several weights for an expert (one that cuts entries, or weighs routers on their own), or of models
+    of several vocabularies.
     """
     several, whole = len(made.settings.experts) > 1, (made.decision.table["density"] == 1).all()
-    if not several or not whole or isinstance(made.choices.options.router, float):
+    if not several or not whole or made.aligned or isinstance(made.choices.options.router, float):
         return []
     own, merge_method = made.choices.options.method, made.settings.method.name
     return [one for one in guidance_methods().values() if merge_method in one.refines and one is not own]

@@ -23,7 +23,6 @@ from utils.merging.run import run_merge
 from utils.merging.settings import MergeSettings
 from utils.merging.small_files import write_small_files
 from utils.merging.stacked_outputs import written_tensors
-from utils.merging.vocabulary_rows import embedding_rows
 from utils.models.checkpoints import Checkpoint, read_model_config
 from utils.models.decoder import Decoder, find_decoder
 from utils.models.headers import FLOAT_CODES, FLOAT_DTYPES, TensorHeader
@@ -176,7 +175,7 @@ class Preparing:
             self._vocabularies[donor.folder] = loaded.get_vocab()
         rows = {tensor.shape[tensor.vocabulary_axis] for tensor in plan.tensors if tensor.vocabulary_axis is not None
                 and tensor.shape is not None}  # fmt: skip
-        before = set(embedding_rows(plan.architecture, donor).values())
+        before = set(plan.architecture.embedding_rows(donor.tensors).values())
         theirs = plan.vocabulary.info.tokenizer.get_vocab()
         return rows == before and theirs == self._vocabularies[donor.folder]
 

@@ -51,7 +51,8 @@ class GuidedRecipe:
     """A recipe and what it is made of.
 
     `name` is its file name, `data` the YAML as plain data; `vectors` are the files it names beside itself, by file name.
-    `warnings` are sentences. `only_here` says in a clause why stock mergekit does not run it, "" where it does.
+    `warnings` are sentences. `only_here` says in a clause why stock mergekit does not run it, "" where it does. `aligned` are
+    embeddings and heads for which it has no measurement, since they are aligned by token.
     """
 
     choices: RecipeChoices
@@ -62,6 +63,7 @@ class GuidedRecipe:
     warnings: tuple[str, ...]
     vectors: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     only_here: str = ""
+    aligned: tuple[str, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -99,7 +101,9 @@ def guided_recipe(
     stem = name.removesuffix(".yaml")
     vectors = {expert: f"{stem}_{expert}_saliency.safetensors" for expert in decision.vectors}
     files = {key: measured.folder / file for key, file in decision.measured.items()}
-    unmeasured = filters_without_vectors(measured.models.written, [open_vectors(file) for file in files.values()])
+    apart = measured.models.vocabulary_apart if vectors or files else ()
+    opened = [open_vectors(file) for file in files.values()]
+    unmeasured = filters_without_vectors(measured.models.written, opened, apart)
     parameters = {**decision.parameters, **choices.parameters, **decision.fixed}
     routers = _routers(measured, choices, decision, parameters)
     decision = replace(decision, naming=without_routers(decision.naming, routers, measured.models.written))
@@ -127,11 +131,22 @@ def guided_recipe(
         warnings=(
             *decision.warnings,
             *decision.naming.warnings,
+            *_of_apart(apart),
             *doubts(settings, decision.table, measured.models.checkpoints.values()),
         ),
         vectors={vectors[expert]: content for expert, content in decision.vectors.items()},
         only_here=reason_against_stock(settings.method, measured.models.written),
+        aligned=apart,
     )
+
+
+def _of_apart(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: the models have different numbers of rows, which are aligned by token; what was measured of rows "
+        "does not follow them, so they are merged without it"
+    ]
 
 
 def _lambda(choices: RecipeChoices, decision: Decision) -> float | None:

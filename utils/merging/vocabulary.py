@@ -1,7 +1,7 @@
 """How the tokens of several models come together: compared, and aligned only where that changes anything.
 
 A recipe's `tokenizer_source` (or `tokenizer`) makes mergekit rebuild every embedding row by row through the tokenizers.
-If all tokenizers are the same and every embedding has exactly one row per token, that rebuilds what is there already:
+If all tokenizers have the same tokens and every embedding has exactly one row per token, that rebuilds what is there already:
 the rows are then merged as they are, which gives the same tensors much faster.
 """
 
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from utils.errors import Problem, UserError, brief, raise_collected
 from utils.mergekit_api import BuildTokenizer, ModelReference, TokenizerInfo, vocabularies_by_id
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.merging.vocabulary_rows import embedding_rows, one_row_per_token, rows_beyond_tokens, token_tables
+from utils.merging.vocabulary_rows import one_row_per_token, rows_beyond_tokens, token_tables
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import ArchitecturePlan
 from utils.models.tokenizer_files import fingerprint, has_chat_template, has_tokenizer
@@ -85,18 +85,27 @@ def plan_vocabulary(
             "tokenizer files, or remove tokenizer_source from the recipe",
             "merge-no-tokenizer",
         )
-    if same and _is_plain(config) and (why := _as_they_are(inputs, architecture, trust_remote_code, keep_rows)):
-        summary = f"tokenizers are byte-identical, {why}; the recipe's tokenizer block is skipped"
-        return VocabularyPlan(summary, warnings, asked=True)
+    if _is_plain(config) and (same or _same_tokens(inputs, prints, trust_remote_code)):
+        alike = "are byte-identical" if same else "have the same tokens"
+        if why := _as_they_are(inputs, architecture, trust_remote_code, keep_rows):
+            summary = f"tokenizers {alike}, {why}; the recipe's tokenizer block is skipped"
+            return VocabularyPlan(summary, warnings, asked=True)
     return _aligned(inputs, architecture, warnings, trust_remote_code)
 
 
+def _same_tokens(inputs: MergeInputs, prints: Mapping[ModelReference, str], trust_remote_code: bool) -> bool:
+    """Whether every tokenizer has the donor's tokens under the donor's ids, whatever its settings are: which one pads, say."""
+    ours, own = prints[inputs.donor.reference], _vocabulary(inputs.donor, trust_remote_code)
+    others = [model for model in inputs.models if prints.get(model.reference, ours) != ours]
+    return all(_vocabulary(model, trust_remote_code) == own for model in others)
+
+
 def _as_they_are(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool, keep_rows: bool) -> str:
-    """Why rows need no alignment where all tokenizers are the same, as a clause; "" if they are aligned."""
+    """Why rows need no alignment where all tokenizers have the same tokens, as a clause; "" if they are aligned."""
     size = len(_vocabulary(inputs.donor, trust_remote_code))
     if one_row_per_token(inputs, architecture, size, trust_remote_code):
         return f"with one token per embedding row ({size}): rows are merged as they are, which gives the same tensors"
-    counts = [embedding_rows(architecture, model.checkpoint) for model in inputs.models]
+    counts = [architecture.embedding_rows(model.checkpoint.tensors) for model in inputs.models]
     if keep_rows and all(one == counts[0] for one in counts) and min(counts[0].values(), default=0) >= size:
         return (
             f"and the recipe's vectors belong to rows: all {max(counts[0].values())} are merged as they are, with those of "
@@ -190,7 +199,7 @@ def _aligned(
     multiple = block.pad_to_multiple_of if block else None
     if multiple and size % multiple:
         size += multiple - size % multiple
-    before = sorted(set(embedding_rows(architecture, inputs.donor.checkpoint).values()))
+    before = sorted(set(architecture.embedding_rows(inputs.donor.checkpoint.tensors).values()))
     tables = token_tables(inputs.donor, architecture, trust_remote_code)
     if tables and before != [size]:
         raise UserError(
@@ -230,7 +239,7 @@ def _check_permutations(
     problems = []
     for model in inputs.models:
         places = info.permutations[model.reference]
-        counts = embedding_rows(architecture, model.checkpoint)
+        counts = architecture.embedding_rows(model.checkpoint.tensors)
         if not counts and all(places.get(place) == place for place in vocabulary.values()):
             continue  # the plan has no tensor to align (stock mergekit's of a model that it infers), and nothing would move
         rows = min(counts.values(), default=0)

@@ -1,26 +1,15 @@
 """How many rows embeddings have, against the tokens of a tokenizer, and what else is looked up by token id."""
 
 from utils.merging.inputs import MergeInput, MergeInputs
-from utils.models.checkpoints import Checkpoint
 from utils.models.headers import FLOAT_DTYPES
 from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import ArchitecturePlan
 
 
-def embedding_rows(architecture: ArchitecturePlan, checkpoint: Checkpoint) -> dict[str, int]:
-    """Rows of a checkpoint's token-indexed tensors, by planned name."""
-    rows = {}
-    for tensor in architecture.tensors:
-        stored = tensor.stored_name(checkpoint.tensors)
-        if tensor.vocabulary_axis is not None and stored is not None:
-            rows[tensor.name] = checkpoint.tensors[stored].shape[tensor.vocabulary_axis]
-    return rows
-
-
 def one_row_per_token(inputs: MergeInputs, architecture: ArchitecturePlan, size: int, trust_remote_code: bool) -> bool:
     """Whether all inputs have `size` rows in every embedding and head, and their configs say so."""
     for model in inputs.models:
-        rows = set(embedding_rows(architecture, model.checkpoint).values())
+        rows = set(architecture.embedding_rows(model.checkpoint.tensors).values())
         declared = _declared_tokens(model, trust_remote_code)
         if rows != {size} or declared != size:
             return False
@@ -35,7 +24,7 @@ def rows_beyond_tokens(inputs: MergeInputs, architecture: ArchitecturePlan, trus
     found: list[dict[str, int]] = []
     for model in inputs.models:
         declared = _declared_tokens(model, trust_remote_code)
-        rows = embedding_rows(architecture, model.checkpoint)
+        rows = architecture.embedding_rows(model.checkpoint.tensors)
         found.append({name: count for name, count in rows.items() if count != declared})
     return list(found[0]) if all(one == found[0] for one in found) else []
 

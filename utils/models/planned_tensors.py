@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from utils.mergekit_api import ModelArchitecture
+    from utils.models.headers import TensorHeader
 
 DEFINITION = "mergekit's definition"
 ADJUSTED = "mergekit's definition, adjusted"
@@ -63,6 +64,15 @@ class ArchitecturePlan:
     dropped: Mapping[Path, tuple[str, ...]]
     spellings: Mapping[str, str] = field(repr=False)
     info: "ModelArchitecture" = field(repr=False)
+
+    def embedding_rows(self, tensors: Mapping[str, "TensorHeader"]) -> dict[str, int]:
+        """Rows of a checkpoint's token-indexed tensors, by planned name."""
+        rows = {}
+        for tensor in self.tensors:
+            stored = tensor.stored_name(tensors)
+            if tensor.vocabulary_axis is not None and stored is not None:
+                rows[tensor.name] = tensors[stored].shape[tensor.vocabulary_axis]
+        return rows
 
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:

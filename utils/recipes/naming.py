@@ -1,6 +1,6 @@
 """How the measured tensors are called in the merge, and the filters that hit them: proven against what a merge writes."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,17 @@ class LocalModels:
         spellings = self.written.plan.spellings
         return tuple(dict.fromkeys(spellings[name] for name in stored if name in spellings))
 
+    @cached_property
+    def vocabulary_apart(self) -> tuple[str, ...]:
+        """The embeddings and heads, as the merge writes them, that have another number of rows in some expert than in the base:
+        the merge aligns them by token. Raises as `written`."""
+        if self.written is None:
+            return ()
+        plan = self.written.plan
+        counts = [plan.embedding_rows(one.tensors) for one in self.checkpoints.values()]
+        here = plan.embedding_rows(self.written.base.tensors)
+        return tuple(name for name, rows in here.items() if any(one.get(name, rows) != rows for one in counts))
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -212,12 +223,15 @@ class Unmeasured:
     before: tuple[str, ...] = ()
 
 
-def filters_without_vectors(written: WrittenTensors | None, files: Sequence[SaliencyVectors]) -> Unmeasured:
-    """The filters of written tensors that some file of vectors lacks, buffers among them.
+def filters_without_vectors(
+    written: WrittenTensors | None, files: Sequence[SaliencyVectors], aligned: Collection[str] = ()
+) -> Unmeasured:
+    """The filters of written tensors that some file of vectors lacks, buffers among them, or whose rows no file follows.
 
     Args:
         written: what the merge writes; None: nothing is known of it.
         files: of the experts.
+        aligned: names of embeddings that are aligned by token, so that their rows are not those that were measured.
 
     Raises:
         UserError: a filter hits something else.
@@ -231,7 +245,7 @@ def filters_without_vectors(written: WrittenTensors | None, files: Sequence[Sali
     for tensor in {one.name: one for one in written.plan.tensors}.values():
         stored = tensor.stored_name(written.base.tensors)
         known = [tensor.name, *([stored] if stored else []), *spellings.get(tensor.name, ())]
-        if not all(vectors.of_these(known) for vectors in files):
+        if tensor.name in aligned or not all(vectors.of_these(known) for vectors in files):
             left.append(tensor.name)
     absent = set(left)
     # a weight's filter hits its bias, too

@@ -24,6 +24,7 @@ from utils.models.opening import open_checkpoint
 from utils.publishing.kept import kept_work
 
 NAMES = ("code", "math")
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 FAMILIES = ("llama", "gemma3", "gpt2", "phi3")  # untied head; tied; transposed weights, biases, positions; fused
 
 
@@ -258,16 +259,36 @@ def test_a_second_round_that_cannot_be_merged_is_refused_before_the_first(pair, 
     assert not Path("again").exists()
 
 
-def test_a_second_round_needs_one_vocabulary(pair):
+@pytest.fixture
+def of_two_vocabularies(pair):
+    """A pair of which one expert knows one token more."""
     folder = pair()
     save_tokenizer(folder / "math", size=VOCABULARY + 1)
     weights = load_file("math/model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in ROWS:
         weights[name] = torch.cat([weights[name], weights[name][:1]])
     save_file(weights, "math/model.safetensors", metadata={"format": "pt"})
     edit_json(Path("math/config.json"), vocab_size=VOCABULARY + 1)
+
+
+def test_a_second_round_needs_one_vocabulary(of_two_vocabularies):
     with refused("measure-rounds-vocabulary"):
         measure("again", rounds=2)
+
+
+def test_embeddings_of_several_vocabularies_are_merged_without_what_was_measured_of_rows(of_two_vocabularies):
+    measure("apart")
+    flags = ("--delta_dfs_in_dir", "apart", "--config_file", "pair.yaml", "--out_dir", "recipes", "--dtype", "float32")
+    said = done_here("lewis_merge.py", *flags, "--guidance", "gram_mean")
+    assert all(name in said.stderr for name in ROWS) and "--start_recipe" not in said.stdout
+    (path,) = Path("recipes").glob("*.yaml")
+    done_here("utils/merger.py", "--merge_config", path, "--output_path", "merged")
+    found = tensors(Path("merged"))
+    for name in ROWS:
+        base, code, math = (tensors(Path(one))[name].double() for one in ("base", *NAMES))
+        assert found[name].shape[0] == VOCABULARY + 1
+        mean = (code + math[:VOCABULARY]) / 2 - base
+        torch.testing.assert_close(found[name][:VOCABULARY].double(), base + mean / 1.05, rtol=1e-5, atol=1e-6)
 
 
 def test_rounds_are_measured_again_where_their_merge_is_another(pair, capsys):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here, refused_here
 from tests.refusals import refused
+from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import merge_here, save_models, tensors
 from tests.tiny_pairs import contents, save_tokenizer, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
@@ -311,7 +312,7 @@ def test_command_3_refuses_before_weights_are_read(copies, spoil, data, code, no
 
 
 def test_an_aligned_vocabulary_is_refused_and_may_count_alike(copies):
-    save_tokenizer(copies / "code", chat_template="{{ messages }}", bos=False)
+    save_tokenizer(copies / "code", chat_template="{{ messages }}", size=VOCABULARY - 1)
     with refused("saliency-vocabulary"):
         merge_here(Path(), by_hand(tokenizer_source="union"))
     alike = [{"filter": one, "value": ""} for one in ("embed_tokens", "lm_head")]

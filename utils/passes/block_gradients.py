@@ -136,6 +136,7 @@ def backward_pass(
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     name: str = "model",
+    label: str = "",
 ) -> Iterator[BackwardPass]:
     """Take all samples forward on entering, and back block by block as `blocks` is iterated.
 
@@ -159,6 +160,7 @@ def backward_pass(
         snapshots: what a killed run has left, and where this one leaves what it needs to go on; it begins there. Whoever
             iterates the blocks registers what is made of them, and offers a snapshot between two blocks (`between`).
         name: of this model's part of the snapshots.
+        label: what to call the model in a message.
 
     Raises:
         UserError: a sample without a next token; weights that lack a parameter; blocks that share parameters or hand
@@ -181,6 +183,7 @@ def backward_pass(
         store = stack.enter_context(closing(snapshots.store(name, device, folder)))
         snapshots.keep(name, way.state)
         losses = _forward(decoder, turn, samples, way, found and waiting_of(found), store, device, on_block, snapshots)
+        _require_finite(losses, label)
         if found is not None and found["gradients"] is not None:
             take_back(way, found["gradients"], device)
         del found
@@ -247,14 +250,17 @@ def _forward(
             on_block(layer)
             if layer >= known:
                 snapshots.offer()
+    return losses
+
+
+def _require_finite(losses: Sequence[float], label: str) -> None:
     for place, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss of sample {place + 1} of {len(losses)} is {loss}: weights or hidden states are not finite "
-                "in this dtype; check the checkpoint, or use --dtype float32 or bfloat16",
+                f"{label}{': ' if label else ''}the loss of sample {place + 1} of {len(losses)} is {loss}: weights or hidden "
+                "states are not finite in this dtype; check the checkpoint, or use --dtype float32 or bfloat16",
                 "measured-not-finite",
             )
-    return losses
 
 
 @contextmanager

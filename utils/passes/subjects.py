@@ -62,6 +62,11 @@ class Subject:
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("decoder", "layout")}
         return _with_new_skeleton, (plain, self.decoder.without_model())
 
+    @property
+    def label(self) -> str:
+        """What to call it in a message."""
+        return f"model {self.entry.name}"
+
     def stored_name(self, parameter: str) -> str:
         """The name in the checkpoint of a parameter that is stored as one tensor."""
         (name,) = self.layout.stored_names(parameter)

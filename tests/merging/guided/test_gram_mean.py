@@ -403,7 +403,7 @@ def test_an_expert_whose_losses_are_not_finite_is_refused(pair):
     config = yaml.safe_load(Path("pair.yaml").read_text())
     models = [one | {"name": "./broken"} if one["type"] == "math" else one for one in config["model_info"]]
     write_config(folder, {**config, "model_info": models, "target_model_names": {"math": "./broken", "code": "./code"}})
-    with refused("measured-not-finite") as caught:
+    with refused("measured-not-finite", "model ./broken") as caught:
         measure("other")
     results = [path.name for path in kept_work(caught.value).folder.iterdir() if path.is_dir()]
     assert results == ["code+gain"]

@@ -50,7 +50,7 @@ def piece_name(expert: str, number: int) -> str:
 def side_of(place: Place, job: MeasureJob, subject: Subject, expert: Subject, observing: Observing = nothing) -> Side:
     """A model on the text of an expert, its weights to be brought to the device of a piece."""
     weights = job.open_weights(subject, place.device)
-    return Side(subject.decoder, weights, job.text(subject, expert).encoded, observing)
+    return Side(subject.decoder, weights, job.text(subject, expert).encoded, observing, subject.label)
 
 
 @contextlib.contextmanager

@@ -23,12 +23,14 @@ OnBlock = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """A model, where its weights come from, its text in its own tokens, and what else observes it on its way back."""
+    """A model, where its weights come from, its text in its own tokens, what else observes it on its way back, and what to
+    call it in a message."""
 
     decoder: Decoder
     weights: WeightSource
     samples: Sequence[Sequence[int]]
     observing: Observing = nothing
+    label: str = ""
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def joint_pass(
                     folder=folder,
                     snapshots=snapshots,
                     name=f"model{number}",
+                    label=side.label,
                 )
             )
             for number, (side, attached) in enumerate(zip(sides, inputs.observing, strict=True))

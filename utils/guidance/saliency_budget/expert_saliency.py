@@ -79,7 +79,7 @@ def _there(
 
     def side(subject: Subject, is_wanted: bool, observing: Observing = nothing) -> Side:
         samples = job.text(subject, expert).encoded if is_wanted else None
-        return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing)
+        return Side(subject.decoder, job.open_weights(subject, place.device), samples, observing, subject.label)
 
     with compared_routers(job, expert, base, place.device) as routers:
         keep_routing(snapshots, routers, place.device)

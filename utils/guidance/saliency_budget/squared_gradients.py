@@ -39,13 +39,14 @@ OnBlock = Callable[[int], None]
 class Side:
     """A model, and where its weights come from. With `samples` (token ids), its gradients on them count.
 
-    `observing` is what else observes it on its way back.
+    `observing` is what else observes it on its way back, `label` what to call it in a message.
     """
 
     decoder: Decoder
     weights: WeightSource
     samples: Sequence[Sequence[int]] | None
     observing: Observing = nothing
+    label: str = ""
 
 
 @dataclass
@@ -191,7 +192,7 @@ def _side(
     """Losses, and the blocks with their parameters, from the last to the first; with gradients, the rest behind them."""
     decoder, weights = side.decoder, side.weights
     if side.samples is not None:
-        kept = {"snapshots": snapshots, "name": name}
+        kept = {"snapshots": snapshots, "name": name, "label": side.label}
         with backward_pass(
             decoder,
             weights,

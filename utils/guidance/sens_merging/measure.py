@@ -180,7 +180,7 @@ def _ask(place: Place, job: MeasureJob) -> Answer:
     before = snapshots.found("base") or forward_losses(place, job, base, expert)
     snapshots.keep("base", lambda: before)
     weights, samples = job.open_weights(expert, place.device), job.text(expert, expert).encoded
-    places = {"on_block": place.on_step, "folder": place.folder, "snapshots": snapshots}
+    places = {"on_block": place.on_step, "folder": place.folder, "snapshots": snapshots, "label": expert.label}
     with backward_pass(expert.decoder, weights, samples, observer, place.device, outside=True, **places) as model:
         snapshots.write()
         return Answer(before, model.losses)

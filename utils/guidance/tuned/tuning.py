@@ -172,6 +172,7 @@ def _slope(
         outside=True,
         on_block=place.on_step,
         folder=place.folder,
+        label="the merge that is tuned",
     ) as model:
         losses = samples.by_task(model.losses)
         by_task = weigh(losses)

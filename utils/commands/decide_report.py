@@ -1,7 +1,7 @@
 """What command 2 prints: the choices first, then what was decided, then what to do next."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,14 @@ def _what_it_does(given: Mapping[str, Any], settings: RecipeSettings) -> str:
 def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[str] = ()) -> None:
     """Print each expert's densities and weights, the guidance's remarks, what the filters cover, and the control's."""
     settings, table, naming = made.settings, made.decision.table, made.decision.naming
-    columns = [*(["density"] if settings.method.keeps else []), *(["weight"] if settings.as_weights else [])]
+    columns = {"density": "density"} if settings.method.keeps else {}
+    if settings.as_weights or settings.as_factors:
+        columns["weight"] = "factor" if settings.as_factors else "weight"
     for entry in settings.experts:
         part = table[table["model"] == entry.type]
         print(f"\n{entry.type} ({entry.name})")
-        for column in columns:
-            _say_column(part if column == "weight" else of_components(part), column)
+        for column, label in columns.items():
+            _say_column(part if column == "weight" else of_components(part), column, label)
         if control is not None:
             own = control.table[control.table["model"] == entry.type]
             _say_control(of_components(own), columns, control.kind)
@@ -125,10 +127,10 @@ def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[st
         _say_coverage(naming.coverage, settings.routers.tensors)
 
 
-def _say_column(part: pd.DataFrame, column: str) -> None:
+def _say_column(part: pd.DataFrame, column: str, label: str) -> None:
     values = part[column]
     shown = f"mean {average(part, column):.4f}, max {values.max():.4f} (mean over {averaged_over(part)})"
-    print(f"  {column:<13} min {values.min():.4f}, {shown}")
+    print(f"  {label:<13} min {values.min():.4f}, {shown}")
     _say_pairs("by layer", by_depth(part, column))
     measured = of_components(part)
     alike = measured["component"].map(name_template)  # experts stored apart are hundreds of components
@@ -138,7 +140,7 @@ def _say_column(part: pd.DataFrame, column: str) -> None:
     _say_pairs("by component", components)
 
 
-def _say_control(part: pd.DataFrame, columns: Sequence[str], kind: str) -> None:
+def _say_control(part: pd.DataFrame, columns: Container[str], kind: str) -> None:
     density, weight, said = part["density"].iloc[0], part["weight"], []
     if "density" in columns:
         said.append(f"density {density:.6f} everywhere")

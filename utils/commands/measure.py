@@ -18,6 +18,7 @@ from utils.commands.measure_request import (
     not_changed,
     pieces_request,
     refuse_changed,
+    refuse_missing_files,
 )
 from utils.commands.ray_flags import connected
 from utils.errors import UserError, warn
@@ -95,6 +96,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True, warned: set[str
     warn([mended] if mended else [])
     _refuse_out_dir(options, names)
     refuse_missing(config)
+    refuse_missing_files(options)
     if options.ray is not None:
         options.ray.refuse_devices(options.device, options.devices)
     quiet_libraries()

@@ -62,6 +62,17 @@ def _routers(base: Subject) -> dict[str, Any]:
     return {"routers": found} if found else {}
 
 
+def refuse_missing_files(options: MeasureOptions) -> None:
+    """Raise a `UserError` if a flag of the method names a file that is none."""
+    for flag in options.method.file_flags:
+        named = options.method_options.get(flag)
+        if named and not Path(named).is_file():
+            state, code = (
+                ("is a folder", "file-is-folder") if Path(named).is_dir() else ("does not exist", "file-missing")
+            )
+            raise UserError(f"--{flag} {named} {state}; give the file", code)
+
+
 def _other_inputs(options: MeasureOptions) -> dict[str, Any]:
     """The records of files that the method's own flags name, by flag."""
     named = options.method_options

@@ -3,6 +3,7 @@
 python -m pytest tests/guidance/tuned
 """
 
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -267,6 +268,26 @@ def test_a_start_that_cannot_be_tuned_is_refused(pair, change, code):
     BAD.write_text(yaml.safe_dump({**recipe, **change}))
     with refused(code):
         measure("tuned", "other", start_recipe=str(BAD))
+
+
+def test_a_start_that_is_not_there_is_refused_by_its_name(pair, no_weights):
+    with refused("file-missing", "--start_recipe lost.yaml"):
+        measure("tuned", "other", start_recipe="lost.yaml")
+
+
+def test_factors_are_shown_by_layer_and_counted(pair):
+    asked = (
+        "--config_file",
+        "pair.yaml",
+        "--delta_dfs_in_dir",
+        "dfs_gram",
+        "--out_dir",
+        "shown",
+        "--guidance",
+        "tuned",
+    )
+    said = done_here("lewis_merge.py", *asked).stdout
+    assert said.count("  factor ") == len(NAMES) and re.search(r"^filters: [1-9]\d* per expert", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,10 @@ def _what_it_does(given: Mapping[str, Any], settings: RecipeSettings) -> str:
         does.append(
             f"normalize {'true' if divides else 'false'}{replaced if given.get('normalize') and not divides else ''}"
         )
+    if method.own:
+        does += [
+            f"{name} {str(given[name]).lower()}" for name in method.switches if name in given and name != "normalize"
+        ]
     shared = (
         number.name for number in method.numbers if number.name != "lambda" and number.name in settings.parameters
     )
@@ -204,11 +208,8 @@ def say_files(
 
 
 def _refined_by(made: GuidedRecipe) -> list[GuidanceMethod]:
-    """The guidances that such a recipe of several experts gains from when they start at it.
-
-    None start at a recipe of several weights for an expert (one that cuts entries, or weighs routers on their own), or of models
-    of several vocabularies.
-    """
+    """The guidances that such a recipe of several experts gains from when they start at it: at none of one that cuts entries,
+    weighs routers on their own, or aligns tokens."""
     several, whole = len(made.settings.experts) > 1, (made.decision.table["density"] == 1).all()
     if not several or not whole or made.aligned or isinstance(made.choices.options.router, float):
         return []

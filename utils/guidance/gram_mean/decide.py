@@ -15,6 +15,7 @@ from utils.recipes.naming import Naming, Recorded, name_recorded
 
 _ENOUGH_SAMPLES = 15  # below, the guided mean merges embeddings as well (benchmarks/quality.py)
 _DIGITS = 6
+_EMBEDDING_ROWS = "embedding_rows"
 _KEPT = {
     SPARSE: "{:g} of each linear layer's entries, fitted anew to answer like the whole",
     LOW_RANK: "of each linear layer two factors with {:g} of its numbers, of all such the ones that answer most like the whole",
@@ -43,19 +44,19 @@ def decide(job: DecideJob) -> Decision:
     density = job.mean_density if job.merge_method.keeps else None
     form = _form(job, density)
     samples = min(one.samples for one in gains.values())
-    rows, alone = samples >= _ENOUGH_SAMPLES, len(names) == 1
+    alone = len(names) == 1
     if alone and (density is None or density >= 1):
         warnings.append(_WHOLE.format(name=names[0], density=METHOD.density_alone))
     return Decision(
         table=_table(tensors, naming, weights, density),
         naming=naming,
         writes_weights=False,
-        how=tuple(_how_one(density, form) if alone else _how(job, gains, samples, rows, density, form)),
+        how=tuple(_how_one(density, form) if alone else _how(job, gains, samples, density, form)),
         after=() if alone else tuple(_after(tensors)),
         warnings=tuple(warnings),
         tags=(form,) if form == LOW_RANK else (),
         fits_adapter=alone and form == LOW_RANK and not job.models.routers,
-        parameters={"embedding_rows": rows} | _cutting(form, density),
+        parameters={_EMBEDDING_ROWS: samples >= _ENOUGH_SAMPLES} | _cutting(form, density),
         measured={name: gram_file(name) for name in names},
         expert_weights=weights,
     )
@@ -106,15 +107,16 @@ def _table(tensors: pd.DataFrame, naming: Naming, weights: Mapping[str, float], 
 
 
 def _how(
-    job: DecideJob, gains: Mapping[str, TextGain], samples: int, rows: bool, density: float | None, form: str
+    job: DecideJob, gains: Mapping[str, TextGain], samples: int, density: float | None, form: str
 ) -> list[tuple[str, str]]:
     weighed = (
         "in proportion to 1 / gain" if all(one.is_sure for one in gains.values()) else "equal, whatever was gained"
     )
     shown = ", ".join(f"{name} {one.gain:.3f}" for name, one in gains.items())
-    embeddings = (
-        "row by row, in the metric of their gradients" if rows else f"by the guided mean: {samples} samples are few"
-    )
+    asked = job.config.global_parameters.get(_EMBEDDING_ROWS)
+    rows = samples >= _ENOUGH_SAMPLES if asked is None else asked
+    few = f"{samples} samples are few" if asked is None else f"{_EMBEDDING_ROWS} of the pair config is false"
+    embeddings = "row by row, in the metric of their gradients" if rows else f"by the guided mean: {few}"
     return [
         ("density", _kept(density, form)),
         ("weight", f"{weighed} on each one's own text (nats per token: {shown})"),

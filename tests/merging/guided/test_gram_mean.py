@@ -518,3 +518,17 @@ def test_one_expert_sparse_is_masked_and_fitted_anew(pair, family, joint):
         assert costs[0] < 0.9 * costs[1] if joint else costs[0] == pytest.approx(costs[1], rel=1e-3)
     embedding = next(name for name in ("model.embed_tokens.weight", "transformer.wte.weight") if name in found)
     assert torch.equal(found[embedding], expert[embedding].float())
+
+
+def test_biases_of_one_expert_are_its_own_where_weights_are_cut(pair):
+    folder = pair("gpt2")
+    write_config(folder, {"target_model_names": {"math": "./math"}})
+    (recipe,) = decided(mean_density=0.2)
+    found, expert = merged(recipe, dtype="float32"), tensors(Path("math"))
+    biases = [name for name in found if name.endswith(".bias")]
+    assert "transformer.h.0.attn.c_attn.bias" in biases
+    for name in biases:
+        torch.testing.assert_close(found[name], expert[name].float(), rtol=0, atol=1e-7)
+    assert not torch.allclose(
+        found["transformer.h.0.attn.c_attn.weight"], expert["transformer.h.0.attn.c_attn.weight"].float()
+    )

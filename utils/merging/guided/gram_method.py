@@ -40,7 +40,7 @@ class GramMean(WeighedMethod):
         weight: its share beside the others', at least 0; only ratios matter. Of a model with 0 nothing is read.
         density: share of the entries of its change to a linear layer that are kept, fitted anew to answer like the whole
             change on the layer's inputs (`utils/merging/guided/refit.py`); where there are no inputs those of largest
-            delta^2 F^power, as they are. Default 1.
+            delta^2 F^power, as they are. Vectors, such as its bias, stay whole. Default 1.
         factor: of its change alone, not of its share beside the others'; any number. Default 1.
         saliency: path of its file of vectors and Gram matrices (`utils/recipes/gram_file.py`), which must be given. A
             tensor for which some model has "", or no matrices, is merged by the guided mean.
@@ -147,7 +147,9 @@ def _merged(base: Tensor, models: Sequence[_Model], shared: Mapping[str, Any], n
 
 
 def _kept(change: Tensor, model: _Model, shared: Mapping[str, Any]) -> Tensor:
-    """What a density leaves of a change."""
+    """What a density leaves of a change; all of a vector, for a bias is hit by the filter of its weight."""
+    if change.dim() < 2:
+        return change
     k = kept_entries(change.numel(), model.density)
     if k == change.numel():
         return change

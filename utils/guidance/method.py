@@ -222,7 +222,8 @@ def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
     name = asked or config.guidance or DEFAULT
     name = _BEST if name == BEST else name
     if name not in methods:
-        hint = suggestion(name, methods, f"known: {', '.join(methods)}")
+        known = (*methods, BEST)
+        hint = suggestion(name, known, f"known: {', '.join(known)}")
         raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}", "config-unknown-guidance")
     return methods[name]
 

@@ -123,7 +123,8 @@ def say_result(made: GuidedRecipe, control: Control | None, remarks: Sequence[st
     for line in (*made.decision.after, *remarks):
         print(line)
     if not columns:
-        print("\nfilters: none; every tensor of an expert is merged alike")
+        own = "those of routers alone; every other" if settings.routers.filters else "none; every"
+        print(f"\nfilters: {own} tensor of an expert is merged alike")
         return
     count = len(set((naming.group_filters or naming.filters).values()))
     print(f"\nfilters: {count} per expert; {naming.evidence}")

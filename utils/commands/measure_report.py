@@ -63,7 +63,8 @@ def _subject_lines(options: MeasureOptions, job: MeasureJob, subject: Subject) -
     )
     own = list(job.config.texts) if subject is job.base else [job.config.text_of(subject.entry.type)]
     counts = [
-        f"{text.tokens} tokens in {len(text.batches)} micro-batches, first ids {text.encoded[0][:_FIRST_IDS]}"
+        f"{text.tokens} tokens in {len(text.batches)} micro-batch{'' if len(text.batches) == 1 else 'es'}, first ids "
+        f"{text.encoded[0][:_FIRST_IDS]}"
         for text in (subject.texts[source] for source in own)
     ]
     if len(job.config.texts) == 1:

@@ -183,7 +183,7 @@ def measure(job: MeasureJob) -> Measured:
         files = _files(job, found, number)
     notes = [
         f"{name}: loss {gain.base:.4f} at the base, {gain.expert:.4f} at the expert (nats per token on its own text, "
-        f"{gain.samples} samples)"
+        f"{gain.samples} sample{'' if gain.samples == 1 else 's'})"
         for name, gain in gains.items()
     ]
     doubts = [*accepted_doubts(gains, EQUAL_WEIGHTS), *_without_inputs(job, found)]

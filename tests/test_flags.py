@@ -190,6 +190,13 @@ def test_whole_numbers_refused(text):
         whole_number(1, 100)(text)
 
 
+def test_without_an_upper_bound_the_lower_one_is_said():
+    with pytest.raises(ArgumentTypeError, match="0 is not at least 1"):
+        whole_number(1)("0")
+    with pytest.raises(ArgumentTypeError, match="0 is not above 0"):
+        number(0, low_open=True)("0")
+
+
 def test_whole_number_bounds(capsys):
     assert (whole_number(1, 100)("1"), whole_number(1, 100)("100")) == (1, 100)
     assert "101 is outside [1, 100]" in refusal(capsys, "flag-invalid", "--out_dir", "x", "--count", "101")

@@ -48,7 +48,7 @@ def test_problems_of_the_config_are_reported_together(pair, refused):
         ((*ARGUMENTS, "--device", "mps"), "device-unknown", "'mps' is not supported; use auto, cpu, cuda or cuda:n"),
         ((*ARGUMENTS, "--device", "cuda:99"), "device-missing", ""),
         ((*ARGUMENTS, "--dtype", "fp16"), "flag-invalid", "invalid choice: 'fp16'"),
-        ((*ARGUMENTS, "--micro_batch_tokens", "0"), "flag-invalid", "0 is not at least 1"),
+        ((*ARGUMENTS, "--micro_batch_tokens", "0"), "flag-invalid", "0 is outside [1, "),
         (("--config", "pair.yaml", "--out_dir", "rows.jsonl"), "out-is-file", "rows.jsonl"),
         (("--config", "pair.yaml", "--out_dir", "pair.yaml/x"), "out-is-file", "pair.yaml"),
         (("--config", "pair.yaml", "--out_dir", "x" * 300), "out-unusable", "--out_dir"),

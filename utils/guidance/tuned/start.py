@@ -168,7 +168,7 @@ def refuse_changed_parts(start: Start, where: Path) -> None:
             state = "is another file now" if os.path.isfile(file) else "is not there any more"
             raise UserError(
                 f"dataframe folder {where}: {file}, which the tuned recipe reads for {type_}, {state}, and the coefficients "
-                "hold for what it was; tune again (lewis_importance.py --guidance tuned)",
+                "hold for what it was; put it back there, or tune again (lewis_importance.py --guidance tuned)",
                 "tuned-parts-changed",
             )
 

@@ -1,5 +1,6 @@
 """How pieces of work share devices and threads, and how many models are measured at a time."""
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from tests.tiny_pairs import save_pair
 from utils.commands import measure_preparation
 from utils.commands.measure import measure_pair
 from utils.commands.measure_options import MeasureOptions
+from utils.commands.measure_request import as_begun
 from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
 from utils.workers.piece import Piece, Place
+from utils.workers.work_folder import folder_name
 
 CPU = torch.device("cpu")
 LEWIS = guidance_methods()["lewis"]
@@ -62,6 +65,22 @@ def test_works_that_go_side_by_side_share_the_threads(threads_of_torch, devices,
     together = threading.Barrier(count) if threads < 4 else None
     assert job(devices, at_once).run(works(count, together)) == [(number, threads) for number in range(count)]
     assert torch.get_num_threads() == 4
+
+
+def test_a_piece_that_a_kill_has_left_over_has_no_more_threads_than_beside_the_others(threads_of_torch, tmp_path):
+    """The last bits of a sum depend on them."""
+    whole = replace(job(at_once=3), workspace=tmp_path).run(works(3))
+    shutil.rmtree(tmp_path / "2")
+    assert replace(job(at_once=3), workspace=tmp_path).run(works(3)) == whole == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_threads_are_shared_as_an_interrupted_run_shared_them_whatever_memory_is_free_now(threads_of_torch, tmp_path):
+    request = {"guidance_options": {}}
+    _, begun = as_begun(tmp_path, job(at_once=3), None, request)
+    (tmp_path / folder_name(begun)).mkdir()
+    again, asked = as_begun(tmp_path, job(at_once=1), None, request)
+    assert asked == begun and (again.at_once, again.shares) == (1, 3)
+    assert again.run(works(3)) == [(0, 1), (1, 1), (2, 1)]
 
 
 def test_the_threads_come_back_after_an_error(threads_of_torch):

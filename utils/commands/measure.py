@@ -14,9 +14,9 @@ from utils.commands.measure_options import MeasureOptions
 from utils.commands.measure_preparation import devices_of, idle_keys, prepared_job
 from utils.commands.measure_request import (
     already_there,
+    as_begun,
     measure_request,
     not_changed,
-    pieces_request,
     refuse_changed,
     refuse_missing_files,
 )
@@ -121,7 +121,8 @@ def _measure(
         trial.check()
     job = prepared_job(options, workers, devices, samples, output.detail)
     request = measure_request(options, job, samples)
-    place, pieces_of = options.out_dir / WORK, pieces_request(job, workers, request)
+    place = options.out_dir / WORK
+    job, pieces_of = as_begun(place, job, workers, request)
     with contextlib.ExitStack() as stack:
         same = (place / folder_name(pieces_of)).is_dir
         stack.enter_context(locked_folder(options.out_dir, is_same=same, say=output.say))

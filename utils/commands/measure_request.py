@@ -1,6 +1,7 @@
 """What a measurement depends on, as its manifest records it, and whether a folder holds that already."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from utils.passes.preparation import Samples
 from utils.passes.subjects import Subject
 from utils.publishing.manifest import file_sha256
 from utils.runtime import sources_sha256, versions
+from utils.workers.work_folder import folder_name
 
 if TYPE_CHECKING:
     from utils.workers.ray_cluster import RayWorkers
@@ -92,7 +94,28 @@ def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mappi
     threads = torch.get_num_threads() if workers is None else workers.cpus
     options = {name: value for name, value in request["guidance_options"].items() if name != ACCEPT}
     own = {"guidance_options": options, "sources": sources_sha256()}
+    if workers is None and job.devices[0].type == "cpu":
+        own["shares"] = job.shares or job.side_by_side
     return {**request, **own, "threads": threads, "batches_a_piece": job.batches_a_piece}
+
+
+def as_begun(
+    place: Path, job: MeasureJob, workers: "RayWorkers | None", request: Mapping[str, Any]
+) -> tuple[MeasureJob, dict[str, Any]]:
+    """The job and the request of its pieces as an interrupted run in `place` had them; without one, as they are.
+
+    How many models go side by side, and share a CPU's threads, depends on the memory that is free. The bits of what is
+    finished depend on it, so that the rest is done with as many threads for each.
+    """
+    if workers is None and job.devices[0].type == "cpu":
+        import torch
+
+        most = max(torch.get_num_threads(), len(job.subjects), job.side_by_side)
+        for shares in range(1, most + 1):
+            begun = replace(job, shares=shares, at_once=min(job.at_once, shares))
+            if (place / folder_name(found := pieces_request(begun, workers, request))).is_dir():
+                return begun, found
+    return job, pieces_request(job, workers, request)
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class MeasureJob:
     `devices` are those asked for; each has one piece of work at a time, a single CPU up to `at_once`. `options` are the
     values of the method's own flags. `workspace` is the folder of the pieces' results, on the file system of what is
     published; what is not handed over is removed. `quiet`: no progress. `workers` do the pieces in the place of `devices`.
+    `shares` is how many pieces share the threads of a CPU (`LocalWorkers`), None: as many as go side by side.
     `batches_a_piece` is how many micro-batches a piece takes at most, where sums can be split by them; None: all.
     """
 
@@ -57,6 +58,7 @@ class MeasureJob:
     quiet: bool = False
     workers: Workers | None = None
     batches_a_piece: int | None = None
+    shares: int | None = None
 
     @property
     def side_by_side(self) -> int:
@@ -117,7 +119,7 @@ class MeasureJob:
             UserError: what a piece raises; a GPU that ran out of memory.
         """
         say = (lambda line: None) if self.quiet else (lambda line: print(line, flush=True))
-        workers = self.workers or LocalWorkers(self.devices, self.at_once, say)
+        workers = self.workers or LocalWorkers(self.devices, self.at_once, say, self.shares)
         with progress_bar("measuring", sum(piece.steps for piece in pieces), "block", quiet=self.quiet) as bar:
 
             def on_progress(label: str, steps: int) -> None:

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class LocalWorkers:
     """Devices of this machine (`Workers`): each has one piece at a time, a single one up to `at_once`.
 
-    `say` takes a line if pieces share a device's threads.
+    `say` takes a line if pieces share a device's threads. `shares` is how many pieces share torch's threads on a CPU, None:
+    as many as go side by side. The last bits of a sum depend on how many threads share it: a piece has as many whichever of
+    the others are there already, and however many go side by side now.
     """
 
     devices: "tuple[torch.device, ...]"
     at_once: int = 1
     say: Callable[[str], None] = lambda line: None
+    shares: int | None = None
 
     def run(self, pieces: Sequence[Piece], folder: Path | None, on_progress: OnProgress) -> list[Any]:
         """Do all pieces in threads of this process; as `Workers.run`."""
@@ -37,11 +40,16 @@ class LocalWorkers:
                 results[piece.name] = found.value
                 on_progress(piece.label, piece.steps)
         left = [piece for piece in pieces if piece.name not in results]
-        results |= dict(zip((piece.name for piece in left), self._run(left, folder, on_progress), strict=True))
+        results |= dict(
+            zip((piece.name for piece in left), self._run(left, len(pieces), folder, on_progress), strict=True)
+        )
         return [results[piece.name] for piece in pieces]
 
-    def _run(self, pieces: Sequence[Piece], folder: Path | None, on_progress: OnProgress) -> list[Any]:
-        lanes = (self.devices if len(self.devices) > 1 else self.devices * self.at_once)[: len(pieces)]
+    def _run(self, pieces: Sequence[Piece], of: int, folder: Path | None, on_progress: OnProgress) -> list[Any]:
+        """Do pieces, those of so many that are left."""
+        lanes = self.devices if len(self.devices) > 1 else self.devices * self.at_once
+        shares = min(self.shares or len(lanes), of)
+        lanes = lanes[: min(shares, len(pieces))]
         if len(lanes) > len(self.devices):
             self.say(f"side by side: {len(lanes)} models at a time share the threads")
         free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
@@ -64,7 +72,7 @@ class LocalWorkers:
             finally:
                 free.put(device)
 
-        with _shared_threads(lanes):
+        with _shared_threads(lanes, shares):
             if len(lanes) <= 1:
                 return [do(piece) for piece in pieces]
             with concurrent.futures.ThreadPoolExecutor(len(lanes), thread_name_prefix="piece") as pool:
@@ -110,13 +118,13 @@ def _kept(piece: Piece, device: "torch.device", on_step: Callable[[int], None], 
 
 
 @contextlib.contextmanager
-def _shared_threads(lanes: "Sequence[torch.device]") -> Iterator[None]:
-    """Share torch's threads among pieces on the CPU, which start meanwhile."""
+def _shared_threads(lanes: "Sequence[torch.device]", shares: int) -> Iterator[None]:
+    """Give pieces on the CPU, which start meanwhile, one of so many shares of torch's threads each."""
     import torch
 
     before = torch.get_num_threads()
     if lanes and lanes[0].type == "cpu":
-        torch.set_num_threads(max(1, before // len(lanes)))
+        torch.set_num_threads(max(1, before // shares))
     try:
         yield
     finally:

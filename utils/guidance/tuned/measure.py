@@ -114,6 +114,13 @@ def _experts(job: MeasureJob) -> tuple[Subject, ...]:
 def _start(job: MeasureJob) -> Start:
     entries, path = [one.entry for one in _experts(job)], job.options["start_recipe"]
     models = LocalModels(job.config.base, entries, trust_remote_code=job.trust_remote_code)
+    if apart := models.vocabulary_apart:
+        raise UserError(
+            f"pair config {job.config.path}: {', '.join(apart)} of some expert has another number of rows than the base's, and "
+            "coefficients can be tuned where all have one vocabulary; leave that expert out (target_model_names), or take "
+            "--guidance gram_mean, which merges such experts",
+            "tuned-shapes",
+        )
     return plain_start(entries, models) if path is None else read_start(Path(path), job.base.entry, entries, models)
 
 

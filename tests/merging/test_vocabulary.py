@@ -113,6 +113,19 @@ def test_the_same_tokens_under_other_settings_are_merged_as_they_are(copies, cap
     assert tokenizer_of(ours).get_vocab() == tokenizer_of(stock).get_vocab()
 
 
+def test_a_token_that_one_model_keeps_whole_is_kept_whole_by_the_result(copies):
+    from tokenizers import AddedToken
+
+    tokenizer = tokenizer_of(copies / "math")
+    tokenizer.add_tokens([AddedToken("#", special=True)])  # a token of every model, an added one of this
+    tokenizer.save_pretrained(copies / "math")
+    assert tokenizer.get_vocab() == tokenizer_of(copies / "base").get_vocab()
+    data = recipe(copies, "task_arithmetic", tokenizer_source="union", dtype="float32")
+    ours, stock = (tokenizer_of(one(copies, data)) for one in (merge_here, merge_stock))
+    assert ours.added_tokens_decoder == stock.added_tokens_decoder
+    assert "#" in {str(token) for token in ours.added_tokens_decoder.values()}
+
+
 def test_padding_rows_are_dropped_as_stock_mergekit_does(tmp_path, capsys):
     save_models(tmp_path, vocab_size=VOCABULARY + 32)
     data = recipe(tmp_path, tokenizer_source="union")

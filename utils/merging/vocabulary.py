@@ -94,10 +94,17 @@ def plan_vocabulary(
 
 
 def _same_tokens(inputs: MergeInputs, prints: Mapping[ModelReference, str], trust_remote_code: bool) -> bool:
-    """Whether every tokenizer has the donor's tokens under the donor's ids, whatever its settings are: which one pads, say."""
-    ours, own = prints[inputs.donor.reference], _vocabulary(inputs.donor, trust_remote_code)
+    """Whether every tokenizer has the donor's tokens under the donor's ids, whatever its settings are: which one pads, say.
+
+    A token that one of them keeps whole in a text, as added tokens are, and the donor does not, would become one of the result.
+    """
+    ours, donor = prints[inputs.donor.reference], _tokenizer(inputs.donor, trust_remote_code)
     others = [model for model in inputs.models if prints.get(model.reference, ours) != ours]
-    return all(_vocabulary(model, trust_remote_code) == own for model in others)
+    loaded = (_tokenizer(model, trust_remote_code) for model in others)
+    return all(
+        one.get_vocab() == donor.get_vocab() and one.added_tokens_decoder.items() <= donor.added_tokens_decoder.items()
+        for one in loaded
+    )
 
 
 def _as_they_are(inputs: MergeInputs, architecture: ArchitecturePlan, trust_remote_code: bool, keep_rows: bool) -> str:
@@ -145,9 +152,13 @@ def _is_plain(config: Any) -> bool:
 
 def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
     """Token -> id of a model's tokenizer."""
+    return _tokenizer(model, trust_remote_code).get_vocab()
+
+
+def _tokenizer(model: MergeInput, trust_remote_code: bool) -> Any:
     try:
         with quiet_mergekit():
-            loaded = AutoTokenizer.from_pretrained(model.checkpoint.folder, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(model.checkpoint.folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # tokenizers raise anything, from KeyError to their own Rust exceptions
         if not is_failure(error):
             raise
@@ -155,7 +166,6 @@ def _vocabulary(model: MergeInput, trust_remote_code: bool) -> dict[str, int]:
             f"model {model.checkpoint.name}: its tokenizer cannot be loaded: {brief(error)}",
             "merge-tokenizer-unreadable",
         ) from error
-    return loaded.get_vocab()
 
 
 def _differences(inputs: MergeInputs, prints: Mapping[ModelReference, str], trust_remote_code: bool) -> list[str]:

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.method import guidance_methods
 from utils.pair.config import read_pair_config
+from utils.passes.subjects import Subject
 from utils.workers.piece import Piece, Place
 from utils.workers.work_folder import folder_name
 
@@ -74,13 +75,23 @@ def test_a_piece_that_a_kill_has_left_over_has_no_more_threads_than_beside_the_o
     assert replace(job(at_once=3), workspace=tmp_path).run(works(3)) == whole == [(0, 1), (1, 1), (2, 1)]
 
 
+WHOLE = Subject(None, None, None, None, torch.float32, {}, experts_apart=False)
+
+
 def test_threads_are_shared_as_an_interrupted_run_shared_them_whatever_memory_is_free_now(threads_of_torch, tmp_path):
     request = {"guidance_options": {}}
-    _, begun = as_begun(tmp_path, job(at_once=3), None, request)
+    _, begun = as_begun(tmp_path, replace(job(at_once=3), subjects=(WHOLE,) * 3), None, request)
     (tmp_path / folder_name(begun)).mkdir()
-    again, asked = as_begun(tmp_path, job(at_once=1), None, request)
+    again, asked = as_begun(tmp_path, replace(job(at_once=1), subjects=(WHOLE,) * 3), None, request)
     assert asked == begun and (again.at_once, again.shares) == (1, 3)
     assert again.run(works(3)) == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_experts_are_fetched_one_at_a_time_where_an_interrupted_run_did_so(tmp_path):
+    apart, request = replace(WHOLE, experts_apart=True), {"guidance_options": {}}
+    _, begun = as_begun(tmp_path, replace(job(), subjects=(apart,)), None, request)
+    (tmp_path / folder_name(begun)).mkdir()
+    assert as_begun(tmp_path, replace(job(), subjects=(WHOLE,)), None, request)[0].subjects == (apart,)
 
 
 def test_the_threads_come_back_after_an_error(threads_of_torch):

@@ -94,8 +94,9 @@ def pieces_request(job: MeasureJob, workers: "RayWorkers | None", request: Mappi
     threads = torch.get_num_threads() if workers is None else workers.cpus
     options = {name: value for name, value in request["guidance_options"].items() if name != ACCEPT}
     own = {"guidance_options": options, "sources": sources_sha256()}
-    if workers is None and job.devices[0].type == "cpu":
-        own["shares"] = job.shares or job.side_by_side
+    if workers is None:
+        own["experts_apart"] = [subject.experts_apart for subject in job.subjects]
+        own["shares"] = (job.shares or job.side_by_side) if job.devices[0].type == "cpu" else None
     return {**request, **own, "threads": threads, "batches_a_piece": job.batches_a_piece}
 
 
@@ -104,18 +105,24 @@ def as_begun(
 ) -> tuple[MeasureJob, dict[str, Any]]:
     """The job and the request of its pieces as an interrupted run in `place` had them; without one, as they are.
 
-    How many models go side by side, and share a CPU's threads, depends on the memory that is free. The bits of what is
-    finished depend on it, so that the rest is done with as many threads for each.
+    How many models go side by side, and share a CPU's threads, depends on the memory that is free, and so does whether experts
+    of mixtures are fetched one at a time. The last bits of what is finished depend on it, so that the rest is done in that way,
+    too.
     """
-    if workers is None and job.devices[0].type == "cpu":
-        import torch
-
-        most = max(torch.get_num_threads(), len(job.subjects), job.side_by_side)
-        for shares in range(1, most + 1):
-            begun = replace(job, shares=shares, at_once=min(job.at_once, shares))
-            if (place / folder_name(found := pieces_request(begun, workers, request))).is_dir():
-                return begun, found
+    for begun in _ways(job) if workers is None and place.is_dir() else ():
+        found = pieces_request(begun, workers, request)
+        if (place / folder_name(found)).is_dir():
+            return begun, found
     return job, pieces_request(job, workers, request)
+
+
+def _ways(job: MeasureJob) -> Iterator[MeasureJob]:
+    """The job as it is, and as it may have been begun while more memory or less was free."""
+    on_cpu = job.devices[0].type == "cpu"
+    for subjects in (job.subjects, tuple(replace(one, experts_apart=True) for one in job.subjects)):
+        yield replace(job, subjects=subjects)
+        for shares in range(1, max(len(subjects), job.side_by_side) + 1) if on_cpu else ():
+            yield replace(job, subjects=subjects, shares=shares, at_once=min(job.at_once, shares))
 
 
 def _text_record(source: CalibrationSource, rows: Sequence[int]) -> dict[str, Any]:

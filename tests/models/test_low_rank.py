@@ -135,6 +135,22 @@ def test_refused(tmp_path, case):
         open_checkpoint(f"{base}+{adapter}")
 
 
+def test_a_tied_embedding_may_be_kept_twice_if_it_is_the_same(tmp_path):
+    """As `utils/merger.py --adapter` writes it, for peft."""
+    base = save_tiny("gemma3", tmp_path / "base")
+    (embedding,) = (name for name in open_checkpoint(str(base)).tensors if name.endswith("embed_tokens.weight"))
+    adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    path = adapter / "adapter_model.safetensors"
+    own = load_file(path)
+    (whole,) = (value for name, value in own.items() if name.endswith("embed_tokens.weight"))
+    head = "base_model.model.lm_head.weight"
+    save_file({**own, head: whole.clone()}, path)
+    assert open_checkpoint(f"{base}+{adapter}").tensors[embedding].file == path
+    save_file({**own, head: whole + 1}, path)
+    with refused("adapter-unfit", "lm_head.weight"):
+        open_checkpoint(f"{base}+{adapter}")
+
+
 def test_another_model_s_adapter_is_refused(tmp_path):
     base, other = save_tiny("llama", tmp_path / "base"), save_tiny("gpt2", tmp_path / "other")
     wide = save_tiny("llama", tmp_path / "wide", hidden_size=48)

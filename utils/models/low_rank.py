@@ -39,6 +39,7 @@ _OTHER = (
 )
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # ways to begin that change the model itself
 _MOST_ALPHA = 1e30
+_AT_ONCE = 2**20  # bytes that are compared together
 _MERGE = "merge it with peft (merge_and_unload) and give the result"
 
 
@@ -108,6 +109,7 @@ def with_adapter(
     config = read_json(adapter / CONFIG, f"LoRA adapter {name}: {CONFIG}")
     _refuse_other_kinds(config, name)
     parts: dict[str, dict[str, TensorHeader]] = {}
+    whole: dict[str, TensorHeader] = {}
     changed = dict(tensors)
     for header in file_headers(adapter / WEIGHTS, name):
         path = header.name.removeprefix(_PREFIX)
@@ -119,17 +121,22 @@ def with_adapter(
                 f"LoRA adapter {name}: {header.name} is of an unknown kind; {_MERGE}", "adapter-unsupported"
             )
         else:
-            target = _target(path.replace(".base_layer.", "."), tensors, name, stored_name)
-            _require(header.shape == target.shape, name, header, target)
-            changed[target.name] = replace(header, name=target.name)
+            whole[path.replace(".base_layer.", ".")] = header
+    targets = {path: _stored(path, tensors, stored_name) for path in whole}
+    for path, header in whole.items():
+        if targets[path] is None and any(_same_content(header, whole[other]) for other in whole if targets[other]):
+            continue  # a tied embedding, which is kept for it and for the head
+        target = targets[path] or _target(path, tensors, name, stored_name)
+        _require(header.shape == target.shape, name, header, target)
+        changed[target.name] = replace(header, name=target.name)
     if not parts and changed == dict(tensors):
         raise UserError(f"LoRA adapter {name}: {WEIGHTS} holds nothing", "adapter-unfit")
     for path, own in parts.items():
         target = _target(f"{path}.weight", tensors, name, stored_name)
         if not {"down", "up"} <= own.keys():
             raise UserError(f"LoRA adapter {name}: {path} has only one of its two matrices", "adapter-unfit")
-        whole = changed[target.name]  # which may be the adapter's own
-        changed[target.name] = replace(whole, change=_change(config, path, own, whole, name))
+        before = changed[target.name]  # which may be the adapter's own
+        changed[target.name] = replace(before, change=_change(config, path, own, before, name))
     return changed
 
 
@@ -181,17 +188,39 @@ def _by_pattern(patterns: Any, path: str, usual: Any, name: str) -> Any:
 def _target(
     path: str, tensors: Mapping[str, TensorHeader], name: str, stored_name: Callable[[str], str | None]
 ) -> TensorHeader:
-    """The stored tensor that an adapter means; bare bodies are stored without the first part of a name, or with it."""
+    """The stored tensor that an adapter means. Raises a `UserError` if there is none."""
+    found = _stored(path, tensors, stored_name)
+    if found is None:
+        raise UserError(
+            f"LoRA adapter {name} changes {path}, which the model does not store as a tensor of its own; {_MERGE}",
+            "adapter-unfit",
+        )
+    return found
+
+
+def _stored(
+    path: str, tensors: Mapping[str, TensorHeader], stored_name: Callable[[str], str | None]
+) -> TensorHeader | None:
+    """The stored tensor of a name; bare bodies are stored without its first part, or with it."""
     for candidate in (path, path.partition(".")[2], f"model.{path}"):
         if candidate in tensors:
             return tensors[candidate]
     other = stored_name(path)
-    if other is not None:
-        return tensors[other]
-    raise UserError(
-        f"LoRA adapter {name} changes {path}, which the model does not store as a tensor of its own; {_MERGE}",
-        "adapter-unfit",
-    )
+    return None if other is None else tensors[other]
+
+
+def _same_content(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two tensors are equal to the bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for start in range(0, one.nbytes, _AT_ONCE):
+            size = min(_AT_ONCE, one.nbytes - start)
+            if first.read(size) != second.read(size):
+                return False
+    return True
 
 
 def _require(holds: bool, name: str, one: TensorHeader, other: TensorHeader) -> None:

@@ -187,7 +187,21 @@ def _end_by_the_system(error: OSError) -> None:
     left = _kept(error) or NOTHING_LEFT
     if error.filename == _STDOUT:
         _end(error, f"{what}: let it go to a file, or to a reader that takes all of it; {left}", "stdout-unwritable")
+    if _is_of_the_current_folder(error):
+        text = "the folder in which this command was typed was removed: cd into one that is there"
+        _end(error, f"{text}; {left}", "folder-removed")
     _end(error, f"{what}; {left}", "os-error")
+
+
+def _is_of_the_current_folder(error: OSError) -> bool:
+    """Whether there is no current folder any more, which the system says without a name."""
+    if error.errno != errno.ENOENT or error.filename:
+        return False
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def clipped(message: str) -> str:

@@ -368,15 +368,6 @@ def test_recipes_of_other_models_are_refused_before_work(made, tmp_path):
     scoring.check(Candidate("model", model=str(tmp_path / "other")))
 
 
-def test_what_a_killed_run_was_writing_is_swept(tmp_path):
-    store = LossStore(tmp_path / "losses")
-    store.sweep()  # a folder that is not there yet
-    store.keep_record("kept", {"one": 1})
-    (tmp_path / "losses/tmp123.part").write_text('{"two"')
-    store.sweep()
-    assert [path.name for path in (tmp_path / "losses").iterdir()] == ["kept.json"]
-
-
 def test_a_model_that_a_killed_run_had_written_is_swept(tmp_path):
     (tmp_path / ".scored.ab_cd123.part").mkdir()
     (tmp_path / ".scored.ab_cd123.part/model.safetensors").touch()

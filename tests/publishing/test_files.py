@@ -5,6 +5,7 @@ python -m pytest tests/publishing/test_files.py
 
 import builtins
 import errno
+import json
 import os
 import shutil
 import signal
@@ -232,6 +233,26 @@ def test_what_a_kill_before_the_renames_left_is_removed(tmp_path):
     assert not half_published(tmp_path)
     assert repair_folder(tmp_path).startswith("removed what a killed run has left")
     assert contents(tmp_path) == {**OTHERS, "sub": None}
+
+
+def test_a_journal_that_came_with_the_folder_moves_no_file_of_others(tmp_path):
+    """A stage that is a link, files in one that are links, names that lead out of it, or are folders by now."""
+    journal = json.dumps(dict.fromkeys(("a.csv", "../private/b.csv", "x" * 300, "sub"))).encode()
+    fill(tmp_path, {"private/a.csv": b"mine", "private/b.csv": b"mine", "private/.journal.json": journal})
+    fill(tmp_path / "out", {"sub/kept.txt": b"mine"})
+    (tmp_path / "out" / ".publish.abc.part").symlink_to(tmp_path / "private")
+    before = contents(tmp_path)
+    assert not half_published(tmp_path / "out") and repair_folder(tmp_path / "out") == ""
+    assert contents(tmp_path) == before
+    (tmp_path / "out" / ".publish.abc.part").unlink()
+    before = contents(tmp_path)
+    stat = (tmp_path / "out" / "sub").stat()
+    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    stage = {".journal.json": json.dumps({**json.loads(journal), "sub": stamp}).encode(), "sub": b"a file"}
+    fill(tmp_path / "out" / ".publish.abd.part", stage)
+    (tmp_path / "out" / ".publish.abd.part" / "a.csv").symlink_to(tmp_path / "private" / "a.csv")
+    assert repair_folder(tmp_path / "out").startswith("removed what a killed run has left")
+    assert contents(tmp_path) == before
 
 
 def test_nothing_is_repaired_while_a_run_is_at_work(tmp_path):

@@ -70,6 +70,16 @@ def test_a_machine_that_sees_what_this_one_sees_is_taken(shared):
     node_probe.refuse_unlike({"node": seen(shared)}, shared, seen(shared))
 
 
+def test_relative_paths_are_seen_by_a_machine_that_begins_in_another_folder(shared, monkeypatch):
+    root = shared.mark.parents[1]
+    monkeypatch.chdir(root)
+    model = Path("model")
+    relative = node_probe.shared_places(Path("work"), {model: [model / "model.safetensors"]})
+    given, here = node_probe.arguments(relative), seen(relative)
+    monkeypatch.chdir(root.parent)
+    node_probe.refuse_unlike({"node": node_probe.looking()(*given)}, relative, here)
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

@@ -1,24 +1,31 @@
 """Losses that were computed, kept on disk: each candidate's on each task's rows in a file that is written once.
 
 A file is named after everything that its numbers depend on, so that it can be used again by whoever asks the same: after
-a kill, with one more candidate, or in a search.
+a kill, with one more candidate, or in a search. It holds a checksum of what it says, CRC-32: a file that is not as it was
+left is warned of, and what it held is computed again.
 """
 
 import json
 import math
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from utils.bounded_files import read_json
+from utils.errors import UserError, warn
 from utils.evaluation.candidates import Candidate
 from utils.evaluation.scoring import COLUMNS, Scorer
 from utils.publishing.manifest import sha256_of
 
-_UNFINISHED = ".part"
+_UNFINISHED = re.compile(r"tmp[a-z0-9_]{8}\.part")  # as `tempfile` calls them; others may keep theirs beside
+_CHECKSUM = "crc32"
+_MOST_BYTES = 2**30
 
 
 class LossStore:
@@ -29,24 +36,32 @@ class LossStore:
 
     def sweep(self) -> None:
         """Remove what a killed run was writing; the caller has the folder to itself."""
-        for unfinished in self.folder.glob(f"*{_UNFINISHED}"):
-            unfinished.unlink()
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
-    def find(self, key: str) -> dict[int, tuple[float, int]] | None:
-        """Loss and tokens by row, or None if they are not there (or not readable: then they are computed again)."""
+    def find(self, key: str, rows: Sequence[int]) -> dict[int, tuple[float, int]] | None:
+        """Loss and tokens of these rows, by row, or None if they are not there."""
         data = self.find_record(key)
         try:
-            return {int(row): (math.nan if nll is None else nll, tokens) for row, nll, tokens in (data or {})["losses"]}
+            found = {row: (math.nan if nll is None else nll, tokens) for row, nll, tokens in (data or {})["losses"]}
         except (ValueError, KeyError, TypeError):
             return None
+        fits = all(type(nll) is float and type(tokens) is int for nll, tokens in found.values())
+        return found if fits and found.keys() == set(rows) else None
 
     def find_record(self, key: str) -> dict[str, Any] | None:
-        """Anything that was kept as plain data, or None."""
+        """Anything that was kept as plain data, or None if it is not there, or not as it was left."""
+        path = self._path(key)
         try:
-            data = json.loads(self._path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return data if isinstance(data, dict) else None
+            data = read_json(path, path.name, _MOST_BYTES)
+        except UserError:
+            data = {}
+        if data and data.pop(_CHECKSUM, None) == _checksum(data):
+            return data
+        if path.is_file():
+            warn([f"{path} is not as it was left, or cannot be read: what it held is computed again"])
+        return None
 
     def keep(self, key: str, described: Mapping[str, Any], losses: pd.DataFrame) -> None:
         """Write losses of one candidate on one task."""
@@ -59,11 +74,9 @@ class LossStore:
     def keep_record(self, key: str, data: Mapping[str, Any]) -> None:
         """Write plain data; whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self.folder, suffix=_UNFINISHED, delete=False, encoding="utf-8"
-        ) as file:
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False, encoding="utf-8") as file:
             try:
-                json.dump(dict(data), file, ensure_ascii=False)
+                json.dump({**data, _CHECKSUM: _checksum(data)}, file, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, self._path(key))
@@ -73,6 +86,10 @@ class LossStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key[:40]}.json"
+
+
+def _checksum(data: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(dict(data), ensure_ascii=False).encode())
 
 
 def score_new(
@@ -88,7 +105,7 @@ def score_new(
     wanted: dict[tuple[str, ...], list[Candidate]] = {}  # candidates by the tasks that are missing
     for one in candidates:
         for task in rows:
-            if (losses := store.find(keys[one.name][task])) is not None:
+            if (losses := store.find(keys[one.name][task], rows[task])) is not None:
                 found[one.name, task] = losses
         if missing := tuple(task for task in rows if (one.name, task) not in found):
             wanted.setdefault(missing, []).append(one)
@@ -115,7 +132,9 @@ def unscored(
 ) -> list[Candidate]:
     """The candidates of which the store lacks something."""
     keys = _keys(scorer, candidates, rows)
-    return [one for one in candidates if any(store.find(key) is None for key in keys[one.name].values())]
+    return [
+        one for one in candidates if any(store.find(key, rows[task]) is None for task, key in keys[one.name].items())
+    ]
 
 
 def keep_losses(

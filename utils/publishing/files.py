@@ -129,7 +129,8 @@ def _link_or_move(file: Path, other: Path) -> None:
 def _stages(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.glob(f"{_STAGE_PREFIX}*{_STAGE_SUFFIX}") if path.is_dir())
+    found = folder.glob(f"{_STAGE_PREFIX}*{_STAGE_SUFFIX}")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())  # a link leads to what is not ours
 
 
 def _completed(stage: Path, folder: Path) -> list[str]:
@@ -139,8 +140,9 @@ def _completed(stage: Path, folder: Path) -> list[str]:
         journal = read_json(stage / _JOURNAL, _JOURNAL)
     except UserError:
         journal = {}  # killed before all content was there: nothing was renamed
-    for name, before in journal.items():
-        if (stage / name).is_file() and Path(name).name == name and _stamp(folder / name) == before:
+    staged = {path.name for path in stage.iterdir() if path.is_file() and not path.is_symlink()}
+    for name, before in journal.items():  # which may have come with the folder, from somebody else
+        if name in staged and not (folder / name).is_dir() and _stamp(folder / name) == before:
             os.replace(stage / name, folder / name)
             moved.append(name)
     sync_folder(folder)

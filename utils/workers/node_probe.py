@@ -22,7 +22,8 @@ _MARK = ".seen_by_all.part"
 class Shared:
     """What has to be the same everywhere: folders by what to call them, each with the sizes of its files of interest.
 
-    `mark` is a file of this run, with `content`: whoever reads that sees the same folder, not one of the same name.
+    `mark` is a file of this run, with `content`: whoever reads that sees the same folder, not one of the same name. Paths
+    that are no whole ones begin in this process's folder: machines begin in another one, wherever `ray start` was typed.
     """
 
     folders: Mapping[str, Mapping[str, int]]
@@ -52,7 +53,7 @@ def looking() -> Callable[..., dict[str, Any]]:
         for path in sorted(Path(root, "utils").rglob("*.py")):
             digest.update(f"{path.relative_to(root)}:".encode() + path.read_bytes())
         try:
-            content = Path(mark).read_text(encoding="utf-8")
+            content = Path(cwd, mark).read_text(encoding="utf-8")
         except OSError:
             content = None
         return {
@@ -64,8 +65,8 @@ def looking() -> Callable[..., dict[str, Any]]:
                 os.path.join(folder, name)
                 for folder, files in folders.items()
                 for name, size in {"": None, **files}.items()
-                if not os.path.exists(os.path.join(folder, name))
-                or (size is not None and os.path.getsize(os.path.join(folder, name)) != size)
+                if not os.path.exists(os.path.join(cwd, folder, name))
+                or (size is not None and os.path.getsize(os.path.join(cwd, folder, name)) != size)
             ],
         }
 

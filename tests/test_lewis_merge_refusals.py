@@ -38,6 +38,17 @@ def _drop_csv(work):
     (work / "dfs" / "math_delta.csv").unlink()
 
 
+def _endless_csv(work):
+    (work / "dfs" / "math_delta.csv").unlink()
+    (work / "dfs" / "math_delta.csv").symlink_to("/dev/zero")
+
+
+def _wide_csv(work):
+    path = work / "dfs" / "math_delta.csv"
+    header, _, rest = path.read_text().partition("\n")
+    path.write_text(header + "".join(f",column{number}" for number in range(10_000)) + "\n" + rest)
+
+
 def _foreign_csv(work):
     shutil.copy(work / "dfs" / "math_delta.csv", work / "dfs" / "other_delta.csv")
 
@@ -92,6 +103,8 @@ def _other_layers(work):
         (_no_folder, "dataframes-missing"),
         (_empty_folder, "table-missing"),
         (_drop_csv, "table-missing"),
+        (_endless_csv, "file-not-regular"),
+        (_wide_csv, "table-unreadable"),
         (_foreign_csv, "table-unknown-expert"),
         (_swap_csvs, "table-columns"),
         (_out_is_a_file, "out-is-file"),

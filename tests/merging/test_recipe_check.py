@@ -73,6 +73,16 @@ MISTAKES = [
     (two(rest="tokenizer: {sorce: union}"), "recipe-unknown-key", "did you mean 'source'"),
     (two(rest="tokenizer: {tokens: {x: {sorce: a}}}"), "recipe-unknown-key", "did you mean 'source'"),
     (two(rest="tokenizer: {source: union}\ntokenizer_source: base"), "recipe-two-tokenizers", "exclude each other"),
+    (two(rest="tokenizer: {pad_to_multiple_of: 0}"), "recipe-bad-multiple", "0 must be 1 or more"),
+    (two(rest="tokenizer: {pad_to_multiple_of: -8}"), "recipe-bad-multiple", "-8 must be 1 or more"),
+    *(
+        (
+            f"slices: [{{sources: [{{model: a, layer_range: {span}}}]}}]\nmerge_method: passthrough\n",
+            "recipe-bad-layer-range",
+            span,
+        )
+        for span in ("[1, 0]", "[1, 1]", "[-1, 2]", "[0, 1000000000]")
+    ),
     (two(rest="dtype: bf16"), "recipe-unknown-dtype", "dtype 'bf16' is unknown; did you mean 'bfloat16'"),
     (two(rest="out_dtype: fp8"), "recipe-unknown-dtype", "out_dtype 'fp8' is unknown"),
     ("models: [{model: a}, {model: b, parameters: {weight: 1}}]\nmerge_method: ties\n", "recipe-no-base", "is missing"),

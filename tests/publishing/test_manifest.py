@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from tests.refusals import refused
 from utils.publishing.manifest import file_sha256, to_json
 
 
@@ -22,3 +23,13 @@ def test_json_is_stable_and_finite():
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON compliant"):
             to_json({"a": value})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_not_hashed(tmp_path, kind):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "file")
+    else:
+        (tmp_path / "file").symlink_to("/dev/zero")
+    with refused("file-not-regular"):
+        file_sha256(tmp_path / "file")

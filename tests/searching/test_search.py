@@ -1,7 +1,9 @@
 """Whole searches over simulated losses: what they find, that a kill changes nothing, that nothing is scored twice."""
 
 import errno
+import sqlite3
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -223,6 +225,21 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
     with refused("search-storage-unusable"):
         a_search(tmp_path, Formula())
     assert (tmp_path / "study.db").read_bytes() == b"not a database " * 100
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_database_of_somebody_else_is_refused_and_stays_as_it_is(tmp_path, linked):
+    (tmp_path / "search").mkdir()
+    place = tmp_path / "search" / "study.db"
+    file = tmp_path / "mine.db" if linked else place
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("create table mine (x)")
+    if linked:
+        place.symlink_to(file)
+    before = file.read_bytes()
+    with refused("search-storage-foreign"):
+        a_search(tmp_path / "search", Formula())
+    assert file.read_bytes() == before and [path.name for path in place.parent.iterdir()] == ["study.db"]
 
 
 def test_a_front_keeps_what_is_best_at_either_task(tmp_path):

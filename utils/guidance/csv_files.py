@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from utils.bounded_files import read_bounded
 from utils.errors import UserError, brief
+
+_MOST_COLUMNS, _MOST_BYTES = 10_000, 2**30
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
@@ -26,14 +29,17 @@ def read_csv(path: Path, text: Collection[str] = ()) -> pd.DataFrame:
             other columns an empty cell is NaN.
 
     Raises:
-        UserError: missing, not UTF-8, not a comma-separated table, a column given twice, a blank line, a row that is
-            too long.
+        UserError: missing, no regular file, above 1 GiB, not UTF-8, not a comma-separated table, more than 10,000 columns,
+            a column given twice, a blank line, a row that is too long.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is missing; run lewis_importance.py with this config and guidance first", MISSING)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        content = read_bounded(path, str(path), _MOST_BYTES)
+        lines = content.decode("utf-8-sig").splitlines()
         header = lines[0].split(",") if lines else []
+        if len(header) > _MOST_COLUMNS:  # pandas takes kilobytes for each, whatever is in it
+            raise UserError(f"{path}: {len(header)} columns are more than any measurement has", UNREADABLE)
         if len(set(header)) != len(header):  # pandas would rename the second one
             raise UserError(f"{path}: a column is given twice", UNREADABLE)
         if any(not line.strip() for line in lines):
@@ -42,7 +48,7 @@ def read_csv(path: Path, text: Collection[str] = ()) -> pd.DataFrame:
             warnings.simplefilter("ignore")  # pandas 3.1 makes round_trip the default and deprecates naming it
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with too many fields
             frame = pd.read_csv(
-                path,
+                io.BytesIO(content),
                 encoding="utf-8-sig",
                 index_col=False,
                 float_precision="round_trip",

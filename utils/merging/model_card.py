@@ -80,6 +80,8 @@ def card_text(done: PlannedMerge, added: CardAddition | None = None) -> str:
     added = added or CardAddition()
     metadata |= added.metadata
     experts = [model.label for model in plan.inputs.models if model.reference != base]
+    if not experts and base:  # blocks of the base alone, in other places
+        experts, base = [plan.inputs.label(base)], None
     onto = f" into `{plan.inputs.label(base)}`" if base else ""
     found = versions()
     lines = [

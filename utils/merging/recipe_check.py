@@ -19,6 +19,7 @@ from utils.recipes.named_model import NamedModel
 from utils.suggestions import as_written, suggestion
 from utils.validation import Mistakes, checked, read_checked, refuse, show
 
+_MOST_LAYERS = 10_000  # more than any model has
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -84,12 +85,20 @@ class Model:
     parameters: OwnSettings = None
 
 
+def _layers(found: tuple[int, int]) -> tuple[int, int]:
+    first, stop = found
+    if not 0 <= first < stop <= _MOST_LAYERS:
+        text = f": [{first}, {stop}] is no range of layers: the first one, and the one behind the last"
+        raise Mistakes(Problem(text, "bad-layer-range"))
+    return found
+
+
 @checked
 class Source:
     """One entry of `sources`."""
 
     model: Name
-    layer_range: tuple[int, int]
+    layer_range: Annotated[tuple[int, int], AfterValidator(_layers)]
     parameters: OwnSettings = None
 
 
@@ -132,13 +141,19 @@ class Token:
     force: bool = False
 
 
+def _multiple(found: int | None) -> int | None:
+    if found is not None and found < 1:
+        raise Mistakes(Problem(f": {found} must be 1 or more", "bad-multiple"))
+    return found
+
+
 @checked
 class Tokenizer:
     """The `tokenizer` block."""
 
     source: Name = "union"
     tokens: dict[str, Token] | None = None
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: Annotated[int | None, AfterValidator(_multiple)] = None
 
 
 def _known_method(name: str, info: ValidationInfo) -> str:

@@ -2,18 +2,30 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from utils.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK = 2**20
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hexadecimal."""
+    """SHA-256 of a file's bytes, as lower-case hexadecimal.
+
+    Raises:
+        UserError: it is a pipe or a device, whose end might never come.
+        OSError: it cannot be read.
+    """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is not a regular file; put a copy of the file there", "file-not-regular")
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()

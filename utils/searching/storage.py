@@ -1,5 +1,7 @@
 """Where Optuna keeps a study: one SQLite file in the search's folder."""
 
+import contextlib
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     import optuna
 
 STORAGE = "study.db"
+_TABLES = ("stud", "trial", "version_info", "alembic_version")  # how the names of Optuna's tables begin
 
 
 def require_optuna() -> Any:
@@ -53,9 +56,13 @@ def open_storage(folder: Path) -> "optuna.storages.RDBStorage":
 
     SQLite waits for the disk at checkpoints alone: a trial is some thirty commits, half a second on a slow disk. A kill of
     the process loses nothing then, a power cut the last commits, but not the file.
+
+    Raises:
+        UserError: what lies there is a link, or somebody's database of another kind.
     """
     from sqlalchemy import event
 
+    _refuse_others(folder / STORAGE)
     storage = require_optuna().storages.RDBStorage(f"sqlite:///{(folder / STORAGE).resolve()}")
 
     @event.listens_for(storage.engine, "connect")
@@ -73,3 +80,23 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise a `UserError` where tables would be put into a database that is no study; nothing is written."""
+    if path.is_symlink():
+        what = "is a link, and a search changes the file that it leads to"
+    elif path.is_file() and (tables := _tables(path)) and not any(name.startswith(_TABLES) for name in tables):
+        what = f"is a database of something else: it holds {min(tables)}"
+    else:
+        return
+    raise UserError(f"{path} {what}; move it away, or choose another --out_dir", "search-storage-foreign")
+
+
+def _tables(path: Path) -> set[str]:
+    """Names of a database's tables as they are in the file itself, without those that wait beside it since a kill."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as database:
+            return {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+    except sqlite3.DatabaseError:  # which Optuna is going to meet as well
+        return set()

@@ -108,12 +108,12 @@ def test_a_defect_of_ours_keeps_its_traceback(error, capsys):
 
 def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsys):
     plain = FileNotFoundError(errno.ENOENT, "No such file or directory")
-    assert refusal_code(end_of(plain, capsys)[1]) == "os-error"
+    assert end_of(plain, capsys)[1].endswith("[os-error]\n")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     code, said = end_of(plain, capsys)
-    assert (code, refusal_code(said)) == (2, "folder-removed")
+    assert code == 2 and said.endswith("[folder-removed]\n")
 
 
 def test_what_a_library_says_fits_on_a_line():

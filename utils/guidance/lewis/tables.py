@@ -114,7 +114,7 @@ def read_measurements(
     ]
     deltas = {}
     for name, model_type in wanted.items():
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             problems.append(Problem(f"{name} is missing; run lewis_importance.py with this config first", MISSING))
             continue
         deltas[model_type], found = _read_deltas(folder / name, model_type, base_type, components)

@@ -281,6 +281,17 @@ def test_a_merge_with_other_tokens_is_another_one(copies):
     assert_refused(copies, data, "out-exists")
 
 
+def test_a_merge_with_other_code_of_its_base_is_another_one(copies, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = copies / "base" / "modeling_own.py"
+    code.write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n")
+    edit_json(copies / "base" / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    target = merge_here(copies, recipe(copies), trust_remote_code=True)
+    assert (target / code.name).read_text() == code.read_text()
+    code.touch()
+    assert_refused(copies, recipe(copies), "out-exists", trust_remote_code=True)
+
+
 @pytest.mark.parametrize("change", ["config", "gone", "cut", "added"])
 def test_a_finished_merge_that_was_changed_is_not_called_finished(copies, change):
     target = merge_here(copies, recipe(copies))

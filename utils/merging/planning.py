@@ -28,6 +28,7 @@ from utils.merging.settings import MergeSettings
 from utils.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from utils.models.architecture import plan_architecture
 from utils.models.planned_tensors import DEFINITION, ArchitecturePlan
+from utils.models.tokenizer_files import GENERATION
 from utils.publishing.staging import Stamp, stamp
 from utils.recipes.recipe_manifest import RecipeManifest, manifest_name, read_recipe_manifest, refuse_other_weights
 from utils.runtime import device_name, gigabytes, versions
@@ -54,6 +55,14 @@ class PlannedMerge:
     token_donors: tuple[Path, ...]
     warnings: tuple[str, ...]
     stamps: Mapping[Path, Stamp | None] = field(repr=False)
+
+    @property
+    def copied(self) -> list[str]:
+        """The names of the donor's files, beside tokenizer and templates, of which the result gets copies if they are there."""
+        donor = self.plan.inputs.donor.checkpoint
+        code = self.settings.trust_remote_code and "auto_map" in donor.config
+        names = sorted(path.name for path in donor.folder.glob("*.py")) if code else []
+        return [GENERATION, *(self.plan.architecture.info.tagalong_files or []), *names]
 
     def check_unchanged(self) -> None:
         """Raise a `UserError` if a file that was read for the merge has changed since it was planned."""

@@ -44,8 +44,7 @@ def preflight(
 
     planned = plan_models(settings, found, say, apart)
     donor = planned.plan.inputs.donor.checkpoint.folder
-    tagged = planned.plan.architecture.info.tagalong_files or []
-    check_copied(donor, [*copied_names(donor), *tagged])
+    check_copied(donor, [*copied_names(donor), *planned.copied])
     if planned.plan.vocabulary.task is not None or planned.plan.inputs.config.chat_template == "auto":
         models = [model.checkpoint.folder for model in planned.plan.inputs.models]
         for folder in (*models, *planned.token_donors):  # mergekit may write any model's tokenizer and chat template

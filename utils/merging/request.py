@@ -1,5 +1,6 @@
 """What a merge was asked for, as one hash: two runs with the same hash make the same folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.merging.planning import PlannedMerge
@@ -33,6 +34,7 @@ def request_hash(ready: PlannedMerge) -> str:
         "device": ready.device,
         "origin": ready.origin.as_data() if ready.origin else None,
         "inputs": inputs,
+        "beside": _stamps(plan.inputs.donor.checkpoint.folder, ready.copied),
         "token_donors": [[str(folder), _small_files(folder)] for folder in ready.token_donors],
         "saliency": [[file.label, file.sha256] for file in ready.saliency],
     }
@@ -46,6 +48,10 @@ def work_key(request: str) -> str:
 
 def _small_files(folder: Path) -> dict[str, Stamp]:
     names = ["config.json", "README.md", *copied_names(folder)]  # the card has the license of their cards
+    return _stamps(folder, names)
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
     return {name: stamp(folder / name) for name in names if (folder / name).is_file()}
 
 

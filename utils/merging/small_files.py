@@ -13,7 +13,7 @@ from utils.errors import UserError, brief
 from utils.mergekit_api import set_chat_template, set_config_value
 from utils.merging.model_card import CARD, RECIPE, CardAddition, card_text, manifest, runnable_recipe
 from utils.merging.planning import PlannedMerge
-from utils.models.tokenizer_files import GENERATION, copy_chat_template, copy_missing, copy_tokenizer
+from utils.models.tokenizer_files import copy_chat_template, copy_missing, copy_tokenizer
 from utils.publishing.disk import named_in_errors
 from utils.publishing.manifest import MANIFEST, content_sha256, to_json
 from utils.recipes.recipe_manifest import manifest_name
@@ -39,9 +39,7 @@ def write_small_files(ready: PlannedMerge, folder: Path) -> None:
         name = plan.inputs.donor.checkpoint.name
         text = f"model {name}: transformers cannot save its config.json: {brief(error)}"
         raise UserError(text, "merge-config-unwritable") from error
-    copy_missing(donor, folder, [GENERATION, *(plan.architecture.info.tagalong_files or [])])
-    if ready.settings.trust_remote_code and "auto_map" in plan.inputs.donor.checkpoint.config:
-        copy_missing(donor, folder, [path.name for path in donor.glob("*.py")])
+    copy_missing(donor, folder, ready.copied)
     if plan.vocabulary.task is not None or ready.settings.copy_tokenizer or plan.vocabulary.asked:
         _write_tokenizer(ready, donor, folder)
 

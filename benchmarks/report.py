@@ -29,6 +29,7 @@ BASELINES = {
         "ours": ("published", "read-floor"),
         "parity": ("published-fp32",),
         "parity-fast": ("published",),
+        "gram_mean": ("ours",),
     },
     "merging": {
         "ours": ("mergekit-yaml", "mergekit-fast-options", "floor"),
@@ -41,6 +42,7 @@ NAMES = {
     "ours": "defaults",
     "parity": "`parity: reference`, float32",
     "parity-fast": "`parity: reference`, bfloat16",
+    "gram_mean": "`gram_mean`",
     "published": "published procedure, bfloat16",
     "published-fp32": "published procedure, float32",
     "read-floor": "reading the weights to the device",

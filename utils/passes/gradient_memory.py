@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# What the ways back of two models together took on an H100 beyond their tensors (80 MB); it was not seen for what.
+_TWO_ON_GPU = 64 * 2**20
+
+
 @dataclass(frozen=True)
 class GradientMemory:
     """Bytes of one model's way forward and back.
@@ -51,6 +55,11 @@ def gradient_memory(subject: Subject, samples: Sequence[Sequence[int]]) -> Gradi
         outside=logits + widest - 2 * size * block,
         waiting=size * tokens * hidden * len(decoder.blocks),
     )
+
+
+def beside_two(device: "torch.device") -> int:
+    """Bytes that the ways back of two models together take beyond their tensors."""
+    return 0 if device.type == "cpu" else _TWO_ON_GPU
 
 
 def on_the_disk(waiting: int, device: "torch.device") -> int:

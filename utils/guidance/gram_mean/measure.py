@@ -30,7 +30,7 @@ from utils.guidance.routing import compared_routers, keep_routing, routing_rows
 from utils.guidance.text_gain import EQUAL_WEIGHTS
 from utils.models.decoder import weight_matrix
 from utils.passes.expert_grams import stack_bytes
-from utils.passes.gradient_memory import gradient_memory
+from utils.passes.gradient_memory import beside_two, gradient_memory
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.language_head import require_head
 from utils.passes.routing import RouterComparison
@@ -131,7 +131,7 @@ def memory(job: MeasureJob) -> int:
     for expert in job.experts:
         base, own = (gradient_memory(one, job.text(one, expert).encoded) for one in (job.base, expert))
         grams = max(_gram_bytes(block) for block in job.base.decoder.blocks) + _largest_stacks(job)
-        found.append(base.held + own.peak(2 * grams))
+        found.append(base.held + own.peak(2 * grams) + beside_two(job.devices[0]))
     return max(found)
 
 

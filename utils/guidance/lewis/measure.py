@@ -31,7 +31,15 @@ from utils.models.decoder import Component
 from utils.pair.source import CalibrationSource
 from utils.passes.dry_walk import dry_walk
 from utils.passes.sample_losses import head_bytes
-from utils.passes.subjects import EncodedText, StoredPart, Subject, memory_estimate, require_own_tensors, snapshot_bytes
+from utils.passes.subjects import (
+    EncodedText,
+    StoredPart,
+    Subject,
+    largest_block,
+    memory_estimate,
+    require_own_tensors,
+    snapshot_bytes,
+)
 from utils.workers.piece import Piece
 
 
@@ -80,7 +88,7 @@ def choices(job: MeasureJob) -> list[str]:
 
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak of a model's pass, about."""
-    found = list(map(memory_estimate, job.subjects))
+    found = [memory_estimate(subject) + _trial_weights(subject) for subject in job.subjects]
     if asked(job):
         for subject in job.subjects:
             found.append(snapshot_bytes(subject) // 2 + head_bytes(subject.decoder, subject.dtype.itemsize))
@@ -90,6 +98,14 @@ def memory(job: MeasureJob) -> int:
 def on_disk(job: MeasureJob) -> int:
     """Bytes of the snapshots that a run after a kill goes on from."""
     return job.side_by_side * max(snapshot_bytes(subject) + _trial_bytes(subject) for subject in job.subjects)
+
+
+def _trial_weights(subject: Subject) -> int:
+    """Bytes of the weights that the samples in float32 go through: of what lies outside the blocks, then of one block."""
+    if subject.experts_apart or not is_rounded(subject.dtype):
+        return 0
+    body, blocks = (sum(map(torch.numel, one.parameters())) for one in (subject.decoder.body, subject.decoder.blocks))
+    return torch.float32.itemsize * max(body - blocks, largest_block(subject))
 
 
 def _trial_bytes(subject: Subject) -> int:

@@ -12,7 +12,7 @@ from utils.guidance.saliency_budget.expert_saliency import ExpertMeasurement, as
 from utils.guidance.saliency_budget.method import HISTOGRAM, POINTS, TENSORS, vector_file
 from utils.guidance.saliency_budget.tables import TENSOR_TABLE, histogram_content
 from utils.passes.experts_in_parts import stack_names
-from utils.passes.gradient_memory import gradient_memory
+from utils.passes.gradient_memory import beside_two, gradient_memory
 from utils.passes.language_head import require_head
 from utils.passes.subjects import Subject, largest_block, require_own_tensors, snapshot_bytes
 from utils.recipes.saliency_vectors import vector_file_bytes
@@ -46,7 +46,8 @@ def memory(job: MeasureJob) -> int:
         block = max(largest_block(subject) for subject in (job.base, expert))
         fetched = 2 * block * expert.dtype.itemsize * (2 - len(needed))
         first, *others = sorted(needed, key=lambda one: -one.peak())
-        found.append(first.peak(4 * block) + sum(one.held for one in others) + fetched)
+        extra = beside_two(job.devices[0]) if len(needed) > 1 else 0
+        found.append(first.peak(4 * block) + sum(one.held for one in others) + fetched + extra)
     return max(found)
 
 

@@ -35,6 +35,12 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, _LOGITS_AT_ONCE // vocabulary)
 
 
+def logits_bytes(size: int) -> int:
+    """What `mean_distance` takes for each of a chunk's logits, in numbers of `size` bytes: both models', both in float32, and
+    their difference."""
+    return 2 * size + 3 * torch.float32.itemsize if size < torch.float32.itemsize else 3 * size
+
+
 @torch.inference_mode()
 def mean_distance(
     ours: torch.Tensor,

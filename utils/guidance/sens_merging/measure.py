@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.guidance.measure_job import Measured, MeasureJob
 from utils.guidance.own_text import Answer, accepted_doubts, forward_losses, gains_on_own_text
 from utils.guidance.routing import compared_routers, keep_routing, routing_rows
-from utils.guidance.sens_merging.distances import mean_distance, real_tokens, tokens_at_once
+from utils.guidance.sens_merging.distances import logits_bytes, mean_distance, real_tokens, tokens_at_once
 from utils.guidance.sens_merging.sensitivities import SensitivityObserver, block_layers, layer_of
 from utils.guidance.sens_merging.tables import (
     DISTANCE_TABLE,
@@ -54,10 +54,19 @@ def choices(job: MeasureJob) -> list[str]:
 
 def memory(job: MeasureJob) -> int:
     """Bytes on one device at the peak of an expert's passes, about; on a CPU with two more gradients of an embedding, which its
-    allocator takes (measured), in float32."""
+    allocator takes (measured), in float32. Or of two models' logits while they are compared."""
     largest = max(value.numel() for value in job.base.decoder.model.parameters())
     is_cpu = not job.devices or job.devices[0].type == "cpu"
-    return max(_needed(job, expert).peak() for expert in job.experts) + is_cpu * 2 * 4 * largest
+    passes = max(_needed(job, expert).peak() for expert in job.experts) + is_cpu * 2 * 4 * largest
+    return max(passes, _compared(job, len(job.experts) if is_cpu else 2))
+
+
+def _compared(job: MeasureJob, heads: int) -> int:
+    """Bytes of so many heads, and of a piece of two models' logits and their distances."""
+    rows, hidden = job.base.decoder.model.get_input_embeddings().weight.shape
+    tokens = max(text.tokens for text in job.base.texts.values())
+    size, entries = job.base.dtype.itemsize, rows * min(tokens, tokens_at_once(rows))
+    return heads * size * rows * hidden + entries * logits_bytes(size)
 
 
 def waiting(job: MeasureJob) -> int:

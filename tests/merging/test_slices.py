@@ -23,6 +23,19 @@ def test_blocks_in_places_of_another_kind_are_refused(jambas):
         merge_here(jambas, sliced(jambas, (1, 4)), "shifted")
 
 
+def test_layers_that_a_model_does_not_have_are_refused(jambas):
+    with refused("recipe-no-such-layer", "has 4 layers, not [2, 5]"):
+        merge_here(jambas, sliced(jambas, (0, 2), (2, 5)), "beyond")
+
+
+def test_blocks_of_the_base_alone_make_a_model_with_a_card(jambas):
+    recipe = {**sliced(jambas, (0, 4)), "merge_method": "task_arithmetic", "base_model": str(jambas / "base")}
+    assert (
+        "A merge of `base` by mergekit's `task_arithmetic`"
+        in (merge_here(jambas, recipe, "alone") / "README.md").read_text()
+    )
+
+
 def test_more_blocks_than_the_base_has_are_refused(jambas):
     with refused("recipe-slices-unlike", "the base has no such layer"):
         merge_here(jambas, sliced(jambas, (0, 4), (2, 4)), "longer")

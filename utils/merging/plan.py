@@ -29,7 +29,7 @@ from utils.merging.changed_tensors import ChangedTensors
 from utils.merging.filter_lookup import by_lookup
 from utils.merging.inputs import MergeInputs
 from utils.merging.settings import MergeSettings
-from utils.merging.slices import refuse_unlike_blocks
+from utils.merging.slices import refuse_missing_layers, refuse_unlike_blocks
 from utils.merging.vocabulary import VocabularyPlan
 from utils.models.headers import DTYPE_BYTES, FLOAT_CODES, FLOAT_DTYPES, TensorHeader
 from utils.models.mergekit_inputs import quiet_mergekit
@@ -128,6 +128,7 @@ def plan_merge(
     planned = recipe if vocabulary.task else recipe.model_copy(update={"tokenizer_source": None, "tokenizer": None})
     planned = planned.model_copy(deep=True)  # the planner rewrites it
     forget_inputs(options, inputs)
+    refuse_missing_layers(inputs, settings.trust_remote_code)
     config = result_config(planned, architecture.info, trust_remote_code=settings.trust_remote_code)
     refuse_unlike_blocks(planned, architecture, config)
     try:

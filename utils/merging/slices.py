@@ -9,13 +9,41 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import Problem, raise_collected
+from utils.models.mergekit_inputs import quiet_mergekit
 from utils.models.planned_tensors import STORED, ArchitecturePlan
 from utils.recipes.filters import name_template
 
 if TYPE_CHECKING:
     from utils.mergekit_api import MergeConfiguration
+    from utils.merging.inputs import MergeInput, MergeInputs
 
 _SHOWN = 3
+
+
+def refuse_missing_layers(inputs: "MergeInputs", trust_remote_code: bool) -> None:
+    """Refuse slices of layers that a model does not have: mergekit plans them all, and stops in the middle of the merge.
+
+    Raises:
+        UserError: a range ends behind the last layer of its model.
+    """
+    if not inputs.config.slices:
+        return
+    known = {model.reference: model for model in inputs.models}
+    problems = []
+    for number, one in enumerate(inputs.config.slices):
+        for source in one.sources:
+            model, (first, stop) = known.get(source.model), source.layer_range
+            layers = _layers(model, trust_remote_code) if model else None
+            if layers is not None and stop > layers:
+                text = f"slices[{number}]: {model.label} has {layers} layers, not [{first}, {stop}]"
+                problems.append(Problem(text, "recipe-no-such-layer"))
+    raise_collected(problems, "merge recipe")
+
+
+def _layers(model: "MergeInput", trust_remote_code: bool) -> int | None:
+    with quiet_mergekit():
+        config = model.reference.config(trust_remote_code)
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
 def refuse_unlike_blocks(recipe: "MergeConfiguration", plan: ArchitecturePlan, config: Any) -> None:

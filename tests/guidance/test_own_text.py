@@ -19,6 +19,7 @@ from tests.tiny_recipes import measure_here
 from utils.commands import measure
 from utils.guidance import own_text
 from utils.guidance.method import guidance_methods
+from utils.guidance.text_gain import text_gain
 from utils.passes.sample_pass import SamplePass
 
 METHODS = tuple(guidance_methods())
@@ -148,3 +149,8 @@ def test_what_lewis_measures_has_the_bits_of_a_pass_that_does_not_ask(pair, monk
     measure_here("lewis", "plain")
     for path in Path("plain").glob("*.csv"):
         assert path.read_bytes() == Path("asked", path.name).read_bytes()
+
+
+def test_a_gain_of_one_sample_is_accepted_and_doubted():
+    assert len(own_text.accepted_doubts({"code": text_gain([5], [2.0], [1.0])})) == 1
+    assert not own_text.accepted_doubts({"code": text_gain([5, 5, 5], [2.0, 2.1, 2.2], [1.0, 1.1, 1.2])})

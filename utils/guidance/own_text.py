@@ -132,8 +132,14 @@ def own_text_of(job: MeasureJob, answers: Mapping[str, Answer], then: str = GOES
 
 
 def accepted_doubts(gains: Mapping[str, TextGain], then: str = GOES_BY_IT) -> list[str]:
-    """A sentence for each expert whose gain is not sure, which was accepted; `then` as in `gains_on_own_text`."""
-    return [
+    """A sentence for each expert whose gain is not sure, which was accepted, and for each that one sample says it of; `then` as
+    in `gains_on_own_text`."""
+    one = [
+        f"{name}: its gain over the base is that of 1 sample, which says nothing of how sure it is; give more (nsamples)"
+        for name, gain in gains.items()
+        if gain.is_sure and gain.samples == 1
+    ]
+    return one + [
         f"{name} has no sure gain over the base on its own text (loss {gain.expert:.4f}, base {gain.base:.4f}), which was "
         f"accepted by --{ACCEPT}: {then}"
         for name, gain in gains.items()

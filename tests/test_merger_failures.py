@@ -24,6 +24,7 @@ from tests.tiny_checkpoints import edit_tensors, poison
 from tests.tiny_merges import assert_refused, assert_same_tensors, merge_here, merge_stock, recipe, write_recipe
 from tests.tiny_pairs import contents, edit_json, save_tokenizer
 from utils.merging.plan import forget_inputs
+from utils.merging.run import run_merge
 from utils.publishing.kept import kept_work
 from utils.publishing.siblings import PROGRESS
 
@@ -279,6 +280,17 @@ def test_a_merge_with_other_tokens_is_another_one(copies):
     merge_here(copies, data)
     (donor / "tokenizer.json").touch()
     assert_refused(copies, data, "out-exists")
+
+
+def test_a_tokenizer_that_changed_while_weights_were_merged_is_not_published(copies, monkeypatch):
+    def merged_meanwhile(*given):
+        run_merge(*given)
+        save_tokenizer(copies / "base", bos=False)
+
+    monkeypatch.setattr("utils.merging.run.run_merge", merged_meanwhile)
+    with refused("merge-settings-changed"):
+        merge_here(copies, recipe(copies))
+    assert not (copies / "merged").exists() and not list(copies.glob(".*"))
 
 
 def test_a_merge_with_other_code_of_its_base_is_another_one(copies, tmp_path, monkeypatch):

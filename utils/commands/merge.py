@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from utils.merging.planning import PlannedMerge
 
 REPORT = "report.html"
-_FINAL = ("merge-not-finite", "merge-result-wrong", "merge-result-unloadable")  # the same merge ends so every time
+# the same merge ends so every time, or is another one by now
+_FINAL = ("merge-not-finite", "merge-result-wrong", "merge-result-unloadable", "merge-settings-changed")
 _LOG_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG)
 
 
@@ -105,7 +106,7 @@ def _checked(settings: MergeSettings, recipe: MergeRecipe, output: OutputFolder)
 def _publish(ready: "PlannedMerge", output: OutputFolder, request: str, measured: Measured | None) -> None:
     """Merge into a folder beside the output, check and describe the result, and put it in its place."""
     from utils.commands.merge_report import card_addition, report_html
-    from utils.merging.request import work_key
+    from utils.merging.request import request_hash, work_key
     from utils.merging.small_files import describe_result
 
     settings, start = ready.settings, time.perf_counter()
@@ -128,6 +129,9 @@ def _publish(ready: "PlannedMerge", output: OutputFolder, request: str, measured
         if settings.report:
             (stage / REPORT).write_text(report_html(ready, measured, seconds), encoding="utf-8")
         written = describe_result(ready, stage, card_addition(ready, measured), request)
+        if request_hash(ready) != request:
+            text = "a config, tokenizer or card of a model changed while it was merged, so nothing was published; merge again"
+            raise UserError(text, "merge-settings-changed")
     _say(report, settings)
     _say_where(ready, written, seconds)
 

@@ -19,13 +19,13 @@ from benchmarks.quality_settings import Asked, judge_settings, read_flags
 from utils.errors import run_command
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gram_settings.csv"
-RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+RIDGES = (1e-5, 1e-7, 1e-6, 1e-4, 1e-3)  # the default first
 OTHERS = (
-    {"off_diagonal": 0.9},
-    {"off_diagonal": 0.5},
-    {"anchor": False},
+    {"off_diagonal": 0.9, "ridge": RIDGES[0]},
+    {"off_diagonal": 0.5, "ridge": RIDGES[0]},
+    {"anchor": False, "ridge": RIDGES[0]},
     {"anchor": False, "ridge": 1e-4},
-    {"embedding_rows": False},
+    {"embedding_rows": False, "ridge": RIDGES[0]},
 )
 REFIT_RIDGES = (1e-3, 1e-4, 1e-2, 1e-1)  # the default first
 DENSITY = 0.1

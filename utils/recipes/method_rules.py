@@ -120,7 +120,7 @@ GRAM_MEAN = DeltaMethod(
     switches=("embedding_rows", "low_rank", "joint_support", "anchor"),
     numbers=(
         *GUIDED_MEAN.numbers,
-        SharedNumber("ridge", 1e-7, 0, 1, low_open=True, is_written=True),
+        SharedNumber("ridge", 1e-5, 0, 1, low_open=True, is_written=True),
         SharedNumber("off_diagonal", 1.0, 0, 1),
         SharedNumber("refit_ridge", 1e-3, 0, low_open=True),
     ),

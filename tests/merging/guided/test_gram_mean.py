@@ -98,7 +98,7 @@ def guided(changes, fisher, weights):
     return above / (below + 0.1 * below.mean() / len(NAMES))
 
 
-def dense(plain, weights, name, transposed, rows=True, ridge=1e-7, anchored=True):
+def dense(plain, weights, name, transposed, rows=True, ridge=1e-5, anchored=True):
     """One tensor of the merge from whole gradients and inputs, float64."""
     base = tensors(Path("base"))[name].double()
     changes = {expert: tensors(Path(expert))[name].double() - base for expert in NAMES}
@@ -175,7 +175,7 @@ def test_without_rows_embeddings_are_the_guided_means(pair):
     """As below fifteen samples."""
     folder = pair()
     (recipe,) = decided()
-    assert recipe["parameters"] == {"embedding_rows": False, "power": 0.5, "floor": 0.1, "ridge": 1e-7}
+    assert recipe["parameters"] == {"embedding_rows": False, "power": 0.5, "floor": 0.1, "ridge": 1e-5}
     found = merged(recipe, dtype="float32")
     plain = {name: [Plain(folder / model, samples(name)) for model in ("base", name)] for name in NAMES}
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):

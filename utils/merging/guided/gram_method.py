@@ -47,7 +47,7 @@ class GramMean(WeighedMethod):
 
     Shared:
         lambda: factor of the merged change (default 1).
-        ridge: above 0; pull of directions without inputs to the anchor (default 1e-7).
+        ridge: above 0; pull of directions without inputs to the anchor (default 1e-5).
         anchor: the guided mean (default true); false takes no change at all, as the ridge of a plain regression does.
         off_diagonal: factor on what inputs have in common with each other, 0 to 1 (default 1).
         embedding_rows: merge embeddings and heads row by row (default true); false takes the guided mean.

@@ -66,7 +66,11 @@ def trained_long(training: Training) -> Training:
 PRESETS = {
     "cpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3)),
     "gpu": (Size("small", SMALL, 5), Size("medium", MEDIUM, 3), Size("large", LARGE, 1)),
-    "long": (Size("small-long", trained_long(SMALL), 5), Size("medium-long", trained_long(MEDIUM), 3)),
+    "long": (
+        Size("tiny-long", trained_long(TINY), 1),
+        Size("small-long", trained_long(SMALL), 5),
+        Size("medium-long", trained_long(MEDIUM), 3),
+    ),
     "head": (Size("tiny", TINY, 1), Size("tiny-own-head", replace(TINY, tied=False), 1)),
 }
 

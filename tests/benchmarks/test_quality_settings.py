@@ -25,6 +25,12 @@ def test_every_setting_has_a_line_of_its_own(settings):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("path", [gram_settings.RESULTS, tuned_settings.RESULTS], ids=lambda path: path.stem)
+def test_the_tables_in_the_tree_are_those_of_their_lines(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        assert path.with_suffix(".md").read_text() == markdown(list(csv.DictReader(file))) + "\n"
+
+
 @pytest.mark.slow
 def test_settings_are_judged_on_both_splits_and_found_again(tmp_path, monkeypatch):
     tiny = Training(

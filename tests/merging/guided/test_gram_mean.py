@@ -302,6 +302,10 @@ def test_rounds_are_measured_again_where_their_merge_is_another(pair, capsys):
         else:
             measure("again", rounds=2)
     assert capsys.readouterr().out.count("nothing to do") == 1
+    for keys, said in (({}, False), ({"target_model_names": {"math": "./math"}}, True)):
+        write_config(folder, config | keys)
+        decide_here("gram_mean", measured="again", mean_density=0.5 if said else None)
+        assert ("inputs of linear layers are those of a merge of" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("method", ["gram_mean", "guided_mean"])

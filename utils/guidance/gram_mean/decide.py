@@ -1,12 +1,12 @@
 """gram_mean, decide half: a weight for each expert from what it gains, and the files that the merge method reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from utils.errors import UserError
 from utils.guidance.decide_job import DecideJob, Decision
-from utils.guidance.gram_mean.method import FORM, LOW_RANK, METHOD, ROUNDS, SPARSE, gram_file
+from utils.guidance.gram_mean.method import BETWEEN_ROUNDS, FORM, LOW_RANK, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.gram_mean.tables import read_grams
 from utils.guidance.text_gain import ACCEPT, EQUAL_WEIGHTS, TextGain, refuse_useless_text
 from utils.recipes.coefficients import COLUMNS
@@ -47,6 +47,8 @@ def decide(job: DecideJob) -> Decision:
     alone = len(names) == 1
     if alone and (density is None or density >= 1):
         warnings.append(_WHOLE.format(name=names[0], density=METHOD.density_alone))
+    else:
+        warnings += _of_another_merge(job, names)
     return Decision(
         table=_table(tensors, naming, weights, density),
         naming=naming,
@@ -129,6 +131,18 @@ def _how(
             "this recipe needs this project's utils/merger.py and the files in the dataframe folder (stock "
             f"mergekit-yaml does not know {GRAM_MEAN.name})",
         ),
+    ]
+
+
+def _of_another_merge(job: DecideJob, names: Sequence[str]) -> list[str]:
+    """A sentence if the inputs are those of a merge of other experts than these."""
+    between = (job.manifest or {}).get(BETWEEN_ROUNDS)
+    merged = between.get("experts") if isinstance(between, dict) else None
+    if not isinstance(merged, list) or sorted(map(str, merged)) == sorted(names):
+        return []
+    return [
+        f"the inputs of linear layers are those of a merge of {', '.join(map(str, merged))}, and this recipe merges "
+        f"{', '.join(names)}; measure again with this config, into another folder"
     ]
 
 

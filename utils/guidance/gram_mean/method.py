@@ -34,6 +34,7 @@ from utils.recipes.method_rules import GRAM_MEAN, DeltaMethod
 
 TENSORS = "gram_mean_tensors.csv"
 LOSSES = "gram_mean_losses.csv"
+BETWEEN_ROUNDS = "between_rounds"  # of the manifest
 ROUNDS = "rounds"  # flags
 EXPERT_INPUTS = "expert_inputs"
 FORM = "form"

@@ -23,7 +23,7 @@ from utils.guidance.gram_mean.expert_file import (
     write_inputs,
 )
 from utils.guidance.gram_mean.input_pass import BlockInputs, Kept, input_pass
-from utils.guidance.gram_mean.method import EXPERT_INPUTS, FORM, METHOD, ROUNDS, SPARSE, gram_file
+from utils.guidance.gram_mean.method import BETWEEN_ROUNDS, EXPERT_INPUTS, FORM, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
 from utils.guidance.measured_pair import MeasuredPair
@@ -74,7 +74,7 @@ def check(job: MeasureJob) -> None:
 def depends_on(job: MeasureJob) -> dict[str, Any]:
     """What the merges between rounds are decided by beside what is measured, as plain data."""
     experts = [entry.type for entry in job.config.experts_to_merge]
-    return {"between_rounds": {"parameters": dict(_choices(job).parameters), "experts": experts}}
+    return {BETWEEN_ROUNDS: {"parameters": dict(_choices(job).parameters), "experts": experts}}
 
 
 def merging_bytes(job: MeasureJob) -> int:

@@ -19,6 +19,7 @@ MEASURED = (
 )  # where buffers inside operations were measured
 # These take the place of their changes, or of their result, and fill it bit by bit: it counts as it is filled.
 FILLING = ("linear", "slerp", "dare_linear", "dare_ties", "della")
+DOTS = ("karcher",)
 METHODS = {
     "linear": {"weight": 0.5},
     "slerp": {"t": 0.3},
@@ -70,6 +71,8 @@ def test_it_counts_what_torch_allocates(method, dtype):
     with LiveBytes(tensors) as counted, torch.no_grad():
         merge()
     late = tensors[0].nbytes if method in FILLING else 0
+    if method in DOTS:  # processors with matrix instructions for bfloat16 lay vectors out anew, up to 32 MiB
+        late += seen_by_torch(lambda: torch.dot(*(one.flatten() for one in tensors[:2])))
     slack = 4096 if MEASURED else seen // 4  # another build may take other buffers inside operations
     assert seen - late - slack <= counted.peak <= seen + slack
     assert counted.live < 4096, "all is let go of"

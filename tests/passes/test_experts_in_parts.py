@@ -188,6 +188,9 @@ def compare_whole_and_parts(guidance, folder, monkeypatch, tmp_path, rtol=1e-6, 
     for name, file in tables[0].items():
         if file.suffix == ".csv":
             one, other = (pd.read_csv(each[name]) for each in tables)
+            if "count" in one:  # an entry at the edge of a bin may fall into the next one
+                moved = one.pop("count") - other.pop("count")
+                assert moved.sum() == 0 and moved.abs().max() <= 1 and moved.abs().sum() <= 4
             assert_frame_equal(one, other, check_exact=False, rtol=rtol, atol=atol)
         elif file.suffix == ".safetensors":
             one, other = (load_file(each[name]) for each in tables)

@@ -123,7 +123,7 @@ def test_interrupted_killed_crowded_and_bare(pair):
     try:
         said = wait_for(interrupted, "AT WORK")
         wait_for(killed, "AT WORK")
-        crowded = run_here(SCRIPT, "--config", "pair.yaml", "--out_dir", "interrupted/deep", "--dtype", "bfloat16")
+        crowded = run_here(SCRIPT, "--config", "pair.yaml", "--out_dir", "interrupted/deep", "--dtype", "float16")
         assert refusal_code(crowded) == "out-in-use"
         assert_unwound(pair, interrupted, said + ended_by(interrupted, "SIGINT"), "interrupted")
         ended_by(killed, "SIGKILL")

@@ -112,8 +112,14 @@ def test_a_folder_without_the_table_is_said_to_lack_it(measured, tmp_path):
     assert "with the base's router was not measured" in said
 
 
-def test_the_base_s_router_is_the_default(measured):
-    tensors, said = merged(measured, "default")
+@pytest.fixture(scope="module")
+def default(measured):
+    """The tensors of a merge without a flag, and what command 2 printed."""
+    return merged(measured, "default")
+
+
+def test_the_base_s_router_is_the_default(measured, default):
+    tensors, said = default
     base = weights(measured / "base")
     assert "routers:  the base's, 4 tensors" in said
     assert re.search(r"\n  but routers, as said above: [0-9.]+%, model\.layers\.\*\.mlp\.gate\.weight \(x4\)\n", said)
@@ -125,10 +131,10 @@ def test_the_base_s_router_is_the_default(measured):
     assert all(torch.equal(asked[name], value) for name, value in tensors.items())
 
 
-def test_merged_routers_are_merged_like_the_rest(measured):
+def test_merged_routers_are_merged_like_the_rest(measured, default):
     tensors, said = merged(measured, "merged", "--router", "merge")
     assert "routers:  merged like everything else" in said
-    base, rest = weights(measured / "base"), weights(measured / "default_merged")
+    base, (rest, _) = weights(measured / "base"), default
     assert not any(torch.equal(tensors[name], base[name]) for name in ROUTERS)
     assert all(torch.equal(tensors[name], rest[name]) for name in base if name not in ROUTERS)
 
@@ -173,6 +179,7 @@ def test_routers_change_alike_in_the_recipes_beside_a_guided_one_that_averages(t
     assert len(beside) == 2
 
 
+@pytest.mark.usefixtures("default")
 def test_stock_mergekit_reads_the_same_filters(measured):
     (recipe,) = (measured / "default").glob("*.yaml")
     weight = yaml.safe_load(recipe.read_text())["models"][1]["parameters"]["weight"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
-from utils.models.headers import FLOAT_DTYPES, INDEX, SINGLE, LowRank, TensorHeader, file_headers
+from utils.models.headers import FLOAT_DTYPES, INDEX, SINGLE, LowRank, TensorHeader, file_headers, same_content
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -39,7 +39,6 @@ _OTHER = (
 )
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # ways to begin that change the model itself
 _MOST_ALPHA = 1e30
-_AT_ONCE = 2**20  # bytes that are compared together
 _MERGE = "merge it with peft (merge_and_unload) and give the result"
 
 
@@ -124,7 +123,7 @@ def with_adapter(
             whole[path.replace(".base_layer.", ".")] = header
     targets = {path: _stored(path, tensors, stored_name) for path in whole}
     for path, header in whole.items():
-        if targets[path] is None and any(_same_content(header, whole[other]) for other in whole if targets[other]):
+        if targets[path] is None and any(same_content(header, whole[other]) for other in whole if targets[other]):
             continue  # a tied embedding, which is kept for it and for the head
         target = targets[path] or _target(path, tensors, name, stored_name)
         _require(header.shape == target.shape, name, header, target)
@@ -207,20 +206,6 @@ def _stored(
             return tensors[candidate]
     other = stored_name(path)
     return None if other is None else tensors[other]
-
-
-def _same_content(one: TensorHeader, other: TensorHeader) -> bool:
-    """Whether two tensors are equal to the bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with open(one.file, "rb") as first, open(other.file, "rb") as second:
-        first.seek(one.start)
-        second.seek(other.start)
-        for start in range(0, one.nbytes, _AT_ONCE):
-            size = min(_AT_ONCE, one.nbytes - start)
-            if first.read(size) != second.read(size):
-                return False
-    return True
 
 
 def _require(holds: bool, name: str, one: TensorHeader, other: TensorHeader) -> None:

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before all that takes time to import
 
 from utils.errors import run_command
 from utils.flags import FlagParser, path
-from utils.guidance.method import chosen_method, declare_flags, own_options
+from utils.guidance.chosen import chosen_to_measure, declare_flags
 from utils.runtime import let_waiting_threads_sleep
 
 
@@ -45,8 +45,7 @@ def main() -> None:
     from utils.pair.config import read_pair_config
 
     config = read_pair_config(flags.config)
-    method = chosen_method(flags.guidance, config)
-    method_options = own_options(method, "measure", flags, config)
+    chosen = chosen_to_measure(flags, config)
 
     let_waiting_threads_sleep()
 
@@ -57,8 +56,8 @@ def main() -> None:
     measure_pair(
         MeasureOptions(
             config=config,
-            method=method,
-            method_options=method_options,
+            method=chosen.method,
+            method_options=chosen.options,
             out_dir=flags.out_dir,
             device=flags.device,
             dtype=flags.dtype,
@@ -69,6 +68,8 @@ def main() -> None:
             restart=flags.restart,
             quiet=flags.quiet,
             ray=RayFlags.taken(vars(flags)),
+            said=chosen.said,
+            apart=chosen.apart,
         )
     )
 

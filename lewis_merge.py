@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before all that takes time to import
 
 from utils.errors import run_command
 from utils.flags import FlagParser, number, path
-from utils.guidance.method import chosen_method, declare_flags, own_options, wanted_density
+from utils.guidance.chosen import chosen_to_decide, declare_flags
 from utils.recipes.recipe import CONTROLS, DTYPE, DTYPES
 from utils.recipes.routers import router_option
 
@@ -36,20 +36,22 @@ def main() -> None:
     from utils.pair.config import read_pair_config
 
     config = read_pair_config(flags.config_file)
-    method = chosen_method(flags.guidance, config)
 
     from utils.commands.decide import decide
     from utils.commands.options import DecideOptions
+    from utils.guidance.folder import measured_by
     from utils.guidance.recipe_choices import RecipeOptions
+
+    chosen = chosen_to_decide(flags, config, measured_by(flags.delta_dfs_in_dir))
 
     decide(
         DecideOptions(
             config=config,
             recipe=RecipeOptions(
-                method=method,
-                method_options=own_options(method, "decide", flags, config),
+                method=chosen.method,
+                method_options=chosen.options,
                 merge_method=flags.merge_method,
-                mean_density=wanted_density(method, flags, config),
+                mean_density=chosen.mean_density if flags.mean_density is None else flags.mean_density,
                 lambda_=getattr(flags, "lambda"),
                 dtype=flags.dtype,
                 out_dtype=flags.out_dtype,
@@ -64,6 +66,7 @@ def main() -> None:
             accept_edited=flags.accept_edited,
             trust_remote_code=flags.trust_remote_code,
             quiet=flags.quiet,
+            said=chosen.said,
         )
     )
 

@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 from tests.refusals import refused
 from tests.tiny_pairs import write_config
 from utils.flags import FlagParser
-from utils.guidance.method import DEFAULT, chosen_method, declare_flags, guidance_methods, own_options
+from utils.guidance.chosen import chosen_to_decide, chosen_to_measure, declare_flags, own_options
+from utils.guidance.method import DEFAULT, guidance_methods
 from utils.pair.config import read_pair_config
 from utils.recipes.coefficients import lines_control, mean_density
 
@@ -70,37 +71,60 @@ def test_every_method_has_its_halves():
         assert callable(measure.choices) and callable(measure.measure) and callable(decide.decide)
 
 
-def test_best_is_the_method_that_leads(pair):
-    config = read_pair_config(pair / "pair.yaml")
-    assert chosen_method("best", config).name == "gram_mean"
-    assert chosen_method(None, replace(config, guidance="best")).name == "gram_mean"
-    assert "best" not in guidance_methods()
+def parsed(half, *words):
+    parser = FlagParser()
+    declare_flags(parser, half)
+    return parser.parse_args([*words])
 
 
 @pytest.mark.parametrize("in_config", [False, True])
-def test_best_takes_what_leads_for_so_many_experts(pair, in_config):
-    parser = FlagParser()
-    declare_flags(parser, "measure")
-    config = replace(read_pair_config(pair / "pair.yaml"), guidance="best" if in_config else None)
-    one = replace(config, target_model_names={"math": "./math"})
+def test_best_is_what_leads_for_so_many_experts(pair, in_config):
+    several = replace(read_pair_config(pair / "pair.yaml"), guidance="best" if in_config else None)
+    one = replace(several, target_model_names={"math": "./math"})
+    best = () if in_config else ("--guidance", "best")
 
-    def rounds(config, *words):
-        given = parser.parse_args([*([] if in_config else ["--guidance", "best"]), *words])
-        return own_options(chosen_method(given.guidance, config), "measure", given, config)["rounds"]
-
-    assert (rounds(config), rounds(config, "--rounds", "1"), rounds(one)) == (2, 1, 1)
-    plain = parser.parse_args(["--guidance", "gram_mean"])
-    assert own_options(guidance_methods()["gram_mean"], "measure", plain, config)["rounds"] == 1
-
-
-def test_a_flag_of_two_methods_belongs_to_both(pair):
-    parser = FlagParser()
-    declare_flags(parser, "measure")
-    given, config = parser.parse_args(["--expert_tokens", "8"]), read_pair_config(pair / "pair.yaml")
-    for name in ("lewis", "gram_mean", "saliency_budget"):
-        assert own_options(guidance_methods()[name], "measure", given, config)["expert_tokens"] == 8
+    found = chosen_to_measure(parsed("measure", *best), several)
+    assert (found.method.name, found.options["start"], found.options["rounds"]) == ("tuned", "gram_mean", 2)
+    asked = chosen_to_measure(parsed("measure", *best, "--rounds", "1", "--tune_steps", "3"), several).options
+    assert (asked["rounds"], asked["tune_steps"]) == (1, 3)
+    alone = chosen_to_measure(parsed("measure", *best), one)
+    assert (alone.method.name, alone.options["rounds"], alone.apart) == ("gram_mean", 1, None)
+    assert all("best" in chosen.said for chosen in (found, alone))
     with refused("flag-no-effect"):
-        own_options(guidance_methods()["sens_merging"], "measure", given, config)
+        chosen_to_measure(parsed("measure", *best, "--tune_steps", "3"), one)
+    with refused("start-twice"):
+        chosen_to_measure(parsed("measure", *best, "--start_recipe", "recipe.yaml"), several)
+
+    for measured, name in (("tuned", "tuned"), ("gram_mean", "gram_mean"), ("lewis", "tuned"), (None, "tuned")):
+        decided = chosen_to_decide(parsed("decide", *best), several, measured)
+        assert decided.method.name == name and decided.mean_density is None
+    decided = chosen_to_decide(parsed("decide", *best), one, "gram_mean")
+    assert (decided.method.name, decided.mean_density) == ("gram_mean", 0.1)
+    assert "best" not in guidance_methods()
+
+
+def test_a_method_has_the_flags_of_its_start(pair):
+    config = read_pair_config(pair / "pair.yaml")
+    words = ("--guidance", "tuned", "--start", "gram_mean", "--no-expert_inputs")
+    options = chosen_to_measure(parsed("measure", *words), config).options
+    assert (options["expert_inputs"], options["rounds"], options["tune_steps"]) == (False, 1, 10)
+    plain = chosen_to_measure(parsed("measure", "--guidance", "tuned"), config).options
+    assert plain["start"] is None and "rounds" not in plain
+    for words, code in (
+        (("--guidance", "tuned", "--rounds", "2"), "flag-no-effect"),
+        (("--guidance", "tuned", "--start", "lewis"), "start-guidance-unfit"),
+        (("--guidance", "gram_mean", "--start", "gram_mean"), "flag-no-effect"),
+    ):
+        with refused(code):
+            chosen_to_measure(parsed("measure", *words), config)
+
+
+def test_a_flag_of_two_methods_belongs_to_both():
+    given = parsed("measure", "--expert_tokens", "8")
+    for name in ("lewis", "gram_mean", "saliency_budget"):
+        assert own_options(guidance_methods()[name], "measure", given)["expert_tokens"] == 8
+    with refused("flag-no-effect"):
+        own_options(guidance_methods()["sens_merging"], "measure", given)
 
 
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):

@@ -36,6 +36,8 @@ def say_choices(
     settings, decision, asked = made.settings, made.decision, made.choices.options
     given, method = options.config.global_parameters, settings.method
     print(versions_line("mergekit", "transformers", "pandas"))
+    if options.said:
+        print(options.said)
     print(f"guidance: {asked.method.name}, {asked.method.summary}")
     places = of_components(decision.table)
     size = f"{places['layer'].nunique()} layers x {places['component'].nunique()} components"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.commands import measure_report as report
 from utils.commands.measure_options import MeasureOptions
-from utils.commands.measure_preparation import devices_of, idle_keys, prepared_job
+from utils.commands.measure_preparation import as_models_allow, devices_of, idle_keys, prepared_job, prepared_models
 from utils.commands.measure_request import (
     already_there,
     as_begun,
@@ -25,6 +25,7 @@ from utils.errors import UserError, warn
 from utils.guidance.few_tokens import fewest_tokens
 from utils.guidance.folder import is_measurement, read_manifest
 from utils.guidance.measure_job import ROUTING, TOKENS, Measured, MeasureJob
+from utils.guidance.start import with_start
 from utils.models.model_trial import ModelTrial
 from utils.pair.calibration import choose_samples
 from utils.pair.presence import refuse_missing, small_files
@@ -87,6 +88,7 @@ def measure_pair(options: MeasureOptions, *, alone: bool = True, warned: set[str
     Raises:
         UserError: anything the user can mend; nothing is written then.
     """
+    options = replace(options, method=with_start(options.method, options.method_options))
     config, method = options.config, options.method
     output = _Output(options.quiet, alone, set() if warned is None else warned)
     method.check_experts(config, len(config.experts))
@@ -119,7 +121,9 @@ def _measure(
     samples = {source: choose_samples(source, options.config.nsamples) for source in options.config.texts}
     if trial is not None:
         trial.check()
-    job = prepared_job(options, workers, devices, samples, output.detail)
+    subjects = prepared_models(options, devices, samples)
+    options = as_models_allow(options)
+    job = prepared_job(options, workers, devices, subjects, output.detail)
     request = measure_request(options, job, samples)
     place = options.out_dir / WORK
     job, pieces_of = as_begun(place, job, workers, request)
@@ -219,7 +223,7 @@ def _refuse_out_dir(options: MeasureOptions, names: Sequence[str]) -> None:
             )
     refuse_in_the_way(options.out_dir / WORK)
     refuse_others_manifest(options.out_dir, is_measurement)
-    again = options.overwrite
+    again = options.overwrite or options.apart is not None  # what it is then hangs on the models, too
     if not again:  # files of the very same measurement are kept; whether they are is known once the models are read
         manifest = read_manifest(options.out_dir) or {}
         asked = (options.config.options(), options.method.name)

@@ -1,18 +1,20 @@
 """What command 1 was asked to do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.commands.ray_flags import RayFlags
+from utils.guidance.chosen import Chosen
 from utils.guidance.method import GuidanceMethod
 from utils.pair.config import PairConfig
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What command 1 was asked to do. `method_options` are the values of the guidance method's own flags."""
+    """What command 1 was asked to do. `method_options` are the values of the guidance method's own flags; `said` and `apart` are
+    as in `Chosen`."""
 
     config: PairConfig
     method: GuidanceMethod
@@ -27,3 +29,5 @@ class MeasureOptions:
     restart: bool = False
     quiet: bool = False
     ray: RayFlags | None = None
+    said: str = ""
+    apart: Callable[[], Chosen] | None = None

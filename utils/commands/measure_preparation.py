@@ -10,6 +10,7 @@ from utils.guidance.method import GuidanceMethod
 from utils.pair.config import PairConfig
 from utils.passes.preparation import Precision, Samples, prepare_subjects
 from utils.passes.subjects import Subject, memory_estimate
+from utils.recipes.naming import LocalModels
 from utils.runtime import available_bytes, choose_devices
 
 if TYPE_CHECKING:
@@ -27,29 +28,45 @@ def devices_of(options: MeasureOptions, say: Callable[[str], None]) -> list["tor
     return devices
 
 
+def prepared_models(options: MeasureOptions, devices: "list[torch.device]", samples: Samples) -> tuple[Subject, ...]:
+    """Every model, fetched and made ready. Raises a `UserError` if one or its tokenizer cannot be used."""
+    precision = Precision(devices[0], options.dtype, options.micro_batch_tokens)
+    return tuple(prepare_subjects(_used(options.config, options.method), samples, precision, options.trust_remote_code))
+
+
+def as_models_allow(options: MeasureOptions) -> MeasureOptions:
+    """The options as they are for models that lie on this machine by now: `apart` where experts have other numbers of tokens
+    than the base and the method needs one vocabulary. Raises as `apart`, and as `LocalModels`."""
+    if options.apart is None or not options.method.one_vocabulary:
+        return options
+    config = options.config
+    models = LocalModels(config.base, config.experts_to_merge, trust_remote_code=options.trust_remote_code)
+    if not models.vocabulary_apart:
+        return options
+    chosen = options.apart()
+    return replace(options, method=chosen.method, method_options=chosen.options, said=chosen.said, apart=None)
+
+
 def prepared_job(
     options: MeasureOptions,
     workers: "RayWorkers | None",
     devices: "list[torch.device]",
-    samples: Samples,
+    subjects: tuple[Subject, ...],
     say: Callable[[str], None],
 ) -> MeasureJob:
-    """The job, with every model prepared and, on this machine, its blocks known to fit into memory.
+    """The job of prepared models, whose blocks on this machine are known to fit into memory.
 
     `say` takes lines about models whose experts are fetched one at a time.
 
     Raises:
-        UserError: a model or its tokenizer cannot be used, or does not fit into memory; what the method refuses.
+        UserError: a model does not fit into memory; what the method refuses.
     """
-    precision = Precision(devices[0], options.dtype, options.micro_batch_tokens)
-    config, trust = options.config, options.trust_remote_code
-    subjects = tuple(prepare_subjects(_used(config, options.method), samples, precision, trust))
     job = MeasureJob(
-        config,
+        options.config,
         subjects,
         tuple(devices),
         options.method_options,
-        trust,
+        options.trust_remote_code,
         _at_once(options, subjects, devices[0]),
         quiet=options.quiet,
         workers=workers,

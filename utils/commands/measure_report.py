@@ -21,6 +21,8 @@ _ALLOCATED = 64 * 2**20
 def choices(options: MeasureOptions, job: MeasureJob, samples: Samples) -> Iterator[str]:
     """Lines that say what will be measured, on which text, and how."""
     config, method = options.config, options.method
+    if options.said:
+        yield options.said
     yield f"guidance: {method.name}, {method.summary}"
     for source, chosen in samples.items():
         full = with_defaults(source)

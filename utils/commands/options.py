@@ -9,7 +9,8 @@ from utils.pair.config import PairConfig
 
 @dataclass(frozen=True)
 class DecideOptions:
-    """What command 2 was asked to do; `recipe` is what was asked of the recipe itself."""
+    """What command 2 was asked to do; `recipe` is what was asked of the recipe itself, `said` a line that says what was chosen for the
+    user."""
 
     config: PairConfig
     recipe: RecipeOptions
@@ -22,3 +23,4 @@ class DecideOptions:
     trust_remote_code: bool = False
     accept_edited: bool = False
     quiet: bool = False
+    said: str = ""

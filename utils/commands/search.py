@@ -12,7 +12,8 @@ from utils.commands.search_folder import refuse_edited
 from utils.commands.search_options import FILES, LOSSES, SearchOptions
 from utils.errors import UserError, is_of_the_moment, warn
 from utils.evaluation.tasks import Task, task_texts
-from utils.guidance.method import default_options, guidance_methods
+from utils.guidance.chosen import default_options
+from utils.guidance.method import guidance_methods
 from utils.models.model_trial import ModelTrial
 from utils.models.tokenizer import forget_handed_on
 from utils.pair.presence import refuse_missing, small_files

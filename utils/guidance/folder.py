@@ -71,6 +71,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return data
 
 
+def measured_by(folder: Path) -> str | None:
+    """The guidance that filled a folder; None if it does not say so, or is none. Raises as `read_manifest`."""
+    found = read_manifest(folder) if folder.is_dir() else None
+    name = (found or {}).get("guidance")
+    return name if isinstance(name, str) else None
+
+
 def is_measurement(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is of a measurement, of this version or of one that did not write down its command."""
     return manifest.get("command", COMMAND if "models" in manifest else "") == COMMAND

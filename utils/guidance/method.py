@@ -6,7 +6,6 @@ flags it has and which files it writes, and is light to import; `measure.py` (to
 beside it are imported when their command comes to them.
 """
 
-import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -18,9 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from utils import guidance
 from utils.errors import UserError
-from utils.flags import FlagParser
 from utils.recipes.method_rules import DeltaMethod
-from utils.suggestions import suggestion
 
 if TYPE_CHECKING:
     from utils.guidance.decide_job import DecideJob, Decision
@@ -28,9 +25,6 @@ if TYPE_CHECKING:
     from utils.pair.config import PairConfig
 
 DEFAULT = "lewis"
-BEST = "best"
-_BEST = "gram_mean"  # leads for one expert, cut to its `density_alone`, and for several (benchmarks/quality.py)
-_BEST_OF_SEVERAL = {"rounds": 2}  # values of its flags that lead where experts are merged with each other
 Half = Literal["measure", "decide"]
 
 
@@ -72,11 +66,12 @@ class GuidanceMethod:
         searched: whether a search that names no guidance measures by it.
         several: the merge method to suggest where there are several experts, if it is not `merge_method`.
         refines: merge methods (of `utils/recipes/method_rules.py`) whose recipes of several experts it gains from when it
-            starts at them, by the first of its `file_flags` (benchmarks/quality.py).
+            starts at them, by the first of its `file_flags` or by `start` (benchmarks/quality.py).
         density_alone: the `--mean_density` to suggest where there is one expert, and of `best` for it; None: none.
         measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
             a `UserError` if it cannot.
         in_float32: whether it computes in float32 whatever `--dtype` says.
+        one_vocabulary: whether it needs experts with the base's number of tokens.
         models_at_once: of how many models a block is in memory at a time, by how many experts there are.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
@@ -104,6 +99,7 @@ class GuidanceMethod:
     tasks: str = ""
     searched: bool = True
     in_float32: bool = False
+    one_vocabulary: bool = False
     models_at_once: Callable[[int], int] = lambda experts: 1
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:
@@ -139,6 +135,11 @@ class GuidanceMethod:
         """Bytes that measuring puts into the output folder, at most, what a run after a kill goes on from included."""
         half = self._half("measure")
         return half.on_disk(job) if hasattr(half, "on_disk") else 0
+
+    def left_on_disk(self, job: "MeasureJob") -> int:
+        """Bytes of those that stay until what was measured is published."""
+        half = self._half("measure")
+        return half.left_on_disk(job) if hasattr(half, "left_on_disk") else 0
 
     def measure(self, job: "MeasureJob") -> "Measured":
         """Measure a pair."""
@@ -181,87 +182,3 @@ def guidance_methods() -> dict[str, GuidanceMethod]:
             method = importlib.import_module(f"{guidance.__name__}.{entry.name}.method").METHOD
             found[method.name] = method
     return {DEFAULT: found.pop(DEFAULT), **found}
-
-
-def declare_flags(parser: FlagParser, half: Half) -> None:
-    """Declare `--guidance` and every method's own flags."""
-    methods = guidance_methods()
-    listed = "; ".join(f"{method.name}: {method.summary}" for method in methods.values())
-    parser.flag(
-        "guidance",
-        f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now {_BEST}, of several "
-        f"experts with {', '.join(f'--{name} {value}' for name, value in _BEST_OF_SEVERAL.items())}, of one cut to "
-        f"--mean_density {methods[_BEST].density_alone} [default: the "
-        f"pair config's guidance, else {DEFAULT}]",
-        choices=(*methods, BEST),
-    )
-    owners: dict[str, list[str]] = {}
-    flags: dict[str, MethodFlag] = {}
-    for method in methods.values():
-        for flag in method.flags(half):
-            assert flags.setdefault(flag.name, flag) is flag, f"two flags are called {flag.name}"
-            owners.setdefault(flag.name, []).append(method.name)
-    group = parser.add_argument_group("flags of single guidance methods")
-    for name, flag in flags.items():
-        shown = "" if flag.default is None else f" [default: {flag.default}]"
-        text = f"{', '.join(owners[name])}: {flag.help}{shown}".replace("%", "%%")
-        if flag.switch:
-            parser.switch(name, text, default=None, group=group)
-        else:
-            more = {key: value for key in ("type", "choices") if (value := getattr(flag, key)) is not None}
-            parser.flag(name, text, group=group, **more)
-
-
-def chosen_method(asked: str | None, config: "PairConfig") -> GuidanceMethod:
-    """The method of `--guidance`, else the pair config's, else the default.
-
-    Raises:
-        UserError: the pair config names a method that does not exist.
-    """
-    methods = guidance_methods()
-    name = asked or config.guidance or DEFAULT
-    name = _BEST if name == BEST else name
-    if name not in methods:
-        known = (*methods, BEST)
-        hint = suggestion(name, known, f"known: {', '.join(known)}")
-        raise UserError(f"pair config {config.path}: guidance {name!r} is unknown; {hint}", "config-unknown-guidance")
-    return methods[name]
-
-
-def default_options(method: GuidanceMethod, half: Half, experts: int) -> dict[str, Any]:
-    """The defaults of a method's own flags, for so many experts that are merged with each other: of `best` where several are."""
-    own = {flag.name: flag.default for flag in method.flags(half)}
-    leading = _BEST_OF_SEVERAL if experts > 1 and method.name == _BEST else {}
-    return own | {name: value for name, value in leading.items() if name in own}
-
-
-def own_options(method: GuidanceMethod, half: Half, given: argparse.Namespace, config: "PairConfig") -> dict[str, Any]:
-    """The values of a method's own flags, defaults filled in: for `best` those that lead for so many experts.
-
-    Raises:
-        UserError: a flag of another method was given, which would do nothing.
-    """
-    own = default_options(method, half, len(config.target_model_names) if _is_best(given, config) else 1)
-    for other in guidance_methods().values():
-        for flag in other.flags(half):
-            value = getattr(given, flag.name)
-            if value is None:
-                continue
-            if flag.name not in own:
-                raise UserError(
-                    f"--{flag.name} belongs to --guidance {other.name}; it does nothing for {method.name}",
-                    "flag-no-effect",
-                )
-            own[flag.name] = value
-    return own
-
-
-def wanted_density(method: GuidanceMethod, given: argparse.Namespace, config: "PairConfig") -> float | None:
-    """`--mean_density`; where it is not given and one expert is merged by `best`, what the method suggests for that."""
-    if given.mean_density is None and _is_best(given, config) and len(config.target_model_names) == 1:
-        return method.density_alone
-    return given.mean_density
-
-
-def _is_best(given: argparse.Namespace, config: "PairConfig") -> bool:
-    return (given.guidance or config.guidance) == BEST

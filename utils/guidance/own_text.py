@@ -55,8 +55,6 @@ Ask = Callable[[Place, MeasureJob], Answer]
 """Given where, and a job of base and expert alone. What it leaves in the place's snapshot is found in that of the piece that
 has the expert's type as its name."""
 
-_PIECE = "+gain"  # behind an expert's type, which holds no +
-
 
 def gains_on_own_text(
     job: MeasureJob,
@@ -66,6 +64,7 @@ def gains_on_own_text(
     then: str = GOES_BY_IT,
     left: int = 0,
     least: int = 0,
+    piece: str = "gain",
 ) -> OwnText:
     """What every expert gains; a piece of work for each, with two steps a block.
 
@@ -76,6 +75,8 @@ def gains_on_own_text(
         then: what comes of useless experts that are accepted, as a clause.
         left: bytes that `ask` leaves on disk for what goes on with it, of all experts; nothing is left where `least` bytes,
             which the rest of the measuring needs, do not fit beside them.
+        piece: what its pieces are called behind an expert's type and a +, which no type holds; ways whose losses may differ in
+            the last bits have their own.
 
     Raises:
         UserError: experts that are not surely better than the base, and that was not accepted.
@@ -85,7 +86,7 @@ def gains_on_own_text(
     experts = [expert for expert in experts if expert.entry.type not in headless]
     pieces = [
         Piece(
-            f"{expert.entry.type}{_PIECE}",
+            f"{expert.entry.type}+{piece}",
             _asked,
             (job.of(job.base, expert), ask, keeps),
             2 * len(expert.decoder.blocks),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from utils.errors import UserError
+from utils.guidance.chosen import BEST
 from utils.guidance.method import GuidanceMethod, guidance_methods
 from utils.pair.search import SearchSettings
 from utils.recipes.method_rules import (
@@ -53,7 +54,10 @@ def _check_guidance(guidance: Sequence[str], measured: Sequence[str], methods: M
             continue
         if name not in methods:
             known = ", ".join((*UNGUIDED, *methods))
-            raise UserError(f"search.guidance: {name!r} is unknown; there are {known}", "search-unknown-guidance")
+            which = ", of which --guidance best takes one: name that one" if name == BEST else ""
+            raise UserError(
+                f"search.guidance: {name!r} is unknown; there are {known}{which}", "search-unknown-guidance"
+            )
         raise UserError(
             f"search.guidance: {name} has not measured this pair; give --measure, or run lewis_importance.py --guidance "
             f"{name} and name its folder in search.measurements",

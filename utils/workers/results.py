@@ -62,6 +62,12 @@ def find_result(folder: Path, piece: Piece) -> Found | None:
     return _find(folder / piece.name, piece.types)
 
 
+def kept_value(folder: Path, name: str, types: Sequence[type] = ()) -> Any:
+    """The value of the result of a piece of this name, or None if it is not there."""
+    found = _find(folder / name, types)
+    return None if found is None else found.value
+
+
 def _find(place: Path, types: Sequence[type]) -> Found | None:
     import torch
 

@@ -22,7 +22,7 @@ def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devi
     """Measure a golden pair from the folder its model names are relative to, in this process."""
     from utils.commands.measure import measure_pair
     from utils.commands.measure_options import MeasureOptions
-    from utils.guidance.method import chosen_method
+    from utils.guidance.method import guidance_methods
     from utils.pair.config import read_pair_config
 
     raw = yaml.safe_load((golden / run / "pair.yaml").read_text())
@@ -31,7 +31,7 @@ def measure(golden: Path, run: str, rows: Path, workdir: Path, monkeypatch, devi
     (workdir / "pair.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.chdir(golden)
     config = read_pair_config(workdir / "pair.yaml")
-    method = chosen_method("lewis", config)
+    method = guidance_methods()["lewis"]
     options = MeasureOptions(config, method, {}, workdir / "dfs", device="cpu", dtype="float32", devices=devices)
     measure_pair(options)
     return workdir / "dfs"

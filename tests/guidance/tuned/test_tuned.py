@@ -336,7 +336,7 @@ def test_stopped_between_steps_and_typed_again_it_goes_on_to_the_same_end(pair, 
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "write_state", stop)
         assert run_here(*words, "one").returncode == 130
-    assert list(Path("one").glob(".measuring.part/*/tuned.snapshot")) and not Path("one/manifest.json").exists()
+    assert list(Path("one").glob(".measuring.part/*/tuned+steps.snapshot")) and not Path("one/manifest.json").exists()
     assert "resumed" in done_here(*words, "one").stdout
     done_here(*words, "two")
     for name in ("tuned_coefficients.csv", "tuned_steps.csv"):

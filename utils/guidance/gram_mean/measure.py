@@ -151,14 +151,14 @@ def on_disk(job: MeasureJob) -> int:
     Where the file system has no hard links, files are copied for the merge between two rounds; those copies are gone before the
     files of the round after it come, which take as much.
     """
-    snapshot, count = max(snapshot_bytes(subject) for subject in job.subjects), job.options[ROUNDS]
-    merged = job.base.checkpoint.total_bytes if count > 1 else 0
-    return (
-        count * sum(_file_bytes(job, expert) for expert in job.experts)
-        + waiting(job)
-        + job.experts_at_a_time * 2 * snapshot
-        + merged
-    )
+    snapshot = max(snapshot_bytes(subject) for subject in job.subjects)
+    merged = job.base.checkpoint.total_bytes if job.options[ROUNDS] > 1 else 0
+    return left_on_disk(job) + waiting(job) + job.experts_at_a_time * 2 * snapshot + merged
+
+
+def left_on_disk(job: MeasureJob) -> int:
+    """Bytes of every expert's matrices in every round."""
+    return job.options[ROUNDS] * sum(_file_bytes(job, expert) for expert in job.experts)
 
 
 def _gram_bytes(block: nn.Module) -> int:

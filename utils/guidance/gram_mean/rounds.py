@@ -6,7 +6,6 @@ commands 2 and 3 make of the measurement at their defaults, computed in float32 
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from utils.guidance.gram_mean.input_pass import BlockInputs, Kept, input_pass
 from utils.guidance.gram_mean.method import BETWEEN_ROUNDS, EXPERT_INPUTS, FORM, METHOD, ROUNDS, SPARSE, gram_file
 from utils.guidance.guided_recipe import guided_recipe
 from utils.guidance.measure_job import MeasureJob
+from utils.guidance.measured_files import put_files
 from utils.guidance.measured_pair import MeasuredPair
 from utils.guidance.recipe_choices import RecipeChoices, RecipeOptions, settle
 from utils.mergekit_api import GatherTensors
@@ -46,6 +46,7 @@ from utils.recipes.naming import LocalModels
 from utils.recipes.recipe import model_key, recipe_bytes
 from utils.recipes.saliency_vectors import close_files
 from utils.workers.piece import Piece, Place
+from utils.workers.results import kept_value
 
 _SHARD = 10**9  # bytes of merged tensors that wait in memory for each other
 
@@ -97,11 +98,21 @@ def measured_again(
     Raises:
         UserError: what commands 2 and 3 would say of it.
     """
+    if (there := _results(job, number)) is not None:
+        return there
     if not job.quiet:
         print(f"round {number + 1} of {job.options[ROUNDS]}: what has been measured is merged", flush=True)
     with _merged_subject(job, number, files) as merged:
         return job.run([_piece(job, expert, merged, one, files, number)
                         for expert, one in zip(job.experts, found, strict=True)])  # fmt: skip
+
+
+def _results(job: MeasureJob, number: int) -> list[ExpertGrams] | None:
+    """What the pieces of a round gave a run that was stopped after it; None unless all are there: then nothing is merged."""
+    assert job.workspace is not None
+    names = [piece_name(expert.entry.type, number) for expert in job.experts]
+    found = [kept_value(job.workspace, name, (ExpertGrams,)) for name in names]
+    return None if None in found else found
 
 
 @contextlib.contextmanager
@@ -115,8 +126,7 @@ def _merged_subject(job: MeasureJob, number: int, files: Mapping[str, bytes | Pa
         measured, merged = folder / "measured", folder / "merged"
         for made in (measured, merged):
             made.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _put(content, measured / name)
+        put_files(files, measured)
         planned = _decided(job, measured, merged)
         if number == 1:
             warn(list(planned.warnings))
@@ -235,14 +245,3 @@ def _begun(snapshots: Snapshots, path: Path) -> tuple[list[tuple], dict[str, Any
         return [], None
     tensors, begun = snapshot.state
     return list(tensors), begun
-
-
-def _put(content: bytes | Path, place: Path) -> None:
-    """Bytes, or the file of a piece, under another name; not copied where the file system can do without."""
-    if isinstance(content, bytes):
-        place.write_bytes(content)
-        return
-    try:
-        os.link(content, place)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(content, place)

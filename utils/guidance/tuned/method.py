@@ -17,13 +17,14 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.flags import number, whole_number
 from utils.guidance.method import GuidanceMethod, MethodFlag
+from utils.guidance.start import START_FLAG
 from utils.guidance.text_gain import ACCEPT_FLAG
 from utils.recipes.method_rules import GRAM_MEAN, GUIDED_MEAN, TASK_ARITHMETIC
 from utils.safe_yaml import read_yaml_mapping
 
 COEFFICIENTS = "tuned_coefficients.csv"
 STEPS = "tuned_steps.csv"
-START = "tuned_start.yaml"
+STARTED_FROM = "tuned_start.yaml"
 LEVEL = "tune_level"  # a flag
 LEVELS = ("tensor", "part", "block", "expert")
 AIMS = ("mean", "worst")
@@ -32,10 +33,10 @@ METHODS = (TASK_ARITHMETIC.name, GUIDED_MEAN.name, GRAM_MEAN.name)  # whose merg
 
 def start_method(folder: Path) -> str:
     """The merge method of the recipe that was started from. Raises a `UserError` if the folder does not say it."""
-    found = read_yaml_mapping(folder / START, "tuned recipe's start").get("merge_method")
+    found = read_yaml_mapping(folder / STARTED_FROM, "tuned recipe's start").get("merge_method")
     if found not in METHODS:
         raise UserError(
-            f"{folder / START} is not as tuning writes it (merge_method {found!r}); measure again",
+            f"{folder / STARTED_FROM} is not as tuning writes it (merge_method {found!r}); measure again",
             "tuned-start-damaged",
         )
     return found
@@ -49,13 +50,14 @@ METHOD = GuidanceMethod(
     tasks="one for all: each step needs every expert",
     merge_method=TASK_ARITHMETIC.name,
     own_merge_methods=(GUIDED_MEAN.name, GRAM_MEAN.name),
-    tables=(COEFFICIENTS, STEPS, START),
+    tables=(COEFFICIENTS, STEPS, STARTED_FROM),
     measure_flags=(
         MethodFlag(
             "start_recipe",
             "a recipe of this pair to start from (task_arithmetic, guided_mean or gram_mean, one weight for each expert); "
             "without it the plain mean of the changes",
         ),
+        START_FLAG,
         MethodFlag("tune_steps", "steps of Adam at most", type=whole_number(1), default=10),
         MethodFlag("tune_rate", "step size of a coefficient", type=number(0, low_open=True), default=0.05),
         MethodFlag("tune_pull", "pull of the coefficients to the recipe's own answer", type=number(0), default=0.0),
@@ -69,5 +71,6 @@ METHOD = GuidanceMethod(
     file_flags=("start_recipe",),
     refines=(GRAM_MEAN.name,),
     searched=False,
+    one_vocabulary=True,
     measured_for=start_method,
 )

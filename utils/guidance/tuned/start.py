@@ -29,8 +29,9 @@ _WEIGHT = (
 class Start:
     """A merge that is a sum of parts, one for each expert.
 
-    `weights` are those of the recipe by expert type, `saliency` the absolute paths of the files that its method reads,
-    none for plain changes, and `sha256` these files' hashes: coefficients hold for the parts that were made of them.
+    `weights` are those of the recipe by expert type, `saliency` the absolute paths of the files that its method reads ("" where
+    they are to be measured yet), none for plain changes, and `sha256` these files' hashes: coefficients hold for the parts that
+    were made of them.
     `parameters` are the shared ones. `routers` are filters of a mixture's routers, which stay the base's, and `router` what
     the recipe does with them, as `--router` says it (None: nothing special). `unmeasured` are filters of tensors with or
     without the files, before all others.
@@ -50,6 +51,10 @@ class Start:
         """Whether the parts are the changes themselves, so that a coefficient is a factor of the weight."""
         return self.merge_method == TASK_ARITHMETIC.name
 
+    def reading(self, files: Mapping[str, str]) -> "Start":
+        """The same with the files under these names, by expert type."""
+        return replace(self, saliency=dict(files))
+
     def part_recipe(self, base: ModelEntry, experts: Sequence[ModelEntry], kept: str) -> MergeRecipe:
         """The recipe, in float32, that adds the part of one expert alone."""
         models: list[dict[str, Any]] = [{"model": model_key(base)}]
@@ -60,7 +65,7 @@ class Start:
             own: dict[str, Any] = {"weight": [*routers, {"value": weight}] if routers else weight}
             if not self.is_plain:
                 own["factor"] = factor
-            if file := self.saliency.get(entry.type):
+            if (file := self.saliency.get(entry.type)) is not None:
                 places = [{"filter": text, "value": file if has else ""} for text, has in self.unmeasured]
                 own["saliency"] = [*places, {"value": file}] if places else file
             models.append({"model": model_key(entry), "parameters": own})

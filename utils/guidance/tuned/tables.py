@@ -5,9 +5,11 @@
 | `tuned_coefficients.csv` | expert and tensor of the base's checkpoint: `layer` (-1 outside the blocks), `component`, `params`, `coefficient` |
 | `tuned_steps.csv` | step, task and `samples`, those stepped on (none from the last) or held out: mean `loss` (nats per token), the |
 | | share of the gains that the step loses on what is held out, and whether it is the one that was kept |
-| `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights, files of the experts and their SHA-256 |
+| `tuned_start.yaml` | the recipe that was started from: merge method, shared parameters, weights, files of the experts (by names in |
+| | the folder, or by whole paths of those elsewhere) and their SHA-256 |
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 
 from utils.errors import Problem, UserError, raise_collected
 from utils.guidance.columns import TableFormat, expert, number, read_tables, text, whole
-from utils.guidance.tuned.method import COEFFICIENTS, METHODS, START, STEPS
+from utils.guidance.tuned.method import COEFFICIENTS, METHODS, STARTED_FROM, STEPS
 from utils.guidance.tuned.start import Start
 from utils.recipes.routers import BASE, MERGE
 from utils.safe_yaml import read_yaml_mapping
@@ -50,7 +52,7 @@ STEP_TABLE = TableFormat(
 
 
 def start_content(start: Start) -> bytes:
-    """What `tuned_start.yaml` holds."""
+    """What `tuned_start.yaml` holds of a start whose files are named as they are to be found from the folder."""
     return yaml.safe_dump(asdict(start), sort_keys=False).encode()
 
 
@@ -66,7 +68,7 @@ def read_tuned(folder: Path, experts: Sequence[str], known: Sequence[str]) -> tu
         UserError: a file is missing or malformed; other experts were tuned, or not the same tensors of each.
     """
     (table,) = read_tables(folder, [COEFFICIENT_TABLE], known)
-    start = _read_start(folder / START)
+    start = _read_start(folder / STARTED_FROM)
     tuned = list(dict.fromkeys(table["model"]))
     if sorted(tuned) != sorted(experts) or sorted(start.weights) != sorted(experts):
         raise UserError(
@@ -88,7 +90,8 @@ def _read_start(path: Path) -> Start:
     data: Mapping = read_yaml_mapping(path, "tuned recipe's start")
     try:
         weights = {str(key): float(value) for key, value in data["weights"].items()}
-        saliency = {str(key): str(value) for key, value in data["saliency"].items()}
+        named = {str(key): str(value) for key, value in data["saliency"].items()}
+        saliency = {key: os.path.abspath(path.parent / file) for key, file in named.items()}
         sha256 = {str(key): str(value) for key, value in data["sha256"].items()}
         routers = tuple(str(text) for text in data.get("routers", ()))
         unmeasured = tuple((str(text), bool(has)) for text, has in data.get("unmeasured", ()))

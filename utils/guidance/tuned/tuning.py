@@ -139,8 +139,9 @@ def _tuned(
         pull=job.options["tune_pull"],
         worst=job.options["tune_for"] == "worst",
     )
-    sure = all(one.is_sure for one in gains.values())
-    divisors = [one.gain if sure else 1.0 for one in gains.values()]
+    own_gains = [gains[expert.entry.type] for expert in experts]
+    sure = all(one.is_sure for one in own_gains)
+    divisors = [one.gain if sure else 1.0 for one in own_gains]
     least = stepped.by_task(by_experts[0]), held.by_task(by_experts[1])
 
     def keep(state: dict[str, Any]) -> None:

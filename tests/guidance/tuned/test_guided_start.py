@@ -1,0 +1,76 @@
+"""tuned from a start that is measured in the same go, as `--guidance best` has it: the real commands, against the long way.
+
+python -m pytest tests/guidance/tuned/test_guided_start.py
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.commands_here import done_here
+from tests.tiny_experts import save_experts
+from tests.tiny_merges import tensors
+from utils.publishing.manifest import MANIFEST, file_sha256
+
+STEPS = ("--tune_steps", "3")
+
+
+def measure(out, *flags):
+    return done_here("lewis_importance.py", "--config", "pair.yaml", "--out_dir", out, *flags).stdout
+
+
+def decide(measured, out, *flags):
+    asked = ("--delta_dfs_in_dir", measured, "--config_file", "pair.yaml", "--out_dir", out)
+    said = done_here("lewis_merge.py", *asked, *flags).stdout
+    (path,) = Path(out).glob("*.yaml")
+    return path, said
+
+
+def merge(recipe, out):
+    done_here("utils/merger.py", "--merge_config", recipe, "--output_path", out)
+    return Path(out)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Experts that gain on their own text, measured by `best`."""
+    folder = save_experts(tmp_path_factory.mktemp("pair"), nsamples=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("said").write_text(measure("best", "--guidance", "best", *STEPS))
+    return folder
+
+
+@pytest.fixture
+def pair(measured, tmp_path, monkeypatch):
+    folder = shutil.copytree(measured, tmp_path / "pair")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_best_of_several_is_tuned_from_two_rounds_to_the_bit(pair):
+    """By hand: two rounds, their recipe, tuned from it."""
+    measure("grams", "--guidance", "gram_mean", "--rounds", "2")
+    start, _ = decide("grams", "start", "--guidance", "gram_mean")
+    measure("tuned", "--guidance", "tuned", "--start_recipe", start, *STEPS)
+    by_hand, _ = decide("tuned", "recipes", "--guidance", "tuned")
+    recipe, said = decide("best", "best_recipes", "--guidance", "best")
+    apart = {MANIFEST, "tuned_start.yaml"}  # say where things lie
+    by_hands = [path for path in (*Path("grams").iterdir(), *Path("tuned").iterdir()) if path.name not in apart]
+    assert {path.name for path in by_hands} == {path.name for path in Path("best").iterdir()} - apart
+    assert not [path for path in by_hands if file_sha256(path) != file_sha256(Path("best", path.name))]
+    one, other = tensors(merge(by_hand, "merged_by_hand")), tensors(merge(recipe, "merged"))
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    assert not all(value.equal(tensors(Path("base"))[name]) for name, value in one.items())
+    assert "best: tuned" in said and "start_recipe" not in said
+    assert "best: tuned from what gram_mean gives (--rounds 2)" in Path("said").read_text()
+
+
+def test_a_measured_folder_may_be_moved(pair):
+    start = yaml.safe_load(Path("best/tuned_start.yaml").read_text())
+    assert start["saliency"] == {name: f"{name}_grams.safetensors" for name in ("code", "math")}
+    shutil.move("best", "elsewhere")
+    recipe, _ = decide("elsewhere", "recipes", "--guidance", "best")
+    assert merge(recipe, "merged").is_dir()

@@ -21,8 +21,8 @@ EPOCHS = {"gsm8k": 2, "mbpp": 4}
 JOINT = "joint"
 # What the recipes are called, by the stage that makes each; joint fine-tuning is a model, and the ceiling.
 LABELS = {
-    "recipe best": "`--guidance best` (gram_mean, 2 rounds)",
-    "recipe tuned": "`tuned` from it",
+    "recipe rounds": "`gram_mean`, 2 rounds",
+    "recipe tuned": "`tuned` from it, as `--guidance best`",
     f"train {JOINT}": "joint fine-tuning on both texts",
     "recipe guided": "guided_mean",
 }
@@ -130,19 +130,19 @@ def stages(plan: Plan) -> list[Stage]:
         ),
         *(_training(plan, task, (task,), ("base",)) for task in EPOCHS),
         evaluation(plan, 1, (), experts, lambda: (plan.judged / MANIFEST).exists()),
-        _measuring(plan, "measure best", experts, "--guidance", "best"),
-        _recipe(plan, "recipe best", "measure best", "--guidance", "best"),
+        _measuring(plan, "measure rounds", experts, "--guidance", "gram_mean", "--rounds", 2),
+        _recipe(plan, "recipe rounds", "measure rounds", "--guidance", "gram_mean"),
         _training(plan, JOINT, tuple(EPOCHS), experts[1:]),
         Stage(
             "measure tuned",
-            ("recipe best",),
+            ("recipe rounds",),
             lambda: _measure_words(
-                plan, "measure tuned", "--guidance", "tuned", "--start_recipe", plan.recipe("recipe best")
+                plan, "measure tuned", "--guidance", "tuned", "--start_recipe", plan.recipe("recipe rounds")
             ),
             lambda: (plan.measured("measure tuned") / MANIFEST).exists(),
         ),
         _recipe(plan, "recipe tuned", "measure tuned", "--guidance", "tuned", "--merge_method", "gram_mean"),
-        _measuring(plan, "measure guided", ("recipe best",), "--guidance", "saliency_budget"),
+        _measuring(plan, "measure guided", ("recipe rounds",), "--guidance", "saliency_budget"),
         _recipe(
             plan,
             "recipe guided",

@@ -14,6 +14,10 @@ brings the weights of both models to the device and computes nothing (`benchmark
 `saliency_budget` measure the expert by these, where `ours` is two ways forward, one of each model:
 
     python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders ours,gram_mean
+
+`two-rounds` measures two experts by gram_mean in two rounds, and `best` tunes from there:
+
+    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders best,two-rounds
 """
 
 import argparse
@@ -28,7 +32,8 @@ from benchmarks.contenders import Contender, Run, alternate, chosen, growth_line
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
 
 GUIDED = ("gram_mean", "saliency_budget")
-NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor", *GUIDED)
+OF_TWO = {"two-rounds": ("gram_mean", "--rounds", "2"), "best": ("best",)}
+NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor", *GUIDED, *OF_TWO)
 
 
 def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsamples: int, device: str) -> Contender:
@@ -47,14 +52,18 @@ def contender(name: str, places: dict[str, Path], text: str, rows: Path, nsample
         return Contender(name, (sys.executable, script, *options), moved)
     config = places["base"].parent / f"{name}_{text}_{nsamples}.yaml"
     parity = {"parity": "reference", "sparsity_ratio": 0.5} if name.startswith("parity") else {}
-    models = [{"name": base, "type": "base"}, {"name": expert, "type": "one"}]
+    models = [{"name": str(places[key]), "type": key} for key in ("base", "one", "two")[: 3 if name in OF_TWO else 2]]
     dataset = {"name": text, "path": str(rows)}
     config.write_text(yaml.safe_dump({"model_info": models, "dataset": dataset, "nsamples": nsamples, **parity}))
     out = places["base"].parent / f"dfs_{name}"
     options = ["--config", str(config), "--out_dir", str(out), "--overwrite", "--device", device]
     options += ["--dtype", {"parity": "float32", "parity-fast": "bfloat16"}.get(name, "auto")]
-    if name in GUIDED:
-        options += ["--guidance", name, "--accept_useless_text"]  # random models gain nothing on their text
+    if name in GUIDED or name in OF_TWO:
+        options += [
+            "--guidance",
+            *OF_TWO.get(name, (name,)),
+            "--accept_useless_text",
+        ]  # random models gain nothing on their text
     return Contender(name, (sys.executable, str(ROOT / "lewis_importance.py"), *options), moved)
 
 

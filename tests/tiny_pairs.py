@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.tiny_checkpoints import VOCABULARY, save_tiny
+from tests.tiny_checkpoints import VOCABULARY, edit_tensors, save_tiny
 
 TEXTS = {"code": "{answer}", "math": "{question} {answer}"}  # of each expert's own
 CALIBRATION = {name: {"path": "rows.jsonl", "text": text, "seqlen": 32} for name, text in TEXTS.items()}
@@ -75,6 +75,20 @@ def write_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path
 def edit_json(path: Path, **changes: Any) -> None:
     """Set some keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def add_token(folder: Path) -> Path:
+    """Give a model with an untied head one token more, with the row of the first."""
+    import torch
+
+    def add_rows(tensors: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+    save_tokenizer(folder, size=VOCABULARY + 1)
+    edit_tensors(folder, add_rows)
+    edit_json(folder / "config.json", vocab_size=VOCABULARY + 1)
+    return folder
 
 
 def sample_ids(folder: Path, expert: str, measured: str = "dfs") -> list[list[int]]:

@@ -1,7 +1,7 @@
 """One architecture through the commands: measured by every guidance, decided, merged, loaded again, and compared.
 
 What command 2 can write beside a guidance's usual recipe (controls, portable recipes, masks, levels) is written, and planned by
-command 3. gram_mean takes two rounds, as `--guidance best` does.
+command 3. gram_mean takes two rounds, as `--guidance best` does before it tunes.
 
 What is compared with is computed in other ways: LEWIS norms with hooks on the whole model that transformers loads,
 experts token by token in float64; merges with the formula on loaded state dicts.

@@ -87,7 +87,7 @@ def page(outcomes: Mapping[str, Any]) -> str:
         "",
         "What each class of transformers' mappings for text and for image and text does in the three commands, shrunken to a",
         "tiny random model: `merge` is command 3 with a uniform recipe, the columns of guidances are command 1, 2 and 3 with",
-        "each (`saliency_budget` by `guided_mean`, `gram_mean` with two rounds as `best` takes them, `tuned` by one step), `recipes`",
+        "each (`saliency_budget` by `guided_mean`, `gram_mean` with two rounds as `best` starts with, `tuned` by one step), `recipes`",
         "is what command 2 can write beside (controls, portable recipes, masks, densities), planned by command 3. ✓: it went",
         "through, norms equal those of hooks on the whole model to 1e-5 (experts token by token in float64), the merge equals",
         "the formula, nothing is missing or unexpected on reload. Empty: not run yet. Otherwise a number: the reason below.",

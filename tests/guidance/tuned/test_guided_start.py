@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.commands_here import done_here
+from tests.commands_here import done_here, refused_here, run_here
+from tests.selected import few
 from tests.tiny_experts import save_experts
 from tests.tiny_merges import tensors
+from tests.tiny_pairs import add_token
+from utils.guidance.gram_mean import rounds
+from utils.guidance.tuned import tuning
 from utils.publishing.manifest import MANIFEST, file_sha256
 
 STEPS = ("--tune_steps", "3")
@@ -74,3 +78,58 @@ def test_a_measured_folder_may_be_moved(pair):
     shutil.move("best", "elsewhere")
     recipe, _ = decide("elsewhere", "recipes", "--guidance", "best")
     assert merge(recipe, "merged").is_dir()
+
+
+def held(folder):
+    return {path.name: file_sha256(path) for path in Path(folder).iterdir()}
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", few([(rounds, "run_merge"), (tuning, "write_state")], (tuning, "write_state")))
+def test_stopped_in_either_part_and_typed_again_it_goes_on_to_the_same_end(pair, monkeypatch, where):
+    words = ("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "again", "--guidance", "best", *STEPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(*where, interrupted)
+        assert run_here(*words).returncode == 130
+    with monkeypatch.context() as patched:
+        if where[0] is tuning:  # nothing of the start is made again
+            patched.setattr(rounds, "run_merge", None)
+        assert "resumed" in done_here(*words).stdout
+    assert held("again") == held("best")
+
+
+def test_where_vocabularies_differ_best_says_what_it_takes_instead(pair):
+    add_token(shutil.copytree("math", Path("longer")))
+    Path("pair.yaml").write_text(Path("pair.yaml").read_text().replace("./math", "./longer"))
+    refused_here(
+        "flag-no-effect",
+        "lewis_importance.py",
+        "--config",
+        "pair.yaml",
+        "--out_dir",
+        "dfs",
+        "--guidance",
+        "best",
+        *STEPS,
+    )
+    said = measure("dfs", "--guidance", "best")
+    assert "best: gram_mean in one round, since experts have other numbers of tokens" in said
+    assert "nothing to do" in measure("dfs", "--guidance", "best")
+    recipe, said = decide("dfs", "recipes", "--guidance", "best")
+    assert yaml.safe_load(recipe.read_text())["merge_method"] == "gram_mean"
+    assert "best: gram_mean, as it was measured" in said and "start_recipe" not in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "code"),
+    [
+        ({"nsamples": 1}, "text-too-few-rows"),
+        ({"global_parameters": {"ridge": -1}}, "global-parameter-value"),
+    ],
+)
+def test_what_would_be_refused_after_the_first_measurement_is_refused_before_it(pair, no_weights, unread, keys, code):
+    Path("pair.yaml").write_text(yaml.safe_dump(yaml.safe_load(Path("pair.yaml").read_text()) | keys))
+    refused_here(code, "lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "best")

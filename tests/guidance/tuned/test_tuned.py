@@ -13,13 +13,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from tests.commands_here import done_here, refused_here, run_here
 from tests.refusals import refused
-from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import CALIBRATION, edit_json, save_pair, save_tokenizer, write_config
+from tests.tiny_pairs import CALIBRATION, add_token, save_pair, write_config
 from tests.tiny_recipes import decide_here, own_defaults, read_here
 from utils.commands.measure import MeasureOptions, measure_pair
 from utils.guidance.method import guidance_methods
@@ -273,14 +271,7 @@ def test_a_start_that_cannot_be_tuned_is_refused(pair, change, code):
 
 
 def test_experts_with_more_tokens_are_refused_before_weights_are_read(pair, no_weights):
-    shutil.copytree("math", "longer")
-    save_tokenizer(Path("longer"), size=VOCABULARY + 1)
-    weights = load_file("longer/model.safetensors")
-    rows = {
-        name: torch.cat([weights[name], weights[name][:1]]) for name in ("model.embed_tokens.weight", "lm_head.weight")
-    }
-    save_file(weights | rows, "longer/model.safetensors", metadata={"format": "pt"})
-    edit_json(Path("longer/config.json"), vocab_size=VOCABULARY + 1)
+    add_token(shutil.copytree("math", Path("longer")))
     config = Path("pair.yaml").read_text()
     Path("longer.yaml").write_text(config.replace("./math", "./longer"))
     words = ("--config", "longer.yaml", "--out_dir", "other", "--guidance", "tuned")

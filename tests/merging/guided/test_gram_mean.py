@@ -17,7 +17,7 @@ from tests.refusals import refused
 from tests.selected import few
 from tests.tiny_checkpoints import VOCABULARY
 from tests.tiny_merges import merge_here, tensors
-from tests.tiny_pairs import CALIBRATION, contents, edit_json, sample_ids, save_tokenizer, write_config
+from tests.tiny_pairs import CALIBRATION, add_token, contents, sample_ids, write_config
 from tests.tiny_recipes import decide_here, measure_here, pairs_by_family, read_here
 from utils.guidance.gram_mean import rounds as gram_rounds
 from utils.models.opening import open_checkpoint
@@ -262,13 +262,7 @@ def test_a_second_round_that_cannot_be_merged_is_refused_before_the_first(pair, 
 @pytest.fixture
 def of_two_vocabularies(pair):
     """A pair of which one expert knows one token more."""
-    folder = pair()
-    save_tokenizer(folder / "math", size=VOCABULARY + 1)
-    weights = load_file("math/model.safetensors")
-    for name in ROWS:
-        weights[name] = torch.cat([weights[name], weights[name][:1]])
-    save_file(weights, "math/model.safetensors", metadata={"format": "pt"})
-    edit_json(Path("math/config.json"), vocab_size=VOCABULARY + 1)
+    add_token(pair() / "math")
 
 
 def test_a_second_round_needs_one_vocabulary(of_two_vocabularies):

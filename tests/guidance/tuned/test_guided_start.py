@@ -88,14 +88,16 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", few([(rounds, "run_merge"), (tuning, "write_state")], (tuning, "write_state")))
-def test_stopped_in_either_part_and_typed_again_it_goes_on_to_the_same_end(pair, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("module", "name"), few([(rounds, "run_merge"), (tuning, "write_state")], (tuning, "write_state"))
+)
+def test_stopped_in_either_part_and_typed_again_it_goes_on_to_the_same_end(pair, monkeypatch, module, name):
     words = ("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "again", "--guidance", "best", *STEPS)
     with monkeypatch.context() as patched:
-        patched.setattr(*where, interrupted)
+        patched.setattr(module, name, interrupted)
         assert run_here(*words).returncode == 130
     with monkeypatch.context() as patched:
-        if where[0] is tuning:  # nothing of the start is made again
+        if module is tuning:  # nothing of the start is made again
             patched.setattr(rounds, "run_merge", None)
         assert "resumed" in done_here(*words).stdout
     assert held("again") == held("best")

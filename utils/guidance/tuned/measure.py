@@ -125,7 +125,8 @@ def measure(job: MeasureJob) -> Measured:
     made = GuidedStart(_start(job), {}, ()) if first is None else guided_start(job, first, before, _models(job))
     start = made.start
     own = job.of(job.base, *experts)
-    on_text = gains_on_own_text(job, experts, both_forward, then=_BY_LOSSES, piece="losses")
+    asked = "gain" if first is None else "losses"  # the start has asked in its own way, with other last bits
+    on_text = gains_on_own_text(job, experts, both_forward, then=_BY_LOSSES, piece=asked)
     gains = on_text.gains
     blocks = len(job.base.decoder.blocks) * (3 * job.options["tune_steps"] + 1)
     types = (Tuned, Descent, Step)

@@ -56,6 +56,12 @@ class AxisSums:
         for start, part in self._parts(gradient):
             self._add_rows(start, part.float().square())
 
+    def add_sums(self, rows: Tensor, columns: Tensor) -> None:
+        """Add what one part of F of a matrix sums up to over its columns, [a], and over its rows, [b]."""
+        self._extend(len(rows))
+        self.rows[: len(rows)] += rows
+        self.columns += columns
+
     def factors(self) -> tuple[Tensor, ...]:
         """r, and c divided by the sum of F; F itself for a parameter without a second axis. float64 on the CPU."""
         if self.dimensions < 2:
@@ -63,11 +69,14 @@ class AxisSums:
         total = self.rows.sum()
         return self.rows.cpu(), torch.where(total > 0, self.columns / total, self.columns).cpu()
 
-    def _parts(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a matrix; makes room for those that are new (a vocabulary that an expert has extended)."""
-        matrix = values if self.dimensions == 2 else values.reshape(-1, 1)
-        if (more := len(matrix) - len(self.rows)) > 0:
+    def _extend(self, rows: int) -> None:
+        """Make room for rows that are new (a vocabulary that an expert has extended)."""
+        if (more := rows - len(self.rows)) > 0:
             self.rows = torch.cat([self.rows, self.rows.new_zeros(more)])
+
+    def _parts(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        matrix = values if self.dimensions == 2 else values.reshape(-1, 1)
+        self._extend(len(matrix))
         return _row_parts(matrix, min(self.at_once, _IN_CACHE) if values.device.type == "cpu" else self.at_once)
 
     def _add_rows(self, start: int, squares: Tensor) -> None:

@@ -31,7 +31,7 @@ from utils.passes.gradient_refusals import refuse_shared, refuse_short
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.hand_over import handed_over
 from utils.passes.placed_outside import placed_outside
-from utils.passes.sample_pass import SamplePass
+from utils.passes.sample_pass import OnGraph, SamplePass
 from utils.passes.tensor_store import TensorStore
 from utils.passes.way import Way, take_back, waiting_of
 
@@ -69,13 +69,19 @@ Observing = Callable[[int, nn.Module], AbstractContextManager[None]]
 """Attaches observers to a block (layer, module) for as long as its samples are computed again, each one once."""
 
 
-ObservingOutside = Callable[[nn.Module], AbstractContextManager[None]]
-"""Attaches observers to a model while what lies outside its blocks is computed again and differentiated, once a sample."""
+ObservingSample = Callable[[nn.Module, Mapping[str, nn.Parameter]], AbstractContextManager[OnGraph]]
+"""Attaches observers to a block and its parameters by name while one sample is computed again and differentiated; at last, to
+a model and what lies outside its blocks. Gives what the graph is shown to in between."""
 
 
 def nothing(layer: int, block: nn.Module) -> AbstractContextManager[None]:
     """Attach no observer."""
     return nullcontext()
+
+
+def no_graph(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[OnGraph]:
+    """Attach no observer of samples."""
+    return nullcontext(lambda tensors: None)
 
 
 def together(*several: Observing) -> Observing:
@@ -132,7 +138,7 @@ def backward_pass(
     outside: bool = False,
     on_block: Callable[[int], None] = lambda layer: None,
     observing: Observing = nothing,
-    observing_outside: ObservingOutside = nullcontext,
+    observing_sample: ObservingSample = no_graph,
     folder: Path | None = None,
     snapshots: GradientSnapshots | None = None,
     name: str = "model",
@@ -155,7 +161,7 @@ def backward_pass(
             more pass through the head. A tied embedding has one gradient, under the embedding's name.
         on_block: called with the layer number after each block, on both ways (twice per block).
         observing: what else to attach to a block on the way back, such as hooks that see its modules' inputs.
-        observing_outside: the same of the whole model, for each sample's way through what lies outside the blocks.
+        observing_sample: the same for each sample by itself, and for its way through what lies outside the blocks.
         folder: where hidden states wait in a file without a name; None: the system's folder for temporary files.
         snapshots: what a killed run has left, and where this one leaves what it needs to go on; it begins there. Whoever
             iterates the blocks registers what is made of them, and offers a snapshot between two blocks (`between`).
@@ -188,7 +194,7 @@ def backward_pass(
             take_back(way, found["gradients"], device)
         del found
         blocks = _backward(
-            decoder, turn, way, around if outside else None, observer, on_block, (observing, observing_outside)
+            decoder, turn, way, around if outside else None, observer, on_block, (observing, observing_sample)
         )
         stack.callback(blocks.close)
         yield BackwardPass(tuple(losses), blocks, way.back)
@@ -276,9 +282,9 @@ def _backward(
     around: Mapping[str, nn.Parameter] | None,
     observer: GradientObserver,
     on_block: Callable[[int], None],
-    watching: tuple[Observing, ObservingOutside],
+    watching: tuple[Observing, ObservingSample],
 ) -> Iterator[BlockDone]:
-    observing, observing_outside = watching
+    observing, observing_sample = watching
     wanted = [parameter for parameter in (around or {}).values() if parameter.requires_grad]
     for layer in reversed(range(way.back, len(decoder.blocks))):
         on_block(layer)
@@ -289,8 +295,12 @@ def _backward(
             _require_wanted(parameters, observer)
             with observing(layer, block):
                 for place, sample in enumerate(way.passes):
-                    with handed_over(parameters, _addressed(observer, place)), _experts(turn, observer, place):
-                        sample.backward(layer, keep_output=bool(wanted))
+                    with (
+                        handed_over(parameters, _addressed(observer, place)),
+                        _experts(turn, observer, place),
+                        observing_sample(block, parameters) as on_graph,
+                    ):
+                        sample.backward(layer, bool(wanted), on_graph)
             way.back = layer
             yield from _finished(layer, parameters, observer)
             del parameters
@@ -298,8 +308,11 @@ def _backward(
     if wanted:
         with stops(decoder.blocks):
             for place, sample in enumerate(way.passes):
-                with observing_outside(decoder.model), handed_over(around, _addressed(observer, place)):
-                    sample.outside(wanted)
+                with (
+                    handed_over(around, _addressed(observer, place)),
+                    observing_sample(decoder.model, around) as on_graph,
+                ):
+                    sample.outside(wanted, on_graph)
     if around is not None:
         yield from _finished(None, around, observer)
 

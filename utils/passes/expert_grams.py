@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from utils.exact_products import exact_products
 from utils.models.decoder import Component, Decoder
 from utils.passes.expert_products import ExpertProducts, ExpertRows
+from utils.passes.gram_sums import add_gram, complete
 
 
 @dataclass
@@ -54,21 +56,25 @@ class ExpertInputGrams:
     def take(self) -> dict[Component, StackGrams]:
         """What was summed up; it is let go of."""
         found, self._found = self._found, {}
+        for one in found.values():
+            complete(one.total)
         return found
 
     @torch.no_grad()
     def _add(self, component: Component, stack: Tensor, given: ExpertRows) -> None:
-        rows = given.rows.float()
+        rows = given.rows
         own = self._found.get(component)
         if own is None:
             last = given.inputs_last
             own = self._found[component] = _nothing(len(stack), rows.shape[-1], rows.device, inputs_last=last)
         if given.expert is None:
-            own.total.baddbmm_(rows.mT, rows)
+            exact = rows.float()
+            with exact_products(rows):
+                own.total.baddbmm_(exact.mT, exact)
             own.tokens += (rows != 0).any(dim=2).sum(dim=1)
             return
         rows = rows.reshape(-1, rows.shape[-1])
-        own.total[given.expert].addmm_(rows.t(), rows)
+        add_gram(own.total[given.expert], rows)
         own.tokens[given.expert] += len(rows)
 
 

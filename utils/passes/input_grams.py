@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.models.decoder import weight_matrix
+from utils.passes.gram_sums import add_gram, complete
 
 
 @dataclass
@@ -61,7 +62,10 @@ class InputGrams:
     def take(self) -> list[InputGram]:
         """What was summed up, each matrix once, in the order of the paths; it is let go of."""
         found, self._found = self._found, {}
-        return list({id(one): one for one in (found[path] for path in self.paths if path in found)}.values())
+        sums = list({id(one): one for one in (found[path] for path in self.paths if path in found)}.values())
+        for one in sums:
+            complete(one.total)
+        return sums
 
     def _hook(self, layer: int, path: str):
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -69,12 +73,12 @@ class InputGrams:
             if self._last is not None and self._last[0] is given:
                 self._share(layer, path, self._last[1])
                 return
-            rows = given.detach().reshape(-1, given.shape[-1]).float()
+            rows = given.detach().reshape(-1, given.shape[-1])
             own = self._found.get(path)
             if own is None:
-                own = self._found[path] = InputGram([path], rows.t() @ rows)
-            else:
-                own.total.addmm_(rows.t(), rows)
+                width = rows.shape[1]
+                own = self._found[path] = InputGram([path], rows.new_zeros((width, width), dtype=torch.float32))
+            add_gram(own.total, rows)
             own.tokens += len(rows)
             self._last = (given, own)
 

@@ -9,7 +9,7 @@ differentiated by autograd as it stands, so nothing about it is assumed; of a mo
 blocks, autograd keeps in memory what it needs for that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,13 @@ from utils.passes.block_calls import Call, Output, arguments, floating, items, m
 from utils.passes.flows import Arrival, Flow
 from utils.passes.shared_state import Left, entries, left_behind, mappings, put_back, with_copies
 from utils.passes.tensor_store import Stored, TensorStore
+
+OnGraph = Callable[[Sequence[Tensor]], None]
+"""Takes the tensors that are about to be differentiated."""
+
+
+def nothing(tensors: Sequence[Tensor]) -> None:
+    """Look at no graph."""
 
 
 class SamplePass:
@@ -133,7 +140,7 @@ class SamplePass:
         self._differentiate(loss, None, again)
         return float(loss.detach())
 
-    def backward(self, layer: int, keep_output: bool) -> None:
+    def backward(self, layer: int, keep_output: bool, on_graph: OnGraph = nothing) -> None:
         """Compute a block again and take the gradient of its output back to its input.
 
         Gradients of the block's parameters arrive at their hooks (see `handed_over`).
@@ -141,6 +148,7 @@ class SamplePass:
         Args:
             layer: the block, whose weights are in memory; every later block's turn has been.
             keep_output: whether `outside` will be called.
+            on_graph: is given the outputs that are differentiated, before they are.
         """
         call = self.calls[layer]
         given = [output.gradient for output in call.outputs()]
@@ -151,7 +159,9 @@ class SamplePass:
             if gradient is not None and output.requires_grad
         ]
         if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            outputs, given = zip(*pairs, strict=True)
+            on_graph(outputs)
+            torch.autograd.backward(outputs, given)
         del outputs, pairs
         for place, (argument, copy) in enumerate(zip(call.arguments(), leaves, strict=True)):
             if copy.grad is not None:
@@ -179,7 +189,7 @@ class SamplePass:
         for output in outputs:
             output.collect()
 
-    def outside(self, parameters: Sequence[nn.Parameter]) -> None:
+    def outside(self, parameters: Sequence[nn.Parameter], on_graph: OnGraph = nothing) -> None:
         """Differentiate with respect to parameters outside the blocks, once the way back has passed all blocks.
 
         What lies outside the blocks is computed once more, with the blocks' outputs in their places, so that each
@@ -199,6 +209,7 @@ class SamplePass:
         loss = _loss(flow)
         flow.close()
         del flow
+        on_graph([loss, *reached])
         torch.autograd.backward([loss, *reached], [None, *gradients], inputs=parameters)
         self.calls.clear()
 

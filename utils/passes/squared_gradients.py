@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.passes.axis_sums import AxisSums
+from utils.passes.gradient_factors import Use, axis_squares, factors_pay
 
 Split = Callable[[str, Tensor], Mapping[str, Tensor]]
 """A tensor of a parameter's shape in the pieces that a checkpoint stores, by their names, or as it is, by the parameter's."""
@@ -63,6 +64,7 @@ class SquaredGradients:
         self.apart = apart
         self.sums: dict[str, Tensor] = {}
         self.outlines: dict[str, AxisSums] = {}
+        self._by_axes: dict[str, list[str]] = {}
 
     def wants(self, name: str) -> bool:
         """The weights asked for."""
@@ -82,6 +84,25 @@ class SquaredGradients:
             self.sums[name].addcmul_(exact, exact)
         else:
             self.sums[name] = exact * exact
+
+    def by_axes(self, name: str, parameter: Tensor) -> bool:
+        """Whether of a parameter only sums over its own two axes are wanted: it is stored as it is."""
+        if name not in self._by_axes:
+            asked = name in self.outlined and name not in self.whole and parameter.dim() == 2
+            found = self.pieces(name, parameter).items() if asked else ()
+            self._by_axes[name] = [piece for piece, part in found if _are_the_same(part, parameter)]
+        return bool(self._by_axes[name])
+
+    def wants_uses(self, name: str, parameter: Tensor, tokens: int, *, with_gram: bool = False) -> bool:
+        """Whether one sample's gradient is wanted by factors, which have so many vectors; arguments as of `factors_pay`."""
+        return self.by_axes(name, parameter) and factors_pay(tokens, *parameter.shape, with_gram=with_gram)
+
+    def add_uses(self, name: str, parameter: Tensor, uses: Sequence[Use]) -> None:
+        """Add one sample's gradient of such a parameter by its factors."""
+        (piece,) = self._by_axes[name]
+        if piece not in self.outlines:
+            self.outlines[piece] = AxisSums(parameter.shape, parameter.device)
+        self.outlines[piece].add_sums(*axis_squares(uses, len(parameter)))
 
     def expert_gradient(self, name: str, expert: int, matrix: Tensor, gradient: Tensor, sample: int) -> None:
         """Add one sample's gradient of one expert's matrix of a stack that is outlined, or apart."""
@@ -122,3 +143,8 @@ class SquaredGradients:
             sums = self.outlines.pop(piece, None)
             found[piece] = (AxisSums(part.shape, torch.device("cpu")) if sums is None else sums).factors()
         return found
+
+
+def _are_the_same(part: Tensor, whole: Tensor) -> bool:
+    """Whether a piece of a tensor is all of it, its axes in their order."""
+    return (part.shape, part.stride(), part.data_ptr()) == (whole.shape, whole.stride(), whole.data_ptr())

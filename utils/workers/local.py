@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, brief, is_memory, warn
+from utils.exact_products import alone_in_process
 from utils.runtime import return_freed_memory
 from utils.workers.piece import OnProgress, Piece, Place, run_piece
 from utils.workers.results import find_result, has_snapshots, kept_result, remove_snapshots
@@ -72,7 +73,7 @@ class LocalWorkers:
             finally:
                 free.put(device)
 
-        with _shared_threads(lanes, shares):
+        with _shared_threads(lanes, shares), alone_in_process() if shares <= 1 else contextlib.nullcontext():
             if len(lanes) <= 1:
                 return [do(piece) for piece in pieces]
             with concurrent.futures.ThreadPoolExecutor(len(lanes), thread_name_prefix="piece") as pool:

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.exact_products import alone_in_process
 from utils.runtime import return_freed_memory
 from utils.workers.local import kept
 from utils.workers.piece import Piece
@@ -33,4 +34,5 @@ def do_and_keep(piece_bytes: bytes, folder: str, gpus: float, cpus: int) -> None
     if find_result(place, piece) is not None:
         return
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    kept(piece, device, lambda step: return_freed_memory(), place)
+    with alone_in_process():
+        kept(piece, device, lambda step: return_freed_memory(), place)

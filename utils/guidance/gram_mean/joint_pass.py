@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.guidance.gram_mean.input_pass import BlockInputs, InputTaker, OnBlock, Side
 from utils.models.decoder import Decoder
 from utils.passes.block_gradients import BlockDone, backward_pass, together
+from utils.passes.gradient_factors import Use
 from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.routed_tokens import ByExpert, FewTokens
 from utils.passes.row_grams import RowGrams
 from utils.passes.squared_gradients import Split, SplitExpert, SquaredGradients, as_it_is, expert_as_it_is
+from utils.passes.weight_uses import WeightUses
 
 _PASSED = "passed"  # the part of snapshots that has the number of blocks that come next
 
@@ -52,6 +54,14 @@ class _Gradients:
     ) -> None:
         self.squares = SquaredGradients(frozenset(), names, split, split_expert)
         self.rows = RowGrams(embeddings)
+        self.uses = WeightUses(self._pays, self._take)
+
+    def _pays(self, name: str, parameter: nn.Parameter, tokens: int) -> bool:
+        return self.squares.wants_uses(name, parameter, tokens, with_gram=name in self.rows.names)
+
+    def _take(self, name: str, parameter: nn.Parameter, uses: Sequence[Use]) -> None:
+        self.rows.add_uses(name, uses)
+        self.squares.add_uses(name, parameter, uses)
 
     def wants(self, name: str) -> bool:
         return self.squares.wants(name)
@@ -122,7 +132,7 @@ def joint_pass(
                     outside=True,
                     on_block=on_block,
                     observing=together(side.observing, attached, few.counts.attached),
-                    observing_outside=observer.rows.factors.observed,
+                    observing_sample=observer.uses.observed,
                     folder=folder,
                     snapshots=snapshots,
                     name=f"model{number}",

@@ -31,6 +31,7 @@ from utils.passes.gradient_snapshots import GradientSnapshots
 from utils.passes.routed_tokens import ByExpert, FewTokens, RoutedTokens
 from utils.passes.squared_gradients import Split, SplitExpert, SquaredGradients, as_it_is, expert_as_it_is
 from utils.passes.tensor_store import TensorStore
+from utils.passes.weight_uses import WeightUses
 
 OnBlock = Callable[[int], None]
 
@@ -202,6 +203,7 @@ def _side(
             outside=True,
             on_block=on_block,
             observing=together(side.observing, counts.attached),
+            observing_sample=WeightUses(observer.wants_uses, observer.add_uses).observed,
             folder=folder,
             **kept,
         ) as passed:

@@ -121,6 +121,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _FirstSpelling)
         super().__init__(allow_abbrev=False, add_help=False, epilog=_SWITCHES, **kwargs)
+        self.elsewhere: dict[str, str] = {}  # the command that a flag belongs to, by name, where it is another one
         general = self.add_argument_group("help and output")
         general.add_argument("-h", "--help", action="help", help="show this help and exit")
         self.switch("quiet", "no report and no progress bar; warnings and the last lines remain", group=general)
@@ -242,6 +243,9 @@ class FlagParser(argparse.ArgumentParser):
                 self.error(self._unknown(word), "flag-unknown")
 
     def _unknown(self, word: str) -> str:
+        name = word.split("=")[0].removeprefix("--").removeprefix("no-").removeprefix("no_").replace("-", "_")
+        if name in self.elsewhere:
+            return f"unknown argument {word!r}; --{name} is a flag of {self.elsewhere[name]}"
         known = [option for action in self._actions for option in action.option_strings]
         near = nearest(word.split("=")[0], known)
         return f"unknown argument {word!r}; " + (f"did you mean {near}?" if near else "--help lists the flags")

@@ -127,6 +127,16 @@ def test_a_flag_of_two_methods_belongs_to_both():
         own_options(guidance_methods()["sens_merging"], "measure", given)
 
 
+@pytest.mark.parametrize(("half", "word", "command"), [("decide", "--no-expert-inputs", 1), ("measure", "--bound", 2)])
+def test_a_flag_of_the_other_command_is_said_to_be_one(half, word, command, capsys):
+    parser = FlagParser()
+    declare_flags(parser, half)
+    with pytest.raises(SystemExit):
+        parser.parse([word])
+    said = capsys.readouterr().err
+    assert f"(command {command})" in said and "[flag-unknown]" in said
+
+
 def test_each_expert_is_measured_on_its_own_text_and_so_is_the_base(pair, measure):
     measure(out="math_alone")
     write_config(pair, {"dataset": CODE})

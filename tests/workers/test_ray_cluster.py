@@ -27,6 +27,7 @@ from utils.evaluation.controls import uniform_controls
 from utils.evaluation.placing import Cluster, score_placed
 from utils.evaluation.store import LossStore
 from utils.guidance.method import guidance_methods
+from utils.guidance.start import with_start
 from utils.pair.config import read_pair_config
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece
@@ -52,10 +53,10 @@ def pair(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def measured(out: str, name: str = "lewis", ray: RayFlags | None = None) -> dict[str, object]:
-    method = guidance_methods()[name]
+def measured(out: str, name: str = "lewis", ray: RayFlags | None = None, **asked: object) -> dict[str, object]:
+    method = with_start(guidance_methods()[name], asked)
     own = {flag.name: flag.default for flag in method.measure_flags}
-    own |= {"accept_useless_text": True} if "accept_useless_text" in own else {}
+    own |= asked | ({"accept_useless_text": True} if "accept_useless_text" in own else {})
     config = read_pair_config(Path("pair.yaml"))
     where = {"ray": ray} if ray else {"devices": "cpu"}
     measure_pair(MeasureOptions(config, method, own, Path(out), micro_batch_tokens=32, quiet=True, **where))
@@ -87,6 +88,8 @@ def test_every_guidance_measures_the_same_on_a_cluster(pair):
     with own_ray():
         for name in sorted(guidance_methods()):
             assert measured(f"there_{name}", name, RayFlags("local")) == measured(f"here_{name}", name)
+        best = {"start": "gram_mean", "rounds": 2}
+        assert measured("there", "tuned", RayFlags("local"), **best) == measured("here", "tuned", **best)
 
 
 def test_a_machine_that_is_lost_half_way_costs_its_running_tasks(pair):

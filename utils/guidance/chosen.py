@@ -21,6 +21,10 @@ BEST = "best"
 _ALONE = "gram_mean"  # leads for one expert, cut to its `density_alone`, and as the start
 _SEVERAL = "tuned"  # leads for several experts, from there
 _LEADING = {"rounds": 2}  # values of the start's flags that lead where experts are merged with each other
+_OTHER_HALF: Mapping[Half, tuple[Half, str]] = {
+    "measure": ("decide", "lewis_merge.py (command 2)"),
+    "decide": ("measure", "lewis_importance.py (command 1)"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
         for flag in method.flags(half):
             assert flags.setdefault(flag.name, flag) is flag, f"two flags are called {flag.name}"
             owners.setdefault(flag.name, []).append(method.name)
+    other, command = _OTHER_HALF[half]
+    parser.elsewhere |= {flag.name: command for method in methods.values() for flag in method.flags(other)}
     group = parser.add_argument_group("flags of single guidance methods")
     for name, flag in flags.items():
         shown = "" if flag.default is None else f" [default: {flag.default}]"

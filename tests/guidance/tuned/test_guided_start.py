@@ -6,6 +6,7 @@ python -m pytest tests/guidance/tuned/test_guided_start.py
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -78,6 +79,24 @@ def test_a_measured_folder_may_be_moved(pair):
     shutil.move("best", "elsewhere")
     recipe, _ = decide("elsewhere", "recipes", "--guidance", "best")
     assert merge(recipe, "merged").is_dir()
+
+
+def test_losses_are_divided_by_their_own_gains_whatever_the_order_of_experts(pair):
+    """By hand, from the losses in the other tables."""
+    config = yaml.safe_load(Path("pair.yaml").read_text())
+    targets = {"math": "./math", "code": "./code"}  # in model_info it is the other way round
+    Path("pair.yaml").write_text(yaml.safe_dump(config | {"target_model_names": targets}, sort_keys=False))
+    measure("dfs", "--guidance", "tuned", "--start", "gram_mean", "--tune_steps", "1")
+    steps, losses = pd.read_csv("dfs/tuned_steps.csv"), pd.read_csv("dfs/gram_mean_losses.csv")
+    lost = []
+    for name in targets:
+        own = losses[losses["model"] == name]
+        base, expert = ((own[f"{key}_loss"] * own["tokens"]).sum() / own["tokens"].sum() for key in ("base", "expert"))
+        held = own.tail(2)
+        at_expert = (held["expert_loss"] * held["tokens"]).sum() / held["tokens"].sum()
+        (merged,) = steps[(steps["step"] == 0) & (steps["samples"] == "held_out") & (steps["task"] == name)]["loss"]
+        lost.append((merged - at_expert) / (base - expert))
+    assert steps["share_lost"][0] == pytest.approx(sum(lost) / 2, rel=1e-5)
 
 
 def held(folder):

@@ -15,9 +15,11 @@ brings the weights of both models to the device and computes nothing (`benchmark
 
     python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders ours,gram_mean
 
-`two-rounds` measures two experts by gram_mean in two rounds, and `best` tunes from there:
+`two-rounds` measures two experts by gram_mean in two rounds, and `best` tunes from there, in as many steps as help on what is
+held out (of random models, as here, in few):
 
-    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders best,two-rounds
+    python3 benchmarks/measuring.py --shape llama-78m --data FOLDER --text gsm8k --contenders best,two-rounds \\
+        --results benchmarks/results/best.csv
 """
 
 import argparse
@@ -32,8 +34,7 @@ from benchmarks.contenders import Contender, Run, alternate, chosen, growth_line
 from benchmarks.shapes import ROOT, SHAPES, build_pair, parameter_count, rows_files
 
 GUIDED = ("gram_mean", "saliency_budget")
-# a step size at which random models go on getting better, so that all ten steps are taken
-OF_TWO = {"two-rounds": ("gram_mean", "--rounds", "2"), "best": ("best", "--tune_rate", "0.002")}
+OF_TWO = {"two-rounds": ("gram_mean", "--rounds", "2"), "best": ("best",)}
 NAMES = ("ours", "parity", "parity-fast", "published", "published-fp32", "read-floor", *GUIDED, *OF_TWO)
 
 

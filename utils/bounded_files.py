@@ -105,5 +105,5 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # the beginning of a character of two
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is not a finite number")
+        raise ValueError(f"{text} is not a finite number; put one in its place, or take its key out")
     return value

@@ -88,7 +88,7 @@ def test_accuracy_of_a_recipe_is_that_of_the_written_model(pair, preparing, tmp_
     tables = []
     for one in candidates:
         with whole_model(one, preparing) as whole:
-            tables.append(accuracy(one.name, whole, tasks))
+            tables.append(accuracy(one.name, whole, tasks, batch_size=8))
     mine, other = (one.samples["value"].tolist() for one in tables)
     assert mine == other and len(mine) == 10
     (figures,) = tables[0].figures.itertuples(index=False, name=None)

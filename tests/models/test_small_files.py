@@ -155,6 +155,17 @@ def test_what_calls_itself_json_is_json(folder):
         check_copied(folder, ["generation_config.json"])
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
+def test_a_merge_refuses_what_other_readers_of_json_cannot_read(tmp_path, value):
+    save_models(tmp_path, names=("base", "code"))
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(f'{{"temperature": {value}}}')
+    data = recipe(tmp_path, experts=("code",))
+    assert_refused(tmp_path, data, "json-invalid", "take its key out", dry_run=True)
+    file.write_text("{}")  # as the message advises
+    merge_here(tmp_path, data)
+
+
 def test_a_merge_refuses_a_linked_file_before_any_work(tmp_path):
     save_models(tmp_path, names=("base", "code"))
     (tmp_path / "private.json").write_text('{"password": "x"}')

@@ -8,7 +8,7 @@ from utils.commands.evaluated import Evaluated, Generated
 from utils.errors import UserError
 from utils.evaluation.answers import expected, greedy_answers, prompts_of, shown
 from utils.evaluation.candidates import Candidate
-from utils.evaluation.lm_eval_scores import BATCH, COLUMNS, FIGURES, Accuracy, AccuracyTasks, joined
+from utils.evaluation.lm_eval_scores import COLUMNS, FIGURES, Accuracy, AccuracyTasks, joined
 from utils.evaluation.lm_eval_scores import accuracy as run_tasks
 from utils.evaluation.lm_eval_side_by_side import accuracy_side_by_side
 from utils.evaluation.scoring import Scorer
@@ -32,12 +32,12 @@ def generate(
     accuracy: AccuracyTasks | None,
     *,
     answers: bool,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     say: Callable[[str], None],
 ) -> Generated:
     """Have whole models do what losses do not show; what the store has is not done again.
 
-    Everybody does lm-eval's tasks, `batch_size` prompts at a time. Base, experts, the reference and the best candidate answer up to 8 test prompts.
+    Everybody does lm-eval's tasks, `batch_size` prompts at a time (needed where there are tasks). Base, experts, the reference and the best candidate answer up to 8 test prompts.
     """
     prompts = prompts_of(scorer.tasks) if answers else []
     notes = () if prompts or not answers else (_NO_PROMPTS,)
@@ -107,7 +107,7 @@ def _work(
     one: Candidate,
     store: LossStore,
     accuracy: AccuracyTasks | None,
-    batch_size: int,
+    batch_size: int | None,
     rows: Sequence[Row],
     say: Callable[[str], None],
 ) -> tuple:
@@ -135,7 +135,7 @@ def _work(
     return Accuracy(samples, figures), kept_answers.get("answers", [])
 
 
-def _task_key(scorer: Scorer, one: Candidate, accuracy: AccuracyTasks, batch_size: int) -> str:
+def _task_key(scorer: Scorer, one: Candidate, accuracy: AccuracyTasks, batch_size: int | None) -> str:
     """The store's key of a candidate's results; the batch counts, since sums of 16-bit numbers depend on it."""
     return _key("lm-eval", scorer.fingerprint(one), scorer.settings.record(), accuracy.digest, batch_size)
 

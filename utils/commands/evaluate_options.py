@@ -1,6 +1,6 @@
 """What the evaluator was asked to do, and the files it writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from utils.bounded_files import read_json
 from utils.commands.scorers import ScoringOptions
@@ -23,7 +23,7 @@ class EvaluateOptions(ScoringOptions):
     candidates: tuple[str, ...] = ()
     against: str | None = None
     controls: bool = True
-    lm_eval_batch: int = 8
+    lm_eval_batch: int = field(kw_only=True)  # its default is the flag's
     random_seed: int = 0
     confirm_run_unsafe_code: bool = False
     overwrite: bool = False

@@ -25,7 +25,6 @@ from utils.evaluation.whole_models import WholeModel
 from utils.publishing.manifest import sha256_of
 
 OLDEST = (0, 4, 13)
-BATCH = 8  # prompts at a time
 INSTALL = "pip install -r requirements-eval.txt"
 COLUMNS = ("candidate", "task", "metric", "filter", "doc", "prompt", "value")
 FIGURES = ("candidate", "task", "metric", "filter", "value", "higher_is_better", "share")
@@ -150,9 +149,7 @@ def _refuse_others(files: Mapping[str, Path], index: Mapping[str, Any]) -> None:
             )
 
 
-def accuracy(
-    name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int = BATCH, limit: int | None = None
-) -> Accuracy:
+def accuracy(name: str, whole: WholeModel, tasks: AccuracyTasks, batch_size: int, limit: int | None = None) -> Accuracy:
     """One candidate's results.
 
     `doc` and `prompt` are lm-eval's hashes of the document and of the prompt. Seeds are lm-eval's own defaults.

@@ -56,7 +56,8 @@ def check_copied(folder: Path, names: Iterable[str]) -> None:
     """Check the files of a model folder that are to be copied into a result; names that are not there are passed over.
 
     Raises:
-        UserError: a file is linked from elsewhere, or calls itself JSON and is not.
+        UserError: a file is linked from elsewhere, or calls itself JSON and is not: NaN and infinity, which Python writes and
+            reads, are none to others.
     """
     root = folder.resolve()
     for name in names:
@@ -71,7 +72,7 @@ def check_copied(folder: Path, names: Iterable[str]) -> None:
                 "model-link-outside",
             )
         if path.suffix == ".json" and target.stat().st_size <= MOST_JSON:
-            read_json(path, str(path), MOST_JSON)
+            read_json(path, str(path), MOST_JSON, finite=True)
 
 
 def _is_blob(target: Path) -> bool:

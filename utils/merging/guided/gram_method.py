@@ -25,7 +25,7 @@ from utils.merging.guided.own_method import FACTOR, SALIENCY, WeighedMethod, bas
 from utils.merging.guided.refit import refit_bytes, refitted
 from utils.merging.guided.row_gram import AT_ONCE as ROWS_AT_ONCE
 from utils.merging.guided.row_gram import RowChange, row_gram_mean
-from utils.merging.guided.support import joint_support
+from utils.merging.guided.support import joint_support, search_bytes
 from utils.recipes import method_rules
 from utils.recipes.gram_file import LayerInputs, input_gram, misfit, row_gram
 from utils.recipes.saliency_vectors import SaliencyVectors, VectorKey, read_vectors
@@ -96,7 +96,7 @@ class GramMean(WeighedMethod):
         merging = held + 8 * entries + max((12 * models + 24) * squared, solving)
         if not 0 < density < 1:
             return merging
-        searching = 26 * entries + 28 * squared
+        searching = 4 * squared + search_bytes(shape)
         fitting = 9 * entries + 12 * squared + refit_bytes(shape, density)
         return max(merging, 8 * (models + 1) * entries + max(searching, fitting))
 

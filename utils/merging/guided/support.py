@@ -5,17 +5,21 @@
 d a change, C the mean of x x' over a layer's inputs with a ridge on its diagonal, w_i what an error in the output i costs. An
 entry is worth keeping by itself if its saliency is large, but a fit takes over what other inputs, which come along with its
 own, could do as well. Of any set of k entries the best fit is a least-squares solve; the best set is found nearly, by the
-alternating directions of Boza (arXiv 2401.02938), with all rows sharing one factorization:
+alternating directions of Boza (arXiv 2401.02938), with all rows sharing one inverse:
 
     x <- the best of all x near to z - u:   x = d + (z - u - d) rho (C + rho 1)^-1
+    x <- a x + (1 - a) z                    over-relaxed, a = 1.5 (Boyd et al. 2011, 3.4.3)
     z <- the k entries of x + u of largest  sqrt(w_i) |x + u|_ij
     u <- u + x - z
 
-in units where C has ones on its diagonal, k falling to its end within the first steps. With v = x + u, z and u are v on the
-entries that are kept and v on the others, so that v alone is the state.
+in units where C has ones on its diagonal, k falling to its end within the first half of the steps. With v = x + u, z and u are
+v on the entries that are kept and v on the others, so that v alone is the state; rows are held times sqrt(w_i).
 
-In float64, but for the ranks. A step takes 2 a b^2 operations for a change [a, b], the factorization b^3.
+In float32: only the order of the entries is wanted, and with rho the inverse is no matter of rounding. A step takes 2 a b^2
+operations for a change [a, b], the inverse b^3.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,9 +28,10 @@ from utils.merging.guided.definite import require_finite
 from utils.merging.guided.mask import relative_root
 from utils.selection import top_k_mask
 
-STEPS = 40
-_FALLING = 0.75  # share of the steps within which k falls
-_RHO = 0.5
+STEPS = 15
+AT_ONCE = 2**22  # entries of rows that are multiplied together
+_FALLING, _POWER = 0.5, 7  # the share of the steps within which k falls, and how
+_RHO, _RELAXED = 0.5, 1.5
 
 
 def joint_support(change: Tensor, k: int, gram: Tensor, outputs: Tensor, ridge: float, steps: int = STEPS) -> Tensor:
@@ -51,36 +56,40 @@ def joint_support(change: Tensor, k: int, gram: Tensor, outputs: Tensor, ridge: 
         shapes = [list(tensor.shape) for tensor in (change, gram, outputs)]
         raise ValueError(f"change, Gram matrix and outputs do not fit together: {shapes}")
     require_finite(gram)
-    gram = gram.to(change.device, torch.float64)
-    roots = relative_root(outputs).to(change.device)[:, None]
-    scale, entries = float(gram.diagonal().mean()), change.numel()
-    if not scale > 0:
-        return top_k_mask(change.float() * roots, k)
+    entries = change.numel()
     if not 0 < k < entries:
         return torch.full(change.shape, k > 0, device=change.device)
-    pull, lengths = _pull(gram, ridge * scale)
-    whole = change.double() * lengths
+    scale = float(gram.diagonal().double().mean())
+    whole = change.to(torch.float32, copy=True).mul_(relative_root(outputs).to(change.device)[:, None])
+    if not scale > 0:
+        return top_k_mask(whole, k)
+    pull, lengths = _pull(gram.to(change.device, torch.float32), scale, ridge)
+    whole.mul_(lengths)
     state = whole.clone()
-    for step in range(1, steps + 1):
-        mask = top_k_mask(state.float().mul_(roots), _kept(k, entries, step, steps))
-        if step == steps:
-            break
-        apart = state.neg()
-        torch.where(mask, state, apart, out=apart).sub_(whole)  # z - u - d
-        state.masked_fill_(mask, 0.0).add_(whole).addmm_(apart, pull)  # u + x
-        del apart
-    return mask
+    for step in range(1, steps):
+        mask = top_k_mask(state, _kept(k, entries, step, steps))
+        for part, kept, target in _rows(state, mask, whole):
+            apart = torch.where(kept, part, -part).sub_(target)  # z - u - d
+            part.mul_(torch.where(kept, 1 - _RELAXED, 1.0)).add_(target, alpha=_RELAXED)
+            part.addmm_(apart, pull, alpha=_RELAXED)
+    return top_k_mask(state, k)
+
+
+def search_bytes(shape: tuple[int, int]) -> int:
+    """About how many bytes `joint_support` takes at its peak beside its arguments, the mask included."""
+    entries = shape[0] * shape[1]
+    return 9 * entries + 12 * min(entries, max(AT_ONCE, shape[1])) + 8 * shape[1] ** 2
 
 
 def _kept(k: int, entries: int, step: int, steps: int) -> int:
-    """How many entries a step keeps: by a cube, nearly all at first."""
-    left = max(0.0, 1 - step / (_FALLING * steps)) if steps > 1 else 0.0
-    return k + int((entries - k) * left**3)
+    """How many entries a step keeps: many at first."""
+    return k + int((entries - k) * max(0.0, 1 - step / (_FALLING * steps)) ** _POWER)
 
 
-def _pull(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """rho (C + rho 1)^-1 [in, in], C with its ridge and in units where its diagonal is 1; and those units [in]."""
-    metric = gram.clone()
+def _pull(gram: Tensor, scale: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """rho (C + rho 1)^-1 [in, in], C with its ridge and in units where its diagonal is 1; and those units [in], of a C whose
+    mean diagonal is 1."""
+    metric = gram / scale
     metric.diagonal().add_(ridge)
     lengths = metric.diagonal().sqrt()
     metric.div_(lengths[:, None]).div_(lengths).diagonal().add_(_RHO)
@@ -89,3 +98,9 @@ def _pull(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
         raise ValueError("a Gram matrix is far from definite; was it measured on this model?")
     del metric
     return torch.cholesky_inverse(factor).mul_(_RHO), lengths
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time."""
+    at_once = max(1, AT_ONCE // tensors[0].shape[1])
+    return zip(*(tensor.split(at_once) for tensor in tensors), strict=True)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from utils.merging.guided.definite import require_finite
 
-_AT_ONCE = 2**24  # entries of the rows' matrices together
+# Entries of the rows' matrices together. On the CPU they stay in cache from step to step; a GPU wants many at a time.
+_AT_ONCE = {"cpu": 2**18, "default": 2**24}
+_ROWS_AT_ONCE = 2**22  # entries of rows that are multiplied together: of one alone the product reads all of C
 
 
-def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_at_once: int = _AT_ONCE) -> Tensor:
+def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_at_once: int | None = None) -> Tensor:
     """Fit what is kept of a change anew.
 
     Args:
@@ -28,7 +30,8 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
         kept: bool [out, in].
         gram: C [in, in], symmetric and without negative eigenvalues but for rounding.
         ridge: above 0; r in units of C's mean diagonal.
-        entries_at_once: entries of matrices that are in memory at a time; at least one row's are.
+        entries_at_once: entries of matrices that are in memory at a time; at least one row's are. By default as the device
+            likes it.
 
     Returns:
         float64 [out, in] on the change's device, 0 where nothing is kept.
@@ -47,12 +50,17 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
         return found
     counts = kept.sum(1)
     order = counts.argsort(stable=True)  # rows of like many entries share a batch, padded to the longest
-    start = int((counts == 0).sum())
-    while start < len(order):
-        stop = _batch_end(counts, order, start, entries_at_once)
-        rows = order[start:stop]
-        found[rows] += _added(change[rows].double(), kept[rows], gram, ridge * scale)
-        start = stop
+    order = order[int((counts == 0).sum()) :]
+    if entries_at_once is None:
+        entries_at_once = _AT_ONCE.get(change.device.type, _AT_ONCE["default"])
+    for rows in order.split(max(1, _ROWS_AT_ONCE // change.shape[1])):
+        given = torch.where(kept[rows], 0.0, change[rows].double()) @ gram
+        start = 0
+        while start < len(rows):
+            stop = _batch_end(counts, rows, start, entries_at_once)
+            some = rows[start:stop]
+            found[some] += _added(given[start:stop], kept[some], gram, ridge * scale)
+            start = stop
     return found
 
 
@@ -63,8 +71,9 @@ def refit_bytes(shape: tuple[int, int], density: float) -> int:
     """
     out, width = shape
     squared = min(width, math.ceil(2 * density * width)) ** 2
-    rows = min(out, max(1, _AT_ONCE // squared))
-    return rows * (18 * squared + 26 * width)
+    rows = min(out, max(1, _AT_ONCE["cpu"] // squared))
+    multiplied = min(out, max(1, _ROWS_AT_ONCE // width))
+    return rows * (18 * squared + 26 * width) + 25 * multiplied * width
 
 
 def _batch_end(counts: Tensor, order: Tensor, start: int, entries: int) -> int:
@@ -75,16 +84,16 @@ def _batch_end(counts: Tensor, order: Tensor, start: int, entries: int) -> int:
     return stop
 
 
-def _added(rows: Tensor, kept: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """(C_SS + r 1)^-1 (d_T C_TS) of some rows, 0 beside S."""
+def _added(given: Tensor, kept: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """(C_SS + r 1)^-1 (d_T C_TS) of some rows, whose d_T C is given; 0 beside S."""
     longest = int(kept.sum(1).max())
     places = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]  # S, then padding
     real = kept.gather(1, places)
-    right = (torch.where(kept, 0.0, rows) @ gram).gather(1, places) * real
+    right = given.gather(1, places) * real
     matrices = gram[places[:, :, None], places[:, None, :]] * (real[:, :, None] & real[:, None, :])
     matrices.diagonal(dim1=1, dim2=2).add_(torch.where(real, ridge, 1.0))
     factors, failed = torch.linalg.cholesky_ex(matrices)
     if bool(failed.any()):
         raise ValueError("a Gram matrix is far from definite; was it measured on this model?")
     solved = torch.cholesky_solve(right[:, :, None], factors)[:, :, 0] * real
-    return torch.zeros_like(rows).scatter_(1, places, solved)
+    return torch.zeros_like(given).scatter_(1, places, solved)

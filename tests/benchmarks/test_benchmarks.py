@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import contenders, measuring, merging, mixtures, products, reading, report, shapes
+from benchmarks import contenders, cutting, measuring, merging, mixtures, products, reading, report, shapes
 from benchmarks.contenders import Run, chosen, growth_lines, read_output, write_csv
 from benchmarks.growth import fit
 from tests.conftest import ROOT
@@ -265,6 +265,15 @@ def test_products_in_few_bits_are_compared_with_float32(monkeypatch):
     assert table["computed_in"].to_dict() == {
         name: computing_dtype(name, torch.device("cpu")) for name in ("float32", "bfloat16", "float16")
     }
+
+
+def test_cutting_a_layer_is_timed(tmp_path, monkeypatch):
+    words = ("--shapes", "4x8,6x4", "--repeats", "1", "--threads", str(torch.get_num_threads()))
+    monkeypatch.setattr("sys.argv", ["cutting.py", *words, "--out", str(tmp_path / "cutting.csv")])
+    cutting.main()
+    table = pd.read_csv(tmp_path / "cutting.csv")
+    assert table["outputs"].tolist() == [4, 6] and table["inputs"].tolist() == [8, 4]
+    assert (table[["search_ns_entry", "fit_ns_entry"]] > 0).all(axis=None)
 
 
 @pytest.mark.parametrize("count", [reading.FEWEST, 9, 21, 25, 41])

@@ -149,7 +149,13 @@ def _of_own(plan: MergePlan, tensor: OutputTensor, item: int) -> int:
     if isinstance(plan.method, GramMean):
         is_vocabulary = tensor.vocabulary_axis is not None
         density = max(cuts, default=1.0)
-        return plan.method.arithmetic_bytes(tensor.shape or (), models, is_vocabulary=is_vocabulary, density=density)
+        return plan.method.arithmetic_bytes(
+            tensor.shape or (),
+            models,
+            is_vocabulary=is_vocabulary,
+            density=density,
+            device=torch.device(plan.options.device).type,
+        )
     cut = len(cuts)
     if isinstance(plan.method, GuidedMean):
         return (cut + max(item, 9 if cut else 0)) * tensor.params + min(TEMPORARIES, 24 * tensor.params)

@@ -72,7 +72,9 @@ class GramMean(WeighedMethod):
         return misfit(file, tensor, shape)
 
     @staticmethod
-    def arithmetic_bytes(shape: tuple[int, ...], models: int, *, is_vocabulary: bool, density: float = 1.0) -> int:
+    def arithmetic_bytes(
+        shape: tuple[int, ...], models: int, *, is_vocabulary: bool, density: float = 1.0, device: str = "cpu"
+    ) -> int:
         """Bytes that a tensor's arithmetic takes at its peak beside the inputs, the result included.
 
         The base, every change and what is merged are there in float64 at once, of a linear layer its anchor, too; and the
@@ -84,6 +86,7 @@ class GramMean(WeighedMethod):
             models: how many change it.
             is_vocabulary: whether it is an embedding or a head.
             density: the largest that cuts one of the changes; 1: none.
+            device: the type of the one that it is merged on.
         """
         entries, squared = torch.Size(shape).numel(), shape[-1] ** 2 if len(shape) == 2 else 0
         held = 8 * (models + 2) * entries
@@ -97,7 +100,7 @@ class GramMean(WeighedMethod):
         if not 0 < density < 1:
             return merging
         searching = 4 * squared + search_bytes(shape)
-        fitting = 9 * entries + 12 * squared + refit_bytes(shape, density)
+        fitting = 9 * entries + 12 * squared + refit_bytes(shape, density, device)
         return max(merging, 8 * (models + 1) * entries + max(searching, fitting))
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:

@@ -52,7 +52,7 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
     order = counts.argsort(stable=True)  # rows of like many entries share a batch, padded to the longest
     order = order[int((counts == 0).sum()) :]
     if entries_at_once is None:
-        entries_at_once = _AT_ONCE.get(change.device.type, _AT_ONCE["default"])
+        entries_at_once = _entries_at_once(change.device.type)
     for rows in order.split(max(1, _ROWS_AT_ONCE // change.shape[1])):
         given = torch.where(kept[rows], 0.0, change[rows].double()) @ gram
         start = 0
@@ -64,16 +64,20 @@ def refitted(change: Tensor, kept: Tensor, gram: Tensor, ridge: float, entries_a
     return found
 
 
-def refit_bytes(shape: tuple[int, int], density: float) -> int:
-    """About how many bytes a batch of rows takes in `refitted`, its matrices above all.
+def refit_bytes(shape: tuple[int, int], density: float, device: str = "cpu") -> int:
+    """About how many bytes rows take in `refitted` on a device of some type, the matrices of a batch above all.
 
     Rows keep more than others: matrices are taken to have twice the density's share of the width.
     """
     out, width = shape
     squared = min(width, math.ceil(2 * density * width)) ** 2
-    rows = min(out, max(1, _AT_ONCE["cpu"] // squared))
+    rows = min(out, max(1, _entries_at_once(device) // squared))
     multiplied = min(out, max(1, _ROWS_AT_ONCE // width))
     return rows * (18 * squared + 26 * width) + 25 * multiplied * width
+
+
+def _entries_at_once(device: str) -> int:
+    return _AT_ONCE.get(device, _AT_ONCE["default"])
 
 
 def _batch_end(counts: Tensor, order: Tensor, start: int, entries: int) -> int:

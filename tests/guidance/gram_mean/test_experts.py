@@ -9,7 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from benchmarks.gram_sizes import Decoder
 from tests.refusals import refused
 from tests.tiny_merges import merge_here, tensors
 from tests.tiny_mixtures import save_mixtures, save_stacked
@@ -77,6 +80,25 @@ def test_each_experts_matrices_are_those_of_its_own_tokens(folders, monkeypatch,
         assert found.axis == (0 if kind == "turned" else 1)
         checked += 1
     assert checked == len(table) if kind != "turned" else checked
+
+
+def test_their_files_have_the_sizes_that_a_shape_says(folders):
+    config = AutoConfig.from_pretrained(folders["apart"] / "base")
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = Decoder(
+        hidden=config.hidden_size,
+        attention=config.num_attention_heads * head,
+        keys=2 * config.num_key_value_heads * head,
+        intermediate=config.moe_intermediate_size,
+        blocks=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        experts=config.num_experts,
+    )
+    weights = load_file(folders["apart"] / "base/model.safetensors")
+    assert shape.weights == sum(value.numel() for value in weights.values() if value.dim() > 1)
+    grams = load_file(folders["apart"] / "dfs/code_grams.safetensors")
+    assert shape.gram_numbers == sum(value.numel() for key, value in grams.items() if ".axis" not in key)
 
 
 def test_both_layouts_have_the_same_matrices_and_table(folders):

@@ -104,6 +104,7 @@ def test_one_expert_and_one_block_have_no_factors():
     [
         ({"guidance": ("lewis",)}, "search-not-measured"),
         ({"guidance": ("lewi",)}, "search-unknown-guidance"),
+        ({"guidance": ("best",)}, "search-unknown-guidance"),
         ({"merge_method": ("slerp",)}, "search-unknown-merge-method"),
         ({"merge_method": ("tise",)}, "search-unknown-merge-method"),
         ({"merge_method": ("guided_mean",)}, "search-nothing-to-try"),

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from utils.bounded_files import read_json
 from utils.errors import UserError
+from utils.guidance.start import START
 from utils.publishing.manifest import MANIFEST, file_sha256
 from utils.validation import read_checked
 
@@ -84,12 +85,15 @@ def is_measurement(manifest: Mapping[str, Any]) -> bool:
 
 
 def check_folder(folder: Path, manifest: Mapping[str, Any] | None, guidance: str) -> None:
-    """Raise a `UserError` if a folder is missing or its manifest says that another guidance method filled it."""
+    """Raise a `UserError` if a folder is missing or its manifest says that another guidance method filled it, and started from
+    none that this one has measured."""
     if not folder.is_dir():
         state = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"--delta_dfs_in_dir {folder}: {state}; run lewis_importance.py first", "dataframes-missing")
     measured = (manifest or {}).get("guidance", guidance)
-    if measured != guidance:
+    options = (manifest or {}).get("guidance_options")
+    started = options.get(START) if isinstance(options, dict) else None
+    if guidance not in (measured, started):
         raise UserError(
             f"--delta_dfs_in_dir {folder} holds what guidance {measured} measured, not {guidance}; give --guidance "
             f"{measured}, or measure with --guidance {guidance} into another folder",

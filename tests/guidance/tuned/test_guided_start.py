@@ -69,6 +69,8 @@ def test_best_of_several_is_tuned_from_two_rounds_to_the_bit(pair):
     one, other = tensors(merge(by_hand, "merged_by_hand")), tensors(merge(recipe, "merged"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
     assert not all(value.equal(tensors(Path("base"))[name]) for name, value in one.items())
+    before, _ = decide("best", "untuned", "--guidance", "gram_mean")
+    assert before.read_text() == start.read_text().replace("../grams/", "../best/")
     assert "best: tuned" in said and "start_recipe" not in said
     assert "best: tuned from what gram_mean gives (--rounds 2)" in Path("said").read_text()
 

@@ -60,7 +60,8 @@ def joint_support(change: Tensor, k: int, gram: Tensor, outputs: Tensor, ridge: 
     if not 0 < k < entries:
         return torch.full(change.shape, k > 0, device=change.device)
     scale = float(gram.diagonal().double().mean())
-    whole = change.to(torch.float32, copy=True).mul_(relative_root(outputs).to(change.device)[:, None])
+    whole = change.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    whole.mul_(relative_root(outputs).to(change.device)[:, None])
     if not scale > 0:
         return top_k_mask(whole, k)
     pull, lengths = _pull(gram.to(change.device, torch.float32), scale, ridge)

@@ -135,7 +135,7 @@ class GramFileWriter:
         import torch
 
         values = values.detach().to(torch.float32).contiguous()
-        if not bool(values.isfinite().all()):
+        if values.numel() and not bool(torch.stack(values.aminmax()).isfinite().all()):  # NaN is both
             raise NotFiniteError(f"{key} holds numbers that are not finite")
         values = values.cpu()
         content = memoryview(values.view(torch.uint8).numpy())
@@ -219,9 +219,9 @@ def _packed(gram: "Tensor") -> "Tensor":
     if gram.device.type != "cpu":  # half of it crosses over, and no row is taken by itself
         return gram[torch.ones_like(gram, dtype=torch.bool).tril()]
     packed = torch.empty(len(gram) * (len(gram) + 1) // 2)
-    start = 0
-    for row in range(len(gram)):
-        packed[start : start + row + 1] = gram[row, : row + 1]
+    whole, target, start = gram.numpy(), packed.numpy(), 0  # numpy takes a short row four times as fast as torch
+    for row in range(len(whole)):
+        target[start : start + row + 1] = whole[row, : row + 1]
         start += row + 1
     return packed
 

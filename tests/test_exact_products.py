@@ -6,7 +6,7 @@ python -m pytest tests/test_exact_products.py
 import pytest
 import torch
 
-from utils.exact_products import alone_in_process, exact_products
+from utils.exact_products import alone_in_process, exact_products, in_float32
 from utils.workers.local import LocalWorkers
 from utils.workers.piece import Piece
 
@@ -38,6 +38,15 @@ def test_products_are_exact_and_others_stay_so():
         found = ours.float() @ ours.float()
     torch.testing.assert_close(found.double(), ours.double() @ ours.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close((values @ values).double(), values.double() @ values.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33])
+def test_lengths_repeat_where_they_are_used(count):
+    rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    filled = in_float32(rows, True)
+    assert len(filled) == (64 if count > 32 else 32) and filled.dtype == torch.float32
+    assert torch.equal(filled[:count], rows.float()) and not filled[count:].any()
+    assert torch.equal(in_float32(rows, False), rows.float())
 
 
 def piece_setting(place):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from utils.exact_products import exact_products
 from utils.models.decoder import Component, Decoder
 from utils.passes.expert_products import ExpertProducts, ExpertRows
 from utils.passes.gram_sums import add_gram, complete
@@ -69,8 +68,7 @@ class ExpertInputGrams:
             own = self._found[component] = _nothing(len(stack), rows.shape[-1], rows.device, inputs_last=last)
         if given.expert is None:
             exact = rows.float()
-            with exact_products(rows):
-                own.total.baddbmm_(exact.mT, exact)
+            own.total.baddbmm_(exact.mT, exact)
             own.tokens += (rows != 0).any(dim=2).sum(dim=1)
             return
         rows = rows.reshape(-1, rows.shape[-1])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from utils.exact_products import exact_products
+from utils.exact_products import exact_products, in_float32
 
 _AT_ONCE, _IN_CACHE = 2**22, 2**18  # entries of a factor in float32 together; those that a CPU keeps at hand
 
@@ -100,13 +100,12 @@ def _products(one: Factor, other: Factor) -> Tensor:
         return _products(other, one).t()
     if other.is_units:
         return one.values[:, other.values].float()
-    total = torch.zeros(len(one.values), len(other.values), dtype=torch.float32, device=one.values.device)
-    at_once = max(1, _AT_ONCE // max(total.shape))
-    with exact_products(one.values, other.values):
+    at_once, total = max(1, _AT_ONCE // max(len(one.values), len(other.values))), 0
+    with exact_products(one.values, other.values) as used:
         for mine, theirs in zip(one.values.split(at_once, dim=1), other.values.split(at_once, dim=1), strict=True):
-            mine = mine.float()
-            total.addmm_(mine, mine.t() if one is other else theirs.float().t())
-    return total
+            mine = in_float32(mine, used)
+            total = total + mine @ (mine if one is other else in_float32(theirs, used)).t()
+    return total[: len(one.values), : len(other.values)]
 
 
 def _add_forms(sums: Tensor, one: Factor, other: Factor, inner: Tensor) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from utils.exact_products import exact_products
+from utils.exact_products import exact_products, in_float32
 
 _PANELS, _LEAST = 4, 256  # more panels save little; narrower ones cost more than they save
 
@@ -16,8 +16,8 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total: [n, n], float32, changed in place.
         rows: X [rows, n], any floating-point dtype; products are summed up in float32.
     """
-    exact = rows.float()
-    with exact_products(rows):
+    with exact_products(rows) as used:
+        exact = in_float32(rows, used)
         for start, end in _panels(len(total)):
             total[start:end, start:].addmm_(exact[:, start:end].t(), exact[:, start:])
 

@@ -25,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.accuracy_base import GGUF, WHEEL
 from benchmarks.accuracy_commands import EPOCHS, LABELS, ROOT, Plan, evaluation, stages, write_configs
 from benchmarks.accuracy_stages import UNFINISHED, Stage, Stages
-from benchmarks.accuracy_texts import LONGEST_PROMPT, LOSS_ROWS, TaskRows, assert_apart, rows_of, shown, write_texts
+from benchmarks.accuracy_texts import (
+    LONGEST_PROMPT,
+    LOSS_ROWS,
+    VALIDATION,
+    TaskRows,
+    assert_apart,
+    rows_of,
+    shown,
+    write_texts,
+)
 from utils.errors import UserError, run_command
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -126,7 +135,7 @@ def _plan(asked: argparse.Namespace, tasks: dict[str, TaskRows]) -> Plan:
         device=asked.device,
         until=None if asked.minutes is None else asked.begun + 60 * asked.minutes,
         samples=min(len(rows.calibration) for rows in tasks.values()),
-        choosing=min(len(rows.validation) for rows in tasks.values()),
+        choosing=min(asked.choosing_rows, *(len(rows.validation) for rows in tasks.values())),
         rows=min(LOSS_ROWS, *(len(rows.test) for rows in tasks.values())),
         batch=asked.batch,
         rate=asked.rate,
@@ -149,7 +158,8 @@ def _facts(plan: Plan) -> list[str]:
     return [
         f"base {plan.source.name}, seed {plan.seed}: {epochs}, full fine-tuning, {plan.batch} rows a step, learning rate "
         f"up to {plan.rate:g}; the joint model reads both texts as often",
-        f"losses on {plan.rows} test rows of each task, the answer's tokens; {plan.samples} calibration rows of each task",
+        f"losses on {plan.rows} test rows of each task, the answer's tokens; {plan.samples} calibration rows of each task, "
+        f"{plan.choosing} to choose uniform merges on",
         f"answers: no examples, greedy, at most {plan.new_tokens} tokens; prompts of more than {LONGEST_PROMPT} characters "
         "left out",
     ]
@@ -165,6 +175,9 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no work after so many; the same command goes on later")
     parser.add_argument("--rows", type=int, help="rows to train on, of each task at most")
     parser.add_argument("--test_rows", type=int, help="rows to judge on, of each task at most")
+    parser.add_argument(
+        "--choosing_rows", type=int, default=VALIDATION, help="rows that uniform merges are chosen on, of each task"
+    )
     parser.add_argument("--batch", type=int, default=32, help="rows of a training step")
     parser.add_argument("--rate", type=float, default=1e-4, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of calibration rows and training")

@@ -79,7 +79,7 @@ def parsed(half, *words):
 
 @pytest.mark.parametrize("in_config", [False, True])
 def test_best_is_what_leads_for_so_many_experts(pair, in_config):
-    several = replace(read_pair_config(pair / "pair.yaml"), guidance="best" if in_config else None)
+    several = replace(read_pair_config(pair / "pair.yaml"), guidance="best" if in_config else None, nsamples=32)
     one = replace(several, target_model_names={"math": "./math"})
     best = () if in_config else ("--guidance", "best")
 
@@ -87,9 +87,13 @@ def test_best_is_what_leads_for_so_many_experts(pair, in_config):
     assert (found.method.name, found.options["start"], found.options["rounds"]) == ("tuned", "gram_mean", 2)
     asked = chosen_to_measure(parsed("measure", *best, "--rounds", "1", "--tune_steps", "3"), several).options
     assert (asked["rounds"], asked["tune_steps"]) == (1, 3)
+    few = chosen_to_measure(parsed("measure", *best), replace(several, nsamples=31))
+    assert (few.method.name, few.options["rounds"]) == ("gram_mean", 2) and few.apart is not None
+    asked = chosen_to_measure(parsed("measure", *best, "--tune_rate", "0.1"), replace(several, nsamples=31))
+    assert (asked.method.name, asked.options["start"]) == ("tuned", "gram_mean")
     alone = chosen_to_measure(parsed("measure", *best), one)
     assert (alone.method.name, alone.options["rounds"], alone.apart) == ("gram_mean", 1, None)
-    assert all("best" in chosen.said for chosen in (found, alone))
+    assert all("best" in chosen.said for chosen in (found, few, alone))
     with refused("flag-no-effect"):
         chosen_to_measure(parsed("measure", *best, "--tune_steps", "3"), one)
     with refused("start-twice"):

@@ -36,8 +36,8 @@ def prepared_models(options: MeasureOptions, devices: "list[torch.device]", samp
 
 def as_models_allow(options: MeasureOptions) -> MeasureOptions:
     """The options as they are for models that lie on this machine by now: `apart` where experts have other numbers of tokens
-    than the base and the method needs one vocabulary. Raises as `apart`, and as `LocalModels`."""
-    if options.apart is None or not options.method.one_vocabulary:
+    than the base. Raises as `apart`, and as `LocalModels`."""
+    if options.apart is None:
         return options
     config = options.config
     models = LocalModels(config.base, config.experts_to_merge, trust_remote_code=options.trust_remote_code)

@@ -21,6 +21,9 @@ BEST = "best"
 _ALONE = "gram_mean"  # leads for one expert, cut to its `density_alone`, and as the start
 _SEVERAL = "tuned"  # leads for several experts, from there
 _LEADING = {"rounds": 2}  # values of the start's flags that lead where experts are merged with each other
+_TUNED_FROM = (
+    32  # samples of each task: with 15 tuning lost 5 points on one seed of two (benchmarks/calibration_text.py)
+)
 _OTHER_HALF: Mapping[Half, tuple[Half, str]] = {
     "measure": ("decide", "lewis_merge.py (command 2)"),
     "decide": ("measure", "lewis_importance.py (command 1)"),
@@ -50,7 +53,7 @@ def declare_flags(parser: FlagParser, half: Half) -> None:
     parser.flag(
         "guidance",
         f"how to guide the merge; {listed}; {BEST}: what leads in this project's benchmark, now of several experts "
-        f"{_SEVERAL} from {_ALONE} ({_flags(_LEADING)}), of one {_ALONE} cut to --mean_density "
+        f"{_SEVERAL} from {_ALONE} ({_flags(_LEADING)}; not tuned below nsamples {_TUNED_FROM}), of one {_ALONE} cut to --mean_density "
         f"{methods[_ALONE].density_alone} [default: the pair config's guidance, else {DEFAULT}]",
         choices=(*methods, BEST),
     )
@@ -85,10 +88,19 @@ def chosen_to_measure(given: argparse.Namespace, config: PairConfig) -> Chosen:
     methods = guidance_methods()
     if len(config.target_model_names) == 1:
         return _alone(methods[_ALONE], "measure", given)
-    method = methods[_SEVERAL]
-    options = own_options(method, "measure", given, {START: _ALONE, **_LEADING})
-    said = f"{BEST}: {method.name} from what {_ALONE} gives ({_flags({name: options[name] for name in _LEADING})})"
-    return Chosen(method, options, said, apart=partial(_apart, methods[_ALONE], given))
+    method, start = methods[_SEVERAL], methods[_ALONE]
+    apart = partial(_apart, start, given)
+    if config.nsamples < _TUNED_FROM and not _is_asked(method, start, given):
+        options = own_options(start, "measure", given, _LEADING)
+        said = (
+            f"{BEST}: {start.name} ({_leading(options)}), not tuned: that needs {_TUNED_FROM} samples of each task and nsamples "
+            f"is {config.nsamples}; raise it, or give a flag of {method.name}"
+        )
+        return Chosen(start, options, said, apart=apart)
+    options = own_options(method, "measure", given, {START: start.name, **_LEADING})
+    return Chosen(
+        method, options, f"{BEST}: {method.name} from what {start.name} gives ({_leading(options)})", apart=apart
+    )
 
 
 def chosen_to_decide(given: argparse.Namespace, config: PairConfig, measured: str | None) -> Chosen:
@@ -104,6 +116,12 @@ def chosen_to_decide(given: argparse.Namespace, config: PairConfig, measured: st
         return _alone(methods[_ALONE], "decide", given)
     method = methods[measured if measured in starts_of(methods[_SEVERAL]) else _SEVERAL]
     return Chosen(method, own_options(method, "decide", given), f"{BEST}: {method.name}, as it was measured")
+
+
+def _is_asked(method: GuidanceMethod, start: GuidanceMethod, given: argparse.Namespace) -> bool:
+    """Whether a flag of a method is given that its start does not have."""
+    own = {flag.name for flag in method.flags("measure")} - {flag.name for flag in start.flags("measure")}
+    return any(getattr(given, name) is not None for name in own)
 
 
 def _alone(method: GuidanceMethod, half: Half, given: argparse.Namespace) -> Chosen:
@@ -170,6 +188,10 @@ def own_options(
                 )
             own[flag.name] = value
     return own
+
+
+def _leading(options: Mapping[str, Any]) -> str:
+    return _flags({name: options[name] for name in _LEADING})
 
 
 def _flags(values: Mapping[str, Any]) -> str:

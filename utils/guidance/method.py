@@ -71,7 +71,6 @@ class GuidanceMethod:
         measured_for: reads from a dataframe folder the one merge method that it was measured for, where there is one; raises
             a `UserError` if it cannot.
         in_float32: whether it computes in float32 whatever `--dtype` says.
-        one_vocabulary: whether it needs experts with the base's number of tokens.
         models_at_once: of how many models a block is in memory at a time, by how many experts there are.
         authors_samples: how many samples of a text the method's authors measured on; 0 where nobody else uses it.
     """
@@ -99,7 +98,6 @@ class GuidanceMethod:
     tasks: str = ""
     searched: bool = True
     in_float32: bool = False
-    one_vocabulary: bool = False
     models_at_once: Callable[[int], int] = lambda experts: 1
 
     def files(self, config: "PairConfig") -> tuple[str, ...]:

@@ -155,4 +155,5 @@ def test_where_vocabularies_differ_best_says_what_it_takes_instead(pair):
 )
 def test_what_would_be_refused_after_the_first_measurement_is_refused_before_it(pair, no_weights, unread, keys, code):
     Path("pair.yaml").write_text(yaml.safe_dump(yaml.safe_load(Path("pair.yaml").read_text()) | keys))
-    refused_here(code, "lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "best")
+    words = ("lewis_importance.py", "--config", "pair.yaml", "--out_dir", "dfs", "--guidance", "best", *STEPS)
+    refused_here(code, *words)

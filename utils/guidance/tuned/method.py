@@ -71,6 +71,5 @@ METHOD = GuidanceMethod(
     file_flags=("start_recipe",),
     refines=(GRAM_MEAN.name,),
     searched=False,
-    one_vocabulary=True,
     measured_for=start_method,
 )

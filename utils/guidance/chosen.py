@@ -82,12 +82,9 @@ def chosen_to_measure(given: argparse.Namespace, config: PairConfig) -> Chosen:
     Raises:
         UserError: as `named_method` and `own_options`.
     """
-    if (given.guidance or config.guidance) != BEST:
-        method = named_method(given.guidance, config)
-        return Chosen(method, own_options(method, "measure", given))
+    if (chosen := _named_or_alone(given, config, "measure")) is not None:
+        return chosen
     methods = guidance_methods()
-    if len(config.target_model_names) == 1:
-        return _alone(methods[_ALONE], "measure", given)
     method, start = methods[_SEVERAL], methods[_ALONE]
     apart = partial(_apart, start, given)
     if config.nsamples < _TUNED_FROM and not _is_asked(method, start, given):
@@ -108,25 +105,29 @@ def chosen_to_decide(given: argparse.Namespace, config: PairConfig, measured: st
 
     `best` of several experts is what was measured by `best`, which may be that of an earlier version.
     """
-    if (given.guidance or config.guidance) != BEST:
-        method = named_method(given.guidance, config)
-        return Chosen(method, own_options(method, "decide", given))
+    if (chosen := _named_or_alone(given, config, "decide")) is not None:
+        return chosen
     methods = guidance_methods()
-    if len(config.target_model_names) == 1:
-        return _alone(methods[_ALONE], "decide", given)
     method = methods[measured if measured in starts_of(methods[_SEVERAL]) else _SEVERAL]
     return Chosen(method, own_options(method, "decide", given), f"{BEST}: {method.name}, as it was measured")
+
+
+def _named_or_alone(given: argparse.Namespace, config: PairConfig, half: Half) -> Chosen | None:
+    """What was asked for by name, or `best` of one expert; None for `best` of several. Raises as `chosen_to_measure`."""
+    if (given.guidance or config.guidance) != BEST:
+        method = named_method(given.guidance, config)
+        return Chosen(method, own_options(method, half, given))
+    if len(config.target_model_names) > 1:
+        return None
+    method = guidance_methods()[_ALONE]
+    said = f"{BEST}: {method.name}, cut to --mean_density {method.density_alone}, since one expert is merged"
+    return Chosen(method, own_options(method, half, given), said, method.density_alone)
 
 
 def _is_asked(method: GuidanceMethod, start: GuidanceMethod, given: argparse.Namespace) -> bool:
     """Whether a flag of a method is given that its start does not have."""
     own = {flag.name for flag in method.flags("measure")} - {flag.name for flag in start.flags("measure")}
     return any(getattr(given, name) is not None for name in own)
-
-
-def _alone(method: GuidanceMethod, half: Half, given: argparse.Namespace) -> Chosen:
-    said = f"{BEST}: {method.name}, cut to --mean_density {method.density_alone}, since one expert is merged"
-    return Chosen(method, own_options(method, half, given), said, method.density_alone)
 
 
 def _apart(method: GuidanceMethod, given: argparse.Namespace) -> Chosen:
